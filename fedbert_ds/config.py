@@ -1,0 +1,363 @@
+"""One typed schema for the run file; an unknown key is an error that names the nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fedbert_ds.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+Codec = Literal["fp32", "bf16", "int8"]
+
+
+class Section(BaseModel):
+    """Base of every section: closed (no unknown keys), immutable, fields documented by the string under them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunSection(Section):
+    """Where a run writes, how long it lasts, and its seed."""
+
+    directory: Path = Path("runs/default")
+    """Folder the run writes: config.yaml, metrics.jsonl, report.html, loss.png, checkpoints/, hf/, clients/."""
+    windows: Positive = 600
+    """Number of windows; one window is one optimizer step of the body."""
+    seed: int = 1
+    """Seeds initial weights, shards, masking, sequence order and dropout."""
+    save_every: Positive = 200
+    """Windows between checkpoints; the last window is always saved."""
+
+
+class ModelSection(Section):
+    """The network: a checkpoint to continue from, or a shape to start from scratch."""
+
+    checkpoint: str | None = None
+    """Hub name or folder of a Hugging Face masked-LM checkpoint (BERT, RoBERTa or ELECTRA); null starts from scratch."""
+    architecture: Literal["bert", "roberta", "electra"] = "bert"
+    """Architecture when starting from scratch; a checkpoint brings its own."""
+    num_hidden_layers: Positive = 2
+    """Transformer layers, client's and server's together."""
+    hidden_size: Positive = 128
+    """Width H of the transformer layers."""
+    embedding_size: Positive | None = None
+    """Width E of the embeddings (ELECTRA only); null means hidden_size."""
+    num_attention_heads: Positive = 2
+    """Attention heads; must divide hidden_size."""
+    intermediate_size: Positive | None = None
+    """Width of the feed-forward layer; null means 4 x hidden_size."""
+    max_position_embeddings: Positive = 128
+    """Longest sequence, in tokens, the position table holds."""
+    dropout: Probability = 0.1
+    """Dropout of hidden states and of attention probabilities, from scratch or from a checkpoint."""
+
+    @model_validator(mode="after")
+    def _shape(self) -> ModelSection:
+        if self.checkpoint is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                "choose a divisor"
+            )
+        if self.embedding_size is not None and self.architecture != "electra":
+            raise ValueError("embedding_size is for architecture: electra; remove it or change the architecture")
+        return self
+
+
+class LayersCut(Section):
+    """The cut that leaves the first `layers` encoder layers with the client."""
+
+    layers: Positive
+    """Encoder layers the client holds beside the embeddings."""
+
+
+Cut = Literal["embeddings", "rows"] | LayersCut
+
+
+class TokenizerSection(Section):
+    """The vocabulary: named, or trained by the server on the text it can read (local runs)."""
+
+    path: str | None = None
+    """Hub name or folder of a tokenizer; null trains WordPiece on data.source."""
+    vocab_size: Positive = 4000
+    """Word pieces when training one."""
+
+
+class DataSection(Section):
+    """Text, how it is dealt to local clients, and how it becomes masked sequences."""
+
+    source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
+    """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
+    streaming: bool = False
+    """Stream hub data sets instead of downloading them whole."""
+    max_articles: Positive | None = None
+    """Read at most this many articles; needed with streaming of unbounded sets."""
+    held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of articles kept from every client and used for the final loss."""
+    shards: Literal["equal", "size", "topic"] = "size"
+    """How articles are dealt to local clients: equal counts, Dirichlet-skewed sizes, or Dirichlet-skewed topics."""
+    alpha: Annotated[float, Field(gt=0.0)] = 2.0
+    """Dirichlet concentration of `size` and `topic` shards; smaller is more unequal."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Longest sequence in tokens, [CLS] and [SEP] included; sequences are not padded."""
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of tokens chosen for prediction (80 % [MASK], 10 % random, 10 % unchanged)."""
+    whole_word: bool = False
+    """Choose whole words instead of single word pieces."""
+
+
+class WindowSection(Section):
+    """One optimizer step: how many tokens, how packed, in which order."""
+
+    tokens: Positive = 8192
+    """Tokens of one window, over all clients."""
+    tokens_per_micro_batch: Positive = 2048
+    """A micro-batch packs sequences of any clients up to this many tokens."""
+    micro_batches_in_flight: Positive = 4
+    """Forwards a rank may hold before their gradients are back: its memory budget, in micro-batches."""
+    share: Literal["data", "equal"] = "data"
+    """A client's part of `tokens`: in proportion to its shard, or the same for each."""
+    order: Literal["arrival", "fixed"] = "arrival"
+    """`arrival` runs what is complete first; `fixed` follows the plan alone and is bit-identical between runs."""
+
+
+class OptimizerSection(Section):
+    """Optimizer and learning-rate schedule, the same for the body and the client halves."""
+
+    name: Literal["adamw", "lamb", "sgd"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020) or plain SGD."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-4
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
+    """Decoupled weight decay of matrices; biases and LayerNorm weights are never decayed."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Decay rates of the moment estimates."""
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Added to the denominator of the update."""
+    gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
+    """Largest gradient norm, of the body and of each client half apart; 0 turns clipping off."""
+    schedule: Literal["linear", "polynomial", "constant"] = "linear"
+    """Decay after warm-up, to zero at the last window."""
+    warmup_windows: Annotated[int, Field(ge=0)] = 0
+    """Windows over which the learning rate rises linearly to `lr`."""
+    power: Annotated[float, Field(gt=0.0)] = 2.0
+    """Exponent of the polynomial schedule."""
+
+    def learning_rate(self, window: int, num_windows: int) -> float:
+        """Learning rate of window `window` (0-based) of `num_windows`."""
+        if window < self.warmup_windows:
+            return self.lr * (window + 1) / self.warmup_windows
+        if self.schedule == "constant":
+            return self.lr
+        remaining = (num_windows - window) / max(1, num_windows - self.warmup_windows)
+        return self.lr * max(0.0, remaining) ** (self.power if self.schedule == "polynomial" else 1.0)
+
+
+class BodySection(Section):
+    """The server's half under DeepSpeed."""
+
+    deepspeed: Path = Path("deepspeed/zero2.json")
+    """DeepSpeed JSON file, relative to the run file."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """Overrides the ZeRO stage of the DeepSpeed file; null keeps it."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision of the body; master weights are fp32 either way."""
+    activation_checkpointing: bool = False
+    """Recompute layer activations in backward instead of keeping them."""
+
+
+class FederationSection(Section):
+    """How the client halves are kept together."""
+
+    mode: Literal["synchronous", "parallel"] = "synchronous"
+    """`synchronous` sums the halves' gradients every window (equals centralized training); `parallel` averages weights (FedAvg)."""
+    average_every: Positive = 1
+    """Windows between averages in `parallel` mode."""
+    average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
+    """Parts averaged in `parallel` mode; the rest stays personal to its client."""
+
+
+class ClientsSection(Section):
+    """Who takes part."""
+
+    expected: Positive = 4
+    """Clients the run waits for before its first window."""
+    minimum: Positive | None = None
+    """The run goes on while at least this many are connected; null means `expected`."""
+    local: Annotated[int, Field(ge=0)] = 4
+    """Client processes the launcher starts on this machine."""
+    join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds to wait for `expected` clients at the start, or for `minimum` when some are lost."""
+    silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
+    """Seconds a client may owe an answer before it is counted as lost."""
+
+    @model_validator(mode="after")
+    def _counts(self) -> ClientsSection:
+        if self.minimum is not None and self.minimum > self.expected:
+            raise ValueError(f"minimum {self.minimum} is above expected {self.expected}; lower it")
+        if self.local > self.expected:
+            raise ValueError(f"local {self.local} is above expected {self.expected}; raise expected")
+        return self
+
+    @property
+    def required(self) -> int:
+        """Clients without which the run stops."""
+        return self.minimum if self.minimum is not None else self.expected
+
+
+class TlsSection(Section):
+    """Files of mutual TLS, PEM; all three or none."""
+
+    ca: Path
+    """Certificate of the authority that signed both sides."""
+    certificate: Path
+    """This server's certificate chain."""
+    key: Path
+    """This server's private key."""
+
+
+class ServerSection(Section):
+    """Where clients find the server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for remote clients."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 29600
+    """The coordinator's port; rank r listens on port + r. 0 picks free ports."""
+    advertise: str | None = None
+    """Host name clients are told for rank endpoints; null uses `host`, or each node's name on several nodes."""
+    tls: TlsSection | None = None
+    """Mutual TLS; null is plaintext, for loopback and trusted networks only."""
+
+
+class WireSection(Section):
+    """How activations and gradients are coded on the wire."""
+
+    activations: Codec = "fp32"
+    """Codec of activations up and hidden states down."""
+    gradients: Codec = "fp32"
+    """Codec of gradients, up and down."""
+
+
+def _cut(value: Any) -> Any:
+    # A plain mapping error of the union would name all three alternatives; one sentence is kinder.
+    if value in ("embeddings", "rows") or isinstance(value, LayersCut):
+        return value
+    if isinstance(value, dict) and set(value) == {"layers"}:
+        return LayersCut(**value)
+    raise ValueError("must be embeddings, rows or {layers: K}")
+
+
+class RunConfig(Section):
+    """The whole run file."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    cut: Annotated[Cut, BeforeValidator(_cut)] = "embeddings"
+    """What the client holds: `embeddings`, `rows` (the word table alone), or `{layers: k}`."""
+    tokenizer: TokenizerSection = TokenizerSection()
+    data: DataSection = DataSection()
+    window: WindowSection = WindowSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    body: BodySection = BodySection()
+    federation: FederationSection = FederationSection()
+    clients: ClientsSection = ClientsSection()
+    server: ServerSection = ServerSection()
+    wire: WireSection = WireSection()
+
+    @model_validator(mode="after")
+    def _across_sections(self) -> RunConfig:
+        if self.data.sequence_length > self.window.tokens_per_micro_batch:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
+                f"{self.window.tokens_per_micro_batch}; raise the latter"
+            )
+        if self.model.checkpoint is None:
+            if self.data.sequence_length > self.model.max_position_embeddings:
+                raise ValueError(
+                    f"data.sequence_length {self.data.sequence_length} is longer than the position table, "
+                    f"model.max_position_embeddings {self.model.max_position_embeddings}"
+                )
+            if isinstance(self.cut, LayersCut) and self.cut.layers >= self.model.num_hidden_layers:
+                raise ValueError(
+                    f"cut.layers {self.cut.layers} leaves the server no layer of model.num_hidden_layers "
+                    f"{self.model.num_hidden_layers}; lower it"
+                )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
+
+    Relative paths inside the file that point at files beside it (body.deepspeed) are resolved against its folder.
+    Raises ConfigError, one line, for a missing file, bad YAML, an unknown key or a bad value.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such run file; give one with --config")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of sections")
+    for override in overrides:
+        _apply(tree, override)
+    config = parse_config(tree, origin=str(path))
+    deepspeed = config.body.deepspeed
+    if not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
+        body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
+        config = config.model_copy(update={"body": body})
+    if not config.body.deepspeed.is_file():
+        raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
+    return config
+
+
+def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
+    """Validate a mapping; `origin` is named in the one-line ConfigError."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(error)}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
+    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator:
+        raise ConfigError(f"{override}: an override has the form section.key=value")
+    *parents, leaf = name.split(".")
+    node = tree
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"{override}: {parent} is not a section")
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override}: not valid YAML") from error
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"] if part not in ("LayersCut",)]
+    name = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        section: Any = RunConfig
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation if part in section.model_fields else section
+        near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        return f"{name} is not a key{hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return f"{name}: {message}" if name else message

@@ -1,0 +1,64 @@
+"""What a user can mend: each error is one line that names what to change, and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """A mistake in input, configuration or environment that the user can mend; its text is one line."""
+
+    exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+
+class ConfigError(UserError):
+    """The run file or a command-line override is wrong."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Text, a shard or a tokenizer is missing, empty or does not fit the model."""
+
+    exit_code = 3
+
+
+class ModelError(UserError):
+    """A checkpoint or a model shape cannot be used."""
+
+    exit_code = 4
+
+
+class WireError(UserError):
+    """The other side cannot be reached, or what it sent is refused."""
+
+    exit_code = 5
+
+
+class RunError(UserError):
+    """The run directory or the run itself cannot go on."""
+
+    exit_code = 6
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Print the error as one line on standard error and leave with its exit code."""
+    print(f"fedbert-ds: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.exit_code)
+
+
+def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate an entry point: a UserError becomes one line and an exit code; a bug keeps its traceback."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            exit_with(error)
+
+    return run

@@ -1,0 +1,1 @@
+"""How client halves are kept together: summed gradients or averaged weights."""

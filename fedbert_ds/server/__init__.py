@@ -1,0 +1,1 @@
+"""The server side: plan a window, queue its micro-batches, run the body."""

@@ -1,0 +1,105 @@
+"""A window's plan: manifests in, micro-batches out; arithmetic only, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedbert_ds.wire.messages import Manifest
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive sequences of one client inside one micro-batch."""
+
+    client: str
+    first_sequence: int
+    num_sequences: int
+    tokens: int
+    masked: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward of the body takes; without pieces it is a dummy that keeps ranks in lockstep."""
+
+    index: int
+    """Unique in the window over all ranks."""
+    pieces: tuple[Piece, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all pieces; 0 for a dummy."""
+        return sum(piece.tokens for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """One optimizer step: every rank has the same number of micro-batches, at least one."""
+
+    window: int
+    masked_tokens: int
+    """M: the loss is the sum of all cross-entropies over M, so the gradient is that of centralized training."""
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+
+
+def plan_window(window: int, manifests: Sequence[Sequence[Manifest]], tokens_per_micro_batch: int) -> WindowPlan:
+    """Pack the sequences each rank's clients announced into micro-batches of at most `tokens_per_micro_batch`.
+
+    `manifests[r]` are those of rank r's clients, whose sequences are taken in the order of client names. Packing is
+    next-fit: a sequence that does not fit opens a new micro-batch, so a client's sequences stay together and a slow
+    client holds up only its own micro-batches and the two it shares. Raises ValueError when a sequence is longer than a micro-batch.
+    """
+    packed = [_pack(sorted(rank, key=lambda manifest: manifest.client), tokens_per_micro_batch) for rank in manifests]
+    num_micro_batches = max(1, *(len(rank) for rank in packed))
+    ranks = []
+    for rank, contents in enumerate(packed):
+        contents += [()] * (num_micro_batches - len(contents))
+        ranks.append(
+            tuple(MicroBatch(rank * num_micro_batches + number, pieces) for number, pieces in enumerate(contents))
+        )
+    masked = sum(sum(manifest.masked) for rank in manifests for manifest in rank)
+    return WindowPlan(window, masked, tuple(ranks))
+
+
+def _pack(manifests: Sequence[Manifest], capacity: int) -> list[tuple[Piece, ...]]:
+    micro_batches: list[tuple[Piece, ...]] = []
+    current: list[Piece] = []
+    filled = 0
+    for manifest in manifests:
+        first, tokens, masked = 0, 0, 0
+        for number, (length, wanted) in enumerate(zip(manifest.lengths, manifest.masked, strict=True)):
+            if length > capacity:
+                raise ValueError(f"a sequence of {length} tokens does not fit a micro-batch of {capacity}")
+            if filled + length > capacity:
+                if number > first:
+                    current.append(Piece(manifest.client, first, number - first, tokens, masked))
+                micro_batches.append(tuple(current))
+                current, filled = [], 0
+                first, tokens, masked = number, 0, 0
+            filled += length
+            tokens += length
+            masked += wanted
+        current.append(Piece(manifest.client, first, len(manifest.lengths) - first, tokens, masked))
+    if current:
+        micro_batches.append(tuple(current))
+    return micro_batches
+
+
+def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]:
+    """Spread clients over ranks by their tokens a window: heaviest first, each to the lightest rank (LPT)."""
+    loads = [0] * world_size
+    ranks = {}
+    for client in sorted(shares, key=lambda name: (-shares[name], name)):
+        rank = loads.index(min(loads))
+        ranks[client] = rank
+        loads[rank] += shares[client]
+    return ranks
+
+
+def window_shares(shard_tokens: Mapping[str, int], window_tokens: int, share: str) -> dict[str, int]:
+    """Tokens each client brings to a window: in proportion to its shard (`data`) or the same (`equal`); at least 1."""
+    if share == "equal":
+        return {client: max(1, window_tokens // len(shard_tokens)) for client in shard_tokens}
+    total = sum(shard_tokens.values())
+    return {client: max(1, window_tokens * tokens // total) for client, tokens in shard_tokens.items()}

@@ -1,0 +1,59 @@
+"""gRPC channels and servers: options, mutual TLS and keepalive in one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from fedbert_ds.errors import WireError
+
+MAX_MESSAGE_BYTES = 256 << 20
+"""Above the largest piece of a micro-batch; weights travel in chunks of 1 MB."""
+
+OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # A firewall that drops an idle connection is noticed within a minute, by either side.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # Two servers must not share a port unnoticed.
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files of one side of mutual TLS."""
+
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def read(self) -> tuple[bytes, bytes, bytes]:
+        """Contents of ca, certificate and key; WireError names a file that cannot be read."""
+        contents = []
+        for path in (self.ca, self.certificate, self.key):
+            try:
+                contents.append(path.read_bytes())
+            except OSError as error:
+                raise WireError(f"{path}: cannot be read: {error.strerror}; check the TLS files") from error
+        return contents[0], contents[1], contents[2]
+
+
+def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+    """Server credentials that demand a certificate of every client, signed by the same authority."""
+    ca, certificate, key = tls.read()
+    return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
+
+
+def connect(address: str, tls: TlsFiles | None) -> grpc.Channel:
+    """A channel to host:port, encrypted when TLS files are given."""
+    if tls is None:
+        return grpc.insecure_channel(address, options=OPTIONS)
+    ca, certificate, key = tls.read()
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=OPTIONS)

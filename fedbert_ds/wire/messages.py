@@ -1,0 +1,139 @@
+"""The wire contract as typed, checked data, shared by both sides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from fedbert_ds.config import FederationSection, OptimizerSection, Section, WireSection
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+PROTOCOL = 1
+"""Raised when a message changes its meaning; client and server must have the same."""
+
+CHUNK_BYTES = 1 << 20
+
+
+class ClientSettings(Section):
+    """What the server tells every client of the run, in `Welcome.settings`."""
+
+    seed: int
+    windows: int
+    tokens: int
+    """Tokens this client brings to a window."""
+    sequence_length: int
+    mask_probability: float
+    whole_word: bool
+    optimizer: OptimizerSection
+    federation: FederationSection
+    wire: WireSection
+
+
+def parse_settings(text: str) -> ClientSettings:
+    """Settings from a Welcome; WireError when they are not what this version knows."""
+    try:
+        return ClientSettings.model_validate_json(text)
+    except ValidationError as error:
+        raise WireError(f"the server's settings are not understood: {error.errors()[0]['msg']}") from error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Sizes a client brings to one window: tokens and masked tokens of each sequence."""
+
+    client: str
+    window: int
+    lengths: tuple[int, ...]
+    masked: tuple[int, ...]
+
+
+def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_tokens: int) -> Manifest:
+    """The manifest in a message; WireError when sizes are impossible.
+
+    `max_sequence` is the longest sequence the position table holds, `max_tokens` what this client was told to bring.
+    """
+    who = f"client {client}: manifest of window {message.window}"
+    lengths, masked = tuple(message.lengths), tuple(message.masked)
+    if not lengths or len(lengths) != len(masked):
+        raise WireError(f"{who}: {len(lengths)} lengths and {len(masked)} masked counts")
+    if min(lengths) < 1 or max(lengths) > max_sequence:
+        raise WireError(f"{who}: a sequence of {max(lengths)} tokens; the position table holds {max_sequence}")
+    if any(wanted > length for wanted, length in zip(masked, lengths, strict=True)):
+        raise WireError(f"{who}: more masked tokens than tokens")
+    # One sequence may overshoot the share: a client always brings at least one.
+    if sum(lengths) > max(max_tokens, max_sequence):
+        raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {max_tokens}")
+    return Manifest(client, message.window, lengths, masked)
+
+
+def checked_positions(client: str, message: pb.Activations, tokens: int, masked: int) -> Tensor:
+    """Masked positions [masked] int64 of a piece of `tokens` tokens: ascending, in range; WireError otherwise."""
+    positions = torch.tensor(list(message.masked_positions), dtype=torch.int64)
+    if len(positions) != masked:
+        raise WireError(f"client {client}: {len(positions)} masked positions instead of {masked}")
+    if masked and (int(positions[-1]) >= tokens or bool((positions.diff() <= 0).any())):
+        raise WireError(f"client {client}: masked positions are not ascending below {tokens}")
+    return positions
+
+
+def half_chunks(window: int, tensors: Iterable[tuple[str, Tensor]], weight: float) -> Iterator[pb.HalfChunk]:
+    """A client half (or its gradients) as chunks of at most 1 MB, the last one marked; fp32."""
+    for name, tensor in tensors:
+        payload = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
+        for offset in range(0, len(payload), CHUNK_BYTES):
+            yield pb.HalfChunk(
+                window=window,
+                name=name,
+                shape=tensor.shape,
+                offset=offset,
+                payload=payload[offset : offset + CHUNK_BYTES],
+            )
+    yield pb.HalfChunk(window=window, last=True, weight=weight)
+
+
+class HalfAssembler:
+    """Joins chunks into named tensors of known shapes; chunks come in order, as one stream delivers them."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], who: str) -> None:
+        self._shapes = shapes
+        self._who = who
+        self._buffers: dict[str, bytearray] = {}
+
+    def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
+        """Take a chunk; with the last one return all tensors (fp32) and their weight. WireError on anything unexpected."""
+        if chunk.last:
+            return self._finish(), chunk.weight
+        shape = self._shapes.get(chunk.name)
+        if shape is None or tuple(chunk.shape) != shape:
+            raise WireError(f"{self._who}: tensor {chunk.name!r} of shape {list(chunk.shape)} was not expected")
+        buffer = self._buffers.setdefault(chunk.name, bytearray())
+        if chunk.offset != len(buffer) or len(buffer) + len(chunk.payload) > 4 * torch.Size(shape).numel():
+            raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
+        buffer += chunk.payload
+        return None
+
+    def _finish(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, shape in self._shapes.items():
+            buffer = self._buffers.pop(name, bytearray())
+            if len(buffer) != 4 * torch.Size(shape).numel():
+                raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
+            values = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
+            if not torch.isfinite(values).all():
+                raise WireError(f"{self._who}: tensor {name!r} is not finite")
+            tensors[name] = values
+        return tensors
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A 63-bit seed from anything that names a moment of the run, the same on every machine and in every process."""
+    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+

@@ -1,0 +1,257 @@
+"""Articles to packed masked-LM batches: encode once, then shuffle and mask statelessly from seeds and a cursor."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.seeding import generator
+from fedbert_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+_MASKED, _RANDOM = 0.8, 0.1
+_ARTICLES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """Sequences one after another, unpadded; each is [CLS] ... [SEP]."""
+
+    tokens: Tensor
+    """[N] int32: token ids of all sequences."""
+    offsets: Tensor
+    """[S + 1] int64: sequence i is tokens[offsets[i]:offsets[i + 1]]; its first and last token are special."""
+    word_starts: Tensor
+    """[N] bool: true where a word begins; special tokens are words of their own."""
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return len(self.offsets) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """N, special tokens included."""
+        return len(self.tokens)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[S] int64: tokens of each sequence, special tokens included."""
+        return self.offsets.diff()
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """[vocab_size] int64: how often each token occurs in the text, the [CLS] and [SEP] put around it left out."""
+        counts = torch.bincount(self.tokens, minlength=vocab_size)
+        for ends in (self.offsets[:-1], self.offsets[1:] - 1):
+            counts -= torch.bincount(self.tokens[ends], minlength=vocab_size)
+        return counts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed sequences, already masked."""
+
+    input_ids: Tensor
+    """[T] int64: token ids after masking."""
+    lengths: list[int]
+    """Tokens of each sequence, in order; their sum is T."""
+    masked_positions: Tensor
+    """[m] int64, ascending: which of the T tokens are to be predicted; m may be 0 when the text is very short."""
+    labels: Tensor
+    """[m] int64: the original ids there."""
+
+
+def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> EncodedText:
+    """Tokenize articles and cut each into consecutive sequences of at most `sequence_length` tokens, [CLS] and [SEP] included.
+
+    A sequence never holds text of two articles, and every token of the text is in exactly one sequence. Text that looks
+    like a special token ("[MASK]") is text. Raises DataError for a sequence_length below 3, for a tokenizer without
+    special tokens for both ends, and for articles without any token.
+    """
+    if sequence_length < 3:
+        raise DataError(f"data.sequence_length {sequence_length} leaves no room for text beside [CLS] and [SEP]; use 3 or more")
+    first, last = _sequence_ends(tokenizer)
+    room = sequence_length - 2
+    tokens, starts, lengths = [], [], [0]
+    for ids, word_starts in _token_arrays(articles, tokenizer):
+        for begin in range(0, len(ids), room):
+            piece, piece_starts = ids[begin : begin + room], word_starts[begin : begin + room].copy()
+            piece_starts[0] = True
+            tokens += [first, piece, last]
+            starts += [_TRUE, piece_starts, _TRUE]
+            lengths.append(len(piece) + 2)
+    if not tokens:
+        raise DataError("the text of this shard is empty: no token in it; give data.source some text")
+    return EncodedText(
+        tokens=torch.from_numpy(np.concatenate(tokens)),
+        offsets=torch.from_numpy(np.cumsum(lengths, dtype=np.int64)),
+        word_starts=torch.from_numpy(np.concatenate(starts)),
+    )
+
+
+class Masker:
+    """Chooses tokens to predict and hides them: 80 % become [MASK], 10 % a random token, 10 % stay.
+
+    Equal in distribution to transformers' DataCollatorForLanguageModeling. With `whole_word`, each word is chosen with
+    `mask_probability` and all its tokens with it; the 80/10/10 is then drawn for each token, as BERT's authors did
+    (transformers' collator turns all of them into [MASK] instead).
+
+    Raises DataError for a tokenizer without a mask token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float, whole_word: bool = False) -> None:
+        if tokenizer.mask_token_id is None:
+            raise DataError("this tokenizer has no mask token, so it cannot make masked-LM text; name another in tokenizer.path")
+        self.mask_probability = mask_probability
+        self.whole_word = whole_word
+        self._mask_id: int = tokenizer.mask_token_id
+        self._num_tokens = len(tokenizer)
+        self._special_ids = np.array(sorted(tokenizer.all_special_ids), dtype=np.int64)
+
+    def mask(
+        self, tokens: np.ndarray, word_starts: np.ndarray, random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(input_ids [T] int64, masked_positions [m] int64 ascending, labels [m] int64) of tokens [T] and word_starts [T] bool."""
+        if self.whole_word:
+            chosen_words = random.random(int(word_starts.sum())) < self.mask_probability
+            chosen = chosen_words[np.cumsum(word_starts) - 1]
+        else:
+            chosen = random.random(len(tokens)) < self.mask_probability
+        positions = np.flatnonzero(chosen & ~np.isin(tokens, self._special_ids)).astype(np.int64)
+        labels = tokens[positions].astype(np.int64)
+        fate = random.random(len(positions))
+        random_tokens = random.integers(self._num_tokens, size=len(positions))
+        hidden = np.where(fate < _MASKED, self._mask_id, np.where(fate < _MASKED + _RANDOM, random_tokens, labels))
+        input_ids = tokens.astype(np.int64)
+        input_ids[positions] = hidden
+        return input_ids, positions, labels
+
+
+class BatchStream:
+    """An endless stream of batches over one client's text.
+
+    Which sequences come next follows from the cursor and the epoch's shuffle (seed, client, epoch); how they are masked
+    from (seed, client, window). Nothing else is remembered, so two integers resume a stream, and the same seeds give
+    bit-identical batches.
+    """
+
+    def __init__(
+        self,
+        text: EncodedText,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        mask_probability: float,
+        whole_word: bool,
+        seed: int,
+        client: int | str,
+    ) -> None:
+        if text.num_sequences == 0:
+            raise DataError("the text of this shard is empty: no sequence in it; give data.source some text")
+        self.text = text
+        self._masker = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word)
+        self._seed, self._client = seed, client
+        self._epoch, self._position = 0, 0
+        self._order = self._shuffle(0)
+
+    @property
+    def epoch(self) -> int:
+        """How often the whole text has been gone through."""
+        return self._epoch
+
+    def next_batch(self, window: int, max_tokens: int) -> Batch:
+        """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
+
+        One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a batch when the text ends
+        there, so a text shorter than `max_tokens` is repeated, each time masked anew.
+        """
+        offsets = self.text.offsets
+        pieces: list[slice] = []
+        room = max_tokens
+        while True:
+            if self._position == self.text.num_sequences:
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._shuffle(self._epoch)
+            sequence = int(self._order[self._position])
+            piece = slice(int(offsets[sequence]), int(offsets[sequence + 1]))
+            room -= piece.stop - piece.start
+            if room < 0 and pieces:
+                break
+            pieces.append(piece)
+            self._position += 1
+        tokens, word_starts = self.text.tokens.numpy(), self.text.word_starts.numpy()
+        input_ids, positions, labels = self._masker.mask(
+            np.concatenate([tokens[piece] for piece in pieces]),
+            np.concatenate([word_starts[piece] for piece in pieces]),
+            generator("mask", self._seed, self._client, window),
+        )
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            lengths=[piece.stop - piece.start for piece in pieces],
+            masked_positions=torch.from_numpy(positions),
+            labels=torch.from_numpy(labels),
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor, and the number of sequences it points into."""
+        return {"epoch": self._epoch, "position": self._position, "sequences": self.text.num_sequences}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where `state_dict` was taken. Raises DataError when the text is not the one it was taken from."""
+        if state["sequences"] != self.text.num_sequences:
+            raise DataError(
+                f"the shard has {self.text.num_sequences} sequences but had {state['sequences']} when the run was saved; "
+                "resume with the same text, tokenizer and data.sequence_length"
+            )
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._shuffle(self._epoch)
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return generator("shuffle", self._seed, self._client, epoch).permutation(self.text.num_sequences)
+
+
+_TRUE = np.ones(1, dtype=bool)
+
+
+def _sequence_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+    last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
+    if first is None or last is None:
+        raise DataError("this tokenizer has no [CLS] or [SEP] token; name a BERT-like tokenizer in tokenizer.path")
+    return np.array([first], dtype=np.int32), np.array([last], dtype=np.int32)
+
+
+def _token_arrays(
+    articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
+    backend = _plain_backend(tokenizer)
+    remaining = iter(articles)
+    while some := list(itertools.islice(remaining, _ARTICLES_AT_ONCE)):
+        for encoding in backend.encode_batch([article.text for article in some], add_special_tokens=False):
+            ids = np.array(encoding.ids, dtype=np.int32)
+            # A token outside any word is None; -1 keeps it apart from its neighbours.
+            words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+            word_starts = np.ones(len(ids), dtype=bool)
+            word_starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
+            yield ids, word_starts
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy that neither truncates nor pads (a saved tokenizer may) nor takes "[MASK]" in the text for the mask token."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend

@@ -1,0 +1,74 @@
+"""The documentation that comes with every Python, as articles: read from source files, nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+SHORTEST_ARTICLE = 150
+"""Characters below which a docstring is a remark, not an article."""
+
+# Tests hold little prose; the others are missing from some distributions or versions of Python.
+_SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+)
+
+
+def python_documentation() -> Iterator[tuple[str, str]]:
+    """Yield (title, text) of the standard library's documentation, in an order that is the same on every run.
+
+    The language reference's topics come first, then one article for each module (its docstring and its functions')
+    and one for each class (its docstring and its methods'). Articles below SHORTEST_ARTICLE characters are left out.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    for title, text in _topics(library / "pydoc_data" / "topics.py"):
+        if len(text) >= SHORTEST_ARTICLE:
+            yield title, text
+    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
+        parts = path.relative_to(library).with_suffix("").parts
+        if _SKIPPED_FOLDERS.intersection(parts) or parts[0] == "pydoc_data":
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        for title, text in _module_articles(path, module):
+            if len(text) >= SHORTEST_ARTICLE:
+                yield title, text
+
+
+def _topics(path: Path) -> Iterator[tuple[str, str]]:
+    tree = _parse(path) if path.is_file() else None
+    for statement in tree.body if tree else ():
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            topics = ast.literal_eval(statement.value)
+            for name in sorted(topics):
+                yield name, topics[name].strip()
+
+
+def _module_articles(path: Path, module: str) -> Iterator[tuple[str, str]]:
+    tree = _parse(path)
+    if tree is None:
+        return
+    yield module, "\n\n".join(_docstrings(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield f"{module}.{node.name}", "\n\n".join(_docstrings(node))
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    docstring = ast.get_docstring(node)
+    if docstring:
+        yield docstring
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from _docstrings(child)
+
+
+def _parse(path: Path) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in old sources are not this program's news
+            return ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return None  # a damaged or template file in the library costs its own article only

@@ -1,0 +1,119 @@
+"""Articles to clients: hold some out, deal the rest, keep a client's share in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fedbert_ds.data.corpus import Article, read_jsonl
+from fedbert_ds.data.seeding import generator
+from fedbert_ds.errors import DataError
+
+_NUM_FEATURES = 512
+_WORDS_READ = 300
+_NUM_TOPICS = 16
+_ROUNDS = 15
+
+
+def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list[Article], list[Article]]:
+    """Split into (train, held_out), both in the order of `articles`; at least one article on each side.
+
+    Raises DataError for fewer than two articles.
+    """
+    if len(articles) < 2:
+        raise DataError(
+            f"{len(articles)} article cannot be both trained on and held out; give data.source more files or a .jsonl file"
+        )
+    count = min(max(1, round(share * len(articles))), len(articles) - 1)
+    chosen = set(generator("hold-out", seed).permutation(len(articles))[:count].tolist())
+    train = [article for index, article in enumerate(articles) if index not in chosen]
+    return train, [article for index, article in enumerate(articles) if index in chosen]
+
+
+def deal(
+    articles: Sequence[Article], num_clients: int, how: Literal["equal", "size", "topic"], alpha: float, seed: int
+) -> list[list[Article]]:
+    """Deal every article to exactly one of `num_clients` shards, none of them empty; the same seed gives the same shards.
+
+    `equal`: counts that differ by at most one. `size`: counts in Dirichlet(alpha) proportions. `topic`: articles are
+    clustered by their words, and each cluster is dealt in its own Dirichlet(alpha) proportions over the clients
+    (Yurochkin et al. 2019), so that clients differ in what they write about; smaller alpha, greater difference.
+
+    Raises DataError for fewer articles than clients.
+    """
+    if len(articles) < num_clients:
+        raise DataError(
+            f"{len(articles)} articles are too few for {num_clients} clients; lower clients.local or add text to data.source"
+        )
+    random = generator("deal", how, seed)
+    if how == "topic":
+        topics = _topics([article.text for article in articles], random)
+        groups = [np.flatnonzero(topics == topic) for topic in np.unique(topics)]
+    else:
+        groups = [np.arange(len(articles))]
+    shards: list[list[int]] = [[] for _ in range(num_clients)]
+    for group in groups:
+        proportions = np.full(num_clients, 1 / num_clients) if how == "equal" else random.dirichlet([alpha] * num_clients)
+        ends = np.rint(np.cumsum(proportions) * len(group)).astype(int)[:-1]
+        for shard, part in zip(shards, np.split(random.permutation(group), ends), strict=True):
+            shard.extend(part.tolist())
+    for shard in shards:
+        if not shard:
+            shard.append(max(shards, key=len).pop())
+    return [[articles[index] for index in sorted(shard)] for shard in shards]
+
+
+def write_shard(path: Path, articles: Sequence[Article]) -> None:
+    """Write articles as .jsonl, which `read_shard` and `read_articles` read back equal; an existing file is replaced whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        for article in articles:
+            file.write(json.dumps({"title": article.title, "text": article.text}, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def read_shard(path: Path) -> list[Article]:
+    """The articles `write_shard` wrote. Raises DataError for a missing or empty file or one that is not .jsonl text."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such shard; name the client's .jsonl file")
+    articles = list(read_jsonl(path))
+    if not articles:
+        raise DataError(f"{path}: this shard is empty; give the client some text")
+    return articles
+
+
+def _topics(texts: Sequence[str], random: np.random.Generator) -> np.ndarray:
+    """Topic of each text [N], by spherical k-means on hashed words, seeded by `random`."""
+    features = _word_features(texts)
+    num_topics = min(_NUM_TOPICS, len(texts))
+    centers = features[random.choice(len(texts), num_topics, replace=False)]
+    topics = np.zeros(len(texts), dtype=np.int64)
+    for _ in range(_ROUNDS):
+        topics = np.argmax(features @ centers.T, axis=1)
+        for topic in range(num_topics):
+            members = features[topics == topic]
+            if len(members):
+                center = members.sum(axis=0)
+                centers[topic] = center / max(float(np.linalg.norm(center)), 1e-12)
+    return topics
+
+
+def _word_features(texts: Sequence[str]) -> np.ndarray:
+    """Unit rows [N, _NUM_FEATURES] float32: log-counts of a text's first words, less the average text."""
+    features = np.zeros((len(texts), _NUM_FEATURES), dtype=np.float32)
+    for row, text in zip(features, texts, strict=True):
+        words = re.findall(r"\w+", text[: 10 * _WORDS_READ].lower())[:_WORDS_READ]
+        # crc32 is the same in every process; hash() is not.
+        buckets = [zlib.crc32(word.encode("utf-8", "replace")) % _NUM_FEATURES for word in words]
+        np.add.at(row, buckets, 1.0)
+    features = np.log1p(features)
+    features -= features.mean(axis=0)
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)

@@ -1,0 +1,106 @@
+"""The server's half: transformer layers over packed sequences, returning hidden states of masked positions only."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedbert_ds.config import Cut
+from fedbert_ds.model.architecture import (
+    Widths,
+    architecture,
+    linear_parameters,
+    longest_sequence,
+    position_offset,
+    widths,
+)
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
+
+
+class Body(nn.Module):
+    """The layers of a masked LM whose embeddings and head are elsewhere; made by `cut.split` or `cut.body_skeleton`.
+
+    Its parameters keep the names they have in the Hugging Face checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
+        super().__init__()
+        self.config = model.config
+        self.config._attn_implementation = PACKED_ATTENTION
+        self.cut = cut
+        self._parts = architecture(model.config)
+        for name, module in model.named_children():
+            self.add_module(name, module)
+
+    def forward(
+        self,
+        activations: Tensor,
+        masked_positions: Tensor,
+        cu_seqlens: Tensor,
+        row_index: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of masked positions, [m, W_out], in the body's dtype; m may be 0.
+
+        `activations` is [T, W], or with the cut `rows` [R, W] and `row_index` [T] int64 into it; any floating dtype. The
+        gradients of equal rows are summed in fp32 (or wider). `masked_positions` is [m] int64 into T. `cu_seqlens` is
+        [n + 1] int32, on the CPU for speed. ValueError if these do not fit each other.
+        """
+        base = self.get_submodule(self._parts.base)
+        dtype = next(self.parameters()).dtype
+        if self.cut == "rows":
+            if row_index is None:
+                raise ValueError("the cut `rows` needs row_index, one row of the activations per token")
+            # Embedding, not indexing: the backward is the word table's own, fp32 sums in a fixed order.
+            summed_in = torch.promote_types(activations.dtype, torch.float32)
+            activations = functional.embedding(row_index, activations.to(summed_in))
+        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device)
+        hidden = activations.to(dtype).unsqueeze(0)
+        if self.cut == "rows":
+            if packing.max_length > longest_sequence(self.config):
+                raise ValueError(
+                    f"a sequence of {packing.max_length} tokens is longer than the position table, "
+                    f"{longest_sequence(self.config)}"
+                )
+            positions = packing.positions.unsqueeze(0) + position_offset(self.config)
+            hidden = base.embeddings(inputs_embeds=hidden, position_ids=positions)
+        if getattr(base, "embeddings_project", None) is not None:
+            hidden = base.embeddings_project(hidden)
+        hidden = base.encoder(hidden, packing=packing).last_hidden_state
+        selected = hidden.squeeze(0).index_select(0, masked_positions)
+        if self._parts.body_head is not None:
+            selected = self.get_submodule(self._parts.body_head)(selected)
+        return selected
+
+    def enable_activation_checkpointing(self) -> None:
+        """Keep only each layer's input in forward and recompute the layer in backward, with the same dropout."""
+        for layer in self.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of the activations it takes and of the hidden states it returns."""
+        return widths(self.config, self.cut)
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, mask_share: float, sequence_length: float) -> float:
+        """Floating-point operations of forward and backward per token, with attention over `sequence_length` tokens.
+
+        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for the scores and their use.
+        """
+        base = self.get_submodule(self._parts.base)
+        layers = sum(isinstance(layer, GradientCheckpointingLayer) for layer in base.encoder.layer)
+        per_token = linear_parameters(base) + 2 * layers * self.config.hidden_size * sequence_length
+        per_masked = linear_parameters(self.get_submodule(self._parts.body_head)) if self._parts.body_head else 0
+        return 6.0 * (per_token + mask_share * per_masked)

@@ -1,0 +1,198 @@
+"""Hugging Face models in and out: a whole masked LM from scratch or a checkpoint, its config on the wire, the merged folder."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BertConfig,
+    ElectraConfig,
+    PreTrainedModel,
+    RobertaConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from fedbert_ds.config import Cut, LayersCut, ModelSection
+from fedbert_ds.errors import ModelError
+from fedbert_ds.model.architecture import architecture, longest_sequence
+from fedbert_ds.model.cut import merge
+
+__all__ = ["build_model", "config_from_json", "config_to_json", "longest_sequence", "save_merged", "shape_hash"]
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
+    """A masked LM in fp32, from scratch or from `section.checkpoint`; what is new is drawn from `seed` alone.
+
+    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new head. ModelError, one line, if
+    the checkpoint is not found, is of another architecture, lacks weights of the encoder, or has fewer words than `vocab_size`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if section.checkpoint is None:
+            return AutoModelForMaskedLM.from_config(_config(section, vocab_size, pad_token_id), dtype=torch.float32)
+        return _from_checkpoint(section.checkpoint, section.dropout, vocab_size)
+
+
+def shape_hash(hf_config: Any, cut: Cut) -> str:
+    """16 hex digits, equal exactly if two sides mean the same network cut at the same place."""
+    shape = {
+        "architecture": hf_config.model_type,
+        "hidden_size": hf_config.hidden_size,
+        "embedding_size": getattr(hf_config, "embedding_size", hf_config.hidden_size),
+        "intermediate_size": hf_config.intermediate_size,
+        "num_hidden_layers": hf_config.num_hidden_layers,
+        "num_attention_heads": hf_config.num_attention_heads,
+        "vocab_size": hf_config.vocab_size,
+        "type_vocab_size": hf_config.type_vocab_size,
+        "longest_sequence": longest_sequence(hf_config),
+        "hidden_act": hf_config.hidden_act,
+        "layer_norm_eps": hf_config.layer_norm_eps,
+        "tied": hf_config.tie_word_embeddings,
+        "cut": {"layers": cut.layers} if isinstance(cut, LayersCut) else cut,
+    }
+    return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def config_to_json(hf_config: Any) -> str:
+    """A transformers config as JSON, without the path it was read from; `config_from_json` reads it back."""
+    fields = hf_config.to_dict()
+    fields.pop("_name_or_path", None)
+    return json.dumps(fields, sort_keys=True)
+
+
+def config_from_json(text: str) -> Any:
+    """The transformers config of JSON from the other side; ModelError if it is none, or of an unsupported architecture."""
+    try:
+        fields = json.loads(text)
+        model_type = fields["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError("the model's description is not the JSON of a transformers config") from error
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ModelError(f"architecture {model_type} is unknown to this version of transformers")
+    try:
+        hf_config = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # transformers raises its own kinds for a field of the wrong type
+        raise ModelError(f"the model's description cannot be read: {error}") from error
+    _check(hf_config)
+    return hf_config
+
+
+def save_merged(
+    folder: Path, hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mapping[str, Tensor], tokenizer: Any
+) -> None:
+    """Write the merged model and its tokenizer as an ordinary Hugging Face folder.
+
+    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole. ModelError if the halves
+    do not fit (see `merge`).
+    """
+    model = merge(hf_config, client_state, body_state)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    writing, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("writing", "old"))
+    shutil.rmtree(writing, ignore_errors=True)
+    with _quiet_transformers():
+        model.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    writing.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
+    fields = {
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_token_id,
+        "hidden_size": section.hidden_size,
+        "num_hidden_layers": section.num_hidden_layers,
+        "num_attention_heads": section.num_attention_heads,
+        "intermediate_size": section.intermediate_size or 4 * section.hidden_size,
+        "max_position_embeddings": section.max_position_embeddings,
+        "hidden_dropout_prob": section.dropout,
+        "attention_probs_dropout_prob": section.dropout,
+    }
+    if section.architecture == "electra":
+        hf_config: Any = ElectraConfig(**fields, embedding_size=section.embedding_size or section.hidden_size)
+    elif section.architecture == "roberta":
+        # The published models' values, which are not transformers' defaults.
+        fields |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
+        fields["max_position_embeddings"] += pad_token_id + 1
+        hf_config = RobertaConfig(**fields)
+    else:
+        hf_config = BertConfig(**fields)
+    _check(hf_config)
+    return hf_config
+
+
+def _check(hf_config: Any) -> None:
+    architecture(hf_config)
+    if hf_config.hidden_size % hf_config.num_attention_heads:
+        raise ModelError(
+            f"num_attention_heads {hf_config.num_attention_heads} does not divide hidden_size {hf_config.hidden_size}; "
+            "choose a divisor"
+        )
+    if hf_config.is_decoder or hf_config.add_cross_attention:
+        raise ModelError("the model is a decoder (is_decoder or add_cross_attention); use a masked-LM encoder")
+    if getattr(hf_config, "position_embedding_type", "absolute") != "absolute":
+        raise ModelError(f"position_embedding_type {hf_config.position_embedding_type} is not supported, only absolute")
+
+
+def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTrainedModel:
+    try:
+        hf_config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.checkpoint {checkpoint}: no such folder or hub model, or no config.json in it"
+        ) from error
+    _check(hf_config)
+    if vocab_size > hf_config.vocab_size:
+        raise ModelError(
+            f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; "
+            "use the checkpoint's own tokenizer (tokenizer.path)"
+        )
+    hf_config.hidden_dropout_prob = hf_config.attention_probs_dropout_prob = dropout
+    try:
+        with _quiet_transformers():
+            model, loading = AutoModelForMaskedLM.from_pretrained(
+                checkpoint, config=hf_config, dtype=torch.float32, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.checkpoint {checkpoint}: its weights cannot be loaded: {error}") from error
+    base = f"{architecture(hf_config).base}."
+    missing = sorted(loading["missing_keys"])
+    if lost := [name for name in missing if name.startswith(base)]:
+        raise ModelError(
+            f"model.checkpoint {checkpoint} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder"
+        )
+    if missing:
+        logger.warning("model.checkpoint %s has no masked-LM head; a new one is trained", checkpoint)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # Loading reports and progress bars; what they would say is checked and said above in one line.
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,159 @@
+"""The client's half: embeddings (and lower layers, if the cut says so) and the masked-LM head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from fedbert_ds.config import Cut, LayersCut
+from fedbert_ds.model.architecture import (
+    Widths,
+    architecture,
+    linear_parameters,
+    longest_sequence,
+    position_offset,
+    widths,
+)
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a client sends up for T tokens; `values` keeps its graph, for `values.backward(gradient)`."""
+
+    values: Tensor
+    """[T, W]; with the cut `rows` [R, W], each distinct row of the word table once."""
+    row_index: Tensor | None = None
+    """[T] int32 into `values` with the cut `rows`, else None."""
+
+
+class ClientHalf(nn.Module):
+    """A masked LM without its body; made by `cut.split` or `cut.client_skeleton`.
+
+    Its parameters keep the names they have in the Hugging Face checkpoint. Tied tensors (the decoder is the word table) are one
+    parameter, and appear once in `state_dict()`, under the name of the table.
+    """
+
+    def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
+        super().__init__()
+        self.config = model.config
+        self.config._attn_implementation = PACKED_ATTENTION
+        self.cut = cut
+        self._parts = architecture(model.config)
+        self._ties = dict(model.all_tied_weights_keys)
+        for name, module in model.named_children():
+            self.add_module(name, module)
+        self.tie()
+
+    def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
+        """Activations of packed tokens; `input_ids` is [T] int64, `lengths` sums to T; positions restart at each sequence.
+
+        ValueError if the lengths do not fit T or a sequence is longer than the position table.
+        """
+        if sum(lengths) != input_ids.shape[0]:
+            raise ValueError(f"lengths sum to {sum(lengths)}, but there are {input_ids.shape[0]} tokens")
+        packing = Packing.from_lengths(lengths, input_ids.device)
+        if packing.max_length > longest_sequence(self.config):
+            raise ValueError(
+                f"a sequence of {packing.max_length} tokens is longer than the position table, "
+                f"{longest_sequence(self.config)}"
+            )
+        base = self.get_submodule(self._parts.base)
+        if self.cut == "rows":
+            rows, row_index = input_ids.unique(return_inverse=True)
+            return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
+        positions = packing.positions.unsqueeze(0) + position_offset(self.config)
+        hidden = base.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions)
+        if isinstance(self.cut, LayersCut):
+            if getattr(base, "embeddings_project", None) is not None:
+                hidden = base.embeddings_project(hidden)
+            hidden = base.encoder(hidden, packing=packing).last_hidden_state
+        return Activations(hidden.squeeze(0))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the vocabulary, [m, V], for hidden states [m, W_out]."""
+        return self.get_submodule(self._parts.head)(hidden)
+
+    def head_backward(
+        self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512
+    ) -> tuple[float, Tensor]:
+        """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in this half's dtype; m may be 0.
+
+        `hidden` is [m, W_out], any floating dtype; `labels` [m] int64. Parameters' gradients of scale * sum accumulate. Each
+        chunk is forwarded and backwarded before the next, so scores never take more than [chunk_size, V].
+        """
+        dtype = next(self.parameters()).dtype
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
+            rows = rows.detach().to(dtype).requires_grad_()
+            loss = functional.cross_entropy(self.logits(rows), targets, reduction="none")
+            loss.backward(torch.full_like(loss, scale))
+            losses.append(loss.detach())
+            assert rows.grad is not None
+            gradients.append(rows.grad)
+        return _sum(losses), torch.cat(gradients)
+
+    @torch.no_grad()
+    def head_loss(self, hidden: Tensor, labels: Tensor, chunk_size: int = 512) -> float:
+        """Sum of cross-entropies in nats, with no gradient; arguments as in `head_backward`."""
+        dtype = next(self.parameters()).dtype
+        return _sum(
+            [
+                functional.cross_entropy(self.logits(rows.to(dtype)), targets, reduction="none")
+                for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
+            ]
+        )
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of the activations it makes and of the hidden states its head takes."""
+        return widths(self.config, self.cut)
+
+    @property
+    def num_parameters(self) -> int:
+        """Entries of all parameters, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def parameter_scope(self, name: str) -> Literal["embeddings", "head"]:
+        """Which part of the half a parameter belongs to; a tied table and lower layers count as embeddings."""
+        return "head" if self._ties.get(name, name).startswith(f"{self._parts.head}.") else "embeddings"
+
+    def flops_per_token(self, mask_share: float) -> float:
+        """Floating-point operations of forward and backward per token when `mask_share` of tokens reach the head.
+
+        Matrix products only, 6 per matrix entry; attention scores of lower layers are left out.
+        """
+        base, head = self.get_submodule(self._parts.base), self.get_submodule(self._parts.head)
+        return 6.0 * (linear_parameters(base) + mask_share * linear_parameters(head))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As torch's, with each tied tensor once."""
+        state = super().state_dict(*args, **kwargs)
+        for alias in self._ties:
+            state.pop(kwargs.get("prefix", "") + alias, None)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's; tied tensors may be given once or under all their names, and stay tied."""
+        tied = {alias: state_dict[source] for alias, source in self._ties.items() if source in state_dict}
+        result = super().load_state_dict({**state_dict, **tied}, strict=strict, assign=assign)
+        self.tie()
+        return result
+
+    def tie(self) -> None:
+        """Make tied tensors one parameter again, after something replaced parameters."""
+        for alias, source in self._ties.items():
+            module_name, _, parameter_name = alias.rpartition(".")
+            setattr(self.get_submodule(module_name), parameter_name, self.get_parameter(source))
+
+
+def _sum(losses: Sequence[Tensor]) -> float:
+    # One transfer for all chunks, and fp64 on the CPU, since not every device has it.
+    return torch.cat(list(losses)).cpu().double().sum().item()

@@ -1,0 +1,141 @@
+"""Divides a Hugging Face masked LM into client half and body, and joins the halves again.
+
+A half is the model itself with the other half's modules taken out, so that nothing is renamed and no layer is copied. It is
+built on torch's meta device, where a module costs no memory, and only what stays is given storage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM, PreTrainedModel
+
+from fedbert_ds.config import Cut, LayersCut
+from fedbert_ds.errors import ModelError
+from fedbert_ds.model.architecture import architecture
+from fedbert_ds.model.body import Body
+from fedbert_ds.model.client_half import ClientHalf
+
+
+class Elsewhere(nn.Module):
+    """Stands for an encoder layer that the other half holds, so that indices and names stay."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Pass hidden states on as they are."""
+        return hidden_states
+
+
+def split(model: PreTrainedModel, cut: Cut) -> tuple[ClientHalf, Body]:
+    """Divide a model; the halves take over its tensors, so it must not be used afterwards.
+
+    ModelError if the cut leaves the server no layer.
+    """
+    state = model.state_dict()
+    halves = _client_on_meta(model.config, cut), _body_on_meta(model.config, cut)
+    for half in halves:
+        names = half.state_dict().keys()
+        half.load_state_dict({name: state[name] for name in names}, assign=True)
+        _fill_buffers(half)
+        half.train(model.training)
+    return halves
+
+
+def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The whole model, fp32 on the CPU, from the states of its halves; bit-exact and tied as the config says.
+
+    ModelError if tensors are missing, left over, in both halves, or of another shape.
+    """
+    model = _on_meta(hf_config)
+    model.to_empty(device="cpu")
+    _fill_buffers(model)
+    model.tie_weights()
+    state = {**client_state, **body_state}
+    if len(state) != len(client_state) + len(body_state):
+        raise ModelError(f"both halves hold {min(client_state.keys() & body_state.keys())}; were they cut alike?")
+    state.update({alias: state[source] for alias, source in model.all_tied_weights_keys.items() if source in state})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ModelError(f"the halves do not make a whole model: {error}") from error
+    return model.eval()
+
+
+def client_skeleton(hf_config: Any, cut: Cut) -> ClientHalf:
+    """A client half on the CPU whose weights are yet to be loaded; the body is never allocated."""
+    half = _client_on_meta(hf_config, cut)
+    half.to_empty(device="cpu")
+    half.tie()
+    _fill_buffers(half)
+    return half
+
+
+def body_skeleton(hf_config: Any, cut: Cut) -> Body:
+    """A body on the CPU whose weights are yet to be loaded; the client's half is never allocated."""
+    half = _body_on_meta(hf_config, cut)
+    half.to_empty(device="cpu")
+    _fill_buffers(half)
+    return half
+
+
+def _on_meta(hf_config: Any) -> PreTrainedModel:
+    hf_config = copy.deepcopy(hf_config)
+    # A half's config names packed attention; a whole model takes transformers' default.
+    hf_config._attn_implementation = None
+    with torch.device("meta"):
+        return AutoModelForMaskedLM.from_config(hf_config, dtype=torch.float32)
+
+
+def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
+    model, parts = _on_meta(hf_config), architecture(hf_config)
+    base = model.get_submodule(parts.base)
+    if isinstance(cut, LayersCut):
+        _check_layers(hf_config, cut)
+        for index in range(cut.layers, hf_config.num_hidden_layers):
+            base.encoder.layer[index] = Elsewhere()
+    else:
+        base.encoder = None
+        base.embeddings_project = None
+    if cut == "rows":
+        words = base.embeddings.word_embeddings
+        base.embeddings = nn.Module()
+        base.embeddings.word_embeddings = words
+    if parts.body_head is not None:
+        setattr(model, parts.body_head, None)
+    return ClientHalf(model, cut)
+
+
+def _body_on_meta(hf_config: Any, cut: Cut) -> Body:
+    model, parts = _on_meta(hf_config), architecture(hf_config)
+    base = model.get_submodule(parts.base)
+    setattr(model, parts.head, None)
+    if isinstance(cut, LayersCut):
+        _check_layers(hf_config, cut)
+        for index in range(cut.layers):
+            base.encoder.layer[index] = Elsewhere()
+        base.embeddings_project = None
+    if cut == "rows":
+        base.embeddings.word_embeddings = None
+    else:
+        base.embeddings = None
+    return Body(model, cut)
+
+
+def _check_layers(hf_config: Any, cut: LayersCut) -> None:
+    if cut.layers >= hf_config.num_hidden_layers:
+        raise ModelError(
+            f"cut.layers {cut.layers} leaves the server no layer of the model's {hf_config.num_hidden_layers}; lower it"
+        )
+
+
+def _fill_buffers(module: nn.Module) -> None:
+    # Buffers that transformers computes in constructors and keeps out of state dicts: on meta they have no content.
+    for part in module.modules():
+        if isinstance(getattr(part, "position_ids", None), Tensor):
+            part.position_ids = torch.arange(part.position_ids.shape[-1], device="cpu").expand((1, -1))
+            part.token_type_ids = torch.zeros(part.position_ids.shape, dtype=torch.long, device="cpu")
+    unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
+    assert not unfilled, f"no content for {unfilled}"

@@ -1,0 +1,158 @@
+"""AdamW, SGD and LAMB from the run file's section, with no decay of biases and LayerNorm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from fedbert_ds.config import OptimizerSection
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2).
+
+    With Adam's bias-corrected direction r and decay d, a parameter w moves by lr * ratio * (r + d * w), where ratio is
+    ||w|| / ||r + d * w||, or 1 if either norm is 0. As in the authors' code, parameters without decay take ratio 1 unless their
+    group says `adapt: True`. The paper bounds phi(||w||); here the ratio itself is clamped to at most `max_trust_ratio`, which is
+    reached only when the update has become that many times smaller than the weights.
+
+    Under DeepSpeed's ZeRO a rank holds a slice of each parameter group, flattened. Give each parameter its own group and say
+    `partitioned=True`: each step then sums the squared norms over `process_group`, one all-reduce for all groups, and the ratio
+    is that of the whole parameter. Every rank must step the same groups in the same order.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_trust_ratio: float = 10.0,
+        partitioned: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_trust_ratio": max_trust_ratio,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self.partitioned = partitioned
+        self.process_group = process_group
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        members = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
+        if not members:
+            return loss
+        updates = [self._direction(group, parameter) for group, parameter in members]
+        ratios = self._trust_ratios(members, updates)
+        for (group, parameter), update, ratio in zip(members, updates, ratios, strict=True):
+            if parameter.grad is not None:
+                parameter.sub_((update * (ratio * group["lr"])).to(parameter.dtype))
+        return loss
+
+    def _direction(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
+        """Adam's direction plus decay, fp32 or wider, in the parameter's shape; zeros if it has no gradient."""
+        working = torch.promote_types(parameter.dtype, torch.float32)
+        if parameter.grad is None:
+            return torch.zeros_like(parameter, dtype=working)
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=working)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=working)
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        gradient = parameter.grad.to(working)
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        root = (state["exp_avg_sq"] / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        direction = state["exp_avg"] / root.mul_(1 - beta1 ** state["step"])
+        return direction.add_(parameter.to(working), alpha=group["weight_decay"])
+
+    def _trust_ratios(self, members: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
+        """One ratio per member, from the squared norms of weights and updates, [2, members] fp32 or wider."""
+        squares = torch.stack(
+            [
+                torch.stack(
+                    [
+                        parameter.to(update.dtype).square().sum()
+                        for (_, parameter), update in zip(members, updates, strict=True)
+                    ]
+                ),
+                torch.stack([update.square().sum() for update in updates]),
+            ]
+        )
+        if self.partitioned:
+            torch.distributed.all_reduce(squares, group=self.process_group)
+        weights, moves = squares.sqrt()
+        bounds = squares.new_tensor([group["max_trust_ratio"] for group, _ in members])
+        adapted = torch.tensor(
+            [bool(group.get("adapt", group["weight_decay"] > 0)) for group, _ in members], device=squares.device
+        )
+        ratios = torch.minimum(weights / moves, bounds)
+        return torch.where(adapted & (weights > 0) & (moves > 0), ratios, torch.ones_like(ratios))
+
+
+def build_optimizer(
+    named_parameters: Named, section: OptimizerSection, *, process_group: Any = None, partitioned: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of a body or a client half; learning-rate schedules are the caller's.
+
+    Biases and LayerNorm weights are not decayed. AdamW and SGD get two groups (one may be absent), LAMB one parameter per
+    group. `partitioned` says that the parameters will be slices of ZeRO groups over `process_group` (LAMB's norms need it).
+    NVIDIA apex, where installed, takes AdamW and whole-parameter LAMB on CUDA.
+    """
+    named = list(named_parameters)
+    on_cuda = all(parameter.is_cuda for _, parameter in named)
+    apex = _nvidia_apex() if on_cuda else None
+    common = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
+    if section.name == "lamb":
+        groups = [
+            {"params": [parameter], "weight_decay": section.weight_decay if is_decayed(name) else 0.0}
+            | {"adapt": is_decayed(name)}
+            for name, parameter in named
+        ]
+        if apex is not None and not partitioned:
+            # Gradients are clipped by the caller; apex would clip them once more.
+            return apex.FusedLAMB(groups, **common, max_grad_norm=math.inf)
+        return Lamb(groups, **common, partitioned=partitioned, process_group=process_group)
+    decayed = [parameter for name, parameter in named if is_decayed(name)]
+    others = [parameter for name, parameter in named if not is_decayed(name)]
+    two_groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, section.weight_decay), (others, 0.0))
+        if parameters
+    ]
+    if section.name == "sgd":
+        return torch.optim.SGD(two_groups, lr=section.lr)
+    if apex is not None:
+        return apex.FusedAdam(two_groups, **common, adam_w_mode=True)
+    fused = on_cuda or all(parameter.device.type == "cpu" for _, parameter in named)
+    return torch.optim.AdamW(two_groups, **common, fused=fused)
+
+
+def is_decayed(name: str) -> bool:
+    """Whether weight decay applies to a parameter, by its Hugging Face name: not to biases and LayerNorm weights."""
+    return not (name.endswith("bias") or "layernorm" in name.lower().replace("_", ""))
+
+
+def _nvidia_apex() -> Any:
+    # An unrelated package on PyPI is also called apex; only NVIDIA's has fused optimizers.
+    try:
+        from apex import optimizers
+    except ImportError:
+        return None
+    return optimizers if hasattr(optimizers, "FusedAdam") else None

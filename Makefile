@@ -1,0 +1,72 @@
+# make pretrain    set up the environment, then pre-train with configs/default.yaml on this machine
+# make test        set up the environment, then lint, type-check and test
+# make setup       the environment alone        make clean    remove it, and what tools left behind
+#
+# make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"     another run file, overrides, resuming
+
+VENV ?= .venv
+# The one switch: `cuda` installs PyTorch's ordinary builds, `cpu` the pinned set of constraints.txt.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# An interpreter from 3.10 to 3.13; empty takes the newest on the path.
+PYTHON ?=
+# More arguments for pip, such as another index.
+PIP_FLAGS ?=
+CONFIG ?= configs/default.yaml
+ARGS ?=
+
+ifeq ($(DEVICE),cuda)
+EXTRAS := server,data,dev,gpu
+PINS :=
+RANKS ?= $(shell nvidia-smi -L | wc -l)
+else
+EXTRAS := server,data,dev
+PINS := --constraint constraints.txt
+RANKS ?= 2
+export DS_ACCELERATOR := cpu
+# Ranks and clients share the cores; threads of each on top only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+endif
+# The deepspeed launcher follows CUDA_VISIBLE_DEVICES only when no number is given.
+NUM_GPUS := $(if $(CUDA_VISIBLE_DEVICES),,--num_gpus $(RANKS))
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+LOG := $(VENV)/install.log
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: pretrain test setup clean
+
+pretrain: $(STAMP)
+	@deepspeed $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
+
+test: export HF_HUB_OFFLINE := 1
+test: $(STAMP)
+	@ruff check --quiet .
+	@ruff format --quiet --check . || { echo "make: files above are not formatted; run: ruff format ."; exit 1; }
+	@mypy --no-error-summary
+	@pytest --numprocesses auto --quiet $(ARGS)
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3); do \
+		"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
+		echo "environment  $$("$$python" -V), $(DEVICE) -> $(VENV)"; \
+		"$$python" -m venv $(VENV) >/dev/null 2>&1 && exit 0; \
+		rm -rf $(VENV); \
+		echo "make: $$python cannot make a virtual environment; install python3-venv (or name another with PYTHON=)"; exit 1; \
+	done; \
+	echo "make: no Python from 3.10 to 3.13 $(if $(PYTHON),at $(PYTHON),on the path); install one or name it with PYTHON="; exit 1
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "make: $(VENV) holds a Python outside 3.10 to 3.13; run: make clean"; exit 1; }
+	@echo "packages     fedbert-ds[$(EXTRAS)], a few minutes the first time"
+	@$(BIN)/python -m pip install --quiet $(PINS) $(PIP_FLAGS) --editable '.[$(EXTRAS)]' >$(LOG) 2>&1 || \
+		{ echo "make: pip failed: $$(grep '^ERROR' $(LOG) | tail -n 1) (all of it: $(LOG))"; exit 1; }
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+clean:
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -30,7 +30,7 @@ class Article:
 def read_articles(
     source: Sequence[str], *, streaming: bool = False, max_articles: int | None = None
 ) -> Iterator[Article]:
-    """Articles of all sources, one source after another, in an order that is the same on every run; blank ones are skipped.
+    """Articles of all sources, one source after another, in the same order on every run; blank ones are skipped.
 
     A source is one of
       `python-docs`                   the documentation that comes with Python;
@@ -85,7 +85,7 @@ def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Article]]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _FILE_READERS and file.is_file())
         if not files:
-            raise DataError(f"{name}: no {_suffixes()} file in this folder; put text there or name another in data.source")
+            raise DataError(f"{name}: no {_suffixes()} file in this folder; name another in data.source")
         return lambda: itertools.chain.from_iterable(_FILE_READERS[file.suffix.lower()](file) for file in files)
     if not path.exists():
         raise DataError(f"{name}: no such file or folder; name one in data.source, or python-docs, or hub:NAME")
@@ -131,7 +131,7 @@ def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
-    except Exception as error:  # datasets raises its own, hub, network and file errors; all mean the name or the way to it
+    except Exception as error:  # datasets, hub, network and file errors share no base; all mean the name
         raise DataError(f"{source}: cannot load it: {error}; the form is hub:NAME[:CONFIG][:SPLIT]") from error
     if rows.column_names is not None:
         _require_text_column(source, rows.column_names)

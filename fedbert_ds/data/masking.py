@@ -72,14 +72,16 @@ class Batch:
 
 
 def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> EncodedText:
-    """Tokenize articles and cut each into consecutive sequences of at most `sequence_length` tokens, [CLS] and [SEP] included.
+    """Tokenize articles and cut each into consecutive sequences of at most `sequence_length` tokens.
 
-    A sequence never holds text of two articles, and every token of the text is in exactly one sequence. Text that looks
-    like a special token ("[MASK]") is text. Raises DataError for a sequence_length below 3, for a tokenizer without
-    special tokens for both ends, and for articles without any token.
+    [CLS] and [SEP] are among them. A sequence never holds text of two articles, and every token of the text is in
+    exactly one sequence. Text that looks like a special token ("[MASK]") is text.
+
+    Raises DataError for a sequence_length below 3, for a tokenizer without special tokens for both ends, and for
+    articles without any token.
     """
     if sequence_length < 3:
-        raise DataError(f"data.sequence_length {sequence_length} leaves no room for text beside [CLS] and [SEP]; use 3 or more")
+        raise DataError(f"data.sequence_length {sequence_length} has no room for text; use 3 or more")
     first, last = _sequence_ends(tokenizer)
     room = sequence_length - 2
     tokens, starts, lengths = [], [], [0]
@@ -109,9 +111,11 @@ class Masker:
     Raises DataError for a tokenizer without a mask token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float, whole_word: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float, whole_word: bool = False
+    ) -> None:
         if tokenizer.mask_token_id is None:
-            raise DataError("this tokenizer has no mask token, so it cannot make masked-LM text; name another in tokenizer.path")
+            raise DataError("this tokenizer has no mask token; name one of a masked LM in tokenizer.path")
         self.mask_probability = mask_probability
         self.whole_word = whole_word
         self._mask_id: int = tokenizer.mask_token_id
@@ -121,7 +125,7 @@ class Masker:
     def mask(
         self, tokens: np.ndarray, word_starts: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(input_ids [T] int64, masked_positions [m] int64 ascending, labels [m] int64) of tokens [T] and word_starts [T] bool."""
+        """Mask tokens [T] (word_starts [T] bool): input_ids [T], positions [m] ascending, labels [m], all int64."""
         if self.whole_word:
             chosen_words = random.random(int(word_starts.sum())) < self.mask_probability
             chosen = chosen_words[np.cumsum(word_starts) - 1]
@@ -171,8 +175,8 @@ class BatchStream:
     def next_batch(self, window: int, max_tokens: int) -> Batch:
         """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
 
-        One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a batch when the text ends
-        there, so a text shorter than `max_tokens` is repeated, each time masked anew.
+        One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a batch when the text
+        ends there, so a text shorter than `max_tokens` is repeated, each time masked anew.
         """
         offsets = self.text.offsets
         pieces: list[slice] = []
@@ -209,7 +213,7 @@ class BatchStream:
         """Continue where `state_dict` was taken. Raises DataError when the text is not the one it was taken from."""
         if state["sequences"] != self.text.num_sequences:
             raise DataError(
-                f"the shard has {self.text.num_sequences} sequences but had {state['sequences']} when the run was saved; "
+                f"the shard has {self.text.num_sequences} sequences, but {state['sequences']} when the run was saved; "
                 "resume with the same text, tokenizer and data.sequence_length"
             )
         self._epoch, self._position = state["epoch"], state["position"]
@@ -247,7 +251,7 @@ def _token_arrays(
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that neither truncates nor pads (a saved tokenizer may) nor takes "[MASK]" in the text for the mask token."""
+    """A copy that neither truncates nor pads (a saved one may) nor takes "[MASK]" in text for the mask token."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

@@ -29,7 +29,7 @@ def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list
     """
     if len(articles) < 2:
         raise DataError(
-            f"{len(articles)} article cannot be both trained on and held out; give data.source more files or a .jsonl file"
+            f"{len(articles)} article cannot be both trained on and held out; put more in data.source, or use .jsonl"
         )
     count = min(max(1, round(share * len(articles))), len(articles) - 1)
     chosen = set(generator("hold-out", seed).permutation(len(articles))[:count].tolist())
@@ -40,7 +40,7 @@ def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list
 def deal(
     articles: Sequence[Article], num_clients: int, how: Literal["equal", "size", "topic"], alpha: float, seed: int
 ) -> list[list[Article]]:
-    """Deal every article to exactly one of `num_clients` shards, none of them empty; the same seed gives the same shards.
+    """Deal every article to exactly one of `num_clients` shards, none of them empty, as `seed` says.
 
     `equal`: counts that differ by at most one. `size`: counts in Dirichlet(alpha) proportions. `topic`: articles are
     clustered by their words, and each cluster is dealt in its own Dirichlet(alpha) proportions over the clients
@@ -50,7 +50,7 @@ def deal(
     """
     if len(articles) < num_clients:
         raise DataError(
-            f"{len(articles)} articles are too few for {num_clients} clients; lower clients.local or add text to data.source"
+            f"{len(articles)} articles are too few for {num_clients} clients; lower clients.local or add to data.source"
         )
     random = generator("deal", how, seed)
     if how == "topic":
@@ -60,7 +60,9 @@ def deal(
         groups = [np.arange(len(articles))]
     shards: list[list[int]] = [[] for _ in range(num_clients)]
     for group in groups:
-        proportions = np.full(num_clients, 1 / num_clients) if how == "equal" else random.dirichlet([alpha] * num_clients)
+        proportions = (
+            np.full(num_clients, 1 / num_clients) if how == "equal" else random.dirichlet([alpha] * num_clients)
+        )
         ends = np.rint(np.cumsum(proportions) * len(group)).astype(int)[:-1]
         for shard, part in zip(shards, np.split(random.permutation(group), ends), strict=True):
             shard.extend(part.tolist())
@@ -71,7 +73,7 @@ def deal(
 
 
 def write_shard(path: Path, articles: Sequence[Article]) -> None:
-    """Write articles as .jsonl, which `read_shard` and `read_articles` read back equal; an existing file is replaced whole."""
+    """Write articles as .jsonl, which `read_shard` and `read_articles` read; an existing file is replaced whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:

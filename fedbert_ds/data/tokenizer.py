@@ -27,7 +27,7 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
     The same articles give the same vocabulary in every process. Raises DataError for no text or fewer than 64 pieces.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import BertTokenizerFast
+    from transformers import BertTokenizer
 
     if vocab_size < _SMALLEST_VOCABULARY:
         raise DataError(f"tokenizer.vocab_size {vocab_size} is too small; use {_SMALLEST_VOCABULARY} or more")
@@ -54,9 +54,9 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
     tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
+        ("[SEP]", SPECIAL_TOKENS.index("[SEP]")), ("[CLS]", SPECIAL_TOKENS.index("[CLS]"))
     )
-    return BertTokenizerFast(tokenizer_object=tokenizer)
+    return BertTokenizer(tokenizer_object=tokenizer)
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
@@ -74,9 +74,9 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=is_folder, trust_remote_code=False)
     except Exception as error:  # hub, network, JSON and tokenizer errors share no base; all mean the name or its files
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{name_or_folder}: no tokenizer could be loaded ({reason}); name a folder or hub name") from error
+        raise DataError(f"{name_or_folder}: no tokenizer there ({reason}); name a folder or hub name") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise DataError(f"{name_or_folder}: this tokenizer has no fast form (tokenizer.json); convert or choose another")
+        raise DataError(f"{name_or_folder}: this tokenizer has no tokenizer.json; choose one that has")
     return tokenizer
 
 
@@ -98,7 +98,7 @@ def tokenizer_to_bytes(tokenizer: PreTrainedTokenizerFast) -> bytes:
 
 
 def tokenizer_from_bytes(data: bytes) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tokenizer_to_bytes`, as plain data: nothing in it is executed. Raises DataError if malformed."""
+    """The tokenizer of `tokenizer_to_bytes`; it is data, never executed. Raises DataError if malformed."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 

@@ -1,0 +1,240 @@
+"""Masked-LM loss of a checkpoint on held-out text, beside what word frequency alone would reach."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.masking import EncodedText, Masker, encode
+from fedbert_ds.data.seeding import generator
+from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+LONGEST_SEQUENCE = 512
+
+
+@dataclass(frozen=True)
+class MaskedLMResult:
+    """What a masked-LM checkpoint makes of a text."""
+
+    loss: float
+    """Mean cross-entropy of the masked tokens, in nats."""
+    perplexity: float
+    """exp(loss)."""
+    unigram_loss: float | None
+    """The same targets predicted from the training text's token frequencies alone; None without train_counts."""
+    masked_tokens: int
+    """Tokens predicted."""
+    sequences: int
+    """Sequences read."""
+
+
+def evaluate_masked_lm(
+    model_name_or_folder: str | Path,
+    articles_or_paths: Sequence[Article] | Sequence[str] | str | Path,
+    *,
+    seed: int = 0,
+    mask_probability: float = 0.15,
+    sequence_length: int | None = None,
+    batch_size: int = 32,
+    max_sequences: int | None = None,
+    train_counts: Tensor | None = None,
+    device: str | None = None,
+) -> MaskedLMResult:
+    """Evaluate any Hugging Face masked-LM checkpoint that has a fast tokenizer.
+
+    `articles_or_paths` are articles, or sources as in `data.source`. `sequence_length` None takes the model's limit,
+    at most 512. `max_sequences` reads that many, spread evenly over the text. `train_counts` [V] counts the training
+    text's tokens. `device` None takes a GPU when there is one. The masks follow from `seed` and the text alone, so the
+    same checkpoint gives the same number each time, and `batch_size` changes no more than rounding.
+
+    Warns when the checkpoint holds an encoder only, for its head is then newly initialized. Raises ModelError when it
+    is no masked-LM checkpoint, has no tokenizer, or does not fit its tokenizer or `sequence_length`, and DataError when
+    the text cannot be read or is too short to mask a token.
+    """
+    name = str(model_name_or_folder)
+    model: Any = _load_model(name, seed)
+    try:
+        tokenizer = load_tokenizer(name)
+    except DataError as error:
+        raise ModelError(f"{error}; a checkpoint to evaluate needs its tokenizer beside it") from error
+    num_rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_rows:
+        raise ModelError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {num_rows}; save its own there")
+    limit = min(_position_limit(model), tokenizer.model_max_length)
+    if sequence_length is not None and sequence_length > limit:
+        raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
+    text = encode(_articles(articles_or_paths), tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return masked_lm_loss(
+        model,
+        tokenizer,
+        text,
+        seed=seed,
+        mask_probability=mask_probability,
+        batch_size=batch_size,
+        max_sequences=max_sequences,
+        train_counts=train_counts,
+    )
+
+
+def masked_lm_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    text: EncodedText,
+    *,
+    seed: int = 0,
+    mask_probability: float = 0.15,
+    batch_size: int = 32,
+    max_sequences: int | None = None,
+    train_counts: Tensor | None = None,
+) -> MaskedLMResult:
+    """What `evaluate_masked_lm` measures, for a model in memory, where it is; its training mode is restored.
+
+    Raises DataError when the text is too short to mask a token.
+    """
+    # The whole text is masked, whatever is read of it, so that neither max_sequences nor batch_size changes a mask.
+    input_ids, positions, labels = (
+        torch.from_numpy(array)
+        for array in Masker(tokenizer, mask_probability=mask_probability).mask(
+            text.tokens.numpy(), text.word_starts.numpy(), generator("evaluate", seed)
+        )
+    )
+    targets = torch.full_like(input_ids, -1)
+    targets[positions] = labels
+    sequences = torch.arange(text.num_sequences)
+    if max_sequences is not None and max_sequences < len(sequences):
+        sequences = torch.linspace(0, len(sequences) - 1, max_sequences).round().long()
+    sequences = sequences[text.lengths[sequences].argsort(stable=True)]  # like lengths together: less padding
+
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    total, labels_read = 0.0, []
+    was_training = model.training
+    model.eval()
+    for batch in sequences.split(batch_size):
+        pieces = [slice(int(text.offsets[index]), int(text.offsets[index + 1])) for index in batch]
+        batch_targets = _padded([targets[piece] for piece in pieces], -1)
+        if (batch_targets >= 0).any():
+            batch_ids = _padded([input_ids[piece] for piece in pieces], padding)
+            attention_mask = _padded([torch.ones_like(input_ids[piece]) for piece in pieces], 0)
+            total += _summed_cross_entropy(model, batch_ids, attention_mask, batch_targets)
+            labels_read.append(batch_targets[batch_targets >= 0])
+    model.train(was_training)
+    if not labels_read:
+        raise DataError("the text to evaluate on is too short: no token of it was masked; give more text")
+    all_labels = torch.cat(labels_read)
+    loss = total / len(all_labels)
+    return MaskedLMResult(
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        unigram_loss=None if train_counts is None else unigram_loss(train_counts, all_labels),
+        masked_tokens=len(all_labels),
+        sequences=len(sequences),
+    )
+
+
+def unigram_loss(train_token_counts: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy, in nats, of labels [m] under the add-one-smoothed distribution of train_token_counts [V]."""
+    smoothed = train_token_counts.double() + 1.0
+    return float(smoothed.sum().log() - smoothed[labels].log().mean())
+
+
+@torch.inference_mode()
+def _summed_cross_entropy(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> float:
+    """Sum over the targets [B, L] that are not -1; the head sees their hidden states only."""
+    chosen = (targets >= 0).to(model.device)
+
+    def keep_chosen(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
+        output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
+        return output
+
+    # Every masked LM of transformers hands its encoder's last hidden state to its head, whatever the two are called.
+    hook = model.base_model.register_forward_hook(keep_chosen)
+    try:
+        logits = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)).logits
+    finally:
+        hook.remove()
+    labels = targets[targets >= 0].to(model.device)
+    return float(torch.nn.functional.cross_entropy(logits[0].float(), labels, reduction="none").double().sum())
+
+
+def _padded(rows: list[Tensor], value: int) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def _articles(articles_or_paths: Sequence[Article] | Sequence[str] | str | Path) -> Iterator[Article]:
+    if isinstance(articles_or_paths, (str, Path)):
+        articles_or_paths = [str(articles_or_paths)]
+    for item in articles_or_paths:
+        if isinstance(item, Article):
+            yield item
+        else:
+            yield from read_articles([str(item)])
+
+
+def _load_model(name: str, seed: int) -> PreTrainedModel:
+    from transformers import AutoModelForMaskedLM
+
+    is_folder = Path(name).is_dir()
+    if is_folder and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json; name a folder written by save_pretrained")
+    try:
+        # Seeded, so that even a head that has to be initialized gives the same number each time.
+        with _quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, report = AutoModelForMaskedLM.from_pretrained(
+                name, local_files_only=is_folder, output_loading_info=True, dtype=torch.float32
+            )
+    except (
+        Exception
+    ) as error:  # hub, network, JSON and safetensors errors share no base; all mean the name or its files
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{name}: cannot be loaded as a masked-LM checkpoint ({reason})") from error
+    missing = sorted(report["missing_keys"])
+    encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    if encoder:
+        raise ModelError(f"{name}: weights of the encoder are missing, {encoder[0]} first; save the checkpoint again")
+    if missing:
+        warnings.warn(
+            f"{name}: the checkpoint has no masked-LM head ({missing[0]} ...); it is newly initialized, "
+            "so the loss says nothing about the encoder",
+            stacklevel=3,
+        )
+    return model
+
+
+def _position_limit(model: PreTrainedModel) -> int:
+    """Longest sequence the position table holds; RoBERTa's kind spends its first rows on padding."""
+    limit = getattr(model.config, "max_position_embeddings", None) or LONGEST_SEQUENCE
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return limit
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no table of missing weights from transformers: one line of ours says it."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

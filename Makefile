@@ -48,18 +48,19 @@ test: $(STAMP)
 	@pytest --numprocesses auto --quiet $(ARGS)
 
 setup: $(STAMP)
+	@:
 
-$(BIN)/python:
+$(VENV)/bin/python:
 	@for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3.10 python3); do \
 		"$$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue; \
 		echo "environment  $$("$$python" -V), $(DEVICE) -> $(VENV)"; \
 		"$$python" -m venv $(VENV) >/dev/null 2>&1 && exit 0; \
-		rm -rf $(VENV); \
+		rm -f $(VENV)/bin/python*; \
 		echo "make: $$python cannot make a virtual environment; install python3-venv (or name another with PYTHON=)"; exit 1; \
 	done; \
 	echo "make: no Python from 3.10 to 3.13 $(if $(PYTHON),at $(PYTHON),on the path); install one or name it with PYTHON="; exit 1
 
-$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "make: $(VENV) holds a Python outside 3.10 to 3.13; run: make clean"; exit 1; }
 	@echo "packages     fedbert-ds[$(EXTRAS)], a few minutes the first time"
@@ -69,4 +70,5 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 clean:
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@! [ -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -68,5 +68,5 @@ def longest_sequence(hf_config: Any) -> int:
 
 
 def linear_parameters(module: nn.Module) -> int:
-    """Entries of the matrices that multiply every row a module is given (embedding tables are looked up, not multiplied)."""
+    """Entries of the matrices that multiply each row a module is given; embedding tables are looked up, not counted."""
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))

@@ -1,7 +1,7 @@
 """Attention over packed sequences, registered with transformers so that its own layers run on `[1, T, H]`.
 
-Sequences lie one after another with no padding; a `Packing` says where each begins and is passed through the encoder as the
-keyword argument `packing`.
+Sequences lie one after another with no padding; a `Packing` says where each begins and is passed through the encoder
+as the keyword argument `packing`.
 """
 
 from __future__ import annotations
@@ -95,10 +95,11 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Bidirectional attention within each sequence; the signature is transformers' attention interface.
 
-    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is padded. Returns [1, T, heads, d] and
-    no attention weights.
+    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is padded. Returns
+    [1, T, heads, d] and no attention weights.
     """
-    # The one seam: a fused variable-length kernel for CUDA takes over here, given packing.cu_seqlens and packing.max_length.
+    # The one seam: a fused variable-length kernel for CUDA takes over here, given packing.cu_seqlens and
+    # packing.max_length.
     by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
     return grouped_attention(*by_token, packing=packing, dropout=dropout, scaling=scaling).unsqueeze(0), None
 
@@ -118,7 +119,7 @@ def grouped_attention(
     pieces = []
     for (length, count), *parts in zip(packing.groups, *(tensor.split(sizes) for tensor in tensors), strict=True):
         batch = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
-        attended = scaled_dot_product_attention(*batch, dropout_p=dropout, scale=scaling)
+        attended = scaled_dot_product_attention(batch[0], batch[1], batch[2], dropout_p=dropout, scale=scaling)
         pieces.append(attended.transpose(1, 2).flatten(0, 1))
     result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return result if packing.restore is None else result.index_select(0, packing.restore)

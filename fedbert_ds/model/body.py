@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fedbert_ds.config import Cut
+from fedbert_ds.config import Cut, LayersCut
 from fedbert_ds.model.architecture import (
     Widths,
     architecture,
@@ -47,11 +47,11 @@ class Body(nn.Module):
     ) -> Tensor:
         """Hidden states of masked positions, [m, W_out], in the body's dtype; m may be 0.
 
-        `activations` is [T, W], or with the cut `rows` [R, W] and `row_index` [T] int64 into it; any floating dtype. The
-        gradients of equal rows are summed in fp32 (or wider). `masked_positions` is [m] int64 into T. `cu_seqlens` is
-        [n + 1] int32, on the CPU for speed. ValueError if these do not fit each other.
+        `activations` is [T, W], or with the cut `rows` [R, W] and `row_index` [T] int64 into it; any floating dtype.
+        The gradients of equal rows are summed in fp32 (or wider). `masked_positions` is [m] int64 into T.
+        `cu_seqlens` is [n + 1] int32, on the CPU for speed. ValueError if these do not fit each other.
         """
-        base = self.get_submodule(self._parts.base)
+        base: Any = self.get_submodule(self._parts.base)
         dtype = next(self.parameters()).dtype
         if self.cut == "rows":
             if row_index is None:
@@ -79,10 +79,10 @@ class Body(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Keep only each layer's input in forward and recompute the layer in backward, with the same dropout."""
-        for layer in self.modules():
-            if isinstance(layer, GradientCheckpointingLayer):
-                layer.gradient_checkpointing = True
-                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        base: Any = self.get_submodule(self._parts.base)
+        for layer in base.encoder.layer:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     @property
     def widths(self) -> Widths:
@@ -97,10 +97,11 @@ class Body(nn.Module):
     def flops_per_token(self, mask_share: float, sequence_length: float) -> float:
         """Floating-point operations of forward and backward per token, with attention over `sequence_length` tokens.
 
-        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for the scores and their use.
+        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for the scores and
+        their use.
         """
-        base = self.get_submodule(self._parts.base)
-        layers = sum(isinstance(layer, GradientCheckpointingLayer) for layer in base.encoder.layer)
+        base: Any = self.get_submodule(self._parts.base)
+        layers = self.config.num_hidden_layers - (self.cut.layers if isinstance(self.cut, LayersCut) else 0)
         per_token = linear_parameters(base) + 2 * layers * self.config.hidden_size * sequence_length
         per_masked = linear_parameters(self.get_submodule(self._parts.body_head)) if self._parts.body_head else 0
         return 6.0 * (per_token + mask_share * per_masked)

@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: a whole masked LM from scratch or a checkpoint, its config on the wire, the merged folder."""
+"""Hugging Face models in and out: from scratch or a checkpoint, as JSON for the wire, and the merged folder."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
     """A masked LM in fp32, from scratch or from `section.checkpoint`; what is new is drawn from `seed` alone.
 
-    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new head. ModelError, one line, if
-    the checkpoint is not found, is of another architecture, lacks weights of the encoder, or has fewer words than `vocab_size`.
+    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new head. ModelError, one
+    line, if the checkpoint is not found, is of another architecture, lacks weights of the encoder, or has fewer words
+    than `vocab_size`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -61,6 +62,7 @@ def shape_hash(hf_config: Any, cut: Cut) -> str:
         "longest_sequence": longest_sequence(hf_config),
         "hidden_act": hf_config.hidden_act,
         "layer_norm_eps": hf_config.layer_norm_eps,
+        "pad_token_id": hf_config.pad_token_id,
         "tied": hf_config.tie_word_embeddings,
         "cut": {"layers": cut.layers} if isinstance(cut, LayersCut) else cut,
     }
@@ -75,7 +77,7 @@ def config_to_json(hf_config: Any) -> str:
 
 
 def config_from_json(text: str) -> Any:
-    """The transformers config of JSON from the other side; ModelError if it is none, or of an unsupported architecture."""
+    """The transformers config that `config_to_json` wrote; ModelError if it is none, or of an unsupported one."""
     try:
         fields = json.loads(text)
         model_type = fields["model_type"]
@@ -96,8 +98,8 @@ def save_merged(
 ) -> None:
     """Write the merged model and its tokenizer as an ordinary Hugging Face folder.
 
-    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole. ModelError if the halves
-    do not fit (see `merge`).
+    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole. ModelError if
+    the halves do not fit (see `merge`).
     """
     model = merge(hf_config, client_state, body_state)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +116,7 @@ def save_merged(
 
 
 def _config(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
-    fields = {
+    fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_token_id,
         "hidden_size": section.hidden_size,

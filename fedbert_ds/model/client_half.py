@@ -36,8 +36,8 @@ class Activations:
 class ClientHalf(nn.Module):
     """A masked LM without its body; made by `cut.split` or `cut.client_skeleton`.
 
-    Its parameters keep the names they have in the Hugging Face checkpoint. Tied tensors (the decoder is the word table) are one
-    parameter, and appear once in `state_dict()`, under the name of the table.
+    Its parameters keep the names they have in the Hugging Face checkpoint. Tied tensors (the decoder is the word
+    table) are one parameter, and appear once in `state_dict()`, under the name of the table.
     """
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
@@ -52,9 +52,10 @@ class ClientHalf(nn.Module):
         self.tie()
 
     def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
-        """Activations of packed tokens; `input_ids` is [T] int64, `lengths` sums to T; positions restart at each sequence.
+        """Activations of packed tokens: `input_ids` is [T] int64, and `lengths`, of the sequences in it, sums to T.
 
-        ValueError if the lengths do not fit T or a sequence is longer than the position table.
+        Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is longer than the
+        position table.
         """
         if sum(lengths) != input_ids.shape[0]:
             raise ValueError(f"lengths sum to {sum(lengths)}, but there are {input_ids.shape[0]} tokens")
@@ -64,7 +65,7 @@ class ClientHalf(nn.Module):
                 f"a sequence of {packing.max_length} tokens is longer than the position table, "
                 f"{longest_sequence(self.config)}"
             )
-        base = self.get_submodule(self._parts.base)
+        base: Any = self.get_submodule(self._parts.base)
         if self.cut == "rows":
             rows, row_index = input_ids.unique(return_inverse=True)
             return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
@@ -85,8 +86,9 @@ class ClientHalf(nn.Module):
     ) -> tuple[float, Tensor]:
         """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in this half's dtype; m may be 0.
 
-        `hidden` is [m, W_out], any floating dtype; `labels` [m] int64. Parameters' gradients of scale * sum accumulate. Each
-        chunk is forwarded and backwarded before the next, so scores never take more than [chunk_size, V].
+        `hidden` is [m, W_out], any floating dtype; `labels` [m] int64. Parameters' gradients of scale * sum
+        accumulate. Each chunk is forwarded and backwarded before the next, so scores never take more than
+        [chunk_size, V].
         """
         dtype = next(self.parameters()).dtype
         losses: list[Tensor] = []

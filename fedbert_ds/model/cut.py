@@ -1,7 +1,7 @@
 """Divides a Hugging Face masked LM into client half and body, and joins the halves again.
 
-A half is the model itself with the other half's modules taken out, so that nothing is renamed and no layer is copied. It is
-built on torch's meta device, where a module costs no memory, and only what stays is given storage.
+A half is the model itself with the other half's modules taken out, so that nothing is renamed and no layer is copied.
+It is built on torch's meta device, where a module costs no memory, and only what stays is given storage.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _on_meta(hf_config: Any) -> PreTrainedModel:
 
 def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
     model, parts = _on_meta(hf_config), architecture(hf_config)
-    base = model.get_submodule(parts.base)
+    base: Any = model.get_submodule(parts.base)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
         for index in range(cut.layers, hf_config.num_hidden_layers):
@@ -110,7 +110,7 @@ def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
 
 def _body_on_meta(hf_config: Any, cut: Cut) -> Body:
     model, parts = _on_meta(hf_config), architecture(hf_config)
-    base = model.get_submodule(parts.base)
+    base: Any = model.get_submodule(parts.base)
     setattr(model, parts.head, None)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
@@ -134,8 +134,9 @@ def _check_layers(hf_config: Any, cut: LayersCut) -> None:
 def _fill_buffers(module: nn.Module) -> None:
     # Buffers that transformers computes in constructors and keeps out of state dicts: on meta they have no content.
     for part in module.modules():
-        if isinstance(getattr(part, "position_ids", None), Tensor):
-            part.position_ids = torch.arange(part.position_ids.shape[-1], device="cpu").expand((1, -1))
-            part.token_type_ids = torch.zeros(part.position_ids.shape, dtype=torch.long, device="cpu")
+        positions = getattr(part, "position_ids", None)
+        if isinstance(positions, Tensor):
+            part.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
+            part.token_type_ids = torch.zeros(positions.shape, dtype=torch.long)
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"no content for {unfilled}"

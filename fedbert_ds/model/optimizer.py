@@ -19,13 +19,13 @@ class Lamb(torch.optim.Optimizer):
     """LAMB (You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2).
 
     With Adam's bias-corrected direction r and decay d, a parameter w moves by lr * ratio * (r + d * w), where ratio is
-    ||w|| / ||r + d * w||, or 1 if either norm is 0. As in the authors' code, parameters without decay take ratio 1 unless their
-    group says `adapt: True`. The paper bounds phi(||w||); here the ratio itself is clamped to at most `max_trust_ratio`, which is
-    reached only when the update has become that many times smaller than the weights.
+    ||w|| / ||r + d * w||, or 1 if either norm is 0. As in the authors' code, parameters without decay take ratio 1
+    unless their group says `adapt: True`. The paper bounds phi(||w||); here the ratio itself is clamped to at most
+    `max_trust_ratio`, which is reached only when the update has become that many times smaller than the weights.
 
-    Under DeepSpeed's ZeRO a rank holds a slice of each parameter group, flattened. Give each parameter its own group and say
-    `partitioned=True`: each step then sums the squared norms over `process_group`, one all-reduce for all groups, and the ratio
-    is that of the whole parameter. Every rank must step the same groups in the same order.
+    Under DeepSpeed's ZeRO a rank holds a slice of each parameter group, flattened. Give each parameter its own group
+    and say `partitioned=True`: each step then sums the squared norms over `process_group`, one all-reduce for all
+    groups, and the ratio is that of the whole parameter. Every rank must step the same groups in the same order.
     """
 
     def __init__(
@@ -111,21 +111,25 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a body or a client half; learning-rate schedules are the caller's.
 
-    Biases and LayerNorm weights are not decayed. AdamW and SGD get two groups (one may be absent), LAMB one parameter per
-    group. `partitioned` says that the parameters will be slices of ZeRO groups over `process_group` (LAMB's norms need it).
-    NVIDIA apex, where installed, takes AdamW and whole-parameter LAMB on CUDA.
+    Biases and LayerNorm weights are not decayed. AdamW and SGD get two groups (one may be absent), LAMB one parameter
+    per group. `partitioned` says that the parameters will be slices of ZeRO groups over `process_group` (LAMB's norms
+    need it). NVIDIA apex, where installed, takes AdamW and whole-parameter LAMB on CUDA.
     """
     named = list(named_parameters)
     on_cuda = all(parameter.is_cuda for _, parameter in named)
     apex = _nvidia_apex() if on_cuda else None
-    common = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
+    common: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     if section.name == "lamb":
         groups = [
-            {"params": [parameter], "weight_decay": section.weight_decay if is_decayed(name) else 0.0}
-            | {"adapt": is_decayed(name)}
+            {
+                "params": [parameter],
+                "weight_decay": section.weight_decay if is_decayed(name) else 0.0,
+                "adapt": is_decayed(name),
+            }
             for name, parameter in named
         ]
-        if apex is not None and not partitioned:
+        if apex is not None and not partitioned and section.weight_decay > 0:
+            # apex adapts exactly the groups that are decayed, which is what `adapt` says here if anything is decayed.
             # Gradients are clipped by the caller; apex would clip them once more.
             return apex.FusedLAMB(groups, **common, max_grad_norm=math.inf)
         return Lamb(groups, **common, partitioned=partitioned, process_group=process_group)

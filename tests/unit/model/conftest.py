@@ -1,0 +1,43 @@
+"""Small models of the three architectures, and the cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from unit.model.samples import PAD, VOCABULARY
+
+from fedbert_ds.config import LayersCut, ModelSection
+from fedbert_ds.model.checkpoint import build_model
+
+CUTS = {"embeddings": "embeddings", "rows": "rows", "layers": LayersCut(layers=1)}
+
+
+@pytest.fixture
+def small_model() -> Callable[..., Any]:
+    """Builds a three-layer model, 16 wide (ELECTRA's embeddings 8), without dropout unless asked."""
+
+    def build(architecture: str, **changes: Any) -> Any:
+        fields: dict[str, Any] = {
+            "architecture": architecture,
+            "num_hidden_layers": 3,
+            "hidden_size": 16,
+            "embedding_size": 8 if architecture == "electra" else None,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 16,
+            "dropout": 0.0,
+        }
+        return build_model(ModelSection(**(fields | changes)), VOCABULARY, PAD, seed=3)
+
+    return build
+
+
+@pytest.fixture(params=["bert", "roberta", "electra"])
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(CUTS))
+def cut(request: pytest.FixtureRequest) -> Any:
+    return CUTS[request.param]

@@ -1,0 +1,52 @@
+"""Packed input, and what the whole model says of it: the reference the halves are held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCABULARY = 61
+PAD = 1
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences one after another, with the positions asked back and their labels."""
+
+    input_ids: Tensor
+    lengths: list[int]
+    masked: Tensor
+    labels: Tensor
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def pack(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Packed:
+    """Random tokens, few enough kinds that rows repeat; every third position is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(lengths)
+    return Packed(
+        input_ids=torch.randint(3, min(vocabulary, 12), (num_tokens,), generator=generator),
+        lengths=lengths,
+        masked=torch.arange(0, num_tokens, 3),
+        labels=torch.randint(3, vocabulary, (len(range(0, num_tokens, 3)),), generator=generator),
+    )
+
+
+def padded_logits(model: Any, packed: Packed) -> Tensor:
+    """What the whole model says at the masked positions, run on a padded batch with an attention mask; [m, V]."""
+    longest = max(packed.lengths)
+    rows = packed.input_ids.split(packed.lengths)
+    # Any id but padding's: RoBERTa skips padding when it counts positions, as it should.
+    batch = torch.full((len(rows), longest), PAD)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        batch[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    logits = model(batch, attention_mask=mask).logits
+    return logits[mask.bool()][packed.masked]

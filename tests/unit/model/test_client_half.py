@@ -1,0 +1,127 @@
+"""The head in chunks equals the head at once; embeddings refuse what does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from unit.model.samples import VOCABULARY, pack
+
+from fedbert_ds.config import LayersCut
+from fedbert_ds.model.cut import split
+
+
+def head_input(client: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(5)
+    dtype = next(client.parameters()).dtype
+    return torch.randn(count, client.widths.hidden, dtype=dtype), torch.randint(0, VOCABULARY, (count,))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 11, 100])
+def test_head_in_chunks_is_plain_cross_entropy(small_model, architecture, chunk_size: int) -> None:
+    client, _ = split(small_model(architecture).double(), "embeddings")
+    hidden, labels = head_input(client, 11)
+    leaf = hidden.clone().requires_grad_()
+    plain = functional.cross_entropy(client.logits(leaf), labels, reduction="sum")
+    (plain * 0.25).backward()
+    expected = {name: parameter.grad for name, parameter in client.named_parameters()}
+    client.zero_grad()
+    loss, gradient = client.head_backward(hidden, labels, 0.25, chunk_size=chunk_size)
+    assert loss == pytest.approx(plain.item(), rel=1e-12)
+    assert client.head_loss(hidden, labels, chunk_size=chunk_size) == pytest.approx(plain.item(), rel=1e-12)
+    torch.testing.assert_close(gradient, leaf.grad, atol=1e-12, rtol=0)
+    for name, parameter in client.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-12, rtol=0)
+
+
+def test_head_gradients_accumulate(small_model) -> None:
+    client, _ = split(small_model("bert").double(), "embeddings")
+    hidden, labels = head_input(client, 10)
+    client.head_backward(hidden, labels, 0.5)
+    at_once = [p.grad.clone() for p in client.parameters() if p.grad is not None]
+    client.zero_grad()
+    client.head_backward(hidden[:4], labels[:4], 0.5)
+    client.head_backward(hidden[4:], labels[4:], 0.5)
+    in_two = [p.grad for p in client.parameters() if p.grad is not None]
+    torch.testing.assert_close(in_two, at_once, atol=1e-12, rtol=0)
+
+
+class LargestResult(TorchDispatchMode):
+    """The most entries any operation returns, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return result
+
+
+def test_scores_of_all_positions_never_exist_at_once(small_model, architecture) -> None:
+    client, _ = split(small_model(architecture), "embeddings")
+    hidden, labels = head_input(client, 300)
+    with LargestResult() as largest:
+        client.head_backward(hidden, labels, 1.0, chunk_size=20)
+    width = client.widths.hidden
+    assert largest.entries == max(20 * VOCABULARY, VOCABULARY * width, 300 * width)
+    assert largest.entries < 300 * VOCABULARY
+
+
+def test_no_masked_position_is_no_loss(small_model, architecture) -> None:
+    client, _ = split(small_model(architecture), "embeddings")
+    hidden, labels = head_input(client, 0)
+    loss, gradient = client.head_backward(hidden, labels, 1.0)
+    assert (loss, gradient.shape) == (0.0, (0, client.widths.hidden))
+    assert client.head_loss(hidden, labels) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in client.parameters())
+
+
+def test_hidden_states_of_another_dtype_are_taken(small_model) -> None:
+    client, _ = split(small_model("bert"), "embeddings")
+    hidden, labels = head_input(client, 6)
+    loss, gradient = client.head_backward(hidden.bfloat16(), labels, 1.0)
+    assert gradient.dtype == torch.float32
+    assert loss == client.head_loss(hidden.bfloat16(), labels)
+
+
+def test_rows_sends_each_distinct_row_once(small_model, architecture) -> None:
+    client, _ = split(small_model(architecture), "rows")
+    packed = pack([5, 9])
+    activations = client.embed(packed.input_ids, packed.lengths)
+    assert activations.row_index is not None
+    assert activations.row_index.dtype == torch.int32
+    assert len(activations.values) == len(packed.input_ids.unique()) < len(packed.input_ids)
+    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    assert torch.equal(activations.values[activations.row_index.long()], table[packed.input_ids])
+
+
+def test_embeddings_refuse_what_does_not_fit(small_model, architecture, cut) -> None:
+    client, _ = split(small_model(architecture), cut)
+    with pytest.raises(ValueError, match="lengths sum to 4, but there are 5 tokens"):
+        client.embed(torch.full((5,), 7), [3, 1])
+    client.embed(torch.full((16,), 7), [16])
+    with pytest.raises(ValueError, match="longer than the position table, 16"):
+        client.embed(torch.full((17,), 7), [17])
+
+
+def test_scopes_divide_the_half(small_model) -> None:
+    client, _ = split(small_model("bert"), LayersCut(layers=1))
+    scopes = {name: client.parameter_scope(name) for name, _ in client.named_parameters()}
+    assert {scope for name, scope in scopes.items() if name.startswith("bert.")} == {"embeddings"}
+    assert {scope for name, scope in scopes.items() if name.startswith("cls.")} == {"head"}
+    assert client.parameter_scope("cls.predictions.decoder.weight") == "embeddings"
+
+
+def test_operations_are_counted_from_matrices(small_model) -> None:
+    client, body = split(small_model("electra"), "embeddings")
+    # The head is the 8 x 61 table; the body projects 8 -> 16, has 3 layers of 12 x 16 x 16, and 16 -> 8 where masked.
+    assert client.flops_per_token(0.5) == 6 * 0.5 * 8 * VOCABULARY
+    layers = 3 * (12 * 16 * 16 + 2 * 16 * 10)
+    assert body.flops_per_token(0.5, sequence_length=10) == 6 * (8 * 16 + layers + 0.5 * 16 * 8)

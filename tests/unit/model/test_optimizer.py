@@ -1,0 +1,152 @@
+"""LAMB against its paper, whole and in slices over two processes; which parameters decay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+import torch.multiprocessing
+from torch import nn
+
+from fedbert_ds.config import OptimizerSection
+from fedbert_ds.model.optimizer import Lamb, build_optimizer, is_decayed
+
+SHAPES = {"dense.weight": (6, 4), "dense.bias": (6,), "LayerNorm.weight": (4,), "table.weight": (9, 4)}
+STEPS = 4
+
+
+def parameters(seed: int = 0) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+
+
+def gradients(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def section(name: str, **changes: Any) -> OptimizerSection:
+    return OptimizerSection(**({"name": name, "lr": 0.02, "weight_decay": 0.1, "eps": 1e-6} | changes))
+
+
+def run(optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        for name, gradient in gradients(step).items():
+            named[name].grad = gradient.clone()
+        optimizer.step()
+
+
+def reference_lamb(named: dict[str, torch.Tensor], steps: int, lr: float, decay: float, eps: float) -> None:
+    """Algorithm 2 of the paper line by line in fp64; ratio 1 for what is not decayed."""
+    for name, start in named.items():
+        weight = start.detach().double()
+        first, second = torch.zeros_like(weight), torch.zeros_like(weight)
+        matrix = name in ("dense.weight", "table.weight")
+        for step in range(1, steps + 1):
+            gradient = gradients(step - 1)[name].double()
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            ratio = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + eps)
+            update = ratio + (decay * weight if matrix else 0.0)
+            weight = weight - lr * (weight.norm() / update.norm() if matrix else 1.0) * update
+        named[name] = weight
+
+
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lamb_is_the_papers_algorithm(decay: float) -> None:
+    named = parameters()
+    expected: dict[str, torch.Tensor] = dict(parameters())
+    reference_lamb(expected, STEPS, lr=0.02, decay=decay, eps=1e-6)
+    run(build_optimizer(named.items(), section("lamb", weight_decay=decay)), named, range(STEPS))
+    for name, parameter in named.items():
+        torch.testing.assert_close(parameter.detach().double(), expected[name], atol=1e-6, rtol=1e-6)
+
+
+def test_lamb_clamps_the_trust_ratio_and_leaves_zeros() -> None:
+    large, zero = nn.Parameter(torch.full((4,), 1e6)), nn.Parameter(torch.zeros(4))
+    optimizer = Lamb([{"params": [p], "weight_decay": 0.0, "adapt": True} for p in (large, zero)], lr=1.0, eps=0.0)
+    large.grad, zero.grad = torch.ones(4), torch.ones(4)
+    optimizer.step()
+    # Adam's first direction is 1: the ratio 1e6 is held at 10; a zero norm takes ratio 1.
+    assert torch.equal(large, torch.full((4,), 1e6 - 10))
+    assert torch.equal(zero, torch.full((4,), -1.0))
+
+
+def test_parameters_without_gradient_stay() -> None:
+    named = parameters()
+    optimizer = build_optimizer(named.items(), section("lamb"))
+    named["dense.weight"].grad = torch.ones(6, 4)
+    optimizer.step()
+    assert torch.equal(named["table.weight"], parameters()["table.weight"])
+    assert not torch.equal(named["dense.weight"], parameters()["dense.weight"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_state_resumes_exactly(name: str) -> None:
+    straight = parameters()
+    run(build_optimizer(straight.items(), section(name)), straight, range(STEPS))
+    resumed = parameters()
+    first = build_optimizer(resumed.items(), section(name))
+    run(first, resumed, range(2))
+    second = build_optimizer(resumed.items(), section(name))
+    second.load_state_dict(first.state_dict())
+    run(second, resumed, range(2, STEPS))
+    assert all(torch.equal(straight[key], resumed[key]) for key in SHAPES)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_only_matrices_decay(name: str) -> None:
+    named = parameters()
+    optimizer = build_optimizer(named.items(), section(name))
+    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {key: decay_of[id(parameter)] for key, parameter in named.items()}
+    assert decays == {"dense.weight": 0.1, "dense.bias": 0.0, "LayerNorm.weight": 0.0, "table.weight": 0.1}
+    assert all(len(group["params"]) == 1 for group in optimizer.param_groups) or name != "lamb"
+
+
+def test_layer_norm_of_every_architecture_is_known() -> None:
+    assert not is_decayed("lm_head.layer_norm.weight")
+    assert not is_decayed("electra.embeddings.LayerNorm.weight")
+    assert is_decayed("bert.encoder.layer.0.attention.output.dense.weight")
+
+
+def test_adamw_is_torchs() -> None:
+    named, expected = parameters(), parameters()
+    run(build_optimizer(named.items(), section("adamw", weight_decay=0.0)), named, range(STEPS))
+    run(torch.optim.AdamW(expected.values(), lr=0.02, eps=1e-6, weight_decay=0.0), expected, range(STEPS))
+    for key in SHAPES:
+        torch.testing.assert_close(named[key], expected[key], atol=1e-6, rtol=1e-6)
+
+
+def step_a_slice(rank: int, folder: str) -> None:
+    """One of two processes that hold half of each flattened parameter, as ZeRO leaves them."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    slices = {name: nn.Parameter(half(parameter.detach(), rank)) for name, parameter in parameters().items()}
+    optimizer = build_optimizer(slices.items(), section("lamb"), partitioned=True)
+    for step in range(STEPS):
+        for name, gradient in gradients(step).items():
+            slices[name].grad = half(gradient, rank)
+        optimizer.step()
+    torch.save({name: parameter.detach() for name, parameter in slices.items()}, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def half(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+    """Half of the flattened tensor, zero-padded to equal lengths."""
+    flat = tensor.flatten()
+    flat = torch.cat([flat, flat.new_zeros(len(flat) % 2)])
+    return flat.chunk(2)[rank].clone()
+
+
+def test_partitioned_lamb_equals_whole_lamb(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(step_a_slice, args=(str(tmp_path),), nprocs=2)
+    whole = parameters()
+    run(build_optimizer(whole.items(), section("lamb")), whole, range(STEPS))
+    slices = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for name, parameter in whole.items():
+        joined = torch.cat([part[name] for part in slices])[: parameter.numel()].view_as(parameter)
+        torch.testing.assert_close(joined, parameter.detach(), atol=1e-6, rtol=1e-6)

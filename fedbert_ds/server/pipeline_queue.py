@@ -163,7 +163,7 @@ class PipelineQueue:
         self._manifests[manifest.client] = manifest
         self._owed_since[manifest.client].pop(("manifest", 0), None)
 
-    def activations(self, client: str, micro_batch: int, now: float) -> Piece:
+    def activations(self, client: str, micro_batch: int) -> Piece:
         """A client's activations of a micro-batch are here, checked; returns the piece they belong to."""
         entry = self._awaiting(client, micro_batch, _State.OPEN, "activations")
         entry.awaited.remove(client)
@@ -171,7 +171,7 @@ class PipelineQueue:
         self._advance(entry)
         return entry.pieces[client]
 
-    def gradient(self, client: str, micro_batch: int, now: float) -> Piece:
+    def gradient(self, client: str, micro_batch: int) -> Piece:
         """A client's gradient of a micro-batch's hidden states is here, checked; returns its piece."""
         entry = self._awaiting(client, micro_batch, _State.FORWARDED, "gradient")
         entry.awaited.remove(client)

@@ -97,9 +97,9 @@ def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]
     return ranks
 
 
-def window_shares(shard_tokens: Mapping[str, int], window_tokens: int, share: str) -> dict[str, int]:
+def window_shares(shard_sizes: Mapping[str, int], window_tokens: int, share: str) -> dict[str, int]:
     """Tokens each client brings to a window: in proportion to its shard (`data`) or the same (`equal`); at least 1."""
     if share == "equal":
-        return {client: max(1, window_tokens // len(shard_tokens)) for client in shard_tokens}
-    total = sum(shard_tokens.values())
-    return {client: max(1, window_tokens * tokens // total) for client, tokens in shard_tokens.items()}
+        return {client: max(1, window_tokens // len(shard_sizes)) for client in shard_sizes}
+    total = sum(shard_sizes.values())
+    return {client: max(1, window_tokens * size // total) for client, size in shard_sizes.items()}

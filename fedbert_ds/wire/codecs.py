@@ -11,6 +11,9 @@ from torch import Tensor
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 
+LARGEST_VALUE = 1e6
+"""Above any activation or gradient of a sane run; beyond it one client could overflow what others share a micro-batch with."""
+
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "int8": 1}
 
 
@@ -65,8 +68,12 @@ def decode(frame: TensorFrame, shape: Sequence[int], codec: str, what: str) -> T
         scales = _tensor(frame.scales, torch.float32)
         values = _tensor(frame.payload, torch.int8).to(torch.float32).view(tuple(shape)) * scales[:, None]
     values = values.view(tuple(shape))
-    if not torch.isfinite(values).all():
-        raise WireError(f"{what}: a value is not finite")
+    if values.numel():
+        largest = float(values.abs().max())  # NaN if any value is
+        if not math.isfinite(largest):
+            raise WireError(f"{what}: a value is not finite")
+        if largest > LARGEST_VALUE:
+            raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {LARGEST_VALUE:.0e}")
     return values
 
 

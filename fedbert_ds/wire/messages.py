@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from fedbert_ds.config import FederationSection, OptimizerSection, Section, WireSection
+from fedbert_ds.config import Cut, FederationSection, OptimizerSection, Section, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -41,6 +40,19 @@ def parse_settings(text: str) -> ClientSettings:
         return ClientSettings.model_validate_json(text)
     except ValidationError as error:
         raise WireError(f"the server's settings are not understood: {error.errors()[0]['msg']}") from error
+
+
+def cut_to_json(cut: Cut) -> str:
+    """The run file's `cut` as JSON, for a Welcome."""
+    return TypeAdapter(Cut).dump_json(cut).decode()
+
+
+def parse_cut(text: str) -> Cut:
+    """The `cut` of a Welcome; WireError when it is not one this version knows."""
+    try:
+        return TypeAdapter(Cut).validate_json(text)
+    except ValidationError as error:
+        raise WireError(f"the server's cut {text} is not understood; install the same fedbert-ds on both") from error
 
 
 @dataclass(frozen=True)
@@ -129,11 +141,3 @@ class HalfAssembler:
                 raise WireError(f"{self._who}: tensor {name!r} is not finite")
             tensors[name] = values
         return tensors
-
-
-def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed from anything that names a moment of the run, the same on every machine and in every process."""
-    digest = hashlib.sha256("\x1f".join(map(str, parts)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-

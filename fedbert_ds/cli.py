@@ -1,0 +1,88 @@
+"""The console command `fedbert-ds`: take part as a client, evaluate a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedbert_ds import __version__
+from fedbert_ds.errors import ConfigError, one_line_errors
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run one subcommand."""
+    parser = argparse.ArgumentParser(prog="fedbert-ds", description="Federated split pre-training of BERT.")
+    parser.add_argument("--version", action="version", version=f"fedbert-ds {__version__}")
+    subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_client(subcommands)
+    _add_eval(subcommands)
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser("client", help="take part in a run with your own text")
+    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator's address")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
+    )
+    parser.add_argument("--id", default=socket.gethostname(), help="this client's name in the run (default: host name)")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep its state (default: fedbert-ID)")
+    parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
+    parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
+    parser.add_argument("--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others")
+    parser.add_argument("--connect-timeout", type=float, default=60.0, metavar="S", help="seconds to reach the server")
+    for name in ("ca", "certificate", "key"):
+        parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")
+    parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=_client)
+
+
+def _client(options: argparse.Namespace) -> None:
+    # Imported here: a mistyped command must not wait for torch.
+    from fedbert_ds.client.session import ClientOptions, run_client
+    from fedbert_ds.wire.channel import TlsFiles
+
+    tls_files = (options.ca, options.certificate, options.key)
+    if any(tls_files) and not all(tls_files):
+        raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
+    run_client(
+        ClientOptions(
+            server=options.server,
+            data=tuple(options.data),
+            name=options.id,
+            state_folder=options.state or Path(f"fedbert-{options.id}"),
+            tokenizer=options.tokenizer,
+            model=options.model,
+            tls=TlsFiles(*tls_files) if all(tls_files) else None,
+            device=options.device,
+            join_timeout=options.join_timeout,
+            connect_timeout=options.connect_timeout,
+            managed=options.managed,
+        )
+    )
+
+
+def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser("eval", help="masked-LM loss and perplexity of any Hugging Face masked LM")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
+    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
+    parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once")
+    parser.set_defaults(run=_eval)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+
+    result = evaluate_masked_lm(options.model, options.data, seed=options.seed, batch_size=options.batch_size)
+    print(f"masked-LM loss {result.loss:.4f} nats, perplexity {result.perplexity:.2f}")
+    print(f"{result.masked_tokens:,} masked tokens in {result.sequences:,} sequences, masking seed {options.seed}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""A client's connection: join the coordinator, stream with a rank, end with the run."""
+
+from __future__ import annotations
+
+import queue
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import torch
+
+from fedbert_ds.client.state import saved_windows
+from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
+from fedbert_ds.data.corpus import read_articles
+from fedbert_ds.data.masking import BatchStream, encode
+from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
+from fedbert_ds.errors import DataError, WireError
+from fedbert_ds.model.checkpoint import config_from_json
+from fedbert_ds.model.cut import client_skeleton
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire import fedbert_pb2_grpc as rpc
+from fedbert_ds.wire.channel import TlsFiles, connect
+from fedbert_ds.wire.messages import PROTOCOL, parse_cut, parse_settings
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """What a user gives a client."""
+
+    server: str
+    """host:port of the coordinator."""
+    data: tuple[str, ...]
+    """Files, folders or hub names; see data.source of the run file."""
+    name: str
+    state_folder: Path
+    tokenizer: str | None = None
+    """Hub name or folder; None takes the server's."""
+    model: str | None = None
+    """Hub name or folder whose shape the run's model must have; None takes any."""
+    tls: TlsFiles | None = None
+    device: str | None = None
+    """`cpu`, `cuda`, `cuda:1`, ...; None lets accelerate choose."""
+    join_timeout: float = 3600.0
+    """Seconds to wait for the other clients."""
+    connect_timeout: float = 60.0
+    """Seconds to reach the server at all."""
+    managed: bool = False
+    """Started by a launcher, which ends this client through the server: signals are left to it."""
+
+
+def run_client(options: ClientOptions) -> None:
+    """Take part in a run from join to finish.
+
+    Raises DataError for text that is missing or empty, WireError when the server cannot be reached or refuses, and RunError for a state that cannot be read.
+    """
+    if options.managed:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    articles = list(read_articles(options.data))
+    if not articles:
+        raise DataError(f"{', '.join(options.data)}: no text; name files with text in --data")
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    hello = pb.Hello(
+        protocol=PROTOCOL,
+        client=options.name,
+        shard_characters=sum(len(article.text) for article in articles),
+        vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer else "",
+        saved_windows=saved_windows(options.state_folder),
+    )
+    welcome = _join(options, hello)
+    print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
+    if tokenizer is None:
+        tokenizer = tokenizer_from_bytes(welcome.tokenizer)
+    settings = parse_settings(welcome.settings)
+    text = BatchStream(
+        encode(articles, tokenizer, settings.sequence_length),
+        tokenizer,
+        mask_probability=settings.mask_probability,
+        whole_word=settings.whole_word,
+        seed=settings.seed,
+        client=options.name,
+    )
+    del articles
+    hf_config, cut = config_from_json(welcome.model_config), parse_cut(welcome.cut)
+    if options.model:
+        _insist(options.model, hf_config, cut)
+    half = client_skeleton(hf_config, cut)
+    outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
+    trainer = ClientTrainer(
+        half, text, settings, options.name, options.state_folder, welcome.window, _device(options.device), outgoing.put
+    )
+    _stream(options, welcome, trainer, outgoing)
+    print(
+        f"client {options.name}: {trainer.finish_reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
+        f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
+        flush=True,
+    )
+
+
+def _join(options: ClientOptions, hello: pb.Hello) -> pb.Welcome:
+    with connect(options.server, options.tls) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=options.connect_timeout)
+        except grpc.FutureTimeoutError:
+            raise WireError(
+                f"{options.server}: no server answers; check --server, that it runs, and TLS on both sides"
+            ) from None
+        try:
+            return rpc.FederationStub(channel).Join(hello, timeout=options.join_timeout)
+        except grpc.RpcError as error:
+            raise _wire_error(options.server, error) from error
+
+
+def _stream(
+    options: ClientOptions,
+    welcome: pb.Welcome,
+    trainer: ClientTrainer,
+    outgoing: queue.SimpleQueue[pb.ClientMessage | None],
+) -> None:
+    def requests() -> Iterator[pb.ClientMessage]:
+        yield pb.ClientMessage(attach=pb.Attach(client=options.name, session=welcome.session))
+        while (message := outgoing.get()) is not None:
+            yield message
+
+    with connect(welcome.endpoint, options.tls) as channel:
+        call = rpc.FederationStub(channel).Train(requests())
+        trainer.begin()
+        try:
+            for message in call:
+                trainer.handle(message)
+                if trainer.finish_reason is not None:
+                    break
+        except grpc.RpcError as error:
+            raise _wire_error(welcome.endpoint, error) from error
+        finally:
+            outgoing.put(None)
+    if trainer.finish_reason is None:
+        raise WireError(f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again")
+
+
+def _wire_error(address: str, error: grpc.RpcError) -> WireError:
+    code, details = error.code(), error.details() or "no details"
+    if code is grpc.StatusCode.FAILED_PRECONDITION:
+        return WireError(f"the server refused this client: {details}")
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return WireError(f"{address}: the other clients did not come in time; raise --join-timeout or start them")
+    return WireError(f"{address}: connection lost ({code.name.lower()}: {details}); start this client again")
+
+
+def _device(name: str | None) -> torch.device:
+    if name is not None:
+        return torch.device(name)
+    from accelerate import PartialState
+
+    return PartialState().device

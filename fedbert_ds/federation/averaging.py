@@ -1,0 +1,35 @@
+"""Sums and weighted averages of client halves: over a rank's clients, then over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def combine(
+    halves: Sequence[tuple[Mapping[str, Tensor], float]],
+    shapes: Mapping[str, tuple[int, ...]],
+    average: bool,
+    group: torch.distributed.ProcessGroup | None,
+) -> dict[str, Tensor]:
+    """The sum (gradients), or the average weighted by each half's weight (FedAvg, McMahan et al. 2017), of all ranks' halves.
+
+    `halves` are this rank's, in an order that does not depend on arrival, so that the result is the same every time. Accumulates in
+    fp64; returns fp32. With one half in all, an average returns it bit for bit.
+    """
+    total = torch.tensor([sum(weight for _, weight in halves)], dtype=torch.float64)
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    combined = {}
+    for name, shape in shapes.items():
+        accumulated = torch.zeros(shape, dtype=torch.float64)
+        for tensors, weight in halves:
+            accumulated.add_(tensors[name].to(torch.float64), alpha=weight if average else 1.0)
+        if group is not None:
+            torch.distributed.all_reduce(accumulated, group=group)
+        if average and total > 0:
+            accumulated /= total
+        combined[name] = accumulated.to(torch.float32)
+    return combined

@@ -1,0 +1,125 @@
+"""Who takes part: joins are checked, and when everybody is here clients are spread over ranks."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.window import assign_clients, window_shares
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What a client's Hello is compared with."""
+
+    vocabulary_hash: str
+    shape_hash: str
+    saved_windows: frozenset[int] | None = None
+    """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One client's place in the run."""
+
+    rank: int
+    session: str
+    tokens: int
+    """Tokens it brings to each window."""
+
+
+@dataclass
+class Roster:
+    """The joins so far; `admit` checks one, `seats` places them all."""
+
+    expected: int
+    expectation: Expectation
+    _waiting: dict[str, tuple[pb.Hello, Future[pb.Welcome]]] = field(default_factory=dict)
+
+    def admit(self, hello: pb.Hello, answer: Future[pb.Welcome]) -> None:
+        """Take a client in; a WireError, which is also its answer, says why not."""
+        try:
+            self._check(hello)
+        except WireError as error:
+            answer.set_exception(error)
+            raise
+        self._waiting[hello.client] = (hello, answer)
+
+    def withdraw(self, hello: pb.Hello) -> None:
+        """A client went away before everybody was here."""
+        self._waiting.pop(hello.client, None)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """Clients that have joined, by name."""
+        return tuple(sorted(self._waiting))
+
+    @property
+    def is_complete(self) -> bool:
+        """Everybody expected has joined."""
+        return len(self._waiting) >= self.expected
+
+    def first_window(self) -> int:
+        """Where the run begins: 0, or the newest window that the server and every client have saved (WireError if none)."""
+        if self.expectation.saved_windows is None:
+            return 0
+        common = set(self.expectation.saved_windows)
+        for hello, _ in self._waiting.values():
+            common &= set(hello.saved_windows)
+        if not common:
+            raise WireError(
+                f"no window is saved by the server ({_listed(self.expectation.saved_windows)}) and by every client; "
+                "start clients with the --state folders of the first run, or drop --resume and change run.directory"
+            )
+        return max(common)
+
+    def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
+        """A rank, a session and a share of the window for each client; ranks and shares follow from names and shards alone."""
+        shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
+        shares = window_shares(shard_sizes, window_tokens, share)
+        ranks = assign_clients(shares, world_size)
+        return {
+            client: Seat(ranks[client], secrets.token_hex(16), shares[client]) for client in sorted(self._waiting)
+        }
+
+    def welcome(self, client: str, welcome: pb.Welcome) -> None:
+        """Answer a client's Join."""
+        answer = self._waiting[client][1]
+        if not answer.cancelled():
+            answer.set_result(welcome)
+
+    def refuse_all(self, error: WireError) -> None:
+        """Answer every waiting client with an error: the run will not start."""
+        for _, answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _check(self, hello: pb.Hello) -> None:
+        who = f"client {hello.client}"
+        if hello.protocol != PROTOCOL:
+            raise WireError(
+                f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
+            )
+        if not hello.client:
+            raise WireError("a client without a name; give it one with --id")
+        if hello.client in self._waiting:
+            raise WireError(f"{who} has joined already; give each client its own --id")
+        if self.is_complete:
+            raise WireError(f"{who}: all {self.expected} clients have joined; raise clients.expected")
+        if hello.vocabulary_hash and hello.vocabulary_hash != self.expectation.vocabulary_hash:
+            raise WireError(f"{who} has another vocabulary than the run; drop --tokenizer or name the run's")
+        if hello.shape_hash and hello.shape_hash != self.expectation.shape_hash:
+            raise WireError(f"{who} has another model than the run; drop --model or name the run's")
+        if hello.shard_characters == 0:
+            raise WireError(f"{who} has no text; check its --data")
+        if self.expectation.saved_windows is not None and not hello.saved_windows:
+            raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
+
+
+def _listed(windows: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(windows))) or "none"

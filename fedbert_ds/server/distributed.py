@@ -1,0 +1,49 @@
+"""torch.distributed and DeepSpeed set up for this machine: nccl with GPUs, gloo without."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+
+
+def initialize() -> None:
+    """Join the other ranks, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say (one rank when they are unset)."""
+    for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else _free_port())
+    import torch
+
+    use_cuda = torch.cuda.is_available()
+    if not use_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Ranks and clients share few cores; more threads than one each only get in each other's way.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if not use_cuda:
+        # DeepSpeed would compile this shared-memory collective at start and die where there is no compiler; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if use_cuda else "gloo", timeout=timedelta(days=1), verbose=False
+    )
+
+
+def shut_down() -> None:
+    """Leave the process group, so that nothing is reported as leaked."""
+    import torch
+
+    torch.distributed.destroy_process_group()
+
+
+def _free_port() -> str:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -1,0 +1,196 @@
+"""The body under a DeepSpeed engine: forwards and backwards of micro-batches in any order, one step a window."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from torch import Tensor
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.model.body import Body
+from fedbert_ds.model.optimizer import build_optimizer
+
+OURS = {
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "gradient_accumulation_steps": "window.tokens",
+    "train_batch_size": "window.tokens",
+    "train_micro_batch_size_per_gpu": "window.tokens_per_micro_batch",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.schedule",
+    "bf16": "body.precision",
+    "fp16": "body.precision",
+}
+"""DeepSpeed keys whose meaning the run file owns, and the run-file key that sets each."""
+
+
+@dataclass(frozen=True)
+class BodyInput:
+    """What one forward of the body takes, on the CPU or the body's device."""
+
+    activations: Tensor
+    """[tokens, width], or [rows, width] with cut: rows; float."""
+    masked_positions: Tensor
+    """[masked] int64: where hidden states are wanted."""
+    cu_seqlens: Tensor
+    """[sequences + 1] int32."""
+    row_index: Tensor | None
+    """[tokens] int64 into the rows of `activations`; None unless cut: rows."""
+    seed: int
+    """Seeds this micro-batch's dropout, so that it depends neither on order nor on rank."""
+
+    def to(self, device: torch.device) -> BodyInput:
+        """The same input on a device."""
+        index = None if self.row_index is None else self.row_index.to(device)
+        return BodyInput(
+            self.activations.to(device), self.masked_positions.to(device), self.cu_seqlens, index, self.seed
+        )
+
+
+def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's JSON file plus what the run file owns.
+
+    Raises ConfigError when the file is not JSON, or sets a key that the run file owns.
+    """
+    path = config.body.deepspeed
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
+    for key, ours in OURS.items():
+        if key in settings:
+            raise ConfigError(f"{path}: {key} belongs to the run file; remove it and set {ours} there")
+    zero = settings.setdefault("zero_optimization", {})
+    if config.body.zero_stage is not None:
+        zero["stage"] = config.body.zero_stage
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips at 1.0 when nothing is said.
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16": {"enabled": config.body.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return settings
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage a run uses."""
+    return int(deepspeed_settings(config)["zero_optimization"].get("stage", 0))
+
+
+class BodyEngine:
+    """Forward, backward and step of the body on this rank; holds the graphs (or, at stage 3, the inputs) in flight.
+
+    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gives silently wrong gradients with several graphs
+    in flight (its parameters are gathered and released around each module call), so there a forward runs without a graph and the
+    backward runs forward and backward again, with the same dropout seed: the cost of full activation checkpointing.
+    """
+
+    def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device) -> None:
+        self._engine = engine
+        self._stage = stage
+        self._world_size = world_size
+        self._device = device
+        self._inputs: dict[int, BodyInput] = {}
+        self._hidden: dict[int, Tensor] = {}
+
+    @classmethod
+    def build(cls, body: Body, config: RunConfig, device: torch.device) -> BodyEngine:
+        """Wrap a body; torch.distributed must be initialized. Every rank passes the same weights."""
+        settings = deepspeed_settings(config)
+        stage = int(settings["zero_optimization"].get("stage", 0))
+        optimizer = build_optimizer(
+            [(name, p) for name, p in body.named_parameters() if p.requires_grad], config.optimizer, partitioned=stage > 0
+        )
+        body.train()
+        engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
+        return cls(engine, stage, torch.distributed.get_world_size(), device)
+
+    @property
+    def lockstep_forwards(self) -> bool:
+        """Forwards have collectives, so every rank must run the same sequence of operations."""
+        return self._stage == 3
+
+    def forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
+        """Hidden states [masked, width] fp32 on the CPU; the micro-batch stays in flight until its backward."""
+        body_input = body_input.to(self._device)
+        if self._stage == 3:
+            with torch.no_grad():
+                hidden = self._run(body_input)
+        else:
+            body_input.activations.requires_grad_(True)
+            hidden = self._hidden[micro_batch] = self._run(body_input)
+        self._inputs[micro_batch] = body_input
+        return hidden.detach().to(device="cpu", dtype=torch.float32)
+
+    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
+        """Gradient of the forward's activations, fp32 on the CPU; parameter gradients accumulate until `step`.
+
+        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's last
+        backward of the window, where ZeRO finishes its reduction.
+        """
+        body_input = self._inputs.pop(micro_batch)
+        if self._stage == 3:
+            body_input.activations.requires_grad_(True)
+            hidden = self._run(body_input)
+        else:
+            hidden = self._hidden.pop(micro_batch)
+        # Ranks average their gradients; the window's loss is a sum over ranks.
+        loss = (hidden.float() * hidden_gradient.to(self._device)).sum() * self._world_size
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss)
+        gradient = body_input.activations.grad
+        assert gradient is not None
+        return (gradient.to(torch.float32) / self._world_size).cpu()
+
+    def step(self, learning_rate: float) -> None:
+        """Step the optimizer once, with this learning rate; all ranks together."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
+        """One token nobody looks at: it makes the collectives of a forward and backward happen."""
+        return BodyInput(
+            activations=torch.zeros(1, width),
+            masked_positions=torch.zeros(0, dtype=torch.int64),
+            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
+            row_index=torch.zeros(1, dtype=torch.int64) if with_rows else None,
+            seed=seed,
+        )
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Whole fp32 weights by Hugging Face name, on the CPU; every rank calls it (partitions are gathered)."""
+        state = {}
+        for name, parameter in self._engine.module.named_parameters():
+            whole = safe_get_full_fp32_param(parameter) if self._needs_gathering(parameter) else parameter.data
+            state[name] = whole.detach().to(device="cpu", dtype=torch.float32).clone()
+        return state
+
+    def save(self, folder: Path, window: int) -> None:
+        """Write a DeepSpeed checkpoint of the state before `window`; all ranks together."""
+        self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
+
+    def load(self, folder: Path, window: int) -> None:
+        """Read a checkpoint written by `save` with the same number of ranks and ZeRO stage."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
+        if path is None:
+            raise ConfigError(f"{folder}: no checkpoint of window {window}")
+
+    def _run(self, body_input: BodyInput) -> Tensor:
+        torch.manual_seed(body_input.seed)
+        return self._engine(
+            body_input.activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
+        )
+
+    def _needs_gathering(self, parameter: Tensor) -> bool:
+        return self._stage > 0 or parameter.dtype is not torch.float32

@@ -1,0 +1,88 @@
+"""Client processes that the launcher starts on its own machine: the same program a remote user runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedbert_ds.errors import RunError
+
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "CROSS_RANK", "CROSS_SIZE")
+"""A client is no rank: accelerate would wait for others if it saw these."""
+
+LOG = "log.txt"
+
+
+def client_name(number: int) -> str:
+    """Name of the number-th local client; zero-padded, so that sorting by name is sorting by number."""
+    return f"client-{number:02d}"
+
+
+@dataclass
+class LocalClients:
+    """The started processes; `check` notices one that failed, `wait` and `stop` end them."""
+
+    folder: Path
+    """clients/ of the run; each client has a folder of its own in it."""
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def start(self, server: str, names: Sequence[str], extra_arguments: Sequence[str] = ()) -> None:
+        """Start a client for each name; its shard lies in its folder, and its output goes to log.txt there."""
+        environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        for name in names:
+            own = self.folder / name
+            command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
+            command += ["--data", str(own / "shard.jsonl"), "--state", str(own), "--managed", *extra_arguments]
+            with (own / LOG).open("ab") as log:
+                self.processes[name] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    # Ctrl-C reaches the launcher's process group; clients end when the server says so.
+                    start_new_session=True,
+                )
+
+    def check(self) -> None:
+        """Raise RunError with the last line a failed client printed."""
+        if failures := self.failures():
+            raise RunError("; ".join(failures))
+
+    def failures(self, patience: float = 0.0) -> list[str]:
+        """What each failed client said last; waits up to `patience` seconds for one that is just ending."""
+        deadline = time.monotonic() + patience
+        while True:
+            failed = [name for name, process in self.processes.items() if process.poll() not in (None, 0)]
+            if failed or time.monotonic() >= deadline:
+                return [f"{name} ended: {self._last_words(name)}" for name in failed]
+            time.sleep(0.1)
+
+    def wait(self, seconds: float) -> None:
+        """Give every client that long to end by itself, then kill it."""
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def stop(self) -> None:
+        """End every client at once: the run failed."""
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.kill()
+        for process in self.processes.values():
+            process.wait()
+
+    def _last_words(self, name: str) -> str:
+        path = self.folder / name / LOG
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        last = lines[-1].removeprefix("fedbert-ds: ") if lines else "without a word"
+        return f"{last} (see {path})"

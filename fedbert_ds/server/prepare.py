@@ -1,0 +1,94 @@
+"""Text of a run that the server can read: articles to shards and held-out text, a tokenizer, word frequencies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.server.local_clients import client_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+HELD_OUT = "held_out.jsonl"
+TOKENIZER = "tokenizer"
+TEXT_FACTS = "text.json"
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What was dealt to local clients."""
+
+    sources: tuple[str, ...]
+    articles: int
+    held_out: int
+    shard_articles: tuple[int, ...]
+    shard_characters: tuple[int, ...]
+
+    @property
+    def sentence(self) -> str:
+        """One line for a person."""
+        total = sum(self.shard_characters)
+        shares = ", ".join(f"{100 * characters / total:.0f}" for characters in self.shard_characters)
+        return (
+            f"{', '.join(self.sources)}: {self.articles:,} articles, {sum(self.shard_articles):,} for "
+            f"{len(self.shard_articles)} clients ({shares} %), {self.held_out:,} held out"
+        )
+
+
+def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
+    """Write shards, held-out text and tokenizer into the run's folder; rank 0 of a new run calls it.
+
+    Without local clients the server reads no text, so a tokenizer must be named (ConfigError).
+    """
+    from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.shards import deal, hold_out, write_shard
+    from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
+
+    folder = config.run.directory
+    name = config.tokenizer.path or config.model.checkpoint
+    tokenizer = load_tokenizer(name) if name else None
+    if not config.clients.local:
+        if tokenizer is None:
+            raise ConfigError(
+                "tokenizer.path: name a tokenizer; without local clients (clients.local: 0) the server has no text to train one"
+            )
+        tokenizer.save_pretrained(folder / TOKENIZER)
+        return tokenizer, None
+    articles = list(
+        read_articles(config.data.source, streaming=config.data.streaming, max_articles=config.data.max_articles)
+    )
+    train, held_out = hold_out(articles, config.data.held_out, config.run.seed)
+    shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
+    if tokenizer is None:
+        tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
+    write_shard(folder / HELD_OUT, held_out)
+    for number, shard in enumerate(shards):
+        write_shard(folder / "clients" / client_name(number) / "shard.jsonl", shard)
+    tokenizer.save_pretrained(folder / TOKENIZER)
+    facts = TextFacts(
+        tuple(config.data.source),
+        len(articles),
+        len(held_out),
+        tuple(len(shard) for shard in shards),
+        tuple(sum(len(article.text) for article in shard) for shard in shards),
+    )
+    (folder / TEXT_FACTS).write_text(json.dumps(facts.__dict__), encoding="utf-8")
+    return tokenizer, facts
+
+
+def prepared_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
+    """What `prepare_text` wrote, for a run that resumes."""
+    from fedbert_ds.data.tokenizer import load_tokenizer
+
+    folder = config.run.directory
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    path = folder / TEXT_FACTS
+    if not path.is_file():
+        return tokenizer, None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    return tokenizer, TextFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})

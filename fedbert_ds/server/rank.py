@@ -1,0 +1,507 @@
+"""One rank's training loop: carry out what the queue decides, exchange client halves, save, stop in step with the other ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.modes import Exchange, exchange_after
+from fedbert_ds.seeding import stable_seed
+from fedbert_ds.server.control import Control
+from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.engine import BodyEngine, BodyInput
+from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, Received
+from fedbert_ds.server.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Step
+from fedbert_ds.server.window import MicroBatch, Piece, plan_window
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import decode, decode_row_index, encode
+from fedbert_ds.wire.messages import HalfAssembler, Manifest, checked_manifest, checked_positions, half_chunks
+
+POLL_SECONDS = 0.2
+"""How long a wait for an event lasts before clocks and flags are looked at again."""
+
+
+class StopFlag(Protocol):
+    """Something that may ask the run to save and end."""
+
+    requested: bool
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Widths and limits the wire is checked against."""
+
+    activation_width: int
+    hidden_width: int
+    longest_sequence: int
+    is_rows_cut: bool
+    half: dict[str, tuple[int, ...]]
+    """Every tensor of a client half."""
+    exchanged: frozenset[str]
+    """Names of those that are summed or averaged."""
+
+
+@dataclass
+class Tally:
+    """What one rank counts of one window."""
+
+    loss_sum: float = 0.0
+    tokens: int = 0
+    masked_tokens: int = 0
+    lost_masked_tokens: int = 0
+    busy_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    forwards: int = 0
+    backwards: int = 0
+    dummy_micro_batches: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    averaging_bytes_up: int = 0
+    averaging_bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank tells the others between two windows."""
+
+    manifests: tuple[Manifest, ...]
+    clients: frozenset[str]
+    stop: bool
+    problems: tuple[str, ...]
+    tally: Tally | None
+
+
+@dataclass
+class _Flight:
+    """A micro-batch between its forward and its backward."""
+
+    pieces: tuple[Piece, ...]
+    values_per_piece: list[int]
+    """Rows of `activations` each piece brought: its tokens, or its distinct rows."""
+
+
+@dataclass
+class _Arrived:
+    """A piece's activations, decoded and checked."""
+
+    values: Tensor
+    row_index: Tensor | None
+    masked_positions: Tensor
+
+
+@dataclass
+class _Inbox:
+    """What has arrived and waits for its micro-batch."""
+
+    activations: dict[tuple[int, str], _Arrived] = field(default_factory=dict)
+    gradients: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    halves: dict[str, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
+    assemblers: dict[str, HalfAssembler] = field(default_factory=dict)
+    saved: dict[str, pb.Saved] = field(default_factory=dict)
+
+    def drop(self, client: str) -> None:
+        """Forget everything of a client that is gone."""
+        self.activations = {key: value for key, value in self.activations.items() if key[1] != client}
+        self.gradients = {key: value for key, value in self.gradients.items() if key[1] != client}
+        self.halves.pop(client, None)
+        self.assemblers.pop(client, None)
+
+
+class RankServer:
+    """Trains on one rank. `train` returns the window it stopped before; the same on every rank."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        shapes: Shapes,
+        engine: BodyEngine,
+        ingress: Ingress,
+        control: Control,
+        seats: Mapping[str, Seat],
+        first_window: int,
+        stop: StopFlag,
+    ) -> None:
+        self._config = config
+        self._shapes = shapes
+        self._engine = engine
+        self._ingress = ingress
+        self._control = control
+        self._seats = {client: seat for client, seat in seats.items() if seat.rank == control.rank}
+        self._first_window = first_window
+        self._queue = PipelineQueue(
+            config.window.micro_batches_in_flight,
+            config.window.order,
+            engine.lockstep_forwards,
+            config.clients.silence_timeout,
+            first_window,
+        )
+        self._stop = stop
+        self._inbox = _Inbox()
+        self._manifests: dict[str, Manifest] = {}
+        self._flights: dict[int, _Flight] = {}
+        self._tally = Tally()
+        self._problems: list[str] = []
+        self._expected_half: Mapping[str, tuple[int, ...]] = {}
+        self.clients: frozenset[str] = frozenset()
+        """Connected clients of all ranks, as of the last gathering."""
+        self.client_figures: dict[str, pb.Saved] = {}
+        """The last Saved of each client of this rank: peak memory and FLOP per token."""
+
+    # -- the run --------------------------------------------------------------------------------------------------
+
+    def connect(self, initial_half: Mapping[str, Tensor] | None, watch: Callable[[], None]) -> None:
+        """Wait until every client seated at this rank has opened its stream; give each its first weights, if any.
+
+        `watch` is called while waiting and may raise: a local client process that died.
+        """
+        deadline = time.monotonic() + self._config.clients.join_timeout
+        while self._queue.clients != set(self._seats):
+            event = self._ingress.next_event(POLL_SECONDS)
+            if isinstance(event, Connected) and initial_half is not None:
+                self._send_half(event.client, initial_half, self._first_window)
+            self._dispatch(event)
+            watch()
+            if time.monotonic() > deadline:
+                missing = ", ".join(sorted(set(self._seats) - self._queue.clients))
+                raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
+
+    def train(self, on_window: Callable[[int, Sequence[Report], float], None], folder: Path) -> int:
+        """Run windows until the last one, a stop request, or too few clients.
+
+        `on_window(window, reports, seconds)` sees every finished window's reports of all ranks. Raises RunError, on every rank, when fewer than
+        `clients.required` are left; what was saved before stays.
+        """
+        saved = self._first_window
+        window = self._first_window
+        started = time.monotonic()
+        while True:
+            reports = self._gather(window)
+            self.clients = frozenset().union(*(report.clients for report in reports))
+            if window > self._first_window:
+                on_window(window - 1, reports, time.monotonic() - started)
+            started = time.monotonic()
+            is_over = window == self._config.run.windows or any(report.stop for report in reports)
+            if len(self.clients) < self._config.clients.required:
+                problems = [problem for report in reports for problem in report.problems]
+                raise RunError(
+                    f"{'; '.join(problems) or 'clients were lost'}; {len(self.clients)} of {self._config.clients.expected} clients "
+                    f"left, the run needs {self._config.clients.required} (clients.minimum); {_resume_hint(saved)}"
+                )
+            if window > saved and (is_over or window % self._config.run.save_every == 0):
+                self._save(folder, window)
+                saved = window
+            if is_over:
+                return window
+            plan = plan_window(
+                window, [report.manifests for report in reports], self._config.window.tokens_per_micro_batch
+            )
+            self._train_window(window, plan.masked_tokens, plan.ranks[self._control.rank])
+            self._exchange(window, exchange_after(self._config.federation, window))
+            window += 1
+
+    def collect_half(self, window: int) -> dict[str, Tensor]:
+        """The client half for the merged checkpoint, on every rank.
+
+        `synchronous` halves are equal, so the first client's is taken; in `parallel` mode all are averaged, by masked tokens.
+        """
+        wanted = self.clients if self._config.federation.mode == "parallel" else set(sorted(self.clients)[:1])
+        mine = sorted(wanted & self._queue.clients)
+        self._expected_half = self._shapes.half
+        for client in mine:
+            self._ingress.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
+        self._await_halves(set(mine))
+        halves = [self._inbox.halves.pop(client) for client in mine if client in self._inbox.halves]
+        return combine(halves, self._shapes.half, average=True, group=self._control.group)
+
+    def finish(self, reason: str) -> None:
+        """Tell this rank's clients that the run is over."""
+        for client in self._queue.clients:
+            self._ingress.close(client, pb.ServerMessage(finish=pb.Finish(reason=reason)))
+
+    # -- a window -------------------------------------------------------------------------------------------------
+
+    def _gather(self, window: int) -> list[Report]:
+        """Wait for this rank's manifests, then exchange reports with all ranks."""
+        is_last = window == self._config.run.windows
+        while not (is_last or self._queue.gathered or self._stop.requested):
+            self._wait_for_event()
+            decision = self._queue.decide(time.monotonic())
+            if isinstance(decision, Expire):
+                self._expire(decision.client)
+        manifests = self._queue.manifests if self._queue.gathered else ()
+        self._manifests = {manifest.client: manifest for manifest in manifests}
+        report = Report(
+            manifests, self._queue.clients, self._stop.requested, tuple(self._problems), self._take_tally()
+        )
+        return self._control.gather(report)
+
+    def _train_window(self, window: int, masked_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
+        self._queue.start(window, micro_batches)
+        for client in self._queue.clients:
+            pieces = [
+                pb.Piece(micro_batch=mb.index, first_sequence=piece.first_sequence, num_sequences=piece.num_sequences)
+                for mb in micro_batches
+                for piece in mb.pieces
+                if piece.client == client
+            ]
+            plan = pb.Plan(window=window, masked_tokens=masked_tokens, pieces=pieces)
+            self._ingress.send(client, pb.ServerMessage(plan=plan))
+        self._expected_half = {name: self._shapes.half[name] for name in self._shapes.exchanged}
+        while True:
+            while self._dispatch(self._ingress.next_event(0)):
+                pass
+            match self._queue.decide(time.monotonic()):
+                case None:
+                    waiting_since = time.monotonic()
+                    self._wait_for_event()
+                    self._tally.wait_seconds += time.monotonic() - waiting_since
+                case Open(micro_batch, pieces):
+                    for piece in pieces:
+                        credit = pb.Open(window=window, micro_batch=micro_batch)
+                        self._ingress.send(piece.client, pb.ServerMessage(open=credit))
+                case Forward(micro_batch, pieces):
+                    self._forward(window, micro_batch, pieces)
+                case Backward(micro_batch, pieces, is_last):
+                    self._backward(window, micro_batch, pieces, is_last)
+                case Expire(client):
+                    self._expire(client)
+                case Step(_, lost_masked_tokens):
+                    self._step(window, lost_masked_tokens)
+                    return
+
+    def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
+        arrived = [self._inbox.activations.pop((micro_batch, piece.client)) for piece in pieces]
+        seed = stable_seed("body dropout", self._config.run.seed, window, micro_batch)
+        started = time.monotonic()
+        if pieces:
+            body_input = self._body_input(pieces, arrived, seed)
+        else:
+            body_input = self._engine.dummy_input(self._shapes.activation_width, self._shapes.is_rows_cut, seed)
+        hidden = self._engine.forward(micro_batch, body_input)
+        self._tally.forwards += 1
+        if pieces:
+            self._tally.busy_seconds += time.monotonic() - started
+            self._tally.tokens += sum(piece.tokens for piece in pieces)
+        else:
+            self._tally.dummy_micro_batches += 1
+        self._flights[micro_batch] = _Flight(pieces, [len(item.values) for item in arrived])
+        for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
+            frame = encode(rows, self._config.wire.activations)
+            message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame)
+            self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
+
+    def _body_input(self, pieces: tuple[Piece, ...], arrived: list[_Arrived], seed: int) -> BodyInput:
+        """Pack pieces one after another; positions, sequence bounds and row numbers shift by what comes before."""
+        lengths: list[int] = []
+        positions, row_indices = [], []
+        tokens_before = rows_before = 0
+        for piece, item in zip(pieces, arrived, strict=True):
+            manifest = self._manifests[piece.client]
+            lengths += manifest.lengths[piece.first_sequence : piece.first_sequence + piece.num_sequences]
+            positions.append(item.masked_positions + tokens_before)
+            if item.row_index is not None:
+                row_indices.append(item.row_index + rows_before)
+            tokens_before += piece.tokens
+            rows_before += len(item.values)
+        return BodyInput(
+            activations=torch.cat([item.values for item in arrived]),
+            masked_positions=torch.cat(positions),
+            cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+            row_index=torch.cat(row_indices) if row_indices else None,
+            seed=seed,
+        )
+
+    def _backward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...], is_last: bool) -> None:
+        flight = self._flights.pop(micro_batch)
+        present = {piece.client for piece in pieces}
+        width = self._shapes.hidden_width
+        gradients = [
+            self._inbox.gradients.pop((micro_batch, piece.client))
+            if piece.client in present
+            else torch.zeros(piece.masked, width)
+            for piece in flight.pieces
+        ]
+        started = time.monotonic()
+        hidden_gradient = torch.cat(gradients) if gradients else torch.zeros(0, width)
+        gradient = self._engine.backward(micro_batch, hidden_gradient, is_last)
+        self._tally.backwards += 1
+        if not flight.pieces:
+            return
+        self._tally.busy_seconds += time.monotonic() - started
+        for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
+            if piece.client in present:
+                frame = encode(rows, self._config.wire.gradients)
+                message = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
+                self._ingress.send(piece.client, pb.ServerMessage(input_gradient=message))
+
+    def _step(self, window: int, lost_masked_tokens: int) -> None:
+        started = time.monotonic()
+        self._engine.step(self._config.optimizer.learning_rate(window, self._config.run.windows))
+        self._tally.busy_seconds += time.monotonic() - started
+        self._tally.lost_masked_tokens += lost_masked_tokens
+        self._inbox.activations.clear()
+        self._inbox.gradients.clear()
+        for client in self._queue.clients:
+            self._ingress.send(client, pb.ServerMessage(stepped=pb.Stepped(window=window)))
+
+    # -- client halves --------------------------------------------------------------------------------------------
+
+    def _exchange(self, window: int, exchange: Exchange) -> None:
+        if exchange == "nothing":
+            return
+        self._await_halves(set(self._queue.clients))
+        present = sorted(self._queue.clients & set(self._inbox.halves))
+        halves = [self._inbox.halves.pop(client) for client in present]
+        self._inbox.halves.clear()
+        shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
+        combined = combine(halves, shapes, average=exchange == "weights", group=self._control.group)
+        for client in present:
+            self._send_half(client, combined, window)
+
+    def _await_halves(self, clients: set[str]) -> None:
+        deadline = time.monotonic() + self._config.clients.silence_timeout
+        while missing := (clients & self._queue.clients) - set(self._inbox.halves):
+            before = len(self._inbox.assemblers), self._ingress.bytes_up
+            self._wait_for_event()
+            # A large half over a slow link takes long; only silence counts against it.
+            if (len(self._inbox.assemblers), self._ingress.bytes_up) != before:
+                deadline = time.monotonic() + self._config.clients.silence_timeout
+            elif time.monotonic() > deadline:
+                for client in missing:
+                    self._queue.lose(client)
+                    self._expire(client)
+
+    def _send_half(self, client: str, tensors: Mapping[str, Tensor], window: int) -> None:
+        for chunk in half_chunks(window, tensors.items(), weight=0.0):
+            message = pb.ServerMessage(half=chunk)
+            self._tally.averaging_bytes_down += message.ByteSize()
+            self._ingress.send(client, message)
+
+    # -- saving ---------------------------------------------------------------------------------------------------
+
+    def _save(self, folder: Path, window: int) -> None:
+        """Clients save their halves, ranks the body; the checkpoint counts only once everything is on disk."""
+        self._inbox.saved.clear()
+        for client in self._queue.clients:
+            self._ingress.send(client, pb.ServerMessage(save=pb.Save(window=window)))
+        self._engine.save(folder, window)
+        deadline = time.monotonic() + self._config.clients.silence_timeout
+        while missing := self._queue.clients - set(self._inbox.saved):
+            self._wait_for_event()
+            if time.monotonic() > deadline:
+                for client in missing:
+                    self._queue.lose(client)
+                    self._expire(client)
+        self.client_figures.update(self._inbox.saved)
+        self._control.complete_checkpoint(folder, window)
+
+    # -- events ---------------------------------------------------------------------------------------------------
+
+    def _wait_for_event(self) -> None:
+        self._dispatch(self._ingress.next_event(POLL_SECONDS))
+
+    def _dispatch(self, event: Event | None) -> bool:
+        """Take one event in; False when there was none. A client that breaks the protocol is refused and dropped alone."""
+        match event:
+            case None:
+                return False
+            case Connected(client):
+                self._queue.join(client, time.monotonic())
+            case Disconnected(client):
+                if client in self._queue.clients:
+                    self._problems.append(f"client {client} disconnected")
+                    self._forget(client)
+            case Received(client, message) if client in self._queue.clients:
+                self._count_bytes(message)
+                try:
+                    self._receive(client, message)
+                except WireError as error:
+                    self._problems.append(str(error))
+                    self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=str(error))))
+                    self._forget(client)
+        return True
+
+    def _receive(self, client: str, message: pb.ClientMessage) -> None:
+        match message.WhichOneof("body"):
+            case "manifest":
+                shapes, seat = self._shapes, self._seats[client]
+                self._queue.manifest(checked_manifest(client, message.manifest, shapes.longest_sequence, seat.tokens))
+            case "activations":
+                self._receive_activations(client, message.activations)
+            case "gradient":
+                self._receive_gradient(client, message.gradient)
+            case "half":
+                self._receive_half(client, message.half)
+            case "saved":
+                self._inbox.saved[client] = message.saved
+            case other:
+                raise WireError(f"client {client}: a message of kind {other} was not expected")
+
+    def _receive_activations(self, client: str, message: pb.Activations) -> None:
+        number = message.micro_batch
+        piece = self._queue.expected_piece(client, number, "activations")
+        who = f"client {client}: activations of micro-batch {number}"
+        num_rows, row_index = piece.tokens, None
+        if self._shapes.is_rows_cut:
+            num_rows = message.values.shape[0] if message.values.shape else 0
+            if not 0 < num_rows <= piece.tokens:
+                raise WireError(f"{who}: {num_rows} rows for {piece.tokens} tokens")
+            row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
+        shape = (num_rows, self._shapes.activation_width)
+        values = decode(message.values, shape, self._config.wire.activations, who)
+        positions = checked_positions(client, message, piece.tokens, piece.masked)
+        self._queue.activations(client, number)
+        self._inbox.activations[number, client] = _Arrived(values, row_index, positions)
+
+    def _receive_gradient(self, client: str, message: pb.Gradient) -> None:
+        number = message.micro_batch
+        piece = self._queue.expected_piece(client, number, "gradient")
+        who = f"client {client}: gradient of micro-batch {number}"
+        shape = (piece.masked, self._shapes.hidden_width)
+        gradient = decode(message.hidden, shape, self._config.wire.gradients, who)
+        self._queue.gradient(client, number)
+        self._inbox.gradients[number, client] = gradient
+        self._tally.loss_sum += message.loss_sum
+        self._tally.masked_tokens += piece.masked
+
+    def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
+        if client not in self._inbox.assemblers:
+            self._inbox.assemblers[client] = HalfAssembler(dict(self._expected_half), f"client {client}: its half")
+        complete = self._inbox.assemblers[client].add(chunk)
+        if complete is not None:
+            del self._inbox.assemblers[client]
+            self._inbox.halves[client] = complete
+
+    def _expire(self, client: str) -> None:
+        reason = f"client {client} was silent for {self._config.clients.silence_timeout:.0f} s (clients.silence_timeout)"
+        self._problems.append(reason)
+        self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
+        self._inbox.drop(client)
+
+    def _forget(self, client: str) -> None:
+        self._queue.lose(client)
+        self._inbox.drop(client)
+
+    def _count_bytes(self, message: pb.ClientMessage) -> None:
+        if message.WhichOneof("body") == "half":
+            self._tally.averaging_bytes_up += message.ByteSize()
+
+    def _take_tally(self) -> Tally:
+        tally, self._tally = self._tally, Tally()
+        up, down = self._ingress.take_bytes()
+        tally.bytes_up = up - tally.averaging_bytes_up
+        tally.bytes_down = down - tally.averaging_bytes_down
+        return tally
+
+
+def _resume_hint(saved: int) -> str:
+    return f"saved up to window {saved}: start the clients again and add --resume" if saved else "nothing was saved yet"

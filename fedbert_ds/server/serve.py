@@ -1,0 +1,273 @@
+"""A rank's whole life: agree on the run, build the body, let clients in, train, and hand the result over."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
+from fedbert_ds.errors import ConfigError, RunError, WireError
+from fedbert_ds.federation.modes import is_exchanged
+from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
+from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.cut import split
+from fedbert_ds.server.control import Control, complete_windows
+from fedbert_ds.server.coordinator import Expectation, Roster, Seat
+from fedbert_ds.server.engine import BodyEngine
+from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
+from fedbert_ds.server.local_clients import LocalClients, client_name
+from fedbert_ds.server.narrator import Narrator
+from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
+from fedbert_ds.server.rank import POLL_SECONDS, RankServer, Shapes
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.channel import TlsFiles
+from fedbert_ds.wire.messages import ClientSettings, cut_to_json
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+INTERRUPTED = 130
+"""Exit code of a run that was stopped and saved, as a shell reports Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What rank 0 prepared and every rank needs before it can build its body."""
+
+    tokenizer: bytes
+    facts: TextFacts | None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the coordinator decided when everybody had joined."""
+
+    seats: dict[str, Seat]
+    first_window: int
+
+
+class StopSignal:
+    """Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning) ask the run to save and end; a second Ctrl-C kills it."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def check_before_start(config: RunConfig, resume: bool) -> None:
+    """Everything that can be wrong with the run's folder; raises RunError before anything is written."""
+    folder = config.run.directory
+    if resume:
+        if not (folder / CONFIG_FILE).is_file():
+            raise RunError(f"{folder}: no run to resume here; drop --resume or set run.directory")
+        if not complete_windows(folder / CHECKPOINTS):
+            raise RunError(f"{folder}: this run saved no checkpoint; drop --resume and set another run.directory")
+    elif folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder}: holds a run already; add --resume to continue it, or set another run.directory")
+
+
+def serve(config: RunConfig, resume: bool) -> int:
+    """Run this rank to the end and return its exit code; torch.distributed is initialized.
+
+    A UserError is raised on the rank it concerns; the launcher then ends the others.
+    """
+    stop = StopSignal()
+    control = Control()
+    clients = LocalClients(config.run.directory / "clients")
+    ingress = Ingress(config.server.host, config.server.port and config.server.port + control.rank, _tls(config))
+    try:
+        port = ingress.start()
+        endpoints = control.gather(f"{_advertised(config, control.world_size)}:{port}")
+        prepared = control.broadcast(_prepare(config, resume) if control.rank == 0 else None)
+        tokenizer = tokenizer_from_bytes(prepared.tokenizer)
+        model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+        _check_lengths(config, model.config)
+        half, body = split(model, config.cut)
+        if config.body.activation_checkpointing:
+            body.enable_activation_checkpointing()
+        narrator = Narrator(config, control, prepared.facts, half, body)
+        device = _device()
+        engine = BodyEngine.build(body.to(device), config, device)
+        roster = _roster(config, resume, tokenizer, model.config)
+        if control.rank == 0:
+            narrator.announce(endpoints[0])
+            clients.start(f"{_reachable(config.server.host)}:{port}", _local_names(config))
+            _fill(roster, config, ingress, clients, stop)
+        start = control.broadcast(_start(config, roster, control) if control.rank == 0 else None)
+        ingress.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == control.rank})
+        rank = RankServer(config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop)
+        if start.first_window:
+            engine.load(config.run.directory / CHECKPOINTS, start.first_window)
+        # A client may come as soon as it is welcomed, so every rank must be ready for it.
+        control.barrier()
+        if control.rank == 0:
+            _welcome(config, roster, start, endpoints, prepared.tokenizer, config_to_json(model.config))
+        initial = {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
+        rank.connect(initial, clients.check)
+        window = _train(config, rank, clients, narrator, start.first_window)
+        narrator.hand_over(window, rank, engine, model.config, tokenizer)
+        clients.wait(seconds=30)
+        return 0 if window == config.run.windows else INTERRUPTED
+    finally:
+        ingress.stop()
+        clients.stop()
+
+
+def _prepare(config: RunConfig, resume: bool) -> Prepared:
+    if resume:
+        tokenizer, facts = prepared_text(config)
+    else:
+        config.run.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            tokenizer, facts = prepare_text(config)
+        except BaseException:
+            _remove_if_unused(config.run.directory)
+            raise
+        (config.run.directory / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
+    return Prepared(tokenizer_to_bytes(tokenizer), facts)
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """A run that failed before it began leaves no folder in the way of the next try."""
+    import shutil
+
+    if not (folder / CONFIG_FILE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> Roster:
+    saved = complete_windows(config.run.directory / CHECKPOINTS) if resume else None
+    expectation = Expectation(vocabulary_hash(tokenizer), shape_hash(hf_config, config.cut), saved)
+    return Roster(config.clients.expected, expectation)
+
+
+def _fill(roster: Roster, config: RunConfig, ingress: Ingress, clients: LocalClients, stop: StopSignal) -> None:
+    """Wait until every expected client has joined; RunError after clients.join_timeout, naming who is there."""
+    deadline = time.monotonic() + config.clients.join_timeout
+    while not roster.is_complete:
+        match ingress.next_event(POLL_SECONDS):
+            case JoinAsked(hello, answer):
+                try:
+                    roster.admit(hello, answer)
+                except WireError as error:
+                    print(f"refused: {error}", flush=True)
+            case JoinAbandoned(hello):
+                roster.withdraw(hello)
+        clients.check()
+        if stop.requested or time.monotonic() > deadline:
+            here = ", ".join(roster.clients) or "none"
+            reason = "stopped" if stop.requested else f"{config.clients.join_timeout:.0f} s are over (clients.join_timeout)"
+            error = RunError(f"{reason} before all {config.clients.expected} clients joined; here: {here}")
+            roster.refuse_all(WireError(str(error)))
+            raise error
+
+
+def _start(config: RunConfig, roster: Roster, control: Control) -> Start:
+    try:
+        first_window = roster.first_window()
+    except WireError as error:
+        roster.refuse_all(error)
+        raise
+    return Start(roster.seats(control.world_size, config.window.tokens, config.window.share), first_window)
+
+
+def _welcome(
+    config: RunConfig, roster: Roster, start: Start, endpoints: list[str], tokenizer: bytes, model_config: str
+) -> None:
+    for client, seat in start.seats.items():
+        settings = ClientSettings(
+            seed=config.run.seed,
+            windows=config.run.windows,
+            tokens=seat.tokens,
+            sequence_length=config.data.sequence_length,
+            mask_probability=config.data.mask_probability,
+            whole_word=config.data.whole_word,
+            optimizer=config.optimizer,
+            federation=config.federation,
+            wire=config.wire,
+        )
+        welcome = pb.Welcome(
+            endpoint=endpoints[seat.rank],
+            session=seat.session,
+            model_config=model_config,
+            cut=cut_to_json(config.cut),
+            settings=settings.model_dump_json(),
+            tokenizer=tokenizer,
+            window=start.first_window,
+        )
+        roster.welcome(client, welcome)
+
+
+def _train(config: RunConfig, rank: RankServer, clients: LocalClients, narrator: Narrator, first_window: int) -> int:
+    with narrator.following(first_window):
+        try:
+            return rank.train(narrator.window, config.run.directory / CHECKPOINTS)
+        except RunError as error:
+            rank.finish(f"the run ended: {error}")
+            reasons = "; ".join(clients.failures(patience=3.0))
+            raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
+
+
+def _shapes(config: RunConfig, half: ClientHalf) -> Shapes:
+    parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
+    return Shapes(
+        activation_width=half.widths.activations,
+        hidden_width=half.widths.hidden,
+        longest_sequence=config.data.sequence_length,
+        is_rows_cut=config.cut == "rows",
+        half=parameters,
+        exchanged=frozenset(
+            name for name in parameters if is_exchanged(config.federation, half.parameter_scope(name))
+        ),
+    )
+
+
+def _check_lengths(config: RunConfig, hf_config: Any) -> None:
+    if config.data.sequence_length > longest_sequence(hf_config):
+        raise ConfigError(
+            f"data.sequence_length {config.data.sequence_length} is longer than the model's position table, "
+            f"{longest_sequence(hf_config)}; lower it"
+        )
+
+
+def _local_names(config: RunConfig) -> list[str]:
+    return [client_name(number) for number in range(config.clients.local)]
+
+
+def _tls(config: RunConfig) -> TlsFiles | None:
+    tls = config.server.tls
+    return TlsFiles(tls.ca, tls.certificate, tls.key) if tls else None
+
+
+def _advertised(config: RunConfig, world_size: int) -> str:
+    """The host clients are told for this rank's endpoint."""
+    if config.server.advertise:
+        return config.server.advertise
+    on_several_nodes = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    if on_several_nodes or config.server.host == "0.0.0.0":
+        return socket.getfqdn()
+    return config.server.host
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")

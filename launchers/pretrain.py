@@ -1,0 +1,55 @@
+"""What `deepspeed`, `torchrun` and `srun` start once for every rank of the server side.
+
+    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml [section.key=value ...] [--resume]
+
+Started plainly, without a launcher, it is a run of one rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.errors import UserError, exit_with
+
+
+def main() -> None:
+    """Check everything that can be checked, then run this rank."""
+    parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
+    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; LOCAL_RANK says the same
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
+    options = parser.parse_intermixed_args()
+    rank = int(os.environ.setdefault("RANK", "0"))
+    try:
+        config = load_config(options.config, options.overrides)
+        _run(config, options.resume, rank)
+    except UserError as error:
+        if rank == 0:
+            exit_with(error)
+        # Rank 0 says it; a rank that left first would have the launcher kill rank 0 before it can.
+        time.sleep(10)
+        raise SystemExit(error.exit_code) from None
+
+
+def _run(config: RunConfig, resume: bool, rank: int) -> None:
+    from fedbert_ds.server.distributed import initialize, shut_down
+
+    if rank == 0:
+        from fedbert_ds.server.serve import check_before_start
+
+        check_before_start(config, resume)
+    initialize()
+    from fedbert_ds.server.serve import serve
+
+    exit_code = serve(config, resume)
+    shut_down()
+    raise SystemExit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

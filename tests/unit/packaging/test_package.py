@@ -44,15 +44,16 @@ def test_console_script_is_installed():
 def test_hugging_face_kernels_wins_over_our_folder(tmp_path):
     package = tmp_path / "kernels"
     package.mkdir()
-    (package / "__init__.py").write_text('"""Stands in for the real package."""\n__version__ = "0.17.2"\n')
-    information = tmp_path / "kernels-0.17.2.dist-info"
+    (package / "__init__.py").write_text('"""Stands in for the real package."""\n__version__ = "0.18.2"\n')
+    information = tmp_path / "kernels-0.18.2.dist-info"
     information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
     program = (
         "import sys; assert sys.path[0] == '', sys.path\n"
         "import kernels, fedbert_kernels\n"
         "from transformers.utils.import_utils import _is_package_available\n"
-        "print(kernels.__file__, list(fedbert_kernels.__path__)[0], *_is_package_available('kernels', True), sep='\\n')\n"
+        "print(kernels.__file__, list(fedbert_kernels.__path__)[0])\n"
+        "print(*_is_package_available('kernels', True))\n"
     )
     # `-c` puts the current folder, which holds our kernels/, first on the path: the worst case.
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -64,11 +65,13 @@ def test_hugging_face_kernels_wins_over_our_folder(tmp_path):
     found, ours, available, version = result.stdout.split()
     assert Path(found) == package / "__init__.py"
     assert Path(ours) == ROOT / "kernels"
-    assert (available, version) == ("True", "0.17.2")
+    assert (available, version) == ("True", "0.18.2")
 
 
 def test_kernels_folder_has_no_init():
-    assert not (ROOT / "kernels" / "__init__.py").exists(), "it would hide Hugging Face's kernels; see kernels/README.md"
+    assert not (ROOT / "kernels" / "__init__.py").exists(), (
+        "it would hide Hugging Face's kernels; see kernels/README.md"
+    )
 
 
 @pytest.mark.parametrize("python", PYTHONS)

@@ -1,0 +1,167 @@
+"""A run on one page: the loss as a picture, and the figures that say whether the body was kept busy."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, cycle
+from pathlib import Path
+
+from fedbert_ds.telemetry.metrics import Summary, WindowMetrics, summary
+from fedbert_ds.telemetry.progress import duration, short_bytes, short_number
+
+Table = Sequence[tuple[str, str]]
+
+
+def write_report(
+    folder: Path,
+    config_yaml: str,
+    rows: Sequence[WindowMetrics],
+    facts: Mapping[str, str],
+    baselines: Mapping[str, float] | None = None,
+) -> Path:
+    """Write loss.png and report.html into `folder`; returns the page's path.
+
+    `facts` is a table of its own (model, machine, held-out loss ...); `baselines` are named losses drawn as lines.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / "loss.png"
+    draw_loss(picture, rows, baselines or {})
+    page = folder / "report.html"
+    page.write_text(_page(folder.name, picture.read_bytes(), rows, facts, config_yaml), encoding="utf-8")
+    return page
+
+
+def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str, float]) -> None:
+    """Draw the training loss against tokens: every window thin, smoothed thick, baselines as dashed lines."""
+    # The figure is built without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    tokens = list(accumulate(row.tokens for row in rows))
+    if len(rows) > 1:
+        axes.plot(tokens, [row.loss for row in rows], color="#9db7d5", linewidth=0.8, label="each window")
+    marker = "" if len(rows) > 1 else "o"
+    axes.plot(tokens, smoothed(rows), color="#1f4e8c", linewidth=1.8, marker=marker, label="smoothed")
+    for (name, value), color in zip(baselines.items(), cycle(_BASELINE_COLORS), strict=False):
+        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name} {value:.2f}")
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("loss, nats per masked token")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def smoothed(rows: Sequence[WindowMetrics]) -> list[float]:
+    """Mean loss, by masked tokens, of the windows around each one: a fortieth of the run to either side."""
+    reach = len(rows) // 40
+    weights = [row.masked_tokens if math.isfinite(row.loss) else 0 for row in rows]
+    mass = [0, *accumulate(weights)]
+    loss = [0.0, *accumulate(row.loss * weight if weight else 0.0 for row, weight in zip(rows, weights, strict=True))]
+    means = []
+    for index in range(len(rows)):
+        first, last = max(0, index - reach), min(len(rows), index + reach + 1)
+        inside = mass[last] - mass[first]
+        means.append((loss[last] - loss[first]) / inside if inside else math.nan)
+    return means
+
+
+def _page(title: str, picture: bytes, rows: Sequence[WindowMetrics], facts: Mapping[str, str], config_yaml: str) -> str:
+    image = base64.b64encode(picture).decode("ascii")
+    whole = summary(rows)
+    sections = [
+        f'<img alt="Training loss against tokens" src="data:image/png;base64,{image}">',
+        _table("The run", [*facts.items()]),
+        '<div class="columns">',
+        _table("Progress", _progress(rows, whole)),
+        _table("The body", _body(whole)),
+        _table("The wire, bytes per token", _wire(whole)),
+        "</div>",
+        f"<details><summary>Configuration</summary><pre>{html.escape(config_yaml)}</pre></details>",
+    ]
+    return _TEMPLATE.format(title=html.escape(title), style=_STYLE, content="\n".join(sections))
+
+
+def _progress(rows: Sequence[WindowMetrics], whole: Summary) -> Table:
+    last = summary(rows[-max(1, len(rows) // 20) :])
+    return [
+        ("windows", f"{whole.windows:,}"),
+        ("tokens", f"{whole.tokens:,}"),
+        ("time in windows", duration(whole.seconds)),
+        ("tokens per second", short_number(whole.tokens_per_second)),
+        ("loss, last 5 % of windows", "none" if math.isnan(last.loss) else f"{last.loss:.3f}"),
+        ("masked tokens left out", _percent(whole.lost_share)),
+    ]
+
+
+def _body(whole: Summary) -> Table:
+    return [
+        ("busy", _percent(whole.busy_share)),
+        ("waiting for clients", _percent(whole.wait_share)),
+        ("fill of micro-batches", _percent(whole.fill)),
+        ("dummy micro-batches", _percent(whole.dummy_share)),
+    ]
+
+
+def _wire(whole: Summary) -> Table:
+    return [
+        ("up", short_bytes(whole.bytes_per_token_up)),
+        ("down", short_bytes(whole.bytes_per_token_down)),
+        ("keeping halves together", short_bytes(whole.averaging_bytes_per_token)),
+        ("all", short_bytes(whole.bytes_per_token)),
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _table(caption: str, entries: Table) -> str:
+    lines = [
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(value)}</td></tr>' for name, value in entries
+    ]
+    return "\n".join(["<table>", f"<caption>{html.escape(caption)}</caption>", *lines, "</table>"])
+
+
+_BASELINE_COLORS = ("#b5482a", "#4c7a34", "#7a4c8c", "#8c7a1f")
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.4rem; font-weight: 600; }
+h1 span { color: #66727f; font-weight: 400; }
+img { width: 100%; height: auto; }
+table { border-collapse: collapse; width: 100%; margin: 1.2rem 0; }
+caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
+th, td { padding: .3rem 0; border-top: 1px solid #e2e6ea; vertical-align: top; font-weight: 400; }
+th { text-align: left; color: #4a5663; padding-right: 1rem; white-space: nowrap; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2.5rem; }
+.columns td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.columns th { white-space: normal; }
+summary { cursor: pointer; font-weight: 600; }
+pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: .85rem; line-height: 1.4; }
+"""
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: FedBERT-DS</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title} <span>FedBERT-DS run report</span></h1>
+{content}
+</body>
+</html>
+"""

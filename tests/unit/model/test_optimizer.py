@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedbert_ds.config import OptimizerSection
@@ -131,7 +132,7 @@ def step_a_slice(rank: int, folder: str) -> None:
         for name, gradient in gradients(step).items():
             slices[name].grad = half(gradient, rank)
         optimizer.step()
-    torch.save({name: parameter.detach() for name, parameter in slices.items()}, Path(folder) / f"{rank}.pt")
+    save_file({name: parameter.detach() for name, parameter in slices.items()}, Path(folder) / f"{rank}.safetensors")
     torch.distributed.destroy_process_group()
 
 
@@ -146,7 +147,7 @@ def test_partitioned_lamb_equals_whole_lamb(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(step_a_slice, args=(str(tmp_path),), nprocs=2)
     whole = parameters()
     run(build_optimizer(whole.items(), section("lamb")), whole, range(STEPS))
-    slices = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    slices = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
     for name, parameter in whole.items():
         joined = torch.cat([part[name] for part in slices])[: parameter.numel()].view_as(parameter)
         torch.testing.assert_close(joined, parameter.detach(), atol=1e-6, rtol=1e-6)

@@ -39,6 +39,7 @@ def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str,
     # The figure is built without pyplot: no global state, and no display is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -53,7 +54,7 @@ def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str,
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss, nats per masked token")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(color="#e4e4e4", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -97,7 +98,7 @@ def _progress(rows: Sequence[WindowMetrics], whole: Summary) -> Table:
         ("tokens", f"{whole.tokens:,}"),
         ("time in windows", duration(whole.seconds)),
         ("tokens per second", short_number(whole.tokens_per_second)),
-        ("loss, last 5 % of windows", "none" if math.isnan(last.loss) else f"{last.loss:.3f}"),
+        ("loss, last 5 %", "none" if math.isnan(last.loss) else f"{last.loss:.3f}"),
         ("masked tokens left out", _percent(whole.lost_share)),
     ]
 
@@ -144,7 +145,8 @@ table { border-collapse: collapse; width: 100%; margin: 1.2rem 0; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .3rem 0; border-top: 1px solid #e2e6ea; vertical-align: top; font-weight: 400; }
 th { text-align: left; color: #4a5663; padding-right: 1rem; white-space: nowrap; }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2.5rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2.5rem;
+           align-items: start; }
 .columns td { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .columns th { white-space: normal; }
 summary { cursor: pointer; font-weight: 600; }

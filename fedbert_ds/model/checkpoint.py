@@ -98,8 +98,8 @@ def save_merged(
 ) -> None:
     """Write the merged model and its tokenizer as an ordinary Hugging Face folder.
 
-    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole. ModelError if
-    the halves do not fit (see `merge`).
+    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole, or, for the
+    instant between two renames, none. ModelError if the halves do not fit (see `merge`).
     """
     model = merge(hf_config, client_state, body_state)
     folder.parent.mkdir(parents=True, exist_ok=True)

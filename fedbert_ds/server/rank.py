@@ -77,7 +77,10 @@ class Report:
     clients: frozenset[str]
     stop: bool
     problems: tuple[str, ...]
-    tally: Tally | None
+    """Everything that went wrong with clients so far."""
+    new_problems: tuple[str, ...]
+    """Those of the window that has just ended."""
+    tally: Tally
 
 
 @dataclass
@@ -150,6 +153,7 @@ class RankServer:
         self._flights: dict[int, _Flight] = {}
         self._tally = Tally()
         self._problems: list[str] = []
+        self._told = 0
         self._expected_half: Mapping[str, tuple[int, ...]] = {}
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks, as of the last gathering."""
@@ -240,8 +244,14 @@ class RankServer:
         manifests = self._queue.manifests if self._queue.gathered else ()
         self._manifests = {manifest.client: manifest for manifest in manifests}
         report = Report(
-            manifests, self._queue.clients, self._stop.requested, tuple(self._problems), self._take_tally()
+            manifests=manifests,
+            clients=self._queue.clients,
+            stop=self._stop.requested,
+            problems=tuple(self._problems),
+            new_problems=tuple(self._problems[self._told :]),
+            tally=self._take_tally(),
         )
+        self._told = len(self._problems)
         return self._control.gather(report)
 
     def _train_window(self, window: int, masked_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:

@@ -34,6 +34,7 @@ from fedbert_ds.wire.messages import ClientSettings, cut_to_json
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+ADDRESS_FILE = "server.address"
 INTERRUPTED = 130
 """Exit code of a run that was stopped and saved, as a shell reports Ctrl-C."""
 
@@ -104,6 +105,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         engine = BodyEngine.build(body.to(device), config, device)
         roster = _roster(config, resume, tokenizer, model.config)
         if control.rank == 0:
+            _reveal_address(config.run.directory, endpoints[0])
             narrator.announce(endpoints[0])
             clients.start(f"{_reachable(config.server.host)}:{port}", _local_names(config))
             _fill(roster, config, ingress, clients, stop)
@@ -147,6 +149,13 @@ def _remove_if_unused(folder: Path) -> None:
 
     if not (folder / CONFIG_FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reveal_address(folder: Path, address: str) -> None:
+    """Scripts that start clients read the coordinator's address here, which matters with server.port: 0."""
+    partial = folder / f"{ADDRESS_FILE}.partial"
+    partial.write_text(address + "\n", encoding="utf-8")
+    partial.replace(folder / ADDRESS_FILE)
 
 
 def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> Roster:

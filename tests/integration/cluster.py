@@ -1,0 +1,177 @@
+"""Starts real rank and client processes for a list of runs, and what plain PyTorch makes of the same text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.masking import Batch, BatchStream, encode
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.server.window import window_shares
+
+WORLD_SIZE = 2
+CLIENTS = {"ada": 9, "bo": 5, "cy": 2}
+"""Three clients and the articles each has: unequal shards."""
+WINDOWS = 5
+WORKER = Path(__file__).with_name("worker.py")
+ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
+
+
+def write_text(folder: Path) -> dict[str, str]:
+    """Made-up articles of unequal length for every client, and a tokenizer trained on them; returns data paths by client."""
+    words = random.Random(7)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    vocabulary = ["".join(words.choices(syllables, k=words.randint(1, 4))) for _ in range(400)]
+    paths, everything = {}, []
+    for client, count in CLIENTS.items():
+        articles = [
+            Article(f"{client} {number}", " ".join(words.choices(vocabulary, k=words.randint(20, 90))))
+            for number in range(count)
+        ]
+        everything += articles
+        paths[client] = str(folder / f"{client}.jsonl")
+        write_shard(Path(paths[client]), articles)
+    train_wordpiece(everything, 300).save_pretrained(folder / "tokenizer")
+    return paths
+
+
+def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
+    """A run file for the test federation: small enough to run in a second, with several micro-batches in flight."""
+    tree: dict = {
+        "run": {"directory": str(folder / name), "windows": WINDOWS, "save_every": 1000, "seed": 3},
+        "model": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "dropout": 0.0,
+                  "max_position_embeddings": 40},
+        "tokenizer": {"path": str(folder / "tokenizer")},
+        "data": {"sequence_length": 32},
+        "window": {"tokens": 700, "tokens_per_micro_batch": 96, "micro_batches_in_flight": 3},
+        "optimizer": {"lr": 0.01, "warmup_windows": 2, "gradient_clipping": 0.0},
+        "body": {"deepspeed": str(ZERO / "zero2.json")},
+        "clients": {"expected": 3, "local": 0, "join_timeout": 60, "silence_timeout": 60},
+        "server": {"port": 0},
+    }  # fmt: skip
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) and section != "cut" else values
+    return tree
+
+
+def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
+    """Run every job, one after another, in 2 rank processes and 3 client processes; fails with what a process printed."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = {
+        f"rank {rank}": (["rank", str(path)], {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE,
+                                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        for rank in range(WORLD_SIZE)
+    }  # fmt: skip
+    clients = {client: (["client", str(path), client], {}) for client in CLIENTS}
+    with _processes(folder, ranks | clients) as processes:
+        for name, process in processes.items():
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise AssertionError(f"{name} did not end in {timeout} s:\n{_output(folder, processes)}") from None
+            assert process.returncode == 0, f"{name} failed:\n{_output(folder, processes)}"
+
+
+@contextmanager
+def _processes(folder: Path, commands: Mapping[str, tuple[list[str], dict]]) -> Iterator[dict[str, subprocess.Popen]]:
+    processes = {}
+    try:
+        for name, (arguments, variables) in commands.items():
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+            environment |= {key: str(value) for key, value in variables.items()}
+            with (folder / f"{name}.log").open("wb") as log:
+                command = [sys.executable, str(WORKER), *arguments]
+                processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        yield processes
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+
+
+def _output(folder: Path, processes: Mapping[str, subprocess.Popen]) -> str:
+    return "\n".join(f"--- {name}\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}" for name in processes)
+
+
+class Centralized:
+    """Plain single-process training of the unsplit model on the very sequences the clients draw."""
+
+    def __init__(self, tree: dict, data: Mapping[str, str]) -> None:
+        self.config: RunConfig = parse_config(tree, "test")
+        tokenizer = load_tokenizer(self.config.tokenizer.path)
+        self.model = build_model(self.config.model, len(tokenizer), tokenizer.pad_token_id, self.config.run.seed).train()
+        articles = {client: list(read_articles([path])) for client, path in data.items()}
+        sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
+        self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share)
+        self.streams = {
+            client: BatchStream(
+                encode(articles[client], tokenizer, self.config.data.sequence_length), tokenizer,
+                mask_probability=self.config.data.mask_probability, whole_word=False, seed=self.config.run.seed, client=client,
+            )
+            for client in data
+        }  # fmt: skip
+        self.input_gradients: dict[tuple[str, int], list[Tensor]] = {}
+        """By (client, window): d(loss)/d(what crosses the cut) for each sequence, [length, width]."""
+
+    def train(self) -> dict[str, Tensor]:
+        """Train all windows; the final state dict."""
+        optimizer = build_optimizer(list(self.model.named_parameters()), self.config.optimizer)
+        for window in range(self.config.run.windows):
+            batches = {
+                client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()
+            }
+            self._accumulate(window, batches)
+            for group in optimizer.param_groups:
+                group["lr"] = self.config.optimizer.learning_rate(window, self.config.run.windows)
+            optimizer.step()
+            optimizer.zero_grad()
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
+
+    def _accumulate(self, window: int, batches: Mapping[str, Batch]) -> None:
+        masked_tokens = sum(len(batch.labels) for batch in batches.values())
+        for client, batch in batches.items():
+            ids = list(batch.input_ids.split(batch.lengths))
+            labels = torch.full_like(batch.input_ids, -100)
+            labels[batch.masked_positions] = batch.labels
+            padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+            targets = torch.nn.utils.rnn.pad_sequence(list(labels.split(batch.lengths)), batch_first=True, padding_value=-100)
+            lengths = torch.tensor(batch.lengths)
+            mask = torch.arange(padded.shape[1]) < lengths[:, None]
+            crossing: list[Tensor] = []
+            hook = self._crossing_module().register_forward_hook(lambda _, __, output: crossing.append(output))
+            logits = self.model(input_ids=padded, attention_mask=mask.long()).logits
+            hook.remove()
+            output = crossing[0][0] if isinstance(crossing[0], tuple) else crossing[0]
+            output.retain_grad()
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            (loss / masked_tokens).backward()
+            self.input_gradients[client, window] = [
+                output.grad[row, :length].clone() for row, length in enumerate(batch.lengths)
+            ]
+
+    def _crossing_module(self) -> torch.nn.Module:
+        base = self.model.base_model
+        if self.config.cut == "rows":
+            return base.embeddings.word_embeddings
+        if self.config.cut == "embeddings":
+            return base.embeddings
+        return base.encoder.layer[self.config.cut.layers - 1]

@@ -1,0 +1,150 @@
+"""The federated run equals centralized training: real processes, real gRPC, 2 ranks x 3 unequal clients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+import torch
+from integration.cluster import CLIENTS, WINDOWS, ZERO, Centralized, run_file, run_jobs, write_text
+from integration.mutations import FAULTS
+from torch import Tensor
+
+from transformers import AutoModelForMaskedLM
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("cluster")]
+
+TOLERANCE = 1e-5
+
+STAGES = (0, 1, 2, 3)
+ORDERS = ("fixed", "arrival")
+CUTS = ("embeddings", "rows", {"layers": 1})
+OPTIMIZERS = ("sgd", "adamw", "lamb")
+
+# Every pair of values of any two of the four factors occurs in some row (a test below checks it).
+COMBINATIONS = [
+    (0, "fixed", "embeddings", "sgd"), (0, "arrival", "rows", "adamw"), (0, "fixed", {"layers": 1}, "lamb"),
+    (1, "arrival", "embeddings", "adamw"), (1, "fixed", "rows", "lamb"), (1, "arrival", {"layers": 1}, "sgd"),
+    (2, "fixed", "embeddings", "lamb"), (2, "arrival", "rows", "sgd"), (2, "fixed", {"layers": 1}, "adamw"),
+    (3, "fixed", "embeddings", "adamw"), (3, "arrival", "rows", "lamb"), (3, "arrival", {"layers": 1}, "sgd"),
+    (3, "fixed", "rows", "sgd"), (2, "arrival", "embeddings", "sgd"),
+]  # fmt: skip
+
+
+def _name(stage, order, cut, optimizer) -> str:
+    return f"zero{stage}-{order}-{cut if isinstance(cut, str) else 'layers1'}-{optimizer}"
+
+
+def _tree(folder: Path, stage, order, cut, optimizer, name=None) -> dict:
+    return run_file(
+        folder,
+        name or _name(stage, order, cut, optimizer),
+        cut=cut,
+        window={"order": order},
+        body={"deepspeed": str(ZERO / f"zero{stage}.json")},
+        # Plain SGD needs a larger rate to move far enough that a wrong gradient shows.
+        optimizer={"name": optimizer, "lr": 0.5 if optimizer == "sgd" else 0.01},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """All combinations and all faults, run once in the same five processes."""
+    folder = tmp_path_factory.mktemp("equality")
+    data = write_text(folder)
+    jobs = [{"config": _tree(folder, *row), "resume": False, "data": data} for row in COMBINATIONS]
+    for fault in FAULTS:
+        row = (3, "fixed", "embeddings", "sgd") if "ZeRO 3" in fault else (2, "fixed", "embeddings", "sgd")
+        jobs.append({"config": _tree(folder, *row, name=fault), "resume": False, "data": data, "mutation": fault})
+    run_jobs(folder, jobs)
+    return folder, data
+
+
+@pytest.fixture(scope="module")
+def centralized(finished):
+    """Centralized results by (cut, optimizer); the ZeRO stage and the order do not exist there."""
+    folder, data = finished
+    cache: dict[str, tuple[Centralized, dict[str, Tensor]]] = {}
+
+    def result(cut, optimizer) -> tuple[Centralized, dict[str, Tensor]]:
+        key = json.dumps([cut, optimizer])
+        if key not in cache:
+            training = Centralized(_tree(folder, 0, "fixed", cut, optimizer), data)
+            cache[key] = training, training.train()
+        return cache[key]
+
+    return result
+
+
+def test_the_combinations_cover_every_pair() -> None:
+    factors = (STAGES, ORDERS, CUTS, OPTIMIZERS)
+    for first, second in combinations(range(4), 2):
+        for pair in product(factors[first], factors[second]):
+            assert any((row[first], row[second]) == pair for row in COMBINATIONS), pair
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: _name(*row))
+def test_parameters_equal_centralized_training(finished, centralized, row) -> None:
+    folder, _ = finished
+    _, expected = centralized(row[2], row[3])
+    differences = _differences(folder / _name(*row), expected)
+    # The attention key's bias has a true gradient of zero: Adam divides rounding by rounding there.
+    key_bias = {name: differences.pop(name) for name in list(differences) if name.endswith("key.bias")}
+    assert max(differences.values()) <= TOLERANCE, max(differences.items(), key=lambda item: item[1])
+    assert max(key_bias.values()) <= (TOLERANCE if row[3] == "sgd" else 1e-3)
+
+
+@pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: _name(*row))
+def test_returned_input_gradients_equal_centralized_training(finished, centralized, row) -> None:
+    folder, _ = finished
+    training, _ = centralized(row[2], row[3])
+    assert _gradient_difference(folder / _name(*row), training) <= TOLERANCE
+
+
+def test_windows_have_several_unequal_numbers_of_micro_batches(finished) -> None:
+    """Otherwise the tests above would say less than they claim."""
+    folder, _ = finished
+    rows = [json.loads(line) for line in (folder / _name(*COMBINATIONS[0]) / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["forwards"] for row in rows]
+    assert len(rows) == WINDOWS and min(counts) > 4 and len(set(counts)) > 1, counts
+    assert any(row["dummy_micro_batches"] for row in rows)
+
+
+def test_training_moved_the_weights(finished) -> None:
+    """An optimizer that stands still would equal another that does."""
+    folder, data = finished
+    for optimizer in OPTIMIZERS:
+        row = next(row for row in COMBINATIONS if row[3] == optimizer)
+        untrained = Centralized(_tree(folder, *row), data).model.state_dict()
+        assert max(_differences(folder / _name(*row), untrained).values()) > 1e-2
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_server_is_noticed(finished, centralized, fault) -> None:
+    folder, _ = finished
+    training, expected = centralized("embeddings", "sgd")
+    weights = max(_differences(folder / fault, expected).values())
+    assert max(weights, _gradient_difference(folder / fault, training)) > 10 * TOLERANCE
+
+
+def _differences(run: Path, expected: Mapping[str, Tensor]) -> dict[str, float]:
+    trained = AutoModelForMaskedLM.from_pretrained(run / "hf").state_dict()
+    assert trained.keys() == expected.keys()
+    return {name: (trained[name] - expected[name]).abs().max().item() for name in expected}
+
+
+def _gradient_difference(run: Path, training: Centralized) -> float:
+    largest = 0.0
+    for client in CLIENTS:
+        pieces = torch.load(run / "clients" / client / "input_gradients.pt", weights_only=True)
+        assert {window for window, _ in pieces} == set(range(WINDOWS))
+        for (window, _), piece in pieces.items():
+            expected = torch.cat(training.input_gradients[client, window][slice(*piece["sequences"])])
+            if piece["row_index"] is not None:
+                summed = torch.zeros_like(piece["gradient"])
+                expected = summed.index_add_(0, piece["row_index"].long(), expected)
+            largest = max(largest, (piece["gradient"] - expected).abs().max().item())
+    return largest

@@ -18,7 +18,7 @@ from fedbert_ds.errors import DataError
 
 _NUM_FEATURES = 512
 _WORDS_READ = 300
-_NUM_TOPICS = 16
+_NUM_TOPICS = 10
 _ROUNDS = 15
 
 

@@ -66,18 +66,28 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    is_folder = Path(name_or_folder).expanduser().is_dir()
-    location = str(Path(name_or_folder).expanduser()) if is_folder else name_or_folder
-    if is_folder and not any((Path(location) / file).is_file() for file in _TOKENIZER_FILES):
+    folder = local_folder(name_or_folder)
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{name_or_folder}: no such folder; name one that holds a tokenizer, or a hub name")
+    if folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise DataError(f"{name_or_folder}: no tokenizer.json in this folder; save the tokenizer there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, local_files_only=is_folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder or name_or_folder), local_files_only=folder is not None, trust_remote_code=False
+        )
     except Exception as error:  # hub, network, JSON and tokenizer errors share no base; all mean the name or its files
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{name_or_folder}: no tokenizer there ({reason}); name a folder or hub name") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise DataError(f"{name_or_folder}: this tokenizer has no tokenizer.json; choose one that has")
     return tokenizer
+
+
+def local_folder(name_or_folder: str) -> Path | None:
+    """The folder meant, existing or not; None for what can only be a hub name (`NAME` or `OWNER/NAME`)."""
+    path = Path(name_or_folder).expanduser()
+    is_path = path.is_dir() or path.is_absolute() or name_or_folder.startswith(".") or len(path.parts) > 2
+    return path if is_path else None
 
 
 def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:

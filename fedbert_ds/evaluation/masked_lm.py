@@ -16,7 +16,7 @@ from torch import Tensor
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import EncodedText, Masker, encode
 from fedbert_ds.data.seeding import generator
-from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -187,15 +187,19 @@ def _articles(articles_or_paths: Sequence[Article] | Sequence[str] | str | Path)
 def _load_model(name: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForMaskedLM
 
-    is_folder = Path(name).is_dir()
-    if is_folder and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name}: no config.json; name a folder written by save_pretrained")
+    folder = local_folder(name)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: no config.json there; name a folder written by save_pretrained, or a hub name")
     try:
         # Seeded, so that even a head that has to be initialized gives the same number each time.
         with _quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = AutoModelForMaskedLM.from_pretrained(
-                name, local_files_only=is_folder, output_loading_info=True, dtype=torch.float32
+                str(folder or name),
+                local_files_only=folder is not None,
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype=torch.float32,
             )
     except (
         Exception

@@ -1,0 +1,218 @@
+"""Every kind of source gives its articles, and a mistake in one is a single line that says what to change."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.data import python_docs
+from fedbert_ds.data.corpus import Article, parse_hub_name, read_articles
+from fedbert_ds.data.shards import read_shard, write_shard
+from fedbert_ds.errors import DataError
+
+WIKITEXT = """
+ = First title =
+
+ A paragraph with state @-@ of @-@ the @-@ art , 1 @,@ 200 words and 3 @.@ 5 more .
+
+ = = A section = =
+
+ Another = paragraph = .
+ = Second title =
+
+ Text two .
+"""
+WIKITEXT_ARTICLES = [
+    Article(
+        "First title",
+        "A paragraph with state-of-the-art , 1,200 words and 3.5 more .\n= = A section = =\nAnother = paragraph = .",
+    ),
+    Article("Second title", "Text two ."),
+]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_python_documentation_is_a_thousand_articles_in_a_stable_order() -> None:
+    articles = list(read_articles(["python-docs"]))
+    assert len(articles) > 900
+    assert min(len(article.text) for article in articles) >= python_docs.SHORTEST_ARTICLE
+    assert articles[0].title == "assert" and articles[0].text.startswith('The "assert" statement')
+    assert "argparse.ArgumentParser" in {article.title for article in articles}
+    assert list(read_articles(["python-docs"], max_articles=30)) == articles[:30]
+
+
+def test_python_documentation_of_one_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = ("word " * 40).strip()
+    function, method = 'def f():\n    "Function."\n', '    def m(self): "Method."\n'
+    source = f'"""Module. {long}"""\n{function}class C:\n    """Class. {long}"""\n{method}'
+    write(tmp_path / "one.py", source + "class Tiny:\n    'Too short.'\n")
+    write(tmp_path / "broken.py", "def (:")
+    (tmp_path / "test").mkdir()
+    write(tmp_path / "test" / "ignored.py", source)
+    monkeypatch.setattr(python_docs.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert list(read_articles(["python-docs"])) == [
+        Article("one", f"Module. {long}\n\nFunction."),
+        Article("one.C", f"Class. {long}\n\nMethod."),
+    ]
+
+
+def test_text_file_is_one_article(tmp_path: Path) -> None:
+    path = write(tmp_path / "note.txt", "\ufeffOne.\n\n\nTwo.\n")
+    assert list(read_articles([path])) == [Article("note", "One.\n\n\nTwo.")]
+
+
+def test_jsonl_is_one_article_a_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "One."}\n\n{"text": "Two.", "title": "T"}\n{"text": "  "}\n')
+    assert list(read_articles([path])) == [Article("a:1", "One."), Article("T", "Two.")]
+
+
+def test_lone_surrogates_do_not_reach_the_tokenizer(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "broken \\ud800 emoji"}')
+    assert [article.text for article in read_articles([path])] == ["broken ? emoji"]
+
+
+@pytest.mark.parametrize("name", ["wiki.train.tokens", "wiki.train.raw"])
+def test_wikitext_is_split_at_titles(tmp_path: Path, name: str) -> None:
+    assert list(read_articles([write(tmp_path / name, WIKITEXT)])) == WIKITEXT_ARTICLES
+
+
+def test_folder_is_read_by_name_and_sources_follow_each_other(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "b.txt", "B")
+    write(tmp_path / "sub" / "c.TXT", "C")
+    write(tmp_path / "ignored.md", "no")
+    first = write(tmp_path / "a.txt", "A")
+    texts = [article.text for article in read_articles([first, str(tmp_path)])]
+    assert texts == ["A", "A", "B", "C"]
+    assert [article.text for article in read_articles([first, str(tmp_path)], max_articles=3)] == ["A", "A", "B"]
+
+
+def test_parquet_reads_the_text_column(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pyarrow.table({"text": ["One.", None, "Two."], "title": ["T", "U", None], "n": [1, 2, 3]}), path
+    )
+    assert list(read_articles([str(path)])) == [Article("T", "One."), Article("a:3", "Two.")]
+    parquet.write_table(pyarrow.table({"text": WIKITEXT.splitlines(keepends=True)}), path)
+    assert list(read_articles([str(path)])) == WIKITEXT_ARTICLES
+    parquet.write_table(pyarrow.table({"body": ["One."], "n": [1]}), path)
+    with pytest.raises(DataError, match=r"no column `text` \(columns: body, n\)"):
+        list(read_articles([str(path)]))
+    write(path, "not parquet")
+    with pytest.raises(DataError, match="not a readable Parquet file"):
+        list(read_articles([str(path)]))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_reads_folders_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", '{"text": "One."}\n{"text": "Two."}\n')
+    write(folder / "validation.jsonl", '{"text": "Three."}\n')
+    read = lambda name: [article.text for article in read_articles([name], streaming=streaming)]  # noqa: E731
+    assert read(f"hub:{folder}") == ["One.", "Two."]
+    assert read(f"hub:{folder}:validation") == ["Three."]
+    with pytest.raises(DataError, match=r"cannot load it: .* the form is hub:NAME"):
+        read(f"hub:{folder}:test")
+
+
+def test_hub_reads_data_sets_saved_to_disk(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": ["One.", "Two."]})
+    rows.save_to_disk(tmp_path / "rows")
+    datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "splits")
+    datasets.Dataset.from_dict({"body": ["One."]}).save_to_disk(tmp_path / "body")
+    for name in (f"hub:{tmp_path}/rows", f"hub:{tmp_path}/splits:test"):
+        assert list(read_articles([name])) == [
+            Article(f"{name.split(':')[1].rsplit('/')[-1]}:1", "One."),
+            Article(f"{name.split(':')[1].rsplit('/')[-1]}:2", "Two."),
+        ]
+    with pytest.raises(DataError, match="no column `text`"):
+        list(read_articles([f"hub:{tmp_path}/body"]))
+
+
+@pytest.mark.parametrize(
+    ("source", "parts"),
+    [
+        ("hub:owner/name", ("owner/name", None, "train")),
+        ("hub:owner/name:validation", ("owner/name", None, "validation")),
+        ("hub:owner/name:wikitext-103-raw-v1", ("owner/name", "wikitext-103-raw-v1", "train")),
+        ("hub:owner/name:20231101.en:train[:1%]", ("owner/name", "20231101.en", "train[:1%]")),
+        ("hub:name:test[10:20]", ("name", None, "test[10:20]")),
+    ],
+)
+def test_hub_names(source: str, parts: tuple[str, str | None, str]) -> None:
+    assert parse_hub_name(source) == parts
+
+
+@pytest.mark.parametrize("package", ["datasets", "pyarrow"])
+def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    source = "hub:owner/name" if package == "datasets" else write(tmp_path / "a.parquet", "")
+    with pytest.raises(DataError, match=r"pip install fedbert-ds\[data\]"):
+        list(read_articles([source]))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: str(folder / "none.txt"), "no such file or folder"),
+        (lambda folder: write(folder / "a.docx", "x"), "cannot read .docx; use .txt, .jsonl"),
+        (lambda folder: str(folder), "no .txt, .jsonl, .parquet, .tokens, .raw file in this folder"),
+        (lambda folder: "hub:", "the form is hub:NAME"),
+        (lambda folder: "hub:a:b:c:d", "the form is hub:NAME"),
+        (lambda folder: write(folder / "a.txt", " \n"), "holds no text"),
+        (lambda folder: write(folder / "a.jsonl", "{"), "line 1 is not JSON"),
+        (lambda folder: write(folder / "a.jsonl", '{"text": "a"}\n[1]'), 'line 2 has no string under "text"'),
+        (lambda folder: write(folder / "a.jsonl", '{"body": "a"}'), 'line 1 has no string under "text"'),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, prepare: Callable[[Path], str], message: str) -> None:
+    source = prepare(tmp_path)
+    with pytest.raises(DataError) as caught:
+        list(read_articles([source]))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8"):
+        list(read_articles([str(tmp_path / "latin.txt")]))
+
+
+def test_a_missing_file_is_found_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        read_articles(["python-docs", str(tmp_path / "none.txt")])
+
+
+def test_shard_files_are_sources_too(tmp_path: Path) -> None:
+    articles = [Article("Ä title", "Line one.\nLine two. \u2028 naïve"), Article("", "Untitled.")]
+    write_shard(tmp_path / "clients" / "0.jsonl", articles)
+    named = [articles[0], Article("0:2", "Untitled.")]
+    assert read_shard(tmp_path / "clients" / "0.jsonl") == named
+    assert list(read_articles([str(tmp_path / "clients")])) == named
+    assert (
+        json.loads((tmp_path / "clients" / "0.jsonl").read_text(encoding="utf-8").split("\n")[1])["text"] == "Untitled."
+    )
+
+
+def test_importing_the_data_modules_loads_nothing_heavy() -> None:
+    command = (
+        "import sys, fedbert_ds.data.corpus, fedbert_ds.data.shards, fedbert_ds.data.tokenizer; "
+        "assert 'torch' not in sys.modules, 'torch'; import fedbert_ds.data.masking; "
+        "heavy = {'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", command], check=True, timeout=60)

@@ -1,0 +1,170 @@
+"""A trained vocabulary is BERT's kind and the same everywhere; a tokenizer survives the way as bytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import (
+    SPECIAL_TOKENS,
+    load_tokenizer,
+    tokenizer_from_bytes,
+    tokenizer_to_bytes,
+    train_wordpiece,
+    vocabulary_hash,
+)
+from fedbert_ds.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+TEXTS = [
+    "Federating pre-trained models, naïvely: don't.",
+    "a [MASK] or a <mask> b </s>",
+    "  two  spaces\nand 漢字 ☃ lines ",
+    "",
+    "x" * 300,
+]
+
+
+def test_wordpiece_is_berts(wordpiece: PreTrainedTokenizerFast) -> None:
+    assert wordpiece.convert_ids_to_tokens(range(5)) == list(SPECIAL_TOKENS)
+    assert (wordpiece.pad_token_id, wordpiece.mask_token) == (0, "[MASK]")
+    assert len(wordpiece) == 200
+    encoded = wordpiece("Modeling, FEDERATED naïve")
+    tokens = wordpiece.convert_ids_to_tokens(encoded["input_ids"])
+    assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]" and "," in tokens
+    assert wordpiece.decode(encoded["input_ids"], skip_special_tokens=True) == "modeling, federated naive"
+    assert sorted(wordpiece.get_vocab().values()) == list(range(200))
+    assert sorted(wordpiece.all_special_ids) == [0, 1, 2, 3, 4]
+
+
+def test_wordpiece_matches_berts_tokenizer_given_the_same_vocabulary(wordpiece: PreTrainedTokenizerFast) -> None:
+    from transformers import BertTokenizer
+
+    reference = BertTokenizer(vocab=wordpiece.get_vocab())
+    for text in TEXTS:
+        assert wordpiece(text).input_ids == reference(text).input_ids
+
+
+def test_wordpiece_is_the_same_in_every_process(
+    articles: list[Article], wordpiece: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    write_shard(tmp_path / "a.jsonl", articles)
+    command = (
+        "import sys; from pathlib import Path; from fedbert_ds.data.shards import read_shard; "
+        "from fedbert_ds.data.tokenizer import train_wordpiece, vocabulary_hash; "
+        "print(vocabulary_hash(train_wordpiece(read_shard(Path(sys.argv[1])), 200)))"
+    )
+    for _ in range(2):
+        printed = subprocess.run(
+            [sys.executable, "-c", command, str(tmp_path / "a.jsonl")], check=True, capture_output=True, timeout=60
+        ).stdout
+        assert printed.decode().split()[-1] == vocabulary_hash(wordpiece)
+
+
+def test_vocabulary_size_is_kept_for_a_large_alphabet() -> None:
+    text = " ".join(chr(0x4E00 + number) + chr(0x3B1 + number % 24) for number in range(500))
+    tokenizer = train_wordpiece([Article("", text)], 100)
+    assert len(tokenizer) <= 100
+
+
+@pytest.mark.parametrize("texts", [[], [""], [" \n\t"]])
+def test_nothing_to_train_on(texts: list[str]) -> None:
+    with pytest.raises(DataError, match="no text to train a tokenizer on"):
+        train_wordpiece([Article("", text) for text in texts], 100)
+
+
+def test_vocabulary_too_small() -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.vocab_size 20 is too small; use 64 or more"):
+        train_wordpiece([Article("", "text")], 20)
+
+
+@pytest.mark.parametrize("model_type", [None, "bert", "electra", "roberta"])
+def test_trained_tokenizer_loads_beside_any_model(
+    wordpiece: PreTrainedTokenizerFast, tmp_path: Path, model_type: str | None
+) -> None:
+    wordpiece.save_pretrained(tmp_path)
+    if model_type:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert_same(load_tokenizer(str(tmp_path)), wordpiece)
+
+
+def test_round_trip_as_bytes(any_tokenizer: PreTrainedTokenizerFast) -> None:
+    data = tokenizer_to_bytes(any_tokenizer)
+    restored = tokenizer_from_bytes(data)
+    assert_same(restored, any_tokenizer)
+    assert vocabulary_hash(restored) == vocabulary_hash(any_tokenizer)
+    assert restored.model_max_length == any_tokenizer.model_max_length
+    assert_same(tokenizer_from_bytes(tokenizer_to_bytes(restored)), any_tokenizer)
+
+
+def assert_same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> None:
+    for text in TEXTS:
+        first, second = one(text), other(text)
+        assert first.input_ids == second.input_ids
+        assert first.word_ids() == second.word_ids()
+        assert one.decode(first.input_ids) == other.decode(second.input_ids)
+    assert one.special_tokens_map == other.special_tokens_map
+    assert (one.mask_token_id, sorted(one.all_special_ids)) == (other.mask_token_id, sorted(other.all_special_ids))
+    assert one.get_vocab() == other.get_vocab()
+
+
+def changed(document: dict[str, Any], **values: Any) -> bytes:
+    return json.dumps(document | values).encode()
+
+
+def test_malformed_bytes_are_refused(wordpiece: PreTrainedTokenizerFast) -> None:
+    document = json.loads(tokenizer_to_bytes(wordpiece))
+    malformed = [
+        b"",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        changed(document, tokenizer="{}"),
+        changed(document, special_tokens={"name_or_path": "/etc/passwd"}),
+        changed(document, special_tokens={"mask_token": {"lstrip": True}}),
+        changed(document, special_tokens=[]),
+        changed(document, model_max_length="many"),
+        changed(document, padding_side="up"),
+    ]
+    for data in malformed:
+        with pytest.raises(DataError, match="the tokenizer received is malformed"):
+            tokenizer_from_bytes(data)
+
+
+def test_hash_tells_vocabularies_apart(wordpiece: PreTrainedTokenizerFast, articles: list[Article]) -> None:
+    assert len(vocabulary_hash(wordpiece)) == 64
+    assert vocabulary_hash(wordpiece) != vocabulary_hash(train_wordpiece(articles, 199))
+
+
+def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer\.json in this folder"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "none"))
+    with pytest.raises(DataError, match="no such folder"):
+        load_tokenizer("runs/none/hf")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="no tokenizer there"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_folder_is_read_without_network(
+    wordpiece: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wordpiece.save_pretrained(tmp_path)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    assert len(load_tokenizer(str(tmp_path))) == 200

@@ -1,0 +1,136 @@
+"""The SLURM scripts without a cluster: what they would run, what they refuse, and what shellcheck says."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = ROOT / "launchers" / "slurm"
+SHELLCHECK = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+
+# A stand-in for scontrol: the first of two nodes.
+SCONTROL = '#!/bin/sh\n[ "$*" = "show hostnames gpu[01-02]" ] && printf "gpu01\\ngpu02\\n"\n'
+
+
+def run(script, *arguments, cwd=ROOT, **variables):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    for name in ("MASTER_ADDR", "MASTER_PORT", "CONFIG", "RUN_DIR", "SERVER", "PYTHON"):
+        environment.pop(name, None)
+    return subprocess.run(
+        ["bash", str(SCRIPTS / script), *arguments],
+        cwd=cwd,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.fixture
+def submitted(tmp_path):
+    """A folder to submit from, and a path on which scontrol knows two nodes."""
+    (tmp_path / "launchers").mkdir()
+    (tmp_path / "launchers" / "pretrain.py").touch()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "default.yaml").touch()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(SCONTROL)
+    scontrol.chmod(0o755)
+    return {
+        "cwd": tmp_path,
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+        "DRY_RUN": "1",
+        "SLURM_JOB_ID": "123",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "gpu[01-02]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
+
+
+@pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "client.sbatch"])
+def test_shellcheck_has_nothing_to_say(script):
+    result = subprocess.run([str(SHELLCHECK), str(SCRIPTS / script)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+def test_server_without_a_cluster():
+    result = run("pretrain.sbatch", "run.windows=50", DRY_RUN="1")
+    assert result.returncode == 0, result.stderr
+    assert "ranks     1 on 1 node(s)" in result.stdout
+    assert "launchers/pretrain.py --config configs/default.yaml run.directory=runs/slurm-JOB" in result.stdout
+    assert result.stdout.splitlines()[1].endswith("run.windows=50")
+
+
+def test_server_on_two_nodes_has_a_rank_for_each_gpu(submitted):
+    result = run("pretrain.sbatch", **submitted)
+    assert result.returncode == 0, result.stderr
+    assert "ranks     16 on 2 node(s), meeting at gpu01:20123" in result.stdout
+    assert "srun --nodes=2 --ntasks=16 --ntasks-per-node=8" in result.stdout
+    assert "run.directory=runs/slurm-123" in result.stdout
+    assert "--resume" not in result.stdout
+
+
+def test_server_resumes_from_a_complete_checkpoint_only(submitted):
+    checkpoint = submitted["cwd"] / "runs" / "slurm-123" / "checkpoints" / "window-40"
+    checkpoint.mkdir(parents=True)
+    assert "--resume" not in run("pretrain.sbatch", **submitted).stdout
+    (checkpoint / "complete.json").touch()
+    assert "--resume" in run("pretrain.sbatch", **submitted).stdout
+
+
+def test_server_outside_a_job_or_the_repository_is_one_line(tmp_path):
+    outside_job = run("pretrain.sbatch")
+    assert outside_job.returncode == 1
+    assert (
+        outside_job.stderr
+        == "pretrain.sbatch: not inside a SLURM job; use sbatch, or DRY_RUN=1 to see what would run\n"
+    )
+    elsewhere = run("pretrain.sbatch", cwd=tmp_path, DRY_RUN="1")
+    assert elsewhere.returncode == 1
+    assert elsewhere.stderr.count("\n") == 1
+    assert "submit from the repository's folder" in elsewhere.stderr
+
+
+def test_client_takes_the_shard_of_its_number():
+    result = run("client.sbatch", "--device", "cpu", DRY_RUN="1", SERVER="gpu01:29600", SLURM_ARRAY_TASK_ID="3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "command   .venv/bin/fedbert-ds client --server gpu01:29600 --data shards/shard-3.jsonl --id client-3 "
+        "--state runs/clients/client-3 --device cpu\n"
+    )
+
+
+def test_client_reads_the_address_the_server_wrote(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "server.address").write_text("gpu07:29600\n")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "shard-0.jsonl").touch()
+    program = tmp_path / "fedbert-ds"
+    program.write_text('#!/bin/sh\necho "ran $*"\n')
+    program.chmod(0o755)
+    result = run("client.sbatch", cwd=tmp_path, RUN_DIR="run", FEDBERT_DS="./fedbert-ds")
+    assert result.returncode == 0, result.stderr
+    assert "ran client --server gpu07:29600 --data shards/shard-0.jsonl --id client-0" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "set SERVER=host:port, or RUN_DIR"),
+        ({"SERVER": "gpu01:1", "FEDBERT_DS": "./none"}, "./none: no such command"),
+        ({"SERVER": "gpu01:1", "FEDBERT_DS": "/bin/true", "DATA_DIR": "none"}, "none/shard-0.jsonl: no such shard"),
+    ],
+)
+def test_client_says_what_is_missing_in_one_line(variables, message):
+    result = run("client.sbatch", **variables)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr

@@ -133,8 +133,8 @@ def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
             rows = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
     except Exception as error:  # datasets, hub, network and file errors share no base; all mean the name
         raise DataError(f"{source}: cannot load it: {error}; the form is hub:NAME[:CONFIG][:SPLIT]") from error
-    if rows.column_names is not None:
-        _require_text_column(source, rows.column_names)
+    # The first row is asked, for a streamed set may not know its columns.
+    _require_text_column(source, list(next(iter(rows), {"text": ""})))
     yield from _articles_of_rows(rows, name.rsplit("/", 1)[-1])
 
 
@@ -158,7 +158,11 @@ def _require_text_column(source: str, names: Sequence[str]) -> None:
 
 def _articles_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Article]:
     """An article a row, or WikiText's articles when the first row with text is a WikiText title line."""
-    numbered = ((number, row) for number, row in enumerate(rows, start=1) if (row.get("text") or "").strip())
+    numbered = (
+        (number, row)
+        for number, row in enumerate(rows, start=1)
+        if isinstance(row["text"], str) and row["text"].strip()
+    )
     first = next(numbered, None)
     if first is None:
         return

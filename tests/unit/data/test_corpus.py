@@ -127,6 +127,11 @@ def test_hub_reads_folders_without_a_network(tmp_path: Path, monkeypatch: pytest
     assert read(f"hub:{folder}:validation") == ["Three."]
     with pytest.raises(DataError, match=r"cannot load it: .* the form is hub:NAME"):
         read(f"hub:{folder}:test")
+    other = tmp_path / "other"
+    other.mkdir()
+    write(other / "train.jsonl", '{"body": "One."}')
+    with pytest.raises(DataError, match=r"no column `text` \(columns: body\)"):
+        read(f"hub:{other}")
 
 
 def test_hub_reads_data_sets_saved_to_disk(tmp_path: Path) -> None:

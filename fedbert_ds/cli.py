@@ -34,7 +34,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
-    parser.add_argument("--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others")
+    parser.add_argument(
+        "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
+    )
     parser.add_argument("--connect-timeout", type=float, default=60.0, metavar="S", help="seconds to reach the server")
     for name in ("ca", "certificate", "key"):
         parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")

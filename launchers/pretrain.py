@@ -21,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed passes it; LOCAL_RANK says the same
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed passes it; LOCAL_RANK says the same
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args()
     rank = int(os.environ.setdefault("RANK", "0"))

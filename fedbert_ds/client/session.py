@@ -137,7 +137,9 @@ def _stream(
         finally:
             outgoing.put(None)
     if trainer.finish_reason is None:
-        raise WireError(f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again")
+        raise WireError(
+            f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again"
+        )
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:

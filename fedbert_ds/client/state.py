@@ -33,7 +33,9 @@ def load_state(folder: Path, window: int) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
-        raise RunError(f"{path}: cannot be read ({type(error).__name__}); give the --state folder of the first run") from error
+        raise RunError(
+            f"{path}: cannot be read ({type(error).__name__}); give the --state folder of the first run"
+        ) from error
 
 
 def saved_windows(folder: Path) -> tuple[int, ...]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.seeding import generator
 from fedbert_ds.errors import DataError
+from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

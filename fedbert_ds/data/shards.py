@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 
 from fedbert_ds.data.corpus import Article, read_jsonl
-from fedbert_ds.data.seeding import generator
 from fedbert_ds.errors import DataError
+from fedbert_ds.seeding import generator
 
 _NUM_FEATURES = 512
 _WORDS_READ = 300

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import EncodedText, Masker, encode
-from fedbert_ds.data.seeding import generator
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
+from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast

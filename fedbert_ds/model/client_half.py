@@ -67,7 +67,7 @@ class ClientHalf(nn.Module):
             )
         base: Any = self.get_submodule(self._parts.base)
         if self.cut == "rows":
-            rows, row_index = input_ids.unique(return_inverse=True)
+            rows, row_index = _distinct_by_first_appearance(input_ids)
             return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
         positions = packing.positions.unsqueeze(0) + position_offset(self.config)
         hidden = base.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions)
@@ -154,6 +154,18 @@ class ClientHalf(nn.Module):
         for alias, source in self._ties.items():
             module_name, _, parameter_name = alias.rpartition(".")
             setattr(self.get_submodule(module_name), parameter_name, self.get_parameter(source))
+
+
+def _distinct_by_first_appearance(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct ids [R] in the order they first appear, and each token's number among them [T]; both int64.
+
+    torch.unique sorts: on the wire that would tell which of two rows has the larger id, and ids go by frequency.
+    """
+    ids, inverse = input_ids.unique(return_inverse=True)
+    tokens = torch.arange(len(input_ids), device=input_ids.device)
+    first = torch.full_like(ids, len(input_ids)).scatter_reduce_(0, inverse, tokens, "amin")
+    order = first.argsort()
+    return ids[order], order.argsort()[inverse]
 
 
 def _sum(losses: Sequence[Tensor]) -> float:

@@ -83,9 +83,7 @@ class Roster:
         shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
         shares = window_shares(shard_sizes, window_tokens, share)
         ranks = assign_clients(shares, world_size)
-        return {
-            client: Seat(ranks[client], secrets.token_hex(16), shares[client]) for client in sorted(self._waiting)
-        }
+        return {client: Seat(ranks[client], secrets.token_hex(16), shares[client]) for client in sorted(self._waiting)}
 
     def welcome(self, client: str, welcome: pb.Welcome) -> None:
         """Answer a client's Join."""

@@ -29,9 +29,7 @@ def initialize() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if use_cuda else "gloo", timeout=timedelta(days=1), verbose=False
-    )
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", timeout=timedelta(days=1), verbose=False)
 
 
 def shut_down() -> None:

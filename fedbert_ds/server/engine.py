@@ -109,7 +109,9 @@ class BodyEngine:
         settings = deepspeed_settings(config)
         stage = int(settings["zero_optimization"].get("stage", 0))
         optimizer = build_optimizer(
-            [(name, p) for name, p in body.named_parameters() if p.requires_grad], config.optimizer, partitioned=stage > 0
+            [(name, p) for name, p in body.named_parameters() if p.requires_grad],
+            config.optimizer,
+            partitioned=stage > 0,
         )
         body.train()
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)

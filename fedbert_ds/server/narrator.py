@@ -91,9 +91,7 @@ class Narrator:
                 self._progress.note(f"warning {problem}")
         self._progress.update(metrics)
 
-    def hand_over(
-        self, window: int, rank: RankServer, engine: BodyEngine, hf_config: Any, tokenizer: Any
-    ) -> None:
+    def hand_over(self, window: int, rank: RankServer, engine: BodyEngine, hf_config: Any, tokenizer: Any) -> None:
         """Merge and save the model; evaluate it and write the report when the run is complete. All ranks call it."""
         seconds = time.monotonic() - self._started
         half = rank.collect_half(window)

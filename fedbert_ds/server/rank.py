@@ -492,7 +492,9 @@ class RankServer:
             self._inbox.halves[client] = complete
 
     def _expire(self, client: str) -> None:
-        reason = f"client {client} was silent for {self._config.clients.silence_timeout:.0f} s (clients.silence_timeout)"
+        reason = (
+            f"client {client} was silent for {self._config.clients.silence_timeout:.0f} s (clients.silence_timeout)"
+        )
         self._problems.append(reason)
         self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
         self._inbox.drop(client)

@@ -111,7 +111,9 @@ def serve(config: RunConfig, resume: bool) -> int:
             _fill(roster, config, ingress, clients, stop)
         start = control.broadcast(_start(config, roster, control) if control.rank == 0 else None)
         ingress.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == control.rank})
-        rank = RankServer(config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop)
+        rank = RankServer(
+            config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop
+        )
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
@@ -179,7 +181,9 @@ def _fill(roster: Roster, config: RunConfig, ingress: Ingress, clients: LocalCli
         clients.check()
         if stop.requested or time.monotonic() > deadline:
             here = ", ".join(roster.clients) or "none"
-            reason = "stopped" if stop.requested else f"{config.clients.join_timeout:.0f} s are over (clients.join_timeout)"
+            reason = (
+                "stopped" if stop.requested else f"{config.clients.join_timeout:.0f} s are over (clients.join_timeout)"
+            )
             error = RunError(f"{reason} before all {config.clients.expected} clients joined; here: {here}")
             roster.refuse_all(WireError(str(error)))
             raise error
@@ -239,9 +243,7 @@ def _shapes(config: RunConfig, half: ClientHalf) -> Shapes:
         longest_sequence=config.data.sequence_length,
         is_rows_cut=config.cut == "rows",
         half=parameters,
-        exchanged=frozenset(
-            name for name in parameters if is_exchanged(config.federation, half.parameter_scope(name))
-        ),
+        exchanged=frozenset(name for name in parameters if is_exchanged(config.federation, half.parameter_scope(name))),
     )
 
 

@@ -65,7 +65,9 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
         "server": {"port": 0},
     }  # fmt: skip
     for section, values in sections.items():
-        tree[section] = {**tree.get(section, {}), **values} if isinstance(values, Mapping) and section != "cut" else values
+        tree[section] = (
+            {**tree.get(section, {}), **values} if isinstance(values, Mapping) and section != "cut" else values
+        )
     return tree
 
 
@@ -109,7 +111,9 @@ def _processes(folder: Path, commands: Mapping[str, tuple[list[str], dict]]) -> 
 
 
 def _output(folder: Path, processes: Mapping[str, subprocess.Popen]) -> str:
-    return "\n".join(f"--- {name}\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}" for name in processes)
+    return "\n".join(
+        f"--- {name}\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}" for name in processes
+    )
 
 
 class Centralized:
@@ -118,7 +122,9 @@ class Centralized:
     def __init__(self, tree: dict, data: Mapping[str, str]) -> None:
         self.config: RunConfig = parse_config(tree, "test")
         tokenizer = load_tokenizer(self.config.tokenizer.path)
-        self.model = build_model(self.config.model, len(tokenizer), tokenizer.pad_token_id, self.config.run.seed).train()
+        self.model = build_model(
+            self.config.model, len(tokenizer), tokenizer.pad_token_id, self.config.run.seed
+        ).train()
         articles = {client: list(read_articles([path])) for client, path in data.items()}
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
         self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share)
@@ -153,7 +159,9 @@ class Centralized:
             labels = torch.full_like(batch.input_ids, -100)
             labels[batch.masked_positions] = batch.labels
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            targets = torch.nn.utils.rnn.pad_sequence(list(labels.split(batch.lengths)), batch_first=True, padding_value=-100)
+            targets = torch.nn.utils.rnn.pad_sequence(
+                list(labels.split(batch.lengths)), batch_first=True, padding_value=-100
+            )
             lengths = torch.tensor(batch.lengths)
             mask = torch.arange(padded.shape[1]) < lengths[:, None]
             crossing: list[Tensor] = []

@@ -73,7 +73,9 @@ class _Recorder:
                 piece = self._piece(message.micro_batch)
                 recorder.input_gradients[self._current().number, piece.sequences.start] = {
                     "sequences": (piece.sequences.start, piece.sequences.stop),
-                    "gradient": decode(message.values, piece.activations.values.shape, message.values.codec, "recorded"),
+                    "gradient": decode(
+                        message.values, piece.activations.values.shape, message.values.codec, "recorded"
+                    ),
                     "row_index": piece.activations.row_index,
                 }
                 super()._backward(message)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.masking import Batch, BatchStream, EncodedText, Masker, encode
-from fedbert_ds.data.seeding import generator
 from fedbert_ds.errors import DataError
+from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

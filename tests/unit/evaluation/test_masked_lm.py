@@ -16,10 +16,10 @@ import torch
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.masking import Masker, encode
-from fedbert_ds.data.seeding import generator
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm, masked_lm_loss, unigram_loss
+from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

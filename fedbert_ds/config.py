@@ -41,7 +41,7 @@ class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
     checkpoint: str | None = None
-    """Hub name or folder of a Hugging Face masked-LM checkpoint (BERT, RoBERTa or ELECTRA); null starts from scratch."""
+    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa or ELECTRA); null starts from scratch."""
     architecture: Literal["bert", "roberta", "electra"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
@@ -94,7 +94,8 @@ class DataSection(Section):
     """Text, how it is dealt to local clients, and how it becomes masked sequences."""
 
     source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
-    """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
+    """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files or folders, or hub
+    names `hub:NAME[:CONFIG][:SPLIT]`."""
     streaming: bool = False
     """Stream hub data sets instead of downloading them whole."""
     max_articles: Positive | None = None
@@ -177,7 +178,8 @@ class FederationSection(Section):
     """How the client halves are kept together."""
 
     mode: Literal["synchronous", "parallel"] = "synchronous"
-    """`synchronous` sums the halves' gradients every window (equals centralized training); `parallel` averages weights (FedAvg)."""
+    """`synchronous` sums the halves' gradients every window (equals centralized training); `parallel` averages their
+    weights (FedAvg)."""
     average_every: Positive = 1
     """Windows between averages in `parallel` mode."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"

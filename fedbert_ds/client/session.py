@@ -7,17 +7,19 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
 
 from fedbert_ds.client.state import saved_windows
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
+from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import DataError, WireError
-from fedbert_ds.model.checkpoint import config_from_json
+from fedbert_ds.errors import DataError, ModelError, WireError
+from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
@@ -53,7 +55,8 @@ class ClientOptions:
 def run_client(options: ClientOptions) -> None:
     """Take part in a run from join to finish.
 
-    Raises DataError for text that is missing or empty, WireError when the server cannot be reached or refuses, and RunError for a state that cannot be read.
+    Raises DataError for text that is missing or empty, WireError when the server cannot be reached or refuses, and
+    RunError for a state that cannot be read.
     """
     if options.managed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -97,6 +100,18 @@ def run_client(options: ClientOptions) -> None:
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
+
+
+def _insist(model: str, hf_config: Any, cut: Cut) -> None:
+    """WireError unless the run's model has the shape of the one the user named."""
+    from transformers import AutoConfig
+
+    try:
+        own = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--model {model}: no such model; give a folder or hub name") from error
+    if shape_hash(own, cut) != shape_hash(hf_config, cut):
+        raise WireError(f"the run's model has another shape than --model {model}; drop --model or join another run")
 
 
 def _join(options: ClientOptions, hello: pb.Hello) -> pb.Welcome:

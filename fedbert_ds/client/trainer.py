@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -235,8 +234,8 @@ class ClientTrainer:
             for name, parameter in self._half.named_parameters()
         }
 
-    def _send_half(self, window: int, tensors: dict[str, Tensor], weight: float, only: Any = None) -> None:
-        chosen = [(name, tensor) for name, tensor in tensors.items() if only is None or name in only]
+    def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float, only: Container[str] = ()) -> None:
+        chosen = [(name, tensor) for name, tensor in tensors.items() if not only or name in only]
         for chunk in half_chunks(window, chosen, weight):
             self._send(pb.ClientMessage(half=chunk))
 
@@ -320,6 +319,6 @@ def peak_memory_bytes() -> int:
     except ImportError:  # Windows
         import psutil
 
-        return int(psutil.Process().memory_info().peak_wset)
+        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 (typed for this system only)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -14,10 +14,10 @@ def combine(
     average: bool,
     group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """The sum (gradients), or the average weighted by each half's weight (FedAvg, McMahan et al. 2017), of all ranks' halves.
+    """The sum of all ranks' halves (gradients), or their weighted average (FedAvg, McMahan et al. 2017).
 
-    `halves` are this rank's, in an order that does not depend on arrival, so that the result is the same every time. Accumulates in
-    fp64; returns fp32. With one half in all, an average returns it bit for bit.
+    `halves` are this rank's, in an order that does not depend on arrival, so that the result is the same every time.
+    Accumulates in fp64; returns fp32. With one half in all, an average returns it bit for bit.
     """
     total = torch.tensor([sum(weight for _, weight in halves)], dtype=torch.float64)
     if group is not None:

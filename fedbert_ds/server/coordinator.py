@@ -65,7 +65,7 @@ class Roster:
         return len(self._waiting) >= self.expected
 
     def first_window(self) -> int:
-        """Where the run begins: 0, or the newest window that the server and every client have saved (WireError if none)."""
+        """Where the run begins: 0, or the newest window saved by the server and every client (WireError if none)."""
         if self.expectation.saved_windows is None:
             return 0
         common = set(self.expectation.saved_windows)
@@ -79,7 +79,7 @@ class Roster:
         return max(common)
 
     def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
-        """A rank, a session and a share of the window for each client; ranks and shares follow from names and shards alone."""
+        """A rank, a session and a share of the window for each client; they follow from names and text sizes alone."""
         shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
         shares = window_shares(shard_sizes, window_tokens, share)
         ranks = assign_clients(shares, world_size)

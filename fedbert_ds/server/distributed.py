@@ -25,7 +25,8 @@ def initialize() -> None:
 
     logger.setLevel(logging.WARNING)
     if not use_cuda:
-        # DeepSpeed would compile this shared-memory collective at start and die where there is no compiler; gloo does the same.
+        # DeepSpeed would compile this shared-memory collective at start and die where there is no compiler; gloo does
+        # the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -90,9 +90,10 @@ def zero_stage(config: RunConfig) -> int:
 class BodyEngine:
     """Forward, backward and step of the body on this rank; holds the graphs (or, at stage 3, the inputs) in flight.
 
-    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gives silently wrong gradients with several graphs
-    in flight (its parameters are gathered and released around each module call), so there a forward runs without a graph and the
-    backward runs forward and backward again, with the same dropout seed: the cost of full activation checkpointing.
+    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gives silently wrong gradients with
+    several graphs in flight (its parameters are gathered and released around each module call), so there a forward runs
+    without a graph and the backward runs forward and backward again, with the same dropout seed: the cost of full
+    activation checkpointing.
     """
 
     def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device) -> None:
@@ -137,8 +138,8 @@ class BodyEngine:
     def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
         """Gradient of the forward's activations, fp32 on the CPU; parameter gradients accumulate until `step`.
 
-        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's last
-        backward of the window, where ZeRO finishes its reduction.
+        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's
+        last backward of the window, where ZeRO finishes its reduction.
         """
         body_input = self._inputs.pop(micro_batch)
         if self._stage == 3:

@@ -1,4 +1,4 @@
-"""What a run tells its user: the opening lines, progress and metrics, and at the end the model, its loss and the report."""
+"""What a run tells its user: opening lines, progress, metrics, and at the end the model, its loss and the report."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ class Narrator:
         return {
             "version": f"FedBERT-DS {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             "machine": f"{self._control.world_size} ranks, {_device_name()}",
-            "body": f"{_millions(self._body_parameters)} parameters, ZeRO {zero_stage(config)}, {config.body.precision}",
+            "body": f"{_millions(self._body_parameters)} parameters, ZeRO {zero_stage(config)}, "
+            f"{config.body.precision}",
             "client half": f"{_millions(self._half_parameters)} parameters, cut: {_cut_name(config)}",
             "clients": f"{config.clients.expected}, {config.federation.mode}",
             "text": self._text.sentence if self._text else "with the clients",

@@ -1,17 +1,19 @@
 """The pipeline queue of one rank: events in, decisions out.
 
-It knows nothing of tensors, networks, threads or the wall clock: the caller reports what arrived (manifest, activations, gradient, lost
-client, time) and carries out what `decide` returns (open, forward, backward, expire, step). A micro-batch goes
+It knows nothing of tensors, networks, threads or the wall clock: the caller reports what arrived (manifest,
+activations, gradient, lost client, time) and carries out what `decide` returns (open, forward, backward, expire, step).
+A micro-batch goes
 
     PLANNED -> OPEN -> READY -> FORWARDED -> GRADED -> DONE
 
 where OPEN is the credit its clients wait for, READY means all activations are here, and GRADED all gradients.
 
-Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most twice as many are past
-PLANNED (activations buffered beside them).
+Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most twice as many are
+past PLANNED (activations buffered beside them).
 
 Lockstep: each rank emits as many forwards and backwards a window as its plan has micro-batches, whoever is lost. With
-`lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) the sequence of kinds is one fixed pattern, agreed without a message.
+`lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) the sequence of kinds is one fixed pattern,
+agreed without a message.
 """
 
 from __future__ import annotations
@@ -101,8 +103,9 @@ class _Entry:
 class PipelineQueue:
     """The scheduling state of one rank over all windows.
 
-    Every method that reports an event raises WireError when the event is against the protocol (a manifest twice, activations
-    without credit, an unknown client); the queue is then unchanged and the caller drops that client with `lose`.
+    Every method that reports an event raises WireError when the event is against the protocol (a manifest twice,
+    activations without credit, an unknown client); the queue is then unchanged and the caller drops that client with
+    `lose`.
     """
 
     def __init__(
@@ -180,7 +183,7 @@ class PipelineQueue:
         return entry.pieces[client]
 
     def expected_piece(self, client: str, micro_batch: int, kind: Literal["activations", "gradient"]) -> Piece:
-        """The piece a message of this kind would belong to, for checking it before it is reported; WireError if none."""
+        """The piece a message of this kind would belong to, to check it before it is reported; WireError if none."""
         state = _State.OPEN if kind == "activations" else _State.FORWARDED
         return self._awaiting(client, micro_batch, state, kind).pieces[client]
 
@@ -281,7 +284,7 @@ class PipelineQueue:
         return next((entry for entry in self._entries.values() if entry.state is _State.PLANNED), None)
 
     def _first(self, state: _State) -> _Entry | None:
-        """The micro-batch of this state to take next: by age, real before dummy; in plan order when the order is fixed."""
+        """The micro-batch of this state to take next: by age, real before dummy; in plan order if order is fixed."""
         if self._order == "fixed":
             stage = (_State.FORWARDED, _State.GRADED) if state is _State.GRADED else tuple(_State)[: _State.READY + 1]
             oldest = next((entry for entry in self._entries.values() if entry.state in stage), None)

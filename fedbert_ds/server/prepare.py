@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
@@ -54,7 +55,7 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
     if not config.clients.local:
         if tokenizer is None:
             raise ConfigError(
-                "tokenizer.path: name a tokenizer; without local clients (clients.local: 0) the server has no text to train one"
+                "tokenizer.path: name a tokenizer; without local clients the server has no text to train one"
             )
         tokenizer.save_pretrained(folder / TOKENIZER)
         return tokenizer, None
@@ -76,7 +77,7 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
     )
-    (folder / TEXT_FACTS).write_text(json.dumps(facts.__dict__), encoding="utf-8")
+    (folder / TEXT_FACTS).write_bytes(TypeAdapter(TextFacts).dump_json(facts))
     return tokenizer, facts
 
 
@@ -89,5 +90,4 @@ def prepared_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts
     path = folder / TEXT_FACTS
     if not path.is_file():
         return tokenizer, None
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    return tokenizer, TextFacts(**{key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()})
+    return tokenizer, TypeAdapter(TextFacts).validate_json(path.read_bytes())

@@ -1,10 +1,10 @@
-"""One rank's training loop: carry out what the queue decides, exchange client halves, save, stop in step with the other ranks."""
+"""One rank's training loop: do what the queue decides, exchange client halves, save, end in step with other ranks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,12 +19,13 @@ from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.control import Control
 from fedbert_ds.server.coordinator import Seat
 from fedbert_ds.server.engine import BodyEngine, BodyInput
+from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, Received
 from fedbert_ds.server.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Step
 from fedbert_ds.server.window import MicroBatch, Piece, plan_window
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, decode_row_index, encode
-from fedbert_ds.wire.messages import HalfAssembler, Manifest, checked_manifest, checked_positions, half_chunks
+from fedbert_ds.wire.codecs import encode
+from fedbert_ds.wire.messages import Manifest, half_chunks
 
 POLL_SECONDS = 0.2
 """How long a wait for an event lasts before clocks and flags are looked at again."""
@@ -34,20 +35,6 @@ class StopFlag(Protocol):
     """Something that may ask the run to save and end."""
 
     requested: bool
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Widths and limits the wire is checked against."""
-
-    activation_width: int
-    hidden_width: int
-    longest_sequence: int
-    is_rows_cut: bool
-    half: dict[str, tuple[int, ...]]
-    """Every tensor of a client half."""
-    exchanged: frozenset[str]
-    """Names of those that are summed or averaged."""
 
 
 @dataclass
@@ -92,33 +79,6 @@ class _Flight:
     """Rows of `activations` each piece brought: its tokens, or its distinct rows."""
 
 
-@dataclass
-class _Arrived:
-    """A piece's activations, decoded and checked."""
-
-    values: Tensor
-    row_index: Tensor | None
-    masked_positions: Tensor
-
-
-@dataclass
-class _Inbox:
-    """What has arrived and waits for its micro-batch."""
-
-    activations: dict[tuple[int, str], _Arrived] = field(default_factory=dict)
-    gradients: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    halves: dict[str, tuple[dict[str, Tensor], float]] = field(default_factory=dict)
-    assemblers: dict[str, HalfAssembler] = field(default_factory=dict)
-    saved: dict[str, pb.Saved] = field(default_factory=dict)
-
-    def drop(self, client: str) -> None:
-        """Forget everything of a client that is gone."""
-        self.activations = {key: value for key, value in self.activations.items() if key[1] != client}
-        self.gradients = {key: value for key, value in self.gradients.items() if key[1] != client}
-        self.halves.pop(client, None)
-        self.assemblers.pop(client, None)
-
-
 class RankServer:
     """Trains on one rank. `train` returns the window it stopped before; the same on every rank."""
 
@@ -148,13 +108,14 @@ class RankServer:
             first_window,
         )
         self._stop = stop
-        self._inbox = _Inbox()
+        self._inbox = Inbox(self._queue, shapes, config.wire, self._seats)
         self._manifests: dict[str, Manifest] = {}
         self._flights: dict[int, _Flight] = {}
         self._tally = Tally()
         self._problems: list[str] = []
         self._told = 0
-        self._expected_half: Mapping[str, tuple[int, ...]] = {}
+        self._half_bytes_down = 0
+        self._half_bytes_taken = (0, 0)
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks, as of the last gathering."""
         self.client_figures: dict[str, pb.Saved] = {}
@@ -181,8 +142,8 @@ class RankServer:
     def train(self, on_window: Callable[[int, Sequence[Report], float], None], folder: Path) -> int:
         """Run windows until the last one, a stop request, or too few clients.
 
-        `on_window(window, reports, seconds)` sees every finished window's reports of all ranks. Raises RunError, on every rank, when fewer than
-        `clients.required` are left; what was saved before stays.
+        `on_window(window, reports, seconds)` sees every finished window's reports of all ranks. Raises RunError, on
+        every rank, when fewer than `clients.required` are left; what was saved before stays.
         """
         saved = self._first_window
         window = self._first_window
@@ -195,11 +156,7 @@ class RankServer:
             started = time.monotonic()
             is_over = window == self._config.run.windows or any(report.stop for report in reports)
             if len(self.clients) < self._config.clients.required:
-                problems = [problem for report in reports for problem in report.problems]
-                raise RunError(
-                    f"{'; '.join(problems) or 'clients were lost'}; {len(self.clients)} of {self._config.clients.expected} clients "
-                    f"left, the run needs {self._config.clients.required} (clients.minimum); {_resume_hint(saved)}"
-                )
+                raise RunError(self._too_few_clients(reports, saved))
             if window > saved and (is_over or window % self._config.run.save_every == 0):
                 self._save(folder, window)
                 saved = window
@@ -212,14 +169,28 @@ class RankServer:
             self._exchange(window, exchange_after(self._config.federation, window))
             window += 1
 
+    def _too_few_clients(self, reports: Sequence[Report], saved: int) -> str:
+        problems = [problem for report in reports for problem in report.problems]
+        clients = self._config.clients
+        hint = (
+            f"saved up to window {saved}: start the clients again and add --resume"
+            if saved
+            else "nothing was saved yet"
+        )
+        return (
+            f"{'; '.join(problems) or 'clients were lost'}; {len(self.clients)} of {clients.expected} clients left, "
+            f"the run needs {clients.required} (clients.minimum); {hint}"
+        )
+
     def collect_half(self, window: int) -> dict[str, Tensor]:
         """The client half for the merged checkpoint, on every rank.
 
-        `synchronous` halves are equal, so the first client's is taken; in `parallel` mode all are averaged, by masked tokens.
+        `synchronous` halves are equal, so the first client's is taken; in `parallel` mode all are averaged, by masked
+        tokens.
         """
         wanted = self.clients if self._config.federation.mode == "parallel" else set(sorted(self.clients)[:1])
         mine = sorted(wanted & self._queue.clients)
-        self._expected_half = self._shapes.half
+        self._inbox.expect_halves(frozenset(self._shapes.half))
         for client in mine:
             self._ingress.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
         self._await_halves(set(mine))
@@ -256,6 +227,7 @@ class RankServer:
 
     def _train_window(self, window: int, masked_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
         self._queue.start(window, micro_batches)
+        self._inbox.begin(window)
         for client in self._queue.clients:
             pieces = [
                 pb.Piece(micro_batch=mb.index, first_sequence=piece.first_sequence, num_sequences=piece.num_sequences)
@@ -265,7 +237,6 @@ class RankServer:
             ]
             plan = pb.Plan(window=window, masked_tokens=masked_tokens, pieces=pieces)
             self._ingress.send(client, pb.ServerMessage(plan=plan))
-        self._expected_half = {name: self._shapes.half[name] for name in self._shapes.exchanged}
         while True:
             while self._dispatch(self._ingress.next_event(0)):
                 pass
@@ -274,14 +245,14 @@ class RankServer:
                     waiting_since = time.monotonic()
                     self._wait_for_event()
                     self._tally.wait_seconds += time.monotonic() - waiting_since
-                case Open(micro_batch, pieces):
-                    for piece in pieces:
-                        credit = pb.Open(window=window, micro_batch=micro_batch)
+                case Open() as opened:
+                    for piece in opened.pieces:
+                        credit = pb.Open(window=window, micro_batch=opened.micro_batch)
                         self._ingress.send(piece.client, pb.ServerMessage(open=credit))
-                case Forward(micro_batch, pieces):
-                    self._forward(window, micro_batch, pieces)
-                case Backward(micro_batch, pieces, is_last):
-                    self._backward(window, micro_batch, pieces, is_last)
+                case Forward() as forward:
+                    self._forward(window, forward.micro_batch, forward.pieces)
+                case Backward() as backward:
+                    self._backward(window, backward)
                 case Expire(client):
                     self._expire(client)
                 case Step(_, lost_masked_tokens):
@@ -289,7 +260,7 @@ class RankServer:
                     return
 
     def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
-        arrived = [self._inbox.activations.pop((micro_batch, piece.client)) for piece in pieces]
+        arrived = [self._inbox.take_activations(micro_batch, piece.client) for piece in pieces]
         seed = stable_seed("body dropout", self._config.run.seed, window, micro_batch)
         started = time.monotonic()
         if pieces:
@@ -309,7 +280,7 @@ class RankServer:
             message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame)
             self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
 
-    def _body_input(self, pieces: tuple[Piece, ...], arrived: list[_Arrived], seed: int) -> BodyInput:
+    def _body_input(self, pieces: tuple[Piece, ...], arrived: list[Arrived], seed: int) -> BodyInput:
         """Pack pieces one after another; positions, sequence bounds and row numbers shift by what comes before."""
         lengths: list[int] = []
         positions, row_indices = [], []
@@ -330,19 +301,20 @@ class RankServer:
             seed=seed,
         )
 
-    def _backward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...], is_last: bool) -> None:
+    def _backward(self, window: int, backward: Backward) -> None:
+        micro_batch = backward.micro_batch
         flight = self._flights.pop(micro_batch)
-        present = {piece.client for piece in pieces}
+        present = {piece.client for piece in backward.pieces}
         width = self._shapes.hidden_width
         gradients = [
-            self._inbox.gradients.pop((micro_batch, piece.client))
+            self._inbox.take_gradient(micro_batch, piece.client)
             if piece.client in present
             else torch.zeros(piece.masked, width)
             for piece in flight.pieces
         ]
         started = time.monotonic()
         hidden_gradient = torch.cat(gradients) if gradients else torch.zeros(0, width)
-        gradient = self._engine.backward(micro_batch, hidden_gradient, is_last)
+        gradient = self._engine.backward(micro_batch, hidden_gradient, backward.is_last)
         self._tally.backwards += 1
         if not flight.pieces:
             return
@@ -358,8 +330,8 @@ class RankServer:
         self._engine.step(self._config.optimizer.learning_rate(window, self._config.run.windows))
         self._tally.busy_seconds += time.monotonic() - started
         self._tally.lost_masked_tokens += lost_masked_tokens
-        self._inbox.activations.clear()
-        self._inbox.gradients.clear()
+        self._tally.loss_sum += self._inbox.loss_sum
+        self._tally.masked_tokens += self._inbox.masked_tokens
         for client in self._queue.clients:
             self._ingress.send(client, pb.ServerMessage(stepped=pb.Stepped(window=window)))
 
@@ -371,7 +343,6 @@ class RankServer:
         self._await_halves(set(self._queue.clients))
         present = sorted(self._queue.clients & set(self._inbox.halves))
         halves = [self._inbox.halves.pop(client) for client in present]
-        self._inbox.halves.clear()
         shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
         combined = combine(halves, shapes, average=exchange == "weights", group=self._control.group)
         for client in present:
@@ -380,10 +351,10 @@ class RankServer:
     def _await_halves(self, clients: set[str]) -> None:
         deadline = time.monotonic() + self._config.clients.silence_timeout
         while missing := (clients & self._queue.clients) - set(self._inbox.halves):
-            before = len(self._inbox.assemblers), self._ingress.bytes_up
+            before = self._inbox.half_bytes
             self._wait_for_event()
             # A large half over a slow link takes long; only silence counts against it.
-            if (len(self._inbox.assemblers), self._ingress.bytes_up) != before:
+            if self._inbox.half_bytes != before:
                 deadline = time.monotonic() + self._config.clients.silence_timeout
             elif time.monotonic() > deadline:
                 for client in missing:
@@ -393,7 +364,7 @@ class RankServer:
     def _send_half(self, client: str, tensors: Mapping[str, Tensor], window: int) -> None:
         for chunk in half_chunks(window, tensors.items(), weight=0.0):
             message = pb.ServerMessage(half=chunk)
-            self._tally.averaging_bytes_down += message.ByteSize()
+            self._half_bytes_down += message.ByteSize()
             self._ingress.send(client, message)
 
     # -- saving ---------------------------------------------------------------------------------------------------
@@ -420,7 +391,7 @@ class RankServer:
         self._dispatch(self._ingress.next_event(POLL_SECONDS))
 
     def _dispatch(self, event: Event | None) -> bool:
-        """Take one event in; False when there was none. A client that breaks the protocol is refused and dropped alone."""
+        """Take one event in; False if there was none. A client that breaks the protocol is dropped alone."""
         match event:
             case None:
                 return False
@@ -431,65 +402,13 @@ class RankServer:
                     self._problems.append(f"client {client} disconnected")
                     self._forget(client)
             case Received(client, message) if client in self._queue.clients:
-                self._count_bytes(message)
                 try:
-                    self._receive(client, message)
+                    self._inbox.receive(client, message)
                 except WireError as error:
                     self._problems.append(str(error))
                     self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=str(error))))
                     self._forget(client)
         return True
-
-    def _receive(self, client: str, message: pb.ClientMessage) -> None:
-        match message.WhichOneof("body"):
-            case "manifest":
-                shapes, seat = self._shapes, self._seats[client]
-                self._queue.manifest(checked_manifest(client, message.manifest, shapes.longest_sequence, seat.tokens))
-            case "activations":
-                self._receive_activations(client, message.activations)
-            case "gradient":
-                self._receive_gradient(client, message.gradient)
-            case "half":
-                self._receive_half(client, message.half)
-            case "saved":
-                self._inbox.saved[client] = message.saved
-            case other:
-                raise WireError(f"client {client}: a message of kind {other} was not expected")
-
-    def _receive_activations(self, client: str, message: pb.Activations) -> None:
-        number = message.micro_batch
-        piece = self._queue.expected_piece(client, number, "activations")
-        who = f"client {client}: activations of micro-batch {number}"
-        num_rows, row_index = piece.tokens, None
-        if self._shapes.is_rows_cut:
-            num_rows = message.values.shape[0] if message.values.shape else 0
-            if not 0 < num_rows <= piece.tokens:
-                raise WireError(f"{who}: {num_rows} rows for {piece.tokens} tokens")
-            row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
-        shape = (num_rows, self._shapes.activation_width)
-        values = decode(message.values, shape, self._config.wire.activations, who)
-        positions = checked_positions(client, message, piece.tokens, piece.masked)
-        self._queue.activations(client, number)
-        self._inbox.activations[number, client] = _Arrived(values, row_index, positions)
-
-    def _receive_gradient(self, client: str, message: pb.Gradient) -> None:
-        number = message.micro_batch
-        piece = self._queue.expected_piece(client, number, "gradient")
-        who = f"client {client}: gradient of micro-batch {number}"
-        shape = (piece.masked, self._shapes.hidden_width)
-        gradient = decode(message.hidden, shape, self._config.wire.gradients, who)
-        self._queue.gradient(client, number)
-        self._inbox.gradients[number, client] = gradient
-        self._tally.loss_sum += message.loss_sum
-        self._tally.masked_tokens += piece.masked
-
-    def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
-        if client not in self._inbox.assemblers:
-            self._inbox.assemblers[client] = HalfAssembler(dict(self._expected_half), f"client {client}: its half")
-        complete = self._inbox.assemblers[client].add(chunk)
-        if complete is not None:
-            del self._inbox.assemblers[client]
-            self._inbox.halves[client] = complete
 
     def _expire(self, client: str) -> None:
         reason = (
@@ -503,17 +422,13 @@ class RankServer:
         self._queue.lose(client)
         self._inbox.drop(client)
 
-    def _count_bytes(self, message: pb.ClientMessage) -> None:
-        if message.WhichOneof("body") == "half":
-            self._tally.averaging_bytes_up += message.ByteSize()
-
     def _take_tally(self) -> Tally:
         tally, self._tally = self._tally, Tally()
         up, down = self._ingress.take_bytes()
+        halves = self._inbox.half_bytes, self._half_bytes_down
+        tally.averaging_bytes_up = halves[0] - self._half_bytes_taken[0]
+        tally.averaging_bytes_down = halves[1] - self._half_bytes_taken[1]
+        self._half_bytes_taken = halves
         tally.bytes_up = up - tally.averaging_bytes_up
         tally.bytes_down = down - tally.averaging_bytes_down
         return tally
-
-
-def _resume_hint(saved: int) -> str:
-    return f"saved up to window {saved}: start the clients again and add --resume" if saved else "nothing was saved yet"

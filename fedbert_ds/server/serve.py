@@ -23,11 +23,12 @@ from fedbert_ds.model.cut import split
 from fedbert_ds.server.control import Control, complete_windows
 from fedbert_ds.server.coordinator import Expectation, Roster, Seat
 from fedbert_ds.server.engine import BodyEngine
+from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.narrator import Narrator
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
-from fedbert_ds.server.rank import POLL_SECONDS, RankServer, Shapes
+from fedbert_ds.server.rank import POLL_SECONDS, RankServer
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import ClientSettings, cut_to_json
@@ -56,7 +57,7 @@ class Start:
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning) ask the run to save and end; a second Ctrl-C kills it."""
+    """Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning) make the run save and end; a second Ctrl-C kills."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -174,8 +175,8 @@ def _fill(roster: Roster, config: RunConfig, ingress: Ingress, clients: LocalCli
             case JoinAsked(hello, answer):
                 try:
                     roster.admit(hello, answer)
-                except WireError as error:
-                    print(f"refused: {error}", flush=True)
+                except WireError as refusal:
+                    print(f"refused: {refusal}", flush=True)
             case JoinAbandoned(hello):
                 roster.withdraw(hello)
         clients.check()

@@ -48,7 +48,8 @@ def plan_window(window: int, manifests: Sequence[Sequence[Manifest]], tokens_per
 
     `manifests[r]` are those of rank r's clients, whose sequences are taken in the order of client names. Packing is
     next-fit: a sequence that does not fit opens a new micro-batch, so a client's sequences stay together and a slow
-    client holds up only its own micro-batches and the two it shares. Raises ValueError when a sequence is longer than a micro-batch.
+    client holds up only its own micro-batches and the two it shares. Raises ValueError when a sequence is longer than a
+    micro-batch.
     """
     packed = [_pack(sorted(rank, key=lambda manifest: manifest.client), tokens_per_micro_batch) for rank in manifests]
     num_micro_batches = max(1, *(len(rank) for rank in packed))

@@ -12,7 +12,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 
 LARGEST_VALUE = 1e6
-"""Above any activation or gradient of a sane run; beyond it one client could overflow what others share a micro-batch with."""
+"""Above any activation or gradient of a sane run; larger ones could overflow what clients share: a micro-batch."""
 
 BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "int8": 1}
 

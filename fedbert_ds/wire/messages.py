@@ -118,7 +118,7 @@ class HalfAssembler:
         self._buffers: dict[str, bytearray] = {}
 
     def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
-        """Take a chunk; with the last one return all tensors (fp32) and their weight. WireError on anything unexpected."""
+        """Take a chunk; the last one returns all tensors (fp32) and their weight. WireError on anything unexpected."""
         if chunk.last:
             return self._finish(), chunk.weight
         shape = self._shapes.get(chunk.name)

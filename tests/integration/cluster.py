@@ -33,7 +33,7 @@ ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 
 def write_text(folder: Path) -> dict[str, str]:
-    """Made-up articles of unequal length for every client, and a tokenizer trained on them; returns data paths by client."""
+    """Made-up articles of unequal length for every client, and a tokenizer; returns data paths by client."""
     words = random.Random(7)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     vocabulary = ["".join(words.choices(syllables, k=words.randint(1, 4))) for _ in range(400)]
@@ -72,7 +72,7 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
 
 
 def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
-    """Run every job, one after another, in 2 rank processes and 3 client processes; fails with what a process printed."""
+    """Run every job, one after another, in 2 rank and 3 client processes; fails with what a process printed."""
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     with socket.socket() as probe:
@@ -131,7 +131,8 @@ class Centralized:
         self.streams = {
             client: BatchStream(
                 encode(articles[client], tokenizer, self.config.data.sequence_length), tokenizer,
-                mask_probability=self.config.data.mask_probability, whole_word=False, seed=self.config.run.seed, client=client,
+                mask_probability=self.config.data.mask_probability, whole_word=False, seed=self.config.run.seed,
+                client=client,
             )
             for client in data
         }  # fmt: skip
@@ -165,7 +166,9 @@ class Centralized:
             lengths = torch.tensor(batch.lengths)
             mask = torch.arange(padded.shape[1]) < lengths[:, None]
             crossing: list[Tensor] = []
-            hook = self._crossing_module().register_forward_hook(lambda _, __, output: crossing.append(output))
+            hook = self._crossing_module().register_forward_hook(
+                lambda _, __, output, crossing=crossing: crossing.append(output)
+            )
             logits = self.model(input_ids=padded, attention_mask=mask.long()).logits
             hook.remove()
             output = crossing[0][0] if isinstance(crossing[0], tuple) else crossing[0]

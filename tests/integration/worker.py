@@ -1,10 +1,10 @@
-"""A rank or a client process of the integration tests: the real program, many runs one after another, imports paid once.
+"""A rank or client process of the integration tests: the real program, many runs in turn, imports paid once.
 
     python worker.py rank  JOBS.json     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
     python worker.py client JOBS.json NAME
 
-A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}. Every client writes what
-the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes it sent.
+A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}. Every
+client writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes it sent.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class _Recorder:
 
 
 def _address(folder: Path, job: dict) -> str:
-    """The address the coordinator of this very job wrote; the one of an earlier run of the same folder is older than the job."""
+    """The address this job's coordinator wrote; one from an earlier run of the same folder is older."""
     path = folder / "server.address"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -1,0 +1,161 @@
+"""What clients of a rank have sent: each message is decoded and checked here, before it can meet another client's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedbert_ds.config import WireSection
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.pipeline_queue import PipelineQueue
+from fedbert_ds.server.window import Piece
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import decode, decode_row_index
+from fedbert_ds.wire.messages import HalfAssembler, checked_manifest, checked_positions
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Widths and limits the wire is checked against."""
+
+    activation_width: int
+    hidden_width: int
+    longest_sequence: int
+    is_rows_cut: bool
+    half: dict[str, tuple[int, ...]]
+    """Every tensor of a client half."""
+    exchanged: frozenset[str]
+    """Names of those that are summed or averaged."""
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A piece's activations."""
+
+    values: Tensor
+    """[tokens, width], or [rows, width] with cut: rows; fp32."""
+    row_index: Tensor | None
+    """[tokens] int64 into `values`, with cut: rows."""
+    masked_positions: Tensor
+    """[masked] int64, within the piece."""
+
+
+class Inbox:
+    """Takes messages of connected clients in; `take_*` hand them on, once.
+
+    `receive` raises WireError for a message that is malformed or that nobody asked for; nothing of it is kept then.
+    """
+
+    def __init__(self, queue: PipelineQueue, shapes: Shapes, wire: WireSection, seats: Mapping[str, Seat]) -> None:
+        self._queue = queue
+        self._shapes = shapes
+        self._wire = wire
+        self._seats = seats
+        self._window = -1
+        self._half_shapes: Mapping[str, tuple[int, ...]] = {}
+        self._activations: dict[tuple[int, str], Arrived] = {}
+        self._gradients: dict[tuple[int, str], Tensor] = {}
+        self._assemblers: dict[str, HalfAssembler] = {}
+        self.halves: dict[str, tuple[dict[str, Tensor], float]] = {}
+        """Complete halves (or gradients of halves) with their weights, by client."""
+        self.saved: dict[str, pb.Saved] = {}
+        """Answers to the last Save, by client."""
+        self.loss_sum = 0.0
+        """Cross-entropies reported with this window's gradients, nats."""
+        self.masked_tokens = 0
+        """Masked tokens behind `loss_sum`."""
+        self.half_bytes = 0
+        """Bytes of halves received so far."""
+
+    def begin(self, window: int) -> None:
+        """From now on messages of this window are expected, and nothing of an earlier one is kept."""
+        self._window = window
+        self._activations.clear()
+        self._gradients.clear()
+        self.loss_sum, self.masked_tokens = 0.0, 0
+        self.expect_halves(self._shapes.exchanged)
+
+    def expect_halves(self, names: frozenset[str]) -> None:
+        """These tensors make the next half a client sends."""
+        self._half_shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
+        self.halves.clear()
+
+    def take_activations(self, micro_batch: int, client: str) -> Arrived:
+        """The activations of a client's piece."""
+        return self._activations.pop((micro_batch, client))
+
+    def take_gradient(self, micro_batch: int, client: str) -> Tensor:
+        """d(loss)/d(hidden) of a client's piece, [masked, width] fp32."""
+        return self._gradients.pop((micro_batch, client))
+
+    def drop(self, client: str) -> None:
+        """Forget everything of a client that is gone."""
+        self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
+        # A gradient that was here in time still counts; the queue decides.
+        self._assemblers.pop(client, None)
+        self.halves.pop(client, None)
+
+    def receive(self, client: str, message: pb.ClientMessage) -> None:
+        """Check a message and keep what it brings."""
+        match message.WhichOneof("body"):
+            case "manifest":
+                limit = self._seats[client].tokens
+                self._queue.manifest(checked_manifest(client, message.manifest, self._shapes.longest_sequence, limit))
+            case "activations":
+                self._receive_activations(client, message.activations)
+            case "gradient":
+                self._receive_gradient(client, message.gradient)
+            case "half":
+                self.half_bytes += message.ByteSize()
+                self._receive_half(client, message.half)
+            case "saved":
+                self.saved[client] = message.saved
+            case other:
+                raise WireError(f"client {client}: a message of kind {other} was not expected")
+
+    def _receive_activations(self, client: str, message: pb.Activations) -> None:
+        number = message.micro_batch
+        who = f"client {client}: activations of micro-batch {number}"
+        piece = self._expected(client, message.window, number, "activations", who)
+        num_rows, row_index = piece.tokens, None
+        if self._shapes.is_rows_cut:
+            num_rows = message.values.shape[0] if message.values.shape else 0
+            if not 0 < num_rows <= piece.tokens:
+                raise WireError(f"{who}: {num_rows} rows for {piece.tokens} tokens")
+            row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
+        shape = (num_rows, self._shapes.activation_width)
+        values = decode(message.values, shape, self._wire.activations, who)
+        positions = checked_positions(client, message, piece.tokens, piece.masked)
+        self._queue.activations(client, number)
+        self._activations[number, client] = Arrived(values, row_index, positions)
+
+    def _receive_gradient(self, client: str, message: pb.Gradient) -> None:
+        number = message.micro_batch
+        who = f"client {client}: gradient of micro-batch {number}"
+        piece = self._expected(client, message.window, number, "gradient", who)
+        gradient = decode(message.hidden, (piece.masked, self._shapes.hidden_width), self._wire.gradients, who)
+        if not 0 <= message.loss_sum < math.inf:
+            raise WireError(f"{who}: a loss of {message.loss_sum}")
+        self._queue.gradient(client, number)
+        self._gradients[number, client] = gradient
+        self.loss_sum += message.loss_sum
+        self.masked_tokens += piece.masked
+
+    def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
+        if client in self.halves:
+            raise WireError(f"client {client}: a second half in window {self._window}")
+        if client not in self._assemblers:
+            self._assemblers[client] = HalfAssembler(dict(self._half_shapes), f"client {client}: its half")
+        complete = self._assemblers[client].add(chunk)
+        if complete is not None:
+            del self._assemblers[client]
+            self.halves[client] = complete
+
+    def _expected(self, client: str, window: int, number: int, kind: str, who: str) -> Piece:
+        if window != self._window:
+            raise WireError(f"{who}: of window {window} instead of {self._window}")
+        return self._queue.expected_piece(client, number, "activations" if kind == "activations" else "gradient")

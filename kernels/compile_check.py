@@ -1,0 +1,164 @@
+"""Compiles every kernel for every architecture and compares the counts with a golden table; needs no GPU.
+
+    python -m fedbert_kernels.compile_check                     compare, exit status 1 on a problem
+    python -m fedbert_kernels.compile_check --update            write the table of the installed Triton release anew
+    python -m fedbert_kernels.compile_check --module gelu       one kernel file only (with --update too)
+
+A kernel file takes part by being named in MODULES and having `compile_cases() -> list[CompileCase]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.disassembly import measure
+
+MODULES = ("attention", "layer_norm", "gelu", "linear_cross_entropy", "quantize")
+"""Kernel files, in the order of the table; one not there yet is passed over."""
+GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "unit" / "kernels" / "golden"
+LOOP_GROWTH = 1.03
+"""A main loop longer than this multiple of the table's fails."""
+
+Row = dict[str, Any]
+Table = dict[str, Row]
+
+
+def compile_cases(module: str) -> list[CompileCase]:
+    """The cases of one kernel file, none if the file does not exist."""
+    name = f"fedbert_kernels.{module}"
+    if importlib.util.find_spec(name) is None:
+        return []
+    cases: list[CompileCase] = importlib.import_module(name).compile_cases()
+    return cases
+
+
+def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None) -> dict[str, Table]:
+    """Counts of every case of every module: {module: {"name sm_90": counts or {"error": ...}}}."""
+    jobs = [
+        (module, case.name, architecture)
+        for module in modules
+        for case in compile_cases(module)
+        for architecture in case.architectures
+    ]
+    tables: dict[str, Table] = {module: {} for module in modules}
+    # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
+    context = multiprocessing.get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        concurrent.futures.ProcessPoolExecutor(
+            workers or os.cpu_count(), mp_context=context, initializer=_start_worker, initargs=(cache,)
+        ) as pool,
+    ):
+        for (module, name, architecture), row in zip(jobs, pool.map(_measure_job, jobs), strict=True):
+            tables[module][f"{name} sm_{architecture}"] = row
+    return {module: table for module, table in tables.items() if table}
+
+
+def problems(golden: Table, measured: Table, cases: Iterable[CompileCase]) -> list[str]:
+    """What got worse than the table, or never was good enough; empty if all is well."""
+    found = [f"{key}: in the table, but no longer compiled" for key in golden if key not in measured]
+    rules = {f"{case.name} sm_{architecture}": case for case in cases for architecture in case.architectures}
+    for key, row in measured.items():
+        if "error" in row:
+            found.append(f"{key}: does not compile: {row['error']}")
+            continue
+        if row["spills"] and rules[key].spill_free:
+            found.append(f"{key}: {row['spills']} spill instructions")
+        if not row["tensor"] and rules[key].tensor_cores:
+            found.append(f"{key}: no tensor-core instructions")
+        before = golden.get(key)
+        if before is None:
+            found.append(f"{key}: not in the table; run python -m fedbert_kernels.compile_check --update")
+            continue
+        lost = {name: count for name, count in before["tensor"].items() if row["tensor"].get(name, 0) < count}
+        if lost:
+            found.append(f"{key}: tensor-core instructions were {before['tensor']}, are {row['tensor']}")
+        length_before, length = sum(before["loop"].values()), sum(row["loop"].values())
+        if length > length_before * LOOP_GROWTH:
+            found.append(f"{key}: main loop grew from {length_before} to {length} instructions")
+        if row["spills"] > before["spills"]:
+            found.append(f"{key}: spill instructions grew from {before['spills']} to {row['spills']}")
+        if _blocks_per_multiprocessor(row) < _blocks_per_multiprocessor(before):
+            found.append(
+                f"{key}: fewer blocks fit: {before['registers']} registers, {before['shared']} bytes shared before;"
+                f" {row['registers']} and {row['shared']} now"
+            )
+    return found
+
+
+def golden_path(module: str, folder: Path = GOLDEN) -> Path:
+    """Where the table of one kernel file for the installed Triton release lies, or would lie."""
+    import triton
+
+    return folder / f"triton-{triton.__version__}" / f"{module}.json"
+
+
+def read_table(path: Path) -> Table:
+    table: Table = json.loads(path.read_text(encoding="utf-8"))
+    return table
+
+
+def write_table(path: Path, table: Table) -> None:
+    """One row a line, so that a change of one kernel is a change of its lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table.items())
+    path.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+
+
+def _start_worker(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _measure_job(job: tuple[str, str, int]) -> Row:
+    module, name, architecture = job
+    case = next(case for case in compile_cases(module) if case.name == name)
+    try:
+        return measure(case, architecture)
+    except Exception as error:  # A compiler error of any kind is a result here: it becomes a failing row.
+        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+
+
+def _blocks_per_multiprocessor(row: Row) -> int:
+    # 64 Ki registers; of shared memory the least of the three architectures', 164 KiB, since only a drop matters.
+    by_registers = 65536 // (max(row["registers"], 1) * 128)
+    return min(by_registers, 167936 // max(row["shared"], 1024), 16)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compile every kernel without a GPU; compare with the golden table.")
+    parser.add_argument("--update", action="store_true", help="write the table instead of comparing")
+    parser.add_argument("--module", action="append", choices=MODULES, help="only this kernel file (repeatable)")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of the tables")
+    options = parser.parse_args(arguments)
+    failures = 0
+    for module, table in measure_all(options.module or MODULES, options.workers).items():
+        path = golden_path(module, options.golden)
+        errors = [f"{key}: {row['error']}" for key, row in table.items() if "error" in row]
+        if options.update and not errors:
+            write_table(path, table)
+            golden = table
+        else:
+            golden = read_table(path) if path.exists() else {}
+        found = problems(golden, table, compile_cases(module))
+        print(f"{module}: {len(table)} compiled, {len(found)} problems", *found, sep="\n  ")
+        failures += len(found)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    sys.exit(main())

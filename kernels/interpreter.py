@@ -1,0 +1,57 @@
+"""Triton if it is installed, a stand-in for its decorator if not, and what its interpreter needs done differently.
+
+Kernel files take `triton` and `tl` from here: they then import everywhere, and only launching a kernel needs Triton.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAVE_TRITON = True
+except ImportError:
+    HAVE_TRITON = False
+
+    class _Absent:
+        """Lets a kernel's definition be read without Triton: decorators return their function, names exist."""
+
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return _Absent(f"{self._name}.{name}")
+
+        def __call__(self, *arguments: Any, **_: Any) -> Any:
+            return arguments[0] if len(arguments) == 1 else lambda function: function
+
+        def __getitem__(self, _: Any) -> Any:
+            raise ModuleNotFoundError(f"{self._name} needs Triton, which is not installed")
+
+    triton = _Absent("triton")  # type: ignore[assignment]
+    tl = _Absent("triton.language")  # type: ignore[assignment]
+
+jit = triton.jit
+INTERPRETED = tl.constexpr(HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))
+"""Whether kernels run in Triton's interpreter: decided, as Triton does, when the kernels are imported."""
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether a kernel can take this tensor: on a GPU with Triton installed, or anywhere in the interpreter."""
+    return bool(INTERPRETED) or (HAVE_TRITON and tensor.is_cuda)
+
+
+@jit
+def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
+    """a @ b + accumulator in fp32. The interpreter multiplies the bit patterns of bf16: there, operands widen first."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+    else:
+        return tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION)

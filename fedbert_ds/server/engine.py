@@ -174,8 +174,9 @@ class BodyEngine:
     def full_state(self) -> dict[str, Tensor]:
         """Whole fp32 weights by Hugging Face name, on the CPU; every rank calls it (partitions are gathered)."""
         state = {}
+        masters = self._unpartitioned_masters()
         for name, parameter in self._engine.module.named_parameters():
-            whole = safe_get_full_fp32_param(parameter) if self._needs_gathering(parameter) else parameter.data
+            whole = masters[parameter] if self._stage == 0 else safe_get_full_fp32_param(parameter)
             state[name] = whole.detach().to(device="cpu", dtype=torch.float32).clone()
         return state
 
@@ -195,5 +196,11 @@ class BodyEngine:
             body_input.activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
         )
 
-    def _needs_gathering(self, parameter: Tensor) -> bool:
-        return self._stage > 0 or parameter.dtype is not torch.float32
+    def _unpartitioned_masters(self) -> dict[Tensor, Tensor]:
+        """At stage 0, each parameter's fp32 weights: itself, or the copy that DeepSpeed's bf16 optimizer steps."""
+        masters: dict[Tensor, Tensor] = {parameter: parameter for parameter in self._engine.module.parameters()}
+        if self._stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
+            optimizer = self._engine.optimizer
+            for low_group, full_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                masters.update(zip(low_group, full_group, strict=True))
+        return masters

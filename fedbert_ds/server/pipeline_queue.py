@@ -143,14 +143,12 @@ class PipelineQueue:
             return
         self._manifests.pop(client, None)
         for entry in self._entries.values():
-            piece = entry.pieces.pop(client, None)
-            if piece is None or entry.state is _State.DONE:
+            if client not in entry.pieces or entry.state is _State.DONE:
                 continue
             # A gradient that is already here (GRADED, or given before others') still counts.
             if entry.state in (_State.FORWARDED, _State.GRADED) and client not in entry.awaited:
-                entry.pieces[client] = piece
                 continue
-            self._lost_masked_tokens += piece.masked
+            self._lost_masked_tokens += entry.pieces.pop(client).masked
             entry.awaited.discard(client)
             if entry.state is not _State.PLANNED:
                 self._advance(entry)
@@ -187,6 +185,12 @@ class PipelineQueue:
         state = _State.OPEN if kind == "activations" else _State.FORWARDED
         return self._awaiting(client, micro_batch, state, kind).pieces[client]
 
+    def excuse(self, seconds: float) -> None:
+        """The rank was busy for so long and could neither ask nor listen: no client's silence counts that time."""
+        for owed in self._owed_since.values():
+            for answer in owed:
+                owed[answer] += seconds
+
     # -- windows --------------------------------------------------------------------------------------------------
 
     @property
@@ -210,11 +214,14 @@ class PipelineQueue:
             raise RuntimeError("start: the previous window has not stepped")
         self._phase = _Phase.RUNNING
         self._window = window
-        self._manifests = {}
+        # By manifest, not by name: a client that was lost and came back has another batch.
+        planned, self._manifests = self._manifests, {}
+        for owed in self._owed_since.values():
+            owed.pop(("manifest", 0), None)
         self._lost_masked_tokens = 0
         self._entries = {}
         for plan in micro_batches:
-            present = {piece.client: piece for piece in plan.pieces if piece.client in self._owed_since}
+            present = {piece.client: piece for piece in plan.pieces if piece.client in planned}
             self._lost_masked_tokens += sum(p.masked for p in plan.pieces if p.client not in present)
             self._entries[plan.index] = _Entry(plan, pieces=present)
         self._pattern = _pattern(len(micro_batches), self._depth)[::-1]

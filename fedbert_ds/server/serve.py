@@ -124,10 +124,13 @@ def serve(config: RunConfig, resume: bool) -> int:
         initial = {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
         rank.connect(initial, clients.check)
         window = _train(config, rank, clients, narrator, start.first_window)
+        # Clients end in there; one that is started again must not find this run's address.
+        _hide_address(config, control)
         narrator.hand_over(window, rank, engine, model.config, tokenizer)
         clients.wait(seconds=30)
         return 0 if window == config.run.windows else INTERRUPTED
     finally:
+        _hide_address(config, control)
         ingress.stop()
         clients.stop()
 
@@ -159,6 +162,11 @@ def _reveal_address(folder: Path, address: str) -> None:
     partial = folder / f"{ADDRESS_FILE}.partial"
     partial.write_text(address + "\n", encoding="utf-8")
     partial.replace(folder / ADDRESS_FILE)
+
+
+def _hide_address(config: RunConfig, control: Control) -> None:
+    if control.rank == 0:
+        (config.run.directory / ADDRESS_FILE).unlink(missing_ok=True)
 
 
 def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> Roster:

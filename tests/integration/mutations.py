@@ -10,18 +10,20 @@ import torch
 
 from fedbert_ds.server.engine import BodyEngine
 from fedbert_ds.server.pipeline_queue import PipelineQueue, _State
+from fedbert_ds.server.rank import RankServer
 
 
 @contextmanager
 def applied(name: str | None) -> Iterator[None]:
     """Run with one fault or variation, or with none."""
     with ExitStack() as patches:
-        for target, attribute, replacement in (FAULTS | VARIATIONS)[name] if name else ():
+        for target, attribute, replacement in (FAULTS | VARIATIONS | INTERRUPTIONS)[name] if name else ():
             patches.enter_context(mock.patch.object(target, attribute, replacement))
         yield
 
 
 _forward, _backward, _first = BodyEngine.forward, BodyEngine.backward, PipelineQueue._first
+_gather = RankServer._gather
 
 
 def _without_world_size(self, micro_batch, hidden_gradient, is_last):
@@ -51,10 +53,19 @@ def _newest_backward_first(self, state):
     return in_flight[-1] if in_flight and in_flight[-1].state is _State.GRADED else None
 
 
+def _stops_before_window_3(self, window):
+    # As Ctrl-C would, on one rank only.
+    if window == 3 and self._control.rank == 0:
+        self._stop.requested = True
+    return _gather(self, window)
+
+
 Patches = list[tuple[type, str, object]]
 
 VARIATIONS: dict[str, Patches] = {"newest backward first": [(PipelineQueue, "_first", _newest_backward_first)]}
 """Other orders than the queue's own, under which the result must stay the same."""
+
+INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RankServer, "_gather", _stops_before_window_3)]}
 
 FAULTS: dict[str, Patches] = {
     "gradient scale off by the world size": [(BodyEngine, "backward", _without_world_size)],

@@ -43,7 +43,7 @@ def run_client(jobs: list[dict], name: str) -> None:
         recorder = _Recorder(trainer.ClientTrainer)
         session.ClientTrainer = recorder.trainer_class
         options = session.ClientOptions(
-            server=_address(folder, job), data=(job["data"][name],), name=name, state_folder=state, device="cpu"
+            server=_address(folder), data=(job["data"][name],), name=name, state_folder=state, device="cpu"
         )
         session.run_client(options)
         recorder.write(state)
@@ -88,20 +88,15 @@ class _Recorder:
         (folder / "sent.bin").write_bytes(b"".join(self.sent))
 
 
-def _address(folder: Path, job: dict) -> str:
-    """The address this job's coordinator wrote; one from an earlier run of the same folder is older."""
+def _address(folder: Path) -> str:
+    """Where the coordinator listens; it takes the file away before clients are told that its run is over."""
     path = folder / "server.address"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if path.is_file() and (not job["resume"] or path.stat().st_mtime > _started(folder)):
+        if path.is_file():
             return path.read_text().strip()
         time.sleep(0.05)
     raise SystemExit(f"{folder}: no server came up")
-
-
-def _started(folder: Path) -> float:
-    """When the run this job resumes wrote its model: the newest thing of the earlier run."""
-    return max(path.stat().st_mtime for path in (folder / "hf").iterdir())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""Whole runs compared with each other and with centralized training: resume, modes, precision, what is on the wire."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.cluster import CLIENTS, WINDOWS, ZERO, Centralized, run_file, run_jobs, write_text
+from torch import Tensor
+from transformers import AutoModelForMaskedLM
+
+from fedbert_ds.client.state import load_state, saved_windows
+from fedbert_ds.data.corpus import read_articles
+from fedbert_ds.data.tokenizer import load_tokenizer
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("cluster-runs")]
+
+DROPOUT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "dropout": 0.1,
+           "max_position_embeddings": 40}  # fmt: skip
+RESUMED = {
+    "zero2": {"body": {"deepspeed": str(ZERO / "zero2.json")}},
+    "zero3-rows-lamb": {
+        "body": {"deepspeed": str(ZERO / "zero3.json")}, "cut": "rows", "optimizer": {"name": "lamb", "lr": 0.01},
+    },
+    "zero0-layers-parallel": {
+        "body": {"deepspeed": str(ZERO / "zero0.json")}, "cut": {"layers": 1},
+        "federation": {"mode": "parallel", "average_every": 2, "average_scope": "embeddings"},
+    },
+    "zero1-bf16": {"body": {"deepspeed": str(ZERO / "zero1.json"), "precision": "bf16"}},
+}  # fmt: skip
+FIXED = {"order": "fixed"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    """Every run of this file, in the same five processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = write_text(folder)
+    jobs: list[dict[str, Any]] = []
+
+    def add(name: str, resume: bool = False, mutation: str | None = None, **sections: Any) -> None:
+        tree = run_file(folder, name, **sections)
+        jobs.append({"config": tree, "resume": resume, "data": data, "mutation": mutation})
+
+    for name, sections in RESUMED.items():
+        sections = {**sections, "model": DROPOUT, "window": FIXED}
+        add(f"{name}-whole", **sections)
+        add(f"{name}-resumed", mutation="stopped before window 3", **sections)
+        add(f"{name}-resumed", resume=True, **sections)
+    add("zero2-again", model=DROPOUT, window=FIXED, **RESUMED["zero2"])
+    add("zero2-arrival", model=DROPOUT, window={"order": "arrival"}, **RESUMED["zero2"])
+    for stage in (0, 2, 3):
+        body = {"deepspeed": str(ZERO / f"zero{stage}.json"), "activation_checkpointing": True}
+        add(f"checkpointing-{stage}", model=DROPOUT, window=FIXED, body=body)
+        add(f"bf16-{stage}", body={"deepspeed": str(ZERO / f"zero{stage}.json"), "precision": "bf16"})
+    sgd = {"name": "sgd", "lr": 0.5}
+    add("parallel-1", optimizer=sgd, federation={"mode": "parallel", "average_every": 1})
+    for scope in ("embeddings", "head"):
+        add(f"parallel-{scope}", federation={"mode": "parallel", "average_every": WINDOWS, "average_scope": scope})
+    for codec in ("bf16", "int8"):
+        add(f"wire-{codec}", wire={"activations": codec, "gradients": codec})
+    add("rows", cut="rows")
+    run_jobs(folder, jobs)
+    return folder, data
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, name) -> None:
+    folder, _ = runs
+    whole, resumed = folder / f"{name}-whole", folder / f"{name}-resumed"
+    _assert_bit_identical(_weights(whole), _weights(resumed))
+    assert [row["loss"] for row in _metrics(whole)] == [row["loss"] for row in _metrics(resumed)]
+    for client in CLIENTS:
+        one, other = (load_state(run / "clients" / client, WINDOWS) for run in (whole, resumed))
+        _assert_bit_identical(one["half"], other["half"])
+        assert one["cursor"] == other["cursor"]
+        assert str(one["optimizer"]) == str(other["optimizer"])
+
+
+def test_the_interrupted_run_was_saved_at_the_window_it_stopped_before(runs) -> None:
+    folder, _ = runs
+    assert 3 in saved_windows(folder / "zero2-resumed" / "clients" / "ada")
+    assert 3 not in saved_windows(folder / "zero2-whole" / "clients" / "ada")
+
+
+def test_order_fixed_is_bit_identical_between_runs(runs) -> None:
+    folder, _ = runs
+    _assert_bit_identical(_weights(folder / "zero2-whole"), _weights(folder / "zero2-again"))
+
+
+def test_dropout_depends_neither_on_order_nor_on_recomputation(runs) -> None:
+    folder, _ = runs
+    expected = _weights(folder / "zero2-whole")
+    for name in ("zero2-arrival", "checkpointing-0", "checkpointing-2", "checkpointing-3"):
+        assert _largest_difference(_weights(folder / name), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", ["bf16-0", "bf16-2", "bf16-3", "wire-bf16", "wire-int8"])
+def test_low_precision_follows_full_precision(runs, name) -> None:
+    folder, _ = runs
+    low, full = _metrics(folder / name), _metrics(folder / "rows")
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(low, full, strict=True)) < 0.05
+    assert _largest_difference(_weights(folder / name), _weights(folder / "rows")) > 0
+
+
+def test_parallel_averaging_every_window_equals_centralized_sgd(runs) -> None:
+    """With plain SGD the average of the clients' steps, by masked tokens, is the step of the common gradient."""
+    folder, data = runs
+    tree = run_file(folder, "centralized", optimizer={"name": "sgd", "lr": 0.5})
+    assert _largest_difference(_weights(folder / "parallel-1"), Centralized(tree, data).train()) < 1e-5
+
+
+@pytest.mark.parametrize("scope, personal", [("embeddings", "head"), ("head", "embeddings")])
+def test_what_is_not_averaged_stays_personal(runs, scope, personal) -> None:
+    folder, _ = runs
+    halves = [load_state(folder / f"parallel-{scope}" / "clients" / client, WINDOWS)["half"] for client in CLIENTS]
+    for name in halves[0]:
+        is_head = name.startswith("cls.")
+        equal = all(torch.equal(halves[0][name], half[name]) for half in halves)
+        assert equal == (is_head == (scope == "head")), name
+    assert personal in ("head", "embeddings")
+
+
+def test_fewer_bytes_cross_with_a_narrower_codec_and_with_distinct_rows(runs) -> None:
+    folder, _ = runs
+    full, half, eighth, rows = (
+        sum(row["bytes_up"] + row["bytes_down"] for row in _metrics(folder / name))
+        for name in ("checkpointing-0", "wire-bf16", "wire-int8", "rows")
+    )
+    assert eighth < 0.5 * full and half < 0.65 * full and rows < full
+
+
+@pytest.mark.parametrize("name", ["zero2-whole", "rows", "zero0-layers-parallel-whole"])
+def test_neither_text_nor_token_ids_nor_labels_are_in_what_a_client_sends(runs, name) -> None:
+    """By content: the bytes of every message of the run; that no field could hold them is a unit test of the schema."""
+    folder, data = runs
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    for client, path in data.items():
+        sent = (folder / name / "clients" / client / "sent.bin").read_bytes()
+        assert len(sent) > 50_000
+        for article in read_articles([path]):
+            for word in article.text.split():
+                # Short words occur in random bytes by chance.
+                assert len(word) < 6 or word.encode() not in sent
+            ids = tokenizer(article.text, add_special_tokens=False)["input_ids"]
+            for start in range(0, len(ids) - 8, 8):
+                run = torch.tensor(ids[start : start + 8])
+                for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32):
+                    assert dtype is torch.uint8 or run.to(dtype).numpy().tobytes() not in sent
+                assert _varints(ids[start : start + 8]) not in sent
+
+
+def test_the_order_of_rows_does_not_tell_which_ids_are_larger(runs) -> None:
+    """With cut: rows, a piece's distinct rows go in the order of their first token, so numbers begin 0, 1, 2."""
+    folder, _ = runs
+    for client in CLIENTS:
+        pieces = torch.load(folder / "rows" / "clients" / client / "input_gradients.pt", weights_only=True)
+        for piece in pieces.values():
+            index = piece["row_index"]
+            first_seen = [
+                int(index[position]) for position in range(len(index)) if index[position] not in index[:position]
+            ]
+            assert first_seen == list(range(len(first_seen)))
+
+
+def _varints(values: list[int]) -> bytes:
+    """As protobuf packs repeated integers."""
+    packed = bytearray()
+    for value in values:
+        while value > 0x7F:
+            packed.append(value & 0x7F | 0x80)
+            value >>= 7
+        packed.append(value)
+    return bytes(packed)
+
+
+def _weights(run: Path) -> dict[str, Tensor]:
+    return AutoModelForMaskedLM.from_pretrained(run / "hf").state_dict()
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _assert_bit_identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def _largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert one.keys() == other.keys()
+    # The attention key's bias has a true gradient of zero: Adam amplifies rounding there.
+    return max((one[name] - other[name]).abs().max().item() for name in one if not name.endswith("key.bias"))

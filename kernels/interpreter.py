@@ -55,3 +55,13 @@ def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     else:
         return tl.dot(a, b, accumulator, input_precision=INPUT_PRECISION)
+
+
+@jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 x in the float type DTYPE, to nearest even. The interpreter cuts bf16 off: there, x is rounded first."""
+    if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)

@@ -74,7 +74,7 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         deciding: list[Any] = [
             ("decide", number) for number, rank in enumerate(federation.ranks) if not rank.is_blocked
         ]
-        what = choose(["arrive", "decide", "arrive", "decide", "violate", "clock", "lose", "join"])
+        what = choose(["arrive", "decide", "arrive", "decide", "arrive", "decide", "violate", "clock", "lose", "join"])
         connected = [(number, name) for number, rank in enumerate(federation.ranks) for name in rank.clients]
         if what == "arrive" and (arrivals := federation.possible()):
             federation.do(choose(arrivals))
@@ -83,7 +83,7 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         elif what == "violate":
             federation.violate(*choose(federation.violations()))
         elif what == "clock":
-            federation.now += choose([0.1, 4.0, timeout + 0.5])
+            federation.now += choose([0.1, 1.0, 4.0, timeout + 0.5])
         elif what == "lose" and connected:
             federation.lose(*choose(connected))
         elif what == "join" and (absent := sorted(set(NAMES) - {name for _, name in connected})):

@@ -1,0 +1,160 @@
+"""Random bits that depend on a seed and a position only: Philox 4x32 with 7 rounds, and dropout masks drawn from it.
+
+A mask costs little because 32 neighbouring elements share the random words: word i holds bit i of 32 uniform numbers of
+8 bits, and comparing all 32 with the drop threshold takes one logical operation a word. Which 32 elements share is
+chosen so that one thread of a tensor-core tile holds them all (rows r and r + 8; columns c, c + 1, and those + 8 j):
+the compiler then computes each word once. Written element by element, so no layout can change the result.
+
+Every kernel function has its torch twin here, equal bit by bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fedbert_kernels.interpreter import jit, tl
+
+ROUNDS = 7
+"""The fewest that pass the statistical tests of Salmon et al. 2011; FlashAttention uses as many."""
+LEVELS = 256
+"""Drop probabilities are multiples of 1 / LEVELS."""
+
+
+def drop_threshold(dropout: float) -> int:
+    """`dropout` in units of 1 / LEVELS; the real drop probability is this over LEVELS. ValueError outside [0, 1)."""
+    threshold = round(dropout * LEVELS) if 0.0 <= dropout < 1.0 else LEVELS
+    if threshold == LEVELS or (threshold == 0 and dropout > 0.0):
+        raise ValueError(f"dropout must be 0, or from 1/{LEVELS} to {LEVELS - 1}/{LEVELS}, got {dropout}")
+    return threshold
+
+
+def keep_rate(dropout: float) -> float:
+    """The share of elements that dropout really keeps: `1 - dropout` rounded to a multiple of 1 / LEVELS."""
+    return 1.0 - drop_threshold(dropout) / LEVELS
+
+
+# ---- in kernels ----
+
+
+@jit
+def philox(c0, c1, c2, c3, key_low, key_high):
+    """Four uint32 words for a counter of four uint32 words and a key of two; shapes broadcast."""
+    for _ in tl.static_range(7):
+        # One widening multiplication, where `tl.umulhi` and `*` would be two.
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
+        product_2 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product_2 >> 32).to(tl.uint32) ^ c1 ^ key_low
+        c1 = product_2.to(tl.uint32)
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_high
+        c3 = product_0.to(tl.uint32)
+        key_low = tl.add(key_low, 0x9E3779B9, sanitize_overflow=False)
+        key_high = tl.add(key_high, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@jit
+def load_seed(seed_ptr):
+    """Key (low, high) and offset, uint32 each, of a seed tensor: [2] int64."""
+    seed = tl.load(seed_ptr)
+    offset = tl.load(seed_ptr + 1)
+    return seed.to(tl.uint32), (seed >> 32).to(tl.uint32), offset.to(tl.uint32)
+
+
+@jit
+def _compare_bit(below, random, threshold, BIT: tl.constexpr):
+    """One step, from the lowest bit up, of "number < threshold" for 32 numbers whose bit BIT is in `random`.
+
+    Where the threshold's bit is 1, a number with bit 0 is below, and one with bit 1 stays as the lower bits have it:
+    `below | ~random`. Where it is 0: `below & ~random`. Both are the majority of three, one instruction; the complement
+    is left out, as it is just as random. The threshold is no constant, because the compiler would then regroup the
+    operations for each element.
+    """
+    mask = (0 - ((threshold >> BIT) & 1)).to(tl.uint32)
+    return (below & random) | (mask & (below | random))
+
+
+@jit
+def _drop_words(row_group, column_group, stream, offset, key_low, key_high, threshold):
+    """uint32 words whose every bit is 1 with probability threshold / 256."""
+    r0, r1, r2, r3 = philox(row_group, column_group + 1, stream, offset, key_low, key_high)
+    mask = (0 - (threshold & 1)).to(tl.uint32)
+    words = mask & r0
+    words = _compare_bit(words, r1, threshold, 1)
+    words = _compare_bit(words, r2, threshold, 2)
+    words = _compare_bit(words, r3, threshold, 3)
+    r0, r1, r2, r3 = philox(row_group, column_group, stream, offset, key_low, key_high)
+    words = _compare_bit(words, r0, threshold, 4)
+    words = _compare_bit(words, r1, threshold, 5)
+    words = _compare_bit(words, r2, threshold, 6)
+    return _compare_bit(words, r3, threshold, 7)
+
+
+@jit
+def keep_mask(
+    first_row,  # of the tile, in its sequence; a multiple of 16
+    first_column,  # of the tile, in its sequence; a multiple of COLUMNS
+    stream,  # what tells one score matrix from another
+    offset,
+    key_low,
+    key_high,
+    threshold,  # the drop probability in units of 1 / 256
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """[ROWS, COLUMNS] bool of a tile: True where an element is kept."""
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    bit = ((rows >> 3) & 1) | ((columns & 1) << 1) | (((columns >> 3) & 7) << 2)
+    # A tile narrower than 64 begins inside a group of columns.
+    if COLUMNS < 64:
+        bit |= ((first_column >> 3) & 7) << 2
+    row_group = (first_row + (rows & ~8)).to(tl.uint32)
+    column_group = ((first_column & ~57) + (columns & ~57)).to(tl.uint32)
+    words = _drop_words(row_group, column_group, stream.to(tl.uint32), offset, key_low, key_high, threshold)
+    return (words & (1 << bit).to(tl.uint32)) == 0
+
+
+# ---- in torch ----
+
+
+def philox_reference(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+    """The words of `philox` as int64 tensors of values below 2**32, for counters of such values; `seed` is a scalar."""
+    low_bits = 0xFFFFFFFF
+    key_low, key_high = seed & low_bits, (seed >> 32) & low_bits
+    for _ in range(ROUNDS):
+        # The product wraps into the sign bit; its 64 bits are right, and the mask cuts off the sign's copies.
+        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((product_2 >> 32) & low_bits) ^ c1 ^ key_low,
+            product_2 & low_bits,
+            ((product_0 >> 32) & low_bits) ^ c3 ^ key_high,
+            product_0 & low_bits,
+        )
+        key_low, key_high = (key_low + 0x9E3779B9) & low_bits, (key_high + 0xBB67AE85) & low_bits
+    return c0, c1, c2, c3
+
+
+def keep_mask_reference(streams: Tensor, length: int, seed: Tensor, threshold: int) -> Tensor:
+    """[*streams.shape, length, length] bool: `keep_mask` over whole score matrices; `seed` is [2] int64."""
+    device = streams.device
+    row_groups = torch.arange(0, length, 16, device=device)[:, None] + torch.arange(8, device=device)
+    column_groups = torch.arange(0, length, 64, device=device)[:, None] + torch.arange(0, 8, 2, device=device)
+    # Words: [..., groups of 16 rows, 8, groups of 64 columns, 4].
+    rows, columns = row_groups[:, :, None, None], column_groups[None, None]
+    stream = streams[..., None, None, None, None] & 0xFFFFFFFF
+    offset = seed[1] & 0xFFFFFFFF
+    random: list[Tensor] = []
+    for call in (1, 0):
+        random += philox_reference(rows, columns + call, stream, offset, seed[0])
+    words = torch.zeros_like(random[-1])
+    for bit, word in enumerate(random):
+        words = words | word if (threshold >> bit) & 1 else words & word
+    # Bits: row bit 3 | column bit 0 << 1 | column bits 3 to 5 << 2.
+    row_bit = torch.arange(2, device=device)[:, None, None, None, None, None]
+    column_bits = torch.arange(8, device=device)[:, None, None] << 2 | torch.arange(2, device=device) << 1
+    shifts = row_bit | column_bits
+    dropped = (words[..., :, None, :, :, None, :, None] >> shifts) & 1
+    groups_of_rows, groups_of_columns = len(row_groups), len(column_groups)
+    dropped = dropped.reshape(*streams.shape, groups_of_rows * 16, groups_of_columns * 64)
+    return dropped[..., :length, :length] == 0

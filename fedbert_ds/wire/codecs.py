@@ -51,10 +51,10 @@ def decode(frame: TensorFrame, shape: Sequence[int], codec: str, what: str) -> T
     Raises WireError naming `what` when shape, codec, size or finiteness are not as expected; sizes are compared
     before any memory is taken.
     """
-    if tuple(frame.shape) != tuple(shape):
-        raise WireError(f"{what}: shape {list(frame.shape)} instead of {list(shape)}")
+    if len(frame.shape) != len(shape) or tuple(frame.shape) != tuple(shape):
+        raise WireError(f"{what}: shape {frame.shape[:8]} instead of {list(shape)}")
     if frame.codec != codec:
-        raise WireError(f"{what}: codec {frame.codec!r} instead of {codec!r}")
+        raise WireError(f"{what}: codec {frame.codec[:20]!r} instead of {codec!r}")
     num_values = math.prod(shape)
     if len(frame.payload) != num_values * BYTES_PER_VALUE[codec]:
         raise WireError(f"{what}: {len(frame.payload)} bytes instead of {num_values * BYTES_PER_VALUE[codec]}")

@@ -6,9 +6,13 @@ import argparse
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedbert_ds import __version__
 from fedbert_ds.errors import ConfigError, one_line_errors
+
+if TYPE_CHECKING:
+    from fedbert_ds.config import Cut
 
 
 @one_line_errors
@@ -33,6 +37,7 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep its state (default: fedbert-ID)")
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
+    parser.add_argument("--cut", metavar="CUT", help="insist on this cut: embeddings, rows or layers:K (default: any)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -60,6 +65,7 @@ def _client(options: argparse.Namespace) -> None:
             state_folder=options.state or Path(f"fedbert-{options.id}"),
             tokenizer=options.tokenizer,
             model=options.model,
+            cut=_cut(options.cut) if options.cut else None,
             tls=TlsFiles(*tls_files) if all(tls_files) else None,
             device=options.device,
             join_timeout=options.join_timeout,
@@ -67,6 +73,17 @@ def _client(options: argparse.Namespace) -> None:
             managed=options.managed,
         )
     )
+
+
+def _cut(text: str) -> Cut:
+    from fedbert_ds.config import LayersCut
+
+    kind, _, layers = text.partition(":")
+    if text in ("embeddings", "rows"):
+        return "rows" if text == "rows" else "embeddings"
+    if kind == "layers" and layers.isdecimal() and int(layers) > 0:
+        return LayersCut(layers=int(layers))
+    raise ConfigError(f"--cut {text}: choose embeddings, rows or layers:K")
 
 
 def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import torch
@@ -24,7 +23,7 @@ from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
-from fedbert_ds.wire.messages import PROTOCOL, parse_cut, parse_settings
+from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class ClientOptions:
     """Hub name or folder; None takes the server's."""
     model: str | None = None
     """Hub name or folder whose shape the run's model must have; None takes any."""
+    cut: Cut | None = None
+    """The cut the run must have, if the user will send nothing else; None takes any."""
     tls: TlsFiles | None = None
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`, ...; None lets accelerate choose."""
@@ -70,6 +71,8 @@ def run_client(options: ClientOptions) -> None:
         client=options.name,
         shard_characters=sum(len(article.text) for article in articles),
         vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer else "",
+        shape_hash=_shape_of(options.model) if options.model else "",
+        cut=cut_to_json(options.cut) if options.cut else "",
         saved_windows=saved_windows(options.state_folder),
     )
     welcome = _join(options, hello)
@@ -86,10 +89,7 @@ def run_client(options: ClientOptions) -> None:
         client=options.name,
     )
     del articles
-    hf_config, cut = config_from_json(welcome.model_config), parse_cut(welcome.cut)
-    if options.model:
-        _insist(options.model, hf_config, cut)
-    half = client_skeleton(hf_config, cut)
+    half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
     outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
     trainer = ClientTrainer(
         half, text, settings, options.name, options.state_folder, welcome.window, _device(options.device), outgoing.put
@@ -102,16 +102,13 @@ def run_client(options: ClientOptions) -> None:
     )
 
 
-def _insist(model: str, hf_config: Any, cut: Cut) -> None:
-    """WireError unless the run's model has the shape of the one the user named."""
+def _shape_of(model: str) -> str:
     from transformers import AutoConfig
 
     try:
-        own = AutoConfig.from_pretrained(model)
+        return shape_hash(AutoConfig.from_pretrained(model))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {model}: no such model; give a folder or hub name") from error
-    if shape_hash(own, cut) != shape_hash(hf_config, cut):
-        raise WireError(f"the run's model has another shape than --model {model}; drop --model or join another run")
 
 
 def _join(options: ClientOptions, hello: pb.Hello) -> pb.Welcome:

@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from fedbert_ds.config import Cut, LayersCut, ModelSection
+from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import architecture, longest_sequence
 from fedbert_ds.model.cut import merge
@@ -48,8 +48,8 @@ def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed:
         return _from_checkpoint(section.checkpoint, section.dropout, vocab_size)
 
 
-def shape_hash(hf_config: Any, cut: Cut) -> str:
-    """16 hex digits, equal exactly if two sides mean the same network cut at the same place."""
+def shape_hash(hf_config: Any) -> str:
+    """16 hex digits, equal exactly if two sides mean the same network."""
     shape = {
         "architecture": hf_config.model_type,
         "hidden_size": hf_config.hidden_size,
@@ -64,7 +64,6 @@ def shape_hash(hf_config: Any, cut: Cut) -> str:
         "layer_norm_eps": hf_config.layer_norm_eps,
         "pad_token_id": hf_config.pad_token_id,
         "tied": hf_config.tie_word_embeddings,
-        "cut": {"layers": cut.layers} if isinstance(cut, LayersCut) else cut,
     }
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 

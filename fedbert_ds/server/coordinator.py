@@ -19,6 +19,8 @@ class Expectation:
 
     vocabulary_hash: str
     shape_hash: str
+    cut: str
+    """JSON, as in a Welcome."""
     saved_windows: frozenset[int] | None = None
     """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
 
@@ -113,6 +115,8 @@ class Roster:
             raise WireError(f"{who} has another vocabulary than the run; drop --tokenizer or name the run's")
         if hello.shape_hash and hello.shape_hash != self.expectation.shape_hash:
             raise WireError(f"{who} has another model than the run; drop --model or name the run's")
+        if hello.cut and hello.cut != self.expectation.cut:
+            raise WireError(f"{who} insists on cut {hello.cut}, the run has {self.expectation.cut}; drop --cut")
         if hello.shard_characters == 0:
             raise WireError(f"{who} has no text; check its --data")
         if self.expectation.saved_windows is not None and not hello.saved_windows:

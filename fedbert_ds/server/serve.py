@@ -171,7 +171,7 @@ def _hide_address(config: RunConfig, control: Control) -> None:
 
 def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> Roster:
     saved = complete_windows(config.run.directory / CHECKPOINTS) if resume else None
-    expectation = Expectation(vocabulary_hash(tokenizer), shape_hash(hf_config, config.cut), saved)
+    expectation = Expectation(vocabulary_hash(tokenizer), shape_hash(hf_config), cut_to_json(config.cut), saved)
     return Roster(config.clients.expected, expectation)
 
 
@@ -240,7 +240,7 @@ def _train(config: RunConfig, rank: RankServer, clients: LocalClients, narrator:
             return rank.train(narrator.window, config.run.directory / CHECKPOINTS)
         except RunError as error:
             rank.finish(f"the run ended: {error}")
-            reasons = "; ".join(clients.failures(patience=3.0))
+            reasons = "; ".join(clients.failures(patience=15.0))
             raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 
 

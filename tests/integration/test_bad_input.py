@@ -1,0 +1,177 @@
+"""What a user can get wrong: one line that names what to change, a non-zero exit, nothing left running."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from integration.cluster import run_file, write_text
+
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.tokenizer import train_wordpiece
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("bad-input")]
+
+PRETRAIN = Path(__file__).resolve().parents[2] / "launchers" / "pretrain.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("bad-input")
+    write_text(folder)
+    return folder
+
+
+def test_an_unknown_key_names_the_nearest(folder) -> None:
+    tree = run_file(folder, "unknown-key")
+    tree["body"]["zero_stgae"] = 2
+    _fails(_pretrain(folder, tree), "body.zero_stgae is not a key; did you mean body.zero_stage?")
+
+
+def test_a_missing_data_file(folder) -> None:
+    tree = run_file(folder, "missing-data", data={"source": [str(folder / "nowhere.txt")]}, clients={"local": 1})
+    _fails(_pretrain(folder, tree), "nowhere.txt")
+    assert not (folder / "missing-data").exists()
+
+
+def test_a_head_count_that_does_not_divide_the_width(folder) -> None:
+    tree = run_file(folder, "heads", model={"hidden_size": 32, "num_attention_heads": 5})
+    _fails(_pretrain(folder, tree), "num_attention_heads 5 does not divide hidden_size 32")
+
+
+def test_a_sequence_longer_than_the_position_table(folder) -> None:
+    tree = run_file(folder, "long", data={"sequence_length": 64})
+    _fails(_pretrain(folder, tree), "data.sequence_length 64 is longer than the position table")
+
+
+def test_a_deepspeed_file_that_sets_what_the_run_file_owns(folder) -> None:
+    (folder / "clipping.json").write_text('{"gradient_clipping": 1.0}')
+    tree = run_file(folder, "clipping", body={"deepspeed": str(folder / "clipping.json")})
+    _fails(_pretrain(folder, tree), "gradient_clipping belongs to the run file")
+
+
+def test_a_folder_that_holds_a_run_already(folder) -> None:
+    (folder / "taken").mkdir()
+    (folder / "taken" / "config.yaml").write_text("{}")
+    _fails(_pretrain(folder, run_file(folder, "taken")), "holds a run already; add --resume")
+    assert (folder / "taken" / "config.yaml").read_text() == "{}"
+
+
+def test_resuming_what_was_never_started(folder) -> None:
+    _fails(_pretrain(folder, run_file(folder, "nothing-here"), "--resume"), "no run to resume here")
+    assert not (folder / "nothing-here").exists()
+
+
+def test_a_port_in_use(folder) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        tree = run_file(folder, "port", server={"port": port})
+        _fails(_pretrain(folder, tree), f"127.0.0.1:{port}", "server.port")
+    assert not (folder / "port").exists()
+
+
+def test_an_unreachable_server(folder) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        server = f"127.0.0.1:{unused.getsockname()[1]}"
+        _fails(_client(folder, server, "--connect-timeout", "1"), f"{server}: no server answers")
+
+
+def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(folder) -> None:
+    """Empty shard, wrong vocabulary, another model, another protocol; then a good client, and the run completes."""
+    (folder / "empty.jsonl").write_text("")
+    other = folder / "other-tokenizer"
+    train_wordpiece([Article("other", "entirely different words " * 50)], 120).save_pretrained(other)
+    (folder / "other-model").mkdir()
+    (folder / "other-model" / "config.json").write_text('{"model_type": "bert", "hidden_size": 48}')
+    tree = run_file(
+        folder, "one-client", run={"windows": 2}, clients={"expected": 1, "join_timeout": 280}, window={"tokens": 200}
+    )
+    with _running(folder, tree) as (server, address):
+        _fails(_client(folder, address, data="empty.jsonl"), "empty.jsonl")
+        _fails(_client(folder, address, "--tokenizer", str(other)), "another vocabulary than the run")
+        _fails(_client(folder, address, "--model", str(folder / "other-model")), "another model than the run")
+        _fails(_client(folder, address, "--cut", "rows"), "insists on cut")
+        _fails(_client(folder, address, protocol=99), "speaks protocol 99, this server 1")
+        finished = _client(folder, address)
+        assert finished.returncode == 0, finished.stderr
+        assert server.wait(timeout=60) == 0
+
+
+def test_activations_that_are_not_finite_end_the_run_with_a_reason(folder) -> None:
+    tree = run_file(
+        folder,
+        "diverged",
+        optimizer={"name": "sgd", "lr": 1e30, "warmup_windows": 0},
+        data={"source": [str(folder / "ada.jsonl")], "sequence_length": 32},
+        clients={"local": 2, "expected": 2},
+        window={"tokens": 200},
+    )
+    _fails(_pretrain(folder, tree), "not finite; lower optimizer.lr")
+
+
+def _pretrain(folder: Path, tree: dict, *arguments: str) -> subprocess.CompletedProcess:
+    path = folder / f"{Path(tree['run']['directory']).name}.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, str(PRETRAIN), "--config", str(path), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
+
+
+@contextmanager
+def _running(folder: Path, tree: dict) -> Iterator[tuple[subprocess.Popen, str]]:
+    path = folder / "running.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with (folder / "running.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, str(PRETRAIN), "--config", str(path)], stdout=log, stderr=log, env=_environment()
+        )
+    try:
+        address = Path(tree["run"]["directory"]) / "server.address"
+        deadline = time.monotonic() + 90
+        while not address.is_file():
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "running.log").read_text()
+            time.sleep(0.1)
+        yield server, address.read_text().strip()
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _client(
+    folder: Path, server: str, *arguments: str, data: str = "ada.jsonl", protocol: int | None = None
+) -> subprocess.CompletedProcess:
+    change = f"import fedbert_ds.client.session as session; session.PROTOCOL = {protocol}; " if protocol else ""
+    start = f"{change}from fedbert_ds.cli import main; main()"
+    options = ["--server", server, "--data", str(folder / data), "--id", "ada", "--state", str(folder / "state-ada")]
+    command = [sys.executable, "-c", start, "client", *options, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
+
+
+def _environment() -> dict[str, str]:
+    alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    return alone | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def _fails(process: subprocess.CompletedProcess, *parts: str) -> None:
+    """One line of ours, with every part, no traceback, a non-zero exit, and no process of the run left."""
+    ours = [line for line in process.stderr.splitlines() if line.startswith("fedbert-ds: ")]
+    assert process.returncode not in (0, None), process.stdout
+    assert len(ours) == 1 and "Traceback" not in process.stderr, process.stderr
+    for part in parts:
+        assert part in ours[0], ours[0]
+    command = process.args
+    marks = [value for option, value in itertools.pairwise(command) if option in ("--config", "--state")]
+    left = [p for p in psutil.process_iter(["cmdline"]) if any(mark in (p.info["cmdline"] or []) for mark in marks)]
+    assert left == []

@@ -74,14 +74,12 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         deciding: list[Any] = [
             ("decide", number) for number, rank in enumerate(federation.ranks) if not rank.is_blocked
         ]
-        what = choose(["arrive", "decide", "arrive", "decide", "arrive", "decide", "violate", "clock", "lose", "join"])
+        what = choose(["arrive", "decide", "arrive", "decide", "arrive", "decide", "clock", "lose", "join"])
         connected = [(number, name) for number, rank in enumerate(federation.ranks) for name in rank.clients]
         if what == "arrive" and (arrivals := federation.possible()):
             federation.do(choose(arrivals))
         elif what == "decide" and deciding:
             federation.do(choose(deciding))
-        elif what == "violate":
-            federation.violate(*choose(federation.violations()))
         elif what == "clock":
             federation.now += choose([0.1, 1.0, 4.0, timeout + 0.5])
         elif what == "lose" and connected:
@@ -91,6 +89,23 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
     federation.run(windows, choose)
     sequences = [[kind for kind in rank.collectives if kind != "Open"] for rank in federation.ranks]
     assert all(sequence == sequences[0] for sequence in sequences)
+
+
+@settings(ANY_ORDER, max_examples=25)
+@given(data=st.data())
+def test_what_is_against_the_protocol_is_refused_at_any_time(data: st.DataObject) -> None:
+    """Every call that is out of place is a WireError and changes nothing, and the window ends as if it had not been."""
+    choose = chooser(data)
+    federation = drawn_federation(data, drawn_lengths(data), num_ranks=data.draw(st.integers(1, 2)))
+    for number, name in enumerate(NAMES[: data.draw(st.integers(1, 4))]):
+        federation.join(number % len(federation.ranks), name)
+
+    def choose_after_violations(options: Sequence[Any]) -> Any:
+        federation.violate_all()
+        return choose(options)
+
+    federation.run(2, choose_after_violations)
+    assert [sum(rank.lost_masked_tokens) for rank in federation.ranks] == [0] * len(federation.ranks)
 
 
 @ANY_ORDER
@@ -255,14 +270,18 @@ def test_older_answers_go_first_and_dummies_last() -> None:
 
 
 def test_a_dummy_lets_real_work_go_first() -> None:
-    queue = started(2, [pieces("ada"), ()])
-    assert [queue.decide(0.0), queue.decide(0.0)] == [Open(0, pieces("ada")), Open(1, ())]
+    queue = started(3, [pieces("ada"), pieces("ada"), ()])
+    assert [queue.decide(0.0) for _ in range(3)] == [Open(0, pieces("ada")), Open(1, pieces("ada")), Open(2, ())]
     queue.activations("ada", 0)
     assert queue.decide(0.0) == Forward(0, pieces("ada"))  # the dummy was ready before it
-    assert queue.decide(0.0) == Forward(1, ())
+    assert queue.decide(0.0) == Forward(2, ())
+    queue.activations("ada", 1)
+    assert queue.decide(0.0) == Forward(1, pieces("ada"))  # the dummy's gradient was there before, and is a backward
     queue.gradient("ada", 0)
-    assert queue.decide(0.0) == Backward(0, pieces("ada"), is_last=False)  # the dummy's gradient was there before
-    assert queue.decide(0.0) == Backward(1, (), is_last=True)
+    assert queue.decide(0.0) == Backward(0, pieces("ada"), is_last=False)
+    assert queue.decide(0.0) == Backward(2, (), is_last=False)
+    queue.gradient("ada", 1)
+    assert queue.decide(0.0) == Backward(1, pieces("ada"), is_last=True)
 
 
 def test_fixed_order_waits_for_the_oldest() -> None:
@@ -429,6 +448,22 @@ def test_silence_is_measured_from_the_question(owed: str) -> None:
     assert "expire ada" not in decided(queue, asked + 10.0)
     assert decided(queue, math.nextafter(asked + 10.0, math.inf))[0] == "expire ada"
     assert queue.clients == frozenset()
+
+
+def test_the_oldest_unanswered_question_counts() -> None:
+    queue = started(1, [pieces("ada"), pieces("ada"), pieces("bo")], silence_timeout=10.0)
+    assert decided(queue, 0.0) == ["open 0", "open 1"]
+    queue.activations("ada", 0)
+    assert decided(queue, 6.0) == ["forward 0 ada"]
+    queue.gradient("ada", 0)
+    assert decided(queue, 9.0) == ["backward 0 ada", "open 2"]
+    assert decided(queue, 10.5) == [
+        "expire ada",
+        "forward 1",
+        "backward 1",
+    ]  # 1 was asked for at 0, whatever came since
+    assert decided(queue, 19.0) == []
+    assert decided(queue, 19.5) == ["expire bo", "forward 2", "backward 2 last", "step 0 lost 4"]
 
 
 def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:

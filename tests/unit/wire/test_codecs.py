@@ -1,0 +1,274 @@
+"""Tensor frames: exact or bounded round trips, and a refusal for every frame that is not the one expected."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire.codecs import (
+    BYTES_PER_VALUE,
+    LARGEST_VALUE,
+    decode,
+    decode_row_index,
+    encode,
+    encode_row_index,
+)
+from fedbert_ds.wire.fedbert_pb2 import TensorFrame
+
+CODECS = list(BYTES_PER_VALUE)
+VALUES = st.floats(-999_000, 999_000, width=32)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensor:
+    """[rows, width] fp32, either possibly 0; rows of zeros, tiny and large values among them."""
+    rows, width = draw(st.integers(0, 5)), draw(st.integers(0, 6))
+    row = st.one_of(
+        st.lists(VALUES, min_size=width, max_size=width),
+        st.just([0.0] * width),
+        st.lists(st.floats(-(2.0**-126), 2.0**-126, width=32), min_size=width, max_size=width),
+    )
+    return torch.tensor([draw(row) for _ in range(rows)], dtype=torch.float32).view(rows, width)
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.view(torch.int32).flatten().tolist()
+
+
+@settings(deadline=None)
+@given(tensor=tensors())
+def test_fp32_is_bit_exact(tensor: Tensor) -> None:
+    back = decode(encode(tensor, "fp32"), tensor.shape, "fp32", "it")
+    assert back.shape == tensor.shape and back.dtype is torch.float32
+    assert bits(back) == bits(tensor)  # -0.0 and subnormal numbers too
+
+
+def nearest_bf16(value: float) -> float:
+    """The bfloat16 next to an fp32 value, ties to even, by its bits alone."""
+    (word,) = struct.unpack("<I", struct.pack("<f", value))
+    low, kept = word & 0xFFFF, word >> 16
+    if low > 0x8000 or (low == 0x8000 and kept & 1):
+        kept += 1
+    (back,) = struct.unpack("<f", struct.pack("<I", kept << 16))
+    return back
+
+
+@settings(deadline=None)
+@given(tensor=tensors())
+def test_bf16_is_the_nearest(tensor: Tensor) -> None:
+    back = decode(encode(tensor, "bf16"), tensor.shape, "bf16", "it")
+    expected = torch.tensor([nearest_bf16(value) for value in tensor.flatten().tolist()]).view(tensor.shape)
+    assert bits(back) == bits(expected)
+
+
+@settings(deadline=None)
+@given(tensor=tensors())
+def test_int8_is_within_half_a_step_of_its_row(tensor: Tensor) -> None:
+    frame = encode(tensor, "int8")
+    back = decode(frame, tensor.shape, "int8", "it")
+    assert len(frame.payload) == tensor.numel() and len(frame.scales) == 4 * len(tensor)
+    for row, got in zip(tensor.double(), back.double(), strict=True):
+        largest = float(row.abs().max()) if len(row) else 0.0
+        # Half a step, and fp32's own rounding of scale and product (subnormal scales are coarse).
+        bound = largest / 254 * (1 + 1e-5) + 256 * 2.0**-149
+        assert float((row - got).abs().max() if len(row) else 0.0) <= bound
+        if largest == 0:
+            assert not got.any()
+
+
+def test_int8_by_hand() -> None:
+    frame = encode(torch.tensor([[127.0, -63.4, 0.4], [0.0, 0.0, 0.0], [-2.54, 1.26, 0.001]]), "int8")
+    assert list(struct.unpack("9b", frame.payload)) == [127, -63, 0, 0, 0, 0, -127, 63, 0]
+    assert struct.unpack("<3f", frame.scales) == pytest.approx((1.0, 0.0, 0.02))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_any_float_dtype_and_layout_goes_in(codec: str, dtype: torch.dtype) -> None:
+    tensor = torch.arange(12, dtype=dtype).view(4, 3).T.requires_grad_()
+    back = decode(encode(tensor, codec), (3, 4), codec, "it")
+    torch.testing.assert_close(back, tensor.detach().float(), atol=0.05, rtol=0)
+    assert not back.requires_grad
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_not_sent(codec: str, value: float) -> None:
+    with pytest.raises(WireError, match="not finite; lower optimizer"):
+        encode(torch.tensor([[1.0, value]]), codec)
+
+
+def test_an_unknown_codec_is_not_sent() -> None:
+    with pytest.raises(WireError, match="codec 'int4' is unknown; choose one of fp32, bf16, int8"):
+        encode(torch.zeros(1, 1), "int4")
+
+
+# -- frames that are not the one expected ---------------------------------------------------------------------------
+
+
+def frame(codec: str, /, **changes: object) -> TensorFrame:
+    """A good frame [2, 3], but for `changes`."""
+    good = encode(torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.0, -0.25]]), codec)
+    for name, value in changes.items():
+        good.ClearField(name)
+        if name == "shape":
+            good.shape.extend(value)
+        else:
+            setattr(good, name, value)
+    return good
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("shape", [(), (2,), (3, 2), (2, 4), (1, 6), (6,), (2, 3, 1), (2**31, 2**31), (0, 3)])
+def test_another_shape_is_refused(codec: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(WireError, match=r"^it: shape \["):
+        decode(frame(codec, shape=shape), (2, 3), codec, "it")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_another_codec_is_refused(codec: str) -> None:
+    for other in {*CODECS, "", "int4", "FP32"} - {codec}:
+        with pytest.raises(WireError, match=r"^it: codec"):
+            decode(frame(codec, codec=other), (2, 3), codec, "it")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("change", [-1, 1, 4, 1000])
+def test_another_size_is_refused(codec: str, change: int) -> None:
+    size = len(frame(codec).payload) + change
+    with pytest.raises(WireError, match=f"^it: {size} bytes instead of"):
+        decode(frame(codec, payload=bytes(size)), (2, 3), codec, "it")
+    with pytest.raises(WireError, match="bytes of scales"):
+        decode(frame(codec, scales=bytes(len(frame(codec).scales) + change % 8 + 1)), (2, 3), codec, "it")
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_scales_where_none_belong_are_refused(codec: str) -> None:
+    with pytest.raises(WireError, match="8 bytes of scales"):
+        decode(frame(codec, scales=bytes(8)), (2, 3), codec, "it")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.01 * LARGEST_VALUE, -1e9, 3.4e38])
+def test_values_that_would_poison_others_are_refused(value: float) -> None:
+    good = [1.0, -2.0, 3.0, 0.5, 0.0]
+    for place in range(6):
+        values = [*good[:place], value, *good[place:]]
+        fp32 = struct.pack("<6f", *values)
+        with pytest.raises(WireError, match=r"^it: a value"):
+            decode(frame("fp32", payload=fp32), (2, 3), "fp32", "it")
+        words = [struct.unpack("<I", struct.pack("<f", v))[0] >> 16 for v in values]
+        with pytest.raises(WireError, match=r"^it: a value"):
+            decode(frame("bf16", payload=struct.pack("<6H", *words)), (2, 3), "bf16", "it")
+    for scales in ((value, 1.0), (1.0, value)):
+        with pytest.raises(WireError, match=r"^it: a value"):
+            decode(frame("int8", scales=struct.pack("<2f", *scales), payload=bytes([100] * 6)), (2, 3), "int8", "it")
+
+
+def test_a_nan_scale_is_refused_even_for_a_row_of_zeros() -> None:
+    with pytest.raises(WireError, match="not finite"):
+        decode(frame("int8", scales=struct.pack("<2f", math.nan, 1.0), payload=bytes(6)), (2, 3), "int8", "it")
+
+
+def test_the_largest_value_is_still_allowed() -> None:
+    largest = torch.tensor([[LARGEST_VALUE, -LARGEST_VALUE]])
+    assert decode(encode(largest, "fp32"), (1, 2), "fp32", "it").tolist() == largest.tolist()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_bad_frame_is_refused_before_memory_is_taken(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError("memory was taken")
+
+    bad = [frame(codec, shape=(2**20, 2**20)), frame(codec, payload=b""), frame(codec, scales=bytes(12))]
+    bad.append(frame(codec, codec="bf16" if codec != "bf16" else "fp32"))
+    for name in ("frombuffer", "empty", "zeros", "tensor"):
+        monkeypatch.setattr(torch, name, forbidden)
+    for one in bad:
+        with pytest.raises(WireError):
+            decode(one, (2, 3), codec, "it")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_refusal_is_short_whatever_was_sent(codec: str) -> None:
+    for one in (frame(codec, shape=range(100_000)), frame(codec, codec="x" * 100_000)):
+        with pytest.raises(WireError) as caught:
+            decode(one, (2, 3), codec, "it")
+        assert len(str(caught.value)) < 300
+
+
+# -- row numbers ----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.integers(0, 0xFFFF), max_size=50))
+def test_row_numbers_round_trip(rows: list[int]) -> None:
+    index = torch.tensor(rows, dtype=torch.int64)
+    payload = encode_row_index(index)
+    assert payload == struct.pack(f"<{len(rows)}H", *rows)
+    back = decode_row_index(payload, len(rows), 0x10000, "it")
+    assert back.dtype is torch.int64 and back.tolist() == rows
+
+
+def test_row_numbers_out_of_range_are_refused() -> None:
+    payload = encode_row_index(torch.tensor([0, 3, 2]))
+    assert decode_row_index(payload, 3, 4, "it").tolist() == [0, 3, 2]
+    with pytest.raises(WireError, match=r"^it: a row number is not below 3"):
+        decode_row_index(payload, 3, 3, "it")
+    for wrong in (2, 4):
+        with pytest.raises(WireError, match=f"^it: 6 bytes of row numbers instead of {2 * wrong}"):
+            decode_row_index(payload, wrong, 4, "it")
+    with pytest.raises(WireError, match="65,536 distinct rows"):
+        encode_row_index(torch.tensor([0x10000]))
+
+
+# -- anything at all ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    codec=st.sampled_from(CODECS),
+    claimed=st.one_of(st.sampled_from(CODECS), st.text(max_size=5)),
+    shape=st.one_of(st.just([2, 3]), st.lists(st.integers(0, 2**32 - 1), max_size=4)),
+    payload=st.one_of(st.binary(max_size=40), st.binary(min_size=6, max_size=6), st.binary(min_size=24, max_size=24)),
+    scales=st.one_of(st.just(b""), st.binary(min_size=8, max_size=8), st.binary(max_size=20)),
+)
+def test_any_frame_is_decoded_or_refused(
+    codec: str, claimed: str, shape: list[int], payload: bytes, scales: bytes
+) -> None:
+    try:
+        values = decode(TensorFrame(codec=claimed, shape=shape, payload=payload, scales=scales), (2, 3), codec, "it")
+    except WireError:
+        return
+    assert values.shape == (2, 3) and values.dtype is torch.float32
+    assert torch.isfinite(values).all() and float(values.abs().max()) <= LARGEST_VALUE
+    assert claimed == codec and shape == [2, 3]
+
+
+@settings(max_examples=200, deadline=None)
+@given(codec=st.sampled_from(CODECS), data=st.data())
+def test_a_damaged_frame_is_decoded_or_refused(codec: str, data: st.DataObject) -> None:
+    """Bytes of a good frame are changed, cut or added on the wire."""
+    from google.protobuf.message import DecodeError
+
+    wire = bytearray(frame(codec).SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(wire)))
+        match data.draw(st.sampled_from(["change", "cut", "add"])):
+            case "change" if place < len(wire):
+                wire[place] = data.draw(st.integers(0, 255))
+            case "cut":
+                del wire[place:]
+            case _:
+                wire[place:place] = data.draw(st.binary(min_size=1, max_size=8))
+    try:
+        values = decode(TensorFrame.FromString(bytes(wire)), (2, 3), codec, "it")
+    except (WireError, DecodeError):
+        return
+    assert values.shape == (2, 3) and torch.isfinite(values).all()

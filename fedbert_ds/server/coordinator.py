@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.window import assign_clients, window_shares
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
+
+LONGEST_NAME = 100
+"""Characters of a client's name, which stands in every message about it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,16 @@ class Roster:
         try:
             self._check(hello)
         except WireError as error:
-            answer.set_exception(error)
+            reply(answer, error)
             raise
         self._waiting[hello.client] = (hello, answer)
 
     def withdraw(self, hello: pb.Hello) -> None:
         """A client went away before everybody was here."""
-        self._waiting.pop(hello.client, None)
+        waiting = self._waiting.get(hello.client)
+        # Another of the same name may have joined, and stays.
+        if waiting is not None and waiting[0] is hello:
+            del self._waiting[hello.client]
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -89,24 +96,23 @@ class Roster:
 
     def welcome(self, client: str, welcome: pb.Welcome) -> None:
         """Answer a client's Join."""
-        answer = self._waiting[client][1]
-        if not answer.cancelled():
-            answer.set_result(welcome)
+        reply(self._waiting[client][1], welcome)
 
     def refuse_all(self, error: WireError) -> None:
         """Answer every waiting client with an error: the run will not start."""
         for _, answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(error)
+            reply(answer, error)
 
     def _check(self, hello: pb.Hello) -> None:
+        if not hello.client:
+            raise WireError("a client without a name; give it one with --id")
+        if len(hello.client) > LONGEST_NAME or not hello.client.isprintable():
+            raise WireError(f"a client's name is at most {LONGEST_NAME} printable characters; give it another --id")
         who = f"client {hello.client}"
         if hello.protocol != PROTOCOL:
             raise WireError(
                 f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
             )
-        if not hello.client:
-            raise WireError("a client without a name; give it one with --id")
         if hello.client in self._waiting:
             raise WireError(f"{who} has joined already; give each client its own --id")
         if self.is_complete:
@@ -116,11 +122,20 @@ class Roster:
         if hello.shape_hash and hello.shape_hash != self.expectation.shape_hash:
             raise WireError(f"{who} has another model than the run; drop --model or name the run's")
         if hello.cut and hello.cut != self.expectation.cut:
-            raise WireError(f"{who} insists on cut {hello.cut}, the run has {self.expectation.cut}; drop --cut")
+            raise WireError(f"{who} insists on cut {hello.cut[:80]}, the run has {self.expectation.cut}; drop --cut")
         if hello.shard_characters == 0:
             raise WireError(f"{who} has no text; check its --data")
         if self.expectation.saved_windows is not None and not hello.saved_windows:
             raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
+
+
+def reply(answer: Future[pb.Welcome], outcome: pb.Welcome | WireError) -> None:
+    """Answer a Join, unless it has its answer or the client went away while it waited."""
+    with suppress(InvalidStateError):
+        if isinstance(outcome, WireError):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
 
 
 def _listed(windows: Iterable[int]) -> str:

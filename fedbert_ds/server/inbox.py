@@ -56,6 +56,7 @@ class Inbox:
         self._wire = wire
         self._seats = seats
         self._window = -1
+        self._saving = -1
         self._half_shapes: Mapping[str, tuple[int, ...]] = {}
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
@@ -82,7 +83,13 @@ class Inbox:
     def expect_halves(self, names: frozenset[str]) -> None:
         """These tensors make the next half a client sends."""
         self._half_shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
+        self._assemblers.clear()
         self.halves.clear()
+
+    def expect_saved(self, window: int) -> None:
+        """Clients have been asked to save their state before `window`."""
+        self._saving = window
+        self.saved.clear()
 
     def take_activations(self, micro_batch: int, client: str) -> Arrived:
         """The activations of a client's piece."""
@@ -113,7 +120,10 @@ class Inbox:
                 self.half_bytes += message.ByteSize()
                 self._receive_half(client, message.half)
             case "saved":
-                self.saved[client] = message.saved
+                saved = message.saved
+                if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:
+                    raise WireError(f"client {client}: a message about a state it was not asked to save")
+                self.saved[client] = saved
             case other:
                 raise WireError(f"client {client}: a message of kind {other} was not expected")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,10 +18,10 @@ from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.modes import Exchange, exchange_after
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.control import Control
-from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.coordinator import Seat, reply
 from fedbert_ds.server.engine import BodyEngine, BodyInput
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
-from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, Received
+from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
 from fedbert_ds.server.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Step
 from fedbert_ds.server.window import MicroBatch, Piece, plan_window
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -166,7 +167,8 @@ class RankServer:
                 window, [report.manifests for report in reports], self._config.window.tokens_per_micro_batch
             )
             self._train_window(window, plan.masked_tokens, plan.ranks[self._control.rank])
-            self._exchange(window, exchange_after(self._config.federation, window))
+            with self._busy():
+                self._exchange(window, exchange_after(self._config.federation, window))
             window += 1
 
     def _too_few_clients(self, reports: Sequence[Report], saved: int) -> str:
@@ -250,13 +252,16 @@ class RankServer:
                         credit = pb.Open(window=window, micro_batch=opened.micro_batch)
                         self._ingress.send(piece.client, pb.ServerMessage(open=credit))
                 case Forward() as forward:
-                    self._forward(window, forward.micro_batch, forward.pieces)
+                    with self._busy():
+                        self._forward(window, forward.micro_batch, forward.pieces)
                 case Backward() as backward:
-                    self._backward(window, backward)
+                    with self._busy():
+                        self._backward(window, backward)
                 case Expire(client):
                     self._expire(client)
                 case Step(_, lost_masked_tokens):
-                    self._step(window, lost_masked_tokens)
+                    with self._busy():
+                        self._step(window, lost_masked_tokens)
                     return
 
     def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
@@ -371,7 +376,7 @@ class RankServer:
 
     def _save(self, folder: Path, window: int) -> None:
         """Clients save their halves, ranks the body; the checkpoint counts only once everything is on disk."""
-        self._inbox.saved.clear()
+        self._inbox.expect_saved(window)
         for client in self._queue.clients:
             self._ingress.send(client, pb.ServerMessage(save=pb.Save(window=window)))
         self._engine.save(folder, window)
@@ -387,6 +392,13 @@ class RankServer:
 
     # -- events ---------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While the rank waits for other ranks, or clients for its answer, nobody's silence counts."""
+        started = time.monotonic()
+        yield
+        self._queue.excuse(time.monotonic() - started)
+
     def _wait_for_event(self) -> None:
         self._dispatch(self._ingress.next_event(POLL_SECONDS))
 
@@ -395,6 +407,10 @@ class RankServer:
         match event:
             case None:
                 return False
+            case JoinAsked(hello, answer):
+                reply(
+                    answer, WireError(f"client {hello.client[:100]}: this rank takes no joins; the run has its clients")
+                )
             case Connected(client):
                 self._queue.join(client, time.monotonic())
             case Disconnected(client):

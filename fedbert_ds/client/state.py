@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def load_state(folder: Path, window: int) -> dict[str, Any]:
     path = _path(folder, window)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(
             f"{path}: cannot be read ({type(error).__name__}); give the --state folder of the first run"
         ) from error
@@ -40,7 +41,8 @@ def load_state(folder: Path, window: int) -> dict[str, Any]:
 
 def saved_windows(folder: Path) -> tuple[int, ...]:
     """Windows whose state lies in `folder`, ascending."""
-    return tuple(sorted(int(path.stem.removeprefix("state-")) for path in folder.glob("state-*.pt")))
+    numbers = (path.stem.removeprefix("state-") for path in folder.glob("state-*.pt"))
+    return tuple(sorted(int(number) for number in numbers if number.isdecimal()))
 
 
 def _path(folder: Path, window: int) -> Path:

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -21,7 +21,8 @@ Codec = Literal["fp32", "bf16", "int8"]
 class Section(BaseModel):
     """Base of every section: closed (no unknown keys), immutable, fields documented by the string under them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # JSON, in which a resolved run file is kept, has no infinity.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
@@ -304,7 +305,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: no such run file; give one with --config")
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a run file is a mapping of sections")
@@ -345,18 +346,20 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{override}: {parent} is not a section")
     try:
         node[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{override}: not valid YAML") from error
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    # A key that is missing is often one that is misspelt, so the latter is named first.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"] if part not in ("LayersCut",)]
     name = ".".join(location)
     if first["type"] == "extra_forbidden":
         section: Any = RunConfig
         for part in location[:-1]:
-            section = section.model_fields[part].annotation if part in section.model_fields else section
+            annotation = section.model_fields[part].annotation
+            section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
         return f"{name} is not a key{hint}"

@@ -12,11 +12,15 @@ from torch import Tensor
 from fedbert_ds.config import Cut, FederationSection, OptimizerSection, Section, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import LARGEST_VALUE
 
 PROTOCOL = 1
 """Raised when a message changes its meaning; client and server must have the same."""
 
 CHUNK_BYTES = 1 << 20
+
+LARGEST_WEIGHT = 2.0**53
+"""Largest count of tokens that a double keeps exactly."""
 
 
 class ClientSettings(Section):
@@ -71,24 +75,28 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
     `max_sequence` is the longest sequence the position table holds, `max_tokens` what this client was told to bring.
     """
     who = f"client {client}: manifest of window {message.window}"
+    # One sequence may overshoot the share: a client always brings at least one.
+    limit = max(max_tokens, max_sequence)
+    count = len(message.lengths)
+    if not 0 < count <= limit or count != len(message.masked):
+        raise WireError(f"{who}: {count} lengths and {len(message.masked)} masked counts for {limit} tokens")
     lengths, masked = tuple(message.lengths), tuple(message.masked)
-    if not lengths or len(lengths) != len(masked):
-        raise WireError(f"{who}: {len(lengths)} lengths and {len(masked)} masked counts")
-    if min(lengths) < 1 or max(lengths) > max_sequence:
+    if min(lengths) < 1:
+        raise WireError(f"{who}: a sequence without tokens")
+    if max(lengths) > max_sequence:
         raise WireError(f"{who}: a sequence of {max(lengths)} tokens; the position table holds {max_sequence}")
     if any(wanted > length for wanted, length in zip(masked, lengths, strict=True)):
         raise WireError(f"{who}: more masked tokens than tokens")
-    # One sequence may overshoot the share: a client always brings at least one.
-    if sum(lengths) > max(max_tokens, max_sequence):
-        raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {max_tokens}")
+    if sum(lengths) > limit:
+        raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {limit}")
     return Manifest(client, message.window, lengths, masked)
 
 
 def checked_positions(client: str, message: pb.Activations, tokens: int, masked: int) -> Tensor:
     """Masked positions [masked] int64 of a piece of `tokens` tokens: ascending, in range; WireError otherwise."""
+    if len(message.masked_positions) != masked:
+        raise WireError(f"client {client}: {len(message.masked_positions)} masked positions instead of {masked}")
     positions = torch.tensor(list(message.masked_positions), dtype=torch.int64)
-    if len(positions) != masked:
-        raise WireError(f"client {client}: {len(positions)} masked positions instead of {masked}")
     if masked and (int(positions[-1]) >= tokens or bool((positions.diff() <= 0).any())):
         raise WireError(f"client {client}: masked positions are not ascending below {tokens}")
     return positions
@@ -120,12 +128,17 @@ class HalfAssembler:
     def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
         """Take a chunk; the last one returns all tensors (fp32) and their weight. WireError on anything unexpected."""
         if chunk.last:
+            # A count of tokens; NaN or infinity would spread to everybody's average.
+            if not 0 <= chunk.weight <= LARGEST_WEIGHT:
+                raise WireError(f"{self._who}: a weight of {chunk.weight}")
             return self._finish(), chunk.weight
         shape = self._shapes.get(chunk.name)
-        if shape is None or tuple(chunk.shape) != shape:
-            raise WireError(f"{self._who}: tensor {chunk.name!r} of shape {list(chunk.shape)} was not expected")
+        if shape is None or len(chunk.shape) != len(shape) or tuple(chunk.shape) != shape:
+            name = chunk.name[:100]
+            raise WireError(f"{self._who}: tensor {name!r} of shape {chunk.shape[:8]} was not expected")
         buffer = self._buffers.setdefault(chunk.name, bytearray())
-        if chunk.offset != len(buffer) or len(buffer) + len(chunk.payload) > 4 * torch.Size(shape).numel():
+        room = 4 * torch.Size(shape).numel() - len(buffer)
+        if chunk.offset != len(buffer) or not 0 < len(chunk.payload) <= room:
             raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
         buffer += chunk.payload
         return None
@@ -137,7 +150,10 @@ class HalfAssembler:
             if len(buffer) != 4 * torch.Size(shape).numel():
                 raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
             values = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
-            if not torch.isfinite(values).all():
-                raise WireError(f"{self._who}: tensor {name!r} is not finite")
+            largest = float(values.abs().max())  # NaN if any value is
+            if not largest <= LARGEST_VALUE:
+                raise WireError(
+                    f"{self._who}: tensor {name!r} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane"
+                )
             tensors[name] = values
         return tensors

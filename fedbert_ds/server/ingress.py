@@ -52,7 +52,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """A client's stream ended, for whatever reason."""
+    """A client's stream ended, for whatever reason but `Ingress.close`."""
 
     client: str
 
@@ -182,10 +182,11 @@ class Ingress:
                 self.bytes_up += message.ByteSize()
                 self._events.put(Received(client, message))
         finally:
+            # Otherwise `close` was first, and the client may be back on another stream.
             if self._streams.get(client) is stream:
                 del self._streams[client]
+                self._events.put(Disconnected(client))
             stream.outgoing.put_nowait(None)
-            self._events.put(Disconnected(client))
 
 
 class _Servicer(rpc.FederationServicer):
@@ -204,7 +205,7 @@ class _Servicer(rpc.FederationServicer):
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ServerMessage]:
         messages = aiter(request_iterator)
-        first = await anext(messages)
+        first = await anext(messages, pb.ClientMessage())
         try:
             stream = self._ingress.open_stream(first.attach)
         except UserError as error:

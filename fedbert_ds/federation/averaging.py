@@ -19,14 +19,19 @@ def combine(
     `halves` are this rank's, in an order that does not depend on arrival, so that the result is the same every time.
     Accumulates in fp64; returns fp32. With one half in all, an average returns it bit for bit.
     """
-    total = torch.tensor([sum(weight for _, weight in halves)], dtype=torch.float64)
+    weights = [weight if average else 1.0 for _, weight in halves]
+    totals = torch.tensor([sum(weights), len(weights)], dtype=torch.float64)
     if group is not None:
-        torch.distributed.all_reduce(total, group=group)
+        torch.distributed.all_reduce(totals, group=group)
+    total, count = totals.tolist()
+    if total == 0:
+        # Nobody counted a token (very short texts): all halves weigh the same.
+        weights, total = [1.0] * len(halves), count
     combined = {}
     for name, shape in shapes.items():
         accumulated = torch.zeros(shape, dtype=torch.float64)
-        for tensors, weight in halves:
-            accumulated.add_(tensors[name].to(torch.float64), alpha=weight if average else 1.0)
+        for (tensors, _), weight in zip(halves, weights, strict=True):
+            accumulated.add_(tensors[name].to(torch.float64), alpha=weight)
         if group is not None:
             torch.distributed.all_reduce(accumulated, group=group)
         if average and total > 0:

@@ -1,0 +1,98 @@
+"""The file every benchmark writes: the command, the commit, the machine, the versions, and one line per row."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).resolve().parents[2]
+"""The source tree, when the package is run from one."""
+
+PACKAGES = ("fedbert-ds", "torch", "deepspeed", "transformers")
+
+Row = Mapping[str, Any]
+
+
+def write_record(path: Path, *, command: str, commit: str | None, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
+    """Write {command, commit, machine, versions, ...more, rows} as JSON, whole or not at all; returns it."""
+    record = {
+        "command": command, "commit": commit, "machine": machine(), "versions": versions(), **more, "rows": list(rows),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(_readable(record), encoding="utf-8")
+    os.replace(scratch, path)
+    return record
+
+
+def command_line() -> str:
+    """The command that runs now, as one would type it."""
+    return shlex.join(["fedbert-ds", *sys.argv[1:]])
+
+
+def source_commit() -> str | None:
+    """The commit of the source tree, with `-dirty` when tracked files differ from it; None outside a git checkout."""
+    git = ["git", "-C", str(SOURCE)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What ran it: processor, cores this process may use, memory, operating system. No names of hosts or users."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": _memory_gb(),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of what the figures depend on; None for what is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory_gb() -> float | None:
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _readable(record: Mapping[str, Any]) -> str:
+    """Indented JSON, but each entry of a list on one line."""
+    fields = []
+    for name, value in record.items():
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in value) + "\n  ]"
+        else:
+            text = json.dumps(value, indent=2).replace("\n", "\n  ")
+        fields.append(f"  {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(fields) + "\n}\n"

@@ -1,4 +1,4 @@
-"""The console command `fedbert-ds`: take part as a client, evaluate a checkpoint."""
+"""The console command `fedbert-ds`: take part as a client, evaluate a checkpoint, measure."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_client(subcommands)
     _add_eval(subcommands)
+    _add_bench(subcommands)
     options = parser.parse_args(arguments)
     options.run(options)
 
@@ -101,6 +102,36 @@ def _eval(options: argparse.Namespace) -> None:
     result = evaluate_masked_lm(options.model, options.data, seed=options.seed, batch_size=options.batch_size)
     print(f"masked-LM loss {result.loss:.4f} nats, perplexity {result.perplexity:.2f}")
     print(f"{result.masked_tokens:,} masked tokens in {result.sequences:,} sequences, masking seed {options.seed}")
+
+
+def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser("bench", help="measure and write a record")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="NAME")
+    modes = benches.add_parser("modes", help="federated modes and centralized training on the same text, side by side")
+    modes.add_argument("--data", required=True, metavar="FILE.tokens", help="articles: a WikiText file, or as for eval")
+    modes.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside it")
+    modes.add_argument("--work", type=Path, default=Path("runs/bench-modes"), metavar="DIR", help="for the runs")
+    modes.add_argument("--windows", type=int, metavar="N", help="windows of each run (default: the run file's)")
+    modes.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    modes.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
+    modes.set_defaults(run=_bench_modes)
+
+
+def _bench_modes(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.modes import ModesOptions, bench_modes
+    from fedbert_ds.bench.record import command_line
+
+    windows = [] if options.windows is None else [f"run.windows={options.windows}"]
+    bench_modes(
+        ModesOptions(
+            data=options.data,
+            out=options.out,
+            command=command_line(),
+            work=options.work,
+            quick=options.quick,
+            overrides=(*windows, *options.overrides),
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -48,10 +48,16 @@ class Control:
         self.barrier()
         if self.rank == 0:
             mark = folder / f"window-{window}" / COMPLETE
-            mark.write_text(json.dumps({"window": window}), encoding="utf-8")
+            mark.write_text(json.dumps({"window": window, "ranks": self.world_size}), encoding="utf-8")
             for old in sorted(complete_windows(folder))[:-KEPT_CHECKPOINTS]:
                 shutil.rmtree(folder / f"window-{old}")
         self.barrier()
+
+
+def ranks_of_checkpoints(folder: Path) -> int | None:
+    """Number of ranks the complete checkpoints in `folder` were written by; None when there is none."""
+    marks = sorted(folder.glob(f"window-*/{COMPLETE}"))
+    return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
 
 
 def complete_windows(folder: Path) -> frozenset[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from datetime import timedelta
 
 
@@ -19,6 +20,8 @@ def initialize() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Ranks and clients share few cores; more threads than one each only get in each other's way.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger

@@ -133,7 +133,7 @@ class RankServer:
         while self._queue.clients != set(self._seats):
             event = self._ingress.next_event(POLL_SECONDS)
             if isinstance(event, Connected) and initial_half is not None:
-                self._send_half(event.client, initial_half, self._first_window)
+                self._send_half([event.client], initial_half, self._first_window)
             self._dispatch(event)
             watch()
             if time.monotonic() > deadline:
@@ -350,8 +350,7 @@ class RankServer:
         halves = [self._inbox.halves.pop(client) for client in present]
         shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
         combined = combine(halves, shapes, average=exchange == "weights", group=self._control.group)
-        for client in present:
-            self._send_half(client, combined, window)
+        self._send_half(present, combined, window)
 
     def _await_halves(self, clients: set[str]) -> None:
         deadline = time.monotonic() + self._config.clients.silence_timeout
@@ -366,11 +365,12 @@ class RankServer:
                     self._queue.lose(client)
                     self._expire(client)
 
-    def _send_half(self, client: str, tensors: Mapping[str, Tensor], window: int) -> None:
+    def _send_half(self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int) -> None:
         for chunk in half_chunks(window, tensors.items(), weight=0.0):
             message = pb.ServerMessage(half=chunk)
-            self._half_bytes_down += message.ByteSize()
-            self._ingress.send(client, message)
+            self._half_bytes_down += message.ByteSize() * len(clients)
+            for client in clients:
+                self._ingress.send(client, message)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 

@@ -13,16 +13,16 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError, WireError
 from fedbert_ds.federation.modes import is_exchanged
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
-from fedbert_ds.server.control import Control, complete_windows
+from fedbert_ds.server.control import Control, complete_windows, ranks_of_checkpoints
 from fedbert_ds.server.coordinator import Expectation, Roster, Seat
-from fedbert_ds.server.engine import BodyEngine
+from fedbert_ds.server.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
 from fedbert_ds.server.local_clients import LocalClients, client_name
@@ -36,6 +36,20 @@ from fedbert_ds.wire.messages import ClientSettings, cut_to_json
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 ADDRESS_FILE = "server.address"
+UNCHANGED = (
+    "model",
+    "cut",
+    "tokenizer",
+    "data",
+    "federation",
+    "run.seed",
+    "optimizer.name",
+    "body.zero_stage",
+    "body.precision",
+    "clients.expected",
+    "clients.local",
+)
+"""Keys that must be the same when a run resumes."""
 INTERRUPTED = 130
 """Exit code of a run that was stopped and saved, as a shell reports Ctrl-C."""
 
@@ -78,8 +92,27 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
             raise RunError(f"{folder}: no run to resume here; drop --resume or set run.directory")
         if not complete_windows(folder / CHECKPOINTS):
             raise RunError(f"{folder}: this run saved no checkpoint; drop --resume and set another run.directory")
+        _check_unchanged(load_config(folder / CONFIG_FILE), config)
+        ranks, world_size = ranks_of_checkpoints(folder / CHECKPOINTS), int(os.environ.get("WORLD_SIZE", 1))
+        if ranks != world_size:
+            raise RunError(f"{folder}: was saved by {ranks} ranks, this is {world_size}; start it with {ranks} ranks")
     elif folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds a run already; add --resume to continue it, or set another run.directory")
+
+
+def _check_unchanged(saved: RunConfig, now: RunConfig) -> None:
+    """A run that resumes must be the run it was; RunError names the first of UNCHANGED that differs."""
+    before, after = saved.model_dump(), now.model_dump()
+    before["body"]["zero_stage"], after["body"]["zero_stage"] = zero_stage(saved), zero_stage(now)
+    for path in UNCHANGED:
+        old, new = before, after
+        for part in path.split("."):
+            old, new = old[part], new[part]
+        if old != new:
+            raise RunError(
+                f"{path} is {new} now and was {old} when {saved.run.directory} was saved; change it back, "
+                "or drop --resume and set another run.directory"
+            )
 
 
 def serve(config: RunConfig, resume: bool) -> int:
@@ -138,6 +171,7 @@ def serve(config: RunConfig, resume: bool) -> int:
 def _prepare(config: RunConfig, resume: bool) -> Prepared:
     if resume:
         tokenizer, facts = prepared_text(config)
+        (config.run.directory / CONFIG_FILE).write_text(dump_config(config), encoding="utf-8")
     else:
         config.run.directory.mkdir(parents=True, exist_ok=True)
         try:

@@ -29,6 +29,9 @@ endif
 # The deepspeed launcher follows CUDA_VISIBLE_DEVICES only when no number is given.
 NUM_GPUS := $(if $(CUDA_VISIBLE_DEVICES),,--num_gpus $(RANKS))
 
+# The launcher's own choice is always the same one, so two runs on a machine would collide.
+FREE_PORT := 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 LOG := $(VENV)/install.log
@@ -38,7 +41,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: pretrain test setup clean
 
 pretrain: $(STAMP)
-	@deepspeed $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
+	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
 
 test: export HF_HUB_OFFLINE := 1
 test: $(STAMP)

@@ -1,0 +1,178 @@
+"""The roster: who is let in, who is refused and why, where a run begins, who sits where."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.coordinator import LONGEST_NAME, Expectation, Roster
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL
+
+EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
+
+
+def hello(client: str = "ada", **changes: object) -> pb.Hello:
+    return pb.Hello(**({"protocol": PROTOCOL, "client": client, "shard_characters": 1000} | changes))
+
+
+def join(roster: Roster, message: pb.Hello) -> Future[pb.Welcome]:
+    answer: Future[pb.Welcome] = Future()
+    roster.admit(message, answer)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (
+            hello(protocol=PROTOCOL + 1),
+            f"speaks protocol {PROTOCOL + 1}, this server {PROTOCOL}; install the same fedbert-ds on both",
+        ),
+        (hello(client=""), "a client without a name; give it one with --id"),
+        (hello(client="x" * (LONGEST_NAME + 1)), f"at most {LONGEST_NAME} printable characters; give it another --id"),
+        (hello(client="ada\x1b[31m"), f"at most {LONGEST_NAME} printable characters; give it another --id"),
+        (hello(client="bo"), "client bo has joined already; give each client its own --id"),
+        (hello(vocabulary_hash="mine"), "another vocabulary than the run; drop --tokenizer or name the run's"),
+        (hello(shape_hash="mine"), "another model than the run; drop --model or name the run's"),
+        (hello(cut='"rows"'), 'insists on cut "rows", the run has "embeddings"; drop --cut'),
+        (hello(shard_characters=0), "client ada has no text; check its --data"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_refusal_says_what_to_change_and_the_roster_goes_on(message: pb.Hello, reason: str) -> None:
+    roster = Roster(3, EXPECTATION)
+    join(roster, hello("bo"))
+    answer: Future[pb.Welcome] = Future()
+    with pytest.raises(WireError) as caught:
+        roster.admit(message, answer)
+    assert str(caught.value).endswith(reason)
+    assert answer.exception(timeout=0) is caught.value, "the client gets the same sentence"
+    assert roster.clients == ("bo",)
+    join(roster, hello("ada"))
+    join(roster, hello("cy"))
+    assert roster.is_complete
+
+
+def test_what_a_client_insists_on_may_be_what_the_run_has() -> None:
+    roster = Roster(1, EXPECTATION)
+    join(roster, hello(vocabulary_hash="vocabulary", shape_hash="shape", cut='"embeddings"'))
+    assert roster.is_complete
+
+
+def test_one_too_many_is_refused() -> None:
+    roster = Roster(1, EXPECTATION)
+    join(roster, hello("ada"))
+    with pytest.raises(WireError, match=r"client bo: all 1 clients have joined; raise clients\.expected"):
+        join(roster, hello("bo"))
+
+
+@pytest.mark.parametrize("message", [hello("ada"), hello("ada", shard_characters=0), hello("bo")])
+def test_a_client_that_left_before_it_was_looked_at_does_no_harm(message: pb.Hello) -> None:
+    """Its call is cancelled while the server still prepares its text, so no answer can be given any more."""
+    roster = Roster(2, EXPECTATION)
+    join(roster, hello("bo"))
+    answer: Future[pb.Welcome] = Future()
+    assert answer.cancel()
+    with suppress(WireError):
+        roster.admit(message, answer)
+    roster.withdraw(message)
+    assert roster.clients == ("bo",)
+    assert not roster.is_complete
+
+
+def test_a_namesake_that_leaves_takes_nobody_along() -> None:
+    roster = Roster(2, EXPECTATION)
+    first = hello("ada")
+    join(roster, first)
+    second = hello("ada")
+    with pytest.raises(WireError):
+        join(roster, second)
+    roster.withdraw(second)
+    assert roster.clients == ("ada",)
+    roster.withdraw(first)
+    assert roster.clients == ()
+    join(roster, second)
+    assert roster.clients == ("ada",)
+
+
+def test_everybody_is_welcomed_who_is_still_there() -> None:
+    roster = Roster(2, EXPECTATION)
+    ada, bo = join(roster, hello("ada")), join(roster, hello("bo"))
+    ada.cancel()
+    for client in roster.clients:
+        roster.welcome(client, pb.Welcome(endpoint=client))
+    assert bo.result(timeout=0).endpoint == "bo"
+    roster.refuse_all(WireError("the run ends"))  # an answer is given once
+    assert bo.result(timeout=0).endpoint == "bo"
+
+
+def test_when_the_run_does_not_start_everybody_hears_why() -> None:
+    roster = Roster(3, EXPECTATION)
+    answers = [join(roster, hello(name)) for name in ("ada", "bo")]
+    answers[0].cancel()
+    error = WireError("60 s are over")
+    roster.refuse_all(error)
+    assert answers[1].exception(timeout=0) is error
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+WINDOWS = st.frozensets(st.integers(1, 8), max_size=4)
+
+
+@settings(deadline=None)
+@given(server=WINDOWS, clients=st.lists(WINDOWS, min_size=1, max_size=4))
+def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int], clients: list[frozenset[int]]) -> None:
+    roster = Roster(len(clients), Expectation("v", "s", "c", server))
+    for number, windows in enumerate(clients):
+        message = hello(f"client-{number}", saved_windows=windows)
+        if not windows:
+            with pytest.raises(WireError, match="has no saved state to resume from; give it the --state folder"):
+                join(roster, message)
+            return
+        join(roster, message)
+    common = [window for window in range(1, 9) if window in server and all(window in one for one in clients)]
+    if common:
+        assert roster.first_window() == common[-1]
+    else:
+        with pytest.raises(WireError, match="no window is saved by the server") as caught:
+            roster.first_window()
+        listed = ", ".join(map(str, sorted(server))) or "none"
+        assert f"({listed})" in str(caught.value)
+
+
+def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
+    roster = Roster(2, EXPECTATION)
+    join(roster, hello("ada", saved_windows=[3, 5]))
+    join(roster, hello("bo"))
+    assert roster.first_window() == 0
+
+
+# -- seats ----------------------------------------------------------------------------------------------------------
+
+
+def test_seats_follow_from_names_and_texts_alone() -> None:
+    seats = []
+    for order in (("ada", "bo", "cy"), ("cy", "ada", "bo")):
+        roster = Roster(3, EXPECTATION)
+        for name in order:
+            join(roster, hello(name, shard_characters={"ada": 500, "bo": 300, "cy": 200}[name]))
+        seats.append(roster.seats(world_size=2, window_tokens=1000, share="data"))
+    places = [{name: (seat.rank, seat.tokens) for name, seat in one.items()} for one in seats]
+    assert places[0] == places[1] == {"ada": (0, 500), "bo": (1, 300), "cy": (1, 200)}
+    sessions = [seat.session for one in seats for seat in one.values()]
+    assert len(set(sessions)) == 6 and all(len(session) == 32 for session in sessions), "sessions are drawn anew"
+
+
+def test_seats_with_equal_shares() -> None:
+    roster = Roster(2, EXPECTATION)
+    join(roster, hello("ada", shard_characters=999))
+    join(roster, hello("bo", shard_characters=1))
+    seats = roster.seats(world_size=1, window_tokens=1001, share="equal")
+    assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}

@@ -1,0 +1,327 @@
+"""Manifests, masked positions, halves and settings: good ones round-trip, anything else is a WireError."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import pytest
+import torch
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedbert_ds.config import FederationSection, LayersCut, OptimizerSection, WireSection
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import LARGEST_VALUE
+from fedbert_ds.wire.messages import (
+    CHUNK_BYTES,
+    LARGEST_WEIGHT,
+    ClientSettings,
+    HalfAssembler,
+    Manifest,
+    checked_manifest,
+    checked_positions,
+    cut_to_json,
+    half_chunks,
+    parse_cut,
+    parse_settings,
+)
+
+UINT32 = st.integers(0, 2**32 - 1)
+
+
+# -- manifests ------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_manifest() -> None:
+    message = pb.Manifest(window=7, lengths=[3, 8, 1], masked=[0, 8, 1])
+    assert checked_manifest("ada", message, max_sequence=8, max_tokens=12) == Manifest("ada", 7, (3, 8, 1), (0, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "masked", "reason"),
+    [
+        ([], [], "0 lengths and 0 masked counts"),
+        ([3], [], "1 lengths and 0 masked counts"),
+        ([3], [1, 1], "1 lengths and 2 masked counts"),
+        ([3, 0], [1, 0], "a sequence without tokens"),
+        ([9], [1], "a sequence of 9 tokens; the position table holds 8"),
+        ([2**32 - 1], [1], "a sequence of 4294967295 tokens"),
+        ([3, 4], [3, 5], "more masked tokens than tokens"),
+        ([8, 5], [1, 1], "13 tokens instead of at most 12"),
+        ([1] * 13, [0] * 13, "13 lengths and 13 masked counts for 12 tokens"),
+    ],
+)
+def test_an_impossible_manifest(lengths: list[int], masked: list[int], reason: str) -> None:
+    message = pb.Manifest(window=7, lengths=lengths, masked=masked)
+    with pytest.raises(WireError, match=f"^client ada: manifest of window 7: {reason}"):
+        checked_manifest("ada", message, max_sequence=8, max_tokens=12)
+
+
+def test_one_sequence_may_overshoot_the_share() -> None:
+    message = pb.Manifest(lengths=[8], masked=[1])
+    assert checked_manifest("ada", message, max_sequence=8, max_tokens=1).lengths == (8,)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 12) | UINT32, max_size=6),
+    masked=st.lists(st.integers(0, 12) | UINT32, max_size=6),
+    max_sequence=st.integers(1, 10),
+    max_tokens=st.integers(1, 30),
+)
+def test_any_manifest_is_good_or_refused(
+    lengths: list[int], masked: list[int], max_sequence: int, max_tokens: int
+) -> None:
+    try:
+        checked = checked_manifest("ada", pb.Manifest(lengths=lengths, masked=masked), max_sequence, max_tokens)
+    except WireError:
+        return
+    assert list(checked.lengths) == lengths and list(checked.masked) == masked
+    assert lengths and all(1 <= length <= max_sequence for length in lengths)
+    assert all(count <= length for count, length in zip(masked, lengths, strict=True))
+    assert sum(lengths) <= max(max_tokens, max_sequence)
+
+
+def test_a_huge_manifest_is_refused_before_it_is_read() -> None:
+    class Endless:
+        """A repeated field that must not be gone through."""
+
+        def __len__(self) -> int:
+            return 10**9
+
+    class Message:
+        window, lengths, masked = 0, Endless(), Endless()
+
+    with pytest.raises(WireError, match="1000000000 lengths"):
+        checked_manifest("ada", Message(), max_sequence=8, max_tokens=12)  # type: ignore[arg-type]
+
+
+# -- masked positions -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("positions", "masked", "reason"),
+    [
+        ([0, 2], 3, "2 masked positions instead of 3"),
+        ([0, 1, 2], 2, "3 masked positions instead of 2"),
+        ([0, 5], 2, "not ascending below 5"),
+        ([2, 1], 2, "not ascending below 5"),
+        ([1, 1], 2, "not ascending below 5"),
+        ([4, 2**32 - 1], 2, "not ascending below 5"),
+    ],
+)
+def test_impossible_positions(positions: list[int], masked: int, reason: str) -> None:
+    with pytest.raises(WireError, match=f"^client ada: .*{reason}"):
+        checked_positions("ada", pb.Activations(masked_positions=positions), tokens=5, masked=masked)
+
+
+@settings(max_examples=200, deadline=None)
+@given(positions=st.lists(st.integers(0, 8) | UINT32, max_size=6), tokens=st.integers(1, 8), masked=st.integers(0, 6))
+def test_any_positions_are_good_or_refused(positions: list[int], tokens: int, masked: int) -> None:
+    good = len(positions) == masked and sorted(set(positions)) == positions and all(p < tokens for p in positions)
+    try:
+        checked = checked_positions("ada", pb.Activations(masked_positions=positions), tokens, masked)
+    except WireError:
+        assert not good
+        return
+    assert good and checked.tolist() == positions and checked.dtype is torch.int64
+
+
+# -- halves ---------------------------------------------------------------------------------------------------------
+
+SHAPES = {"table": (3, 4), "bias": (4,), "scale": ()}
+
+
+def half() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+
+
+def chunks(weight: float = 5.0) -> list[pb.HalfChunk]:
+    return list(half_chunks(7, half().items(), weight))
+
+
+def assembler() -> HalfAssembler:
+    return HalfAssembler(SHAPES, "client ada: its half")
+
+
+def assemble(messages: list[pb.HalfChunk]) -> tuple[dict[str, Tensor], float] | None:
+    joined = assembler()
+    for message in messages[:-1]:
+        assert joined.add(message) is None
+    return joined.add(messages[-1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=st.dictionaries(
+        st.text("abc.", min_size=1), st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=4
+    ),
+    weight=st.floats(0, LARGEST_WEIGHT),
+    chunk_bytes=st.integers(1, 70),
+)
+def test_halves_round_trip_in_chunks_of_any_size(
+    shapes: dict[str, tuple[int, ...]], weight: float, chunk_bytes: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedbert_ds.wire.messages.CHUNK_BYTES", chunk_bytes)
+        tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+        messages = list(half_chunks(3, tensors.items(), weight))
+    assert all(message.window == 3 and len(message.payload) <= chunk_bytes for message in messages)
+    assert [message.last for message in messages] == [False] * (len(messages) - 1) + [True]
+    joined = HalfAssembler(shapes, "it")
+    # Whole tensors may come in any order, the parts of each in turn.
+    *parts, last = messages
+    for message in sorted(parts, key=lambda message: (message.offset, message.name)):
+        assert joined.add(message) is None
+    result = joined.add(last)
+    assert result is not None
+    got, got_weight = result
+    assert got_weight == weight and got.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert got[name].shape == tensor.shape and torch.equal(got[name], tensor)
+
+
+def test_a_chunk_is_at_most_a_megabyte() -> None:
+    large = torch.zeros(CHUNK_BYTES // 4 + 1)
+    sizes = [len(message.payload) for message in half_chunks(0, [("large", large)], 1.0)]
+    assert sizes == [CHUNK_BYTES, 4, 0]
+
+
+def test_halves_of_other_dtypes_and_layouts_travel_as_fp32() -> None:
+    tensor = torch.arange(12, dtype=torch.bfloat16).view(4, 3).T.requires_grad_()
+    result = HalfAssembler({"it": (3, 4)}, "it")
+    first, last = half_chunks(0, [("it", tensor)], 1.0)
+    assert result.add(first) is None
+    complete = result.add(last)
+    assert complete is not None and torch.equal(complete[0]["it"], tensor.detach().float())
+
+
+def changed(place: int, **changes: object) -> list[pb.HalfChunk]:
+    """Good chunks but for one."""
+    messages = chunks()
+    for name, value in changes.items():
+        messages[place].ClearField(name)
+        if name == "shape":
+            messages[place].shape.extend(value)
+        else:
+            setattr(messages[place], name, value)
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        (chunks()[:1] + chunks()[2:], "tensor 'bias' did not arrive whole"),
+        (chunks()[-1:], "tensor 'table' did not arrive whole"),
+        (changed(0, payload=bytes(44)), "tensor 'table' did not arrive whole"),
+        (changed(0, payload=bytes(52)), "chunk of 'table' at byte 0 was not expected"),
+        (changed(0, payload=b""), "chunk of 'table' at byte 0 was not expected"),
+        (changed(0, offset=4), "chunk of 'table' at byte 4 was not expected"),
+        (changed(0, offset=2**63), "chunk of 'table' at byte 9223372036854775808 was not expected"),
+        (chunks()[:1] + chunks(), "chunk of 'table' at byte 0 was not expected"),
+        (changed(1, name="bia"), r"tensor 'bia' of shape \[4\] was not expected"),
+        (changed(1, name=""), r"tensor '' of shape \[4\] was not expected"),
+        (changed(0, shape=[4, 3]), r"tensor 'table' of shape \[4, 3\] was not expected"),
+        (changed(0, shape=[12]), r"tensor 'table' of shape \[12\] was not expected"),
+        (changed(2, shape=[1]), r"tensor 'scale' of shape \[1\] was not expected"),
+        (changed(2, payload=struct.pack("<f", math.nan)), "tensor 'scale' holds nan"),
+        (changed(2, payload=struct.pack("<f", -math.inf)), "tensor 'scale' holds inf"),
+        (changed(2, payload=struct.pack("<f", 1.1 * LARGEST_VALUE)), r"tensor 'scale' holds 1\.1e\+06"),
+        (changed(-1, weight=math.nan), "a weight of nan"),
+        (changed(-1, weight=math.inf), "a weight of inf"),
+        (changed(-1, weight=-1.0), r"a weight of -1\.0"),
+        (changed(-1, weight=2 * LARGEST_WEIGHT), "a weight of 1.8"),
+    ],
+)
+def test_a_half_that_is_not_the_one_expected(messages: list[pb.HalfChunk], reason: str) -> None:
+    with pytest.raises(WireError, match=f"^client ada: its half: {reason}"):
+        assemble(messages)
+
+
+def test_a_refusal_is_short_whatever_was_sent() -> None:
+    for message in (changed(0, name="x" * 100_000)[0], changed(0, shape=range(100_000))[0]):
+        with pytest.raises(WireError) as caught:
+            assembler().add(message)
+        assert len(str(caught.value)) < 300
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_damaged_chunks_are_joined_or_refused(data: st.DataObject) -> None:
+    """Chunks dropped, doubled, swapped, or with bytes changed."""
+    messages = chunks()
+    for _ in range(data.draw(st.integers(0, 3))):
+        place = data.draw(st.integers(0, len(messages) - 1))
+        match data.draw(st.sampled_from(["drop", "double", "swap", "change"])):
+            case "drop" if len(messages) > 1:
+                del messages[place]
+            case "double":
+                messages.insert(place, messages[place])
+            case "swap":
+                messages[place], messages[0] = messages[0], messages[place]
+            case _:
+                wire = bytearray(messages[place].SerializeToString())
+                wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
+                try:
+                    messages[place] = pb.HalfChunk.FromString(bytes(wire))
+                except DecodeError:
+                    return
+    joined = assembler()
+    try:
+        for message in messages:
+            result = joined.add(message)
+            if result is not None:
+                tensors, weight = result
+                assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == SHAPES
+                assert all(float(tensor.abs().max()) <= LARGEST_VALUE for tensor in tensors.values())
+                assert 0 <= weight <= LARGEST_WEIGHT
+    except WireError:
+        return
+
+
+# -- settings and cut -----------------------------------------------------------------------------------------------
+
+SETTINGS = ClientSettings(
+    seed=1, windows=10, tokens=512, sequence_length=128, mask_probability=0.15, whole_word=True,
+    optimizer=OptimizerSection(lr=3e-3, betas=(0.8, 0.99)), federation=FederationSection(mode="parallel"),
+    wire=WireSection(activations="int8"),
+)  # fmt: skip
+
+
+def test_settings_round_trip() -> None:
+    assert parse_settings(SETTINGS.model_dump_json()) == SETTINGS
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", "[]", "{}", "{", '{"seed": 1}', SETTINGS.model_dump_json().replace("windows", "rounds"),
+     SETTINGS.model_dump_json()[:-1] + ', "surprise": 1}', SETTINGS.model_dump_json().replace("int8", "int3"),
+     "[" * 100_000],
+    ids=lambda text: text[:12],
+)  # fmt: skip
+def test_settings_of_another_version_are_one_line(text: str) -> None:
+    with pytest.raises(WireError, match=r"^the server's settings are not understood: ") as caught:
+        parse_settings(text)
+    assert len(str(caught.value)) < 300
+
+
+@given(text=st.text(max_size=30))
+def test_any_text_is_settings_or_refused(text: str) -> None:
+    with pytest.raises(WireError):
+        parse_settings(text)
+
+
+@pytest.mark.parametrize("cut", ["embeddings", "rows", LayersCut(layers=3)])
+def test_cuts_round_trip(cut: str | LayersCut) -> None:
+    assert parse_cut(cut_to_json(cut)) == cut
+
+
+@pytest.mark.parametrize("text", ["", "embeddings", '"heads"', '{"layers": 0}', '{"layers": 1, "x": 2}', "3", "{}"])
+def test_a_cut_of_another_version_is_one_line(text: str) -> None:
+    with pytest.raises(WireError, match=r"is not understood; install the same fedbert-ds on both$"):
+        parse_cut(text)

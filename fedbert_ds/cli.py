@@ -58,7 +58,7 @@ def _client(options: argparse.Namespace) -> None:
     tls_files = (options.ca, options.certificate, options.key)
     if any(tls_files) and not all(tls_files):
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
-    run_client(
+    exit_code = run_client(
         ClientOptions(
             server=options.server,
             data=tuple(options.data),
@@ -74,6 +74,7 @@ def _client(options: argparse.Namespace) -> None:
             managed=options.managed,
         )
     )
+    raise SystemExit(exit_code)
 
 
 def _cut(text: str) -> Cut:

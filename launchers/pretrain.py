@@ -31,11 +31,10 @@ def main() -> None:
         config = load_config(options.config, options.overrides)
         _run(config, options.resume, rank)
     except UserError as error:
-        if rank == 0:
-            exit_with(error)
-        # Rank 0 says it; a rank that left first would have the launcher kill rank 0 before it can.
-        time.sleep(10)
-        raise SystemExit(error.exit_code) from None
+        if rank != 0:
+            # What is wrong on every rank is said by rank 0, and the launcher ends this one meanwhile.
+            time.sleep(5)
+        exit_with(error)
 
 
 def _run(config: RunConfig, resume: bool, rank: int) -> None:

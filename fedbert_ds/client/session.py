@@ -53,8 +53,12 @@ class ClientOptions:
     """Started by a launcher, which ends this client through the server: signals are left to it."""
 
 
-def run_client(options: ClientOptions) -> None:
-    """Take part in a run from join to finish.
+STOPPED = 75
+"""Exit code of a client whose run was stopped and can be resumed (EX_TEMPFAIL of sysexits.h: try again later)."""
+
+
+def run_client(options: ClientOptions) -> int:
+    """Take part in a run from join to finish; returns the exit code, 0 or STOPPED.
 
     Raises DataError for text that is missing or empty, WireError when the server cannot be reached or refuses, and
     RunError for a state that cannot be read.
@@ -94,12 +98,13 @@ def run_client(options: ClientOptions) -> None:
     trainer = ClientTrainer(
         half, text, settings, options.name, options.state_folder, welcome.window, _device(options.device), outgoing.put
     )
-    _stream(options, welcome, trainer, outgoing)
+    finish = _stream(options, welcome, trainer, outgoing)
     print(
-        f"client {options.name}: {trainer.finish_reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
+        f"client {options.name}: {finish.reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
+    return 0 if finish.complete else STOPPED
 
 
 def _shape_of(model: str) -> str:
@@ -130,7 +135,7 @@ def _stream(
     welcome: pb.Welcome,
     trainer: ClientTrainer,
     outgoing: queue.SimpleQueue[pb.ClientMessage | None],
-) -> None:
+) -> pb.Finish:
     def requests() -> Iterator[pb.ClientMessage]:
         yield pb.ClientMessage(attach=pb.Attach(client=options.name, session=welcome.session))
         while (message := outgoing.get()) is not None:
@@ -142,16 +147,15 @@ def _stream(
         try:
             for message in call:
                 trainer.handle(message)
-                if trainer.finish_reason is not None:
-                    break
+                if trainer.finish is not None:
+                    return trainer.finish
         except grpc.RpcError as error:
             raise _wire_error(welcome.endpoint, error) from error
         finally:
             outgoing.put(None)
-    if trainer.finish_reason is None:
-        raise WireError(
-            f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again"
-        )
+    raise WireError(
+        f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again"
+    )
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:

@@ -84,7 +84,8 @@ class ClientTrainer:
             if is_exchanged(settings.federation, half.parameter_scope(name))
         }
         self._assembler = self._new_assembler()
-        self.finish_reason: str | None = None
+        self.finish: pb.Finish | None = None
+        """The server's last word, once it has come."""
         if first_window:
             self._load(first_window)
 
@@ -115,7 +116,7 @@ class ClientTrainer:
                     message.half_request.window, dict(self._half.named_parameters()), float(max(1, self._masked_seen))
                 )
             case "finish":
-                self.finish_reason = message.finish.reason
+                self.finish = message.finish
             case "refused":
                 raise WireError(f"the server refused this client: {message.refused.reason}")
             case other:
@@ -212,7 +213,7 @@ class ClientTrainer:
         self._step()
         if exchange == "weights":
             parameters = dict(self._half.named_parameters())
-            self._send_half(window.number, parameters, float(self._masked_since_average), only=self._exchanged)
+            self._send_half(window.number, parameters, float(max(1, self._masked_since_average)), only=self._exchanged)
         else:
             self._announce()
 

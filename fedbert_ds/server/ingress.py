@@ -97,6 +97,10 @@ class Ingress:
         """From now on these clients may open a stream, each with its session."""
         self._sessions = dict(sessions)
 
+    def revoke(self, client: str) -> None:
+        """A client that was dropped may not open another stream: it has missed steps of its half."""
+        self._sessions.pop(client, None)
+
     def next_event(self, timeout: float) -> Event | None:
         """The oldest event, waiting up to `timeout` seconds for one."""
         try:

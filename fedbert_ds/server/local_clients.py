@@ -26,6 +26,9 @@ RANK_VARIABLES = (
 
 LOG = "log.txt"
 
+ENDED_WELL = (0, 75)
+"""Exit codes of a client whose run is complete, or was stopped and saved."""
+
 
 def client_name(number: int) -> str:
     """Name of the number-th local client; zero-padded, so that sorting by name is sorting by number."""
@@ -68,7 +71,7 @@ class LocalClients:
         """What each failed client said last; waits up to `patience` seconds for one that is just ending."""
         deadline = time.monotonic() + patience
         while True:
-            failed = [name for name, process in self.processes.items() if process.poll() not in (None, 0)]
+            failed = [name for name, process in self.processes.items() if process.poll() not in (None, *ENDED_WELL)]
             if failed or time.monotonic() >= deadline:
                 return [f"{name} ended: {self._last_words(name)}" for name in failed]
             time.sleep(0.1)

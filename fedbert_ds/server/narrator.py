@@ -97,7 +97,8 @@ class Narrator:
         half = rank.collect_half(window)
         body = engine.full_state()
         complete = window == self._config.run.windows
-        rank.finish("the run is complete" if complete else f"the run was stopped and saved at window {window}")
+        reason = "the run is complete" if complete else f"the run was stopped and saved at window {window}"
+        rank.finish(reason, complete)
         figures = [saved for rank_figures in self._control.gather(_figures(rank)) for saved in rank_figures]
         if self._control.rank != 0:
             return

@@ -197,12 +197,18 @@ class RankServer:
             self._ingress.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
         self._await_halves(set(mine))
         halves = [self._inbox.halves.pop(client) for client in mine if client in self._inbox.halves]
+        if not any(self._control.gather(len(halves))):
+            raise RunError(
+                f"no client was left to hand over its half; window {window} is saved: start the clients again and "
+                "add --resume"
+            )
         return combine(halves, self._shapes.half, average=True, group=self._control.group)
 
-    def finish(self, reason: str) -> None:
-        """Tell this rank's clients that the run is over."""
+    def finish(self, reason: str, complete: bool) -> None:
+        """Tell this rank's clients that the run is over; when it is not `complete` it may be resumed."""
+        finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
-            self._ingress.close(client, pb.ServerMessage(finish=pb.Finish(reason=reason)))
+            self._ingress.close(client, pb.ServerMessage(finish=finish))
 
     # -- a window -------------------------------------------------------------------------------------------------
 
@@ -432,10 +438,12 @@ class RankServer:
         )
         self._problems.append(reason)
         self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
+        self._ingress.revoke(client)
         self._inbox.drop(client)
 
     def _forget(self, client: str) -> None:
         self._queue.lose(client)
+        self._ingress.revoke(client)
         self._inbox.drop(client)
 
     def _take_tally(self) -> Tally:

@@ -161,7 +161,10 @@ def serve(config: RunConfig, resume: bool) -> int:
         _hide_address(config, control)
         narrator.hand_over(window, rank, engine, model.config, tokenizer)
         clients.wait(seconds=30)
-        return 0 if window == config.run.windows else INTERRUPTED
+        # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still writing.
+        control.barrier()
+        # Rank 0 speaks for the run; launchers take any other code of any rank for a crash.
+        return INTERRUPTED if control.rank == 0 and window < config.run.windows else 0
     finally:
         _hide_address(config, control)
         ingress.stop()
@@ -273,7 +276,7 @@ def _train(config: RunConfig, rank: RankServer, clients: LocalClients, narrator:
         try:
             return rank.train(narrator.window, config.run.directory / CHECKPOINTS)
         except RunError as error:
-            rank.finish(f"the run ended: {error}")
+            rank.finish(f"the run ended: {error}", complete=False)
             reasons = "; ".join(clients.failures(patience=15.0))
             raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 
@@ -313,7 +316,7 @@ def _advertised(config: RunConfig, world_size: int) -> str:
         return config.server.advertise
     on_several_nodes = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
     if on_several_nodes or config.server.host == "0.0.0.0":
-        return socket.getfqdn()
+        return socket.gethostname()
     return config.server.host
 
 

@@ -1,0 +1,366 @@
+"""The run file: shipped ones parse, mistakes are one line that says what to change, arithmetic is right."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbert_ds.config import (
+    ClientsSection,
+    LayersCut,
+    OptimizerSection,
+    RunConfig,
+    Section,
+    dump_config,
+    load_config,
+    parse_config,
+)
+from fedbert_ds.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def run_file(tmp_path: Path) -> Any:
+    """Writes a run file, and the DeepSpeed file it names by default beside it."""
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "zero2.json").write_text("{}")
+
+    def write(text: str) -> Path:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+# -- shipped files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_run_files_parse(path: Path) -> None:
+    config = load_config(path)
+    assert config.body.deepspeed.is_file() and config.body.deepspeed.is_absolute()
+    written = yaml.safe_load(path.read_text())
+    for section, values in written.items():
+        if isinstance(values, dict) and section != "cut":
+            for key in values:
+                assert key in type(getattr(config, section)).model_fields
+
+
+def test_there_is_a_default_run_file() -> None:
+    assert ROOT / "configs" / "default.yaml" in SHIPPED
+
+
+def test_every_field_says_what_it_is() -> None:
+    """The string under each field; unknown keys are refused in every section."""
+
+    def sections(kind: type[Section]) -> set[type[Section]]:
+        found = {kind}
+        for field in kind.model_fields.values():
+            candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+            for one in candidates:
+                if isinstance(one, type) and issubclass(one, Section):
+                    found |= sections(one)
+        return found
+
+    assert len(sections(RunConfig)) >= 12
+    for section in sections(RunConfig) - {RunConfig}:
+        assert section.__doc__
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
+        assert section.model_config["extra"] == "forbid" and section.model_config["frozen"]
+
+
+# -- mistakes -------------------------------------------------------------------------------------------------------
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    # Keys that are not there: the nearest one is named.
+    ({"body": {"zero_stgae": 2}}, "body.zero_stgae is not a key; did you mean body.zero_stage?"),
+    ({"optimiser": {"lr": 1}}, "optimiser is not a key; did you mean optimizer?"),
+    ({"window": {"token": 4}}, "window.token is not a key; did you mean window.tokens?"),
+    ({"run": {"xyz": 1}}, "run.xyz is not a key"),
+    ({"server": {"tls": {"ca": "a", "certificat": "b", "key": "c"}}},
+     "server.tls.certificat is not a key; did you mean server.tls.certificate?"),
+    ({"server": {"tls": {"ca": "a", "certificate": "b", "key": "c", "keys": "d"}}},
+     "server.tls.keys is not a key; did you mean server.tls.key?"),
+    ({3: 4}, "3: keys should be strings"),
+    # Values of the wrong kind.
+    ({"run": 3}, "run: input should be a valid dictionary or instance of RunSection"),
+    ({"run": {"windows": "many"}},
+     "run.windows: input should be a valid integer, unable to parse string as an integer"),
+    ({"window": {"tokens": 1.5}},
+     "window.tokens: input should be a valid integer, got a number with a fractional part"),
+    ({"server": {"tls": {"ca": "a", "key": "c"}}}, "server.tls.certificate: field required"),
+    # Values out of range.
+    ({"run": {"windows": 0}}, "run.windows: input should be greater than 0"),
+    ({"model": {"dropout": 1.0}}, "model.dropout: input should be less than 1"),
+    ({"model": {"dropout": -0.1}}, "model.dropout: input should be greater than or equal to 0"),
+    ({"data": {"source": []}}, "data.source: tuple should have at least 1 item after validation, not 0"),
+    ({"data": {"held_out": 1.0}}, "data.held_out: input should be less than 1"),
+    ({"data": {"held_out": 0.0}}, "data.held_out: input should be greater than 0"),
+    ({"data": {"sequence_length": 7}}, "data.sequence_length: input should be greater than or equal to 8"),
+    ({"data": {"alpha": 0}}, "data.alpha: input should be greater than 0"),
+    ({"optimizer": {"lr": 0}}, "optimizer.lr: input should be greater than 0"),
+    ({"optimizer": {"lr": float("inf")}}, "optimizer.lr: input should be a finite number"),
+    ({"optimizer": {"lr": float("nan")}}, "optimizer.lr: input should be a finite number"),
+    ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: field required"),
+    ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas.1: input should be less than 1"),
+    ({"body": {"zero_stage": 4}}, "body.zero_stage: input should be less than or equal to 3"),
+    ({"server": {"port": 65536}}, "server.port: input should be less than or equal to 65535"),
+    ({"server": {"port": -1}}, "server.port: input should be greater than or equal to 0"),
+    ({"clients": {"silence_timeout": 0}}, "clients.silence_timeout: input should be greater than 0"),
+    # Closed choices.
+    ({"wire": {"activations": "int3"}}, "wire.activations: input should be 'fp32', 'bf16' or 'int8'"),
+    ({"federation": {"mode": "sync"}}, "federation.mode: input should be 'synchronous' or 'parallel'"),
+    ({"window": {"order": "random"}}, "window.order: input should be 'arrival' or 'fixed'"),
+    # The cut.
+    ({"cut": "heads"}, "cut: must be embeddings, rows or {layers: K}"),
+    ({"cut": 3}, "cut: must be embeddings, rows or {layers: K}"),
+    ({"cut": {"layer": 1}}, "cut: must be embeddings, rows or {layers: K}"),
+    ({"cut": {"layers": 1, "heads": 2}}, "cut: must be embeddings, rows or {layers: K}"),
+    ({"cut": {"layers": 0}}, "cut.layers: input should be greater than 0"),
+    # Values that do not go together.
+    ({"model": {"hidden_size": 100, "num_attention_heads": 3}},
+     "model: num_attention_heads 3 does not divide hidden_size 100; choose a divisor"),
+    ({"model": {"embedding_size": 64}},
+     "model: embedding_size is for architecture: electra; remove it or change the architecture"),
+    ({"clients": {"expected": 4, "minimum": 5}}, "clients: minimum 5 is above expected 4; lower it"),
+    ({"clients": {"expected": 2, "local": 3}}, "clients: local 3 is above expected 2; raise expected"),
+    ({"data": {"sequence_length": 128}, "window": {"tokens_per_micro_batch": 127}},
+     "data.sequence_length 128 does not fit window.tokens_per_micro_batch 127; raise the latter"),
+    ({"data": {"sequence_length": 129}},
+     "data.sequence_length 129 is longer than the position table, model.max_position_embeddings 128"),
+    ({"cut": {"layers": 2}}, "cut.layers 2 leaves the server no layer of model.num_hidden_layers 2; lower it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_is_one_line_that_names_the_key(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(tree, "mine.yaml")
+    assert str(caught.value) == f"mine.yaml: {message}"
+
+
+def test_every_key_misspelt_by_one_letter_is_recognized() -> None:
+    for section, field in RunConfig.model_fields.items():
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            continue
+        for key in kind.model_fields:
+            wrong = key[:-1] + "q"
+            if wrong in kind.model_fields:
+                continue
+            with pytest.raises(ConfigError, match=rf"{section}\.{wrong} is not a key") as caught:
+                parse_config({section: {wrong: 1}}, "mine.yaml")
+            if len(key) > 3:
+                assert f"did you mean {section}." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"model": {"architecture": "electra", "embedding_size": 64}},
+        {"model": {"checkpoint": "google/some-bert", "hidden_size": 100, "num_attention_heads": 3}},
+        # A checkpoint brings its own position table and layers; the server compares them when it has read it.
+        {"model": {"checkpoint": "google/some-bert"}, "data": {"sequence_length": 512}, "cut": {"layers": 5}},
+        {"clients": {"expected": 4, "minimum": 4, "local": 0}},
+        {"cut": {"layers": 1}},
+        {"server": {"port": 0}},
+        {"data": {"source": ["a.txt", "hub:wikitext:wikitext-2-raw-v1:train"]}},
+    ],
+)
+def test_unusual_but_right(tree: dict[str, Any]) -> None:
+    parse_config(tree, "mine.yaml")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    tree=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(
+                st.sampled_from(
+                    ["run", "model", "cut", "layers", "tls", "server", "windows", "optimizer", "betas", "q"]
+                ),
+                inner,
+                max_size=4,
+            )
+        ),
+        max_leaves=12,
+    )
+)
+def test_any_tree_is_a_configuration_or_one_line(tree: Any) -> None:
+    try:
+        parse_config(tree if isinstance(tree, dict) else {"run": tree}, "mine.yaml")
+    except ConfigError as error:
+        assert re.match(r"mine\.yaml: \S", str(error)) and "\n" not in str(error)
+
+
+# -- files and overrides --------------------------------------------------------------------------------------------
+
+
+def test_an_empty_file_is_the_defaults(run_file: Any) -> None:
+    config = load_config(run_file(""))
+    assert config.body.deepspeed.name == "zero2.json" and config.body.deepspeed.is_absolute()
+    assert config.model_copy(update={"body": RunConfig().body}) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [", "not valid YAML"),
+        ("run: {windows: 3", "not valid YAML"),
+        ("run: {directory: 2020-99-99}", "not valid YAML"),
+        ("- run", "a run file is a mapping of sections"),
+        ("run", "a run file is a mapping of sections"),
+        ("run: {window: 3}", r"run\.window is not a key; did you mean run\.windows\?"),
+        ("body: {deepspeed: nowhere.json}", r"body\.deepspeed: no such file nowhere\.json"),
+    ],
+)
+def test_a_file_that_is_no_run_file(run_file: Any, text: str, message: str) -> None:
+    path = run_file(text)
+    with pytest.raises(ConfigError, match=f"^{re.escape(str(path))}: {message}"):
+        load_config(path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such run file; give one with --config"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="no such run file"):
+        load_config(tmp_path)
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x01")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not valid YAML"):
+        load_config(path)
+
+
+def test_overrides(run_file: Any) -> None:
+    path = run_file("run: {windows: 5}\noptimizer: {lr: 1.0e-3}\n")
+    config = load_config(
+        path,
+        [
+            "run.windows=7",
+            "optimizer.lr=1e-4",  # YAML 1.1 reads this as text
+            "optimizer.betas=[0.8, 0.9]",
+            "cut={layers: 1}",
+            "model.checkpoint=null",
+            "run.directory=runs/a=b",
+            "run.windows=8",  # the last one counts
+        ],
+    )
+    assert config.run.windows == 8
+    assert config.optimizer.lr == 1e-4 and config.optimizer.betas == (0.8, 0.9)
+    assert config.cut == LayersCut(layers=1)
+    assert config.run.directory == Path("runs/a=b")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.windows", r"^run\.windows: an override has the form section\.key=value"),
+        ("run.windows=[", r"^run\.windows=\[: not valid YAML"),
+        ("run.windows=2020-99-99", r"^run\.windows=2020-99-99: not valid YAML"),
+        ("run.windows.x=3", r"windows is not a section"),
+        ("run.window=3", r"run\.window is not a key; did you mean run\.windows\?"),
+        ("runs.windows=3", r"runs is not a key; did you mean run\?"),
+        ("=3", r"is not a key"),
+        ("run.windows=0", r"run\.windows: input should be greater than 0"),
+    ],
+)
+def test_a_wrong_override(run_file: Any, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(run_file("run: {windows: 5}"), [override])
+
+
+def test_the_deepspeed_file_is_looked_for_beside_the_run_file_first(
+    run_file: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deepspeed").mkdir(parents=True)
+    (elsewhere / "deepspeed" / "zero2.json").write_text("{}")
+    (elsewhere / "own.json").write_text("{}")
+    monkeypatch.chdir(elsewhere)
+    assert load_config(run_file("")).body.deepspeed == tmp_path / "deepspeed" / "zero2.json"
+    assert load_config(run_file("body: {deepspeed: own.json}")).body.deepspeed == Path("own.json")
+    absolute = elsewhere / "own.json"
+    assert load_config(run_file(f"body: {{deepspeed: {absolute}}}")).body.deepspeed == absolute
+
+
+# -- round trip -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_files_come_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lr=st.floats(1e-300, 1e300),
+    eps=st.floats(1e-300, 1.0),
+    timeout=st.floats(1e-3, 1e300),
+    seed=st.integers(-(2**63), 2**63),
+    directory=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8),
+    source=st.lists(st.text(max_size=6), min_size=1, max_size=3),
+    cut=st.sampled_from(["embeddings", "rows", {"layers": 1}]),
+)
+def test_a_resolved_file_comes_back_equal(
+    lr: float, eps: float, timeout: float, seed: int, directory: str, source: list[str], cut: Any
+) -> None:
+    """Numbers keep all their bits, and text that looks like YAML stays text."""
+    config = parse_config(
+        {
+            "run": {"directory": directory, "seed": seed},
+            "data": {"source": source},
+            "optimizer": {"lr": lr, "eps": eps},
+            "clients": {"silence_timeout": timeout},
+            "cut": cut,
+        },
+        "mine.yaml",
+    )
+    assert parse_config(yaml.safe_load(dump_config(config)), "config.yaml") == config
+
+
+# -- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+def test_learning_rate_by_hand() -> None:
+    linear = OptimizerSection(lr=1.0, warmup_windows=2, schedule="linear")
+    assert [linear.learning_rate(window, 6) for window in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    square = OptimizerSection(lr=1.0, warmup_windows=0, schedule="polynomial", power=2.0)
+    assert [square.learning_rate(window, 4) for window in range(5)] == [1.0, 0.5625, 0.25, 0.0625, 0.0]
+    constant = OptimizerSection(lr=1.0, warmup_windows=3, schedule="constant")
+    assert [constant.learning_rate(window, 4) for window in range(6)] == [1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0]
+
+
+@given(
+    schedule=st.sampled_from(["linear", "polynomial", "constant"]),
+    warmup=st.integers(0, 30),
+    windows=st.integers(1, 60),
+    power=st.floats(0.1, 5.0),
+)
+def test_learning_rate_rises_then_falls(schedule: Any, warmup: int, windows: int, power: float) -> None:
+    optimizer = OptimizerSection(lr=0.3, warmup_windows=warmup, schedule=schedule, power=power)
+    rates = [optimizer.learning_rate(window, windows) for window in range(windows)]
+    assert all(0 < rate <= 0.3 for rate in rates)
+    assert rates[:warmup] == sorted(rates[:warmup])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    if windows > warmup:
+        assert max(rates) == rates[max(0, warmup - 1)] == 0.3
+    assert optimizer.learning_rate(windows + 5, windows) in (0.0, 0.3) or warmup > windows
+
+
+def test_the_minimum_of_clients_is_everybody_unless_said() -> None:
+    assert ClientsSection(expected=7, local=0).required == 7
+    assert ClientsSection(expected=7, minimum=3, local=0).required == 3

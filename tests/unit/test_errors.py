@@ -1,0 +1,56 @@
+"""Errors a user can mend: one line, an exit code of their own, and no traceback; bugs keep theirs."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from fedbert_ds import errors
+from fedbert_ds.errors import UserError, WireError, exit_with, one_line_errors
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, UserError)]
+
+
+def test_every_kind_has_an_exit_code_of_its_own() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in KINDS}
+    assert len(set(codes.values())) == len(codes) >= 6, codes
+    assert all(0 < code < 126 for code in codes.values()), "0 is success, and from 126 on a shell means something else"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_is_one_line(kind: type[UserError]) -> None:
+    assert str(kind("a file:\n  is\tnot there;\r\n give another ")) == "a file: is not there; give another"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_command_prints_it_and_leaves_with_its_code(
+    kind: type[UserError], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        exit_with(kind("change this"))
+    assert left.value.code == kind.exit_code
+    assert capsys.readouterr() == ("", "fedbert-ds: change this\n")
+
+
+def test_an_entry_point_turns_errors_into_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @one_line_errors
+    def main(text: str, *, fails: bool) -> str:
+        if fails:
+            raise WireError(text)
+        return text
+
+    assert main("fine", fails=False) == "fine"
+    with pytest.raises(SystemExit) as left:
+        main("no\nserver", fails=True)
+    assert left.value.code == WireError.exit_code
+    assert capsys.readouterr().err == "fedbert-ds: no server\n"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    @one_line_errors
+    def main() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError, match="bug"):
+        main()

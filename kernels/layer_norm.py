@@ -167,7 +167,7 @@ PROGRAMS = 528
 def _tile(width: int, values: int) -> dict[str, int]:
     """Rows and columns of a block of about `values` values, and warps."""
     columns = 1 << (width - 1).bit_length()
-    rows = max(1, (16384 if INTERPRETED else values) // columns)
+    rows = max(1, (8192 if INTERPRETED else values) // columns)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(16, max(4, columns // 256))}
 
 

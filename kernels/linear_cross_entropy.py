@@ -46,15 +46,16 @@ def _cross_entropy_kernel(
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(scores - new_largest), axis=0)
         largest = new_largest
-    log_total = largest + tl.log(total)
-    tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_total - target_score))
+    # Not added up with the largest: differences from it are small, and keep the digits that the sum would round away.
+    log_total = tl.log(total)
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_total - (target_score - largest)))
 
     if WITH_GRADIENT:
         for first in range(0, width, COLUMNS):
             columns = first + tl.arange(0, COLUMNS)
             scores = tl.load(scores_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
             scores += tl.load(bias_ptr + columns, mask=columns < width, other=float("-inf"))
-            gradient = tl.exp(scores - log_total) - tl.where(columns == target, 1.0, 0.0)
+            gradient = tl.exp(scores - largest - log_total) - tl.where(columns == target, 1.0, 0.0)
             gradient = tl.where(ignored, 0.0, gradient)
             tl.store(scores_ptr + columns, narrow(gradient, scores_ptr.dtype.element_ty), mask=columns < width)
 
@@ -88,14 +89,13 @@ def cross_entropy_in_place(
     scores: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> Tensor:
     """What `launch_cross_entropy` computes, in torch."""
-    values = scores.float() + bias
-    log_total = values.logsumexp(1)
+    log_probabilities = (scores.float() + bias).log_softmax(1)
     kept = targets != ignore_index
     rows, columns = kept.nonzero().squeeze(1), targets[kept]
-    losses = torch.zeros_like(log_total)
-    losses[rows] = log_total[rows] - values[rows, columns]
+    losses = log_probabilities.new_zeros(len(scores))
+    losses[rows] = -log_probabilities[rows, columns]
     if with_gradient:
-        gradient = values.sub_(log_total[:, None]).exp_()
+        gradient = log_probabilities.exp_()
         gradient[rows, columns] -= 1.0
         scores.copy_(gradient.mul_(kept[:, None]))
     return losses

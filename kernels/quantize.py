@@ -48,7 +48,7 @@ class Codec:
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """bf16 in groups, where fp32 would cost half a bit a value; it moves the largest code by less than a half."""
+        """bf16, rounded upwards, in groups: fp32 would cost half a bit a value."""
         return torch.bfloat16 if self.grouped else torch.float32
 
 
@@ -139,7 +139,9 @@ def _quantize_kernel(
     # A comparison loses a NaN; as infinity it reaches the scale, where the receiver sees it.
     largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
     scale = tl.div_rn(largest, tl.full([GROUPS], LARGEST, tl.float32))
-    scale = narrow(scale, scales_ptr.dtype.element_ty).to(tl.float32)
+    if scales_ptr.dtype.element_ty == tl.bfloat16:
+        # Upwards: a smaller scale would push the largest value beyond the largest code.
+        scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
     scale = tl.where(known, scale, float("nan"))
     scales_ptr += selected * num_scales
     tl.store(scales_ptr + groups, narrow(scale, scales_ptr.dtype.element_ty), mask=groups < num_scales)
@@ -301,7 +303,9 @@ def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tenso
         values = rotate_reference(values) * 0.125
     magnitudes = values.abs().nan_to_num(torch.inf, torch.inf)
     largest = magnitudes.amax(2) if columns else magnitudes.new_zeros(magnitudes.shape[:2])
-    scales = (largest / codec.largest).to(codec.scale_dtype)
+    scales = largest / codec.largest
+    if codec.grouped:
+        scales = ((scales.view(torch.int32) + 0xFFFF) & -65536).view(torch.float32).to(torch.bfloat16)
     divisors = torch.where(scales > 0, scales.float(), 1.0)
     scaled = (values / divisors[:, :, None]).nan_to_num(0.0).clamp(-codec.largest, codec.largest)
     random = None if seed is None else random_16_reference(seed, len(selected), num_scales * columns) / 65536
@@ -324,7 +328,7 @@ def dequantize_reference(
     if codec.rotated:
         halves = torch.stack((payload & 15, payload >> 4), 2).to(torch.int8)
         values = rotate_reference(((halves ^ 8) - 8).flatten(1).float().view(-1, GROUP)) * 0.125
-        values = values.view(len(payload), -1)
+        values = values.view(len(payload), 2 * payload.shape[1])
     else:
         values = payload.float()
     scale_of_column = scales.float().repeat_interleave(GROUP if codec.grouped else width, dim=1)[:, : values.shape[1]]
@@ -365,7 +369,7 @@ def _(payload, scales, codec, width, dtype, rows):
 def quantize(x: Tensor, codec: str, rows: Tensor | None = None, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Payload and scales of x [R, N] in a codec of CODECS, or of the rows of x that `rows` [M] int64 lists.
 
-    With `seed` ([2] int64: seed and offset) rounding is stochastic, and unbiased but for the largest value of a scale.
+    With `seed` ([2] int64: seed and offset) rounding is stochastic, and unbiased.
     A value that is not finite makes its scale infinite. ValueError if shapes, dtypes or devices do not fit. A row
     number outside x is a ValueError on a CPU; elsewhere it gives a scale of NaN: looking would stall the device.
     """

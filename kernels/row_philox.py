@@ -48,4 +48,4 @@ def random_16_reference(seed: Tensor, num_rows: int, width: int) -> Tensor:
     calls = torch.arange(-(-width // 8), device=seed.device)[None, :]
     stream, offset = torch.full_like(rows, _STREAM), seed[1] & 0xFFFFFFFF
     words = torch.stack(philox_reference(rows, calls, stream, offset, seed[0]), 2)
-    return torch.stack((words & 0xFFFF, words >> 16), 3).view(num_rows, -1)[:, :width]
+    return torch.stack((words & 0xFFFF, words >> 16), 3).view(num_rows, 8 * calls.shape[1])[:, :width]

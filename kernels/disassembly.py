@@ -110,10 +110,12 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
 def _main_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[str, str]]:
     """The innermost loop with most tensor-core instructions, else the longest innermost loop, else everything.
 
-    Spin loops on barriers split a loop's body in the listing, hence "most" and not "first".
+    Spin loops on barriers split a loop's body in the listing, hence "most" and not "first". Their slow paths lie behind
+    the kernel's end and jump back into its middle: those are no loops.
     """
+    end_of_kernel = max((index for index, (opcode, _) in enumerate(instructions) if opcode == "EXIT"), default=0)
     bounds = []
-    for index, (opcode, operands) in enumerate(instructions):
+    for index, (opcode, operands) in enumerate(instructions[:end_of_kernel]):
         target = _TARGET.search(operands)
         if opcode.startswith("BRA") and target and labels.get(target[1], index + 1) <= index:
             bounds.append((labels[target[1]], index + 1))

@@ -1,0 +1,241 @@
+"""Attention over packed sequences in torch: a plain reference, and the body that runs where Triton's kernels do not.
+
+The body batches sequences of equal length, so nothing is padded. Without dropout it calls the attention that torch has
+for CPUs; with dropout it computes scores in chunks and draws the same mask as the kernels, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedbert_kernels.philox import drop_threshold, keep_mask_reference, keep_rate
+from fedbert_kernels.sequences import EqualLengths, equal_lengths
+
+CHUNK = 1 << 22
+"""Scores computed at once: 16 MiB in fp32, of which a step holds a few, and no more for a longer batch."""
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    upcast: bool = False,
+) -> Tensor:
+    """out [T, heads, d] of q, k, v [T, heads, d], one sequence at a time, differentiable by autograd.
+
+    Computes in the dtype of its arguments, or with `upcast` in fp64 throughout.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    masks = dropout_mask(seed, cu_seqlens, q.shape[1], dropout) if seed is not None and dropout > 0.0 else None
+    outs = [q[:0]]
+    for index, (start, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        # Each [heads, length, d].
+        parts = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
+        query, key, value = (part.double() if upcast else part for part in parts)
+        scores = query @ key.mT * scale
+        if window is not None:
+            scores = scores.masked_fill(~_inside_window(end - start, window, q.device), float("-inf"))
+        p = scores.softmax(-1)
+        if masks is not None:
+            p = p * masks[index] / keep_rate(dropout)
+        outs.append((p @ value).transpose(0, 1))
+    return torch.cat(outs).to(torch.float64 if upcast else q.dtype)
+
+
+def dropout_mask(seed: Tensor, cu_seqlens: Tensor, heads: int, dropout: float) -> list[Tensor]:
+    """The dropout mask of each sequence, [heads, length, length] bool: True where a probability is kept.
+
+    The mask of a sequence depends on `seed` ([2] int64: seed and offset), the head and its first token's place in the pack.
+    """
+    starts = cu_seqlens[:-1].long()
+    streams = starts[:, None] * heads + torch.arange(heads, device=starts.device)
+    lengths = cu_seqlens.diff().tolist()
+    threshold = drop_threshold(dropout)
+    return [
+        keep_mask_reference(stream, length, seed, threshold) for stream, length in zip(streams, lengths, strict=True)
+    ]
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out [T, heads, d] and lse [heads, T] fp32: for `backward` only, in natural units and sorted by length."""
+    order = equal_lengths(cu_seqlens)
+    out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
+    for group in _groups(order, (q, k, v), (out,), lse):
+        qs, ks, vs = group.inputs
+        if dropout == 0.0 and q.device.type == "cpu":
+            result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                qs, ks, vs, attn_mask=_window_bias(group.length, window, q.dtype, q.device), scale=scale
+            )
+        else:
+            result = _explicit_forward(group, seed, dropout, window, scale)
+        group.outputs[0].copy_(result[0])
+        group.lse.copy_(result[1])
+    return _restored(order, out), lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    dropout: float,
+    window: int,
+    scale: float,
+) -> None:
+    """Writes the gradients into dq, dk, dv [T, heads, d], of any strides."""
+    order = equal_lengths(cu_seqlens)
+    # Gradients go where they belong at once, unless the tokens were sorted.
+    sorted_gradients = (dq, dk, dv) if order.order is None else tuple(torch.empty_like(dq) for _ in range(3))
+    for group in _groups(order, (q, k, v, out, dout), sorted_gradients, lse):
+        qs, ks, vs, outs, douts = group.inputs
+        if dropout == 0.0 and q.device.type == "cpu":
+            bias = _window_bias(group.length, window, q.dtype, q.device)
+            result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                douts, qs, ks, vs, outs, group.lse, 0.0, False, attn_mask=bias, scale=scale
+            )
+        else:
+            result = _explicit_backward(group, seed, dropout, window, scale)
+        for gradient, values in zip(group.outputs, result, strict=True):
+            gradient.copy_(values)
+    if order.restore is not None:
+        for gradient, values in zip((dq, dk, dv), sorted_gradients, strict=True):
+            gradient.copy_(_restored(order, values))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of one length, as one batch."""
+
+    length: int
+    starts: Tensor
+    """[count] int64: first token of each sequence in the pack."""
+    inputs: tuple[Tensor, ...]
+    """[count, heads, length, d] each."""
+    outputs: tuple[Tensor, ...]
+    """The same, views to be written."""
+    lse: Tensor
+    """[count, heads, length] fp32, a view."""
+
+    @property
+    def streams(self) -> Tensor:
+        """[count * heads] int64: what tells one score matrix's dropout mask from another's."""
+        heads = self.lse.shape[1]
+        return (self.starts[:, None] * heads + torch.arange(heads, device=self.starts.device)).flatten()
+
+
+def _groups(
+    order: EqualLengths, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], lse: Tensor
+) -> Iterator[_Group]:
+    """Views of [T, heads, d] tensors and of lse [heads, T]; `outputs` and `lse` are in sorted order."""
+    if order.order is not None:
+        inputs = tuple(tensor.index_select(0, order.order) for tensor in inputs)
+    first = 0
+    for (length, count), starts in zip(order.groups, order.starts, strict=True):
+        tokens = slice(first, first + length * count)
+        first = tokens.stop
+        yield _Group(
+            length,
+            starts,
+            tuple(tensor[tokens].unflatten(0, (count, length)).transpose(1, 2) for tensor in inputs),
+            tuple(tensor[tokens].unflatten(0, (count, length)).transpose(1, 2) for tensor in outputs),
+            lse[:, tokens].unflatten(1, (count, length)).transpose(0, 1),
+        )
+
+
+def _restored(order: EqualLengths, tensor: Tensor) -> Tensor:
+    return tensor if order.restore is None else tensor.index_select(0, order.restore)
+
+
+def _explicit_forward(
+    group: _Group, seed: Tensor | None, dropout: float, window: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    shape = group.inputs[0].shape
+    outs, sums = [], []
+    for streams, q, k, v in _chunks(group.length, group.streams, *(tensor.flatten(0, 1) for tensor in group.inputs)):
+        scores = _scores(q, k, window, scale)
+        sums.append(scores.logsumexp(-1))
+        p = scores.sub_(sums[-1][..., None]).exp_()
+        if seed is not None and dropout > 0.0:
+            p.mul_(_dropout_factor(streams, group.length, seed, dropout))
+        outs.append(p @ v.to(p.dtype))
+    return torch.cat(outs).view(shape), torch.cat(sums).view(shape[:3])
+
+
+def _explicit_backward(
+    group: _Group, seed: Tensor | None, dropout: float, window: int, scale: float
+) -> tuple[Tensor, ...]:
+    flat = (tensor.flatten(0, 1) for tensor in (*group.inputs, group.lse))
+    gradients = []
+    for streams, *tensors, lse in _chunks(group.length, group.streams, *flat):
+        q, k, v, out, dout = (tensor.to(lse.dtype) for tensor in tensors)
+        p = _scores(q, k, window, scale).sub_(lse[..., None]).exp_()
+        dp = dout @ v.mT
+        kept_p = p
+        if seed is not None and dropout > 0.0:
+            factor = _dropout_factor(streams, group.length, seed, dropout)
+            dp.mul_(factor)
+            kept_p = p * factor
+        delta = (out * dout).sum(-1, keepdim=True)
+        ds = dp.sub_(delta).mul_(p).mul_(scale)
+        gradients.append((ds @ k, ds.mT @ q, kept_p.mT @ dout))
+    shape = group.inputs[0].shape
+    return tuple(torch.cat(parts).view(shape) for parts in zip(*gradients, strict=True))
+
+
+def _chunks(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors cut along their first axis, which counts score matrices, so that a piece makes CHUNK scores or one."""
+    size = max(1, CHUNK // length**2)
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def _scores(q: Tensor, k: Tensor, window: int, scale: float) -> Tensor:
+    """[matrices, length, length] fp32 scores of q, k [matrices, length, d]."""
+    scores = (q.float() @ k.float().mT).mul_(scale)
+    if window >= 0:
+        scores.masked_fill_(~_inside_window(q.shape[1], window, q.device), float("-inf"))
+    return scores
+
+
+def _dropout_factor(streams: Tensor, length: int, seed: Tensor, dropout: float) -> Tensor:
+    """[*streams.shape, length, length] fp32: 1 / keep rate where kept, else 0."""
+    kept = keep_mask_reference(streams, length, seed, drop_threshold(dropout))
+    return kept.to(torch.float32).mul_(1.0 / keep_rate(dropout))
+
+
+def _inside_window(length: int, window: int, device: torch.device) -> Tensor:
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs() <= window
+
+
+def _window_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[length, length] 0 inside the window and -inf outside; None if every position sees every other."""
+    if window < 0 or window >= length - 1:
+        return None
+    outside = ~_inside_window(length, window, device)
+    return torch.zeros(outside.shape, dtype=dtype, device=device).masked_fill_(outside, float("-inf"))

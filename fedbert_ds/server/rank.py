@@ -230,7 +230,9 @@ class RankServer:
             new_problems=tuple(self._problems[self._told :]),
             tally=self._take_tally(),
         )
-        self._told = len(self._problems)
+        if window > self._first_window:
+            # The report before the first window is shown to nobody.
+            self._told = len(self._problems)
         return self._control.gather(report)
 
     def _train_window(self, window: int, masked_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:

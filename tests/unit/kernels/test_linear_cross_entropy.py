@@ -45,7 +45,7 @@ def _torchs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     num_rows=st.one_of(st.sampled_from([0, 1]), st.integers(1, 12)),
-    hidden=st.integers(1, 40),
+    hidden=st.integers(8, 40),
     vocabulary=st.one_of(st.sampled_from([1, 64, 65, 4097]), st.integers(2, 300)),
     chunk_rows=st.integers(1, 13),
     dtype=st.sampled_from(DTYPES),

@@ -7,9 +7,11 @@ import queue
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -181,10 +183,12 @@ class Ingress:
     async def read(self, client: str, stream: _Stream, messages: AsyncIterator[pb.ClientMessage]) -> None:
         """Turn a client's messages into events until its stream ends."""
         try:
-            async for message in messages:
-                await stream.unread.acquire()
-                self.bytes_up += message.ByteSize()
-                self._events.put(Received(client, message))
+            # Bytes that are no message end the stream as a lost connection does.
+            with suppress(DecodeError):
+                async for message in messages:
+                    await stream.unread.acquire()
+                    self.bytes_up += message.ByteSize()
+                    self._events.put(Received(client, message))
         finally:
             # Otherwise `close` was first, and the client may be back on another stream.
             if self._streams.get(client) is stream:
@@ -209,7 +213,9 @@ class _Servicer(rpc.FederationServicer):
         self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ServerMessage]:
         messages = aiter(request_iterator)
-        first = await anext(messages, pb.ClientMessage())
+        first = pb.ClientMessage()
+        with suppress(DecodeError):
+            first = await anext(messages, first)
         try:
             stream = self._ingress.open_stream(first.attach)
         except UserError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,23 @@ class TlsFiles:
     key: Path
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Contents of ca, certificate and key; WireError names a file that cannot be read."""
+        """Contents of ca, certificate and key; WireError for files that cannot be read or do not belong together."""
         contents = []
         for path in (self.ca, self.certificate, self.key):
             try:
                 contents.append(path.read_bytes())
             except OSError as error:
                 raise WireError(f"{path}: cannot be read: {error.strerror}; check the TLS files") from error
+        try:
+            # gRPC itself would only say that nobody answers, or that the port cannot be opened.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(self.ca)
+            context.load_cert_chain(self.certificate, self.key, password="")
+        except (ssl.SSLError, ValueError) as error:
+            raise WireError(
+                f"{self.ca}, {self.certificate}, {self.key}: not PEM files of an authority, a certificate and its key "
+                "without a password; check the TLS files"
+            ) from error
         return contents[0], contents[1], contents[2]
 
 

@@ -1,0 +1,380 @@
+"""A rank with a fake body: what honest clients get, and that one bad client harms itself alone."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from unit.server.fakes import GONE, HALF, WIDTH, Alter, FakeClient, Rank, joined, run_config
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.server.ingress import Event, Received
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import encode
+
+SOME = {"minimum": 1}
+
+
+def trio(config: RunConfig, alter: Alter | None = None) -> list[FakeClient]:
+    """ada and cy are honest and share micro-batches with bo, whom `alter` may spoil."""
+    ada, cy = FakeClient("ada", config, (3, 5, 2, 4)), FakeClient("cy", config, (2, 2, 8, 1))
+    return [ada, FakeClient("bo", config, (4, 3, 3, 2), *([alter] if alter else [])), cy]
+
+
+@pytest.mark.parametrize("cut", ["embeddings", "rows"])
+@pytest.mark.parametrize("order", ["arrival", "fixed"])
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+def test_honest_clients_get_their_own_numbers_back(
+    monkeypatch: pytest.MonkeyPatch, cut: Any, order: str, lockstep_forwards: bool
+) -> None:
+    """FakeClient compares every hidden state and input gradient; here it is counted that all of them came."""
+    config = run_config(cut=cut, window={"order": order})
+    rank = Rank(monkeypatch, config, trio(config), lockstep_forwards=lockstep_forwards)
+    assert rank.run() == 2
+    tokens = sum(sum(client.lengths) for client in rank.clients)
+    masked = {client.name: sum(length // 2 for length in client.lengths) for client in rank.clients}
+    assert rank.engine.tokens == 2 * tokens
+    assert len(rank.engine.steps) == 2 and rank.engine.saved == [2]
+    assert [is_last for _, is_last in rank.engine.backwards].count(True) == 2
+    for client in rank.clients:
+        assert client.windows_stepped == [0, 1]
+        assert client.hidden_states == 2 * masked[client.name]
+        assert client.refusal is None
+    for report in rank.reports:
+        tally = report.tally
+        assert (tally.tokens, tally.masked_tokens, tally.lost_masked_tokens) == (tokens, sum(masked.values()), 0)
+        assert tally.loss_sum == 2.0 * sum(masked.values())
+        assert tally.dummy_micro_batches == 0
+    assert not rank.problems
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8"])
+def test_frames_are_coded_as_the_run_file_says(monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    config = run_config(wire={"activations": codec, "gradients": "fp32"}, run={"windows": 1})
+    seen: set[str] = set()
+
+    class Loose(FakeClient):
+        """Looks at the codec; what it costs is for the codec's own tests."""
+
+        def _gradient(self, message: pb.Hidden) -> pb.ClientMessage:
+            seen.add(message.values.codec)
+            values = torch.zeros(len(self._positions(message.micro_batch)), WIDTH)
+            self._gradients[message.micro_batch] = values
+            return pb.ClientMessage(
+                gradient=pb.Gradient(micro_batch=message.micro_batch, hidden=encode(values, "fp32"))
+            )
+
+    Rank(monkeypatch, config, [Loose(name, config) for name in ("ada", "bo", "cy")]).run()
+    assert seen == {codec}
+
+
+def test_synchronous_halves_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config()
+    rank = Rank(monkeypatch, config, trio(config))
+    rank.run()
+    for client in rank.clients:
+        first, *summed = client.halves
+        assert not any(tensor.any() for tensor in first.values()), "the initial half"
+        assert len(summed) == 2
+        for half in summed:
+            for name, shape in HALF.items():
+                assert torch.equal(half[name], torch.full(shape, 3.0 + 2.0 + 2.0))
+
+
+def test_parallel_halves_are_averaged_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(federation={"mode": "parallel"})
+    rank = Rank(monkeypatch, config, trio(config))
+    rank.run()
+    expected = (3.0 * 3 + 2.0 * 2 + 2.0 * 2) / 7  # values and weights are the lengths of names
+    for client in rank.clients:
+        for half in client.halves[1:]:
+            torch.testing.assert_close(half["table"], torch.full(HALF["table"], expected))
+
+
+# -- one bad client -------------------------------------------------------------------------------------------------
+
+
+def instead(kind: str, change: Any, which: int = 0) -> Alter:
+    """Spoil the which-th message of a kind."""
+    seen = [0]
+
+    def alter(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        if message.WhichOneof("body") != kind:
+            return [message]
+        seen[0] += 1
+        return change(message) if seen[0] == which + 1 else [message]
+
+    return alter
+
+
+def with_frame(kind: str, field: str, **changes: Any) -> Alter:
+    def change(message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        frame = getattr(getattr(message, kind), field)
+        for name, value in changes.items():
+            if name == "shape":
+                frame.ClearField("shape")
+                frame.shape.extend(value)
+            elif name == "first":
+                frame.payload = struct.pack("<f", value) + frame.payload[4:]
+            else:
+                setattr(frame, name, value)
+        return [message]
+
+    return instead(kind, change)
+
+
+def with_field(kind: str, name: str, value: Any) -> Alter:
+    def change(message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        body = getattr(message, kind)
+        body.ClearField(name)
+        if isinstance(value, list):
+            getattr(body, name).extend(value)
+        else:
+            setattr(body, name, value)
+        return [message]
+
+    return instead(kind, change)
+
+
+def beside(kind: str, *others: pb.ClientMessage) -> Alter:
+    return instead(kind, lambda message: [*others, message])
+
+
+def twice(kind: str) -> Alter:
+    return instead(kind, lambda message: [message, message])
+
+
+GRADIENT_TOO_EARLY = pb.ClientMessage(
+    gradient=pb.Gradient(window=0, micro_batch=1, hidden=encode(torch.zeros(1, WIDTH), "fp32"))
+)
+
+BAD: dict[str, tuple[Callable[[], Alter], str]] = {
+    "activations of another shape": (
+        lambda: with_frame("activations", "values", shape=[3, WIDTH]),
+        "shape [3, 4] instead of",
+    ),
+    "activations of another width": (
+        lambda: with_frame("activations", "values", shape=[4, 5]),
+        "shape [4, 5] instead of",
+    ),
+    "activations cut short": (lambda: with_frame("activations", "values", payload=b"xxxx"), "4 bytes instead of"),
+    "activations in another codec": (
+        lambda: with_frame("activations", "values", codec="int8"),
+        "codec 'int8' instead of",
+    ),
+    "activations that are not finite": (lambda: with_frame("activations", "values", first=math.nan), "not finite"),
+    "activations out of all measure": (lambda: with_frame("activations", "values", first=1e9), "a value of 1e+09"),
+    "activations twice": (lambda: twice("activations"), "which nobody asked for"),
+    "activations of another window": (lambda: with_field("activations", "window", 1), "of window 1 instead of 0"),
+    "activations of no micro-batch": (lambda: with_field("activations", "micro_batch", 77), "which nobody asked for"),
+    "positions out of range": (lambda: with_field("activations", "masked_positions", [9, 10, 11]), "masked positions"),
+    "gradient that is not finite": (lambda: with_frame("gradient", "hidden", first=-math.inf), "not finite"),
+    "gradient out of all measure": (lambda: with_frame("gradient", "hidden", first=-1e9), "a value of 1e+09"),
+    "gradient of another shape": (lambda: with_frame("gradient", "hidden", shape=[1]), "shape [1] instead of"),
+    "gradient twice": (lambda: twice("gradient"), "which nobody asked for"),
+    "gradient before hidden states": (lambda: beside("activations", GRADIENT_TOO_EARLY), "which nobody asked for"),
+    "a loss that is no number": (lambda: with_field("gradient", "loss_sum", math.nan), "a loss of nan"),
+    "a loss below zero": (lambda: with_field("gradient", "loss_sum", -1.0), "a loss of -1.0"),
+    "an infinite loss": (lambda: with_field("gradient", "loss_sum", math.inf), "a loss of inf"),
+    "manifest twice": (lambda: twice("manifest"), "a second manifest of window 0"),
+    "manifest of another window": (lambda: with_field("manifest", "window", 1), "manifest of window 1 instead of 0"),
+    "manifest above its share": (
+        lambda: with_field("manifest", "lengths", [8, 8, 8, 8]),
+        "32 tokens instead of at most 12",
+    ),
+    "manifest of nothing": (lambda: with_field("manifest", "lengths", []), "0 lengths"),
+    "manifest of a long sequence": (lambda: with_field("manifest", "lengths", [9, 1, 1, 1]), "a sequence of 9 tokens"),
+    "half of another name": (lambda: with_field("half", "name", "tables"), "tensor 'tables' of shape"),
+    "half of another shape": (lambda: with_field("half", "shape", [4, 3]), "tensor 'table' of shape [4, 3]"),
+    "half that is not finite": (
+        lambda: with_field("half", "payload", struct.pack("<12f", *[math.nan] * 12)),
+        "holds nan",
+    ),
+    "half before it is asked for": (
+        lambda: beside("manifest", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=1.0))),
+        "",
+    ),
+    "half without end": (
+        lambda: beside("half", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=1.0))),
+        "not arrive whole",
+    ),
+    "a weight that is no number": (
+        lambda: beside("half", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=math.nan))),
+        "a weight of nan",
+    ),
+    "saved without being asked": (
+        lambda: beside("gradient", pb.ClientMessage(saved=pb.Saved(window=0))),
+        "not asked to save",
+    ),
+    "attach again": (lambda: beside("gradient", pb.ClientMessage(attach=pb.Attach(client="ada"))), "kind attach"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_one_bad_client_is_refused_alone(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    make_alter, reason = BAD[fault]
+    config = run_config(clients=SOME)
+    rank = Rank(monkeypatch, config, trio(config, make_alter()))
+    assert rank.run() == 2
+    ada, bo, cy = rank.clients
+    for honest in (ada, cy):
+        assert honest.windows_stepped == [0, 1] and honest.refusal is None
+        assert honest.hidden_states == 2 * sum(length // 2 for length in honest.lengths)
+    if not reason:
+        assert bo.refusal is None  # forgotten when the window begins
+        return
+    assert bo.refusal is not None and reason in bo.refusal and "client bo" in bo.refusal
+    assert "\n" not in bo.refusal
+    assert rank.problems == [bo.refusal], "the run says so too, once"
+    assert rank.ingress.revoked == {"bo"}
+
+
+def test_the_lost_share_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bo is refused at its first gradient: all its masked tokens are missing from window 0, none from window 1."""
+    config = run_config(clients=SOME)
+    rank = Rank(monkeypatch, config, trio(config, BAD["gradient that is not finite"][0]()))
+    rank.run()
+    assert [report.tally.lost_masked_tokens for report in rank.reports] == [2 + 1 + 1 + 1, 0]
+
+
+def test_without_a_minimum_one_bad_client_ends_the_run_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config()
+    rank = Rank(monkeypatch, config, trio(config, BAD["gradient out of all measure"][0]()))
+    with pytest.raises(RunError) as caught:
+        rank.run()
+    assert str(caught.value).startswith("client bo: gradient of micro-batch")
+    assert "2 of 3 clients left, the run needs 3 (clients.minimum); nothing was saved yet" in str(caught.value)
+
+
+@pytest.mark.parametrize("federation", [{"mode": "synchronous"}, {"mode": "parallel"}], ids=lambda f: f["mode"])
+@pytest.mark.parametrize("after", range(40))
+def test_a_client_may_leave_after_any_message(
+    monkeypatch: pytest.MonkeyPatch, after: int, federation: dict[str, Any]
+) -> None:
+    config = run_config(clients=SOME, federation=federation, run={"save_every": 1})
+    rank = Rank(monkeypatch, config, trio(config, lambda number, message: [message if number < after else GONE]))
+    assert rank.run() == 2
+    ada, _, cy = rank.clients
+    assert ada.windows_stepped == cy.windows_stepped == [0, 1]
+    assert {"ada", "cy"} <= rank.server.clients
+
+
+@pytest.mark.parametrize("after", range(0, 40, 3))
+def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    config = run_config(clients=SOME, run={"save_every": 1})
+    rank = Rank(monkeypatch, config, trio(config, lambda number, message: [message] if number < after else []))
+    assert rank.run() == 2
+    ada, bo, cy = rank.clients
+    assert ada.windows_stepped == cy.windows_stepped == [0, 1]
+    if bo.refusal is not None:
+        assert bo.refusal == "client bo was silent for 300 s (clients.silence_timeout)"
+    assert ada.refusal is None and cy.refusal is None
+
+
+# -- nobody is blamed for the rank's own time -----------------------------------------------------------------------
+
+
+def test_time_in_collectives_is_not_a_clients_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ZeRO 3 a forward may wait for another rank's slow client, longer than a client may be silent."""
+    config = run_config()
+    rank = Rank(
+        monkeypatch, config, trio(config), latency=lambda client, event: 0.1,
+        seconds_of_work=400.0, lockstep_forwards=True,
+    )  # fmt: skip
+    assert rank.run() == 2
+    assert not rank.problems
+
+
+def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chunk of bo's half takes 250 s, so all of it takes longer than anybody may be silent, and others wait."""
+
+    def latency(client: str, event: Event) -> float:
+        is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "half"
+        return 250.0 if client == "bo" and is_half else 0.0
+
+    config = run_config()
+    rank = Rank(monkeypatch, config, trio(config), latency=latency)
+    assert rank.run() == 2
+    assert not rank.problems
+
+
+# -- the rest of the protocol ---------------------------------------------------------------------------------------
+
+
+def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config()
+    rank = Rank(monkeypatch, config, trio(config))
+    event, answer = joined(pb.Hello(client="late"))
+    gone_event, gone = joined(pb.Hello(client="gone"))
+    gone.cancel()
+    rank.ingress.post("late", event)
+    rank.ingress.post("gone", gone_event)
+    assert rank.run() == 2
+    with pytest.raises(WireError, match="client late: this rank takes no joins"):
+        answer.result(timeout=0)
+
+
+def test_a_client_that_joined_and_never_came_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(clients={"join_timeout": 5.0})
+    rank = Rank(monkeypatch, config, trio(config), latency=lambda client, event: 10.0 if client == "bo" else 0.0)
+    with pytest.raises(RunError, match=r"^bo joined but opened no stream; is server\.advertise reachable from there\?"):
+        rank.run()
+
+
+def test_a_stop_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(run={"windows": 50})
+    rank = Rank(monkeypatch, config, trio(config))
+    step = rank.engine.step
+
+    def stop_at_the_third(learning_rate: float) -> None:
+        step(learning_rate)
+        rank.stop.requested = len(rank.engine.steps) == 3
+
+    monkeypatch.setattr(rank.engine, "step", stop_at_the_third)
+    assert rank.run() == 3
+    assert rank.engine.saved == [3]
+    assert {client.name: len(client.windows_stepped) for client in rank.clients} == {"ada": 3, "bo": 3, "cy": 3}
+    rank.server.finish("stopped", complete=False)
+    assert all(client.finish is not None and client.finish.reason == "stopped" for client in rank.clients)
+
+
+def test_checkpoints_come_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(run={"windows": 5, "save_every": 2})
+    rank = Rank(monkeypatch, config, trio(config))
+    assert rank.run() == 5
+    assert rank.engine.saved == [2, 4, 5]
+    assert {name: saved.flops_per_token for name, saved in rank.server.client_figures.items()} == {
+        "ada": 7.0, "bo": 7.0, "cy": 7.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("synchronous", 3.0), ("parallel", 7.0 / 3)])
+def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str, expected: float) -> None:
+    """Synchronous halves are equal, so the first client's is taken; parallel ones are averaged."""
+    config = run_config(federation={"mode": mode})
+    rank = Rank(monkeypatch, config, trio(config))
+    window = rank.run()
+    half = rank.server.collect_half(window)
+    assert {name: tuple(tensor.shape) for name, tensor in half.items()} == HALF
+    torch.testing.assert_close(half["head"], torch.full((2,), expected))
+    asked = [client for client, message in rank.ingress.sent if message.WhichOneof("body") == "half_request"]
+    assert asked == (["ada"] if mode == "synchronous" else ["ada", "bo", "cy"])
+
+
+def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is incomplete, and the merged model is made of the other halves."""
+    config = run_config(federation={"mode": "parallel"}, clients=SOME)
+    rank = Rank(monkeypatch, config, trio(config))
+    window = rank.run()
+    early = pb.HalfChunk(last=True, weight=5.0)
+    rank.ingress.post("bo", Received("bo", pb.ClientMessage(half=early)))
+    half = rank.server.collect_half(window)
+    assert half.keys() == HALF.keys()
+    assert rank.server._problems and "did not arrive whole" in rank.server._problems[0]

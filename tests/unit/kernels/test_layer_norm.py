@@ -13,10 +13,17 @@ from torch.utils.checkpoint import checkpoint
 from unit.kernels.bounds import DTYPES, assert_as_good_as_torch, values_and_gradients
 
 from fedbert_kernels import layer_norm, row_philox
-from fedbert_kernels.interpreter import tl, triton
+from fedbert_kernels.interpreter import jit, tl
 from fedbert_kernels.layer_norm import keep_mask_reference, residual_layer_norm, residual_layer_norm_reference
+from fedbert_kernels.row_philox import random_16
 
 SEED = torch.tensor([0x123456789ABCDEF, 42])
+
+
+@jit
+def _random_16_kernel(seed_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + rows * COLUMNS + columns, random_16(seed_ptr, rows, columns))
 
 
 @pytest.fixture(params=["kernel", "torch"])
@@ -131,13 +138,8 @@ def test_dropout_keeps_the_expected_share_and_nothing_repeats() -> None:
 
 
 def test_random_numbers_are_uniform_and_equal_in_kernel_and_torch() -> None:
-    @triton.jit
-    def kernel(seed_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-        rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-        tl.store(out_ptr + rows * COLUMNS + columns, row_philox.random_16(seed_ptr, rows, columns))
-
     numbers = torch.empty(256, 512, dtype=torch.int32)
-    kernel[(1,)](SEED, numbers, 256, 512)
+    _random_16_kernel[(1,)](SEED, numbers, 256, 512)
     assert numbers.equal(row_philox.random_16_reference(SEED, 256, 512).int())
     counts = torch.bincount(numbers.flatten() >> 8, minlength=256).double()
     expected = numbers.numel() / 256

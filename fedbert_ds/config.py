@@ -57,6 +57,9 @@ class ModelSection(Section):
     """Width of the feed-forward layer; null means 4 x hidden_size."""
     max_position_embeddings: Positive = 128
     """Longest sequence, in tokens, the position table holds."""
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow models learn sooner
+    with 0.02 x sqrt(768 / hidden_size)."""
     dropout: Probability = 0.1
     """Dropout of hidden states and of attention probabilities, from scratch or from a checkpoint."""
 

@@ -118,6 +118,7 @@ def _config(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_token_id,
+        "initializer_range": section.initializer_range,
         "hidden_size": section.hidden_size,
         "num_hidden_layers": section.num_hidden_layers,
         "num_attention_heads": section.num_attention_heads,

@@ -145,6 +145,8 @@ class ClientTrainer:
         token_bounds = bounds.tolist()
         for piece in plan.pieces:
             first, last = piece.first_sequence, piece.first_sequence + piece.num_sequences
+            if not first < last < len(token_bounds):
+                raise WireError(f"the server plans sequences {first} to {last} of {len(token_bounds) - 1}")
             window.pieces[piece.micro_batch] = _Piece(
                 tokens=slice(token_bounds[first], token_bounds[last]),
                 masked=slice(masked_bounds[first], masked_bounds[last]),

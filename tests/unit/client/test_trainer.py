@@ -1,0 +1,462 @@
+"""A client's side of a window: gradients are those of the unsplit computation in any order; it resumes exactly."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from google.protobuf.message import DecodeError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from fedbert_ds.client.trainer import ClientTrainer
+from fedbert_ds.config import FederationSection, LayersCut, ModelSection, OptimizerSection, WireSection
+from fedbert_ds.data.masking import Batch
+from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.cut import split
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import decode, decode_row_index, encode
+from fedbert_ds.wire.messages import ClientSettings, HalfAssembler, half_chunks
+
+VOCABULARY, WIDTH = 23, 8
+LENGTHS = [4, 6, 3, 5]
+CUTS: list[Any] = ["embeddings", "rows", LayersCut(layers=1)]
+
+
+def half_of(cut: Any = "embeddings", dropout: float = 0.0) -> ClientHalf:
+    return copy.deepcopy(_half_of(cut, dropout))
+
+
+@functools.cache
+def _half_of(cut: Any, dropout: float) -> ClientHalf:
+    section = ModelSection(
+        num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=dropout
+    )
+    return split(build_model(section, VOCABULARY, 0, seed=5), cut)[0]
+
+
+class Text:
+    """Batches that follow from the window and the cursor alone."""
+
+    def __init__(self) -> None:
+        self.cursor = 0
+
+    def next_batch(self, window: int, max_tokens: int) -> Batch:
+        random = torch.Generator().manual_seed(1000 * window + self.cursor)
+        self.cursor += len(LENGTHS)
+        tokens = sum(LENGTHS)
+        positions = (torch.rand(tokens, generator=random) < 0.4).nonzero().flatten()
+        ids = torch.randint(3, 9, (tokens,), generator=random)
+        return Batch(ids, list(LENGTHS), positions, torch.randint(VOCABULARY, (len(positions),), generator=random))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"cursor": self.cursor}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.cursor = state["cursor"]
+
+
+def settings_of(**changes: Any) -> ClientSettings:
+    fields: dict[str, Any] = {
+        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "sequence_length": 8, "mask_probability": 0.4,
+        "whole_word": False, "federation": FederationSection(), "wire": WireSection(),
+        "optimizer": OptimizerSection(name="sgd", lr=0.5, schedule="constant", gradient_clipping=0.0, weight_decay=0.0),
+    }  # fmt: skip
+    return ClientSettings(**(fields | changes))
+
+
+class Server:
+    """The other side for one trainer, with a body that does nothing: hidden states are the activations asked back."""
+
+    def __init__(self, folder: Path, half: ClientHalf, first_window: int = 0, **changes: Any) -> None:
+        self.sent: list[pb.ClientMessage] = []
+        self.settings = settings_of(**changes)
+        self.text = Text()
+        self.half = half
+        self.trainer = ClientTrainer(
+            half, self.text, self.settings, "ada", folder, first_window, torch.device("cpu"), self.sent.append  # type: ignore[arg-type]
+        )  # fmt: skip
+        self.values: dict[int, pb.Activations] = {}
+
+    def take(self, kind: str) -> Any:
+        """The oldest message sent, which must be of this kind."""
+        message = self.sent.pop(0)
+        assert message.WhichOneof("body") == kind
+        return getattr(message, kind)
+
+    def give_half(self, tensors: dict[str, Tensor]) -> None:
+        for chunk in half_chunks(0, tensors.items(), weight=0.0):
+            self.trainer.handle(pb.ServerMessage(half=chunk))
+
+    def begin(self) -> None:
+        self.give_half({name: parameter.detach() for name, parameter in self.half.named_parameters()})
+
+    def plan(self, cuts: list[int], masked_tokens: int) -> pb.Manifest:
+        """Announce micro-batches 10, 11, ... whose sequences end where `cuts` say."""
+        manifest = self.take("manifest")
+        bounds = [0, *cuts, len(manifest.lengths)]
+        pieces = [
+            pb.Piece(micro_batch=10 + number, first_sequence=first, num_sequences=last - first)
+            for number, (first, last) in enumerate(itertools.pairwise(bounds))
+        ]
+        plan = pb.Plan(window=manifest.window, masked_tokens=masked_tokens, pieces=pieces)
+        self.trainer.handle(pb.ServerMessage(plan=plan))
+        return manifest
+
+    def open(self, micro_batch: int) -> None:
+        self.trainer.handle(pb.ServerMessage(open=pb.Open(micro_batch=micro_batch)))
+        self.values[micro_batch] = self.take("activations")
+        assert self.values[micro_batch].micro_batch == micro_batch
+
+    def hidden(self, micro_batch: int) -> pb.Gradient:
+        message = self.values[micro_batch]
+        values, index = self._decoded(message)
+        hidden = (values if index is None else values[index])[list(message.masked_positions)]
+        frame = encode(hidden, self.settings.wire.activations)
+        self.trainer.handle(pb.ServerMessage(hidden=pb.Hidden(micro_batch=micro_batch, values=frame)))
+        return self.take("gradient")
+
+    def input_gradient(self, gradient: pb.Gradient) -> None:
+        message = self.values[gradient.micro_batch]
+        values, index = self._decoded(message)
+        rows = torch.tensor(message.masked_positions, dtype=torch.int64)
+        back = decode(gradient.hidden, (len(rows), WIDTH), self.settings.wire.gradients, "gradient")
+        result = torch.zeros_like(values).index_add_(0, rows if index is None else index[rows], back)
+        frame = encode(result, self.settings.wire.gradients)
+        answer = pb.InputGradient(micro_batch=gradient.micro_batch, values=frame)
+        self.trainer.handle(pb.ServerMessage(input_gradient=answer))
+
+    def window(self, cuts: tuple[int, ...] = (2,), masked_tokens: int = 40) -> float:
+        """A whole window up to the last input gradient; the loss it reported."""
+        self.plan(list(cuts), masked_tokens)
+        gradients = []
+        for micro_batch in range(10, 11 + len(cuts)):
+            self.open(micro_batch)
+            gradients.append(self.hidden(micro_batch))
+        for gradient in gradients:
+            self.input_gradient(gradient)
+        return sum(gradient.loss_sum for gradient in gradients)
+
+    def stepped(self, window: int) -> None:
+        self.trainer.handle(pb.ServerMessage(stepped=pb.Stepped(window=window)))
+
+    def take_half(self) -> tuple[dict[str, Tensor], float]:
+        """The half (or its gradients) the trainer has sent."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.half.named_parameters()}
+        names = {message.half.name for message in self.sent if message.WhichOneof("body") == "half"}
+        joined = HalfAssembler({name: shapes[name] for name in names if name}, "it")
+        while (complete := joined.add(self.take("half"))) is None:
+            pass
+        return complete
+
+    def _decoded(self, message: pb.Activations) -> tuple[Tensor, Tensor | None]:
+        values = decode(message.values, message.values.shape, self.settings.wire.activations, "activations")
+        if not message.row_index:
+            return values, None
+        return values, decode_row_index(message.row_index, len(message.row_index) // 2, len(values), "rows")
+
+
+def unsplit(half: ClientHalf, batch: Batch, masked_tokens: int) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients of the same computation in one piece."""
+    half = copy.deepcopy(half)
+    half.zero_grad()
+    activations = half.embed(batch.input_ids, batch.lengths)
+    index = activations.row_index
+    per_token = activations.values if index is None else activations.values[index.long()]
+    loss = functional.cross_entropy(half.logits(per_token[batch.masked_positions]), batch.labels, reduction="sum")
+    (loss / masked_tokens).backward()
+    return loss.item(), {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in half.named_parameters()
+    }
+
+
+# -- one window -----------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_counts_what_comes(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    server.trainer.begin()
+    assert server.sent == [], "a new run begins with the server's weights"
+    server.begin()
+    batch = Text().next_batch(0, 0)
+    manifest = server.plan([1], 40)
+    assert manifest.window == 0 and list(manifest.lengths) == LENGTHS
+    first = 0
+    for length, count in zip(LENGTHS, manifest.masked, strict=True):
+        assert count == sum(first <= position < first + length for position in batch.masked_positions.tolist())
+        first += length
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_gradients_are_those_of_the_unsplit_computation(tmp_path: Path, cut: Any, data: st.DataObject) -> None:
+    """Whatever the micro-batches, and in whatever order their messages come."""
+    server = Server(tmp_path, half_of(cut))
+    server.begin()
+    loss, expected = unsplit(server.half, Text().next_batch(0, 0), masked_tokens=40)
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(LENGTHS) - 1))))
+    server.plan(cuts, 40)
+    waiting = {10 + number: "open" for number in range(len(cuts) + 1)}
+    gradients: dict[int, pb.Gradient] = {}
+    while waiting:
+        micro_batch = data.draw(st.sampled_from(sorted(waiting)))
+        match waiting[micro_batch]:
+            case "open":
+                server.open(micro_batch)
+                waiting[micro_batch] = "hidden"
+            case "hidden":
+                gradients[micro_batch] = server.hidden(micro_batch)
+                waiting[micro_batch] = "input gradient"
+            case _:
+                server.input_gradient(gradients[micro_batch])
+                del waiting[micro_batch]
+        assert bool(server.sent) == (not waiting), "the sum of gradients leaves once, with the last input gradient"
+    got, weight = server.take_half()
+    assert weight == 1.0 and not server.sent
+    assert sum(gradient.loss_sum for gradient in gradients.values()) == pytest.approx(loss, rel=1e-5)
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
+
+
+def test_dropout_follows_from_the_place_not_from_the_order(tmp_path: Path) -> None:
+    values = []
+    for order in ([10, 11], [11, 10]):
+        server = Server(tmp_path, half_of(dropout=0.5))
+        server.begin()
+        server.plan([2], 40)
+        for micro_batch in order:
+            torch.rand(17)  # somebody else draws in between
+            server.open(micro_batch)
+        values.append({number: message.values.payload for number, message in server.values.items()})
+    assert values[0] == values[1]
+
+
+# -- steps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_synchronous_half_steps_with_everybodys_gradients(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    server.begin()
+    server.window()
+    server.take_half()
+    before = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
+    server.stepped(0)
+    assert not server.sent
+    assert all(torch.equal(parameter, before[name]) for name, parameter in server.half.named_parameters())
+    everybody = {name: torch.full_like(tensor, 0.25) for name, tensor in before.items()}
+    server.give_half(everybody)
+    for name, parameter in server.half.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * 0.25)
+    assert server.take("manifest").window == 1
+
+
+def test_a_parallel_half_steps_by_its_own_mean_loss(tmp_path: Path) -> None:
+    """M is everybody's; in FedAvg a client follows the mean over its own masked tokens."""
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode="parallel", average_every=2))
+    server.begin()
+    before = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
+    batch = Text().next_batch(0, 0)
+    _, expected = unsplit(server.half, batch, masked_tokens=len(batch.labels))
+    server.window(masked_tokens=1000)
+    assert not server.sent
+    server.stepped(0)
+    for name, parameter in server.half.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * expected[name], atol=1e-5, rtol=1e-4)
+    second = server.window()
+    assert second > 0
+    server.stepped(1)
+    weights, weight = server.take_half()
+    assert weight == len(batch.labels) + len(batch_of(1).labels), "masked tokens since the last average"
+    assert all(torch.equal(weights[name], parameter) for name, parameter in server.half.named_parameters())
+    server.give_half({name: torch.zeros_like(tensor) for name, tensor in weights.items()})
+    assert not any(parameter.any() for parameter in server.half.parameters())
+    assert server.take("manifest").window == 2
+
+
+def batch_of(window: int) -> Batch:
+    """The batch of a window when every window before took one."""
+    text = Text()
+    text.cursor = len(LENGTHS) * window
+    return text.next_batch(window, 0)
+
+
+@pytest.mark.parametrize("scope", ["embeddings", "head"])
+def test_what_is_not_averaged_never_leaves(tmp_path: Path, scope: Any) -> None:
+    federation = FederationSection(mode="parallel", average_scope=scope)
+    server = Server(tmp_path, half_of(), federation=federation)
+    server.begin()
+    server.window()
+    server.stepped(0)
+    weights, _ = server.take_half()
+    assert weights and {server.half.parameter_scope(name) for name in weights} == {scope}
+    personal = {n: p.detach().clone() for n, p in server.half.named_parameters() if n not in weights}
+    assert personal
+    server.give_half({name: torch.zeros_like(tensor) for name, tensor in weights.items()})
+    for name, parameter in server.half.named_parameters():
+        assert torch.equal(parameter, personal[name]) if name in personal else not parameter.any()
+
+
+def test_the_learning_rate_follows_the_schedule_and_gradients_are_clipped(tmp_path: Path) -> None:
+    optimizer = OptimizerSection(name="sgd", lr=1.0, warmup_windows=4, gradient_clipping=0.1, weight_decay=0.0)
+    server = Server(tmp_path, half_of(), optimizer=optimizer)
+    server.begin()
+    server.window()
+    server.take_half()
+    before = torch.cat([parameter.detach().flatten() for parameter in server.half.parameters()])
+    server.give_half({name: torch.full_like(p, 3.0) for name, p in server.half.named_parameters()})
+    after = torch.cat([parameter.detach().flatten() for parameter in server.half.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.25 * 0.1, rel=1e-3)
+
+
+def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of(), windows=1)
+    server.begin()
+    server.window()
+    server.take_half()
+    server.stepped(0)
+    server.give_half({name: torch.zeros_like(p) for name, p in server.half.named_parameters()})
+    assert not server.sent
+    server.trainer.handle(pb.ServerMessage(half_request=pb.HalfRequest(window=1)))
+    weights, weight = server.take_half()
+    assert weight == len(batch_of(0).labels) and len(weights) == len(list(server.half.parameters()))
+    server.trainer.handle(pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
+    assert server.trainer.finish == pb.Finish(reason="done", complete=True)
+
+
+# -- resuming -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None:
+    changes = {
+        "federation": FederationSection(mode=mode, average_every=3),
+        "optimizer": OptimizerSection(lr=0.05, schedule="linear"),
+    }
+
+    def train(server: Server, windows: range) -> None:
+        for window in windows:
+            server.window()
+            if mode == "synchronous":
+                gradients, _ = server.take_half()
+                server.stepped(window)
+                server.give_half(gradients)
+            else:
+                server.stepped(window)
+                if (window + 1) % 3 == 0:
+                    server.give_half(server.take_half()[0])
+
+    whole = Server(tmp_path / "whole", half_of(dropout=0.2), **changes)
+    whole.begin()
+    train(whole, range(2))
+    whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=2)))
+    manifest = whole.sent.pop(0)
+    saved = whole.take("saved")
+    assert saved.window == 2 and saved.peak_memory_bytes > 1 << 20 and saved.flops_per_token > 0
+    whole.sent.append(manifest)
+    train(whole, range(2, 5))
+
+    again = Server(tmp_path / "whole", half_of(dropout=0.2), first_window=2, **changes)
+    again.trainer.begin()
+    assert again.sent == [manifest]
+    train(again, range(2, 5))
+    for (name, one), (_, other) in zip(whole.half.named_parameters(), again.half.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"state-3\.pt: cannot be read"):
+        Server(tmp_path, half_of(), first_window=3)
+
+
+# -- a server that is out of step -----------------------------------------------------------------------------------
+
+PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (pb.ServerMessage(), "of kind None, which this version does not know"),
+        (pb.ServerMessage(refused=pb.Refused(reason="so")), "the server refused this client: so"),
+        (pb.ServerMessage(open=pb.Open(micro_batch=77)), "asks for micro-batch 77, in which this client has no piece"),
+        (pb.ServerMessage(hidden=pb.Hidden(micro_batch=77)), "asks for micro-batch 77"),
+        (pb.ServerMessage(hidden=pb.Hidden(micro_batch=10)), "hidden states: shape"),
+        (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
+        (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
+        (pb.ServerMessage(half=pb.HalfChunk(name="x")), "tensor 'x' of shape"),
+        (pb.ServerMessage(plan=pb.Plan(pieces=[pb.Piece(first_sequence=3, num_sequences=2)])), "sequences 3 to 5 of 4"),
+        (pb.ServerMessage(plan=pb.Plan(pieces=[pb.Piece(first_sequence=9)])), "sequences 9 to 9 of 4"),
+    ],
+)
+def test_a_message_that_does_not_fit_is_one_line(tmp_path: Path, message: pb.ServerMessage, reason: str) -> None:
+    server = Server(tmp_path, half_of())
+    server.begin()
+    server.plan([2], 40)
+    with pytest.raises(WireError) as caught:
+        server.trainer.handle(message)
+    assert reason in str(caught.value)
+
+
+def test_messages_out_of_turn_are_one_line(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    for early in (
+        pb.ServerMessage(open=pb.Open()),
+        pb.ServerMessage(stepped=pb.Stepped()),
+        pb.ServerMessage(plan=pb.Plan()),
+    ):
+        with pytest.raises(WireError, match="before this client announced one"):
+            server.trainer.handle(early)
+    server.begin()
+    server.plan([2], 40)
+    server.open(10)
+    gradient = server.hidden(10)
+    server.input_gradient(gradient)
+    with pytest.raises(WireError, match="a second input gradient of micro-batch 10"):
+        server.input_gradient(gradient)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
+    """Messages of the right kind with numbers drawn at random, and their bytes changed."""
+    server = Server(tmp_path, half_of())
+    server.begin()
+    server.plan([2], 40)
+    server.open(10)
+    small, any_number = st.integers(0, 12), st.integers(0, 2**32 - 1)
+    number = small | any_number
+    frame = encode(torch.zeros(data.draw(st.integers(0, 6)), WIDTH), "fp32")
+    message = data.draw(
+        st.one_of(
+            st.builds(
+                lambda p, f, n: pb.ServerMessage(
+                    plan=pb.Plan(pieces=[pb.Piece(micro_batch=p, first_sequence=f, num_sequences=n)])
+                ),
+                number, number, number,
+            ),
+            st.builds(lambda n: pb.ServerMessage(open=pb.Open(micro_batch=n)), number),
+            st.builds(lambda n: pb.ServerMessage(hidden=pb.Hidden(micro_batch=n, values=frame)), number),
+            st.builds(lambda n: pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=n, values=frame)), number),
+            st.builds(lambda n: pb.ServerMessage(save=pb.Save(window=n)), number),
+            st.builds(lambda n: pb.ServerMessage(half=pb.HalfChunk(name="x", offset=n)), number),
+        )
+    )  # fmt: skip
+    wire = bytearray(message.SerializeToString())
+    for _ in range(data.draw(st.integers(0, 2))):
+        wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        server.trainer.handle(pb.ServerMessage.FromString(bytes(wire)))
+    except (WireError, DecodeError):
+        return

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedbert_kernels import attention_torch
 from fedbert_kernels.attention_torch import attention_reference, dropout_mask
-from fedbert_kernels.interpreter import HAVE_TRITON, dot, jit, tl
+from fedbert_kernels.interpreter import HAVE_TRITON, dot, jit, narrow, tl
 from fedbert_kernels.philox import drop_threshold, keep_mask, keep_rate, load_seed
 from fedbert_kernels.sequences import check_bounds, work_items
 
@@ -51,7 +51,7 @@ def _load_rows(
 def _store_rows(base, stride, first, end, tile, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     rows = first + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
-    tile = tile.to(base.dtype.element_ty)
+    tile = narrow(tile, base.dtype.element_ty)
     tl.store(base + rows * stride + columns, tile, mask=(rows < end) & (columns < D))
 
 
@@ -126,7 +126,7 @@ def _forward_step(
         kept = keep_mask(first_row, first_column, stream, offset, key_low, key_high, threshold, ROWS, COLUMNS)
         p = tl.where(kept, p, zero)
     v = _load_rows(v_base, v_stride, first_column, length, D, COLUMNS, PADDED_D, WHOLE)
-    total = dot(p.to(v.dtype), v, total * shrink[:, None], PRECISION)
+    total = dot(narrow(p, v.dtype), v, total * shrink[:, None], PRECISION)
     return total, denominator, new_largest
 
 
@@ -406,7 +406,7 @@ def attention_backward_q_kernel(
             False,
             PRECISION,
         )
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
     if not WINDOW and high < length:
         k = _load_rows(k_base, k_stride, high, length, D, COLUMNS, PADDED_D, False)
         v = _load_rows(v_base, v_stride, high, length, D, COLUMNS, PADDED_D, False)
@@ -436,7 +436,7 @@ def attention_backward_q_kernel(
             False,
             PRECISION,
         )
-        dq = dot(ds.to(k.dtype), k, dq, PRECISION)
+        dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
     _store_rows(
         dq_ptr + token * dq_stride + head * D, dq_stride, first_row, length, dq * gradient_scale, D, ROWS, PADDED_D
     )
@@ -511,8 +511,8 @@ def _backward_kv_step(
         True,
         PRECISION,
     )
-    dv = dot(tl.trans(p.to(dout.dtype)), dout, dv, PRECISION)
-    dk = dot(tl.trans(ds.to(q.dtype)), q, dk, PRECISION)
+    dv = dot(tl.trans(narrow(p, dout.dtype)), dout, dv, PRECISION)
+    dk = dot(tl.trans(narrow(ds, q.dtype)), q, dk, PRECISION)
     return dk, dv
 
 

@@ -55,7 +55,7 @@ def attention_reference(
 def dropout_mask(seed: Tensor, cu_seqlens: Tensor, heads: int, dropout: float) -> list[Tensor]:
     """The dropout mask of each sequence, [heads, length, length] bool: True where a probability is kept.
 
-    The mask of a sequence depends on `seed` ([2] int64: seed and offset), the head and its first token's place in the pack.
+    A mask depends on `seed` ([2] int64: seed and offset), the head, and the place of the first token in the pack.
     """
     starts = cu_seqlens[:-1].long()
     streams = starts[:, None] * heads + torch.arange(heads, device=starts.device)
@@ -180,21 +180,22 @@ def _explicit_forward(
     for streams, q, k, v in _chunks(group.length, group.streams, *(tensor.flatten(0, 1) for tensor in group.inputs)):
         scores = _scores(q, k, window, scale)
         sums.append(scores.logsumexp(-1))
-        p = scores.sub_(sums[-1][..., None]).exp_()
+        p = scores.softmax(-1)
         if seed is not None and dropout > 0.0:
             p.mul_(_dropout_factor(streams, group.length, seed, dropout))
-        outs.append(p @ v.to(p.dtype))
+        outs.append(p @ v.float())
     return torch.cat(outs).view(shape), torch.cat(sums).view(shape[:3])
 
 
 def _explicit_backward(
     group: _Group, seed: Tensor | None, dropout: float, window: int, scale: float
 ) -> tuple[Tensor, ...]:
-    flat = (tensor.flatten(0, 1) for tensor in (*group.inputs, group.lse))
+    flat = (tensor.flatten(0, 1) for tensor in group.inputs)
     gradients = []
-    for streams, *tensors, lse in _chunks(group.length, group.streams, *flat):
-        q, k, v, out, dout = (tensor.to(lse.dtype) for tensor in tensors)
-        p = _scores(q, k, window, scale).sub_(lse[..., None]).exp_()
+    for streams, *tensors in _chunks(group.length, group.streams, *flat):
+        q, k, v, out, dout = (tensor.float() for tensor in tensors)
+        # Anew from the scores, and not from lse: the difference of two large numbers would cost digits.
+        p = _scores(q, k, window, scale).softmax(-1)
         dp = dout @ v.mT
         kept_p = p
         if seed is not None and dropout > 0.0:
@@ -209,7 +210,7 @@ def _explicit_backward(
 
 
 def _chunks(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors cut along their first axis, which counts score matrices, so that a piece makes CHUNK scores or one."""
+    """The tensors cut along their first axis, that of score matrices, so that a piece has CHUNK scores or is one."""
     size = max(1, CHUNK // length**2)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 

@@ -1,13 +1,40 @@
-"""What "as good as torch" means for a kernel: its error against fp64 is at most twice torch's in the same dtype."""
+"""What kernel tests share: where they run, both bodies of an operator, and what "as good as torch" means.
+
+As good as torch is a kernel whose error against fp64 is at most twice torch's in the same dtype.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 
+import pytest
 import torch
 from torch import Tensor
 
+from fedbert_kernels.interpreter import HAVE_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+needs_triton = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_device() -> Iterator[None]:
+    """Tensors are made on the GPU if there is one; a test module imports this to have it."""
+    with torch.device(DEVICE):
+        yield
+
+
+def bodies_of(module: ModuleType):
+    """A fixture that runs a test with either body of a kernel file's operators: the kernel, and the CPU's in torch."""
+
+    @pytest.fixture(params=[pytest.param("kernel", marks=needs_triton), "torch"])
+    def body(request, monkeypatch) -> None:
+        monkeypatch.setattr(module, "runs_triton", lambda _: request.param == "kernel")
+
+    return body
 
 
 def values_and_gradients(

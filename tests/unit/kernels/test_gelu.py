@@ -6,16 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.kernels.bounds import DTYPES, assert_as_good_as_torch, values_and_gradients
+from unit.kernels.bounds import DEVICE, DTYPES, assert_as_good_as_torch, bodies_of, on_device, values_and_gradients  # noqa: F401
 
 from fedbert_kernels import gelu
 from fedbert_kernels.gelu import bias_gelu, bias_gelu_reference
 
-
-@pytest.fixture(params=["kernel", "torch"])
-def body(request, monkeypatch) -> None:
-    """Both bodies of the operator: the kernel in the interpreter, and the CPU's."""
-    monkeypatch.setattr(gelu, "runs_triton", lambda _: request.param == "kernel")
+body = bodies_of(gelu)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -27,7 +23,7 @@ def body(request, monkeypatch) -> None:
     seed=st.integers(0, 2**32 - 1),
 )
 def test_the_kernel_is_as_good_as_torch(num_rows: int, width: int, dtype, has_bias: bool, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     x, dy = (torch.randn(num_rows, width, generator=generator).mul(3).to(dtype) for _ in range(2))
     bias = torch.randn(width, generator=generator).to(dtype) if has_bias else None
     assert_as_good_as_torch(bias_gelu, bias_gelu_reference, (x, bias), dy)

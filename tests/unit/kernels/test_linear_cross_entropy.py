@@ -9,23 +9,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unit.kernels.bounds import DTYPES, assert_as_good_as_torch, values_and_gradients
+from unit.kernels.bounds import (  # noqa: F401
+    DEVICE,
+    DTYPES,
+    assert_as_good_as_torch,
+    bodies_of,
+    needs_triton,
+    on_device,
+    values_and_gradients,
+)
 
 from fedbert_kernels import linear_cross_entropy as module
 from fedbert_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
-
-@pytest.fixture(params=["kernel", "torch"])
-def body(request, monkeypatch) -> None:
-    """Both bodies of the operator: the kernel in the interpreter, and the CPU's."""
-    monkeypatch.setattr(module, "runs_triton", lambda _: request.param == "kernel")
+body = bodies_of(module)
 
 
 def _draw(
     num_rows: int, hidden: int, vocabulary: int, dtype=torch.float32, seed: int = 0
 ) -> tuple[list[Tensor], Tensor]:
     """hidden states, weight, bias; and targets, every fifth ignored."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     parts = [
         torch.randn(*shape, generator=generator) for shape in ((num_rows, hidden), (vocabulary, hidden), (vocabulary,))
     ]
@@ -146,6 +150,7 @@ def test_the_operator_obeys_the_rules_of_torch_library(body) -> None:
     torch.library.opcheck(module._linear_cross_entropy_backward, (torch.tensor(2.0), *values))
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="looking at a GPU's targets is what the operator avoids")
 def test_a_target_outside_the_vocabulary_is_refused_where_looking_is_free(body) -> None:
     (hidden, weight, bias), targets = _draw(6, 8, 20)
     for wrong in (20, -1):
@@ -154,6 +159,7 @@ def test_a_target_outside_the_vocabulary_is_refused_where_looking_is_free(body) 
             linear_cross_entropy(hidden, weight, bias, targets)
 
 
+@needs_triton
 @pytest.mark.parametrize("wrong", [-1, 20, 64, 10**6])
 def test_a_kernel_given_such_a_target_stays_in_bounds_and_says_so(wrong: int) -> None:
     scores, bias = torch.zeros(1, 64), torch.full((64,), -torch.inf)
@@ -178,7 +184,8 @@ def test_a_kernel_given_such_a_target_stays_in_bounds_and_says_so(wrong: int) ->
     ],
 )
 def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
-    arguments["targets"] = torch.zeros(2, dtype=torch.int64)
+    with torch.device("cpu"):
+        arguments: dict[str, Any] = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(3, 4), "bias": torch.zeros(3)}
+        arguments["targets"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments | changed)

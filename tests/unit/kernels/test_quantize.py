@@ -9,26 +9,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from unit.kernels.bounds import DTYPES
+from unit.kernels.bounds import DEVICE, DTYPES, bodies_of, needs_triton, on_device  # noqa: F401
 
 from fedbert_kernels import quantize as module
 from fedbert_kernels.quantize import CODECS, dequantize, quantize
 
-SEED = torch.tensor([0x123456789ABCDEF, 42])
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+SEED = torch.tensor([0x123456789ABCDEF, 42], device=DEVICE)
 WORST = {"int8": 0.5 / 127, "int8_group": 0.504 / 127, "fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3, "int4_hadamard": 0.504 / 7}
 """Largest error of a value, in units of its scale's largest value (of the rotated group for int4)."""
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def body(request, monkeypatch) -> None:
-    """Both bodies of the operators: the kernel in the interpreter, and the CPU's."""
-    monkeypatch.setattr(module, "runs_triton", lambda _: request.param == "kernel")
+body = bodies_of(module)
 
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.view(torch.uint8)
 
 
+@needs_triton
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     codec=st.sampled_from(sorted(CODECS)),
@@ -42,7 +42,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def test_kernel_and_reference_agree_bit_for_bit(codec, num_rows, width, dtype, stochastic, magnitude, data) -> None:
     rows = data.draw(st.one_of(st.none(), st.lists(st.integers(0, num_rows - 1), max_size=4)))
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int64)
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
+    generator = torch.Generator(DEVICE).manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     x = (torch.randn(num_rows, width, generator=generator) * magnitude).to(dtype)
     form, seed = CODECS[codec], SEED if stochastic else None
     payload, scales = module.launch_quantize(x, form, rows, seed)
@@ -87,6 +87,7 @@ def test_int8_is_what_the_wire_s_own_codec_makes(body) -> None:
     assert payload.equal((x / expected.where(expected > 0, 1.0)).round().clamp(-127, 127).to(torch.int8))
 
 
+@needs_triton
 @pytest.mark.parametrize(("codec", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
 def test_every_fp8_code_is_made_and_read_as_torch_does(codec: str, dtype: torch.dtype) -> None:
     """All finite codes: their values quantize to themselves; the halfway points between them round to even."""
@@ -178,6 +179,7 @@ def test_what_is_not_finite_is_not_hidden(body, value: float) -> None:
         assert not torch.isfinite(scales[1].float()).all()
 
 
+@needs_triton
 def test_a_row_that_is_not_there_is_refused_where_looking_is_free(monkeypatch) -> None:
     x, rows = torch.randn(3, 70), torch.tensor([0, 3])
     payload, scales = module.launch_quantize(x, CODECS["int4_hadamard"], rows, None)
@@ -214,7 +216,7 @@ def test_the_operators_obey_the_rules_of_torch_library(body) -> None:
     ],
 )
 def test_bad_input_of_quantize_is_refused(changed: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"x": torch.zeros(2, 70), "codec": "int8"}
+    arguments: dict[str, Any] = {"x": torch.zeros(2, 70, device="cpu"), "codec": "int8"}
     with pytest.raises(ValueError, match=message):
         quantize(**arguments | changed)
 
@@ -232,7 +234,8 @@ def test_bad_input_of_quantize_is_refused(changed: dict[str, Any], message: str)
     ],
 )
 def test_bad_input_of_dequantize_is_refused(changed: dict[str, Any], message: str) -> None:
-    arguments: dict[str, Any] = {"payload": torch.zeros(2, 70, dtype=torch.int8), "scales": torch.zeros(2, 1)}
+    with torch.device("cpu"):
+        arguments: dict[str, Any] = {"payload": torch.zeros(2, 70, dtype=torch.int8), "scales": torch.zeros(2, 1)}
     arguments |= {"codec": "int8", "width": 70}
     with pytest.raises(ValueError, match=message):
         dequantize(**arguments | changed)

@@ -10,9 +10,12 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from unit.kernels.bounds import DEVICE, needs_triton, on_device  # noqa: F401
 
 from fedbert_kernels import swap as module
 from fedbert_kernels.swap import swap
+
+pytestmark = needs_triton
 
 SIZES = {
     "vocab_size": 60,
@@ -69,7 +72,7 @@ def test_bf16_and_autocast_keep_their_dtypes() -> None:
     model = _model("Bert").eval()
     for cast in (False, True):
         twin = copy.deepcopy(model) if cast else copy.deepcopy(model).bfloat16()
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
             before, _ = _run(twin)
             swap(twin)
             after, _ = _run(twin)
@@ -103,6 +106,7 @@ def test_torch_leaves_the_model_alone() -> None:
 
 def test_auto_leaves_a_model_alone_that_triton_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(module, "HAVE_TRITON", False)
     model = _model("Bert")
     assert swap(model) == 0
     with pytest.raises(ValueError, match="needs a model on a GPU"):

@@ -136,7 +136,9 @@ class Ingress:
         return taken
 
     def stop(self, grace: float = 5.0) -> None:
-        """Let streams flush for up to `grace` seconds and stop listening."""
+        """Let streams flush for up to `grace` seconds and stop listening; once is enough."""
+        if not self._thread.is_alive():
+            return
         if self._server is not None:
             asyncio.run_coroutine_threadsafe(self._server.stop(grace), self._loop).result(timeout=grace + 30)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,0 +1,219 @@
+"""A client's connection, against a real endpoint: how each way to end is told, in one line or by exit code."""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbert_ds.client.session import STOPPED, ClientOptions, run_client
+from fedbert_ds.config import FederationSection, LayersCut, ModelSection, OptimizerSection, WireSection
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
+from fedbert_ds.errors import DataError, UserError, WireError
+from fedbert_ds.model.checkpoint import build_model, config_to_json
+from fedbert_ds.model.cut import split
+from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json, half_chunks
+
+TIMEOUT = 30.0
+ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog " * 3) for n in range(3)]
+
+
+class Served:
+    """An endpoint, what it tells clients of the run, and a client under test in a thread of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ingress = Ingress("127.0.0.1", 0, None)
+        self.port = self.ingress.start()
+        self.folder = folder
+        self.tokenizer = train_wordpiece(ARTICLES, 64)
+        section = ModelSection(hidden_size=8, num_attention_heads=2, max_position_embeddings=16, dropout=0.0)
+        model = build_model(section, len(self.tokenizer), self.tokenizer.pad_token_id, seed=1)
+        self.model_config = config_to_json(model.config)
+        self.half = {name: parameter.detach() for name, parameter in split(model, "embeddings")[0].named_parameters()}
+        self.outcome: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
+        write_shard(folder / "shard.jsonl", ARTICLES)
+
+    def welcome(self, **changes: Any) -> pb.Welcome:
+        settings = ClientSettings(
+            seed=1, windows=2, tokens=32, sequence_length=16, mask_probability=0.3, whole_word=False,
+            optimizer=OptimizerSection(), federation=FederationSection(), wire=WireSection(),
+        )  # fmt: skip
+        fields: dict[str, Any] = {
+            "endpoint": f"127.0.0.1:{self.port}",
+            "session": "session of ada",
+            "model_config": self.model_config,
+            "cut": cut_to_json("embeddings"),
+            "settings": settings.model_dump_json(),
+            "tokenizer": tokenizer_to_bytes(self.tokenizer),
+        }
+        return pb.Welcome(**(fields | changes))
+
+    def client(self, **changes: Any) -> None:
+        """Start a client; its exit code or error comes out of `ended`."""
+        options: dict[str, Any] = {
+            "server": f"127.0.0.1:{self.port}",
+            "data": (str(self.folder / "shard.jsonl"),),
+            "name": "ada",
+            "state_folder": self.folder / "state",
+            "device": "cpu",
+            "join_timeout": TIMEOUT,
+            "connect_timeout": TIMEOUT,
+        }
+        arguments = ClientOptions(**(options | changes))
+
+        def run() -> None:
+            try:
+                self.outcome.put(run_client(arguments))
+            except BaseException as error:
+                self.outcome.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def ended(self) -> int | BaseException:
+        return self.outcome.get(timeout=TIMEOUT)
+
+    def failed(self) -> str:
+        error = self.ended()
+        assert isinstance(error, UserError), error
+        assert "\n" not in str(error)
+        return str(error)
+
+    def event(self, kind: type) -> Any:
+        event = self.ingress.next_event(TIMEOUT)
+        assert isinstance(event, kind), event
+        return event
+
+    def let_in(self, **changes: Any) -> pb.Hello:
+        """Answer the client's Join and wait for its stream."""
+        asked = self.event(JoinAsked)
+        self.ingress.admit({"ada": "session of ada"})
+        asked.answer.set_result(self.welcome(**changes))
+        self.event(Connected)
+        return asked.hello
+
+    def give_half(self) -> None:
+        for chunk in half_chunks(0, self.half.items(), 0.0):
+            self.ingress.send("ada", pb.ServerMessage(half=chunk))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    started = Served(tmp_path)
+    yield started
+    started.ingress.stop(grace=0.1)
+
+
+def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None:
+    served.tokenizer.save_pretrained(served.folder / "tokenizer")
+    (served.folder / "state").mkdir()
+    for window in (4, 6):
+        (served.folder / "state" / f"state-{window}.pt").touch()
+    served.client()
+    served.client(tokenizer=str(served.folder / "tokenizer"), cut=LayersCut(layers=2), name="bo")
+    hellos = {}
+    for _ in range(2):
+        asked = served.event(JoinAsked)
+        hellos[asked.hello.client] = asked.hello
+        asked.answer.set_exception(WireError("that will do"))
+    assert [served.failed(), served.failed()] == ["the server refused this client: that will do"] * 2
+    characters = sum(len(article.text) for article in ARTICLES)
+    common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6]}
+    assert hellos["ada"] == pb.Hello(client="ada", **common)
+    assert hellos["bo"] == pb.Hello(
+        client="bo", vocabulary_hash=vocabulary_hash(served.tokenizer), cut=cut_to_json(LayersCut(layers=2)), **common
+    )
+
+
+@pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, STOPPED)])
+def test_the_end_of_a_run_is_an_exit_code(
+    served: Served, capfd: pytest.CaptureFixture[str], complete: bool, code: int
+) -> None:
+    served.client()
+    served.let_in()
+    served.give_half()
+    received = served.event(Received)
+    assert received.message.manifest.window == 0 and sum(received.message.manifest.lengths) <= 32
+    served.ingress.close("ada", pb.ServerMessage(finish=pb.Finish(reason="the run is over", complete=complete)))
+    assert served.ended() == code
+    printed = capfd.readouterr().out.splitlines()
+    assert printed[0] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
+    assert printed[1].startswith("client ada: the run is over; peak memory ")
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        (pb.ServerMessage(refused=pb.Refused(reason="it sent NaN")), "the server refused this client: it sent NaN"),
+        (pb.ServerMessage(stepped=pb.Stepped()), "the server ended the stream; look at its output"),
+        (pb.ServerMessage(open=pb.Open(micro_batch=9)), "the server asks for micro-batch 9"),
+    ],
+)
+def test_a_server_that_goes_wrong_is_one_line(served: Served, last: pb.ServerMessage, message: str) -> None:
+    served.client()
+    served.let_in()
+    served.give_half()
+    served.event(Received)
+    served.ingress.close("ada", last)
+    assert message in served.failed()
+
+
+def test_a_server_that_dies_is_one_line(served: Served) -> None:
+    served.client()
+    served.let_in()
+    served.ingress.stop(grace=0.0)
+    assert f"127.0.0.1:{served.port}: connection lost (" in served.failed()
+
+
+def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
+    served.client()
+    served.let_in()
+    served.ingress.send("ada", pb.ServerMessage(half=pb.HalfChunk(name="unknown")))
+    assert "the server's half: tensor 'unknown'" in served.failed()
+    assert served.event(Disconnected) == Disconnected("ada")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"settings": "{}"}, "the server's settings are not understood"),
+        ({"cut": '"heads"'}, "is not understood; install the same fedbert-ds on both"),
+    ],
+)
+def test_a_server_of_another_version_is_one_line(served: Served, changes: dict[str, str], message: str) -> None:
+    served.client()
+    served.event(JoinAsked).answer.set_result(served.welcome(**changes))
+    assert message in served.failed()
+
+
+def test_others_that_do_not_come_are_one_line(served: Served) -> None:
+    served.client(join_timeout=0.5)
+    served.event(JoinAsked)
+    assert served.failed().endswith("the other clients did not come in time; raise --join-timeout or start them")
+    served.event(JoinAbandoned)
+
+
+def test_a_server_that_is_not_there_is_one_line(served: Served) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listening
+        port = taken.getsockname()[1]
+        served.client(server=f"127.0.0.1:{port}", connect_timeout=0.5)
+        assert served.failed() == (
+            f"127.0.0.1:{port}: no server answers; check --server, that it runs, and TLS on both sides"
+        )
+
+
+def test_no_text_is_one_line_before_anything_is_sent(served: Served) -> None:
+    write_shard(served.folder / "empty.jsonl", [])
+    served.client(data=(str(served.folder / "empty.jsonl"),))
+    error = served.ended()
+    assert isinstance(error, DataError) and "empty.jsonl" in str(error)
+    assert served.ingress.next_event(0.1) is None

@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.kernels.bounds import DEVICE, DTYPES, assert_as_good_as_torch, bodies_of, on_device, values_and_gradients  # noqa: F401
+from unit.kernels.bounds import (  # noqa: F401
+    DEVICE,
+    DTYPES,
+    assert_as_good_as_torch,
+    bodies_of,
+    needs_triton,
+    on_device,
+    values_and_gradients,
+)
 
 from fedbert_kernels import gelu
 from fedbert_kernels.gelu import bias_gelu, bias_gelu_reference
@@ -45,6 +53,7 @@ def test_far_from_zero_it_is_zero_or_the_identity(body, dtype) -> None:
     assert dx.equal(torch.tensor([[0, 0, 0, 0.5, 1, 1, 1]], dtype=dtype))
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_tail_keeps_its_relative_precision(dtype) -> None:
     # One plus erf(x) in fp32 has lost a fifth of the value at -5.

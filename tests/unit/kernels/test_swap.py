@@ -165,10 +165,15 @@ def test_replaced_parts_are_left_as_they_are() -> None:
     assert swap(model) == 3
 
 
-def test_a_model_with_nothing_to_replace_is_refused_if_triton_was_asked_for() -> None:
-    with pytest.raises(ValueError, match="nothing to replace in Linear"):
-        swap(nn.Linear(2, 2), "triton")
-    assert swap(nn.Linear(2, 2), "auto") == 0
+def test_modernbert_has_nothing_to_replace_and_runs_as_before() -> None:
+    ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    model = _model("ModernBert", **ids).eval()
+    scores, _ = _run(model)
+    assert swap(model, "triton") == 0
+    assert _run(model)[0].equal(scores)
+
+
+def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="choose auto, triton or torch"):
         swap(nn.Linear(2, 2), "cuda")  # type: ignore[arg-type]
 

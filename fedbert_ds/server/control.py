@@ -48,8 +48,12 @@ class Control:
         self.barrier()
         if self.rank == 0:
             mark = folder / f"window-{window}" / COMPLETE
-            mark.write_text(json.dumps({"window": window, "ranks": self.world_size}), encoding="utf-8")
+            partial = mark.with_suffix(".partial")
+            partial.write_text(json.dumps({"window": window, "ranks": self.world_size}), encoding="utf-8")
+            partial.replace(mark)
             for old in sorted(complete_windows(folder))[:-KEPT_CHECKPOINTS]:
+                # First, so that a checkpoint that is half deleted is not taken for a complete one.
+                (folder / f"window-{old}" / COMPLETE).unlink()
                 shutil.rmtree(folder / f"window-{old}")
         self.barrier()
 

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from unit.server.fakes import GONE, HALF, WIDTH, Alter, FakeClient, Rank, joined, run_config
+from unit.server.fakes import (
+    GONE,
+    HALF,
+    WIDTH,
+    Alter,
+    Clock,
+    FakeClient,
+    FakeEngine,
+    FakeIngress,
+    Rank,
+    joined,
+    run_config,
+    seats,
+    shapes,
+)
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.ingress import Event, Received
+from fedbert_ds.server.rank import RankServer
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 
@@ -273,6 +292,7 @@ def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPa
     assert ada.windows_stepped == cy.windows_stepped == [0, 1]
     if bo.refusal is not None:
         assert bo.refusal == "client bo was silent for 300 s (clients.silence_timeout)"
+        assert rank.ingress.revoked == {"bo"}
     assert ada.refusal is None and cy.refusal is None
 
 
@@ -301,6 +321,112 @@ def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.Monkey
     rank = Rank(monkeypatch, config, trio(config), latency=latency)
     assert rank.run() == 2
     assert not rank.problems
+
+
+# -- two ranks ------------------------------------------------------------------------------------------------------
+
+
+class Board:
+    """Where two ranks meet: each writes something, waits for the other, and reads both."""
+
+    def __init__(self) -> None:
+        self._written: list[Any] = [None, None]
+        self._barrier = threading.Barrier(2, timeout=20.0)
+
+    def meet(self, rank: int, mine: Any) -> list[Any]:
+        self._written[rank] = mine
+        self._barrier.wait()
+        both = list(self._written)
+        self._barrier.wait()
+        return both
+
+    def leave(self) -> None:
+        """The other rank must not wait for one that has failed."""
+        self._barrier.abort()
+
+
+class BoardControl:
+    """Stands for torch.distributed between two threads."""
+
+    world_size, group = 2, None
+
+    def __init__(self, rank: int, board: Board) -> None:
+        self.rank = rank
+        self._board = board
+
+    def gather(self, mine: Any) -> list[Any]:
+        return self._board.meet(self.rank, mine)
+
+    def complete_checkpoint(self, folder: Path, window: int) -> None:
+        self.gather(window)
+
+
+class CollectiveEngine(FakeEngine):
+    """Every backward and step needs the other rank, and with `lockstep_forwards` every forward too."""
+
+    def __init__(self, rank: int, board: Board, lockstep_forwards: bool) -> None:
+        super().__init__(lockstep_forwards=lockstep_forwards)
+        self._rank, self._board = rank, board
+
+    def forward(self, micro_batch: int, body_input: Any) -> torch.Tensor:
+        if self.lockstep_forwards:
+            self._together("forward")
+        return super().forward(micro_batch, body_input)
+
+    def backward(self, micro_batch: int, hidden_gradient: torch.Tensor, is_last: bool) -> torch.Tensor:
+        self._together(("backward", is_last))
+        return super().backward(micro_batch, hidden_gradient, is_last)
+
+    def step(self, learning_rate: float) -> None:
+        self._together(("step", learning_rate))
+        super().step(learning_rate)
+
+    def _together(self, what: Any) -> None:
+        both = self._board.meet(self._rank, what)
+        assert both[0] == both[1], f"ranks disagree about a collective: {both}"
+
+
+@pytest.mark.parametrize("fault", [None, "activations twice", "gradient that is not finite", "manifest of nothing"])
+@pytest.mark.parametrize("order", ["arrival", "fixed"])
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+def test_two_ranks_keep_step_whoever_fails(fault: str | None, order: str, lockstep_forwards: bool) -> None:
+    """Rank 1 has one client, with less text than rank 0's two, and loses it: it goes on with dummies alone."""
+    config = run_config(clients={"minimum": 1}, window={"order": order}, run={"windows": 3, "save_every": 2})
+    ada, bo = FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))
+    cy = FakeClient("cy", config, (3, 4), *([BAD[fault][0]()] if fault else []))
+    by_rank = [[ada, bo], [cy]]
+    places = {
+        client.name: replace(seat, rank=number)
+        for number, clients in enumerate(by_rank)
+        for client, seat in zip(clients, seats(clients).values(), strict=True)
+    }
+    board, outcomes = Board(), [None, None]
+    engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
+
+    def serve(number: int) -> None:
+        try:
+            server = RankServer(
+                config, shapes(config), engines[number], FakeIngress(Clock(), by_rank[number], lambda c, e: 0.0),
+                BoardControl(number, board), places, 0, SimpleNamespace(requested=False),
+            )  # type: ignore[arg-type]  # fmt: skip
+            server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
+            outcomes[number] = server.train(lambda window, reports, seconds: None, Path("x"))
+        except BaseException as error:
+            outcomes[number] = error
+            board.leave()
+
+    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert outcomes == [3, 3]
+    assert engines[0].saved == engines[1].saved == [2, 3]
+    assert len(engines[0].backwards) == len(engines[1].backwards)
+    for client in (ada, bo) if fault else (ada, bo, cy):
+        assert client.windows_stepped == [0, 1, 2]
+        assert client.hidden_states == 3 * sum(length // 2 for length in client.lengths)
+    assert (cy.refusal is not None) == (fault is not None)
 
 
 # -- the rest of the protocol ---------------------------------------------------------------------------------------

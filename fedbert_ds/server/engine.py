@@ -56,17 +56,21 @@ class BodyInput:
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed configuration of a run: the user's JSON file plus what the run file owns.
 
-    Raises ConfigError when the file is not JSON, or sets a key that the run file owns.
+    Raises ConfigError when the file is not JSON, has no usable ZeRO stage, or sets a key that the run file owns.
     """
     path = config.body.deepspeed
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"body.deepspeed: {path} is not a JSON object of DeepSpeed settings")
     for key, ours in OURS.items():
         if key in settings:
             raise ConfigError(f"{path}: {key} belongs to the run file; remove it and set {ours} there")
     zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
     if config.body.zero_stage is not None:
         zero["stage"] = config.body.zero_stage
     settings |= {

@@ -253,6 +253,44 @@ def test_one_bad_client_is_refused_alone(monkeypatch: pytest.MonkeyPatch, fault:
     assert rank.ingress.revoked == {"bo"}
 
 
+def with_rows(num_rows: int, index: bytes | None = None) -> Alter:
+    """Another number of distinct rows than there are, or another row index."""
+
+    def change(message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        activations = message.activations
+        activations.values.CopyFrom(encode(torch.zeros(num_rows, WIDTH), "fp32"))
+        if index is not None:
+            activations.row_index = index
+        return [message]
+
+    return instead("activations", change)
+
+
+BAD_ROWS: dict[str, tuple[Callable[[], Alter], str]] = {
+    "no rows": (lambda: with_rows(0), "0 rows for 7 tokens"),
+    "more rows than tokens": (lambda: with_rows(8), "8 rows for 7 tokens"),
+    "rows without a shape": (lambda: with_frame("activations", "values", shape=[]), "0 rows for 7 tokens"),
+    "an index below no row": (lambda: with_rows(1, bytes([1, 0] * 7)), "a row number is not below 1"),
+    "an index of another length": (lambda: with_rows(1, bytes(12)), "12 bytes of row numbers instead of 14"),
+    "no index": (lambda: with_rows(1, b""), "0 bytes of row numbers instead of 14"),
+    "rows of another width": (
+        lambda: with_frame("activations", "values", shape=[4, WIDTH + 1]),
+        "shape [4, 5] instead of [4, 4]",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_bad_rows_are_refused_alone(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    make_alter, reason = BAD_ROWS[fault]
+    config = run_config(cut="rows", clients=SOME)
+    rank = Rank(monkeypatch, config, trio(config, make_alter()))
+    assert rank.run() == 2
+    ada, bo, cy = rank.clients
+    assert ada.windows_stepped == cy.windows_stepped == [0, 1]
+    assert bo.refusal is not None and bo.refusal.endswith(reason)
+
+
 def test_the_lost_share_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """bo is refused at its first gradient: all its masked tokens are missing from window 0, none from window 1."""
     config = run_config(clients=SOME)

@@ -1,0 +1,91 @@
+"""Client processes of the launcher: what they are told, what a failed one said, and that none outlives the run."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.errors import RunError
+from fedbert_ds.server import local_clients
+from fedbert_ds.server.local_clients import LOG, RANK_VARIABLES, LocalClients, client_name
+
+PYTHON = sys.executable
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalClients]]:
+    """Starts clients that run a line of Python each instead of the client program."""
+    running: list[LocalClients] = []
+
+    def start(**programs: str) -> LocalClients:
+        clients = LocalClients(tmp_path / "clients")
+        running.append(clients)
+        for name, program in programs.items():
+            (tmp_path / "clients" / name).mkdir(parents=True)
+            script = tmp_path / f"{name}.sh"
+            script.write_text(f"#!/bin/sh\nexec {PYTHON} -c '{program}' \"$@\"\n")
+            script.chmod(0o755)
+            monkeypatch.setattr(local_clients.sys, "executable", str(script))
+            clients.start("127.0.0.1:1", [name])
+        return clients
+
+    yield start
+    for clients in running:
+        clients.stop()
+
+
+def wait_for_failures(clients: LocalClients) -> list[str]:
+    return clients.failures(patience=30.0)
+
+
+def test_names_sort_as_numbers() -> None:
+    names = [client_name(number) for number in range(100)]
+    assert names == sorted(names) and names[3] == "client-03"
+
+
+def test_a_failed_client_is_named_with_its_last_line(started: Callable[..., LocalClients], tmp_path: Path) -> None:
+    clients = started(
+        ada="import time; time.sleep(60)",
+        bo='import sys; print("first"); print("fedbert-ds: no text in x; check --data", file=sys.stderr); sys.exit(3)',
+    )
+    log = tmp_path / "clients" / "bo" / LOG
+    assert wait_for_failures(clients) == [f"bo ended: no text in x; check --data (see {log})"]
+    with pytest.raises(RunError, match=r"^bo ended: no text in x; check --data"):
+        clients.check()
+
+
+def test_a_client_that_ends_well_or_says_nothing(started: Callable[..., LocalClients]) -> None:
+    clients = started(ada="pass", bo="import sys; sys.exit(75)", cy="import os; os._exit(9)")
+    for process in clients.processes.values():
+        process.wait(timeout=30)
+    assert [failure.split(" (see")[0] for failure in clients.failures()] == ["cy ended: without a word"]
+
+
+def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in RANK_VARIABLES:
+        monkeypatch.setenv(variable, "3")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    program = (
+        'import os, sys; print(" ".join(sorted(os.environ)), os.environ["OMP_NUM_THREADS"], sys.argv[1:]); sys.exit(1)'
+    )
+    clients = started(ada=program)
+    (failure,) = wait_for_failures(clients)
+    assert not set(failure.split()) & set(RANK_VARIABLES)
+    folder = clients.folder / "ada"
+    expected = ["-m", "fedbert_ds.cli", "client", "--server", "127.0.0.1:1", "--id", "ada"]
+    expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed"]
+    assert f" 1 {expected} (see" in failure
+
+
+def test_none_outlives_the_run(started: Callable[..., LocalClients]) -> None:
+    clients = started(ada="import time; time.sleep(60)", bo="import time; time.sleep(60)")
+    clients.check()
+    begun = time.monotonic()
+    clients.wait(seconds=0.2)
+    assert time.monotonic() - begun < 20
+    assert all(process.poll() is not None for process in clients.processes.values())
+    clients.stop()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +124,15 @@ def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
     FigureCanvasAgg(figure)
     losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     reference = smoothed(_find(runs, baseline).windows)
-    for run, color in zip(runs, _COLORS, strict=False):
+    colors = cycle(_COLORS)
+    for run in runs:
         tokens = list(accumulate(row.tokens for row in run.windows))
         curve = smoothed(run.windows)
         label = f"{run.system.label}: held out {run.held_out_loss:.2f}"
         # Wide and pale below, so that a line that lies on it is seen to lie on it.
-        style: dict[str, Any] = {"color": color, "linewidth": 1.4}
-        if run.system.name == baseline:
-            style = {"color": "#c9c9c9", "linewidth": 5.0}
+        style: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 5.0}
+        if run.system.name != baseline:
+            style = {"color": next(colors), "linewidth": 1.4}
         losses.plot(tokens, curve, label=label, **style)
         differences.plot(tokens, [mine - theirs for mine, theirs in zip(curve, reference, strict=True)], **style)
     unigram = runs[0].unigram_loss
@@ -188,4 +189,4 @@ def _significant(difference: float) -> str:
     return f"{difference:.1e}" if difference < 0.01 else f"{difference:.2f}"
 
 
-_COLORS = ("#c9c9c9", "#1f4e8c", "#4c7a34", "#c98a1b", "#b5482a", "#7a4c8c")
+_COLORS = ("#1f4e8c", "#4c7a34", "#c98a1b", "#b5482a", "#7a4c8c")

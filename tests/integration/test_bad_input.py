@@ -35,40 +35,40 @@ def folder(tmp_path_factory) -> Path:
 def test_an_unknown_key_names_the_nearest(folder) -> None:
     tree = run_file(folder, "unknown-key")
     tree["body"]["zero_stgae"] = 2
-    _fails(_pretrain(folder, tree), "body.zero_stgae is not a key; did you mean body.zero_stage?")
+    _expect_failure(_pretrain(folder, tree), "body.zero_stgae is not a key; did you mean body.zero_stage?")
 
 
 def test_a_missing_data_file(folder) -> None:
     tree = run_file(folder, "missing-data", data={"source": [str(folder / "nowhere.txt")]}, clients={"local": 1})
-    _fails(_pretrain(folder, tree), "nowhere.txt")
+    _expect_failure(_pretrain(folder, tree), "nowhere.txt")
     assert not (folder / "missing-data").exists()
 
 
 def test_a_head_count_that_does_not_divide_the_width(folder) -> None:
     tree = run_file(folder, "heads", model={"hidden_size": 32, "num_attention_heads": 5})
-    _fails(_pretrain(folder, tree), "num_attention_heads 5 does not divide hidden_size 32")
+    _expect_failure(_pretrain(folder, tree), "num_attention_heads 5 does not divide hidden_size 32")
 
 
 def test_a_sequence_longer_than_the_position_table(folder) -> None:
     tree = run_file(folder, "long", data={"sequence_length": 64})
-    _fails(_pretrain(folder, tree), "data.sequence_length 64 is longer than the position table")
+    _expect_failure(_pretrain(folder, tree), "data.sequence_length 64 is longer than the position table")
 
 
 def test_a_deepspeed_file_that_sets_what_the_run_file_owns(folder) -> None:
     (folder / "clipping.json").write_text('{"gradient_clipping": 1.0}')
     tree = run_file(folder, "clipping", body={"deepspeed": str(folder / "clipping.json")})
-    _fails(_pretrain(folder, tree), "gradient_clipping belongs to the run file")
+    _expect_failure(_pretrain(folder, tree), "gradient_clipping belongs to the run file")
 
 
 def test_a_folder_that_holds_a_run_already(folder) -> None:
     (folder / "taken").mkdir()
     (folder / "taken" / "config.yaml").write_text("{}")
-    _fails(_pretrain(folder, run_file(folder, "taken")), "holds a run already; add --resume")
+    _expect_failure(_pretrain(folder, run_file(folder, "taken")), "holds a run already; add --resume")
     assert (folder / "taken" / "config.yaml").read_text() == "{}"
 
 
 def test_resuming_what_was_never_started(folder) -> None:
-    _fails(_pretrain(folder, run_file(folder, "nothing-here"), "--resume"), "no run to resume here")
+    _expect_failure(_pretrain(folder, run_file(folder, "nothing-here"), "--resume"), "no run to resume here")
     assert not (folder / "nothing-here").exists()
 
 
@@ -78,7 +78,7 @@ def test_a_port_in_use(folder) -> None:
         holder.listen()
         port = holder.getsockname()[1]
         tree = run_file(folder, "port", server={"port": port})
-        _fails(_pretrain(folder, tree), f"127.0.0.1:{port}", "server.port")
+        _expect_failure(_pretrain(folder, tree), f"127.0.0.1:{port}", "server.port")
     assert not (folder / "port").exists()
 
 
@@ -86,7 +86,7 @@ def test_an_unreachable_server(folder) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         server = f"127.0.0.1:{unused.getsockname()[1]}"
-        _fails(_client(folder, server, "--connect-timeout", "1"), f"{server}: no server answers")
+        _expect_failure(_client(folder, server, "--connect-timeout", "1"), f"{server}: no server answers")
 
 
 def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(folder) -> None:
@@ -100,11 +100,11 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
         folder, "one-client", run={"windows": 2}, clients={"expected": 1, "join_timeout": 280}, window={"tokens": 200}
     )
     with _running(folder, tree) as (server, address):
-        _fails(_client(folder, address, data="empty.jsonl"), "empty.jsonl")
-        _fails(_client(folder, address, "--tokenizer", str(other)), "another vocabulary than the run")
-        _fails(_client(folder, address, "--model", str(folder / "other-model")), "another model than the run")
-        _fails(_client(folder, address, "--cut", "rows"), "insists on cut")
-        _fails(_client(folder, address, protocol=99), "speaks protocol 99, this server 1")
+        _expect_failure(_client(folder, address, data="empty.jsonl"), "empty.jsonl")
+        _expect_failure(_client(folder, address, "--tokenizer", str(other)), "another vocabulary than the run")
+        _expect_failure(_client(folder, address, "--model", str(folder / "other-model")), "another model than the run")
+        _expect_failure(_client(folder, address, "--cut", "rows"), "insists on cut")
+        _expect_failure(_client(folder, address, protocol=99), "speaks protocol 99, this server 1")
         finished = _client(folder, address)
         assert finished.returncode == 0, finished.stderr
         assert server.wait(timeout=60) == 0
@@ -119,7 +119,7 @@ def test_activations_that_are_not_finite_end_the_run_with_a_reason(folder) -> No
         clients={"local": 2, "expected": 2},
         window={"tokens": 200},
     )
-    _fails(_pretrain(folder, tree), "not finite; lower optimizer.lr")
+    _expect_failure(_pretrain(folder, tree), "not finite; lower optimizer.lr")
 
 
 def _pretrain(folder: Path, tree: dict, *arguments: str) -> subprocess.CompletedProcess:
@@ -164,7 +164,7 @@ def _environment() -> dict[str, str]:
     return alone | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-def _fails(process: subprocess.CompletedProcess, *parts: str) -> None:
+def _expect_failure(process: subprocess.CompletedProcess, *parts: str) -> None:
     """One line of ours, with every part, no traceback, a non-zero exit, and no process of the run left."""
     ours = [line for line in process.stderr.splitlines() if line.startswith("fedbert-ds: ")]
     assert process.returncode not in (0, None), process.stdout

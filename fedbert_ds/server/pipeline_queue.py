@@ -288,7 +288,14 @@ class PipelineQueue:
         past = sum(_State.PLANNED < entry.state < _State.DONE for entry in self._entries.values())
         if past >= 2 * self._depth:
             return None
-        return next((entry for entry in self._entries.values() if entry.state is _State.PLANNED), None)
+        planned = [entry for entry in self._entries.values() if entry.state is _State.PLANNED]
+        if self._order == "fixed":
+            return planned[0] if planned else None
+        return min(planned, key=lambda entry: (not entry.plan.pieces, self._burden(entry)), default=None)
+
+    def _burden(self, entry: _Entry) -> int:
+        """Answers its clients owe already: credit goes where least is owed, so that nobody slow can hold all of it."""
+        return max((len(self._owed_since[client]) for client in entry.pieces), default=0)
 
     def _first(self, state: _State) -> _Entry | None:
         """The micro-batch of this state to take next: by age, real before dummy; in plan order if order is fixed."""

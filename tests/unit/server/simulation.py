@@ -85,6 +85,7 @@ class Federation:
         timeout: float = math.inf,
     ) -> None:
         self.depth = depth
+        self.order = order
         self.capacity = capacity
         self.timeout = timeout
         self.lengths = lengths
@@ -185,13 +186,21 @@ class Federation:
     def _opened(self, rank: Rank, decision: Open) -> None:
         entry = rank.micro_batches[decision.micro_batch]
         assert not entry.opened
-        earlier = [other for other in rank.micro_batches.values() if other.plan.index < entry.plan.index]
-        assert all(other.opened for other in earlier), "credit is given in the order of the plan"
+        closed = [other.plan for other in rank.micro_batches.values() if not other.opened]
+        if self.order == "fixed":
+            assert entry.plan is closed[0], "credit is given in the order of the plan"
+        else:
+            burdens = [self._burden(rank, plan) for plan in closed]
+            assert entry.plan is closed[burdens.index(min(burdens))], "credit is given to those who owe least"
         assert decision.pieces == tuple(piece for piece in entry.plan.pieces if piece.client in rank.members)
         entry.opened = True
         assert rank.count(lambda e: e.opened and e.backwarded is None) <= 2 * self.depth
         for piece in decision.pieces:
             rank.members[piece.client].owed["activations", decision.micro_batch] = self.now
+
+    def _burden(self, rank: Rank, plan: MicroBatch) -> tuple[bool, int]:
+        owed = [len(rank.members[piece.client].owed) for piece in plan.pieces if piece.client in rank.members]
+        return not plan.pieces, max(owed, default=0)
 
     def _forwarded(self, rank: Rank, decision: Forward) -> None:
         entry = rank.micro_batches[decision.micro_batch]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import queue
 import shutil
 import subprocess
@@ -269,7 +270,9 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(streams, endp
         call.cancel()
 
 
-def test_bytes_that_are_no_message_end_that_stream_alone(streams, endpoint: Endpoint) -> None:
+def test_bytes_that_are_no_message_end_that_stream_alone(
+    streams, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
     bo = streams("bo")
     assert endpoint.event() == Connected("bo")
     attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada")).SerializeToString()
@@ -279,6 +282,8 @@ def test_bytes_that_are_no_message_end_that_stream_alone(streams, endpoint: Endp
             list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT))
         assert list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT)) == []
     assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
+    gc.collect()
+    assert not caplog.records, "no traceback of ours for what somebody else sent"
     endpoint.ingress.send("bo", stepped(1))
     assert bo.receive() == stepped(1)
     bo.send(manifest(2))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedbert_kernels import attention_torch
 from fedbert_kernels.attention_torch import attention_reference, dropout_mask
+from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
 from fedbert_kernels.interpreter import HAVE_TRITON, dot, jit, narrow, tl
 from fedbert_kernels.philox import drop_threshold, keep_mask, keep_rate, load_seed
 from fedbert_kernels.sequences import check_bounds, work_items
@@ -158,6 +159,7 @@ def attention_forward_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -188,7 +190,7 @@ def attention_forward_kernel(
         high = tl.minimum(first_row + ROWS + window, length)
     else:
         low = 0
-        high = length // COLUMNS * COLUMNS
+        high = length // COLUMNS * COLUMNS if PEEL else length
     for first_column in range(low, high, COLUMNS):
         total, denominator, largest = _forward_step(
             total,
@@ -216,10 +218,10 @@ def attention_forward_kernel(
             PADDED_D,
             DROPOUT,
             WINDOW,
-            not WINDOW,
+            PEEL,
             PRECISION,
         )
-    if not WINDOW and high < length:
+    if PEEL and high < length:
         total, denominator, largest = _forward_step(
             total,
             denominator,
@@ -283,7 +285,7 @@ def _score_gradient(
     NEED_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] each: probabilities after dropout if NEED_P, and the scores' gradient; both lack a factor 1 / keep."""
+    """[ROWS, COLUMNS] each: probabilities after dropout if NEED_P, and the scores' gradient; both times keep."""
     scores = _scores(q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION)
     p = tl.exp2(scores - lse[:, None])
     dp = dot(dout, tl.trans(v), tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
@@ -334,6 +336,7 @@ def attention_backward_q_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -376,10 +379,10 @@ def attention_backward_q_kernel(
         high = tl.minimum(first_row + ROWS + window, length)
     else:
         low = 0
-        high = length // COLUMNS * COLUMNS
+        high = length // COLUMNS * COLUMNS if PEEL else length
     for first_column in range(low, high, COLUMNS):
-        k = _load_rows(k_base, k_stride, first_column, length, D, COLUMNS, PADDED_D, not WINDOW)
-        v = _load_rows(v_base, v_stride, first_column, length, D, COLUMNS, PADDED_D, not WINDOW)
+        k = _load_rows(k_base, k_stride, first_column, length, D, COLUMNS, PADDED_D, PEEL)
+        v = _load_rows(v_base, v_stride, first_column, length, D, COLUMNS, PADDED_D, PEEL)
         _, ds = _score_gradient(
             q,
             k,
@@ -402,12 +405,12 @@ def attention_backward_q_kernel(
             COLUMNS,
             DROPOUT,
             WINDOW,
-            not WINDOW,
+            PEEL,
             False,
             PRECISION,
         )
         dq = dot(narrow(ds, k.dtype), k, dq, PRECISION)
-    if not WINDOW and high < length:
+    if PEEL and high < length:
         k = _load_rows(k_base, k_stride, high, length, D, COLUMNS, PADDED_D, False)
         v = _load_rows(v_base, v_stride, high, length, D, COLUMNS, PADDED_D, False)
         _, ds = _score_gradient(
@@ -551,6 +554,7 @@ def attention_backward_kv_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -582,7 +586,7 @@ def attention_backward_kv_kernel(
         high = tl.minimum(first_column + COLUMNS + window, length)
     else:
         low = 0
-        high = length // ROWS * ROWS
+        high = length // ROWS * ROWS if PEEL else length
     for first_row in range(low, high, ROWS):
         dk, dv = _backward_kv_step(
             dk,
@@ -612,10 +616,10 @@ def attention_backward_kv_kernel(
             PADDED_D,
             DROPOUT,
             WINDOW,
-            not WINDOW,
+            PEEL,
             PRECISION,
         )
-    if not WINDOW and high < length:
+    if PEEL and high < length:
         dk, dv = _backward_kv_step(
             dk,
             dv,
@@ -673,11 +677,18 @@ class Launch:
     columns: int
     warps: int
     stages: int
+    registers: int | None = None
+    """Most registers of a thread, where the compiler must be told that it may use them all."""
 
     @property
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int | bool | None]:
         # Said out loud because Triton's default for fused multiply-add changes between releases.
-        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return {
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": self.registers,
+            "enable_fp_fusion": True,
+        }
 
 
 def padded_head_size(d: int) -> int:
@@ -685,16 +696,32 @@ def padded_head_size(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def launches(d: int, dtype: torch.dtype) -> tuple[Launch, Launch, Launch]:
-    """Of the forward, the dQ and the dK, dV kernel."""
+def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
+    """Of the forward, the dQ and the dK, dV kernel: the largest tiles whose registers do not spill.
+
+    A tile has 64 columns where that fits, so that one thread holds all 32 elements that share random words.
+    """
     wide = padded_head_size(d) > 64
     if dtype == torch.float32:
+        # Three products of tf32 keep thrice the operands in registers.
         if wide:
-            return Launch(64, 32, 8, 1), Launch(32, 32, 4, 1), Launch(32, 32, 4, 1)
-        return Launch(64, 32, 4, 1), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1)
-    if wide:
-        return Launch(128, 64, 8, 2), Launch(64, 64, 8, 1), Launch(64, 64, 8, 1)
-    return Launch(128, 64, 8, 2), Launch(64, 64, 4, 1), Launch(64, 64, 4, 1)
+            return Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
+        return Launch(64, 32, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
+    if capability < 90:
+        # Before Hopper, tensor cores take both operands from registers.
+        if wide:
+            return Launch(128, 32, 8, 2), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)
+        return Launch(128, 64, 8, 2), Launch(64, 32 if window else 64, 4, 1), Launch(64, 64, 4, 1)
+    if capability < 100:
+        return Launch(128, 64, 8, 2), Launch(64, 64, 4, 1), Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
+    # Spills at 128 registers unless told of the others.
+    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 1, 255)
+    return Launch(128, 64, 8, 2, 255), Launch(64, 64, 4, 1, 255), backward_kv
+
+
+def _launches(q: Tensor, window: int) -> tuple[Launch, Launch, Launch]:
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
+    return launches(q.shape[-1], q.dtype, window >= 0, 10 * major + minor)
 
 
 def launch_forward(
@@ -711,7 +738,7 @@ def launch_forward(
     num_tokens, heads, d = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
-    launch, _, _ = launches(d, q.dtype)
+    launch, _, _ = _launches(q, window)
     items = work_items(cu_seqlens, num_tokens, launch.rows)
     if len(items):
         attention_forward_kernel[(len(items) * heads,)](
@@ -735,7 +762,7 @@ def launch_forward(
             scale * LOG2_E,
             keep_rate(dropout),
             drop_threshold(dropout),
-            **_constants(launch, d, dropout > 0.0, window >= 0),
+            **_constants(launch, d, q.dtype, dropout > 0.0, window >= 0),
             **launch.options,
         )
     return out, lse
@@ -762,7 +789,7 @@ def launch_backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = torch.empty_like(lse)
-    _, launch_q, launch_kv = launches(d, q.dtype)
+    _, launch_q, launch_kv = _launches(q, window)
     seed = cu_seqlens if seed is None else seed
     sizes = (heads, num_tokens, window)
     inputs = (dout, q, k, v)
@@ -787,7 +814,7 @@ def launch_backward(
         *head_strides,
         *sizes,
         *numbers,
-        **_constants(launch_q, d, dropout > 0.0, window >= 0),
+        **_constants(launch_q, d, q.dtype, dropout > 0.0, window >= 0),
         **launch_q.options,
     )
     items = work_items(cu_seqlens, num_tokens, launch_kv.columns)
@@ -805,12 +832,12 @@ def launch_backward(
         *head_strides,
         *sizes,
         *numbers,
-        **_constants(launch_kv, d, dropout > 0.0, window >= 0),
+        **_constants(launch_kv, d, q.dtype, dropout > 0.0, window >= 0),
         **launch_kv.options,
     )
 
 
-def _constants(launch: Launch, d: int, dropout: bool, window: bool) -> dict[str, int | bool | str]:
+def _constants(launch: Launch, d: int, dtype: torch.dtype, dropout: bool, window: bool) -> dict[str, int | bool | str]:
     return {
         "D": d,
         "PADDED_D": padded_head_size(d),
@@ -818,6 +845,8 @@ def _constants(launch: Launch, d: int, dropout: bool, window: bool) -> dict[str,
         "COLUMNS": launch.columns,
         "DROPOUT": dropout,
         "WINDOW": window,
+        # Twice the code, which fp32's is not worth.
+        "PEEL": not window and dtype != torch.float32,
         # Three products of tf32 make one of nearly fp32 on tensor cores; 16-bit operands are not touched by this.
         "PRECISION": "tf32x3",
     }
@@ -851,7 +880,8 @@ def _attention(q, k, v, cu_seqlens, *options):
 @torch.library.custom_op(
     "fedbert_kernels::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS})"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def _attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options):
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
@@ -989,3 +1019,58 @@ def _check(
     if scale is not None and not scale > 0.0:
         raise ValueError(f"scale must be positive, got {scale}")
     return d
+
+
+# ---- compiling without a GPU ----
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel with dropout in every dtype and head size, and without dropout or with a window where it matters."""
+    names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+    # (head size, dtype, dropout, window); fp16 and bf16 compile to the same but for one opcode.
+    variants = [(d, torch.bfloat16, True, False) for d in (16, 32, 64, 96, 128)]
+    variants += [(d, dtype, True, False) for dtype in (torch.float16, torch.float32) for d in (64, 128)]
+    variants += [(64, torch.bfloat16, False, False), (128, torch.bfloat16, False, False)]
+    variants += [(64, torch.bfloat16, True, True)]
+    kernels = {
+        "attention_forward": attention_forward_kernel,
+        "attention_backward_q": attention_backward_q_kernel,
+        "attention_backward_kv": attention_backward_kv_kernel,
+    }
+    return [
+        _compile_case(
+            f"{name} {names[dtype]} d{d}{' dropout' if dropout else ''}{' window' if window else ''}",
+            kernel,
+            launch,
+            _constants(launch, d, dtype, dropout, window),
+            names[dtype],
+            architecture,
+        )
+        for d, dtype, dropout, window in variants
+        for architecture in ARCHITECTURES
+        for (name, kernel), launch in zip(kernels.items(), launches(d, dtype, window, architecture), strict=True)
+    ]
+
+
+def _compile_case(
+    name: str, kernel: Any, launch: Launch, constants: dict[str, Any], dtype: str, architecture: int
+) -> CompileCase:
+    arguments = [argument for argument in kernel.arg_names if argument not in constants]
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature={argument: _argument_type(argument, dtype) for argument in arguments},
+        constants=constants,
+        options=launch.options,
+        divisible_by_16=tuple(argument for argument in arguments if argument.endswith("stride")),
+        architectures=(architecture,),
+        # Of the padded sizes a few registers may go to memory.
+        spill_free=constants["D"] == constants["PADDED_D"],
+        tensor_cores=True,
+    )
+
+
+def _argument_type(argument: str, dtype: str) -> str:
+    special = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "items_ptr": "*i32", "seed_ptr": "*i64"}
+    special |= dict.fromkeys(("scale_log2", "gradient_scale", "keep"), "fp32")
+    return special.get(argument, f"*{dtype}" if argument.endswith("_ptr") else "i32")

@@ -15,7 +15,7 @@ class CompileCase:
     """A kernel with its argument types, constants and launch options; each kernel file has `compile_cases()`."""
 
     name: str
-    """Unique over all kernels and stable, since it names the row of the golden table: `attention_forward bf16 d64`."""
+    """Stable, and with an architecture unique: it names the row of the golden table, `attention_forward bf16 d64`."""
     kernel: Any
     """The `triton.jit` function."""
     signature: Mapping[str, str]

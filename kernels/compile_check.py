@@ -124,7 +124,7 @@ def _start_worker(cache: str) -> None:
 
 def _measure_job(job: tuple[str, str, int]) -> Row:
     module, name, architecture = job
-    case = next(case for case in compile_cases(module) if case.name == name)
+    case = next(case for case in compile_cases(module) if case.name == name and architecture in case.architectures)
     try:
         return measure(case, architecture)
     except Exception as error:  # A compiler error of any kind is a result here: it becomes a failing row.

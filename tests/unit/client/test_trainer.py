@@ -282,7 +282,10 @@ def test_a_parallel_half_steps_by_its_own_mean_loss(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], parameter) for name, parameter in server.half.named_parameters())
     server.give_half({name: torch.zeros_like(tensor) for name, tensor in weights.items()})
     assert not any(parameter.any() for parameter in server.half.parameters())
-    assert server.take("manifest").window == 2
+    for window in (2, 3):
+        server.window()
+        server.stepped(window)
+    assert server.take_half()[1] == len(batch_of(2).labels) + len(batch_of(3).labels), "counted anew"
 
 
 def batch_of(window: int) -> Batch:

@@ -119,6 +119,8 @@ class Ingress:
         """Queue a message for a client; messages to one that has gone are dropped."""
         stream = self._streams.get(client)
         if stream is not None:
+            # Counted here, not when it leaves: a window's bytes are then all told when the window ends.
+            self.bytes_down += message.ByteSize()
             self._loop.call_soon_threadsafe(stream.outgoing.put_nowait, message)
 
     def close(self, client: str, last: pb.ServerMessage) -> None:
@@ -129,7 +131,7 @@ class Ingress:
             self._loop.call_soon_threadsafe(stream.outgoing.put_nowait, None)
 
     def take_bytes(self) -> tuple[int, int]:
-        """Bytes received and sent since the last call."""
+        """Bytes received and given out to send since the last call."""
         up, down = self.bytes_up, self.bytes_down
         taken = up - self._taken[0], down - self._taken[1]
         self._taken = up, down
@@ -226,7 +228,6 @@ class _Servicer(rpc.FederationServicer):
         reader = asyncio.create_task(self._ingress.read(client, stream, messages))
         try:
             while (message := await stream.outgoing.get()) is not None:
-                self._ingress.bytes_down += message.ByteSize()
                 yield message
         finally:
             reader.cancel()

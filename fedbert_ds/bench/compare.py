@@ -51,6 +51,8 @@ class Run:
     seconds: float
     """From the start of its processes to the end of the last, start-up included."""
     commit: str | None
+    weight_difference: float = 0.0
+    """Largest difference of a weight of the final model to the baseline's, attention key biases apart."""
 
 
 def check_same_batches(runs: Sequence[Run]) -> None:
@@ -96,8 +98,8 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     """The final rows as a Markdown table."""
     lines = [
         f"| system | training loss, end | held-out loss | above {baseline} | largest difference of a window's loss "
-        "| bytes a token, both ways | of them averaging |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
+        "| of a weight, at the end | bytes a token, both ways | of them to keep the halves together |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in final_rows:
         label = System(row["system"], row["average_every"]).label
@@ -106,10 +108,11 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
             f"| {label} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} | "
             f"{'' if is_baseline else _signed(row['held_out_difference'])} | "
             f"{'' if is_baseline else _significant(row['largest_difference'])} | "
+            f"{'' if is_baseline else _significant(row['largest_weight_difference'])} | "
             f"{row['bytes_per_token']:,.0f} | {row['bytes_per_token_averaging']:,.0f} |"
         )
     unigram = final_rows[0]["unigram_loss"]
-    lines.append(f"| word frequency alone | | {unigram:.3f} | | | | |")
+    lines.append(f"| word frequency alone | | {unigram:.3f} | | | | | |")
     return "\n".join(lines)
 
 
@@ -166,6 +169,7 @@ def _final(run: Run, reference: Run) -> dict[str, Any]:
         "unigram_loss": run.unigram_loss,
         "held_out_difference": run.held_out_loss - reference.held_out_loss,
         "largest_difference": largest,
+        "largest_weight_difference": run.weight_difference,
         "bytes_per_token": whole.bytes_per_token,
         "bytes_per_token_up": whole.bytes_per_token_up,
         "bytes_per_token_down": whole.bytes_per_token_down,

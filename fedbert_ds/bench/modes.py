@@ -86,7 +86,8 @@ def bench_modes(options: ModesOptions) -> None:
     systems = QUICK_SYSTEMS if options.quick else SYSTEMS
     configs = {system: load_config(RUN_FILE, overrides_of(system, options)) for system in systems}
     commit = source_commit()
-    runs = [_finished(system, config, options, commit) for system, config in configs.items()]
+    reference = configs[CENTRALIZED].run.directory
+    runs = [_finished(system, config, options, commit, reference) for system, config in configs.items()]
     check_same_batches(runs)
     _check_same_text([config.run.directory for config in configs.values()])
     final_rows = final(runs, CENTRALIZED.name)
@@ -97,7 +98,7 @@ def bench_modes(options: ModesOptions) -> None:
         rows=rows(runs),
         settings=settings(configs[CENTRALIZED]),
         ranks=NUM_RANKS,
-        text=_text_facts(configs[CENTRALIZED].run.directory),
+        text=_text_facts(reference),
         final=final_rows,
     )
     picture = options.out.with_suffix(".png")
@@ -138,8 +139,8 @@ def settings(config: RunConfig) -> dict[str, Any]:
     return tree
 
 
-def _finished(system: System, config: RunConfig, options: ModesOptions, commit: str | None) -> Run:
-    """The system's run: read if it is complete with these very settings, else made."""
+def _finished(system: System, config: RunConfig, options: ModesOptions, commit: str | None, reference: Path) -> Run:
+    """The system's run: read if it is complete with these very settings, else made; `reference` is complete."""
     folder = config.run.directory
     result = _read_result(folder, config)
     if result is None:
@@ -154,6 +155,7 @@ def _finished(system: System, config: RunConfig, options: ModesOptions, commit: 
         unigram_loss=result["unigram_loss"],
         seconds=result["seconds"],
         commit=result["commit"],
+        weight_difference=_weight_difference(folder / "hf", reference / "hf"),
     )
 
 
@@ -238,6 +240,15 @@ def _evaluate(folder: Path, config: RunConfig) -> tuple[float, float]:
     )
     assert result.unigram_loss is not None
     return result.loss, result.unigram_loss
+
+
+def _weight_difference(folder: Path, reference: Path) -> float:
+    """Largest difference of a weight; key biases apart: their true gradient is zero, and Adam steps on noise."""
+    from safetensors.torch import load_file
+
+    mine, theirs = (load_file(path / "model.safetensors") for path in (folder, reference))
+    names = [name for name in theirs if not name.endswith("key.bias")]
+    return max((mine[name] - theirs[name]).abs().max().item() for name in names)
 
 
 def _read_result(folder: Path, config: RunConfig) -> dict[str, Any] | None:

@@ -32,7 +32,15 @@ METRICS = WindowMetrics(
 
 def run(system, above=0.0, windows=40):
     metrics = [replace(METRICS, window=number, loss=8.0 - number / 20 + above) for number in range(windows)]
-    return Run(system, metrics, held_out_loss=6.2 + above, unigram_loss=6.7, seconds=90.0, commit="abc")
+    return Run(
+        system,
+        metrics,
+        held_out_loss=6.2 + above,
+        unigram_loss=6.7,
+        seconds=90.0,
+        commit="abc",
+        weight_difference=above,
+    )
 
 
 RUNS = (run(System("centralized")), run(System("synchronous"), 1e-6), run(System("parallel", 5), 0.25))
@@ -63,9 +71,9 @@ def test_final_figures_are_differences_to_the_baseline():
 
 def test_table_reads_from_the_final_rows_alone():
     lines = table(final(RUNS, "centralized"), "centralized").splitlines()
-    assert lines[2].startswith("| centralized | 6.075 | 6.200 |  |  |")
-    assert lines[3].startswith("| synchronous | 6.075 | 6.200 | 0.000 | 1.0e-06 |")
-    assert lines[4].startswith("| parallel, average every 5 | 6.325 | 6.450 | +0.250 | 0.25 | 2 | 0 |")
+    assert lines[2].startswith("| centralized | 6.075 | 6.200 |  |  |  |")
+    assert lines[3].startswith("| synchronous | 6.075 | 6.200 | 0.000 | 1.0e-06 | 1.0e-06 |")
+    assert lines[4].startswith("| parallel, average every 5 | 6.325 | 6.450 | +0.250 | 0.25 | 0.25 | 2 | 0 |")
     assert "6.700" in lines[5]
     assert len({line.count("|") for line in lines}) == 1
 

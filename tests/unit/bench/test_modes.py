@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fedbert_ds.bench import modes
 from fedbert_ds.bench.compare import System
@@ -78,6 +80,9 @@ def runner(monkeypatch):
         (folder / "tokenizer" / "tokenizer.json").write_text("{}")
         facts = {"articles": 2, "held_out": 1, "shard_articles": [1], "shard_characters": [4], "sources": ["/x/y"]}
         (folder / "text.json").write_text(json.dumps(facts))
+        weights = {"dense.weight": torch.tensor([1.0, 2.0]), "key.bias": torch.tensor([float(len(started))])}
+        (folder / "hf").mkdir()
+        save_file(weights, folder / "hf" / "model.safetensors")
         (folder / "config.yaml").write_text(dump_config(config))
         return 0
 
@@ -126,6 +131,7 @@ def test_record_picture_and_table(options, runner, capsys):
     assert {row["system"] for row in record["final"]} == {"centralized", "synchronous", "parallel"}
     assert record["final"][0]["held_out_loss"] == 6.25 and record["final"][0]["unigram_loss"] == 6.75
     assert record["text"]["articles"] == 2
+    assert record["final"][1]["largest_weight_difference"] == 0, "key biases are noise"
     assert str(options.work) not in options.out.read_text(), "no path of this machine"
     assert options.out.with_suffix(".png").is_file()
     assert "| synchronous | 6.700 | 6.250 | 0.000 |" in capsys.readouterr().out

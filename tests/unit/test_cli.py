@@ -1,0 +1,57 @@
+"""The console command: `eval` prints the same number each time; mistakes are one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.cli import main
+from fedbert_ds.config import ModelSection
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import train_wordpiece
+from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+from fedbert_ds.model.checkpoint import build_model
+
+TEXT = [Article("one", "the quick brown fox jumps over the lazy dog and runs away from it " * 8)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    tokenizer = train_wordpiece(TEXT, 100)
+    section = ModelSection(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=32)
+    build_model(section, len(tokenizer), tokenizer.pad_token_id, 0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write_shard(tmp_path / "text.jsonl", TEXT)
+    return tmp_path
+
+
+def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) -> None:
+    arguments = ["eval", "--model", str(checkpoint / "model"), "--data", str(checkpoint / "text.jsonl"), "--seed", "3"]
+    main(arguments)
+    first = capsys.readouterr().out
+    main(arguments)
+    assert capsys.readouterr().out == first
+    result = evaluate_masked_lm(checkpoint / "model", [str(checkpoint / "text.jsonl")], seed=3)
+    assert f"loss {result.loss:.4f} nats, perplexity {result.perplexity:.2f}" in first
+    assert f"{result.masked_tokens:,} masked tokens" in first
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["eval", "--model", "nowhere/at-all", "--data", "text.jsonl"], "nowhere/at-all"),
+        (["client", "--server", "x:1", "--data", "y", "--cut", "middle"], "--cut middle: choose"),
+        (["client", "--server", "x:1", "--data", "y", "--cut", "layers:0"], "--cut layers:0: choose"),
+        (["client", "--server", "x:1", "--data", "y", "--ca", "ca.pem"], "--ca, --certificate and --key"),
+        (["client", "--server", "x:1", "--data", "no-such-file.txt"], "no-such-file.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, says, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedbert-ds: ")]
+    assert exit_.value.code not in (0, None) and len(lines) == 1 and says in lines[0]

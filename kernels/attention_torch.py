@@ -6,13 +6,14 @@ for CPUs; with dropout it computes scores in chunks and draws the same mask as t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedbert_kernels.philox import drop_threshold, keep_mask_reference, keep_rate
+from fedbert_kernels.philox import drop_threshold, dropped_bytes, keep_factor, keep_mask_reference, keep_rate
 from fedbert_kernels.sequences import EqualLengths, equal_lengths
 
 CHUNK = 1 << 22
@@ -79,14 +80,14 @@ def forward(
     """out [T, heads, d] and lse [heads, T] fp32: for `backward` only, in natural units and sorted by length."""
     order = equal_lengths(cu_seqlens)
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
-    for group in _groups(order, (q, k, v), (out,), lse):
+    for group in _groups(order, (q, k, v), (out,), lse, seed, dropout):
         qs, ks, vs = group.inputs
         if dropout == 0.0 and q.device.type == "cpu":
             result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 qs, ks, vs, attn_mask=_window_bias(group.length, window, q.dtype, q.device), scale=scale
             )
         else:
-            result = _explicit_forward(group, seed, dropout, window, scale)
+            result = _explicit_forward(group, dropout, window, scale)
         group.outputs[0].copy_(result[0])
         group.lse.copy_(result[1])
     return _restored(order, out), lse
@@ -112,7 +113,7 @@ def backward(
     order = equal_lengths(cu_seqlens)
     # Gradients go where they belong at once, unless the tokens were sorted.
     sorted_gradients = (dq, dk, dv) if order.order is None else tuple(torch.empty_like(dq) for _ in range(3))
-    for group in _groups(order, (q, k, v, out, dout), sorted_gradients, lse):
+    for group in _groups(order, (q, k, v, out, dout), sorted_gradients, lse, seed, dropout):
         qs, ks, vs, outs, douts = group.inputs
         if dropout == 0.0 and q.device.type == "cpu":
             bias = _window_bias(group.length, window, q.dtype, q.device)
@@ -120,7 +121,7 @@ def backward(
                 douts, qs, ks, vs, outs, group.lse, 0.0, False, attn_mask=bias, scale=scale
             )
         else:
-            result = _explicit_backward(group, seed, dropout, window, scale)
+            result = _explicit_backward(group, dropout, window, scale)
         for gradient, values in zip(group.outputs, result, strict=True):
             gradient.copy_(values)
     if order.restore is not None:
@@ -133,79 +134,97 @@ class _Group:
     """Sequences of one length, as one batch."""
 
     length: int
-    starts: Tensor
-    """[count] int64: first token of each sequence in the pack."""
     inputs: tuple[Tensor, ...]
     """[count, heads, length, d] each."""
     outputs: tuple[Tensor, ...]
     """The same, views to be written."""
     lse: Tensor
     """[count, heads, length] fp32, a view."""
-
-    @property
-    def streams(self) -> Tensor:
-        """[count * heads] int64: what tells one score matrix's dropout mask from another's."""
-        heads = self.lse.shape[1]
-        return (self.starts[:, None] * heads + torch.arange(heads, device=self.starts.device)).flatten()
+    dropped: Tensor
+    """[count * heads, ...] uint8: `dropped_bytes` of each score matrix, empty without dropout."""
 
 
 def _groups(
-    order: EqualLengths, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], lse: Tensor
+    order: EqualLengths,
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout: float,
 ) -> Iterator[_Group]:
     """Views of [T, heads, d] tensors and of lse [heads, T]; `outputs` and `lse` are in sorted order."""
     if order.order is not None:
         inputs = tuple(tensor.index_select(0, order.order) for tensor in inputs)
     first = 0
-    for (length, count), starts in zip(order.groups, order.starts, strict=True):
+    bits = _dropped(order, lse.shape[0], seed, dropout)
+    for (length, count), dropped in zip(order.groups, bits, strict=True):
         tokens = slice(first, first + length * count)
         first = tokens.stop
         yield _Group(
             length,
-            starts,
             tuple(tensor[tokens].unflatten(0, (count, length)).transpose(1, 2) for tensor in inputs),
             tuple(tensor[tokens].unflatten(0, (count, length)).transpose(1, 2) for tensor in outputs),
             lse[:, tokens].unflatten(1, (count, length)).transpose(0, 1),
+            dropped,
         )
+
+
+def _dropped(order: EqualLengths, heads: int, seed: Tensor | None, dropout: float) -> Iterator[Tensor]:
+    """`dropped_bytes` of the score matrices of each group, [count * heads, ...], empty without dropout."""
+    for blocks, run in itertools.groupby(zip(order.groups, order.starts, strict=True), _blocks):
+        starts = [starts for _, starts in run]
+        if seed is None or dropout == 0.0:
+            yield from (first.new_empty(len(first) * heads, 0) for first in starts)
+            continue
+        # The mask of a length is the corner of a longer one's: groups with as many blocks of 64 share the many small
+        # operations of a draw. Drawn in pieces, since these take a hundred times the bits' memory.
+        streams = (torch.cat(starts)[:, None] * heads + torch.arange(heads, device=starts[0].device)).flatten()
+        pieces = _chunks(64 * blocks, streams)
+        bits = torch.cat([dropped_bytes(piece, 64 * blocks, seed, drop_threshold(dropout)) for (piece,) in pieces])
+        yield from bits.split([len(first) * heads for first in starts])
+
+
+def _blocks(group: tuple[tuple[int, int], Tensor]) -> int:
+    (length, _), _ = group
+    return -(-length // 64)
 
 
 def _restored(order: EqualLengths, tensor: Tensor) -> Tensor:
     return tensor if order.restore is None else tensor.index_select(0, order.restore)
 
 
-def _explicit_forward(
-    group: _Group, seed: Tensor | None, dropout: float, window: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _explicit_forward(group: _Group, dropout: float, window: int, scale: float) -> tuple[Tensor, Tensor]:
     shape = group.inputs[0].shape
+    flat = (tensor.flatten(0, 1) for tensor in group.inputs)
     outs, sums = [], []
-    for streams, q, k, v in _chunks(group.length, group.streams, *(tensor.flatten(0, 1) for tensor in group.inputs)):
+    for dropped, q, k, v in _chunks(group.length, group.dropped, *flat):
         scores = _scores(q, k, window, scale)
         sums.append(scores.logsumexp(-1))
         p = scores.softmax(-1)
-        if seed is not None and dropout > 0.0:
-            p.mul_(_dropout_factor(streams, group.length, seed, dropout))
+        if dropout > 0.0:
+            p.mul_(keep_factor(dropped, group.length, drop_threshold(dropout)))
         outs.append(p @ v.float())
     return torch.cat(outs).view(shape), torch.cat(sums).view(shape[:3])
 
 
-def _explicit_backward(
-    group: _Group, seed: Tensor | None, dropout: float, window: int, scale: float
-) -> tuple[Tensor, ...]:
+def _explicit_backward(group: _Group, dropout: float, window: int, scale: float) -> tuple[Tensor, ...]:
+    shape = group.inputs[0].shape
     flat = (tensor.flatten(0, 1) for tensor in group.inputs)
     gradients = []
-    for streams, *tensors in _chunks(group.length, group.streams, *flat):
-        q, k, v, out, dout = (tensor.float() for tensor in tensors)
+    for dropped, *tensors in _chunks(group.length, group.dropped, *flat):
+        q, k, v, _, dout = (tensor.float() for tensor in tensors)
         # Anew from the scores, and not from lse: the difference of two large numbers would cost digits.
         p = _scores(q, k, window, scale).softmax(-1)
         dp = dout @ v.mT
         kept_p = p
-        if seed is not None and dropout > 0.0:
-            factor = _dropout_factor(streams, group.length, seed, dropout)
+        if dropout > 0.0:
+            factor = keep_factor(dropped, group.length, drop_threshold(dropout))
             dp.mul_(factor)
-            kept_p = p * factor
-        delta = (out * dout).sum(-1, keepdim=True)
+            kept_p = factor.mul_(p)
+        # From the scores too: `out` is rounded, and what is left of the difference may be small.
+        delta = torch.linalg.vecdot(p, dp).unsqueeze(-1)
         ds = dp.sub_(delta).mul_(p).mul_(scale)
         gradients.append((ds @ k, ds.mT @ q, kept_p.mT @ dout))
-    shape = group.inputs[0].shape
     return tuple(torch.cat(parts).view(shape) for parts in zip(*gradients, strict=True))
 
 
@@ -221,12 +240,6 @@ def _scores(q: Tensor, k: Tensor, window: int, scale: float) -> Tensor:
     if window >= 0:
         scores.masked_fill_(~_inside_window(q.shape[1], window, q.device), float("-inf"))
     return scores
-
-
-def _dropout_factor(streams: Tensor, length: int, seed: Tensor, dropout: float) -> Tensor:
-    """[*streams.shape, length, length] fp32: 1 / keep rate where kept, else 0."""
-    kept = keep_mask_reference(streams, length, seed, drop_threshold(dropout))
-    return kept.to(torch.float32).mul_(1.0 / keep_rate(dropout))
 
 
 def _inside_window(length: int, window: int, device: torch.device) -> Tensor:

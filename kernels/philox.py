@@ -105,10 +105,10 @@ def keep_mask(
     """[ROWS, COLUMNS] bool of a tile: True where an element is kept."""
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
-    bit = ((rows >> 3) & 1) | ((columns & 1) << 1) | (((columns >> 3) & 7) << 2)
+    bit = ((columns >> 3) & 7) | ((columns & 1) << 3) | (((rows >> 3) & 1) << 4)
     # A tile narrower than 64 begins inside a group of columns.
     if COLUMNS < 64:
-        bit |= ((first_column >> 3) & 7) << 2
+        bit |= (first_column >> 3) & 7
     row_group = (first_row + (rows & ~8)).to(tl.uint32)
     column_group = ((first_column & ~57) + (columns & ~57)).to(tl.uint32)
     words = _drop_words(row_group, column_group, stream.to(tl.uint32), offset, key_low, key_high, threshold)
@@ -137,6 +137,21 @@ def philox_reference(c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, seed: Tenso
 
 def keep_mask_reference(streams: Tensor, length: int, seed: Tensor, threshold: int) -> Tensor:
     """[*streams.shape, length, length] bool: `keep_mask` over whole score matrices; `seed` is [2] int64."""
+    return keep_factor(dropped_bytes(streams, length, seed, threshold), length, threshold) > 0.0
+
+
+def keep_factor(dropped: Tensor, length: int, threshold: int) -> Tensor:
+    """[..., length, length] fp32: what dropout multiplies by, 1 / keep rate or 0; of `dropped_bytes` for >= length."""
+    # A byte is eight neighbours of a row: looked up, they cost less than shifted out one by one.
+    byte = torch.arange(256, device=dropped.device)[:, None]
+    kept = ((byte >> torch.arange(8, device=dropped.device)) & 1) == 0
+    factors = kept.to(torch.float32).mul_(LEVELS / (LEVELS - threshold))
+    needed = dropped[..., :length, : (length + 7) // 8].int()
+    return torch.nn.functional.embedding(needed, factors).flatten(-2)[..., :length]
+
+
+def dropped_bytes(streams: Tensor, length: int, seed: Tensor, threshold: int) -> Tensor:
+    """[*streams.shape, rows, columns / 8] uint8, rows and columns >= length: bit c of a byte is its column c."""
     device = streams.device
     row_groups = torch.arange(0, length, 16, device=device)[:, None] + torch.arange(8, device=device)
     column_groups = torch.arange(0, length, 64, device=device)[:, None] + torch.arange(0, 8, 2, device=device)
@@ -150,11 +165,16 @@ def keep_mask_reference(streams: Tensor, length: int, seed: Tensor, threshold: i
     words = torch.zeros_like(random[-1])
     for bit, word in enumerate(random):
         words = words | word if (threshold >> bit) & 1 else words & word
-    # Bits: row bit 3 | column bit 0 << 1 | column bits 3 to 5 << 2.
-    row_bit = torch.arange(2, device=device)[:, None, None, None, None, None]
-    column_bits = torch.arange(8, device=device)[:, None, None] << 2 | torch.arange(2, device=device) << 1
-    shifts = row_bit | column_bits
-    dropped = (words[..., :, None, :, :, None, :, None] >> shifts) & 1
-    groups_of_rows, groups_of_columns = len(row_groups), len(column_groups)
-    dropped = dropped.reshape(*streams.shape, groups_of_rows * 16, groups_of_columns * 64)
-    return dropped[..., :length, :length] == 0
+    # Bits 0 to 15 of a word are of row r, the others of row r + 8; of 16, the lower eight are columns c + 8 j, the
+    # upper c + 1 + 8 j. So a row's part of four words is a matrix of bits, [8 values of c][j]; its transpose, bytes j.
+    halves = torch.stack((words & 0xFFFF, (words >> 16) & 0xFFFF), dim=-4)
+    matrix = halves[..., 0] | halves[..., 1] << 16 | halves[..., 2] << 32 | halves[..., 3] << 48
+    return _transpose_bits(matrix).view(torch.uint8).flatten(-4, -2)
+
+
+def _transpose_bits(matrix: Tensor) -> Tensor:
+    """Bit i of byte j of each int64 becomes bit j of byte i (Hacker's Delight, 7-3)."""
+    for shift, mask in ((7, 0x00AA00AA00AA00AA), (14, 0x0000CCCC0000CCCC), (28, 0x00000000F0F0F0F0)):
+        swapped = (matrix ^ (matrix >> shift)) & mask
+        matrix = matrix ^ swapped ^ (swapped << shift)
+    return matrix

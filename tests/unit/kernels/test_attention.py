@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fedbert_kernels import attention as attention_module
 from fedbert_kernels import attention_torch, sequences
 from fedbert_kernels.attention import attention, attention_reference, dropout_mask, launch_backward, launch_forward
 from fedbert_kernels.interpreter import HAVE_TRITON
@@ -101,8 +102,8 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=
         torchs_error = torch.maximum((theirs - right).abs().max(), fused_error)
         allowed = 2 * torchs_error + 0.5 * torch.finfo(dtype).eps * right.abs().max()
         if max(lengths) == 1 and name in ("dq", "dk"):
-            # Zero as the difference of two equal dot products of d terms, summed in fp32 in different orders.
-            allowed = torch.tensor(1e-5 * spread**3)
+            # Zero as a difference of two equal dot products, of which one may go through the rounded output.
+            allowed = torch.tensor((1e-5 + (16 * torch.finfo(dtype).eps if dropout else 0.0)) * spread**3)
         error = (ours - right).abs().max()
         assert error <= allowed, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}"
 
@@ -133,7 +134,7 @@ def test_kernels_are_as_good_as_torch(lengths, heads, d, dtype, dropout, window,
 
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [16, 24, 64, 96, 128])
+@pytest.mark.parametrize("d", [16, 24, 64, 128])
 def test_kernels_take_every_dtype_and_head_size(d: int, dtype: torch.dtype) -> None:
     assert_as_good_as_torch(kernels, [70, 1, 33], 1, d, dtype, dropout=0.1)
 
@@ -144,7 +145,7 @@ def test_kernels_walk_a_long_sequence() -> None:
     assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16, dropout=0.2, window=100)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @grid
 @example([], 1, 16, torch.float32, 0.0, None, 1.0)
 @example([0, 5, 0, 3, 5], 2, 32, torch.float32, 0.1, 3, 1.0)
@@ -190,18 +191,29 @@ def test_the_same_input_gives_the_same_bits(body) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_masks_equal_the_hosts_bit_by_bit(dtype: torch.dtype) -> None:
-    """q = 0 makes every probability 1 / length and v = identity shows each; tiles of 32 and of 64 columns."""
-    lengths, heads = [100, 128, 7], 2
-    qkv = torch.zeros(sum(lengths), 3, heads, 128, dtype=dtype, device=DEVICE)
-    starts = [0, 100, 228]
+@pytest.mark.parametrize(("rows", "columns"), [(128, 64), (64, 128), (32, 32), (64, 16)])
+def test_kernel_masks_equal_the_hosts_bit_by_bit(rows: int, columns: int, monkeypatch) -> None:
+    """q = 0 makes every probability 1 / length, and v = identity shows each; whatever the tiles."""
+    shape = attention_module.Launch(rows, columns, 4, 1)
+    monkeypatch.setattr(attention_module, "launches", lambda *_: (shape,) * 3)
+    lengths, heads = [50, 128, 7], 2
+    qkv = torch.zeros(sum(lengths), 3, heads, 128, dtype=torch.float16, device=DEVICE)
+    starts = [0, 50, 178]
     for start, length in zip(starts, lengths, strict=True):
         qkv[start : start + length, 2] = torch.eye(length, 128).unsqueeze(1)
     out, _ = launch_forward(*qkv.unbind(1), cumulative(lengths), SEED, 0.3, -1, 1.0)
     masks = dropout_mask(SEED, cumulative(lengths), heads, 0.3)
     for start, length, mask in zip(starts, lengths, masks, strict=True):
         assert torch.equal(out[start : start + length, :, :length].transpose(0, 1) > 0, mask)
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (64, 128)])
+@pytest.mark.parametrize("window", [None, 20])
+def test_tiles_of_other_shapes_give_the_same(rows: int, columns: int, window: int | None, monkeypatch) -> None:
+    shape = attention_module.Launch(rows, columns, 4, 1)
+    monkeypatch.setattr(attention_module, "launches", lambda *_: (shape,) * 3)
+    assert_as_good_as_torch(kernels, [90, 20], 1, 32, torch.float32, dropout=0.1, window=window)
 
 
 def test_dropout_scales_by_the_rate_it_keeps() -> None:

@@ -1,0 +1,119 @@
+"""Every kernel compiles for every architecture, without a GPU, to what the golden table says.
+
+The table of a Triton release is written by `python -m fedbert_kernels.compile_check --update`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.compile_check import MODULES, compile_cases, golden_path, problems, read_table
+from fedbert_kernels.interpreter import HAVE_TRITON
+
+pytestmark = [
+    pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed"),
+    # One process compiles everything once.
+    pytest.mark.xdist_group("compiled kernels"),
+    pytest.mark.timeout(900),
+]
+EXTRA_FOR_DROPOUT = 8
+"""Instructions of the main loop that dropout may add for each score."""
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict]:
+    """{module: {row: counts}} of the modules that have a table for this Triton; compiled in a process of their own.
+
+    There, kernels are not interpreted.
+    """
+    modules = [module for module in MODULES if golden_path(module).exists()]
+    if not modules:
+        pytest.skip(f"no golden table for this Triton: {golden_path('*')}")
+    program = (
+        "import json, sys\n"
+        "from fedbert_kernels.compile_check import measure_all\n"
+        "if __name__ == '__main__':\n"
+        "    print(json.dumps(measure_all(sys.argv[1:])))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program, *modules]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
+    assert result.returncode == 0, result.stderr[-2000:]
+    tables: dict[str, dict] = json.loads(result.stdout)
+    return tables
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_got_worse(module: str, measured) -> None:
+    if module not in measured:
+        pytest.skip(f"no golden table for this Triton: {golden_path(module)}")
+    found = problems(read_table(golden_path(module)), measured[module], compile_cases(module))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("kernel", ["attention_forward", "attention_backward_q", "attention_backward_kv"])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_dropout_costs_few_instructions(kernel: str, architecture: int, measured) -> None:
+    """Where a thread holds what shares a random word; Blackwell's layout gives it one row, so half of each word."""
+    if "attention" not in measured:
+        pytest.skip(f"no golden table for this Triton: {golden_path('attention')}")
+    loops = {}
+    for suffix in ("", " dropout"):
+        name = f"{kernel} bf16 d64{suffix}"
+        loops[suffix] = sum(measured["attention"][f"{name} sm_{architecture}"]["loop"].values())
+    (case,) = (case for case in compile_cases("attention") if case.name == name and architecture in case.architectures)
+    threads = 32 * case.options["num_warps"]
+    scores = case.constants["ROWS"] * case.constants["COLUMNS"] / threads
+    assert (loops[" dropout"] - loops[""]) / scores <= EXTRA_FOR_DROPOUT
+
+
+# ---- the check itself ----
+
+CASE = CompileCase("k", None, {}, {}, architectures=(90,), tensor_cores=True)
+GOOD = {"registers": 128, "spills": 0, "shared": 1024, "tensor": {"HGMMA": 8}, "loop": {"float": 100}}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (GOOD, None),
+        (GOOD | {"loop": {"float": 90, "integer": 13}}, None),
+        (GOOD | {"loop": {"float": 90, "integer": 14}}, "grew from 100 to 104"),
+        (GOOD | {"spills": 1}, "1 spill instructions"),
+        (GOOD | {"tensor": {"HMMA": 64}}, "tensor-core instructions were"),
+        (GOOD | {"tensor": {}}, "no tensor-core instructions"),
+        (GOOD | {"registers": 255}, "fewer blocks fit"),
+        (GOOD | {"shared": 100_000}, "fewer blocks fit"),
+        ({"error": "CompilationError"}, "does not compile"),
+        (None, "no longer compiled"),
+    ],
+)
+def test_what_counts_as_a_problem(row, message: str | None) -> None:
+    found = problems({"k sm_90": GOOD}, {"k sm_90": row} if row else {}, [CASE])
+    assert any(message in line for line in found) if message else not found
+
+
+def test_a_case_without_a_row_is_a_problem() -> None:
+    assert "not in the table" in problems({}, {"k sm_90": GOOD}, [CASE])[0]
+
+
+def test_names_of_cases_are_unique() -> None:
+    for module in MODULES:
+        keys = [(case.name, architecture) for case in compile_cases(module) for architecture in case.architectures]
+        assert len(keys) == len(set(keys))
+
+
+def test_a_case_must_name_every_argument() -> None:
+    from fedbert_kernels.disassembly import compile_without_gpu
+
+    class Kernel:
+        arg_names = ("x_ptr", "SIZE")
+
+    with pytest.raises(ValueError, match="SIZE"):
+        compile_without_gpu(CompileCase("k", Kernel, {"x_ptr": "*fp32"}, {}), 90)

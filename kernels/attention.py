@@ -47,14 +47,10 @@ class Launch:
     """Most registers of a thread, where the compiler must be told that it may use them all."""
 
     @property
-    def options(self) -> dict[str, int | bool | None]:
+    def options(self) -> dict[str, int | bool]:
         # Said out loud because Triton's default for fused multiply-add changes between releases.
-        return {
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-            "maxnreg": self.registers,
-            "enable_fp_fusion": True,
-        }
+        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 def padded_head_size(d: int) -> int:
@@ -63,7 +59,7 @@ def padded_head_size(d: int) -> int:
 
 
 def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
-    """Of the forward, the dQ and the dK, dV kernel: the largest tiles whose registers do not spill.
+    """Of the forward, the dQ and the dK, dV kernel: tiles whose registers do not spill.
 
     A tile has 64 columns where that fits, so that one thread holds all 32 elements that share random words.
     """
@@ -72,7 +68,7 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
         # Three products of tf32 keep thrice the operands in registers.
         if wide:
             return Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
-        return Launch(64, 32, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
+        return Launch(64, 32, 4 if capability < 100 else 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
     if capability < 90:
         # Before Hopper, tensor cores take both operands from registers.
         if wide:
@@ -229,12 +225,15 @@ _INPUTS = "Tensor cu_seqlens, Tensor? seed, float dropout, int window, float sca
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     check_bounds(cu_seqlens, len(q))
     body = launch_forward if HAVE_TRITON and q.is_cuda else attention_torch.forward
-    return body(q, k, v, cu_seqlens, *options)
+    # Triton launches on the current device, whatever the tensors'.
+    with torch.cuda.device_of(q):
+        return body(q, k, v, cu_seqlens, *options)
 
 
 def _backward(dout: Tensor, *arguments: Any) -> None:
     body = launch_backward if HAVE_TRITON and dout.is_cuda else attention_torch.backward
-    body(dout, *arguments)
+    with torch.cuda.device_of(dout):
+        body(dout, *arguments)
 
 
 @torch.library.custom_op(

@@ -3,6 +3,7 @@
     python -m fedbert_kernels.compile_check                     compare, exit status 1 on a problem
     python -m fedbert_kernels.compile_check --update            write the table of the installed Triton release anew
     python -m fedbert_kernels.compile_check --module gelu       one kernel file only (with --update too)
+    python -m fedbert_kernels.compile_check --only d64          only rows with this in their name (with --update too)
 
 A kernel file takes part by being named in MODULES and having `compile_cases() -> list[CompileCase]`.
 """
@@ -44,13 +45,14 @@ def compile_cases(module: str) -> list[CompileCase]:
     return cases
 
 
-def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None) -> dict[str, Table]:
-    """Counts of every case of every module: {module: {"name sm_90": counts or {"error": ...}}}."""
+def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, only: str = "") -> dict[str, Table]:
+    """Counts of every case with `only` in its name: {module: {"name sm_90": counts or {"error": ...}}}."""
     jobs = [
         (module, case.name, architecture)
         for module in modules
         for case in compile_cases(module)
         for architecture in case.architectures
+        if only in f"{case.name} sm_{architecture}"
     ]
     tables: dict[str, Table] = {module: {} for module in modules}
     # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
@@ -141,18 +143,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compile every kernel without a GPU; compare with the golden table.")
     parser.add_argument("--update", action="store_true", help="write the table instead of comparing")
     parser.add_argument("--module", action="append", choices=MODULES, help="only this kernel file (repeatable)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains this")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of the tables")
     options = parser.parse_args(arguments)
     failures = 0
-    for module, table in measure_all(options.module or MODULES, options.workers).items():
+    for module, table in measure_all(options.module or MODULES, options.workers, options.only).items():
         path = golden_path(module, options.golden)
-        errors = [f"{key}: {row['error']}" for key, row in table.items() if "error" in row]
-        if options.update and not errors:
-            write_table(path, table)
-            golden = table
-        else:
-            golden = read_table(path) if path.exists() else {}
+        golden = read_table(path) if path.exists() else {}
+        if options.update and not any("error" in row for row in table.values()):
+            golden = golden | table if options.only else table
+            write_table(path, golden)
+        golden = {key: row for key, row in golden.items() if options.only in key}
         found = problems(golden, table, compile_cases(module))
         print(f"{module}: {len(table)} compiled, {len(found)} problems", *found, sep="\n  ")
         failures += len(found)

@@ -70,8 +70,7 @@ def compile_without_gpu(case: CompileCase, architecture: int) -> Any:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs=attributes,
     )
-    options = {name: value for name, value in case.options.items() if value is not None}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(case.options))
 
 
 def _tool(name: str) -> str:

@@ -149,7 +149,7 @@ class OptimizerSection(Section):
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm, of the body and of each client half apart; 0 turns clipping off."""
     schedule: Literal["linear", "polynomial", "constant"] = "linear"
-    """Decay after warm-up, to zero at the last window."""
+    """Decay after warm-up, to zero one window after the last."""
     warmup_windows: Annotated[int, Field(ge=0)] = 0
     """Windows over which the learning rate rises linearly to `lr`."""
     power: Annotated[float, Field(gt=0.0)] = 2.0

@@ -85,8 +85,8 @@ def torchs_errors(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, window: int | N
 def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=None, spread=1.0) -> None:
     """Error against fp64 at most twice torch's in the same dtype, for the output and the gradients of q, k, v.
 
-    Torch's is the larger of its fused attention's and the reference's, which alone has dropout. Half a unit in the
-    last place of the largest value is always allowed, since over few values torch may be lucky.
+    Torch's is the larger of its fused attention's and the reference's, which alone has dropout. Over few values torch
+    may be lucky, so what rounding alone may cost is always allowed, see `rounding`.
     """
     qkv, cu_seqlens = random_qkv(lengths, heads, d, dtype, spread), cumulative(lengths)
     dout = torch.randn(len(qkv), heads, d, generator=torch.Generator().manual_seed(1)).to(qkv)
@@ -98,14 +98,27 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=
     rows = [("out", out, torchs[0], exact[0])]
     rows += [(f"d{name}", dqkv[:, i], torchs[1][:, i], exact[1][:, i]) for i, name in enumerate("qkv")]
     fused_errors = torchs_errors(qkv, cu_seqlens, dout, window)
-    for (name, ours, theirs, right), fused_error in zip(rows, fused_errors, strict=True):
-        torchs_error = torch.maximum((theirs - right).abs().max(), fused_error)
-        allowed = 2 * torchs_error + 0.5 * torch.finfo(dtype).eps * right.abs().max()
-        if max(lengths) == 1 and name in ("dq", "dk"):
-            # Zero as a difference of two equal dot products, of which one may go through the rounded output.
-            allowed = torch.tensor((1e-5 + (16 * torch.finfo(dtype).eps if dropout else 0.0)) * spread**3)
+    allowances = rounding(qkv, dout, exact)
+    for (name, ours, theirs, right), fused_error, rest in zip(rows, fused_errors, allowances, strict=True):
+        # Dropout scales what is kept, and so its error.
+        torchs_error = torch.maximum((theirs - right).abs().max(), fused_error / keep_rate(dropout))
         error = (ours - right).abs().max()
-        assert error <= allowed, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}"
+        assert error <= 2 * torchs_error + rest, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}, {rest:.2e}"
+
+
+def rounding(qkv: Tensor, dout: Tensor, exact: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """What out, dq, dk, dv may be off however good the algorithm: their own last place, and two more for dq and dk.
+
+    These are sums of probability * (dout · v - dout · out), where products are sums of d terms in fp32 and
+    `out` has been rounded to its dtype, in every fused attention.
+    """
+    out, dqkv = exact
+    own = [0.5 * torch.finfo(qkv.dtype).eps * values.abs().max() for values in (out, *dqkv.unbind(1))]
+    q, k, v = qkv.double().unbind(1)
+    products = (dout.double().transpose(0, 1) @ v.transpose(0, 1).mT).abs().max() * torch.finfo(torch.float32).eps
+    through_out = (out * dout).square().sum(-1).sqrt().max() * 0.5 * torch.finfo(qkv.dtype).eps
+    difference = 2 * (products + through_out) * qkv.shape[-1] ** -0.5
+    return [own[0], own[1] + difference * k.abs().max(), own[2] + difference * q.abs().max(), own[3]]
 
 
 # ---- against fp64 ----
@@ -117,7 +130,7 @@ grid = given(
     dtype=st.sampled_from(DTYPES),
     dropout=st.sampled_from([0.0, 0.1, 0.5]),
     window=st.sampled_from([None, None, 0, 3, 64]),
-    spread=st.sampled_from([1.0, 1.0, 8.0]),
+    spread=st.sampled_from([1.0, 1.0, 4.0]),
 )
 
 

@@ -86,7 +86,8 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=
     """Error against fp64 at most twice torch's in the same dtype, for the output and the gradients of q, k, v.
 
     Torch's is the larger of its fused attention's and the reference's, which alone has dropout. Over few values torch
-    may be lucky, so what rounding alone may cost is always allowed, see `rounding`.
+    may be lucky, so what rounding alone may cost is always allowed, see `rounding`, and below 16 tokens three times as
+    much as above.
     """
     qkv, cu_seqlens = random_qkv(lengths, heads, d, dtype, spread), cumulative(lengths)
     dout = torch.randn(len(qkv), heads, d, generator=torch.Generator().manual_seed(1)).to(qkv)
@@ -103,7 +104,10 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=
         # Dropout scales what is kept, and so its error.
         torchs_error = torch.maximum((theirs - right).abs().max(), fused_error / keep_rate(dropout))
         error = (ours - right).abs().max()
-        assert error <= 2 * torchs_error + rest, f"{name}: error {error:.2e}, torch's {torchs_error:.2e}, {rest:.2e}"
+        times = 2 if len(qkv) >= 16 else 6
+        assert error <= times * torchs_error + rest, (
+            f"{name}: error {error:.2e}, torch's {torchs_error:.2e}, {rest:.2e}"
+        )
 
 
 def rounding(qkv: Tensor, dout: Tensor, exact: tuple[Tensor, Tensor]) -> list[Tensor]:

@@ -97,22 +97,23 @@ def final(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
 def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     """The final rows as a Markdown table."""
     lines = [
-        f"| system | training loss, end | held-out loss | above {baseline} | largest difference of a window's loss "
-        "| of a weight, at the end | bytes a token, both ways | of them to keep the halves together |",
+        f"| system | training loss, end | held-out loss | above {baseline} | largest difference: a window's loss "
+        "| a weight, at the end | bytes per token: activations and gradients | keeping halves together |",
         "| --- | --: | --: | --: | --: | --: | --: | --: |",
+        f"| word frequency alone | | {final_rows[0]['unigram_loss']:.3f} | | | | | |",
     ]
     for row in final_rows:
         label = System(row["system"], row["average_every"]).label
-        is_baseline = row["system"] == baseline
+        losses = f"| {label} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} |"
+        if row["system"] == baseline:
+            lines.append(f"{losses} | | | | |")
+            continue
+        halves = row["bytes_per_token_averaging"]
+        rest = row["bytes_per_token"] - halves
         lines.append(
-            f"| {label} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} | "
-            f"{'' if is_baseline else _signed(row['held_out_difference'])} | "
-            f"{'' if is_baseline else _significant(row['largest_difference'])} | "
-            f"{'' if is_baseline else _significant(row['largest_weight_difference'])} | "
-            f"{row['bytes_per_token']:,.0f} | {row['bytes_per_token_averaging']:,.0f} |"
+            f"{losses} {_signed(row['held_out_difference'])} | {_significant(row['largest_difference'])} | "
+            f"{_significant(row['largest_weight_difference'])} | {rest:,.0f} | {halves:,.0f} |"
         )
-    unigram = final_rows[0]["unigram_loss"]
-    lines.append(f"| word frequency alone | | {unigram:.3f} | | | | | |")
     return "\n".join(lines)
 
 

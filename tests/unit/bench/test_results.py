@@ -1,0 +1,41 @@
+"""What is kept under benchmarks/results/ says where it comes from, and the page of reading says what it says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.bench.compare import table
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_every_record_is_complete_and_names_no_private_place(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert {"command", "commit", "machine", "versions", "rows"} <= set(record)
+    assert record["rows"]
+    assert not re.search(r'["\s=](/(home|root|tmp|work|mnt|Users)/|[A-Z]:\\)', text)
+    assert path.stem in README
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("modes-")], ids=lambda p: p.name)
+def test_modes(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    final = {(row["system"], row["average_every"]): row for row in record["final"]}
+    assert set(final) == {
+        ("centralized", None), ("synchronous", None), ("parallel", 1), ("parallel", 5), ("parallel", 50),
+    }  # fmt: skip
+    assert len(record["rows"]) == len(final) * record["settings"]["run"]["windows"]
+    assert table(record["final"], "centralized") in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    assert final["synchronous", None]["largest_difference"] < 1e-6
+    assert final["synchronous", None]["largest_weight_difference"] < 1e-6
+    for row in final.values():
+        assert row["held_out_loss"] < row["unigram_loss"] - 0.3

@@ -8,7 +8,6 @@ On a CPU, and on a GPU without Triton, the same operators run torch's own attent
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +19,11 @@ from fedbert_kernels.attention_kernels import (
     attention_backward_q_kernel,
     attention_forward_kernel,
 )
+from fedbert_kernels.attention_launches import launches, launches_for, padded_head_size
 from fedbert_kernels.attention_torch import attention_reference, dropout_mask
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
-from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
+from fedbert_kernels.interpreter import HAVE_TRITON
+from fedbert_kernels.launch import Launch
 from fedbert_kernels.philox import drop_threshold, keep_rate
 from fedbert_kernels.sequences import check_bounds, work_items
 
@@ -35,60 +36,6 @@ LOG2_E = 1.4426950408889634
 # ---- launch functions ----
 
 
-@dataclass(frozen=True)
-class Launch:
-    """Tile shape and launch options of one kernel."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    registers: int | None = None
-    """Most registers of a thread, where the compiler must be told that it may use them all."""
-
-    @property
-    def options(self) -> dict[str, int | bool]:
-        # Said out loud because Triton's default for fused multiply-add changes between releases.
-        options = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return options if self.registers is None else options | {"maxnreg": self.registers}
-
-
-def padded_head_size(d: int) -> int:
-    """The power of two that a tile of head size d takes."""
-    return max(16, 1 << (d - 1).bit_length())
-
-
-def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
-    """Of the forward, the dQ and the dK, dV kernel: tiles whose registers do not spill.
-
-    A tile has 64 columns where that fits, so that one thread holds all 32 elements that share random words.
-    """
-    wide = padded_head_size(d) > 64
-    if dtype == torch.float32:
-        # Three products of tf32 keep thrice the operands in registers.
-        if wide:
-            return Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
-        return Launch(64, 32, 4 if capability < 100 else 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
-    if capability < 90:
-        # Before Hopper, tensor cores take both operands from registers.
-        if wide:
-            return Launch(128, 32, 8, 2), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)
-        return Launch(128, 64, 8, 2), Launch(64, 32 if window else 64, 4, 1), Launch(64, 64, 4, 1)
-    if capability < 100:
-        return Launch(128, 64, 8, 2), Launch(64, 64, 4, 1), Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
-    # Spills at 128 registers unless told of the others.
-    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 1, 255)
-    return Launch(128, 64, 8, 2, 255), Launch(64, 64, 4, 1, 255), backward_kv
-
-
-def _launches(q: Tensor, window: int) -> tuple[Launch, Launch, Launch]:
-    if INTERPRETED:
-        # Its time goes with the number of tiles, and fp32's on a GPU are small.
-        return launches(q.shape[-1], torch.bfloat16, window >= 0, 90)
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return launches(q.shape[-1], q.dtype, window >= 0, 10 * major + minor)
-
-
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -98,12 +45,13 @@ def launch_forward(
     dropout: float,
     window: int,
     scale: float,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [T, heads, d] and lse [heads, T] fp32 (log2 units) of q, k, v [T, heads, d] whose last stride is 1."""
     num_tokens, heads, d = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
-    launch, _, _ = _launches(q, window)
+    launch = launch or launches_for(q, cu_seqlens, dropout, window)[0]
     items = work_items(cu_seqlens, num_tokens, launch.rows)
     if len(items):
         attention_forward_kernel[(len(items) * heads,)](
@@ -148,13 +96,14 @@ def launch_backward(
     dropout: float,
     window: int,
     scale: float,
+    launch_pair: tuple[Launch, Launch] | None = None,
 ) -> None:
     """Writes the gradients into dq, dk, dv: [T, heads, d] whose heads are d apart, of any token stride."""
     num_tokens, heads, d = q.shape
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = torch.empty_like(lse)
-    _, launch_q, launch_kv = _launches(q, window)
+    launch_q, launch_kv = launch_pair or launches_for(q, cu_seqlens, dropout, window)[1:]
     seed = cu_seqlens if seed is None else seed
     sizes = (heads, num_tokens, window)
     inputs = (dout, q, k, v)

@@ -19,6 +19,7 @@ from fedbert_kernels import attention as attention_module
 from fedbert_kernels import attention_torch, sequences
 from fedbert_kernels.attention import attention, attention_reference, dropout_mask, launch_backward, launch_forward
 from fedbert_kernels.interpreter import HAVE_TRITON
+from fedbert_kernels.launch import Launch
 from fedbert_kernels.philox import drop_threshold, keep_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,8 +212,8 @@ def test_the_same_input_gives_the_same_bits(body) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(128, 64), (64, 128), (32, 32), (64, 16)])
 def test_kernel_masks_equal_the_hosts_bit_by_bit(rows: int, columns: int, monkeypatch) -> None:
     """q = 0 makes every probability 1 / length, and v = identity shows each; whatever the tiles."""
-    shape = attention_module.Launch(rows, columns, 4, 1)
-    monkeypatch.setattr(attention_module, "launches", lambda *_: (shape,) * 3)
+    shape = Launch(rows, columns, 4, 1)
+    monkeypatch.setattr(attention_module, "launches_for", lambda *_: (shape,) * 3)
     lengths, heads = [50, 128, 7], 2
     qkv = torch.zeros(sum(lengths), 3, heads, 128, dtype=torch.float16, device=DEVICE)
     starts = [0, 50, 178]
@@ -228,8 +229,8 @@ def test_kernel_masks_equal_the_hosts_bit_by_bit(rows: int, columns: int, monkey
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (64, 128)])
 @pytest.mark.parametrize("window", [None, 20])
 def test_tiles_of_other_shapes_give_the_same(rows: int, columns: int, window: int | None, monkeypatch) -> None:
-    shape = attention_module.Launch(rows, columns, 4, 1)
-    monkeypatch.setattr(attention_module, "launches", lambda *_: (shape,) * 3)
+    shape = Launch(rows, columns, 4, 1)
+    monkeypatch.setattr(attention_module, "launches_for", lambda *_: (shape,) * 3)
     assert_as_good_as_torch(kernels, [90, 20], 1, 32, torch.float32, dropout=0.1, window=window)
 
 

@@ -1,0 +1,109 @@
+"""Which launch each attention kernel gets: the shapes written here, or those measured to be faster on this card."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fedbert_kernels import attention_kernels, philox
+from fedbert_kernels.interpreter import INTERPRETED, triton
+from fedbert_kernels.launch import Launch, digest, read_table, table_path
+
+KERNELS = ("forward", "backward_q", "backward_kv")
+"""The order of launches wherever there are three."""
+
+
+def padded_head_size(d: int) -> int:
+    """The power of two that a tile of head size d takes."""
+    return max(16, 1 << (d - 1).bit_length())
+
+
+def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
+    """Of the forward, the dQ and the dK, dV kernel: tiles whose registers do not spill.
+
+    A tile has 64 columns where that fits, so that one thread holds all 32 elements that share random words.
+    """
+    wide = padded_head_size(d) > 64
+    if dtype == torch.float32:
+        # Three products of tf32 keep thrice the operands in registers.
+        if wide:
+            return Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
+        return Launch(64, 32, 4 if capability < 100 else 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
+    if capability < 90:
+        # Before Hopper, tensor cores take both operands from registers.
+        if wide:
+            return Launch(128, 32, 8, 2), Launch(32, 32, 4, 1), Launch(64, 32, 4, 1)
+        return Launch(128, 64, 8, 2), Launch(64, 32 if window else 64, 4, 1), Launch(64, 64, 4, 1)
+    if capability < 100:
+        return Launch(128, 64, 8, 2), Launch(64, 64, 4, 1), Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
+    # Spills at 128 registers unless told of the others.
+    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 1, 255)
+    return Launch(128, 64, 8, 2, 255), Launch(64, 64, 4, 1, 255), backward_kv
+
+
+def launches_for(q: Tensor, cu_seqlens: Tensor, dropout: float, window: int) -> tuple[Launch, Launch, Launch]:
+    """Of the three kernels for q [T, heads, d] on its device; `window` is negative if there is none."""
+    num_tokens, _, d = q.shape
+    if INTERPRETED:
+        # Its time goes with the number of tiles, and fp32's on a GPU are small.
+        return launches(d, torch.bfloat16, window >= 0, 90)
+    device = q.device.index
+    written = launches(d, q.dtype, window >= 0, capability(device))
+    return choose(tuned(device), written, q.dtype, d, dropout > 0.0, window >= 0, num_tokens, len(cu_seqlens) - 1)
+
+
+def choose(
+    table: dict[str, Launch],
+    written: tuple[Launch, Launch, Launch],
+    dtype: torch.dtype,
+    d: int,
+    dropout: bool,
+    window: bool,
+    num_tokens: int,
+    num_sequences: int,
+) -> tuple[Launch, Launch, Launch]:
+    """The table's launches where it has some for a kernel of this shape, else the written ones."""
+    if not table:
+        return written
+    name = shape_class(dtype, d, dropout, window, num_tokens, num_sequences)
+    forward, backward_q, backward_kv = (
+        table.get(f"{kernel} {name}", launch) for kernel, launch in zip(KERNELS, written, strict=True)
+    )
+    return forward, backward_q, backward_kv
+
+
+def shape_class(dtype: torch.dtype, d: int, dropout: bool, window: bool, num_tokens: int, num_sequences: int) -> str:
+    """What launches are tuned for: what the kernel is compiled for, and the average length in three steps.
+
+    Not the lengths themselves: they lie on the device, and to look would be to wait for it.
+    """
+    length = num_tokens / max(1, num_sequences)
+    lengths = "short" if length <= 48 else "medium" if length <= 192 else "long"
+    options = f"{' dropout' if dropout else ''}{' window' if window else ''}"
+    return f"{str(dtype).removeprefix('torch.')} d{padded_head_size(d)}{options} {lengths}"
+
+
+@functools.cache
+def tuned(device: int) -> dict[str, Launch]:
+    """{kernel and shape class: launch} measured on this card, read once; empty if nobody has tuned it."""
+    return read_table(tuned_path(device), kernels_digest())
+
+
+def tuned_path(device: int) -> Path:
+    """Where the launches of this card lie, or would lie."""
+    return table_path(torch.cuda.get_device_name(device), capability(device), triton.__version__)
+
+
+def kernels_digest() -> str:
+    """Of what the attention kernels are written in."""
+    return digest(attention_kernels.__file__, philox.__file__)
+
+
+@functools.cache
+def capability(device: int) -> int:
+    """A card's compute capability as one number: 90 is 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

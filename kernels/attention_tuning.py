@@ -1,0 +1,113 @@
+"""Times launch shapes of the attention kernels on this card and keeps the fastest of each; needs a GPU."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedbert_kernels.attention import launch_backward, launch_forward
+from fedbert_kernels.attention_launches import (
+    KERNELS,
+    capability,
+    kernels_digest,
+    launches,
+    shape_class,
+    tuned,
+    tuned_path,
+)
+from fedbert_kernels.launch import Launch, fastest, write_table
+
+TOLERANCE = 0.02
+"""Largest difference to the default launch's result, over its largest value: rounding in another order, and no more."""
+
+Measure = Callable[[Callable[[], object]], float]
+
+
+def candidates(default: Launch) -> Iterator[Launch]:
+    """Launches worth a try where `default` is the written one; the first is `default` itself."""
+    yield default
+    for rows, columns, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
+        # Fewer than 8 rows a warp leave tensor cores idle, and more than 64 scores a thread spill.
+        if rows >= 8 * warps and rows * columns <= 64 * 32 * warps:
+            yield replace(default, rows=rows, columns=columns, warps=warps, stages=stages)
+
+
+def tune(
+    lengths: Sequence[int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    dropout: float,
+    device: torch.device,
+    window: int | None = None,
+) -> dict[str, tuple[Launch, float]]:
+    """{kernel and shape class: (launch to use, its time over the written one's)} for sequences of these lengths.
+
+    Writes them into the card's file, and from now on this process uses them.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    shape = shape_class(dtype, d, dropout > 0.0, window is not None, sum(lengths), len(lengths))
+    written = launches(d, dtype, window is not None, capability(index))
+    with torch.cuda.device(index):
+        found = choose_all(lengths, heads, d, dtype, dropout, window, written, _device_time)
+    named = {f"{kernel} {shape}": choice for kernel, choice in zip(KERNELS, found, strict=True)}
+    write_table(tuned_path(index), kernels_digest(), {name: launch for name, (launch, _) in named.items()})
+    tuned.cache_clear()
+    return named
+
+
+def choose_all(
+    lengths: Sequence[int],
+    heads: int,
+    d: int,
+    dtype: torch.dtype,
+    dropout: float,
+    window: int | None,
+    written: tuple[Launch, Launch, Launch],
+    measure: Measure,
+    device: str = "cuda",
+) -> list[tuple[Launch, float]]:
+    """(launch, its time over the written one's) of each kernel; a backward kernel is timed together with the other."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(sum(lengths), 3, heads, d, generator=generator).to(device, dtype)
+    dout = torch.randn(sum(lengths), heads, d, generator=generator).to(device, dtype)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    seed = torch.tensor([1, 0], device=device) if dropout else None
+    options = (cu_seqlens, seed, dropout, -1 if window is None else window, d**-0.5)
+    forward, backward_q, backward_kv = written
+    out, lse = launch_forward(*qkv.unbind(1), *options, forward)
+
+    def run_backward(launch_q: Launch, launch_kv: Launch) -> Tensor:
+        dqkv = torch.empty_like(qkv)
+        launch_backward(dout, *qkv.unbind(1), out, lse, *dqkv.unbind(1), *options, launch_pair=(launch_q, launch_kv))
+        return dqkv
+
+    choice = _choose(forward, lambda launch: launch_forward(*qkv.unbind(1), *options, launch)[0], measure)
+    choice_q = _choose(backward_q, lambda launch: run_backward(launch, backward_kv), measure)
+    choice_kv = _choose(backward_kv, lambda launch: run_backward(choice_q[0], launch), measure)
+    return [choice, choice_q, choice_kv]
+
+
+def _choose(default: Launch, run: Callable[[Launch], Tensor], measure: Measure) -> tuple[Launch, float]:
+    expected = run(default).float()
+
+    def seconds(launch: Launch) -> float:
+        result = run(launch).float()
+        # Not NaN-blind: a comparison with NaN is false.
+        if not bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max()):
+            raise ValueError(f"{launch}: not the default's result")
+        return measure(lambda: run(launch))
+
+    return fastest(default, candidates(default), seconds)
+
+
+def _device_time(call: Callable[[], object]) -> float:
+    """Milliseconds of a call: the median of many, with cold caches."""
+    from triton.testing import do_bench
+
+    time: float = do_bench(call, return_mode="median")
+    return time

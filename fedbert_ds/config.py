@@ -15,7 +15,7 @@ from fedbert_ds.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-Codec = Literal["fp32", "bf16", "int8"]
+Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
 
 
 class Section(BaseModel):
@@ -243,12 +243,23 @@ class ServerSection(Section):
 
 
 class WireSection(Section):
-    """How activations and gradients are coded on the wire."""
+    """How activations and gradients are coded on the wire.
+
+    fp32 is exact. int8 and fp8 keep one scale a row, int8_group and int4_hadamard one for every 64 columns;
+    int4_hadamard rotates each of these groups first, so that no single value sets the scale.
+    """
 
     activations: Codec = "fp32"
-    """Codec of activations up and hidden states down."""
+    """Codec of activations, up."""
+    hidden: Codec | None = None
+    """Codec of hidden states, down; null means as activations."""
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
+
+    @property
+    def hidden_states(self) -> Codec:
+        """Codec of hidden states, down."""
+        return self.hidden or self.activations
 
 
 def _cut(value: Any) -> Any:

@@ -18,7 +18,7 @@ from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, encode, encode_row_index
+from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
 from fedbert_ds.wire.messages import ClientSettings, HalfAssembler, half_chunks
 
 
@@ -166,17 +166,17 @@ class ClientTrainer:
             window=window.number,
             micro_batch=micro_batch,
             values=encode(piece.activations.values, self._settings.wire.activations),
-            masked_positions=(batch.masked_positions[piece.masked] - piece.first_token).tolist(),
+            masked_positions=encode_positions(batch.masked_positions[piece.masked] - piece.first_token, len(input_ids)),
         )
         if piece.activations.row_index is not None:
-            message.row_index = encode_row_index(piece.activations.row_index.cpu())
+            message.row_index = encode_row_index(piece.activations.row_index, len(piece.activations.values))
         self._send(pb.ClientMessage(activations=message))
 
     def _head(self, message: pb.Hidden) -> None:
         window, piece = self._current(), self._piece(message.micro_batch)
         labels = window.batch.labels[piece.masked].to(self._device)
         shape = (len(labels), self._half.widths.hidden)
-        hidden = decode(message.values, shape, self._settings.wire.activations, "hidden states").to(self._device)
+        hidden = decode(message.values, shape, self._settings.wire.hidden_states, "hidden states", self._device)
         loss_sum, gradient = self._half.head_backward(hidden, labels, 1.0 / window.masked_tokens)
         answer = pb.Gradient(
             window=window.number,
@@ -191,8 +191,8 @@ class ClientTrainer:
         if piece.activations is None:
             raise WireError(f"the server sent a second input gradient of micro-batch {message.micro_batch}")
         values = piece.activations.values
-        gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient")
-        values.backward(gradient.to(values.device, values.dtype))
+        gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient", values.device)
+        values.backward(gradient.to(values.dtype))
         piece.activations = None
         window.unfinished -= 1
         if window.unfinished == 0 and exchange_after(self._settings.federation, window.number) == "gradients":

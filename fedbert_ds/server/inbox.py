@@ -14,8 +14,8 @@ from fedbert_ds.server.coordinator import Seat
 from fedbert_ds.server.pipeline_queue import PipelineQueue
 from fedbert_ds.server.window import Piece
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, decode_row_index
-from fedbert_ds.wire.messages import HalfAssembler, checked_manifest, checked_positions
+from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
+from fedbert_ds.wire.messages import HalfAssembler, checked_manifest
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Inbox:
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
         shape = (num_rows, self._shapes.activation_width)
         values = decode(message.values, shape, self._wire.activations, who)
-        positions = checked_positions(client, message, piece.tokens, piece.masked)
+        positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
         self._queue.activations(client, number)
         self._activations[number, client] = Arrived(values, row_index, positions)
 

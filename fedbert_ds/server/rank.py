@@ -289,7 +289,7 @@ class RankServer:
             self._tally.dummy_micro_batches += 1
         self._flights[micro_batch] = _Flight(pieces, [len(item.values) for item in arrived])
         for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
-            frame = encode(rows, self._config.wire.activations)
+            frame = encode(rows, self._config.wire.hidden_states)
             message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame)
             self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
 

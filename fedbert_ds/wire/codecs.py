@@ -1,52 +1,59 @@
-"""Tensor frames: a tensor as codec, shape and bytes, and back; nothing is decoded that was not expected."""
+"""Tensor frames: a tensor as codec, shape and bytes, and back; nothing is decoded that was not expected.
+
+What rounds and scales is `fedbert_kernels.quantize`, on the tensor's own device; framing and checks are here.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
+from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
 
 LARGEST_VALUE = 1e6
 """Above any activation or gradient of a sane run; larger ones could overflow what clients share: a micro-batch."""
 
-BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "int8": 1}
+UNSCALED = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Codecs that are a dtype; the others, `CODECS`, are codes with scales."""
+NAMES = (*UNSCALED, *CODECS)
 
 
-def encode(tensor: Tensor, codec: str) -> TensorFrame:
-    """Frame a tensor [rows, width] of any float dtype.
+def encode(tensor: Tensor, codec: str, seed: int | None = None) -> TensorFrame:
+    """Frame a tensor [rows, width] of any float dtype, on any device.
 
-    `fp32` is exact for fp32 input, `bf16` rounds to nearest even, `int8` keeps one fp32 scale a row
-    (symmetric, absolute maximum / 127). Raises WireError for values that are not finite: rounding would hide them.
+    `fp32` is exact for fp32 input, the others round to nearest even. With `seed` codes with scales are rounded up or
+    down at random, unbiased; the same seed gives the same bytes. Raises WireError for values that are not finite:
+    rounding would hide them.
     """
-    values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-    if not torch.isfinite(values).all():
+    values = tensor.detach()
+    if codec in UNSCALED:
+        payload = values.to(UNSCALED[codec])
+        scales, checked = payload.new_empty(0), payload
+    elif codec in CODECS:
+        values = values if values.dtype in FLOATS else values.to(torch.float32)
+        random = None if seed is None else torch.tensor([seed, 0], device=values.device)
+        payload, scales = quantize(values, codec, seed=random)
+        checked = scales  # infinite where a value was not finite
+    else:
+        raise WireError(f"codec {codec!r} is unknown; choose one of {', '.join(NAMES)}")
+    if not torch.isfinite(checked).all():
         raise WireError(
             "an activation or gradient is not finite; lower optimizer.lr, raise optimizer.warmup_windows "
             "or check the checkpoint the run continues from"
         )
-    frame = TensorFrame(codec=codec, shape=values.shape)
-    if codec == "fp32":
-        frame.payload = _bytes(values)
-    elif codec == "bf16":
-        frame.payload = _bytes(values.to(torch.bfloat16).view(torch.int16))
-    elif codec == "int8":
-        scales = values.abs().amax(dim=1) / 127.0 if values.numel() else values.new_zeros(values.shape[0])
-        # A row of zeros has scale 0; dividing by 1 instead keeps it zero.
-        divisors = torch.where(scales > 0, scales, torch.ones_like(scales))
-        frame.payload = _bytes((values / divisors[:, None]).round().clamp(-127, 127).to(torch.int8))
-        frame.scales = _bytes(scales)
-    else:
-        raise WireError(f"codec {codec!r} is unknown; choose one of {', '.join(BYTES_PER_VALUE)}")
-    return frame
+    return TensorFrame(codec=codec, shape=values.shape, payload=_bytes(payload), scales=_bytes(scales))
 
 
-def decode(frame: TensorFrame, shape: Sequence[int], codec: str, what: str) -> Tensor:
-    """The fp32 tensor of `shape` in a frame of `codec`.
+def decode(
+    frame: TensorFrame, shape: Sequence[int], codec: str, what: str, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The fp32 tensor of `shape`, [rows, width], in a frame of `codec`; it crosses to `device` still coded.
 
     Raises WireError naming `what` when shape, codec, size or finiteness are not as expected; sizes are compared
     before any memory is taken.
@@ -55,19 +62,19 @@ def decode(frame: TensorFrame, shape: Sequence[int], codec: str, what: str) -> T
         raise WireError(f"{what}: shape {frame.shape[:8]} instead of {list(shape)}")
     if frame.codec != codec:
         raise WireError(f"{what}: codec {frame.codec[:20]!r} instead of {codec!r}")
-    num_values = math.prod(shape)
-    if len(frame.payload) != num_values * BYTES_PER_VALUE[codec]:
-        raise WireError(f"{what}: {len(frame.payload)} bytes instead of {num_values * BYTES_PER_VALUE[codec]}")
-    if len(frame.scales) != (4 * shape[0] if codec == "int8" else 0):
-        raise WireError(f"{what}: {len(frame.scales)} bytes of scales")
-    if codec == "fp32":
-        values = _tensor(frame.payload, torch.float32)
-    elif codec == "bf16":
-        values = _tensor(frame.payload, torch.int16).view(torch.bfloat16).to(torch.float32)
+    rows, width = shape
+    payload_bytes, scale_bytes = frame_bytes(rows, width, codec)
+    if len(frame.payload) != payload_bytes:
+        raise WireError(f"{what}: {len(frame.payload)} bytes instead of {payload_bytes}")
+    if len(frame.scales) != scale_bytes:
+        raise WireError(f"{what}: {len(frame.scales)} bytes of scales instead of {scale_bytes}")
+    if codec in UNSCALED:
+        values = _tensor(frame.payload, UNSCALED[codec]).view(rows, width).to(device).to(torch.float32)
     else:
-        scales = _tensor(frame.scales, torch.float32)
-        values = _tensor(frame.payload, torch.int8).to(torch.float32).view(tuple(shape)) * scales[:, None]
-    values = values.view(tuple(shape))
+        form = CODECS[codec]
+        payload = _tensor(frame.payload, form.payload).view(rows, form.payload_width(width)).to(device)
+        scales = _tensor(frame.scales, form.scale_dtype).view(rows, form.num_scales(width)).to(device)
+        values = dequantize(payload, scales, codec, width)
     if values.numel():
         largest = float(values.abs().max())  # NaN if any value is
         if not math.isfinite(largest):
@@ -77,25 +84,62 @@ def decode(frame: TensorFrame, shape: Sequence[int], codec: str, what: str) -> T
     return values
 
 
-def encode_row_index(row_index: Tensor) -> bytes:
-    """Local row numbers [tokens] as uint16; a message has at most 65,536 distinct rows."""
-    if row_index.numel() and int(row_index.max()) > 0xFFFF:
-        raise WireError("more than 65,536 distinct rows in one message; lower window.tokens_per_micro_batch")
-    return _bytes(row_index.to(torch.int32).to(torch.uint16))
+def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
+    """Bytes of payload and of scales in a frame of a tensor [rows, width]."""
+    if codec in UNSCALED:
+        return rows * width * UNSCALED[codec].itemsize, 0
+    form = CODECS[codec]
+    payload = rows * form.payload_width(width) * form.payload.itemsize
+    return payload, rows * form.num_scales(width) * form.scale_dtype.itemsize
+
+
+def encode_row_index(row_index: Tensor, num_rows: int) -> bytes:
+    """Row numbers [tokens], each below `num_rows`, in as few bits as `num_rows` needs."""
+    numbers = row_index.cpu().numpy()
+    return np.packbits((numbers[:, None] >> _shifts(num_rows)) & 1).tobytes()
 
 
 def decode_row_index(payload: bytes, num_tokens: int, num_rows: int, what: str) -> Tensor:
     """Row numbers [num_tokens] int64, each below `num_rows`; raises WireError otherwise."""
-    if len(payload) != 2 * num_tokens:
-        raise WireError(f"{what}: {len(payload)} bytes of row numbers instead of {2 * num_tokens}")
-    index = _tensor(payload, torch.uint16).to(torch.int64)
+    shifts = _shifts(num_rows)
+    num_bits = num_tokens * len(shifts)
+    if len(payload) != _whole_bytes(num_bits):
+        raise WireError(f"{what}: {len(payload)} bytes of row numbers instead of {_whole_bytes(num_bits)}")
+    bits = np.unpackbits(np.frombuffer(payload, np.uint8), count=num_bits).reshape(num_tokens, len(shifts))
+    index = (bits.astype(np.int64) << shifts).sum(axis=1)
     if num_tokens and int(index.max()) >= num_rows:
         raise WireError(f"{what}: a row number is not below {num_rows}")
-    return index
+    return torch.from_numpy(index)
+
+
+def encode_positions(positions: Tensor, num_tokens: int) -> bytes:
+    """Which of `num_tokens` tokens are meant, one bit each: less than any list when about one in seven is."""
+    chosen = np.zeros(num_tokens, dtype=np.uint8)
+    chosen[positions.cpu().numpy()] = 1
+    return np.packbits(chosen).tobytes()
+
+
+def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: str) -> Tensor:
+    """The positions [num_positions] int64, ascending and below `num_tokens`; raises WireError for another number."""
+    if len(payload) != _whole_bytes(num_tokens):
+        raise WireError(f"{what}: {len(payload)} bytes of masked positions instead of {_whole_bytes(num_tokens)}")
+    positions = np.flatnonzero(np.unpackbits(np.frombuffer(payload, np.uint8), count=num_tokens))
+    if len(positions) != num_positions:
+        raise WireError(f"{what}: {len(positions)} masked positions instead of {num_positions}")
+    return torch.from_numpy(positions.astype(np.int64))
+
+
+def _shifts(num_rows: int) -> np.ndarray:
+    """Places of a row number's bits, the highest first; none where there is one row."""
+    return np.arange((num_rows - 1).bit_length())[::-1]
+
+
+def _whole_bytes(bits: int) -> int:
+    return -(-bits // 8)
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().tobytes()
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(payload: bytes, dtype: torch.dtype) -> Tensor:

@@ -92,16 +92,6 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
     return Manifest(client, message.window, lengths, masked)
 
 
-def checked_positions(client: str, message: pb.Activations, tokens: int, masked: int) -> Tensor:
-    """Masked positions [masked] int64 of a piece of `tokens` tokens: ascending, in range; WireError otherwise."""
-    if len(message.masked_positions) != masked:
-        raise WireError(f"client {client}: {len(message.masked_positions)} masked positions instead of {masked}")
-    positions = torch.tensor(list(message.masked_positions), dtype=torch.int64)
-    if masked and (int(positions[-1]) >= tokens or bool((positions.diff() <= 0).any())):
-        raise WireError(f"client {client}: masked positions are not ascending below {tokens}")
-    return positions
-
-
 def half_chunks(window: int, tensors: Iterable[tuple[str, Tensor]], weight: float) -> Iterator[pb.HalfChunk]:
     """A client half (or its gradients) as chunks of at most 1 MB, the last one marked; fp32."""
     for name, tensor in tensors:

@@ -118,7 +118,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"server": {"port": -1}}, "server.port: input should be greater than or equal to 0"),
     ({"clients": {"silence_timeout": 0}}, "clients.silence_timeout: input should be greater than 0"),
     # Closed choices.
-    ({"wire": {"activations": "int3"}}, "wire.activations: input should be 'fp32', 'bf16' or 'int8'"),
+    (
+        {"wire": {"activations": "int3"}},
+        "wire.activations: input should be 'fp32', 'bf16', 'fp8_e4m3', 'fp8_e5m2', 'int8', 'int8_group' or "
+        "'int4_hadamard'",
+    ),
     ({"federation": {"mode": "sync"}}, "federation.mode: input should be 'synchronous' or 'parallel'"),
     ({"window": {"order": "random"}}, "window.order: input should be 'arrival' or 'fixed'"),
     # The cut.

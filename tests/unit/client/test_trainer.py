@@ -24,7 +24,7 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, decode_row_index, encode
+from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index, encode
 from fedbert_ds.wire.messages import ClientSettings, HalfAssembler, half_chunks
 
 VOCABULARY, WIDTH = 23, 8
@@ -86,6 +86,8 @@ class Server:
             half, self.text, self.settings, "ada", folder, first_window, torch.device("cpu"), self.sent.append  # type: ignore[arg-type]
         )  # fmt: skip
         self.values: dict[int, pb.Activations] = {}
+        self.sizes: dict[int, tuple[int, int]] = {}
+        """Tokens and masked tokens of each micro-batch."""
 
     def take(self, kind: str) -> Any:
         """The oldest message sent, which must be of this kind."""
@@ -108,6 +110,9 @@ class Server:
             pb.Piece(micro_batch=10 + number, first_sequence=first, num_sequences=last - first)
             for number, (first, last) in enumerate(itertools.pairwise(bounds))
         ]
+        for piece in pieces:
+            ours = slice(piece.first_sequence, piece.first_sequence + piece.num_sequences)
+            self.sizes[piece.micro_batch] = sum(manifest.lengths[ours]), sum(manifest.masked[ours])
         plan = pb.Plan(window=manifest.window, masked_tokens=masked_tokens, pieces=pieces)
         self.trainer.handle(pb.ServerMessage(plan=plan))
         return manifest
@@ -120,15 +125,15 @@ class Server:
     def hidden(self, micro_batch: int) -> pb.Gradient:
         message = self.values[micro_batch]
         values, index = self._decoded(message)
-        hidden = (values if index is None else values[index])[list(message.masked_positions)]
-        frame = encode(hidden, self.settings.wire.activations)
+        hidden = (values if index is None else values[index])[self._positions(message)]
+        frame = encode(hidden, self.settings.wire.hidden_states)
         self.trainer.handle(pb.ServerMessage(hidden=pb.Hidden(micro_batch=micro_batch, values=frame)))
         return self.take("gradient")
 
     def input_gradient(self, gradient: pb.Gradient) -> None:
         message = self.values[gradient.micro_batch]
         values, index = self._decoded(message)
-        rows = torch.tensor(message.masked_positions, dtype=torch.int64)
+        rows = self._positions(message)
         back = decode(gradient.hidden, (len(rows), WIDTH), self.settings.wire.gradients, "gradient")
         result = torch.zeros_like(values).index_add_(0, rows if index is None else index[rows], back)
         frame = encode(result, self.settings.wire.gradients)
@@ -162,7 +167,10 @@ class Server:
         values = decode(message.values, message.values.shape, self.settings.wire.activations, "activations")
         if not message.row_index:
             return values, None
-        return values, decode_row_index(message.row_index, len(message.row_index) // 2, len(values), "rows")
+        return values, decode_row_index(message.row_index, self.sizes[message.micro_batch][0], len(values), "rows")
+
+    def _positions(self, message: pb.Activations) -> Tensor:
+        return decode_positions(message.masked_positions, *self.sizes[message.micro_batch], "positions")
 
 
 def unsplit(half: ClientHalf, batch: Batch, masked_tokens: int) -> tuple[float, dict[str, Tensor]]:

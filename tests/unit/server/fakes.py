@@ -21,7 +21,7 @@ from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer, Report
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, encode, encode_row_index
+from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
 from fedbert_ds.wire.messages import HalfAssembler, half_chunks
 
 WIDTH = 4
@@ -201,15 +201,15 @@ class FakeClient:
             window=self._window,
             micro_batch=micro_batch,
             values=encode(values, self._config.wire.activations),
-            masked_positions=self._positions(micro_batch).tolist(),
+            masked_positions=encode_positions(self._positions(micro_batch), sum(self._lengths(micro_batch))),
         )
         if index is not None:
-            message.row_index = encode_row_index(index)
+            message.row_index = encode_row_index(index, len(values))
         return pb.ClientMessage(activations=message)
 
     def _gradient(self, message: pb.Hidden) -> pb.ClientMessage:
         number, positions = message.micro_batch, self._positions(message.micro_batch)
-        hidden = decode(message.values, (len(positions), WIDTH), self._config.wire.activations, "hidden states")
+        hidden = decode(message.values, (len(positions), WIDTH), self._config.wire.hidden_states, "hidden states")
         _, per_token, _ = self._per_token(number)
         assert torch.equal(hidden, 2.0 * per_token[positions]), f"{self.name}: hidden states of micro-batch {number}"
         self.hidden_states += len(hidden)

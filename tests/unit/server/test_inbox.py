@@ -17,7 +17,7 @@ from fedbert_ds.server.inbox import Inbox, Shapes
 from fedbert_ds.server.pipeline_queue import Forward, Open, PipelineQueue
 from fedbert_ds.server.window import MicroBatch, Piece
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import encode
+from fedbert_ds.wire.codecs import encode, encode_positions
 from fedbert_ds.wire.messages import half_chunks
 
 
@@ -36,9 +36,14 @@ def inbox() -> Any:
     return made
 
 
+def positions(*masked: int) -> bytes:
+    return encode_positions(torch.tensor(masked), 6)
+
+
 def activations(**changes: Any) -> pb.ClientMessage:
     fields: dict[str, Any] = {
-        "window": 0, "micro_batch": 0, "masked_positions": [1, 4], "values": encode(torch.ones(6, WIDTH), "fp32"),
+        "window": 0, "micro_batch": 0, "masked_positions": positions(1, 4),
+        "values": encode(torch.ones(6, WIDTH), "fp32"),
     }  # fmt: skip
     return pb.ClientMessage(activations=pb.Activations(**(fields | changes)))
 
@@ -71,9 +76,9 @@ def bad_frame(rows: int, value: float) -> pb.TensorFrame:
     [
         {"window": 1},
         {"micro_batch": 1},
-        {"masked_positions": [1]},
-        {"masked_positions": [4, 1]},
-        {"masked_positions": [1, 6]},
+        {"masked_positions": positions(1)},
+        {"masked_positions": positions(1, 4) + bytes(1)},
+        {"masked_positions": positions(1, 2, 4)},
         {"values": encode(torch.ones(5, WIDTH), "fp32")},
         {"values": encode(torch.ones(6, WIDTH), "bf16")},
         {"values": bad_frame(6, math.nan)},

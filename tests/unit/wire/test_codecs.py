@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import get_args
 
 import pytest
 import torch
@@ -11,25 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedbert_ds.config import Codec
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire.codecs import (
-    BYTES_PER_VALUE,
     LARGEST_VALUE,
+    NAMES,
     decode,
+    decode_positions,
     decode_row_index,
     encode,
+    encode_positions,
     encode_row_index,
+    frame_bytes,
 )
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
+from fedbert_kernels.quantize import CODECS
 
-CODECS = list(BYTES_PER_VALUE)
+SCALED = sorted(CODECS)
 VALUES = st.floats(-999_000, 999_000, width=32)
 
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensor:
-    """[rows, width] fp32, either possibly 0; rows of zeros, tiny and large values among them."""
-    rows, width = draw(st.integers(0, 5)), draw(st.integers(0, 6))
+    """[rows, width] fp32, rows possibly 0; rows of zeros, tiny and large values among them."""
+    rows, width = draw(st.integers(0, 5)), draw(st.one_of(st.integers(1, 6), st.integers(63, 130)))
     row = st.one_of(
         st.lists(VALUES, min_size=width, max_size=width),
         st.just([0.0] * width),
@@ -83,22 +89,64 @@ def test_int8_is_within_half_a_step_of_its_row(tensor: Tensor) -> None:
             assert not got.any()
 
 
+WORST = {"int8": 1 / 254, "int8_group": 1 / 254, "fp8_e4m3": 1 / 28, "fp8_e5m2": 1 / 14, "int4_hadamard": 1 / 14}
+"""Half a step over the largest magnitude that shares its scale."""
+
+
+@settings(deadline=None)
+@given(codec=st.sampled_from(SCALED), tensor=tensors(), seed=st.none() | st.integers(0, 2**63 - 1))
+def test_what_is_rounded_stays_within_a_step(codec: str, tensor: Tensor, seed: int | None) -> None:
+    """To nearest within half a step of what shares the scale, at random within one."""
+    tensor = tensor / 16  # what decodes must not pass LARGEST_VALUE either
+    frame = encode(tensor, codec, seed)
+    assert (len(frame.payload), len(frame.scales)) == frame_bytes(*tensor.shape, codec)
+    error = (decode(frame, tensor.shape, codec, "it").double() - tensor.double()).abs()
+    for columns in range(0, tensor.shape[1], 64) if CODECS[codec].grouped else (0,):
+        part = slice(columns, columns + 64) if CODECS[codec].grouped else slice(None)
+        largest = tensor[:, part].abs().amax(1, keepdim=True).double()
+        # Rotation makes a value at most 8 times the largest; on the way back 64 errors add up, each counting one eighth.
+        # bf16 scales are up to 1/128 wider.
+        slack = 64.0 if CODECS[codec].rotated else 1.0
+        bound = largest * WORST[codec] * slack * (1 if seed is None else 2) * 1.01 + 1e-35
+        assert (error[:, part] <= bound).all()
+
+
+@pytest.mark.parametrize("codec", SCALED)
+def test_a_seed_decides_every_byte(codec: str) -> None:
+    tensor = torch.randn(7, 100, generator=torch.Generator().manual_seed(1))
+    first, again, other = (encode(tensor, codec, seed).SerializeToString() for seed in (5, 5, 6))
+    assert first == again != other
+    assert encode(tensor, codec).SerializeToString() not in (first, other)
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_the_run_file_knows_every_codec(codec: str) -> None:
+    assert codec in get_args(Codec) and len(get_args(Codec)) == len(NAMES)
+
+
+def test_bytes_of_a_row_of_768() -> None:
+    assert {name: sum(frame_bytes(1, 768, name)) for name in NAMES} == {
+        "fp32": 3072, "bf16": 1536, "int8": 772, "int8_group": 792, "fp8_e4m3": 772, "fp8_e5m2": 772,
+        "int4_hadamard": 408,
+    }  # fmt: skip
+
+
 def test_int8_by_hand() -> None:
     frame = encode(torch.tensor([[127.0, -63.4, 0.4], [0.0, 0.0, 0.0], [-2.54, 1.26, 0.001]]), "int8")
     assert list(struct.unpack("9b", frame.payload)) == [127, -63, 0, 0, 0, 0, -127, 63, 0]
     assert struct.unpack("<3f", frame.scales) == pytest.approx((1.0, 0.0, 0.02))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_any_float_dtype_and_layout_goes_in(codec: str, dtype: torch.dtype) -> None:
     tensor = torch.arange(12, dtype=dtype).view(4, 3).T.requires_grad_()
     back = decode(encode(tensor, codec), (3, 4), codec, "it")
-    torch.testing.assert_close(back, tensor.detach().float(), atol=0.05, rtol=0)
+    torch.testing.assert_close(back, tensor.detach().float(), atol=11 * 2.1 * WORST.get(codec, 0.002), rtol=0)
     assert not back.requires_grad
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_not_sent(codec: str, value: float) -> None:
     with pytest.raises(WireError, match="not finite; lower optimizer"):
@@ -125,21 +173,21 @@ def frame(codec: str, /, **changes: object) -> TensorFrame:
     return good
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("shape", [(), (2,), (3, 2), (2, 4), (1, 6), (6,), (2, 3, 1), (2**31, 2**31), (0, 3)])
 def test_another_shape_is_refused(codec: str, shape: tuple[int, ...]) -> None:
     with pytest.raises(WireError, match=r"^it: shape \["):
         decode(frame(codec, shape=shape), (2, 3), codec, "it")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_another_codec_is_refused(codec: str) -> None:
-    for other in {*CODECS, "", "int4", "FP32"} - {codec}:
+    for other in {*NAMES, "", "int4", "FP32"} - {codec}:
         with pytest.raises(WireError, match=r"^it: codec"):
             decode(frame(codec, codec=other), (2, 3), codec, "it")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 @pytest.mark.parametrize("change", [-1, 1, 4, 1000])
 def test_another_size_is_refused(codec: str, change: int) -> None:
     size = len(frame(codec).payload) + change
@@ -181,7 +229,7 @@ def test_the_largest_value_is_still_allowed() -> None:
     assert decode(encode(largest, "fp32"), (1, 2), "fp32", "it").tolist() == largest.tolist()
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_a_bad_frame_is_refused_before_memory_is_taken(codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forbidden(*arguments: object, **options: object) -> None:
         raise AssertionError("memory was taken")
@@ -195,7 +243,7 @@ def test_a_bad_frame_is_refused_before_memory_is_taken(codec: str, monkeypatch: 
             decode(one, (2, 3), codec, "it")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", NAMES)
 def test_a_refusal_is_short_whatever_was_sent(codec: str) -> None:
     for one in (frame(codec, shape=range(100_000)), frame(codec, codec="x" * 100_000)):
         with pytest.raises(WireError) as caught:
@@ -207,25 +255,69 @@ def test_a_refusal_is_short_whatever_was_sent(codec: str) -> None:
 
 
 @settings(deadline=None)
-@given(rows=st.lists(st.integers(0, 0xFFFF), max_size=50))
-def test_row_numbers_round_trip(rows: list[int]) -> None:
-    index = torch.tensor(rows, dtype=torch.int64)
-    payload = encode_row_index(index)
-    assert payload == struct.pack(f"<{len(rows)}H", *rows)
-    back = decode_row_index(payload, len(rows), 0x10000, "it")
+@given(rows=st.lists(st.integers(0, 70_000), max_size=50), data=st.data())
+def test_row_numbers_round_trip(rows: list[int], data: st.DataObject) -> None:
+    num_rows = data.draw(st.integers(max(rows, default=0) + 1, 80_000))
+    payload = encode_row_index(torch.tensor(rows, dtype=torch.int32), num_rows)
+    assert len(payload) == math.ceil(len(rows) * math.ceil(math.log2(num_rows)) / 8)
+    back = decode_row_index(payload, len(rows), num_rows, "it")
     assert back.dtype is torch.int64 and back.tolist() == rows
 
 
+def test_row_numbers_by_hand() -> None:
+    assert encode_row_index(torch.tensor([0, 4, 2]), 5) == bytes([0b000_100_01, 0b0_0000000])
+    assert encode_row_index(torch.tensor([0, 0, 0]), 1) == b""
+    assert decode_row_index(b"", 3, 1, "it").tolist() == [0, 0, 0]
+
+
 def test_row_numbers_out_of_range_are_refused() -> None:
-    payload = encode_row_index(torch.tensor([0, 3, 2]))
-    assert decode_row_index(payload, 3, 4, "it").tolist() == [0, 3, 2]
-    with pytest.raises(WireError, match=r"^it: a row number is not below 3"):
-        decode_row_index(payload, 3, 3, "it")
-    for wrong in (2, 4):
-        with pytest.raises(WireError, match=f"^it: 6 bytes of row numbers instead of {2 * wrong}"):
-            decode_row_index(payload, wrong, 4, "it")
-    with pytest.raises(WireError, match="65,536 distinct rows"):
-        encode_row_index(torch.tensor([0x10000]))
+    payload = encode_row_index(torch.tensor([0, 7, 2]), 8)
+    assert decode_row_index(payload, 3, 8, "it").tolist() == [0, 7, 2]
+    for num_rows in (5, 7):
+        with pytest.raises(WireError, match=f"^it: a row number is not below {num_rows}"):
+            decode_row_index(payload, 3, num_rows, "it")
+    for num_rows, tokens, size in ((8, 2, 1), (8, 6, 3), (9, 5, 3), (1, 3, 0), (2, 99, 13)):
+        with pytest.raises(WireError, match=f"^it: 2 bytes of row numbers instead of {size}"):
+            decode_row_index(payload, tokens, num_rows, "it")
+
+
+@settings(max_examples=200, deadline=None)
+@given(payload=st.binary(max_size=12), tokens=st.integers(0, 30), num_rows=st.integers(1, 300))
+def test_any_row_numbers_are_in_range_or_refused(payload: bytes, tokens: int, num_rows: int) -> None:
+    try:
+        index = decode_row_index(payload, tokens, num_rows, "it")
+    except WireError:
+        return
+    assert index.shape == (tokens,) and all(0 <= row < num_rows for row in index.tolist())
+
+
+# -- masked positions -----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(masked=st.lists(st.booleans(), max_size=40))
+def test_positions_round_trip(masked: list[bool]) -> None:
+    positions = torch.tensor(masked, dtype=torch.bool).nonzero().flatten()
+    payload = encode_positions(positions, len(masked))
+    assert len(payload) == math.ceil(len(masked) / 8)
+    back = decode_positions(payload, len(masked), len(positions), "it")
+    assert back.dtype is torch.int64 and torch.equal(back, positions)
+
+
+def test_positions_by_hand() -> None:
+    assert encode_positions(torch.tensor([0, 2, 9]), 11) == bytes([0b10100000, 0b01000000])
+
+
+@settings(max_examples=200, deadline=None)
+@given(payload=st.binary(max_size=5), tokens=st.integers(0, 40), masked=st.integers(0, 40))
+def test_any_positions_are_good_or_refused(payload: bytes, tokens: int, masked: int) -> None:
+    try:
+        positions = decode_positions(payload, tokens, masked, "it")
+    except WireError as error:
+        assert str(error).startswith("it: ") and "masked positions instead of" in str(error)
+        return
+    assert len(positions) == masked and positions.tolist() == sorted(set(positions.tolist()))
+    assert all(0 <= position < tokens for position in positions.tolist())
 
 
 # -- anything at all ------------------------------------------------------------------------------------------------
@@ -233,8 +325,8 @@ def test_row_numbers_out_of_range_are_refused() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(
-    codec=st.sampled_from(CODECS),
-    claimed=st.one_of(st.sampled_from(CODECS), st.text(max_size=5)),
+    codec=st.sampled_from(NAMES),
+    claimed=st.one_of(st.sampled_from(NAMES), st.text(max_size=5)),
     shape=st.one_of(st.just([2, 3]), st.lists(st.integers(0, 2**32 - 1), max_size=4)),
     payload=st.one_of(st.binary(max_size=40), st.binary(min_size=6, max_size=6), st.binary(min_size=24, max_size=24)),
     scales=st.one_of(st.just(b""), st.binary(min_size=8, max_size=8), st.binary(max_size=20)),
@@ -252,7 +344,7 @@ def test_any_frame_is_decoded_or_refused(
 
 
 @settings(max_examples=200, deadline=None)
-@given(codec=st.sampled_from(CODECS), data=st.data())
+@given(codec=st.sampled_from(NAMES), data=st.data())
 def test_a_damaged_frame_is_decoded_or_refused(codec: str, data: st.DataObject) -> None:
     """Bytes of a good frame are changed, cut or added on the wire."""
     from google.protobuf.message import DecodeError

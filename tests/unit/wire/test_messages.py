@@ -23,7 +23,6 @@ from fedbert_ds.wire.messages import (
     HalfAssembler,
     Manifest,
     checked_manifest,
-    checked_positions,
     cut_to_json,
     half_chunks,
     parse_cut,
@@ -98,37 +97,6 @@ def test_a_huge_manifest_is_refused_before_it_is_read() -> None:
 
     with pytest.raises(WireError, match="1000000000 lengths"):
         checked_manifest("ada", Message(), max_sequence=8, max_tokens=12)  # type: ignore[arg-type]
-
-
-# -- masked positions -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("positions", "masked", "reason"),
-    [
-        ([0, 2], 3, "2 masked positions instead of 3"),
-        ([0, 1, 2], 2, "3 masked positions instead of 2"),
-        ([0, 5], 2, "not ascending below 5"),
-        ([2, 1], 2, "not ascending below 5"),
-        ([1, 1], 2, "not ascending below 5"),
-        ([4, 2**32 - 1], 2, "not ascending below 5"),
-    ],
-)
-def test_impossible_positions(positions: list[int], masked: int, reason: str) -> None:
-    with pytest.raises(WireError, match=f"^client ada: .*{reason}"):
-        checked_positions("ada", pb.Activations(masked_positions=positions), tokens=5, masked=masked)
-
-
-@settings(max_examples=200, deadline=None)
-@given(positions=st.lists(st.integers(0, 8) | UINT32, max_size=6), tokens=st.integers(1, 8), masked=st.integers(0, 6))
-def test_any_positions_are_good_or_refused(positions: list[int], tokens: int, masked: int) -> None:
-    good = len(positions) == masked and sorted(set(positions)) == positions and all(p < tokens for p in positions)
-    try:
-        checked = checked_positions("ada", pb.Activations(masked_positions=positions), tokens, masked)
-    except WireError:
-        assert not good
-        return
-    assert good and checked.tolist() == positions and checked.dtype is torch.int64
 
 
 # -- halves ---------------------------------------------------------------------------------------------------------

@@ -30,44 +30,49 @@ class Packing:
     """[T] int64: index of each token in its sequence."""
     max_length: int
     """Length of the longest sequence."""
-    groups: tuple[tuple[int, int], ...]
+    triton: bool
+    """Whether attention is the Triton kernel, which takes sequences as they lie; else torch's, by groups."""
+    groups: tuple[tuple[int, int], ...] = ()
     """(length, count) of sequences that are attended as one batch, in the order of `order`."""
-    order: Tensor | None
+    order: Tensor | None = None
     """[T] int64: tokens sorted so that sequences of equal length are neighbours; None if they already are."""
-    restore: Tensor | None
+    restore: Tensor | None = None
     """[T] int64: the inverse of `order`."""
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Packing:
+    def from_lengths(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", *, triton: bool = False
+    ) -> Packing:
         """Pack sequences of the given lengths; ValueError if there are none or one is empty."""
         if not lengths or min(lengths) < 1:
             raise ValueError(f"sequence lengths must be positive and at least one, got {list(lengths)}")
-        counts = torch.tensor(lengths, dtype=torch.int64)
+        num_tokens, longest = sum(lengths), max(lengths)
+        # All that has T entries is made on the device: a copy of it would wait for what the device does.
+        counts = torch.tensor(lengths, dtype=torch.int64).to(device)
         ends = counts.cumsum(0)
         starts = ends - counts
-        positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(counts)
+        tokens = torch.arange(num_tokens, device=device)
+        positions = tokens - starts.repeat_interleave(counts, output_size=num_tokens)
+        cu_seqlens = torch.cat([starts[:1], ends]).int()
+        if triton:
+            from fedbert_kernels.sequences import vouch_for_bounds
+
+            vouch_for_bounds(cu_seqlens, num_tokens)
+            return cls(cu_seqlens, positions, longest, triton=True)
         groups = _runs(lengths)
-        order = restore = None
-        if len(groups) > len(set(lengths)):
-            by_length = counts.argsort(stable=True)
-            order = torch.arange(len(positions)) + (
-                starts[by_length] - _exclusive_sum(counts[by_length])
-            ).repeat_interleave(counts[by_length])
-            restore = torch.empty_like(order)
-            restore[order] = torch.arange(len(order))
-            groups = _runs(counts[by_length].tolist())
-            order, restore = order.to(device), restore.to(device)
-        return cls(
-            cu_seqlens=torch.cat([starts[:1], ends]).to(device, torch.int32),
-            positions=positions.to(device),
-            max_length=max(lengths),
-            groups=groups,
-            order=order,
-            restore=restore,
-        )
+        if len(groups) == len(set(lengths)):
+            return cls(cu_seqlens, positions, longest, triton=False, groups=groups)
+        counts, by_length = counts.sort(stable=True)
+        moved = starts[by_length] - (counts.cumsum(0) - counts)
+        order = tokens + moved.repeat_interleave(counts, output_size=num_tokens)
+        restore = torch.empty_like(order)
+        restore[order] = tokens
+        return cls(cu_seqlens, positions, longest, False, _runs(sorted(lengths)), order, restore)
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: Tensor, num_tokens: int, device: torch.device | str = "cpu") -> Packing:
+    def from_cu_seqlens(
+        cls, cu_seqlens: Tensor, num_tokens: int, device: torch.device | str = "cpu", *, triton: bool = False
+    ) -> Packing:
         """Pack by cumulative lengths, [n + 1] of any integer type, best on the CPU (a GPU tensor costs a sync).
 
         ValueError unless they begin at 0, strictly increase, and end at `num_tokens`.
@@ -78,7 +83,7 @@ class Packing:
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         if min(lengths) < 1:
             raise ValueError(f"cu_seqlens must strictly increase, got {bounds}")
-        return cls.from_lengths(lengths, device)
+        return cls.from_lengths(lengths, device, triton=triton)
 
 
 def packed_attention(
@@ -91,46 +96,72 @@ def packed_attention(
     packing: Packing,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
+    qkv: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Bidirectional attention within each sequence; the signature is transformers' attention interface.
 
-    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is padded. Returns
-    [1, T, heads, d] and no attention weights.
+    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is padded. `sliding_window`
+    is as ModernBERT has it: positions a token sees on either side, itself counted. `qkv` [1, T, 3, heads, d], where
+    given, is the one tensor that the three are views of. Returns [1, T, heads, d] and no attention weights.
     """
-    # The one seam: a fused variable-length kernel for CUDA takes over here, given packing.cu_seqlens and
-    # packing.max_length.
-    by_token = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    return grouped_attention(*by_token, packing=packing, dropout=dropout, scaling=scaling).unsqueeze(0), None
+    window = None if sliding_window is None else sliding_window - 1
+    by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
+    if not packing.triton:
+        result = grouped_attention(*by_token, packing=packing, dropout=dropout, scaling=scaling, window=window)
+        return result.unsqueeze(0), None
+    from fedbert_kernels.attention import attention
+
+    result = attention(
+        by_token if qkv is None else qkv.squeeze(0), packing.cu_seqlens, dropout=dropout, window=window, scale=scaling
+    )
+    return result.unsqueeze(0), None
 
 
 def grouped_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, packing: Packing, dropout: float, scaling: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    packing: Packing,
+    dropout: float,
+    scaling: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """Torch's SDPA over sequences of equal length batched together; [T, heads, d] each, and returned.
 
-    Tokens move only if equal lengths are scattered over the micro-batch (`packing.order`).
+    Tokens move only if equal lengths are scattered over the micro-batch (`packing.order`). A token sees `window`
+    positions on either side, or all.
     """
     tensors = [query, key, value]
     if packing.order is not None:
         tensors = [tensor.index_select(0, packing.order) for tensor in tensors]
     # split, not slices: its backward writes each gradient once instead of summing zero-padded copies per group.
     sizes = [length * count for length, count in packing.groups]
+    parts_of = [tensor.split(sizes) if len(sizes) > 1 else (tensor,) for tensor in tensors]
     pieces = []
-    for (length, count), *parts in zip(packing.groups, *(tensor.split(sizes) for tensor in tensors), strict=True):
+    for (length, count), *parts in zip(packing.groups, *parts_of, strict=True):
         batch = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
-        attended = scaled_dot_product_attention(batch[0], batch[1], batch[2], dropout_p=dropout, scale=scaling)
+        mask = _window_mask(length, window, query.device)
+        attended = scaled_dot_product_attention(
+            batch[0], batch[1], batch[2], attn_mask=mask, dropout_p=dropout, scale=scaling
+        )
         pieces.append(attended.transpose(1, 2).flatten(0, 1))
     result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     return result if packing.restore is None else result.index_select(0, packing.restore)
 
 
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[length, length] bool, true where a position sees another; None if each sees all."""
+    if window is None or window >= length - 1:
+        return None
+    position = torch.arange(length, device=device)
+    return (position[:, None] - position).abs() <= window
+
+
 def _runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(run))) for length, run in itertools.groupby(lengths))
-
-
-def _exclusive_sum(counts: Tensor) -> Tensor:
-    return counts.cumsum(0) - counts
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

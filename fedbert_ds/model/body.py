@@ -34,9 +34,13 @@ class Body(nn.Module):
         self.config = model.config
         self.config._attn_implementation = PACKED_ATTENTION
         self.cut = cut
+        self.triton = False
+        """Whether attention is the Triton kernel; `kernels.install` sets it."""
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
+        base: Any = self.get_submodule(self._parts.base)
+        base.encoder.layer[-1].attention.register_forward_hook(_keep_masked_positions, with_kwargs=True)
 
     def forward(
         self,
@@ -59,7 +63,7 @@ class Body(nn.Module):
             # Embedding, not indexing: the backward is the word table's own, fp32 sums in a fixed order.
             summed_in = torch.promote_types(activations.dtype, torch.float32)
             activations = functional.embedding(row_index, activations.to(summed_in))
-        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device)
+        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, triton=self.triton)
         hidden = activations.to(dtype).unsqueeze(0)
         if self.cut == "rows":
             if packing.max_length > longest_sequence(self.config):
@@ -71,8 +75,8 @@ class Body(nn.Module):
             hidden = base.embeddings(inputs_embeds=hidden, position_ids=positions)
         if getattr(base, "embeddings_project", None) is not None:
             hidden = base.embeddings_project(hidden)
-        hidden = base.encoder(hidden, packing=packing).last_hidden_state
-        selected = hidden.squeeze(0).index_select(0, masked_positions)
+        hidden = base.encoder(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state
+        selected = hidden.squeeze(0)
         if self._parts.body_head is not None:
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
@@ -98,10 +102,19 @@ class Body(nn.Module):
         """Floating-point operations of forward and backward per token, with attention over `sequence_length` tokens.
 
         Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for the scores and
-        their use.
+        their use. The last layer's feed-forward runs for masked positions only.
         """
         base: Any = self.get_submodule(self._parts.base)
         layers = self.config.num_hidden_layers - (self.cut.layers if isinstance(self.cut, LayersCut) else 0)
-        per_token = linear_parameters(base) + 2 * layers * self.config.hidden_size * sequence_length
-        per_masked = linear_parameters(self.get_submodule(self._parts.body_head)) if self._parts.body_head else 0
+        last = base.encoder.layer[-1]
+        per_masked = linear_parameters(last.intermediate) + linear_parameters(last.output)
+        per_token = linear_parameters(base) - per_masked + 2 * layers * self.config.hidden_size * sequence_length
+        if self._parts.body_head is not None:
+            per_masked += linear_parameters(self.get_submodule(self._parts.body_head))
         return 6.0 * (per_token + mask_share * per_masked)
+
+
+def _keep_masked_positions(module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
+    """After the last layer's attention no token meets another, so what follows is needed at masked positions only."""
+    attended, *rest = output
+    return attended.index_select(1, keywords["masked_positions"]), *rest

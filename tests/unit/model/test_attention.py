@@ -38,6 +38,22 @@ def test_each_sequence_attends_to_itself_alone(lengths: list[int]) -> None:
     torch.testing.assert_close(actual_gradients, expected_gradients, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("window", [1, 2, 5, 12])
+def test_a_window_is_how_far_a_token_sees(window: int) -> None:
+    torch.manual_seed(0)
+    lengths = [7, 1, 12, 7]
+    inputs = [torch.randn(1, 2, sum(lengths), 4, dtype=torch.float64) for _ in range(3)]
+    actual, _ = packed_attention(
+        torch.nn.Module(), *inputs, None, packing=Packing.from_lengths(lengths), sliding_window=window
+    )
+    pieces = []
+    for piece in zip(*(tensor.split(lengths, dim=2) for tensor in inputs), strict=True):
+        position = torch.arange(piece[0].shape[2])
+        seen = (position[:, None] - position).abs() < window
+        pieces.append(scaled_dot_product_attention(*piece, attn_mask=seen))
+    torch.testing.assert_close(actual, torch.cat(pieces, dim=2).transpose(1, 2), atol=1e-12, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def whole_and_halves():
     def build():

@@ -110,6 +110,17 @@ def test_masked_positions_come_back_in_the_order_asked(small_model) -> None:
     assert torch.equal(body(values, torch.tensor([6, 0, 3]), bounds), everything[[6, 0, 3]])
 
 
+def test_the_last_feed_forward_runs_for_masked_positions_only(small_model, architecture, cut) -> None:
+    _, body = split(small_model(architecture), cut)
+    layers = body.get_submodule(architecture).encoder.layer[1:]
+    rows: list[int] = []
+    for layer in layers:
+        layer.intermediate.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[1]))
+    values, row_index = activations_for(body, 9)
+    body(values, torch.tensor([8, 0]), torch.tensor([0, 3, 9]), row_index)
+    assert rows == [9, 2]
+
+
 def test_input_that_does_not_fit_is_refused(small_model) -> None:
     _, body = split(small_model("roberta"), "rows")
     values, row_index = activations_for(body, 17)

@@ -36,6 +36,8 @@ class RunSection(Section):
     """Seeds initial weights, shards, masking, sequence order and dropout."""
     save_every: Positive = 200
     """Windows between checkpoints; the last window is always saved."""
+    trace: bool = False
+    """Write a timeline of every rank, `trace-RANK.json`, for https://ui.perfetto.dev."""
 
 
 class ModelSection(Section):
@@ -125,8 +127,12 @@ class WindowSection(Section):
     """Tokens of one window, over all clients."""
     tokens_per_micro_batch: Positive = 2048
     """A micro-batch packs sequences of any clients up to this many tokens."""
-    micro_batches_in_flight: Positive = 4
-    """Forwards a rank may hold before their gradients are back: its memory budget, in micro-batches."""
+    micro_batches_in_flight: Positive | Literal["auto"] = "auto"
+    """Forwards a rank holds until their gradients are back; `auto` takes as many as hide the clients' measured answers,
+    as far as memory reaches."""
+    staleness: Annotated[int, Field(ge=0, le=8)] = 0
+    """Windows whose exchange of client halves a client need not wait for before it begins the next; 0 is exact, more
+    hides exchanges over slow links."""
     share: Literal["data", "equal"] = "data"
     """A client's part of `tokens`: in proportion to its shard, or the same for each."""
     order: Literal["arrival", "fixed"] = "arrival"
@@ -203,6 +209,8 @@ class ClientsSection(Section):
     """Seconds to wait for `expected` clients at the start, or for `minimum` when some are lost."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds a client may owe an answer before it is counted as lost."""
+    reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
 
     @model_validator(mode="after")
     def _counts(self) -> ClientsSection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,17 +35,19 @@ class _Piece:
 
 @dataclass
 class _Window:
-    """The window under way."""
+    """A window from its manifest on until the half has stepped."""
 
     number: int
     batch: Batch
     cursor_before: dict[str, int]
     """Where the text stood before this window's batch: what a checkpoint keeps."""
     pieces: dict[int, _Piece] = field(default_factory=dict)
-    masked_tokens: int = 0
+    masked_tokens: int = 1
     """M, of all clients."""
-    unfinished: int = 0
-    """Pieces whose input gradient is not back yet."""
+    opened: list[int] = field(default_factory=list)
+    """Micro-batches that may be sent as soon as the half is done with earlier windows."""
+    masked_trained: int = 0
+    """Masked tokens of pieces whose input gradient is back; less than the batch has when pieces were skipped."""
 
 
 class ClientTrainer:
@@ -73,8 +75,14 @@ class ClientTrainer:
         self._state_folder = state_folder
         self._device = device
         self._send = send
-        self._next_window = first_window
-        self._window: _Window | None = None
+        self._applied = first_window
+        """Windows before this one are done: the half has taken their steps, exchanges with other clients included."""
+        self._done: set[int] = set()
+        """Windows from there on that are done already."""
+        self._next_manifest = first_window
+        self._windows: dict[int, _Window] = {}
+        self._sent: dict[int, dict[str, Tensor]] = {}
+        """Weights as they were sent for an average that is not back yet, by window."""
         self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
         self._awaits_initial_half = first_window == 0
@@ -100,21 +108,21 @@ class ClientTrainer:
             case "plan":
                 self._plan(message.plan)
             case "open":
-                self._forward(message.open.micro_batch)
+                self._window(message.open.window).opened.append(message.open.micro_batch)
+                self._forward_what_may_be()
             case "hidden":
                 self._head(message.hidden)
             case "input_gradient":
                 self._backward(message.input_gradient)
-            case "stepped":
-                self._stepped()
+            case "skipped":
+                self._skip(message.skipped)
             case "half":
                 self._receive_half(message.half)
             case "save":
                 self._save(message.save.window)
             case "half_request":
-                self._send_half(
-                    message.half_request.window, dict(self._half.named_parameters()), float(max(1, self._masked_seen))
-                )
+                weights = dict(self._half.named_parameters())
+                self._send_half(message.half_request.window, weights, float(max(1, self._masked_seen)))
             case "finish":
                 self.finish = message.finish
             case "refused":
@@ -126,20 +134,19 @@ class ClientTrainer:
 
     def _announce(self) -> None:
         """Draw the next window's batch and tell its sizes."""
-        number = self._next_window
+        number = self._next_manifest
         if number >= self._settings.windows:
             return
         cursor = self._text.state_dict()
         batch = self._text.next_batch(number, self._settings.tokens)
-        self._window = _Window(number, batch, cursor)
+        self._windows[number] = _Window(number, batch, cursor)
         bounds = torch.tensor([0, *batch.lengths]).cumsum(0)
         counts = torch.searchsorted(batch.masked_positions, bounds)
         manifest = pb.Manifest(window=number, lengths=batch.lengths, masked=counts.diff().tolist())
         self._send(pb.ClientMessage(manifest=manifest))
 
     def _plan(self, plan: pb.Plan) -> None:
-        window = self._current()
-        window.masked_tokens = max(1, plan.masked_tokens)
+        window = self._window(plan.window)
         bounds = torch.tensor([0, *window.batch.lengths]).cumsum(0)
         masked_bounds = torch.searchsorted(window.batch.masked_positions, bounds).tolist()
         token_bounds = bounds.tolist()
@@ -153,30 +160,63 @@ class ClientTrainer:
                 sequences=slice(first, last),
                 first_token=token_bounds[first],
             )
-        window.unfinished = len(window.pieces)
+        if plan.next_window <= plan.window:
+            raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
+        # The next batch is drawn now, while the server works on this one: its manifest is there when it is needed.
+        self._next_manifest = plan.next_window
+        self._announce()
+        if not plan.pieces:
+            self._pass_over(window, plan.next_window)
 
-    def _forward(self, micro_batch: int) -> None:
-        window, piece = self._current(), self._piece(micro_batch)
-        batch = window.batch
-        # Dropout of this piece follows from its place alone, so the order of messages does not matter.
-        torch.manual_seed(stable_seed("client dropout", self._settings.seed, self._name, window.number, micro_batch))
-        input_ids = batch.input_ids[piece.tokens].to(self._device)
-        piece.activations = self._half.embed(input_ids, batch.lengths[piece.sequences])
+    def _pass_over(self, window: _Window, next_window: int) -> None:
+        """This client was late, so windows up to the next one go on without it."""
+        # `synchronous`: the steps of these windows are on their way, since everybody gets the sum of gradients.
+        if self._settings.federation.mode == "parallel":
+            for number in range(window.number, next_window):
+                self._done_with(number)
+
+    def _forward_what_may_be(self) -> None:
+        """Send what the server has asked for, of windows that the half is ready for."""
+        for window in list(self._windows.values()):
+            if window.number <= self._applied + self._settings.staleness:
+                while window.opened:
+                    self._forward(window, window.opened.pop(0))
+
+    def _forward(self, window: _Window, micro_batch: int) -> None:
+        piece = window.pieces.get(micro_batch)
+        if piece is None:
+            raise WireError(f"the server asks for micro-batch {micro_batch}, in which this client has no piece")
+        if self._settings.staleness:
+            # The half may step before the gradient is back, which a graph would not survive: it is built again then.
+            with torch.no_grad():
+                activations = self._embed(window, piece)
+        else:
+            activations = self._embed(window, piece)
+        piece.activations = activations
+        positions = window.batch.masked_positions[piece.masked] - piece.first_token
         message = pb.Activations(
             window=window.number,
             micro_batch=micro_batch,
-            values=encode(piece.activations.values, self._settings.wire.activations),
-            masked_positions=encode_positions(batch.masked_positions[piece.masked] - piece.first_token, len(input_ids)),
+            values=encode(activations.values, self._settings.wire.activations),
+            masked_positions=encode_positions(positions, piece.tokens.stop - piece.tokens.start),
         )
-        if piece.activations.row_index is not None:
-            message.row_index = encode_row_index(piece.activations.row_index, len(piece.activations.values))
+        if activations.row_index is not None:
+            message.row_index = encode_row_index(activations.row_index, len(activations.values))
         self._send(pb.ClientMessage(activations=message))
 
+    def _embed(self, window: _Window, piece: _Piece) -> Activations:
+        batch = window.batch
+        # Dropout of this piece follows from its place alone, so the order of messages does not matter.
+        place = window.number, piece.sequences.start
+        torch.manual_seed(stable_seed("client dropout", self._settings.seed, self._name, *place))
+        return self._half.embed(batch.input_ids[piece.tokens].to(self._device), batch.lengths[piece.sequences])
+
     def _head(self, message: pb.Hidden) -> None:
-        window, piece = self._current(), self._piece(message.micro_batch)
+        window, piece = self._piece(message)
+        window.masked_tokens = max(1, message.masked_tokens)
         labels = window.batch.labels[piece.masked].to(self._device)
         shape = (len(labels), self._half.widths.hidden)
-        hidden = decode(message.values, shape, self._settings.wire.hidden_states, "hidden states", self._device)
+        hidden = decode(message.values, shape, self._settings.wire.hidden_states, "hidden states").to(self._device)
         loss_sum, gradient = self._half.head_backward(hidden, labels, 1.0 / window.masked_tokens)
         answer = pb.Gradient(
             window=window.number,
@@ -187,59 +227,86 @@ class ClientTrainer:
         self._send(pb.ClientMessage(gradient=answer))
 
     def _backward(self, message: pb.InputGradient) -> None:
-        window, piece = self._current(), self._piece(message.micro_batch)
+        window, piece = self._piece(message)
         if piece.activations is None:
-            raise WireError(f"the server sent a second input gradient of micro-batch {message.micro_batch}")
-        values = piece.activations.values
-        gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient", values.device)
-        values.backward(gradient.to(values.dtype))
-        piece.activations = None
-        window.unfinished -= 1
-        if window.unfinished == 0 and exchange_after(self._settings.federation, window.number) == "gradients":
-            self._send_half(window.number, self._gradients(), 1.0)
+            raise WireError(f"the server sent an input gradient of micro-batch {message.micro_batch} too many")
+        values = self._embed(window, piece).values if self._settings.staleness else piece.activations.values
+        gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient")
+        values.backward(gradient.to(values.device, values.dtype))
+        window.masked_trained += piece.masked.stop - piece.masked.start
+        self._finish_piece(window, message.micro_batch)
 
-    def _stepped(self) -> None:
-        window = self._current()
-        masked = len(window.batch.labels)
+    def _skip(self, skipped: pb.Skipped) -> None:
+        window = self._windows.get(skipped.window)
+        if window is None:
+            return
+        for micro_batch in skipped.micro_batches:
+            window.opened = [opened for opened in window.opened if opened != micro_batch]
+            if micro_batch in window.pieces:
+                self._finish_piece(window, micro_batch)
+
+    def _finish_piece(self, window: _Window, micro_batch: int) -> None:
+        del window.pieces[micro_batch]
+        if not window.pieces:
+            self._trained(window)
+
+    def _trained(self, window: _Window) -> None:
+        """Every piece has its gradient: nothing more of the body's step is needed to step the half."""
+        masked = window.masked_trained
         self._masked_since_average += masked
         self._masked_seen += masked
         self._tokens_seen += sum(window.batch.lengths)
         exchange = exchange_after(self._settings.federation, window.number)
         if exchange == "gradients":
-            return  # The step waits for the sum of all clients' gradients.
+            # The step waits for the sum of all clients' gradients.
+            self._send_half(window.number, self._take_gradients(), 1.0)
+            return
         # FedAvg: each client follows the mean loss of its own tokens, not its share of everybody's.
         own_share = window.masked_tokens / max(1, masked)
         for parameter in self._half.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(own_share)
-        self._step()
+        self._step(window.number)
         if exchange == "weights":
-            parameters = dict(self._half.named_parameters())
-            self._send_half(window.number, parameters, float(max(1, self._masked_since_average)), only=self._exchanged)
+            weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
+            if self._settings.staleness:
+                self._sent[window.number] = {name: tensor.clone() for name, tensor in weights.items()}
+            self._send_half(window.number, weights, float(max(1, self._masked_since_average)))
+            self._masked_since_average = 0
         else:
-            self._announce()
+            self._done_with(window.number)
 
-    def _step(self) -> None:
+    def _step(self, window: int) -> None:
         optimizer = self._settings.optimizer
         if optimizer.gradient_clipping:
             torch.nn.utils.clip_grad_norm_(self._half.parameters(), optimizer.gradient_clipping)
         for group in self._optimizer.param_groups:
-            group["lr"] = optimizer.learning_rate(self._current().number, self._settings.windows)
+            group["lr"] = optimizer.learning_rate(window, self._settings.windows)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._next_window = self._current().number + 1
+
+    def _done_with(self, window: int) -> None:
+        """The half has taken this window's step."""
+        self._done.add(window)
+        while self._applied in self._done:
+            self._done.remove(self._applied)
+            self._applied += 1
+        self._windows.pop(window, None)
+        self._forward_what_may_be()
 
     # -- the half on the wire -------------------------------------------------------------------------------------
 
-    def _gradients(self) -> dict[str, Tensor]:
-        return {
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """The half's gradients; with staleness the next window's begin to add up before these come back summed."""
+        gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self._half.named_parameters()
         }
+        self._optimizer.zero_grad()
+        return gradients
 
-    def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float, only: Container[str] = ()) -> None:
-        chosen = [(name, tensor) for name, tensor in tensors.items() if not only or name in only]
-        for chunk in half_chunks(window, chosen, weight):
+    def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float) -> None:
+        for chunk in half_chunks(window, tensors.items(), weight):
             self._send(pb.ClientMessage(half=chunk))
 
     def _receive_half(self, chunk: pb.HalfChunk) -> None:
@@ -247,19 +314,38 @@ class ClientTrainer:
         if complete is None:
             return
         tensors, _ = complete
-        parameters = dict(self._half.named_parameters())
-        if not self._awaits_initial_half and self._settings.federation.mode == "synchronous":
-            for name, gradient in tensors.items():
-                parameters[name].grad = gradient.to(self._device)
-            self._step()
+        if self._awaits_initial_half:
+            self._awaits_initial_half = False
+            self._set_weights(tensors, {})
+            self._announce()
+        elif self._settings.federation.mode == "synchronous":
+            self._step_with(tensors, chunk.window)
+            self._done_with(chunk.window)
         else:
-            with torch.no_grad():
-                for name, weights in tensors.items():
-                    parameters[name].copy_(weights)
-            self._masked_since_average = 0
-        self._awaits_initial_half = False
+            self._set_weights(tensors, self._sent.pop(chunk.window, {}))
+            self._done_with(chunk.window)
         self._assembler = self._new_assembler()
-        self._announce()
+
+    def _step_with(self, gradients: Mapping[str, Tensor], window: int) -> None:
+        """Step with these gradients, and leave alone what has been accumulated of later windows."""
+        parameters = dict(self._half.named_parameters())
+        later = {name: parameter.grad for name, parameter in parameters.items()}
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.to(self._device)
+        self._step(window)
+        for name, accumulated in later.items():
+            parameters[name].grad = accumulated
+
+    @torch.no_grad()
+    def _set_weights(self, tensors: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
+        """Take over weights; steps made since `sent` went into their average stay."""
+        parameters = dict(self._half.named_parameters())
+        for name, weights in tensors.items():
+            parameter = parameters[name]
+            if name in sent:
+                parameter.add_(weights.to(self._device) - sent[name])
+            else:
+                parameter.copy_(weights)
 
     def _new_assembler(self) -> HalfAssembler:
         shapes = self._exchanged
@@ -270,10 +356,11 @@ class ClientTrainer:
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self, window: int) -> None:
-        if window != self._next_window:
-            raise WireError(f"the server saves window {window}, this client is at {self._next_window}")
-        announced = self._window is not None and self._window.number == window
-        cursor = self._window.cursor_before if announced and self._window else self._text.state_dict()
+        if window > self._applied:
+            raise WireError(f"the server saves window {window}, this client is at {self._applied}")
+        # Batches are drawn ahead.
+        drawn = [ahead for number, ahead in self._windows.items() if number >= window]
+        cursor = drawn[0].cursor_before if drawn else self._text.state_dict()
         state = {
             "half": self._half.state_dict(),
             "optimizer": self._optimizer.state_dict(),
@@ -303,16 +390,18 @@ class ClientTrainer:
         """Floating-point operations of this half for one token, forward and backward, at the masking share seen."""
         return self._half.flops_per_token(self._masked_seen / max(1, self._tokens_seen))
 
-    def _current(self) -> _Window:
-        if self._window is None:
-            raise WireError("the server sent a message of a window before this client announced one")
-        return self._window
+    def _window(self, number: int) -> _Window:
+        window = self._windows.get(number)
+        if window is None:
+            raise WireError(f"the server sent a message of window {number}, which this client has not under way")
+        return window
 
-    def _piece(self, micro_batch: int) -> _Piece:
-        piece = self._current().pieces.get(micro_batch)
+    def _piece(self, message: pb.Hidden | pb.InputGradient) -> tuple[_Window, _Piece]:
+        window = self._window(message.window)
+        piece = window.pieces.get(message.micro_batch)
         if piece is None:
-            raise WireError(f"the server asks for micro-batch {micro_batch}, in which this client has no piece")
-        return piece
+            raise WireError(f"the server asks for micro-batch {message.micro_batch}, in which this client has no piece")
+        return window, piece
 
 
 def peak_memory_bytes() -> int:

@@ -24,6 +24,8 @@ class Control:
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.half_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        """A second one, for a thread beside the body: operations of one group must be in one order on all ranks."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 

@@ -16,6 +16,8 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.server.depth import DEEPEST
+from fedbert_ds.server.footprint import memory_budget, saved_bytes
 
 OURS = {
     "gradient_clipping": "optimizer.gradient_clipping",
@@ -107,6 +109,8 @@ class BodyEngine:
         self._device = device
         self._inputs: dict[int, BodyInput] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._memory_budget = memory_budget(device)
+        self._bytes_in_flight = 0
 
     @classmethod
     def build(cls, body: Body, config: RunConfig, device: torch.device) -> BodyEngine:
@@ -135,7 +139,7 @@ class BodyEngine:
                 hidden = self._run(body_input)
         else:
             body_input.activations.requires_grad_(True)
-            hidden = self._hidden[micro_batch] = self._run(body_input)
+            hidden = self._hidden[micro_batch] = self._run_measured(body_input)
         self._inputs[micro_batch] = body_input
         return hidden.detach().to(device="cpu", dtype=torch.float32)
 
@@ -193,6 +197,18 @@ class BodyEngine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
         if path is None:
             raise ConfigError(f"{folder}: no checkpoint of window {window}")
+
+    def affordable_depth(self) -> int:
+        """Micro-batches in flight that memory holds, by the first one's size; `DEEPEST` before there was one."""
+        return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else DEEPEST
+
+    def _run_measured(self, body_input: BodyInput) -> Tensor:
+        if self._bytes_in_flight or not len(body_input.masked_positions):
+            return self._run(body_input)
+        with saved_bytes(self._engine.module.parameters()) as saved:
+            hidden = self._run(body_input)
+        self._bytes_in_flight = saved.num_bytes
+        return hidden
 
     def _run(self, body_input: BodyInput) -> Tensor:
         torch.manual_seed(body_input.seed)

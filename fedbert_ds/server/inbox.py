@@ -11,8 +11,8 @@ from torch import Tensor
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.pipeline_queue import PipelineQueue
-from fedbert_ds.server.window import Piece
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
 from fedbert_ds.wire.messages import HalfAssembler, checked_manifest
@@ -50,19 +50,26 @@ class Inbox:
     `receive` raises WireError for a message that is malformed or that nobody asked for; nothing of it is kept then.
     """
 
-    def __init__(self, queue: PipelineQueue, shapes: Shapes, wire: WireSection, seats: Mapping[str, Seat]) -> None:
+    def __init__(
+        self,
+        queue: PipelineQueue,
+        exchange: HalfExchange,
+        shapes: Shapes,
+        wire: WireSection,
+        seats: Mapping[str, Seat],
+    ) -> None:
         self._queue = queue
         self._shapes = shapes
         self._wire = wire
         self._seats = seats
-        self._window = -1
+        self._exchange = exchange
         self._saving = -1
-        self._half_shapes: Mapping[str, tuple[int, ...]] = {}
+        self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
-        self._assemblers: dict[str, HalfAssembler] = {}
-        self.halves: dict[str, tuple[dict[str, Tensor], float]] = {}
-        """Complete halves (or gradients of halves) with their weights, by client."""
+        self._assemblers: dict[str, tuple[int, HalfAssembler]] = {}
+        self.collected: dict[str, Half] = {}
+        """Whole halves that were asked for, by client."""
         self.saved: dict[str, pb.Saved] = {}
         """Answers to the last Save, by client."""
         self.loss_sum = 0.0
@@ -72,19 +79,14 @@ class Inbox:
         self.half_bytes = 0
         """Bytes of halves received so far."""
 
-    def begin(self, window: int) -> None:
-        """From now on messages of this window are expected, and nothing of an earlier one is kept."""
-        self._window = window
-        self._activations.clear()
-        self._gradients.clear()
+    def begin(self) -> None:
+        """Another window runs: losses are summed anew."""
         self.loss_sum, self.masked_tokens = 0.0, 0
-        self.expect_halves(self._shapes.exchanged)
 
-    def expect_halves(self, names: frozenset[str]) -> None:
-        """These tensors make the next half a client sends."""
-        self._half_shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
-        self._assemblers.clear()
-        self.halves.clear()
+    def expect_collected(self, window: int) -> None:
+        """Clients have been asked for their whole halves as they are before `window`."""
+        self._collecting = window
+        self.collected.clear()
 
     def expect_saved(self, window: int) -> None:
         """Clients have been asked to save their state before `window`."""
@@ -101,17 +103,22 @@ class Inbox:
 
     def drop(self, client: str) -> None:
         """Forget everything of a client that is gone."""
-        self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
+        self.drop_activations(client)
         # A gradient that was here in time still counts; the queue decides.
         self._assemblers.pop(client, None)
-        self.halves.pop(client, None)
+        self.collected.pop(client, None)
 
-    def receive(self, client: str, message: pb.ClientMessage) -> None:
-        """Check a message and keep what it brings."""
+    def drop_activations(self, client: str) -> None:
+        """Windows go on without what a client has sent for forwards to come."""
+        self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
+
+    def receive(self, client: str, message: pb.ClientMessage) -> bool:
+        """Check a message and keep what it brings; False for a manifest that comes too late to be of use."""
         match message.WhichOneof("body"):
             case "manifest":
                 limit = self._seats[client].tokens
-                self._queue.manifest(checked_manifest(client, message.manifest, self._shapes.longest_sequence, limit))
+                manifest = checked_manifest(client, message.manifest, self._shapes.longest_sequence, limit)
+                return self._queue.manifest(manifest)
             case "activations":
                 self._receive_activations(client, message.activations)
             case "gradient":
@@ -126,11 +133,14 @@ class Inbox:
                 self.saved[client] = saved
             case other:
                 raise WireError(f"client {client}: a message of kind {other} was not expected")
+        return True
 
     def _receive_activations(self, client: str, message: pb.Activations) -> None:
         number = message.micro_batch
         who = f"client {client}: activations of micro-batch {number}"
-        piece = self._expected(client, message.window, number, "activations", who)
+        if self._queue.was_skipped(client, number):
+            return
+        piece = self._queue.expected_piece(client, number, "activations")
         num_rows, row_index = piece.tokens, None
         if self._shapes.is_rows_cut:
             num_rows = message.values.shape[0] if message.values.shape else 0
@@ -146,7 +156,9 @@ class Inbox:
     def _receive_gradient(self, client: str, message: pb.Gradient) -> None:
         number = message.micro_batch
         who = f"client {client}: gradient of micro-batch {number}"
-        piece = self._expected(client, message.window, number, "gradient", who)
+        if self._queue.was_skipped(client, number):
+            return
+        piece = self._queue.expected_piece(client, number, "gradient")
         gradient = decode(message.hidden, (piece.masked, self._shapes.hidden_width), self._wire.gradients, who)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
@@ -156,16 +168,22 @@ class Inbox:
         self.masked_tokens += piece.masked
 
     def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
-        if client in self.halves:
-            raise WireError(f"client {client}: a second half in window {self._window}")
+        is_whole = chunk.window == self._collecting
         if client not in self._assemblers:
-            self._assemblers[client] = HalfAssembler(dict(self._half_shapes), f"client {client}: its half")
-        complete = self._assemblers[client].add(chunk)
-        if complete is not None:
-            del self._assemblers[client]
-            self.halves[client] = complete
-
-    def _expected(self, client: str, window: int, number: int, kind: str, who: str) -> Piece:
-        if window != self._window:
-            raise WireError(f"{who}: of window {window} instead of {self._window}")
-        return self._queue.expected_piece(client, number, "activations" if kind == "activations" else "gradient")
+            if is_whole and client in self.collected:
+                raise WireError(f"client {client}: a second half of window {chunk.window}")
+            names = self._shapes.half if is_whole else self._shapes.exchanged
+            shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
+            self._assemblers[client] = chunk.window, HalfAssembler(shapes, f"client {client}: its half")
+        window, assembler = self._assemblers[client]
+        if chunk.window != window:
+            raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")
+        self._exchange.progress()
+        complete = assembler.add(chunk)
+        if complete is None:
+            return
+        del self._assemblers[client]
+        if is_whole:
+            self.collected[client] = complete
+        else:
+            self._exchange.deliver(window, client, complete)

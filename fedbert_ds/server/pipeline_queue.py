@@ -1,37 +1,63 @@
 """The pipeline queue of one rank: events in, decisions out.
 
 It knows nothing of tensors, networks, threads or the wall clock: the caller reports what arrived (manifest,
-activations, gradient, lost client, time) and carries out what `decide` returns (open, forward, backward, expire, step).
-A micro-batch goes
+activations, gradient, lost client, time) and carries out what `decide` returns (plan, open, forward, backward, skip,
+expire, step). A micro-batch goes
 
     PLANNED -> OPEN -> READY -> FORWARDED -> GRADED -> DONE
 
 where OPEN is the credit its clients wait for, READY means all activations are here, and GRADED all gradients.
 
+The body never waits for what could have been asked before: while one window runs the next is planned, from manifests
+that clients send ahead, and gets credit as soon as the running one needs none. Its clients send as soon as their own
+half is done with the running window. Only forwards wait for the step.
+
+Forwards go before backwards while there is room: the gradients that are back then make a stock of work, which covers
+the round trip after a window's last forward.
+
 Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most twice as many are
 past PLANNED (activations buffered beside them).
 
-Lockstep: each rank emits as many forwards and backwards a window as its plan has micro-batches, whoever is lost. With
-`lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) the sequence of kinds is one fixed pattern,
-agreed without a message.
+Lockstep: each rank emits as many forwards and backwards a window as the longest plan has micro-batches, whoever is
+lost. With `lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) the sequence of kinds is one fixed
+pattern, agreed without a message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import IntEnum
 from typing import Literal
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.patience import Patience
 from fedbert_ds.server.window import MicroBatch, Piece
 from fedbert_ds.wire.messages import Manifest
+
+Pack = Callable[[Sequence[Manifest]], Sequence[tuple[Piece, ...]]]
+"""Manifests of this rank's clients to the pieces of each micro-batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All manifests of a window are here: tell clients their pieces, and that the next manifest is wanted."""
+
+    window: int
+    micro_batches: tuple[MicroBatch, ...]
+    manifests: tuple[Manifest, ...]
+    """What the plan was made from."""
+    passed_over: frozenset[str]
+    """Clients that gave a manifest and were late since: they have no piece and must be told so."""
 
 
 @dataclass(frozen=True)
 class Open:
     """Give the clients of these pieces credit to send activations."""
 
+    window: int
     micro_batch: int
     pieces: tuple[Piece, ...]
 
@@ -55,6 +81,15 @@ class Backward:
 
 
 @dataclass(frozen=True)
+class Skip:
+    """This client is late: windows go on without these pieces of it, and without it until it is heard of again."""
+
+    client: str
+    micro_batches: tuple[tuple[int, int], ...]
+    """(window, micro-batch) of each piece."""
+
+
+@dataclass(frozen=True)
 class Expire:
     """This client owed an answer for too long; it has been counted as lost."""
 
@@ -67,10 +102,10 @@ class Step:
 
     window: int
     lost_masked_tokens: int
-    """Masked tokens of the plan whose gradient is missing (zero) because their client was lost."""
+    """Masked tokens of the window whose gradient is missing (zero) because their client was lost or late."""
 
 
-Decision = Open | Forward | Backward | Expire | Step
+Decision = Plan | Open | Forward | Backward | Skip | Expire | Step
 
 
 class _State(IntEnum):
@@ -80,11 +115,6 @@ class _State(IntEnum):
     FORWARDED = 3
     GRADED = 4
     DONE = 5
-
-
-class _Phase(Enum):
-    GATHERING = "gathering manifests"
-    RUNNING = "running a window"
 
 
 @dataclass
@@ -100,6 +130,18 @@ class _Entry:
     """When it became READY or GRADED, as a count of events: the older goes first."""
 
 
+@dataclass
+class _Window:
+    """A planned window; the oldest one runs once it is started."""
+
+    number: int
+    entries: dict[int, _Entry]
+    lost_masked_tokens: int = 0
+
+
+_MANIFEST = ("manifest", 0)
+
+
 class PipelineQueue:
     """The scheduling state of one rank over all windows.
 
@@ -111,79 +153,97 @@ class PipelineQueue:
     def __init__(
         self,
         micro_batches_in_flight: int,
+        pack: Pack,
         order: Literal["arrival", "fixed"] = "arrival",
         lockstep_forwards: bool = False,
-        silence_timeout: float = float("inf"),
+        silence_timeout: float = math.inf,
         first_window: int = 0,
+        num_windows: float = math.inf,
+        windows_ahead: int = 1,
+        patience: Patience | None = None,
     ) -> None:
         self._depth = micro_batches_in_flight
+        self._pack = pack
         self._order = order
         self._patterned = lockstep_forwards or order == "fixed"
         self._silence_timeout = silence_timeout
-        self._phase = _Phase.GATHERING
-        self._window = first_window
-        self._entries: dict[int, _Entry] = {}
+        self._num_windows = num_windows
+        self._windows_ahead = windows_ahead
+        self._patience = patience
+        self._next_window = first_window
+        self._next_index = 0
+        self._windows: deque[_Window] = deque()
+        self._running = False
         self._manifests: dict[str, Manifest] = {}
         self._owed_since: dict[str, dict[tuple[str, int], float]] = {}
+        self._benched: set[str] = set()
+        self._behind: set[str] = set()
+        self._skipped: set[tuple[str, int]] = set()
+        self._answered: list[tuple[str, float]] = []
         self._events = 0
         self._pattern: list[type[Forward] | type[Backward]] = []
-        self._lost_masked_tokens = 0
 
     # -- events ---------------------------------------------------------------------------------------------------
 
     def join(self, client: str, now: float) -> None:
-        """A client is here; its manifest of the next window is awaited (now, or after the running window)."""
+        """A client is here; its manifest of the next window that is not planned yet is awaited."""
         if client in self._owed_since:
             raise WireError(f"client {client} is already connected; give each client its own --id")
-        self._owed_since[client] = {} if self._phase is _Phase.RUNNING else {("manifest", 0): now}
+        self._owed_since[client] = {_MANIFEST: now} if self._next_window < self._num_windows else {}
 
     def lose(self, client: str) -> None:
         """A client is gone: what it still owed is dropped and accounted for; nobody else is held up."""
-        if self._owed_since.pop(client, None) is None:
+        if client not in self._owed_since:
             return
+        self._drop_pieces(client)
+        del self._owed_since[client]
         self._manifests.pop(client, None)
-        for entry in self._entries.values():
-            if client not in entry.pieces or entry.state is _State.DONE:
-                continue
-            # A gradient that is already here (GRADED, or given before others') still counts.
-            if entry.state in (_State.FORWARDED, _State.GRADED) and client not in entry.awaited:
-                continue
-            self._lost_masked_tokens += entry.pieces.pop(client).masked
-            entry.awaited.discard(client)
-            if entry.state is not _State.PLANNED:
-                self._advance(entry)
+        self._benched.discard(client)
+        self._behind.discard(client)
+        self._skipped = {skipped for skipped in self._skipped if skipped[0] != client}
 
-    def manifest(self, manifest: Manifest) -> None:
-        """A client says what it brings to the next window; it may say so while this one still runs."""
-        self._known(manifest.client)
-        expected = self._window + (1 if self._phase is _Phase.RUNNING else 0)
-        if manifest.window != expected:
-            raise WireError(f"client {manifest.client}: manifest of window {manifest.window} instead of {expected}")
-        if manifest.client in self._manifests:
-            raise WireError(f"client {manifest.client}: a second manifest of window {manifest.window}")
-        self._manifests[manifest.client] = manifest
-        self._owed_since[manifest.client].pop(("manifest", 0), None)
+    def heard(self, client: str, now: float) -> None:
+        """A client that was skipped shows that it is still there: the next plan waits for it again."""
+        if client in self._benched:
+            self._benched.remove(client)
+            self._owed_since[client].pop(_MANIFEST, None)
+            if client not in self._manifests and self._next_window < self._num_windows:
+                self._owed_since[client][_MANIFEST] = now
+
+    def manifest(self, manifest: Manifest) -> bool:
+        """A client says what it brings to the next window; it may say so while others still run.
+
+        False if that window was planned without it, because it was late: it must be told which is next.
+        """
+        client = manifest.client
+        self._known(client)
+        if manifest.window < self._next_window and client in self._behind:
+            return False
+        if manifest.window != self._next_window:
+            raise WireError(f"client {client}: manifest of window {manifest.window} instead of {self._next_window}")
+        if client in self._manifests:
+            raise WireError(f"client {client}: a second manifest of window {manifest.window}")
+        self._manifests[client] = manifest
+        self._behind.discard(client)
+        self._owed_since[client].pop(_MANIFEST, None)
+        return True
 
     def activations(self, client: str, micro_batch: int) -> Piece:
         """A client's activations of a micro-batch are here, checked; returns the piece they belong to."""
-        entry = self._awaiting(client, micro_batch, _State.OPEN, "activations")
-        entry.awaited.remove(client)
-        del self._owed_since[client]["activations", micro_batch]
-        self._advance(entry)
-        return entry.pieces[client]
+        return self._answer(client, micro_batch, _State.OPEN, "activations")
 
     def gradient(self, client: str, micro_batch: int) -> Piece:
         """A client's gradient of a micro-batch's hidden states is here, checked; returns its piece."""
-        entry = self._awaiting(client, micro_batch, _State.FORWARDED, "gradient")
-        entry.awaited.remove(client)
-        del self._owed_since[client]["gradient", micro_batch]
-        self._advance(entry)
-        return entry.pieces[client]
+        return self._answer(client, micro_batch, _State.FORWARDED, "gradient")
 
     def expected_piece(self, client: str, micro_batch: int, kind: Literal["activations", "gradient"]) -> Piece:
         """The piece a message of this kind would belong to, to check it before it is reported; WireError if none."""
         state = _State.OPEN if kind == "activations" else _State.FORWARDED
         return self._awaiting(client, micro_batch, state, kind).pieces[client]
+
+    def was_skipped(self, client: str, micro_batch: int) -> bool:
+        """Whether this piece was given up because its client was late; what still comes of it is to be ignored."""
+        return (client, micro_batch) in self._skipped
 
     def excuse(self, seconds: float) -> None:
         """The rank was busy for so long and could neither ask nor listen: no client's silence counts that time."""
@@ -199,44 +259,170 @@ class PipelineQueue:
         return frozenset(self._owed_since)
 
     @property
-    def gathered(self) -> bool:
-        """Every connected client has given its manifest of the next window."""
-        return self._phase is _Phase.GATHERING and set(self._manifests) == set(self._owed_since)
+    def present(self) -> frozenset[str]:
+        """Connected clients that are not passed over for being late."""
+        return self.clients - self._benched
 
     @property
-    def manifests(self) -> tuple[Manifest, ...]:
-        """Manifests of the next window so far."""
-        return tuple(self._manifests.values())
+    def next_window(self) -> int:
+        """The next window that will be planned."""
+        return self._next_window
 
-    def start(self, window: int, micro_batches: Sequence[MicroBatch]) -> None:
-        """Begin a window with this rank's micro-batches; clients lost since the plan was made are dropped from it."""
-        if self._phase is not _Phase.GATHERING:
-            raise RuntimeError("start: the previous window has not stepped")
-        self._phase = _Phase.RUNNING
-        self._window = window
-        # By manifest, not by name: a client that was lost and came back has another batch.
-        planned, self._manifests = self._manifests, {}
+    @property
+    def planned(self) -> bool:
+        """The next window to start is planned."""
+        return bool(self._windows) and not self._running
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches planned for the window to start; 0 if it is not planned."""
+        return len(self._windows[0].entries) if self.planned else 0
+
+    @property
+    def masked_tokens(self) -> int:
+        """Masked tokens of the window to start, of clients that are still there; 0 if it is not planned."""
+        entries = self._windows[0].entries.values() if self.planned else ()
+        return sum(piece.masked for entry in entries for piece in entry.pieces.values())
+
+    def start(self, num_micro_batches: int, now: float, micro_batches_in_flight: int | None = None) -> tuple[int, ...]:
+        """Begin the oldest planned window, with dummies up to `num_micro_batches`; returns its micro-batches."""
+        if not self.planned:
+            raise RuntimeError("start: the previous window has not stepped, or the next one is not planned")
+        window = self._windows[0]
+        self._depth = micro_batches_in_flight or self._depth
+        self._running = True
+        planned = len(window.entries)
+        # Dummies come after all that is planned ahead, since their number is known only now.
+        for _ in range(num_micro_batches - planned):
+            window.entries[self._next_index] = _Entry(MicroBatch(self._next_index, ()))
+            self._next_index += 1
         for owed in self._owed_since.values():
-            owed.pop(("manifest", 0), None)
-        self._lost_masked_tokens = 0
-        self._entries = {}
-        for plan in micro_batches:
-            present = {piece.client: piece for piece in plan.pieces if piece.client in planned}
-            self._lost_masked_tokens += sum(p.masked for p in plan.pieces if p.client not in present)
-            self._entries[plan.index] = _Entry(plan, pieces=present)
-        self._pattern = _pattern(len(micro_batches), self._depth)[::-1]
+            for answer, since in owed.items():
+                if since == math.inf and answer[1] in window.entries:
+                    owed[answer] = now
+        self._pattern = _pattern(len(window.entries), self._depth)[::-1]
+        return tuple(window.entries)
 
     def decide(self, now: float) -> Decision | None:
         """The next thing to do, already counted as done; None: wait for an event."""
-        if (expired := self._expired(now)) is not None:
-            self.lose(expired)
-            return Expire(expired)
-        if self._phase is not _Phase.RUNNING:
-            return None
+        self._learn(now)
+        if (late := self._late(now)) is not None:
+            return late
+        if self._may_plan():
+            return self._plan(now)
         if (entry := self._to_open()) is not None:
-            return self._open(entry, now)
-        if all(entry.state is _State.DONE for entry in self._entries.values()):
-            return self._step(now)
+            return self._open(*entry, now)
+        return self._compute(now) if self._running else None
+
+    # -- inside: who is late ----------------------------------------------------------------------------------------
+
+    def _learn(self, now: float) -> None:
+        for client, since in self._answered:
+            if self._patience is not None and since < math.inf:
+                self._patience.learn(client, now - since)
+        self._answered.clear()
+
+    def _late(self, now: float) -> Expire | Skip | None:
+        for client, owed in sorted(self._owed_since.items()):
+            if owed and now - min(owed.values()) > self._silence_timeout:
+                self.lose(client)
+                return Expire(client)
+            if self._patience is None or client in self._benched:
+                continue
+            answers = [since for answer, since in owed.items() if answer != _MANIFEST]
+            if answers and now - min(answers) > self._patience.deadline(client):
+                self._benched.add(client)
+                dropped = self._drop_pieces(client)
+                self._skipped.update((client, micro_batch) for _, micro_batch in dropped)
+                # Silence still counts, from the first question it left open.
+                self._owed_since[client] = {_MANIFEST: min(owed.values())}
+                return Skip(client, dropped)
+        return None
+
+    def _drop_pieces(self, client: str) -> tuple[tuple[int, int], ...]:
+        """Let all windows go on without this client, but for gradients that are here; (window, micro-batch) of each."""
+        dropped = []
+        for window, entry in self._all_entries():
+            if client not in entry.pieces or entry.state is _State.DONE:
+                continue
+            # A gradient that is already here (GRADED, or given before others') still counts.
+            if entry.state in (_State.FORWARDED, _State.GRADED) and client not in entry.awaited:
+                continue
+            masked = entry.pieces.pop(client).masked
+            if self._running and window is self._windows[0]:
+                window.lost_masked_tokens += masked
+            dropped.append((window.number, entry.plan.index))
+            entry.awaited.discard(client)
+            if entry.state is not _State.PLANNED:
+                self._advance(entry)
+        return tuple(dropped)
+
+    # -- inside: planning and credit --------------------------------------------------------------------------------
+
+    def _may_plan(self) -> bool:
+        waits_for_nobody = self.present <= set(self._manifests)
+        has_room = len(self._windows) <= self._windows_ahead
+        return self._next_window < self._num_windows and waits_for_nobody and has_room
+
+    def _plan(self, now: float) -> Plan:
+        manifests = [manifest for client, manifest in self._manifests.items() if client not in self._benched]
+        micro_batches = []
+        for pieces in self._pack(manifests):
+            micro_batches.append(MicroBatch(self._next_index, pieces))
+            self._next_index += 1
+        told = frozenset(self._manifests)
+        passed_over = told & self._benched
+        entries = {
+            plan.index: _Entry(plan, pieces={piece.client: piece for piece in plan.pieces}) for plan in micro_batches
+        }
+        self._windows.append(_Window(self._next_window, entries))
+        self._behind |= self._benched
+        self._manifests = {}
+        self._next_window += 1
+        if self._next_window < self._num_windows:
+            for client in told:
+                self._owed_since[client].setdefault(_MANIFEST, now)
+        else:
+            for owed in self._owed_since.values():
+                owed.pop(_MANIFEST, None)
+        return Plan(self._next_window - 1, tuple(micro_batches), tuple(manifests), passed_over)
+
+    def _to_open(self) -> tuple[_Window, _Entry] | None:
+        past = sum(_State.PLANNED < entry.state < _State.DONE for _, entry in self._all_entries())
+        if past >= 2 * self._depth:
+            return None
+        planned = [(window, entry) for window, entry in self._all_entries() if entry.state is _State.PLANNED]
+        if self._order == "fixed":
+            return planned[0] if planned else None
+        # In the order of the plan, so that clients are done with a window one after another and go on to the next; but
+        # nobody gets more than a fair part of the credit, which somebody slow could hold all of.
+        waiting = {client for _, entry in planned for client in entry.pieces}
+        fair = -(-2 * self._depth // max(1, len(waiting)))
+        real = [(window, entry) for window, entry in planned if entry.pieces and self._burden(entry) < fair]
+        empty = [(window, entry) for window, entry in planned if not entry.pieces]
+        return next(iter(real), None) or next(iter(empty), None)
+
+    def _burden(self, entry: _Entry) -> int:
+        """Most answers that one of its clients owes already."""
+        return max(sum(answer != _MANIFEST for answer in self._owed_since[client]) for client in entry.pieces)
+
+    def _open(self, window: _Window, entry: _Entry, now: float) -> Open:
+        entry.state = _State.OPEN
+        entry.awaited = set(entry.pieces)
+        # A client answers for the next window when it is done with this one: no clock runs before that starts.
+        since = now if self._running and window is self._windows[0] else math.inf
+        for client in entry.awaited:
+            self._owed_since[client]["activations", entry.plan.index] = since
+        pieces = tuple(entry.pieces.values())
+        self._advance(entry)
+        return Open(window.number, entry.plan.index, pieces)
+
+    # -- inside: the running window ---------------------------------------------------------------------------------
+
+    def _compute(self, now: float) -> Forward | Backward | Step | None:
+        entries = self._windows[0].entries.values()
+        if all(entry.state is _State.DONE for entry in entries):
+            return self._step()
         ready = self._first(_State.READY)
         graded = self._first(_State.GRADED)
         if self._patterned:
@@ -245,76 +431,42 @@ class PipelineQueue:
             graded = graded if kind is Backward else None
         elif self._in_flight() >= self._depth:
             ready = None
-        # Backward first: it frees memory, and the dummy of a short rank (no pieces) only fills its waiting time.
-        candidates = [entry for entry in (graded, ready) if entry is not None]
-        candidates.sort(key=lambda entry: not entry.plan.pieces)
-        for entry in candidates:
-            if self._patterned:
-                self._pattern.pop()
-            return self._backward(entry) if entry.state is _State.GRADED else self._forward(entry, now)
-        return None
-
-    # -- inside ---------------------------------------------------------------------------------------------------
-
-    def _known(self, client: str) -> None:
-        if client not in self._owed_since:
-            raise WireError(f"client {client} is not connected")
-
-    def _awaiting(self, client: str, micro_batch: int, state: _State, what: str) -> _Entry:
-        self._known(client)
-        entry = self._entries.get(micro_batch)
-        if entry is None or entry.state is not state or client not in entry.awaited:
-            raise WireError(f"client {client}: {what} of micro-batch {micro_batch}, which nobody asked for")
-        return entry
-
-    def _advance(self, entry: _Entry) -> None:
-        """An OPEN or FORWARDED micro-batch that waits for nobody any more becomes READY or GRADED."""
-        if entry.awaited or entry.state not in (_State.OPEN, _State.FORWARDED):
-            return
-        entry.state = _State.READY if entry.state is _State.OPEN else _State.GRADED
-        self._events += 1
-        entry.turn = self._events
-
-    def _expired(self, now: float) -> str | None:
-        for client, owed in sorted(self._owed_since.items()):
-            if owed and now - min(owed.values()) > self._silence_timeout:
-                return client
-        return None
+        # The dummy of a short rank (no pieces) only fills its waiting time.
+        candidates = sorted((entry for entry in (ready, graded) if entry), key=lambda entry: not entry.plan.pieces)
+        if not candidates:
+            return None
+        if self._patterned:
+            self._pattern.pop()
+        entry = candidates[0]
+        return self._backward(entry) if entry.state is _State.GRADED else self._forward(entry, now)
 
     def _in_flight(self) -> int:
-        return sum(entry.state in (_State.FORWARDED, _State.GRADED) for entry in self._entries.values())
-
-    def _to_open(self) -> _Entry | None:
-        past = sum(_State.PLANNED < entry.state < _State.DONE for entry in self._entries.values())
-        if past >= 2 * self._depth:
-            return None
-        planned = [entry for entry in self._entries.values() if entry.state is _State.PLANNED]
-        if self._order == "fixed":
-            return planned[0] if planned else None
-        return min(planned, key=lambda entry: (not entry.plan.pieces, self._burden(entry)), default=None)
-
-    def _burden(self, entry: _Entry) -> int:
-        """Answers its clients owe already: credit goes where least is owed, so that nobody slow can hold all of it."""
-        return max((len(self._owed_since[client]) for client in entry.pieces), default=0)
+        return sum(entry.state in (_State.FORWARDED, _State.GRADED) for entry in self._windows[0].entries.values())
 
     def _first(self, state: _State) -> _Entry | None:
         """The micro-batch of this state to take next: by age, real before dummy; in plan order if order is fixed."""
+        running = self._windows[0].entries.values()
         if self._order == "fixed":
             stage = (_State.FORWARDED, _State.GRADED) if state is _State.GRADED else tuple(_State)[: _State.READY + 1]
-            oldest = next((entry for entry in self._entries.values() if entry.state in stage), None)
+            oldest = next((entry for entry in running if entry.state in stage), None)
             # Only the oldest counts: while it is not there yet, nothing may overtake it.
             return oldest if oldest is not None and oldest.state is state else None
-        entries = [entry for entry in self._entries.values() if entry.state is state]
+        entries = [entry for entry in running if entry.state is state]
+        if state is _State.READY and not self._patterned:
+            entries = self._leave_room(entries)
         return min(entries, key=lambda entry: (not entry.plan.pieces, entry.turn), default=None)
 
-    def _open(self, entry: _Entry, now: float) -> Open:
-        entry.state = _State.OPEN
-        entry.awaited = set(entry.pieces)
-        for client in entry.awaited:
-            self._owed_since[client]["activations", entry.plan.index] = now
-        pieces = tuple(entry.pieces.values())
-        self._advance(entry)
-        return Open(entry.plan.index, pieces)
+    def _leave_room(self, ready: list[_Entry]) -> list[_Entry]:
+        """The last place in flight is not for whom all the others wait: one slow to answer must not stop the body."""
+        running = self._windows[0].entries.values()
+        flying = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
+        if self._depth == 1 or len(flying) < self._depth - 1:
+            return ready
+        hogs = set.intersection(*(entry.awaited for entry in flying))
+        others_wait = any(
+            entry.state < _State.FORWARDED and entry.pieces and not hogs & set(entry.pieces) for entry in running
+        )
+        return [entry for entry in ready if not hogs & set(entry.pieces)] if hogs and others_wait else ready
 
     def _forward(self, entry: _Entry, now: float) -> Forward:
         entry.state = _State.FORWARDED
@@ -327,17 +479,44 @@ class PipelineQueue:
 
     def _backward(self, entry: _Entry) -> Backward:
         entry.state = _State.DONE
-        is_last = all(other.state is _State.DONE for other in self._entries.values())
+        is_last = all(other.state is _State.DONE for other in self._windows[0].entries.values())
         return Backward(entry.plan.index, tuple(entry.pieces.values()), is_last)
 
-    def _step(self, now: float) -> Step:
-        self._phase = _Phase.GATHERING
-        self._window += 1
-        self._entries = {}
-        for client, owed in self._owed_since.items():
-            if client not in self._manifests:
-                owed["manifest", 0] = now
-        return Step(self._window - 1, self._lost_masked_tokens)
+    def _step(self) -> Step:
+        window = self._windows.popleft()
+        self._running = False
+        return Step(window.number, window.lost_masked_tokens)
+
+    # -- inside: entries --------------------------------------------------------------------------------------------
+
+    def _all_entries(self) -> Iterator[tuple[_Window, _Entry]]:
+        return ((window, entry) for window in self._windows for entry in window.entries.values())
+
+    def _known(self, client: str) -> None:
+        if client not in self._owed_since:
+            raise WireError(f"client {client} is not connected")
+
+    def _awaiting(self, client: str, micro_batch: int, state: _State, what: str) -> _Entry:
+        self._known(client)
+        entry = next((w.entries[micro_batch] for w in self._windows if micro_batch in w.entries), None)
+        if entry is None or entry.state is not state or client not in entry.awaited:
+            raise WireError(f"client {client}: {what} of micro-batch {micro_batch}, which nobody asked for")
+        return entry
+
+    def _answer(self, client: str, micro_batch: int, state: _State, what: str) -> Piece:
+        entry = self._awaiting(client, micro_batch, state, what)
+        entry.awaited.remove(client)
+        self._answered.append((client, self._owed_since[client].pop((what, micro_batch))))
+        self._advance(entry)
+        return entry.pieces[client]
+
+    def _advance(self, entry: _Entry) -> None:
+        """An OPEN or FORWARDED micro-batch that waits for nobody any more becomes READY or GRADED."""
+        if entry.awaited or entry.state not in (_State.OPEN, _State.FORWARDED):
+            return
+        entry.state = _State.READY if entry.state is _State.OPEN else _State.GRADED
+        self._events += 1
+        entry.turn = self._events
 
 
 def _pattern(num_micro_batches: int, depth: int) -> list[type[Forward] | type[Backward]]:

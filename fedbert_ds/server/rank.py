@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +16,29 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.averaging import combine
-from fedbert_ds.federation.modes import Exchange, exchange_after
+from fedbert_ds.federation.modes import exchange_after
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.control import Control
 from fedbert_ds.server.coordinator import Seat, reply
+from fedbert_ds.server.depth import FIRST_DEPTH, Demand, depth_for
 from fedbert_ds.server.engine import BodyEngine, BodyInput
+from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
-from fedbert_ds.server.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Step
-from fedbert_ds.server.window import MicroBatch, Piece, plan_window
+from fedbert_ds.server.patience import Patience
+from fedbert_ds.server.pipeline_queue import (
+    Backward,
+    Decision,
+    Expire,
+    Forward,
+    Open,
+    PipelineQueue,
+    Plan,
+    Skip,
+    Step,
+)
+from fedbert_ds.server.window import Piece, pack
+from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 from fedbert_ds.wire.messages import Manifest, half_chunks
@@ -61,7 +76,11 @@ class Tally:
 class Report:
     """What a rank tells the others between two windows."""
 
-    manifests: tuple[Manifest, ...]
+    num_micro_batches: int
+    """Of the next window, on this rank."""
+    masked_tokens: int
+    """Of the next window, on this rank."""
+    demand: Demand
     clients: frozenset[str]
     stop: bool
     problems: tuple[str, ...]
@@ -93,6 +112,7 @@ class RankServer:
         seats: Mapping[str, Seat],
         first_window: int,
         stop: StopFlag,
+        trace: Trace,
     ) -> None:
         self._config = config
         self._shapes = shapes
@@ -101,16 +121,33 @@ class RankServer:
         self._control = control
         self._seats = {client: seat for client, seat in seats.items() if seat.rank == control.rank}
         self._first_window = first_window
+        fixed = config.window.micro_batches_in_flight
+        self._depth = FIRST_DEPTH if fixed == "auto" else fixed
+        # With a fixed order nothing may depend on the clock.
+        self._patience = None if config.window.order == "fixed" else Patience()
         self._queue = PipelineQueue(
-            config.window.micro_batches_in_flight,
+            self._depth,
+            partial(pack, capacity=config.window.tokens_per_micro_batch),
             config.window.order,
             engine.lockstep_forwards,
             config.clients.silence_timeout,
             first_window,
+            config.run.windows,
+            windows_ahead=max(1, config.window.staleness),
+            patience=self._patience,
         )
         self._stop = stop
-        self._inbox = Inbox(self._queue, shapes, config.wire, self._seats)
+        self._trace = trace
+        self._exchange = HalfExchange(self._combined)
+        self._inbox = Inbox(self._queue, self._exchange, shapes, config.wire, self._seats)
+        self._plans: dict[int, Plan] = {}
         self._manifests: dict[str, Manifest] = {}
+        self._numbers: dict[int, int] = {}
+        """Micro-batches of the running window by their place in it."""
+        self._asked: dict[tuple[str, str, int], float] = {}
+        """When (what, client, micro-batch) was asked for; for the timeline."""
+        self._masked_tokens = 0
+        self._service_seconds = 0.0
         self._flights: dict[int, _Flight] = {}
         self._tally = Tally()
         self._problems: list[str] = []
@@ -163,12 +200,7 @@ class RankServer:
                 saved = window
             if is_over:
                 return window
-            plan = plan_window(
-                window, [report.manifests for report in reports], self._config.window.tokens_per_micro_batch
-            )
-            self._train_window(window, plan.masked_tokens, plan.ranks[self._control.rank])
-            with self._busy():
-                self._exchange(window, exchange_after(self._config.federation, window))
+            self._train_window(window, reports)
             window += 1
 
     def _too_few_clients(self, reports: Sequence[Report], saved: int) -> str:
@@ -192,11 +224,16 @@ class RankServer:
         """
         wanted = self.clients if self._config.federation.mode == "parallel" else set(sorted(self.clients)[:1])
         mine = sorted(wanted & self._queue.clients)
-        self._inbox.expect_halves(frozenset(self._shapes.half))
+        self._inbox.expect_collected(window)
+        self._exchange.progress()
         for client in mine:
             self._ingress.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
-        self._await_halves(set(mine))
-        halves = [self._inbox.halves.pop(client) for client in mine if client in self._inbox.halves]
+        while set(mine) & self._queue.clients - set(self._inbox.collected):
+            self._attend()
+            if self._exchange.quiet_seconds > self._config.clients.silence_timeout:
+                for client in set(mine) & self._queue.clients - set(self._inbox.collected):
+                    self._expire(client)
+        halves = [self._inbox.collected[client] for client in mine if client in self._inbox.collected]
         if not any(self._control.gather(len(halves))):
             raise RunError(
                 f"no client was left to hand over its half; window {window} is saved: start the clients again and "
@@ -213,17 +250,16 @@ class RankServer:
     # -- a window -------------------------------------------------------------------------------------------------
 
     def _gather(self, window: int) -> list[Report]:
-        """Wait for this rank's manifests, then exchange reports with all ranks."""
+        """Wait until this rank's next window is planned, then exchange reports with all ranks."""
         is_last = window == self._config.run.windows
-        while not (is_last or self._queue.gathered or self._stop.requested):
-            self._wait_for_event()
-            decision = self._queue.decide(time.monotonic())
-            if isinstance(decision, Expire):
-                self._expire(decision.client)
-        manifests = self._queue.manifests if self._queue.gathered else ()
-        self._manifests = {manifest.client: manifest for manifest in manifests}
+        with self._trace.span("wait for plan", window=window):
+            while not (is_last or self._queue.planned or self._stop.requested):
+                self._attend()
+        answer_seconds = self._patience.farthest() if self._patience else 0.0
         report = Report(
-            manifests=manifests,
+            num_micro_batches=self._queue.num_micro_batches,
+            masked_tokens=self._queue.masked_tokens,
+            demand=Demand(answer_seconds, self._service_seconds, self._engine.affordable_depth()),
             clients=self._queue.clients,
             stop=self._stop.requested,
             problems=tuple(self._problems),
@@ -233,48 +269,96 @@ class RankServer:
         if window > self._first_window:
             # The report before the first window is shown to nobody.
             self._told = len(self._problems)
-        return self._control.gather(report)
+        with self._busy("gather", window=window):
+            return self._control.gather(report)
 
-    def _train_window(self, window: int, masked_tokens: int, micro_batches: Sequence[MicroBatch]) -> None:
-        self._queue.start(window, micro_batches)
-        self._inbox.begin(window)
-        for client in self._queue.clients:
-            pieces = [
-                pb.Piece(micro_batch=mb.index, first_sequence=piece.first_sequence, num_sequences=piece.num_sequences)
-                for mb in micro_batches
-                for piece in mb.pieces
-                if piece.client == client
-            ]
-            plan = pb.Plan(window=window, masked_tokens=masked_tokens, pieces=pieces)
-            self._ingress.send(client, pb.ServerMessage(plan=plan))
+    def _train_window(self, window: int, reports: Sequence[Report]) -> None:
+        """From the start of a planned window to the body's step."""
+        if self._config.window.micro_batches_in_flight == "auto":
+            self._depth = depth_for(report.demand for report in reports)
+        self._masked_tokens = sum(report.masked_tokens for report in reports)
+        num_micro_batches = max(1, *(report.num_micro_batches for report in reports))
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), self._depth)
+        self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
+        self._manifests = {manifest.client: manifest for manifest in self._plans.pop(window).manifests}
+        self._inbox.begin()
+        exchange = exchange_after(self._config.federation, window)
+        if exchange != "nothing":
+            self._exchange.expect(window, self._manifests.keys() & self._queue.present, exchange == "weights")
         while True:
             while self._dispatch(self._ingress.next_event(0)):
                 pass
+            self._hand_out_halves()
             match self._queue.decide(time.monotonic()):
                 case None:
                     waiting_since = time.monotonic()
-                    self._wait_for_event()
+                    with self._trace.span("wait"):
+                        self._dispatch(self._ingress.next_event(POLL_SECONDS))
                     self._tally.wait_seconds += time.monotonic() - waiting_since
-                case Open() as opened:
-                    for piece in opened.pieces:
-                        credit = pb.Open(window=window, micro_batch=opened.micro_batch)
-                        self._ingress.send(piece.client, pb.ServerMessage(open=credit))
                 case Forward() as forward:
-                    with self._busy():
+                    with self._busy("forward", micro_batch=forward.micro_batch):
                         self._forward(window, forward.micro_batch, forward.pieces)
                 case Backward() as backward:
-                    with self._busy():
+                    with self._busy("backward", micro_batch=backward.micro_batch):
                         self._backward(window, backward)
-                case Expire(client):
-                    self._expire(client)
                 case Step(_, lost_masked_tokens):
-                    with self._busy():
+                    with self._busy("step", window=window):
                         self._step(window, lost_masked_tokens)
                     return
+                case other:
+                    self._carry_out(other)
+
+    def _attend(self) -> None:
+        """While the body has nothing to do: take in what comes, plan and give credit ahead, pass halves on."""
+        self._dispatch(self._ingress.next_event(POLL_SECONDS))
+        self._hand_out_halves()
+        while (decision := self._queue.decide(time.monotonic())) is not None:
+            self._carry_out(decision)
+
+    def _carry_out(self, decision: Decision) -> None:
+        """Decisions that leave the body alone."""
+        match decision:
+            case Plan() as plan:
+                self._plans[plan.window] = plan
+                pieces: dict[str, list[pb.Piece]] = {manifest.client: [] for manifest in plan.manifests}
+                for mb in plan.micro_batches:
+                    for piece in mb.pieces:
+                        span = {"first_sequence": piece.first_sequence, "num_sequences": piece.num_sequences}
+                        pieces[piece.client].append(pb.Piece(micro_batch=mb.index, **span))
+                for client in [*pieces, *sorted(plan.passed_over)]:
+                    self._tell_plan(client, plan.window, pieces.get(client, []))
+            case Open(window, micro_batch, pieces_):
+                for piece in pieces_:
+                    self._asked["activations", piece.client, micro_batch] = time.monotonic()
+                    credit = pb.Open(window=window, micro_batch=micro_batch)
+                    self._ingress.send(piece.client, pb.ServerMessage(open=credit))
+            case Skip(client, micro_batches):
+                self._skip(client, micro_batches)
+            case Expire(client):
+                self._expire(client)
+            case _:
+                raise AssertionError(f"{decision} needs a running window")
+
+    def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
+        self._ingress.send(client, pb.ServerMessage(plan=plan))
+
+    def _skip(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
+        self._problems.append(f"client {client} is late: windows go on without it until it answers")
+        self._inbox.drop_activations(client)
+        self._exchange.forget(client)
+        by_window: dict[int, list[int]] = {}
+        for window, micro_batch in micro_batches:
+            by_window.setdefault(window, []).append(micro_batch)
+        for window, skipped in by_window.items():
+            message = pb.Skipped(window=window, micro_batches=skipped)
+            self._ingress.send(client, pb.ServerMessage(skipped=message))
 
     def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
         arrived = [self._inbox.take_activations(micro_batch, piece.client) for piece in pieces]
-        seed = stable_seed("body dropout", self._config.run.seed, window, micro_batch)
+        # Neither the order of micro-batches nor their numbers, which go on from window to window, may change dropout.
+        place = self._control.rank, self._numbers[micro_batch]
+        seed = stable_seed("body dropout", self._config.run.seed, window, *place)
         started = time.monotonic()
         if pieces:
             body_input = self._body_input(pieces, arrived, seed)
@@ -290,7 +374,8 @@ class RankServer:
         self._flights[micro_batch] = _Flight(pieces, [len(item.values) for item in arrived])
         for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
             frame = encode(rows, self._config.wire.hidden_states)
-            message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame)
+            message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame, masked_tokens=self._masked_tokens)
+            self._asked["gradient", piece.client, micro_batch] = time.monotonic()
             self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
 
     def _body_input(self, pieces: tuple[Piece, ...], arrived: list[Arrived], seed: int) -> BodyInput:
@@ -339,39 +424,37 @@ class RankServer:
                 self._ingress.send(piece.client, pb.ServerMessage(input_gradient=message))
 
     def _step(self, window: int, lost_masked_tokens: int) -> None:
+        if real := self._tally.forwards - self._tally.dummy_micro_batches:
+            self._service_seconds = self._tally.busy_seconds / real
         started = time.monotonic()
         self._engine.step(self._config.optimizer.learning_rate(window, self._config.run.windows))
         self._tally.busy_seconds += time.monotonic() - started
         self._tally.lost_masked_tokens += lost_masked_tokens
         self._tally.loss_sum += self._inbox.loss_sum
         self._tally.masked_tokens += self._inbox.masked_tokens
-        for client in self._queue.clients:
-            self._ingress.send(client, pb.ServerMessage(stepped=pb.Stepped(window=window)))
+        self._exchange.due(window)
 
     # -- client halves --------------------------------------------------------------------------------------------
 
-    def _exchange(self, window: int, exchange: Exchange) -> None:
-        if exchange == "nothing":
-            return
-        self._await_halves(set(self._queue.clients))
-        present = sorted(self._queue.clients & set(self._inbox.halves))
-        halves = [self._inbox.halves.pop(client) for client in present]
+    def _combined(self, halves: list[Half], average: bool) -> dict[str, Tensor]:
         shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
-        combined = combine(halves, shapes, average=exchange == "weights", group=self._control.group)
-        self._send_half(present, combined, window)
+        return combine(halves, shapes, average=average, group=self._control.half_group)
 
-    def _await_halves(self, clients: set[str]) -> None:
-        deadline = time.monotonic() + self._config.clients.silence_timeout
-        while missing := (clients & self._queue.clients) - set(self._inbox.halves):
-            before = self._inbox.half_bytes
-            self._wait_for_event()
-            # A large half over a slow link takes long; only silence counts against it.
-            if self._inbox.half_bytes != before:
-                deadline = time.monotonic() + self._config.clients.silence_timeout
-            elif time.monotonic() > deadline:
-                for client in missing:
-                    self._queue.lose(client)
-                    self._expire(client)
+    def _hand_out_halves(self) -> None:
+        """Send what was combined since the last call; drop clients whose half does not come."""
+        if (combined := self._exchange.poll()) is not None:
+            window, tensors = combined
+            # Clients that were passed over too: they take up training where the others are.
+            self._send_half(sorted(self._queue.clients), tensors, window)
+        if self._exchange.late and self._exchange.quiet_seconds > self._config.clients.silence_timeout:
+            for client in self._exchange.late:
+                self._expire(client)
+
+    def _finish_exchanges(self) -> None:
+        """Every client has, or is about to receive, what windows so far have combined."""
+        with self._trace.span("wait for halves"):
+            while not self._exchange.is_idle:
+                self._attend()
 
     def _send_half(self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int) -> None:
         for chunk in half_chunks(window, tensors.items(), weight=0.0):
@@ -384,16 +467,16 @@ class RankServer:
 
     def _save(self, folder: Path, window: int) -> None:
         """Clients save their halves, ranks the body; the checkpoint counts only once everything is on disk."""
+        self._finish_exchanges()
         self._inbox.expect_saved(window)
         for client in self._queue.clients:
             self._ingress.send(client, pb.ServerMessage(save=pb.Save(window=window)))
         self._engine.save(folder, window)
         deadline = time.monotonic() + self._config.clients.silence_timeout
         while missing := self._queue.clients - set(self._inbox.saved):
-            self._wait_for_event()
+            self._attend()
             if time.monotonic() > deadline:
                 for client in missing:
-                    self._queue.lose(client)
                     self._expire(client)
         self.client_figures.update(self._inbox.saved)
         self._control.complete_checkpoint(folder, window)
@@ -401,14 +484,12 @@ class RankServer:
     # -- events ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
-        """While the rank waits for other ranks, or clients for its answer, nobody's silence counts."""
+    def _busy(self, what: str, **details: Any) -> Iterator[None]:
+        """While the rank computes or waits for other ranks, nobody's silence counts."""
         started = time.monotonic()
-        yield
+        with self._trace.span(what, **details):
+            yield
         self._queue.excuse(time.monotonic() - started)
-
-    def _wait_for_event(self) -> None:
-        self._dispatch(self._ingress.next_event(POLL_SECONDS))
 
     def _dispatch(self, event: Event | None) -> bool:
         """Take one event in; False if there was none. A client that breaks the protocol is dropped alone."""
@@ -427,12 +508,24 @@ class RankServer:
                     self._forget(client)
             case Received(client, message) if client in self._queue.clients:
                 try:
-                    self._inbox.receive(client, message)
+                    self._receive(client, message)
                 except WireError as error:
                     self._problems.append(str(error))
                     self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=str(error))))
                     self._forget(client)
         return True
+
+    def _receive(self, client: str, message: pb.ClientMessage) -> None:
+        now = time.monotonic()
+        self._queue.heard(client, now)
+        if not self._inbox.receive(client, message):
+            self._tell_plan(client, message.manifest.window, [])
+        kind = message.WhichOneof("body")
+        if kind in ("activations", "gradient"):
+            micro_batch = getattr(message, kind).micro_batch
+            asked = self._asked.pop((kind, client, micro_batch), None)
+            if asked is not None:
+                self._trace.add(kind, asked, now, track=client, micro_batch=micro_batch)
 
     def _expire(self, client: str) -> None:
         reason = (
@@ -440,11 +533,11 @@ class RankServer:
         )
         self._problems.append(reason)
         self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
-        self._ingress.revoke(client)
-        self._inbox.drop(client)
+        self._forget(client)
 
     def _forget(self, client: str) -> None:
         self._queue.lose(client)
+        self._exchange.forget(client)
         self._ingress.revoke(client)
         self._inbox.drop(client)
 

@@ -29,6 +29,7 @@ from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.narrator import Narrator
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
 from fedbert_ds.server.rank import POLL_SECONDS, RankServer
+from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import ClientSettings, cut_to_json
@@ -123,7 +124,9 @@ def serve(config: RunConfig, resume: bool) -> int:
     stop = StopSignal()
     control = Control()
     clients = LocalClients(config.run.directory / "clients")
-    ingress = Ingress(config.server.host, config.server.port and config.server.port + control.rank, _tls(config))
+    port = config.server.port and config.server.port + control.rank
+    ingress = Ingress(config.server.host, port, _tls(config), config.clients.reconnect_timeout)
+    trace = Trace(config.run.directory / f"trace-{control.rank}.json" if config.run.trace else None, control.rank)
     try:
         port = ingress.start()
         endpoints = control.gather(f"{_advertised(config, control.world_size)}:{port}")
@@ -146,7 +149,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = control.broadcast(_start(config, roster, control) if control.rank == 0 else None)
         ingress.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == control.rank})
         rank = RankServer(
-            config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop
+            config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop, trace
         )
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)
@@ -169,6 +172,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         _hide_address(config, control)
         ingress.stop()
         clients.stop()
+        trace.close()
 
 
 def _prepare(config: RunConfig, resume: bool) -> Prepared:
@@ -252,6 +256,7 @@ def _welcome(
             seed=config.run.seed,
             windows=config.run.windows,
             tokens=seat.tokens,
+            staleness=config.window.staleness,
             sequence_length=config.data.sequence_length,
             mask_probability=config.data.mask_probability,
             whole_word=config.data.whole_word,
@@ -267,6 +272,7 @@ def _welcome(
             settings=settings.model_dump_json(),
             tokenizer=tokenizer,
             window=start.first_window,
+            reconnect_timeout=config.clients.reconnect_timeout,
         )
         roster.welcome(client, welcome)
 

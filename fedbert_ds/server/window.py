@@ -1,8 +1,8 @@
-"""A window's plan: manifests in, micro-batches out; arithmetic only, the same on every rank."""
+"""A rank's part of a window: manifests in, micro-batches out; who brings how much, to which rank. Arithmetic only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fedbert_ds.wire.messages import Manifest
@@ -24,7 +24,7 @@ class MicroBatch:
     """What one forward of the body takes; without pieces it is a dummy that keeps ranks in lockstep."""
 
     index: int
-    """Unique in the window over all ranks."""
+    """Unique among all windows of its rank."""
     pieces: tuple[Piece, ...]
 
     @property
@@ -33,41 +33,18 @@ class MicroBatch:
         return sum(piece.tokens for piece in self.pieces)
 
 
-@dataclass(frozen=True)
-class WindowPlan:
-    """One optimizer step: every rank has the same number of micro-batches, at least one."""
+def pack(manifests: Iterable[Manifest], capacity: int) -> list[tuple[Piece, ...]]:
+    """Pack the sequences of a rank's clients into micro-batches of at most `capacity` tokens.
 
-    window: int
-    masked_tokens: int
-    """M: the loss is the sum of all cross-entropies over M, so the gradient is that of centralized training."""
-    ranks: tuple[tuple[MicroBatch, ...], ...]
-
-
-def plan_window(window: int, manifests: Sequence[Sequence[Manifest]], tokens_per_micro_batch: int) -> WindowPlan:
-    """Pack the sequences each rank's clients announced into micro-batches of at most `tokens_per_micro_batch`.
-
-    `manifests[r]` are those of rank r's clients, whose sequences are taken in the order of client names. Packing is
-    next-fit: a sequence that does not fit opens a new micro-batch, so a client's sequences stay together and a slow
-    client holds up only its own micro-batches and the two it shares. Raises ValueError when a sequence is longer than a
-    micro-batch.
+    Sequences are taken in the order of client names. Packing is next-fit: a sequence that does not fit opens a new
+    micro-batch, so a client's sequences stay together, a slow client holds up only its own micro-batches and the two
+    it shares, and clients early in the plan are done with the window early. Raises ValueError when a sequence is longer
+    than a micro-batch.
     """
-    packed = [_pack(sorted(rank, key=lambda manifest: manifest.client), tokens_per_micro_batch) for rank in manifests]
-    num_micro_batches = max(1, *(len(rank) for rank in packed))
-    ranks = []
-    for rank, contents in enumerate(packed):
-        contents += [()] * (num_micro_batches - len(contents))
-        ranks.append(
-            tuple(MicroBatch(rank * num_micro_batches + number, pieces) for number, pieces in enumerate(contents))
-        )
-    masked = sum(sum(manifest.masked) for rank in manifests for manifest in rank)
-    return WindowPlan(window, masked, tuple(ranks))
-
-
-def _pack(manifests: Sequence[Manifest], capacity: int) -> list[tuple[Piece, ...]]:
     micro_batches: list[tuple[Piece, ...]] = []
     current: list[Piece] = []
     filled = 0
-    for manifest in manifests:
+    for manifest in sorted(manifests, key=lambda manifest: manifest.client):
         first, tokens, masked = 0, 0, 0
         for number, (length, wanted) in enumerate(zip(manifest.lengths, manifest.masked, strict=True)):
             if length > capacity:

@@ -30,6 +30,8 @@ class ClientSettings(Section):
     windows: int
     tokens: int
     """Tokens this client brings to a window."""
+    staleness: int = 0
+    """Windows it may begin before its half has taken the steps of earlier ones."""
     sequence_length: int
     mask_probability: float
     whole_word: bool

@@ -49,7 +49,8 @@ def _forward_keeps_graph(self, micro_batch, body_input):
 def _newest_backward_first(self, state):
     if state is not _State.GRADED:
         return _first(self, state)
-    in_flight = [entry for entry in self._entries.values() if entry.state in (_State.FORWARDED, _State.GRADED)]
+    running = self._windows[0].entries.values()
+    in_flight = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
     return in_flight[-1] if in_flight and in_flight[-1].state is _State.GRADED else None
 
 

@@ -70,8 +70,8 @@ class _Recorder:
             def _backward(self, message) -> None:
                 from fedbert_ds.wire.codecs import decode
 
-                piece = self._piece(message.micro_batch)
-                recorder.input_gradients[self._current().number, piece.sequences.start] = {
+                window, piece = self._piece(message)
+                recorder.input_gradients[window.number, piece.sequences.start] = {
                     "sequences": (piece.sequences.start, piece.sequences.stop),
                     "gradient": decode(
                         message.values, piece.activations.values.shape, message.values.codec, "recorded"

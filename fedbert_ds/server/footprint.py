@@ -1,0 +1,52 @@
+"""What a micro-batch in flight costs in memory, and how much of it there is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor
+
+SHARE = 0.5
+"""Of the memory that is free when the body is built; optimizer states and buffers of the network need the rest."""
+
+
+@dataclass
+class Saved:
+    """Storages that a graph keeps for its backward, by address, in bytes."""
+
+    storages: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all of them, each once."""
+        return sum(self.storages.values())
+
+
+@contextmanager
+def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
+    """Counts what graphs built inside keep, but for parameters, which are there anyway."""
+    saved = Saved()
+    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved.storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def memory_budget(device: torch.device) -> int:
+    """Bytes that micro-batches in flight may take on this rank: a share of what is free now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(SHARE * free)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(SHARE * psutil.virtual_memory().available) // ranks_here

@@ -1,0 +1,101 @@
+"""Client halves on their way: collected from a rank's clients, combined over ranks in a thread beside the body."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Half = tuple[Mapping[str, Tensor], float]
+"""Tensors of a half (weights or gradients) and the weight they have in an average."""
+Combine = Callable[[list[Half], bool], dict[str, Tensor]]
+"""(this rank's halves, whether to average) -> the sum or average over all ranks; all ranks call it."""
+
+
+@dataclass
+class _Round:
+    """One window's exchange on this rank."""
+
+    average: bool
+    awaited: set[str]
+    is_due: bool = False
+    """The body has stepped: clients have all they need for their halves."""
+    halves: dict[str, Half] = field(default_factory=dict)
+
+
+class HalfExchange:
+    """Windows whose halves are exchanged, one after another in the same order on every rank.
+
+    A window's round ends when every client it waits for has delivered or is gone. Rounds are combined in a thread,
+    since other ranks may come later and the body has something better to do than to wait for them.
+    """
+
+    def __init__(self, combine: Combine) -> None:
+        self._combine = combine
+        self._rounds: dict[int, _Round] = {}
+        self._combining: tuple[int, Future[dict[str, Tensor]]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="half-exchange")
+        self._last_progress = time.monotonic()
+
+    def expect(self, window: int, clients: Iterable[str], average: bool) -> None:
+        """From now on halves of this window are taken from these clients; windows come in order."""
+        self._rounds[window] = _Round(average, set(clients))
+
+    def due(self, window: int) -> None:
+        """From now on silence about this window's halves counts."""
+        if window in self._rounds:
+            self._rounds[window].is_due = True
+            self._last_progress = time.monotonic()
+
+    def deliver(self, window: int, client: str, half: Half) -> None:
+        """A client's half has arrived whole; one that came too late, of a client that was passed over, is dropped."""
+        round_ = self._rounds.get(window)
+        if round_ is not None and client in round_.awaited:
+            round_.awaited.remove(client)
+            round_.halves[client] = half
+
+    def progress(self) -> None:
+        """A part of some half has come: only silence counts against a client, not a slow link."""
+        self._last_progress = time.monotonic()
+
+    def forget(self, client: str) -> None:
+        """A client is gone. What it delivered before that counts."""
+        for round_ in self._rounds.values():
+            round_.awaited.discard(client)
+
+    def poll(self) -> tuple[int, dict[str, Tensor]] | None:
+        """(window, combined half) of a round that has ended, once; starts the next. Raises what `combine` raised."""
+        if self._combining is not None and self._combining[1].done():
+            window, future = self._combining
+            self._combining = None
+            return window, future.result()
+        if self._combining is None and self._rounds:
+            window = next(iter(self._rounds))
+            if not self._rounds[window].awaited:
+                round_ = self._rounds.pop(window)
+                # By name, so that the sum does not depend on who came first.
+                halves = [half for _, half in sorted(round_.halves.items())]
+                self._combining = window, self._thread.submit(self._combine, halves, round_.average)
+        return None
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing is awaited and nothing is being combined."""
+        return not self._rounds and self._combining is None
+
+    @property
+    def quiet_seconds(self) -> float:
+        """Seconds since the last part of any half came."""
+        return time.monotonic() - self._last_progress
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Clients whose half is awaited and due."""
+        return frozenset(client for round_ in self._rounds.values() if round_.is_due for client in round_.awaited)
+
+    def close(self) -> None:
+        """Take no more; the thread ends by itself."""
+        self._thread.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,48 @@
+"""How long a client's answer may take before a window goes on without it, learned from its own answers."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+
+MEMORY = 64
+"""Answers of a client that are remembered."""
+FEW = 8
+"""With fewer answers than this nothing is known of a client, and nobody's window goes on without it."""
+FLOOR_SECONDS = 30.0
+"""No deadline is shorter: a stall of a laptop or a link is cheaper to wait for than a share of a window to lose."""
+SPREADS = 8.0
+MULTIPLE = 4.0
+
+
+class Patience:
+    """Deadlines from median and spread of each client's round trips.
+
+    A deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), which a tail of slow answers moves
+    far less than a mean and a standard deviation would; at least `floor` seconds.
+    """
+
+    def __init__(self, floor: float = FLOOR_SECONDS) -> None:
+        self._floor = floor
+        self._answers: dict[str, deque[float]] = {}
+
+    def learn(self, client: str, seconds: float) -> None:
+        """A client took so long from the question to its answer."""
+        self._answers.setdefault(client, deque(maxlen=MEMORY)).append(seconds)
+
+    def deadline(self, client: str) -> float:
+        """Seconds a client's answer may take; infinite while little is known of it."""
+        answers = self._answers.get(client, ())
+        if len(answers) < FEW:
+            return float("inf")
+        median = statistics.median(answers)
+        spread = statistics.median(abs(seconds - median) for seconds in answers)
+        return max(self._floor, MULTIPLE * (median + SPREADS * spread))
+
+    def farthest(self) -> float:
+        """The quickest answer of each client, and of these the 90th percentile: seconds, 0 when nobody has answered.
+
+        Its quickest answer is a client's round trip and work; what it takes more waited behind others.
+        """
+        quickest = sorted(min(answers) for answers in self._answers.values())
+        return quickest[9 * (len(quickest) - 1) // 10] if quickest else 0.0

@@ -211,6 +211,8 @@ class ClientsSection(Section):
     """Seconds a client may owe an answer before it is counted as lost."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
     """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
+    reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
+    """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
 
     @model_validator(mode="after")
     def _counts(self) -> ClientsSection:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import queue
 import signal
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import grpc
 import torch
 
 from fedbert_ds.client.state import saved_windows
+from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
@@ -23,6 +22,7 @@ from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
+from fedbert_ds.wire.conversation import RECONNECT_SECONDS
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
 
 
@@ -94,17 +94,27 @@ def run_client(options: ClientOptions) -> int:
     )
     del articles
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
-    outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-    trainer = ClientTrainer(
-        half, text, settings, options.name, options.state_folder, welcome.window, _device(options.device), outgoing.put
-    )
-    finish = _stream(options, welcome, trainer, outgoing)
+    timeout = welcome.reconnect_timeout or RECONNECT_SECONDS
+    with ServerStream(welcome.endpoint, options.tls, options.name, welcome.session, timeout) as stream:
+        trainer = ClientTrainer(
+            half,
+            text,
+            settings,
+            options.name,
+            options.state_folder,
+            welcome.window,
+            _device(options.device),
+            stream.send,
+        )
+        trainer.begin()
+        while trainer.finish is None:
+            trainer.handle(stream.receive())
     print(
-        f"client {options.name}: {finish.reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
+        f"client {options.name}: {trainer.finish.reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
-    return 0 if finish.complete else STOPPED
+    return 0 if trainer.finish.complete else STOPPED
 
 
 def _shape_of(model: str) -> str:
@@ -128,34 +138,6 @@ def _join(options: ClientOptions, hello: pb.Hello) -> pb.Welcome:
             return rpc.FederationStub(channel).Join(hello, timeout=options.join_timeout)
         except grpc.RpcError as error:
             raise _wire_error(options.server, error) from error
-
-
-def _stream(
-    options: ClientOptions,
-    welcome: pb.Welcome,
-    trainer: ClientTrainer,
-    outgoing: queue.SimpleQueue[pb.ClientMessage | None],
-) -> pb.Finish:
-    def requests() -> Iterator[pb.ClientMessage]:
-        yield pb.ClientMessage(attach=pb.Attach(client=options.name, session=welcome.session))
-        while (message := outgoing.get()) is not None:
-            yield message
-
-    with connect(welcome.endpoint, options.tls) as channel:
-        call = rpc.FederationStub(channel).Train(requests())
-        trainer.begin()
-        try:
-            for message in call:
-                trainer.handle(message)
-                if trainer.finish is not None:
-                    return trainer.finish
-        except grpc.RpcError as error:
-            raise _wire_error(welcome.endpoint, error) from error
-        finally:
-            outgoing.put(None)
-    raise WireError(
-        f"{welcome.endpoint}: the server ended the stream; look at its output, then start this client again"
-    )
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:

@@ -15,11 +15,17 @@ from google.protobuf.message import DecodeError
 
 from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
-from fedbert_ds.wire.channel import OPTIONS, TlsFiles, server_credentials
+from fedbert_ds.wire.channel import JOIN, OPTIONS, TRAIN, TlsFiles, server_credentials
+from fedbert_ds.wire.conversation import (
+    ACKNOWLEDGE_SECONDS,
+    MESSAGE_BYTES,
+    RECONNECT_SECONDS,
+    UNREAD_BYTES,
+    Conversation,
+)
 
-UNREAD_MESSAGES = 64
-"""Messages of one client that may wait unread; beyond them its stream is not read, so TCP slows it down."""
+BACKLOG_BYTES = 8 << 30
+"""Bytes that may wait for one client to take them, a whole half among them; beyond them it counts as lost."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class JoinAbandoned:
 
 @dataclass(frozen=True)
 class Connected:
-    """A client opened its training stream with a valid session."""
+    """A client opened its training stream with a valid session; told once, not when it has come back."""
 
     client: str
 
@@ -54,7 +60,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """A client's stream ended, for whatever reason but `Ingress.close`."""
+    """A client's stream ended, for whatever reason but `Ingress.close`: it left, or did not come back in time."""
 
     client: str
 
@@ -63,29 +69,52 @@ Event = JoinAsked | JoinAbandoned | Connected | Received | Disconnected
 
 
 class _Stream:
-    """One client's stream: what is to be written, and how much more may be read."""
+    """One client's stream, over however many connections; belongs to the event loop."""
 
-    def __init__(self) -> None:
-        self.outgoing: asyncio.Queue[pb.ServerMessage | None] = asyncio.Queue()
-        self.unread = asyncio.Semaphore(UNREAD_MESSAGES)
+    def __init__(self, client: str, session: str) -> None:
+        self.client = client
+        self.session = session
+        self.conversation = Conversation()
+        self.connection: object | None = None
+        """Stands for the connection of now; None while there is none."""
+        self.changed = asyncio.Event()
+        """Something to send, or another connection, or the end."""
+        self.unread_bytes = 0
+        self.room = asyncio.Event()
+        """Set when `unread_bytes` has become less."""
+        self.is_closing = False
+        """The server has said its last word; the stream ends when the client has it."""
+        self.is_over = False
+        self.timer: asyncio.TimerHandle | None = None
+        """Runs while there is no connection, and after the last word."""
+
+    def wake(self) -> None:
+        self.changed.set()
+        self.room.set()
 
 
 class Ingress:
     """Listens from `start` to `stop`; events come out of `next_event`, messages go in through `send`.
 
-    Used from one thread; only the event loop inside runs elsewhere.
+    Used from one thread; only the event loop inside runs elsewhere. A client that loses its connection has
+    `reconnect_timeout` seconds to come back; messages both ways wait for it, none is lost or doubled.
     """
 
-    def __init__(self, host: str, port: int, tls: TlsFiles | None) -> None:
+    def __init__(
+        self, host: str, port: int, tls: TlsFiles | None, reconnect_timeout: float = RECONNECT_SECONDS
+    ) -> None:
         self._host = host
         self._port = port
         self._tls = tls
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._reconnect_timeout = reconnect_timeout
+        self._events: queue.SimpleQueue[tuple[Event, _Stream | None, int]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
+        self._closing: dict[str, _Stream] = {}
         self._sessions: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="ingress", daemon=True)
         self._server: grpc.aio.Server | None = None
+        self._last_sent: tuple[pb.ServerMessage, bytes] | None = None
         self.bytes_up = 0
         self.bytes_down = 0
         self._taken = (0, 0)
@@ -106,32 +135,37 @@ class Ingress:
     def next_event(self, timeout: float) -> Event | None:
         """The oldest event, waiting up to `timeout` seconds for one."""
         try:
-            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+            event, stream, num_bytes = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
         except queue.Empty:
             return None
-        if isinstance(event, Received):
-            stream = self._streams.get(event.client)
-            if stream is not None:
-                self._loop.call_soon_threadsafe(stream.unread.release)
+        if stream is not None:
+            self._loop.call_soon_threadsafe(self._has_read, stream, num_bytes)
         return event
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
         """Queue a message for a client; messages to one that has gone are dropped."""
         stream = self._streams.get(client)
         if stream is not None:
+            # Serialized once for all its receivers: a half goes to many.
+            if self._last_sent is None or self._last_sent[0] is not message:
+                self._last_sent = message, message.SerializeToString()
+            body = self._last_sent[1]
             # Counted here, not when it leaves: a window's bytes are then all told when the window ends.
-            self.bytes_down += message.ByteSize()
-            self._loop.call_soon_threadsafe(stream.outgoing.put_nowait, message)
+            self.bytes_down += len(body)
+            self._loop.call_soon_threadsafe(self._put, stream, body)
 
     def close(self, client: str, last: pb.ServerMessage) -> None:
         """Send one last message, then end the client's stream."""
         self.send(client, last)
-        stream = self._streams.pop(client, None)
+        stream = self._streams.get(client)
         if stream is not None:
-            self._loop.call_soon_threadsafe(stream.outgoing.put_nowait, None)
+            # In this order: a client that comes back just now finds its stream.
+            self._closing[client] = stream
+            self._streams.pop(client, None)
+            self._loop.call_soon_threadsafe(self._close, stream)
 
     def take_bytes(self) -> tuple[int, int]:
-        """Bytes received and given out to send since the last call."""
+        """Bytes received and given out to send since the last call; what was sent again counts once."""
         up, down = self.bytes_up, self.bytes_down
         taken = up - self._taken[0], down - self._taken[1]
         self._taken = up, down
@@ -141,14 +175,14 @@ class Ingress:
         """Let streams flush for up to `grace` seconds and stop listening; once is enough."""
         if not self._thread.is_alive():
             return
-        if self._server is not None:
-            asyncio.run_coroutine_threadsafe(self._server.stop(grace), self._loop).result(timeout=grace + 30)
+        asyncio.run_coroutine_threadsafe(self._end(grace), self._loop).result(timeout=grace + 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
     async def _listen(self) -> int:
         self._server = grpc.aio.server(options=OPTIONS)
-        rpc.add_FederationServicer_to_server(_Servicer(self), self._server)
+        servicer = _Servicer(self)
+        self._server.add_generic_rpc_handlers((servicer,))
         address = f"{self._host}:{self._port}"
         try:
             if self._tls is None:
@@ -167,67 +201,180 @@ class Ingress:
     async def join(self, hello: pb.Hello) -> pb.Welcome:
         """Hand a Join to the main thread and wait for its answer."""
         answer: Future[pb.Welcome] = Future()
-        self._events.put(JoinAsked(hello, answer))
+        self._tell(JoinAsked(hello, answer))
         try:
             return await asyncio.wrap_future(answer)
         except asyncio.CancelledError:
-            self._events.put(JoinAbandoned(hello))
+            self._tell(JoinAbandoned(hello))
             raise
 
-    def open_stream(self, attach: pb.Attach) -> _Stream:
-        """A stream for a client with a valid session; WireError otherwise."""
-        if not attach.session or self._sessions.get(attach.client) != attach.session:
-            raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
-        if attach.client in self._streams:
-            raise WireError(f"client {attach.client} is already connected; give each client its own --id")
-        stream = self._streams[attach.client] = _Stream()
-        self._events.put(Connected(attach.client))
+    def attach(self, attach: pb.Attach, connection: object) -> _Stream:
+        """The stream of a client with a valid session, now on this connection; WireError if it has none.
+
+        A connection that it had before is over: the client knows that sooner than the server.
+        """
+        stream = self._streams.get(attach.client) or self._closing.get(attach.client)
+        if stream is None or stream.session != attach.session:
+            if not attach.session or self._sessions.get(attach.client) != attach.session:
+                raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
+            if attach.received:
+                raise WireError(f"client {attach.client}: its session is over; it was away for too long")
+            stream = self._streams[attach.client] = _Stream(attach.client, attach.session)
+            self._tell(Connected(attach.client))
+        stream.conversation.resume(attach.received)
+        stream.connection = connection
+        if stream.timer is not None and not stream.is_closing:
+            stream.timer.cancel()
+        stream.wake()
         return stream
 
-    async def read(self, client: str, stream: _Stream, messages: AsyncIterator[pb.ClientMessage]) -> None:
-        """Turn a client's messages into events until its stream ends."""
+    async def read(self, stream: _Stream, connection: object, frames: AsyncIterator[bytes]) -> None:
+        """Turn a client's messages into events until this connection ends."""
         try:
-            # Bytes that are no message end the stream as a lost connection does.
-            with suppress(DecodeError):
-                async for message in messages:
-                    await stream.unread.acquire()
-                    self.bytes_up += message.ByteSize()
-                    self._events.put(Received(client, message))
+            async for frame in frames:
+                message = pb.ClientMessage.FromString(frame)
+                if stream.connection is not connection:
+                    return
+                num_bytes = len(frame) - message.delivery.ByteSize() - DELIVERY_HEADER_BYTES
+                is_new = stream.conversation.take(message.delivery, num_bytes)
+                message.ClearField("delivery")
+                stream.changed.set()
+                if is_new and message.HasField("leave"):
+                    return self._finish(stream)
+                if is_new and not stream.is_closing:
+                    self.bytes_up += num_bytes
+                    await self._hand_on(stream, message, max(num_bytes, MESSAGE_BYTES))
+        except (DecodeError, WireError):
+            # Nothing that could be answered: it is no client of ours at the other end.
+            self._finish(stream)
         finally:
-            # Otherwise `close` was first, and the client may be back on another stream.
-            if self._streams.get(client) is stream:
-                del self._streams[client]
-                self._events.put(Disconnected(client))
-            stream.outgoing.put_nowait(None)
+            self._lose(stream, connection)
+
+    async def write(self, stream: _Stream, connection: object) -> AsyncIterator[bytes]:
+        """What there is to say on this connection, until it ends or the stream is over."""
+        yield stream.conversation.greeting()
+        is_late = False
+        while stream.connection is connection and not stream.is_over:
+            frame = stream.conversation.frame(acknowledge=is_late)
+            is_late = False
+            if frame is not None:
+                yield frame
+                continue
+            if stream.is_closing and stream.conversation.is_idle:
+                self._finish(stream)
+                return
+            stream.changed.clear()
+            try:
+                timeout = ACKNOWLEDGE_SECONDS if stream.conversation.is_untold else None
+                await asyncio.wait_for(stream.changed.wait(), timeout)
+            except asyncio.TimeoutError:
+                is_late = True
+
+    async def _hand_on(self, stream: _Stream, message: pb.ClientMessage, num_bytes: int) -> None:
+        """Make an event of a message, and wait until there is room for the next."""
+        stream.unread_bytes += num_bytes
+        self._events.put((Received(stream.client, message), stream, num_bytes))
+        while stream.unread_bytes > UNREAD_BYTES and not stream.is_closing:
+            stream.room.clear()
+            await stream.room.wait()
+
+    def _has_read(self, stream: _Stream, num_bytes: int) -> None:
+        stream.unread_bytes -= num_bytes
+        stream.room.set()
+
+    def _put(self, stream: _Stream, body: bytes) -> None:
+        if stream.is_over:
+            return
+        stream.conversation.put(body)
+        if stream.conversation.kept_bytes > BACKLOG_BYTES:
+            self._finish(stream)
+        stream.wake()
+
+    def _close(self, stream: _Stream) -> None:
+        """After its last message: the stream ends when the client has it, or in a while without."""
+        stream.is_closing = True
+        if stream.is_over:
+            self._closing.pop(stream.client, None)
+        else:
+            self._restart_timer(stream)
+        stream.wake()
+
+    def _lose(self, stream: _Stream, connection: object) -> None:
+        """The connection is gone; the stream is, too, unless the client comes back in time."""
+        if stream.connection is connection:
+            stream.connection = None
+            if not stream.is_over and not stream.is_closing:
+                self._restart_timer(stream)
+            stream.wake()
+
+    def _restart_timer(self, stream: _Stream) -> None:
+        if stream.timer is not None:
+            stream.timer.cancel()
+        stream.timer = self._loop.call_later(self._reconnect_timeout, self._finish, stream)
+
+    def _finish(self, stream: _Stream) -> None:
+        """The stream is over, now; told, unless the server itself has closed it."""
+        if stream.is_over:
+            return
+        stream.is_over = True
+        if stream.timer is not None:
+            stream.timer.cancel()
+        if self._closing.get(stream.client) is stream:
+            del self._closing[stream.client]
+        # Otherwise `close` was first, and the client may be back on another stream.
+        if self._streams.get(stream.client) is stream:
+            del self._streams[stream.client]
+            self._tell(Disconnected(stream.client))
+        stream.wake()
+
+    def _tell(self, event: Event) -> None:
+        self._events.put((event, None, 0))
+
+    async def _end(self, grace: float) -> None:
+        """Wait for the streams that were closed to be taken to their end, then stop the server."""
+        deadline = self._loop.time() + grace
+        while self._closing and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        if self._server is not None:
+            await self._server.stop(max(0.0, deadline - self._loop.time()))
 
 
-class _Servicer(rpc.FederationServicer):
+DELIVERY_HEADER_BYTES = 2
+"""Tag and length of a Delivery, whose own size is below 128."""
+
+
+class _Servicer(grpc.GenericRpcHandler):
     """Delegates to the ingress and maps a UserError to a gRPC status, in this one place."""
 
     def __init__(self, ingress: Ingress) -> None:
         self._ingress = ingress
+        self._handlers = {
+            JOIN: grpc.unary_unary_rpc_method_handler(self.join, pb.Hello.FromString, pb.Welcome.SerializeToString),
+            TRAIN: grpc.stream_stream_rpc_method_handler(self.train),
+        }
 
-    async def Join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+    async def join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
         try:
             return await self._ingress.join(request)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
-    async def Train(
-        self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ServerMessage]:
-        messages = aiter(request_iterator)
+    async def train(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        frames = aiter(frames)
         first = pb.ClientMessage()
         with suppress(DecodeError):
-            first = await anext(messages, first)
+            first = pb.ClientMessage.FromString(await anext(frames, b""))
+        connection = object()
         try:
-            stream = self._ingress.open_stream(first.attach)
+            stream = self._ingress.attach(first.attach, connection)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        client = first.attach.client
-        reader = asyncio.create_task(self._ingress.read(client, stream, messages))
+        reader = asyncio.create_task(self._ingress.read(stream, connection, frames))
         try:
-            while (message := await stream.outgoing.get()) is not None:
-                yield message
+            async for frame in self._ingress.write(stream, connection):
+                yield frame
         finally:
             reader.cancel()

@@ -27,6 +27,18 @@ OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
+CLIENT_OPTIONS: list[tuple[str, Any]] = [
+    *OPTIONS,
+    # Who dials again has waited already: no connection is shared with a channel that failed, nor its waiting time.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+]
+
+JOIN = "/fedbert.Federation/Join"
+TRAIN = "/fedbert.Federation/Train"
+"""The two calls of the service; messages of Train are serialized by us: what is kept to be sent again is kept as bytes."""
+
+
 @dataclass(frozen=True)
 class TlsFiles:
     """PEM files of one side of mutual TLS."""
@@ -65,6 +77,6 @@ def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
 def connect(address: str, tls: TlsFiles | None) -> grpc.Channel:
     """A channel to host:port, encrypted when TLS files are given."""
     if tls is None:
-        return grpc.insecure_channel(address, options=OPTIONS)
+        return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
     ca, certificate, key = tls.read()
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=OPTIONS)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=CLIENT_OPTIONS)

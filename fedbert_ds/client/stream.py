@@ -1,0 +1,214 @@
+"""A client's conversation with its rank, kept up over lost connections by a thread that dials again."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.channel import TRAIN, TlsFiles, connect
+from fedbert_ds.wire.conversation import (
+    ACKNOWLEDGE_SECONDS,
+    MESSAGE_BYTES,
+    RECONNECT_SECONDS,
+    UNREAD_BYTES,
+    Conversation,
+)
+
+KEPT_BYTES = 64 << 20
+"""Bytes sent and not acknowledged, beyond which `send` waits."""
+
+BACKOFF_SECONDS = (0.1, 5.0)
+"""Wait before the first try to connect again, doubled up to the last; each times 0.5 to 1.5 by chance."""
+
+FINAL = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNAUTHENTICATED,
+)
+"""What a server says that will not change by asking again; anything else is a lost connection."""
+
+LEAVE_SECONDS = 5.0
+"""How long leaving may take, for the server to hear of it."""
+
+
+class ServerStream:
+    """Messages to and from the rank at `address`, each once and in order. Use as context manager.
+
+    Lost connections are dialled again for `reconnect_timeout` seconds and show here only as waiting. `send` and
+    `receive` belong to one thread.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        tls: TlsFiles | None,
+        client: str,
+        session: str,
+        reconnect_timeout: float = RECONNECT_SECONDS,
+    ) -> None:
+        self._address = address
+        self._tls = tls
+        self._client = client
+        self._session = session
+        self._reconnect_timeout = reconnect_timeout
+        self._conversation = Conversation()
+        self._changed = threading.Condition()
+        self._unread: deque[tuple[pb.ServerMessage, int]] = deque()
+        self._unread_bytes = 0
+        self._connection = 0
+        """Counts connections; a generator of another one has nothing more to say."""
+        self._attached = False
+        """The server has answered on this connection."""
+        self._waits_to_send = False
+        self._left = False
+        self._ended: WireError | None = None
+        self._call: grpc.Call | None = None
+        self._thread = threading.Thread(target=self._run, name=f"stream of {client}", daemon=True)
+
+    def __enter__(self) -> ServerStream:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Say goodbye after what was sent, and wait a little until that has come; then hang up."""
+        with self._changed:
+            self._left = True
+            if self._ended is None:
+                self._conversation.put(pb.ClientMessage(leave=pb.Leave()).SerializeToString())
+            self._changed.notify_all()
+        self._thread.join(timeout=LEAVE_SECONDS)
+        self._hang_up()
+        self._thread.join(timeout=LEAVE_SECONDS)
+
+    @property
+    def resent_bytes(self) -> int:
+        """Bytes of messages that were sent again, so far."""
+        return self._conversation.resent_bytes
+
+    def send(self, message: pb.ClientMessage) -> None:
+        """Queue a message; waits while too much is under way. After the end, what is sent is lost."""
+        body = message.SerializeToString()
+        with self._changed:
+            self._waits_to_send = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._conversation.kept_bytes < KEPT_BYTES or self._ended is not None)
+            self._waits_to_send = False
+            self._conversation.put(body)
+            self._changed.notify_all()
+
+    def receive(self) -> pb.ServerMessage:
+        """The next message, waiting for it; WireError when there will be none: why the stream ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._unread or self._ended is not None)
+            if not self._unread:
+                assert self._ended is not None
+                raise self._ended
+            message, num_bytes = self._unread.popleft()
+            self._unread_bytes -= num_bytes
+            self._changed.notify_all()
+            return message
+
+    # -- in the stream's thread, and gRPC's ------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        first, longest = BACKOFF_SECONDS
+        lost_at, backoff = time.monotonic(), first
+        while True:
+            outcome = self._talk()
+            if self._attached:
+                lost_at, backoff = time.monotonic(), first
+            with self._changed:
+                self._connection += 1
+                self._attached = False
+                if outcome is None or outcome.code() in FINAL or self._gave_up(lost_at):
+                    self._ended = self._ended or self._why(outcome)
+                self._changed.notify_all()
+                if self._ended is not None:
+                    return
+                self._changed.wait_for(lambda: self._left, timeout=backoff * random.uniform(0.5, 1.5))
+            backoff = min(2 * backoff, longest)
+
+    def _gave_up(self, lost_at: float) -> bool:
+        patience = LEAVE_SECONDS if self._left else self._reconnect_timeout
+        return time.monotonic() - lost_at > patience
+
+    def _talk(self) -> grpc.RpcError | None:
+        """One connection to its end; None when the server ended the stream in good order."""
+        with connect(self._address, self._tls) as channel:
+            call = channel.stream_stream(TRAIN)(self._frames(self._connection))
+            self._call = call
+            try:
+                for frame in call:
+                    self._take(frame)
+            except grpc.RpcError as error:
+                return error
+            except (WireError, DecodeError) as error:
+                with self._changed:
+                    self._ended = WireError(f"{self._address}: the server broke the protocol: {error}")
+                    self._changed.notify_all()
+                call.cancel()
+        return None
+
+    def _frames(self, connection: int) -> Iterator[bytes]:
+        """What goes out on a connection: attach, and once the server has answered, whatever there is to say."""
+        attach = pb.Attach(client=self._client, session=self._session, received=self._conversation.received)
+        yield pb.ClientMessage(attach=attach).SerializeToString()
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._attached or self._connection != connection)
+                frame = self._conversation.frame() if self._connection == connection else None
+                if frame is None and self._connection == connection:
+                    untold = self._conversation.is_untold
+                    woken = self._changed.wait(timeout=ACKNOWLEDGE_SECONDS if untold else None)
+                    frame = self._conversation.frame(acknowledge=not woken)
+                if self._connection != connection:
+                    return
+            if frame is not None:
+                yield frame
+
+    def _take(self, frame: bytes) -> None:
+        message = pb.ServerMessage.FromString(frame)
+        delivery = message.delivery
+        with self._changed:
+            if not self._attached:
+                self._conversation.resume(delivery.received)
+                self._attached = True
+            if self._conversation.take(delivery, len(frame)):
+                message.ClearField("delivery")
+                num_bytes = max(len(frame), MESSAGE_BYTES)
+                self._unread.append((message, num_bytes))
+                self._unread_bytes += num_bytes
+            self._changed.notify_all()
+            # Not while `send` waits: what it waits for is read here.
+            self._changed.wait_for(
+                lambda: self._unread_bytes < UNREAD_BYTES or self._waits_to_send or self._left,
+            )
+
+    def _hang_up(self) -> None:
+        with self._changed:
+            if self._ended is None:
+                self._ended = WireError(f"{self._address}: this client left the stream")
+            self._changed.notify_all()
+        if self._call is not None:
+            self._call.cancel()
+
+    def _why(self, error: grpc.RpcError | None) -> WireError:
+        if error is None:
+            return WireError(
+                f"{self._address}: the server ended the stream; look at its output, then start this client again"
+            )
+        code, details = error.code(), error.details() or "no details"
+        if code is grpc.StatusCode.FAILED_PRECONDITION:
+            return WireError(f"the server refused this client: {details}")
+        return WireError(f"{self._address}: connection lost ({code.name.lower()}: {details}); start this client again")

@@ -1,0 +1,195 @@
+"""A client's stream over links that break: nothing above notices, unless the link stays down for too long."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fedbert_ds.bench.link import DelayProxy
+from fedbert_ds.client import stream as stream_module
+from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.conversation import UNREAD_BYTES
+from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+
+TIMEOUT = 60.0
+
+
+def endpoint(reconnect_timeout: float = TIMEOUT) -> tuple[Ingress, str]:
+    ingress = Ingress("127.0.0.1", 0, None, reconnect_timeout)
+    port = ingress.start()
+    ingress.admit({"ada": "session of ada"})
+    return ingress, f"127.0.0.1:{port}"
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Ingress, str]]:
+    ingress, address = endpoint()
+    yield ingress, address
+    ingress.stop(grace=0.1)
+
+
+def stream_to(address: str, reconnect_timeout: float = TIMEOUT) -> ServerStream:
+    return ServerStream(address, None, "ada", "session of ada", reconnect_timeout)
+
+
+def up(number: int, size: int = 0) -> pb.ClientMessage:
+    return pb.ClientMessage(half=pb.HalfChunk(offset=number, payload=bytes(size)))
+
+
+def down(number: int, size: int = 0) -> pb.ServerMessage:
+    return pb.ServerMessage(half=pb.HalfChunk(offset=number, payload=bytes(size)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_cut_at_random_bytes_every_message_comes_once_and_in_order(server: tuple[Ingress, str], seed: int) -> None:
+    """Sizes from nothing to beyond the smallest piece between two cuts, both ways at once."""
+    ingress, address = server
+    chance = random.Random(seed)
+    sizes = [chance.choice([0, 10, 1_000, 50_000, 300_000]) for _ in range(120)]
+    proxy = DelayProxy(address, cut_bytes=(1_000, 1_500_000), cuts=12, seed=seed)
+    with proxy as through, stream_to(through) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        for number, size in enumerate(sizes):
+            ingress.send("ada", down(number, size))
+
+        def talk() -> None:
+            for number, size in enumerate(sizes):
+                stream.send(up(number, size))
+
+        talker = threading.Thread(target=talk, daemon=True)
+        talker.start()
+        for number, size in enumerate(sizes):
+            assert ingress.next_event(TIMEOUT) == Received("ada", up(number, size))
+            assert stream.receive() == down(number, size)
+        talker.join(timeout=TIMEOUT)
+        assert proxy.counts()["cuts"] > 3
+    assert ingress.next_event(TIMEOUT) == Disconnected("ada")
+    assert ingress.next_event(0) is None
+
+
+def test_a_half_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Ingress, str]) -> None:
+    """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the half."""
+    ingress, address = server
+    half = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
+    proxy = DelayProxy(address, mbit=2_000, cut_bytes=(14_000_000, 16_000_000), cuts=1)
+    with proxy as through, stream_to(through) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+
+        def talk() -> None:
+            for chunk in half_chunks(0, half.items(), weight=5.0):
+                stream.send(pb.ClientMessage(half=chunk))
+
+        talker = threading.Thread(target=talk, daemon=True)
+        talker.start()
+        assembler = HalfAssembler({name: tuple(tensor.shape) for name, tensor in half.items()}, "ada")
+        complete = None
+        while complete is None:
+            event = ingress.next_event(TIMEOUT)
+            assert isinstance(event, Received), event
+            complete = assembler.add(event.message.half)
+        talker.join(timeout=TIMEOUT)
+        tensors, weight = complete
+        assert weight == 5.0 and all(torch.equal(tensors[name], half[name]) for name in half)
+        assert proxy.counts()["cuts"] == 1
+        assert 0 < stream.resent_bytes < 14_000_000
+
+
+def test_who_does_not_come_back_is_told_after_the_grace_and_refused_then() -> None:
+    ingress, address = endpoint(reconnect_timeout=0.3)
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        ingress.send("ada", down(1))
+        assert stream.receive() == down(1)
+        proxy.drop(outage_ms=3_600_000)
+        assert ingress.next_event(TIMEOUT) == Disconnected("ada")
+        proxy.drop(outage_ms=0)
+        with pytest.raises(WireError, match="its session is over; it was away for too long"):
+            stream.receive()
+    ingress.stop(grace=0.1)
+
+
+def test_a_link_that_stays_down_is_one_line(server: tuple[Ingress, str]) -> None:
+    ingress, address = server
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through, reconnect_timeout=0.3) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        proxy.drop(outage_ms=3_600_000)
+        with pytest.raises(WireError, match=r"connection lost \(unavailable: .*; start this client again"):
+            stream.receive()
+        stream.send(up(1))  # lost, and no wait for ever
+    assert ingress.next_event(0) is None, "the server still waits for it"
+
+
+def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Ingress, str]) -> None:
+    ingress, address = server
+    with stream_to(address) as stream:
+        for number in range(50):
+            stream.send(up(number, 10_000))
+    assert ingress.next_event(TIMEOUT) == Connected("ada")
+    for number in range(50):
+        assert ingress.next_event(TIMEOUT) == Received("ada", up(number, 10_000))
+    assert ingress.next_event(TIMEOUT) == Disconnected("ada")
+
+
+def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Ingress, str]) -> None:
+    ingress, address = server
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        proxy.drop(outage_ms=300)
+        ingress.send("ada", down(1))
+        ingress.close("ada", pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
+        ingress.revoke("ada")
+        assert stream.receive() == down(1)
+        assert stream.receive().finish.reason == "done"
+        with pytest.raises(WireError, match="the server ended the stream"):
+            stream.receive()
+    assert ingress.next_event(0) is None
+    ingress.stop(grace=0.1)
+
+
+def test_stop_waits_for_the_last_words(server: tuple[Ingress, str]) -> None:
+    ingress, address = server
+    with stream_to(address) as stream:
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        for number in range(10):
+            ingress.send("ada", down(number, 1_000_000))
+        ingress.close("ada", down(10))
+        ingress.stop(grace=30)
+        assert [stream.receive().half.offset for _ in range(11)] == list(range(11))
+
+
+def test_send_waits_while_too_much_is_under_way(server: tuple[Ingress, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ingress, address = server
+    monkeypatch.setattr(stream_module, "KEPT_BYTES", 4 << 20)
+    sent = 0
+    count = (UNREAD_BYTES + (24 << 20)) >> 20
+    finished = threading.Event()
+
+    def talk() -> None:
+        nonlocal sent
+        for number in range(count):
+            stream.send(up(number, 1 << 20))
+            sent += 1
+        finished.set()
+
+    with stream_to(address) as stream:
+        threading.Thread(target=talk, daemon=True).start()
+        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert not finished.wait(timeout=1.0), "more was taken from the client than may be under way"
+        assert sent <= (UNREAD_BYTES >> 20) + 8
+        # A message that comes meanwhile is not stuck behind what waits.
+        for number in range(40):
+            ingress.send("ada", down(number, 1 << 20))
+        for number in range(count):
+            assert ingress.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20))
+        assert finished.wait(timeout=TIMEOUT)
+        assert [stream.receive().half.offset for _ in range(40)] == list(range(40))

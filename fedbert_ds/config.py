@@ -16,6 +16,7 @@ from fedbert_ds.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
+Kernels = Literal["auto", "triton", "torch"]
 
 
 class Section(BaseModel):
@@ -211,8 +212,6 @@ class ClientsSection(Section):
     """Seconds a client may owe an answer before it is counted as lost."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
     """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
-    reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
-    """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
 
     @model_validator(mode="after")
     def _counts(self) -> ClientsSection:
@@ -293,6 +292,10 @@ class RunConfig(Section):
     window: WindowSection = WindowSection()
     optimizer: OptimizerSection = OptimizerSection()
     body: BodySection = BodySection()
+    kernels: Kernels = "auto"
+    """What computes the body's attention and the small operations between its matrix products: `triton` (fused kernels
+    for CUDA), `torch`, or `auto`, which is `triton` on a GPU where that package is installed and `torch` elsewhere. At
+    ZeRO stage 3 only attention is fused."""
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()

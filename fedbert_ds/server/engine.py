@@ -15,6 +15,7 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
+from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.depth import DEEPEST
 from fedbert_ds.server.footprint import memory_budget, saved_bytes
@@ -122,6 +123,7 @@ class BodyEngine:
             config.optimizer,
             partitioned=stage > 0,
         )
+        install_kernels(body, config.kernels, device, whole_weights=stage < 3)
         body.train()
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
         return cls(engine, stage, torch.distributed.get_world_size(), device)

@@ -20,6 +20,7 @@ from fedbert_ds.federation.modes import is_exchanged
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
+from fedbert_ds.model.kernels import check_kernels
 from fedbert_ds.server.control import Control, complete_windows, ranks_of_checkpoints
 from fedbert_ds.server.coordinator import Expectation, Roster, Seat
 from fedbert_ds.server.engine import BodyEngine, zero_stage
@@ -86,7 +87,8 @@ class StopSignal:
 
 
 def check_before_start(config: RunConfig, resume: bool) -> None:
-    """Everything that can be wrong with the run's folder; raises RunError before anything is written."""
+    """Everything that can be wrong with the device and the run's folder; a UserError before anything is written."""
+    check_kernels(config.kernels, _device())
     folder = config.run.directory
     if resume:
         if not (folder / CONFIG_FILE).is_file():

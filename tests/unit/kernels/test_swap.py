@@ -25,7 +25,7 @@ SIZES = {
     "intermediate_size": 48,
     "max_position_embeddings": 40,
 }
-PER_LAYER = {"Bert": 3, "Roberta": 3, "Electra": 3, "MPNet": 2}
+PER_LAYER = {"Bert": 4, "Roberta": 4, "Electra": 4, "MPNet": 2}
 """Modules of a layer that are replaced; MPNet's attention ends in a module of its own kind."""
 
 
@@ -135,7 +135,7 @@ def test_a_copy_of_a_swapped_model_uses_its_own_weights() -> None:
 def test_another_activation_is_left_as_it_is(activation: str) -> None:
     model = _model("Bert", hidden_act=activation).eval()
     scores, _ = _run(model)
-    assert swap(model) == 4
+    assert swap(model) == 6
     torch.testing.assert_close(_run(model)[0], scores)
 
 
@@ -159,10 +159,42 @@ def test_replaced_parts_are_left_as_they_are() -> None:
 
     model = _model("Bert")
     layer = model.bert.encoder.layer[0]
+    layer.attention.self.value = Adapted(32, 32)
     layer.output.dense = Adapted(48, 32)
     layer.attention.output.LayerNorm = nn.Identity()
     layer.intermediate.intermediate_act_fn = nn.GELU(approximate="tanh")
-    assert swap(model) == 3
+    assert swap(model) == 4
+
+
+def test_the_projection_of_a_decoder_is_left_as_it_is() -> None:
+    model = _model("Bert", is_decoder=True)
+    assert swap(model) == 2 * 3
+
+
+def test_attention_is_given_one_tensor_of_which_q_k_v_are_views() -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    given: list[tuple[Tensor, ...]] = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def watched(layer, query, key, value, mask, *, qkv=None, **keywords):
+        given.append((query, key, value, qkv))
+        return sdpa(layer, query, key, value, mask, **keywords)
+
+    model = _model("Bert").eval()
+    model.config._attn_implementation = "watched"
+    swap(model)
+    ALL_ATTENTION_FUNCTIONS.register("watched", watched)
+    try:
+        _run(model)
+    finally:
+        del type(ALL_ATTENTION_FUNCTIONS)._global_mapping["watched"]
+    assert len(given) == 2
+    for query, key, value, qkv in given:
+        assert qkv.shape == (2, 11, 3, 2, 16)
+        for index, part in enumerate((query, key, value)):
+            assert part.equal(qkv[:, :, index].transpose(1, 2))
+            assert part.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
 
 
 def test_modernbert_has_nothing_to_replace_and_runs_as_before() -> None:

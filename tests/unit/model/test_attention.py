@@ -7,10 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import ModernBertConfig, ModernBertModel
+from unit.kernels.bounds import DEVICE, needs_triton
 from unit.model.samples import PAD, VOCABULARY, pack, padded_logits
 
 from fedbert_ds.config import ModelSection
-from fedbert_ds.model.attention import Packing, packed_attention
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, packed_attention
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 
@@ -122,3 +125,30 @@ def test_dropout_drops_attention_and_keeps_its_mean() -> None:
     )
     assert kept.std() > 0.1
     assert kept.mean().item() == pytest.approx(1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("triton", [False, pytest.param(True, marks=needs_triton)], ids=["torch", "triton"])
+def test_modernbert_runs_packed_with_its_sliding_window(triton: bool) -> None:
+    ids = {f"{name}_token_id": 1 for name in ("pad", "bos", "eos", "cls", "sep")}
+    config = ModernBertConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        local_attention=6, initializer_range=0.3, attn_implementation="sdpa", **ids,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = ModernBertModel(config).eval().to(DEVICE)
+    assert {layer.attention_type for layer in model.layers} == {"full_attention", "sliding_attention"}
+    lengths = [9, 3, 12, 9, 1]
+    packed = pack(lengths)
+    mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True).to(DEVICE)
+    batch = pad_sequence(list(packed.input_ids.split(lengths)), batch_first=True, padding_value=1).to(DEVICE)
+    with torch.no_grad():
+        expected = model(batch, attention_mask=mask).last_hidden_state[mask.bool()]
+        config._attn_implementation = PACKED_ATTENTION
+        packing = Packing.from_lengths(lengths, DEVICE, triton=triton)
+        actual = model(
+            packed.input_ids.unsqueeze(0).to(DEVICE),
+            attention_mask={"full_attention": None, "sliding_attention": None},
+            position_ids=packing.positions.unsqueeze(0),
+            packing=packing,
+        ).last_hidden_state.squeeze(0)
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)

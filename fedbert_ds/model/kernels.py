@@ -1,0 +1,62 @@
+"""Whether the body runs Triton kernels or torch: what the run file's `kernels` comes to on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedbert_ds.config import Kernels
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.model.body import Body
+
+
+def check_kernels(kernels: Kernels, device: torch.device) -> None:
+    """ConfigError if Triton is asked for where it cannot run."""
+    if kernels == "triton":
+        _runs_triton(kernels, device)
+
+
+def install_kernels(body: Body, kernels: Kernels, device: torch.device, *, whole_weights: bool) -> None:
+    """Let a body, which is on `device` or will be, run the kernels of its choice.
+
+    `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does not: there, weights are
+    gathered by hooks of modules that a swap no longer calls, so attention alone is fused.
+
+    ConfigError if Triton is asked for where it cannot run, or for a head size that its attention does not take.
+    """
+    if not _runs_triton(kernels, device):
+        return
+    # Imported here, for Triton takes a second that torch's users need not wait.
+    from fedbert_kernels.attention import HEAD_SIZES
+    from fedbert_kernels.swap import swap
+
+    head_size = _head_size(body.config)
+    body.triton = head_size in HEAD_SIZES
+    if kernels == "triton" and not body.triton:
+        raise ConfigError(
+            f"kernels: triton takes heads of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}, but this model's hidden_size / "
+            f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
+        )
+    if whole_weights:
+        swap(body, "triton")
+
+
+def _runs_triton(kernels: Kernels, device: torch.device) -> bool:
+    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+        return False
+    from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
+
+    if kernels == "auto":
+        return HAVE_TRITON
+    if not HAVE_TRITON:
+        raise ConfigError("kernels: triton needs the triton package; pip install triton, or set kernels: auto")
+    # Triton's interpreter runs kernels on a CPU, far slower than torch: for whoever asks, as tests do.
+    if device.type != "cuda" and not INTERPRETED:
+        raise ConfigError("kernels: triton needs a GPU, and there is none here; set kernels: auto")
+    return True
+
+
+def _head_size(hf_config: Any) -> int:
+    size: int = hf_config.hidden_size // hf_config.num_attention_heads
+    return size

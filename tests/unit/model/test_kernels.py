@@ -1,0 +1,145 @@
+"""A body with Triton kernels is the body without them; where they run, where they do not, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from unit.kernels.bounds import DEVICE, needs_triton
+from unit.model.samples import Packed, pack
+
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.model.cut import split
+from fedbert_ds.model.kernels import check_kernels, install_kernels
+
+pytestmark = needs_triton
+
+CPU = torch.device("cpu")
+LENGTHS = [7, 1, 16, 7]
+
+
+@pytest.fixture
+def body_of(small_model):
+    """Builds a body with heads of 16, the smallest that the kernels take, on the device that runs them."""
+
+    def build(architecture: str, cut: Any = "embeddings", **changes: Any) -> Any:
+        # Far from the small weights of a start, so that attention has something to say.
+        _, body = split(small_model(architecture, hidden_size=32, initializer_range=0.2, **changes).train(), cut)
+        return body.to(DEVICE)
+
+    return build
+
+
+def run(body: Any, packed: Packed) -> dict[str, Tensor]:
+    """Hidden states of masked positions, and the gradients of the input and of all parameters."""
+    generator = torch.Generator().manual_seed(6)
+    num_tokens = len(packed.input_ids)
+    values = torch.randn(num_tokens, body.widths.activations, generator=generator).to(DEVICE).requires_grad_()
+    weights = torch.randn(len(packed.masked), body.widths.hidden, generator=generator).to(DEVICE)
+    row_index = torch.arange(num_tokens, device=DEVICE) if body.cut == "rows" else None
+    body.zero_grad()
+    hidden = body(values, packed.masked.to(DEVICE), packed.cu_seqlens, row_index)
+    (hidden * weights).sum().backward()
+    assert values.grad is not None
+    gradients = {name: parameter.grad.clone() for name, parameter in body.named_parameters()}
+    return {"hidden": hidden.detach(), "input": values.grad} | gradients
+
+
+def num_replaced(body: Any) -> int:
+    return sum("forward" in vars(module) for module in body.modules())
+
+
+@pytest.mark.parametrize("whole_weights", [True, False], ids=["all", "attention"])
+def test_the_same_hidden_states_and_gradients(body_of, architecture, cut, whole_weights: bool) -> None:
+    body, packed = body_of(architecture, cut), pack(LENGTHS)
+    expected = run(body, packed)
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
+    torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(body_of, monkeypatch) -> None:
+    from fedbert_kernels import attention as module
+    from fedbert_kernels import sequences
+
+    shapes: list[Any] = []
+    attention = module.attention
+
+    def watched(inputs: Any, *arguments: Any, **keywords: Any) -> Tensor:
+        shapes.append(inputs.shape if isinstance(inputs, Tensor) else [part.shape for part in inputs])
+        return attention(inputs, *arguments, **keywords)
+
+    def look(*_: Any) -> None:
+        raise AssertionError("on a GPU, this waits for the device")
+
+    monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(sequences, "_check_bounds", look)
+    packed = pack(LENGTHS)
+    for whole_weights in (True, False):
+        body = body_of("bert")
+        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
+        run(body, packed)
+    assert shapes == [(31, 3, 2, 16)] * 3 + [[(31, 2, 16)] * 3] * 3
+
+
+def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
+    body = body_of("bert")
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=False)
+    assert body.triton and num_replaced(body) == 0
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
+    assert num_replaced(body) == 3 * 4
+
+
+def test_dropout_follows_the_seed_and_is_repeated_by_recomputation(body_of) -> None:
+    packed = pack(LENGTHS)
+    kept, recomputed = (body_of("bert", dropout=0.3) for _ in range(2))
+    recomputed.enable_activation_checkpointing()
+    results = []
+    for body, seed in ((kept, 1), (recomputed, 1), (kept, 2)):
+        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
+        torch.manual_seed(seed)
+        results.append(run(body, packed))
+    torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
+    assert not torch.equal(results[2]["hidden"], results[0]["hidden"])
+
+
+def test_torch_is_what_a_cpu_runs_unless_triton_is_asked_for(body_of) -> None:
+    # Here Triton's interpreter could run them, a thousand times slower.
+    for kernels in ("auto", "torch"):
+        body = body_of("bert")
+        install_kernels(body, kernels, CPU, whole_weights=True)
+        assert not body.triton and num_replaced(body) == 0
+
+
+def test_auto_takes_triton_on_a_gpu_that_has_it(body_of, monkeypatch) -> None:
+    from fedbert_kernels import interpreter
+
+    body = body_of("bert")
+    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
+    assert body.triton and num_replaced(body) == 3 * 4
+    monkeypatch.setattr(interpreter, "HAVE_TRITON", False)
+    body = body_of("bert")
+    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
+    assert not body.triton and num_replaced(body) == 0
+
+
+def test_triton_where_it_cannot_run_is_one_line(monkeypatch) -> None:
+    from fedbert_kernels import interpreter
+
+    monkeypatch.setattr(interpreter, "INTERPRETED", False)
+    with pytest.raises(ConfigError, match=r"kernels: triton needs a GPU.* set kernels: auto"):
+        check_kernels("triton", CPU)
+    monkeypatch.setattr(interpreter, "HAVE_TRITON", False)
+    with pytest.raises(ConfigError, match="needs the triton package; pip install triton"):
+        check_kernels("triton", torch.device("cuda"))
+    for kernels in ("auto", "torch"):
+        check_kernels(kernels, CPU)
+
+
+def test_a_head_size_the_kernel_does_not_take(small_model) -> None:
+    body = split(small_model("bert"), "embeddings")[1].to(DEVICE)
+    with pytest.raises(ConfigError, match=r"kernels: triton takes heads of 16 to 128, but .* is 8; set kernels: auto"):
+        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
+    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
+    assert not body.triton and num_replaced(body) == 3 * 4

@@ -153,7 +153,7 @@ def test_the_end_of_a_run_is_an_exit_code(
     ("last", "message"),
     [
         (pb.ServerMessage(refused=pb.Refused(reason="it sent NaN")), "the server refused this client: it sent NaN"),
-        (pb.ServerMessage(stepped=pb.Stepped()), "the server ended the stream; look at its output"),
+        (pb.ServerMessage(save=pb.Save()), "the server ended the stream; look at its output"),
         (pb.ServerMessage(open=pb.Open(micro_batch=9)), "the server asks for micro-batch 9"),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_server_that_goes_wrong_is_one_line(served: Served, last: pb.ServerMes
 
 def test_a_server_that_dies_is_one_line(served: Served) -> None:
     served.client()
-    served.let_in()
+    served.let_in(reconnect_timeout=0.3)
     served.ingress.stop(grace=0.0)
     assert f"127.0.0.1:{served.port}: connection lost (" in served.failed()
 

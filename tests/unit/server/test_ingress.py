@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
 import subprocess
 import threading
@@ -17,9 +16,9 @@ import torch
 from unit.server.fakes import HALF, FakeClient, FakeControl, FakeEngine, run_config, seats, shapes
 from unit.server.test_rank import BAD
 
+from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.ingress import (
-    UNREAD_MESSAGES,
     Connected,
     Disconnected,
     Event,
@@ -29,9 +28,11 @@ from fedbert_ds.server.ingress import (
     Received,
 )
 from fedbert_ds.server.rank import RankServer
+from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
-from fedbert_ds.wire.channel import TlsFiles, connect, server_credentials
+from fedbert_ds.wire.channel import TRAIN, TlsFiles, connect, server_credentials
+from fedbert_ds.wire.conversation import UNREAD_BYTES
 
 TIMEOUT = 20.0
 
@@ -60,32 +61,25 @@ def endpoint() -> Iterator[Endpoint]:
     started.ingress.stop(grace=0.1)
 
 
-class Stream:
-    """A client's training stream, driven by a test: `send` queues a message, `receive` waits for one."""
+class Stream(ServerStream):
+    """A client's training stream, driven by a test."""
 
     def __init__(self, address: str, client: str, session: str, tls: TlsFiles | None = None) -> None:
-        self._outgoing: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-        self._channel = connect(address, tls)
-        self.send(pb.ClientMessage(attach=pb.Attach(client=client, session=session)))
-        self.call = rpc.FederationStub(self._channel).Train(iter(self._outgoing.get, None), timeout=60)
-
-    def send(self, message: pb.ClientMessage) -> None:
-        self._outgoing.put(message)
-
-    def receive(self) -> pb.ServerMessage:
-        return next(self.call)
+        super().__init__(address, tls, client, session, reconnect_timeout=TIMEOUT)
+        self.__enter__()
 
     def refusal(self) -> str:
-        with pytest.raises(grpc.RpcError) as caught:
-            next(self.call)
-        assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
-        return str(caught.value.details())
+        with pytest.raises(WireError) as caught:
+            self.receive()
+        return str(caught.value).removeprefix("the server refused this client: ")
 
     def end(self) -> None:
-        """The client is done sending, or its process died."""
-        self._outgoing.put(None)
-        self.call.cancel()
-        self._channel.close()
+        """The client is done."""
+        self.__exit__()
+
+    def die(self) -> None:
+        """The client's process is gone, without a word."""
+        self._hang_up()
 
 
 @pytest.fixture
@@ -197,12 +191,19 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
 
 
 def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
+    """The newer connection has it; a stranger with the same name is refused long before, at Join."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
-    assert streams("ada").refusal() == "client ada is already connected; give each client its own --id"
-    endpoint.no_event()
     endpoint.ingress.send("ada", stepped(1))
     assert first.receive() == stepped(1)
+    with connect(endpoint.address, None) as channel:
+        attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada", received=1))
+        call = rpc.FederationStub(channel).Train(iter([attach]), timeout=TIMEOUT)
+        assert next(call) == pb.ServerMessage(delivery=pb.Delivery())
+        endpoint.ingress.send("ada", stepped(2))
+        assert next(call).stepped.window == 2
+        call.cancel()
+    endpoint.no_event()
 
 
 def test_a_stream_that_ends_is_told_once_and_may_be_opened_again(streams, endpoint: Endpoint) -> None:
@@ -229,7 +230,8 @@ def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: End
     endpoint.ingress.send("ada", stepped(1))
     endpoint.ingress.close("ada", pb.ServerMessage(refused=pb.Refused(reason="so")))
     endpoint.ingress.send("ada", stepped(2))
-    assert [message.WhichOneof("body") for message in first.call] == ["stepped", "refused"]
+    assert [first.receive().WhichOneof("body") for _ in range(2)] == ["stepped", "refused"]
+    assert "the server ended the stream" in first.refusal()
     second = streams("ada")
     assert endpoint.event() == Connected("ada")
     first.end()
@@ -240,16 +242,17 @@ def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: End
 
 
 def test_a_client_that_floods_is_slowed_down_and_others_are_served(streams, endpoint: Endpoint) -> None:
-    """Nobody reads: what waits is bounded by UNREAD_MESSAGES and gRPC's own window, not by what the client sends."""
+    """Nobody reads: what waits is bounded by UNREAD_BYTES and gRPC's own window, not by what the client sends."""
     flood, taken = 600, 0
-    large = pb.ClientMessage(half=pb.HalfChunk(payload=bytes(256 << 10)))
+    chunk = pb.HalfChunk(payload=bytes(256 << 10))
+    unread = UNREAD_BYTES // len(chunk.payload)
 
     def requests() -> Iterator[pb.ClientMessage]:
         nonlocal taken
         yield pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada"))
-        for _ in range(flood):
+        while taken < flood:
             taken += 1
-            yield large
+            yield pb.ClientMessage(half=chunk, delivery=pb.Delivery(sequence=taken))
 
     with connect(endpoint.address, None) as channel:
         call = rpc.FederationStub(channel).Train(requests(), timeout=60)
@@ -260,8 +263,8 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(streams, endp
             still = still + 1 if taken == before else 0
             before = taken
             time.sleep(0.1)
-        assert UNREAD_MESSAGES < taken < UNREAD_MESSAGES + 150 < flood, taken
-        assert endpoint.ingress._events.qsize() <= UNREAD_MESSAGES + 1
+        assert unread < taken < unread + 150 < flood, taken
+        assert endpoint.ingress._events.qsize() <= unread + 1
         streams("bo").send(manifest(7))
         events = [endpoint.event() for _ in range(flood + 2)]
         assert sum(isinstance(event, Received) and event.client == "ada" for event in events) == flood
@@ -276,10 +279,10 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
     assert endpoint.event() == Connected("bo")
     attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada")).SerializeToString()
     with connect(endpoint.address, None) as channel:
-        raw = channel.stream_stream("/fedbert.Federation/Train")
+        raw = channel.stream_stream(TRAIN)
         with pytest.raises(grpc.RpcError, match="no such session"):
             list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT))
-        assert list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT)) == []
+        assert len(list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT))) == 1
     assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
     assert not caplog.records, "no traceback of ours for what somebody else sent"
     endpoint.ingress.send("bo", stepped(1))
@@ -416,8 +419,8 @@ class RemoteClient(threading.Thread):
     def run(self) -> None:
         stream = Stream(self._address, self.client.name, f"session of {self.client.name}")
         try:
-            for message in stream.call:
-                for answer in self.client.handle(message):
+            while self.client.finish is None and self.client.refusal is None:
+                for answer in self.client.handle(stream.receive()):
                     stream.send(answer)
         except BaseException as error:
             self.error = error
@@ -439,7 +442,7 @@ def test_a_rank_serves_on_after_a_client_failed(endpoint: Endpoint, fault: str |
     places = seats(clients)
     stop = threading.Event()
     stop.requested = False  # type: ignore[attr-defined]
-    rank = RankServer(config, shapes(config), engine, endpoint.ingress, FakeControl(), places, 0, stop)  # type: ignore[arg-type]
+    rank = RankServer(config, shapes(config), engine, endpoint.ingress, FakeControl(), places, 0, stop, Trace(None, 0))  # type: ignore[arg-type]
     endpoint.ingress.admit({name: seat.session for name, seat in places.items()})
     remote = [RemoteClient(endpoint.address, client) for client in clients]
     for thread in remote:

@@ -116,6 +116,17 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     modes.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     modes.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     modes.set_defaults(run=_bench_modes)
+    codecs = benches.add_parser("codecs", help="what each wire codec costs in loss at equal tokens, and in bytes")
+    codecs.add_argument("--data", default="python-docs", metavar="SOURCE", help="articles, as for eval (python-docs)")
+    codecs.add_argument(
+        "--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside it"
+    )
+    codecs.add_argument("--work", type=Path, default=Path("runs/bench-codecs"), metavar="DIR", help="for finished runs")
+    codecs.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (3)")
+    codecs.add_argument("--minutes", type=float, metavar="N", help="begin no run after that, and record what is done")
+    codecs.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    codecs.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/default.yaml")
+    codecs.set_defaults(run=_bench_codecs)
 
 
 def _bench_modes(options: argparse.Namespace) -> None:
@@ -131,6 +142,24 @@ def _bench_modes(options: argparse.Namespace) -> None:
             work=options.work,
             quick=options.quick,
             overrides=(*windows, *options.overrides),
+        )
+    )
+
+
+def _bench_codecs(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.codecs import CodecsOptions, bench_codecs
+    from fedbert_ds.bench.record import command_line
+
+    bench_codecs(
+        CodecsOptions(
+            out=options.out,
+            command=command_line(),
+            data=options.data,
+            work=options.work,
+            seeds=options.seeds,
+            minutes=options.minutes,
+            quick=options.quick,
+            overrides=tuple(options.overrides),
         )
     )
 

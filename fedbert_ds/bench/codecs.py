@@ -1,0 +1,414 @@
+"""`fedbert-ds bench codecs`: what each codec costs in loss at equal tokens, and in bytes, beside fp32.
+
+Real halves and real frames in one process (`split`); a run that is complete already is not repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedbert_ds.bench.record import SOURCE, source_commit, write_record
+from fedbert_ds.config import Codec, Cut, RunConfig, WireSection, load_config
+from fedbert_ds.errors import RunError
+from fedbert_ds.telemetry.progress import duration
+
+if TYPE_CHECKING:
+    from fedbert_ds.data.corpus import Article
+    from fedbert_ds.data.masking import Batch
+
+RUN_FILE = SOURCE / "configs" / "default.yaml"
+TRAINED = (
+    "run.windows=240",
+    "model.hidden_size=256",
+    "model.num_attention_heads=4",
+    "model.initializer_range=0.035",
+    "optimizer.lr=2.0e-3",
+    "optimizer.warmup_windows=24",
+)
+"""Over the default run file: as wide as a core trains in minutes, and past the plateau of word frequencies."""
+QUICK = ("run.windows=4", "tokenizer.vocab_size=500", "window.tokens=1024", "optimizer.warmup_windows=2")
+QUICK_ARTICLES = 60
+FACTORIZED = 4
+"""H over E of the factorized model that is trained; a group of 64 columns still fits."""
+TEXT_SEED = 1
+"""Which articles are held out, the same for all seeds."""
+
+COUNTED_TOKENS, COUNTED_LENGTH, COUNTED_VOCABULARY = 16_384, 128, 30_522
+"""Bytes are counted in messages of so many tokens, in sequences and word pieces as BERT-base has them."""
+COUNTED_WIDTH, COUNTED_EMBEDDING = 768, 128
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to code what crosses."""
+
+    model: Literal["full", "factorized"] = "full"
+    cut: Literal["rows", "embeddings"] = "rows"
+    activations: Codec = "fp32"
+    hidden: Codec = "fp32"
+    gradients: Codec = "fp32"
+    extra: Literal["", "stochastic", "row feedback", "unit projection"] = ""
+    """Gradients rounded at random; errors of table rows fed back; a factorized model's E -> H drawn with unit gain."""
+
+    @property
+    def wire(self) -> WireSection:
+        """As a run file says it."""
+        return WireSection(activations=self.activations, hidden=self.hidden, gradients=self.gradients)
+
+    @property
+    def label(self) -> str:
+        """For a reader."""
+        return ", ".join(part for part in (self.model, self.cut, *self.codecs, self.extra) if part)
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """Its three codecs, or the one that is all of them."""
+        codecs = (self.activations, self.hidden, self.gradients)
+        return codecs[:1] if len(set(codecs)) == 1 else codecs
+
+
+def all_in(codec: Codec, **more: Any) -> Setting:
+    """Everything in one codec."""
+    return Setting(activations=codec, hidden=codec, gradients=codec, **more)
+
+
+BASELINE = Setting()
+SETTINGS = (
+    BASELINE,
+    all_in("int8"),
+    all_in("int4_hadamard"),
+    all_in("int4_hadamard", extra="stochastic"),
+    all_in("fp32", model="factorized"),
+    all_in("int4_hadamard", model="factorized"),
+    Setting(activations="int4_hadamard", hidden="int4_hadamard", gradients="int8"),
+    Setting(activations="int8", hidden="int8", gradients="int4_hadamard"),
+    all_in("int4_hadamard", cut="embeddings"),
+    all_in("int4_hadamard", extra="row feedback"),
+    all_in("fp32", model="factorized", extra="unit projection"),
+    all_in("fp8_e4m3"),
+    Setting(activations="fp8_e4m3", hidden="fp8_e4m3", gradients="fp8_e5m2"),
+    all_in("int8", model="factorized"),
+    all_in("int8", cut="embeddings"),
+    all_in("int8_group"),
+    all_in("bf16"),
+)
+"""The most telling first: `--minutes` may leave the last ones out."""
+
+
+@dataclass(frozen=True)
+class CodecsOptions:
+    """What a user gives the benchmark."""
+
+    out: Path
+    """The record; its picture lies beside it as .png."""
+    command: str
+    """What the user typed, for the record."""
+    data: str = "python-docs"
+    """Source of the articles; see data.source of the run file."""
+    work: Path = Path("runs/bench-codecs")
+    """Keeps the finished runs."""
+    seeds: int = 3
+    minutes: float | None = None
+    """No run is begun after so many minutes; the record holds what is finished."""
+    quick: bool = False
+    overrides: tuple[str, ...] = ()
+    """`section.key=value`, for every run alike."""
+
+
+class Text:
+    """Articles held out and to train on, as sequences, and the word pieces learned from the latter."""
+
+    def __init__(self, config: RunConfig, quick: bool) -> None:
+        from fedbert_ds.data.corpus import read_articles
+        from fedbert_ds.data.masking import encode
+        from fedbert_ds.data.shards import hold_out
+        from fedbert_ds.data.tokenizer import train_wordpiece
+
+        limit = QUICK_ARTICLES if quick else config.data.max_articles
+        self.articles: list[Article] = list(read_articles(config.data.source, max_articles=limit))
+        self._train, held_out = hold_out(self.articles, config.data.held_out, TEXT_SEED)
+        self.tokenizer = train_wordpiece(self._train, config.tokenizer.vocab_size)
+        length = config.data.sequence_length
+        self.train = encode(self._train, self.tokenizer, length)
+        self.held_out = encode(held_out, self.tokenizer, length)
+
+    @property
+    def digest(self) -> str:
+        """Of everything that is trained on or held out."""
+        digest = hashlib.sha256(self.train.tokens.numpy().tobytes())
+        digest.update(self.held_out.tokens.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def counted_batch(self) -> Batch:
+        """One message's worth of the text in BERT-base's word pieces and lengths, as they are learned from it."""
+        from fedbert_ds.data.masking import BatchStream, encode
+        from fedbert_ds.data.tokenizer import train_wordpiece
+
+        tokenizer = train_wordpiece(self._train, COUNTED_VOCABULARY)
+        text = encode(self._train, tokenizer, COUNTED_LENGTH)
+        stream = BatchStream(text, tokenizer, mask_probability=0.15, whole_word=False, seed=TEXT_SEED, client="count")
+        return stream.next_batch(0, COUNTED_TOKENS)
+
+
+def bench_codecs(options: CodecsOptions) -> None:
+    """Train what is not finished, then write record and picture and print the table; one thread, on the CPU.
+
+    Raises a UserError when the settings or the text are wrong.
+    """
+    import torch
+
+    from fedbert_ds.bench.split import message_bytes
+
+    if not RUN_FILE.is_file():
+        raise RunError(
+            "bench codecs reads configs/default.yaml: it needs the source tree, installed with pip install -e"
+        )
+    torch.set_num_threads(1)
+    config = load_config(RUN_FILE, overrides_of(options))
+    commit, text, started = source_commit(), Text(config, options.quick), time.monotonic()
+    runs = []
+    for seed in range(1, (1 if options.quick else options.seeds) + 1):
+        for setting in SETTINGS:
+            late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
+            run = _finished(setting, seed, config, text, options.work, begin=not late)
+            runs += [] if run is None else [run]
+    batch = text.counted_batch()
+    counted = {}
+    for setting in SETTINGS:
+        width = COUNTED_EMBEDDING if setting.model == "factorized" else COUNTED_WIDTH
+        sizes = message_bytes(batch, (width, width), setting.wire, rows=setting.cut == "rows")
+        counted[setting] = tuple(size / len(batch.input_ids) for size in sizes)
+    rows = rows_of(runs)
+    summary = summarize(rows, counted)
+    write_record(
+        options.out,
+        command=options.command,
+        commit=commit,
+        rows=rows,
+        summary=summary,
+        settings=_settings(config),
+        text={
+            "source": Path(options.data).name, "sha256": text.digest, "articles": len(text.articles),
+            "tokens": text.train.num_tokens, "held_out_tokens": text.held_out.num_tokens,
+        },
+        counted={
+            "tokens": len(batch.input_ids), "masked": len(batch.labels),
+            "distinct": len(batch.input_ids.unique()), "width": COUNTED_WIDTH, "embedding": COUNTED_EMBEDDING,
+        },
+    )  # fmt: skip
+    picture = options.out.with_suffix(".png")
+    draw(picture, summary)
+    print(f"\n{table(summary)}\n\nrecord  {options.out}\npicture {picture}", flush=True)
+
+
+def overrides_of(options: CodecsOptions) -> tuple[str, ...]:
+    """The run file's overrides; the user's come last but for the text."""
+    quick = QUICK if options.quick else ()
+    return (*TRAINED, *quick, *options.overrides, f"data.source={json.dumps([options.data])}")
+
+
+def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per run; `cost` is its held-out loss over that of fp32 with the same model and seed, less 1."""
+    losses = {(run["setting"], run["seed"]): run["held_out_loss"] for run in runs}
+    rows = []
+    for run in runs:
+        setting = Setting(**json.loads(run["setting"]))
+        # A factorized model in fp32 is held against the full one.
+        plain = setting in (BASELINE, Setting(model="factorized"), Setting(model="factorized", extra=setting.extra))
+        baseline = BASELINE if plain else Setting(model=setting.model)
+        loss = losses.get((_key(baseline), run["seed"]))
+        rows.append(
+            {
+                **asdict(setting),
+                "seed": run["seed"],
+                "tokens": run["tokens"],
+                "held_out_loss": run["held_out_loss"],
+                "training_loss": run["training_loss"],
+                "cost": None if loss is None else run["held_out_loss"] / loss - 1.0,
+                "bytes_per_token_up": run["bytes_up"] / run["tokens"],
+                "bytes_per_token_down": run["bytes_down"] / run["tokens"],
+                "seconds": round(run["seconds"], 1),
+            }
+        )
+    return rows
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], counted: Mapping[Setting, tuple[float, ...]]) -> list[dict[str, Any]]:
+    """One row per setting that has a run: bytes as counted at width 768, cost in the mean and its range over seeds."""
+    summary = []
+    for setting, (up, down) in counted.items():
+        mine = [row for row in rows if all(row[name] == value for name, value in asdict(setting).items())]
+        costs = [row["cost"] for row in mine if row["cost"] is not None]
+        if not costs:
+            continue
+        summary.append(
+            {
+                **asdict(setting),
+                "seeds": len(costs),
+                "held_out_loss": statistics.mean(row["held_out_loss"] for row in mine),
+                "cost": statistics.mean(costs),
+                "cost_lowest": min(costs),
+                "cost_highest": max(costs),
+                "bytes_per_token_up": up,
+                "bytes_per_token_down": down,
+                "bytes_per_token": up + down,
+            }
+        )
+    return summary
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as a Markdown table."""
+    lines = [
+        "| model | cut | activations | hidden states | gradients | | bytes per token up | down | both "
+        "| loss cost | range over seeds | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for row in summary:
+        lines.append(
+            f"| {row['model']} | {row['cut']} | {row['activations']} | {row['hidden']} | {row['gradients']} "
+            f"| {row['extra']} | {row['bytes_per_token_up']:,.0f} | {row['bytes_per_token_down']:,.0f} "
+            f"| {row['bytes_per_token']:,.0f} | {100 * row['cost']:+.2f} % "
+            f"| {100 * row['cost_lowest']:+.2f} to {100 * row['cost_highest']:+.2f} | {row['seeds']} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(path: Path, summary: Sequence[Mapping[str, Any]]) -> None:
+    """Loss cost against bytes per token, a point per setting with its range over seeds."""
+    # The figure is built without pyplot: no global state, and no display is looked for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for row in summary:
+        cost, low, high = (100 * row[name] for name in ("cost", "cost_lowest", "cost_highest"))
+        color = _COLORS[row["model"], row["cut"]]
+        bars = [[cost - low], [high - cost]]
+        axes.errorbar([row["bytes_per_token"]], [cost], bars, fmt="o", color=color, capsize=2, linewidth=1.0)
+        fields = {name: row[name] for name in asdict(BASELINE)}
+        setting = Setting(**fields)
+        label = " / ".join(setting.codecs).replace("_hadamard", "") + (f"\n{setting.extra}" if setting.extra else "")
+        axes.annotate(label, (row["bytes_per_token"], cost), (5, 4), textcoords="offset points", fontsize=7)
+    for (model, cut), color in _COLORS.items():
+        axes.plot([], [], "o", color=color, label=f"{model} model, cut: {cut}")
+    axes.axhline(0.0, color="#6b6b6b", linewidth=1.0, linestyle="--")
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes per token, both ways, at width 768 and 16k tokens a message")
+    axes.set_ylabel("held-out loss above fp32, %")
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+_COLORS = {
+    ("full", "rows"): "#1f4e8c",
+    ("full", "embeddings"): "#c98a1b",
+    ("factorized", "rows"): "#4c7a34",
+}
+
+
+def _finished(
+    setting: Setting, seed: int, config: RunConfig, text: Text, work: Path, *, begin: bool
+) -> dict[str, Any] | None:
+    """The run: read if it is complete with these very settings, else made, or None when none is to begin."""
+    slug = "-".join(
+        [setting.model, setting.cut, *setting.codecs, setting.extra.replace(" ", "_") or "plain", f"{seed}"]
+    )
+    path, fingerprint = work / f"{slug}.json", _fingerprint(config, text)
+    if path.is_file():
+        run = json.loads(path.read_text(encoding="utf-8"))
+        if run["fingerprint"] == fingerprint:
+            return run
+    if not begin:
+        return None
+    run = {"setting": _key(setting), "seed": seed, "fingerprint": fingerprint, **train(setting, seed, config, text)}
+    work.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(json.dumps(run), encoding="utf-8")
+    os.replace(scratch, path)
+    print(
+        f"{setting.label}, seed {seed}: held-out loss {run['held_out_loss']:.4f}, {duration(run['seconds'])}",
+        flush=True,
+    )
+    return run
+
+
+def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[str, Any]:
+    """Train one setting from scratch: losses, tokens and bytes."""
+    from fedbert_ds.bench.split import RowFeedback, SplitTrainer
+    from fedbert_ds.data.masking import BatchStream
+    from fedbert_ds.model.checkpoint import build_model
+    from fedbert_ds.model.cut import split
+
+    started, windows = time.monotonic(), config.run.windows
+    section = config.model
+    if setting.model == "factorized":
+        size = section.hidden_size // FACTORIZED
+        section = section.model_copy(update={"architecture": "electra", "embedding_size": size})
+    model: Any = build_model(section, len(text.tokenizer), text.tokenizer.pad_token_id, seed)
+    if setting.extra == "unit projection":
+        weight = model.electra.embeddings_project.weight
+        weight.data *= 1.0 / (section.initializer_range * weight.shape[1] ** 0.5)
+    cut: Cut = setting.cut
+    half, body = split(model, cut)
+    trainer = SplitTrainer(
+        half,
+        body,
+        setting.wire,
+        config.optimizer,
+        windows,
+        seed,
+        stochastic=setting.extra == "stochastic",
+        feedback=RowFeedback(len(text.tokenizer), half.widths.activations) if setting.extra == "row feedback" else None,
+    )
+    options: dict[str, Any] = {"mask_probability": config.data.mask_probability, "whole_word": config.data.whole_word}
+    stream = BatchStream(text.train, text.tokenizer, seed=seed, client="bench", **options)
+    crossed = [
+        trainer.train_window(window, stream.next_batch(window, config.window.tokens)) for window in range(windows)
+    ]
+    held_out = BatchStream(text.held_out, text.tokenizer, seed=TEXT_SEED, client="held out", **options)
+    count = max(1, text.held_out.num_tokens // config.window.tokens)
+    last = crossed[-max(1, windows // 20) :]
+    return {
+        "held_out_loss": trainer.loss([held_out.next_batch(number, config.window.tokens) for number in range(count)]),
+        "training_loss": sum(one.loss_sum for one in last) / sum(one.masked for one in last),
+        "tokens": sum(one.tokens for one in crossed),
+        "bytes_up": sum(one.bytes_up for one in crossed),
+        "bytes_down": sum(one.bytes_down for one in crossed),
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _key(setting: Setting) -> str:
+    return json.dumps(asdict(setting))
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What of the run file the runs follow, with no path of this machine in it."""
+    tree = json.loads(config.model_dump_json(include={"model", "tokenizer", "optimizer"}))
+    data = config.data
+    return tree | {
+        "windows": config.run.windows,
+        "tokens": config.window.tokens,
+        "sequence_length": data.sequence_length,
+        "mask_probability": data.mask_probability,
+        "whole_word": data.whole_word,
+        "held_out": data.held_out,
+    }
+
+
+def _fingerprint(config: RunConfig, text: Text) -> str:
+    return hashlib.sha256(json.dumps([_settings(config), text.digest]).encode()).hexdigest()

@@ -19,14 +19,18 @@ class Architecture:
     """The model without its head; holds `embeddings` and `encoder`."""
     head: str
     """The part of the masked-LM head that ends in logits: the client's."""
+    decoder: str
+    """The last layer of `head`, one row of weights and one of bias for each word piece."""
     body_head: str | None = None
     """A projection of hidden states that comes before `head` and is the body's (ELECTRA's H -> E)."""
 
 
 ARCHITECTURES = {
-    "bert": Architecture(base="bert", head="cls"),
-    "roberta": Architecture(base="roberta", head="lm_head"),
-    "electra": Architecture(base="electra", head="generator_lm_head", body_head="generator_predictions"),
+    "bert": Architecture(base="bert", head="cls", decoder="cls.predictions.decoder"),
+    "roberta": Architecture(base="roberta", head="lm_head", decoder="lm_head.decoder"),
+    "electra": Architecture(
+        base="electra", head="generator_lm_head", decoder="generator_lm_head", body_head="generator_predictions"
+    ),
 }
 
 

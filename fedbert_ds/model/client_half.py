@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,25 +83,39 @@ class ClientHalf(nn.Module):
         return self.get_submodule(self._parts.head)(hidden)
 
     def head_backward(
-        self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512
+        self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512, fused: bool | None = None
     ) -> tuple[float, Tensor]:
         """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in this half's dtype; m may be 0.
 
         `hidden` is [m, W_out], any floating dtype; `labels` [m] int64. Parameters' gradients of scale * sum
-        accumulate. Each chunk is forwarded and backwarded before the next, so scores never take more than
-        [chunk_size, V].
+        accumulate. Scores of all positions never exist at once: `fused` (by default on a GPU) takes decoder and loss as
+        one operator, which keeps a fixed buffer; otherwise each chunk of `chunk_size` positions is forwarded and
+        backwarded before the next.
         """
-        dtype = next(self.parameters()).dtype
+        hidden = hidden.detach().to(next(self.parameters()).dtype)
+        if hidden.is_cuda if fused is None else fused:
+            return self._fused_head_backward(hidden.requires_grad_(), labels, scale)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
-            rows = rows.detach().to(dtype).requires_grad_()
+            rows = rows.detach().requires_grad_()
             loss = functional.cross_entropy(self.logits(rows), targets, reduction="none")
             loss.backward(torch.full_like(loss, scale))
             losses.append(loss.detach())
             assert rows.grad is not None
             gradients.append(rows.grad)
         return _sum(losses), torch.cat(gradients)
+
+    def _fused_head_backward(self, hidden: Tensor, labels: Tensor, scale: float) -> tuple[float, Tensor]:
+        from fedbert_kernels.linear_cross_entropy import linear_cross_entropy
+
+        decoder: Any = self.get_submodule(self._parts.decoder)
+        with _passing_on(decoder):
+            decoded = self.logits(hidden)
+        loss = linear_cross_entropy(decoded, decoder.weight, decoder.bias, labels)
+        loss.backward(torch.full_like(loss, scale))
+        assert hidden.grad is not None
+        return loss.item(), hidden.grad
 
     @torch.no_grad()
     def head_loss(self, hidden: Tensor, labels: Tensor, chunk_size: int = 512) -> float:
@@ -154,6 +169,16 @@ class ClientHalf(nn.Module):
         for alias, source in self._ties.items():
             module_name, _, parameter_name = alias.rpartition(".")
             setattr(self.get_submodule(module_name), parameter_name, self.get_parameter(source))
+
+
+@contextmanager
+def _passing_on(module: nn.Module) -> Iterator[None]:
+    """Inside, the module returns what it is given. RoBERTa's head calls its decoder itself, and so must be let."""
+    module.forward = lambda given: given
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _distinct_by_first_appearance(input_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from integration.cluster import run_file, write_text
 
@@ -58,6 +59,13 @@ def test_a_deepspeed_file_that_sets_what_the_run_file_owns(folder) -> None:
     (folder / "clipping.json").write_text('{"gradient_clipping": 1.0}')
     tree = run_file(folder, "clipping", body={"deepspeed": str(folder / "clipping.json")})
     _expect_failure(_pretrain(folder, tree), "gradient_clipping belongs to the run file")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton can run")
+def test_triton_kernels_without_a_gpu(folder) -> None:
+    tree = run_file(folder, "no-gpu") | {"kernels": "triton"}
+    _expect_failure(_pretrain(folder, tree), "kernels: triton needs a GPU, and there is none here; set kernels: auto")
+    assert not (folder / "no-gpu").exists()
 
 
 def test_a_folder_that_holds_a_run_already(folder) -> None:

@@ -37,6 +37,33 @@ def test_head_in_chunks_is_plain_cross_entropy(small_model, architecture, chunk_
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("count", [0, 1, 11])
+def test_decoder_and_loss_as_one_operator_are_the_same(small_model, architecture, count: int) -> None:
+    client, _ = split(small_model(architecture), "embeddings")
+    hidden, labels = head_input(client, count)
+    results = []
+    for fused in (False, True):
+        client.zero_grad()
+        loss, gradient = client.head_backward(hidden, labels, 0.25, fused=fused)
+        gradients = {name: p.grad for name, p in client.named_parameters() if p.grad is not None and p.grad.any()}
+        results.append((torch.tensor(loss), gradient, gradients))
+    torch.testing.assert_close(results[1], results[0])
+    # The decoder decodes again.
+    assert client.logits(hidden).shape == (count, VOCABULARY)
+
+
+def test_a_cpu_takes_chunks_and_a_gpu_the_operator(small_model, monkeypatch) -> None:
+    client, _ = split(small_model("bert"), "embeddings")
+    calls: list[int] = []
+    monkeypatch.setattr(client, "_fused_head_backward", lambda hidden, *_: calls.append(len(hidden)) or (0.0, hidden))
+    hidden, labels = head_input(client, 4)
+    client.head_backward(hidden, labels, 1.0)
+    assert calls == []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    client.head_backward(hidden, labels, 1.0)
+    assert calls == [4]
+
+
 def test_head_gradients_accumulate(small_model) -> None:
     client, _ = split(small_model("bert").double(), "embeddings")
     hidden, labels = head_input(client, 10)

@@ -128,6 +128,18 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     codecs.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/default.yaml")
     codecs.set_defaults(run=_bench_codecs)
 
+    pipeline = benches.add_parser("pipeline", help="the body's busy share and tokens/s over slow links, beside others")
+    pipeline.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside")
+    pipeline.add_argument("--work", type=Path, default=Path("runs/bench-pipeline"), metavar="DIR", help="for the runs")
+    pipeline.add_argument("--clients", type=int, default=8, metavar="N", help="clients of each run (default: 8)")
+    pipeline.add_argument(
+        "--rtt", type=float, nargs="+", default=[0.0, 50.0, 200.0], metavar="MS", help="round trips (default: 0 50 200)"
+    )
+    pipeline.add_argument("--mbit", type=float, default=100.0, metavar="N", help="Mbit/s of each client, each way")
+    pipeline.add_argument("--only", nargs="+", choices=["ours", "naive", "centralized"], default=[], help="systems")
+    pipeline.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    pipeline.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all systems alike")
+    pipeline.set_defaults(run=_bench_pipeline)
 
 def _bench_modes(options: argparse.Namespace) -> None:
     from fedbert_ds.bench.modes import ModesOptions, bench_modes
@@ -160,6 +172,25 @@ def _bench_codecs(options: argparse.Namespace) -> None:
             minutes=options.minutes,
             quick=options.quick,
             overrides=tuple(options.overrides),
+        )
+    )
+
+
+def _bench_pipeline(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.pipeline import PipelineOptions, bench_pipeline
+    from fedbert_ds.bench.record import command_line
+
+    bench_pipeline(
+        PipelineOptions(
+            out=options.out,
+            command=command_line(),
+            work=options.work,
+            clients=options.clients,
+            rtt_ms=tuple(options.rtt),
+            mbit=options.mbit,
+            quick=options.quick,
+            only=tuple(options.only),
+            overrides=tuple(options.set),
         )
     )
 

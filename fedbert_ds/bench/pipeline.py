@@ -1,0 +1,401 @@
+"""`fedbert-ds bench pipeline`: how busy clients behind slow links keep the body, beside what others do.
+
+Three systems in one go, over the same text, body and links:
+  centralized   the body alone under DeepSpeed, activations at hand: what this machine can do at most
+  ours          the real launcher with one rank, and real clients behind the links
+  naive         one client at a time, padded fp32 tensors, pickle over HTTP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedbert_ds.bench.link import DelayProxy, through
+from fedbert_ds.bench.record import SOURCE, source_commit, write_record
+from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.errors import RunError
+from fedbert_ds.telemetry.metrics import read_metrics
+
+LAUNCHER = SOURCE / "launchers" / "pretrain.py"
+RUN_FILE = SOURCE / "configs" / "pipeline.yaml"
+SETTLING_WINDOWS = 3
+"""Not counted: round trips are being measured and the depth follows them."""
+START_SECONDS = 240.0
+LONGEST_SECONDS = 1800.0
+QUICK = (
+    "run.windows=6",
+    "model.num_hidden_layers=2",
+    "model.hidden_size=128",
+    "model.num_attention_heads=2",
+    "tokenizer.vocab_size=1000",
+    "data.max_articles=24",
+    "window.tokens=4096",
+    "window.tokens_per_micro_batch=512",
+)
+
+
+@dataclass(frozen=True)
+class Link:
+    """What lies between each client and the server."""
+
+    rtt_ms: float = 0.0
+    mbit: float | None = None
+
+    @property
+    def name(self) -> str:
+        """For people and file names."""
+        return f"{self.rtt_ms:g}ms" + (f"-{self.mbit:g}mbit" if self.mbit else "")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of the benchmark."""
+
+    system: str
+    link: Link = Link()
+    variant: str = ""
+    """What is special about a run of ours, for people."""
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """A folder name."""
+        return "-".join(filter(None, [self.system, self.link.name, self.variant.replace(" ", "-")]))
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What a user gives the benchmark."""
+
+    out: Path
+    command: str
+    work: Path = Path("runs/bench-pipeline")
+    clients: int = 8
+    rtt_ms: tuple[float, ...] = (0.0, 50.0, 200.0)
+    mbit: float | None = 100.0
+    quick: bool = False
+    only: tuple[str, ...] = ()
+    """Systems to run; empty for all."""
+    overrides: tuple[str, ...] = ()
+
+
+VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("", ()),
+    ("fp32 embeddings", ("cut=embeddings", "wire.activations=fp32", "wire.gradients=fp32")),
+    ("synchronous", ("federation.mode=synchronous",)),
+    ("synchronous, staleness 1", ("federation.mode=synchronous", "window.staleness=1")),
+)
+"""Of ours: weights averaged rarely, rows at int8; an expensive wire; and halves exchanged after every window."""
+
+
+def bench_pipeline(options: PipelineOptions) -> None:
+    """Run every setting, print a row as each ends, write record and picture. UserError names a log when one fails."""
+    if not LAUNCHER.is_file():
+        raise RunError("bench pipeline runs launchers/pretrain.py: it needs the source tree, installed with pip -e")
+    from fedbert_ds.bench.text import prepare
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    options.work.mkdir(parents=True, exist_ok=True)
+    config = load_config(RUN_FILE, _overrides(options, Setting("ours")))
+    shards, tokenizer = prepare(config, options.work / ("quick" if options.quick else "text"), options.clients)
+    commit, rows = source_commit(), []
+    print(f"links   a proxy on this machine; {options.clients} clients, one body process", flush=True)
+    for setting in settings(options):
+        row = _run(setting, options, shards, tokenizer)
+        rows.append(row)
+        print(sentence(row), flush=True)
+    write_record(
+        options.out,
+        command=options.command,
+        commit=commit,
+        rows=rows,
+        links="proxy",
+        settings=_settings(config),
+    )
+    picture = options.out.with_suffix(".png")
+    draw(picture, rows)
+    print(f"\n{table(rows)}\n\nrecord  {options.out}\npicture {picture}", flush=True)
+
+
+def settings(options: PipelineOptions) -> Iterator[Setting]:
+    """Everything that is run, in this order."""
+    round_trips = options.rtt_ms[:1] if options.quick else options.rtt_ms
+    links = [Link(rtt, options.mbit if rtt else None) for rtt in round_trips]
+    wanted = options.only or ("centralized", "ours", "naive")
+    if "centralized" in wanted:
+        yield Setting("centralized")
+    for link in links:
+        if "ours" in wanted:
+            for variant, overrides in VARIANTS[: 1 if options.quick else None]:
+                yield Setting("ours", link, variant, overrides)
+        if "naive" in wanted:
+            yield Setting("naive", link)
+
+
+def _overrides(options: PipelineOptions, setting: Setting) -> tuple[str, ...]:
+    quick = QUICK if options.quick else ()
+    return (*quick, f"clients.expected={options.clients}", *options.overrides, *setting.overrides)
+
+
+def _run(setting: Setting, options: PipelineOptions, shards: Path, tokenizer: Path) -> dict[str, Any]:
+    overrides = [*_overrides(options, setting), f"tokenizer.path={tokenizer.resolve()}"]
+    config = load_config(RUN_FILE, overrides)
+    log = options.work / f"{setting.slug}.log"
+    text = ["--tokenizer", str(tokenizer), "--shards", str(shards)]
+    if setting.system == "centralized":
+        command = [sys.executable, "-m", "fedbert_ds.bench.body_alone", "--config", str(RUN_FILE), *text, *overrides]
+        measured = json.loads(_output(command, log))
+        return _row(setting, config, measured["tokens_per_second"], 1.0, 1.0, (0.0, 0.0), 0.0, 0.0)
+    if setting.system == "naive":
+        return _naive(setting, config, overrides, text, log, 5.0 if options.quick else 20.0)
+    return _ours(setting, config, overrides, shards, options.work / setting.slug, log)
+
+
+def _naive(
+    setting: Setting, config: RunConfig, overrides: Sequence[str], text: Sequence[str], log: Path, seconds: float
+) -> dict[str, Any]:
+    naive = [sys.executable, "-m", "fedbert_ds.bench.naive"]
+    with ExitStack() as resources:
+        command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], *overrides]
+        server = resources.enter_context(_process(command, log))
+        assert server.stdout is not None
+        address = server.stdout.readline().strip()
+        if not address:
+            raise RunError(f"the naive server did not start (see {log})")
+        if setting.link != Link():
+            link = DelayProxy(address, delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
+            address = resources.enter_context(link)
+        client = ["train", "--config", str(RUN_FILE), *text, "--server", address, "--seconds", str(seconds)]
+        measured = json.loads(_output([*naive, *client, *overrides], log))
+    tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
+    per_token = measured["bytes_up"] / tokens, measured["bytes_down"] / tokens
+    return _row(setting, config, tokens / measured["seconds"], busy, None, per_token, 1.0 - busy, 0.0)
+
+
+def _ours(
+    setting: Setting, config: RunConfig, overrides: list[str], shards: Path, folder: Path, log: Path
+) -> dict[str, Any]:
+    import shutil
+
+    from fedbert_ds.bench.timeline import read_trace, shares
+
+    shutil.rmtree(folder, ignore_errors=True)
+    state = folder.with_name(f"{folder.name}.state")
+    shutil.rmtree(state, ignore_errors=True)
+    command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *overrides, f"run.directory={folder}"]
+    with ExitStack() as resources:
+        server = resources.enter_context(_process(command, log))
+        environment: dict[str, str] = {}
+        if setting.link != Link():
+            link = DelayProxy(delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
+            environment = through(resources.enter_context(link))
+        address = _address(folder, server, log)
+        load = ["--server", address, "--shards", str(shards), "--state", str(state)]
+        command = [sys.executable, "-m", "fedbert_ds.bench.load", *load]
+        clients = resources.enter_context(_process(command, log.with_suffix(".clients.log"), environment))
+        _wait(server, clients, log)
+    windows = read_metrics(folder / "metrics.jsonl")[SETTLING_WINDOWS:]
+    seconds = sum(window.seconds for window in windows)
+    tokens = sum(window.tokens for window in windows)
+    busy = sum(window.busy_seconds for window in windows)
+    spent = shares(read_trace(folder / "trace-0.json"), windows[0].window, windows[-1].window)
+    # One round trip is in each of the two answers; the formula counts those two and the client's work.
+    bound = busy / (busy + spent.answer * len(windows))
+    per_token = sum(w.bytes_up for w in windows) / tokens, sum(w.bytes_down for w in windows) / tokens
+    averaging = sum(w.averaging_bytes_up + w.averaging_bytes_down for w in windows) / tokens
+    dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
+    row = _row(setting, config, tokens / seconds, busy / seconds, bound, per_token, 1 - busy / seconds, dummies)
+    return row | {"bytes_per_token_averaging": averaging, "seconds_per_window": seconds / len(windows)}
+
+
+def _row(
+    setting: Setting,
+    config: RunConfig,
+    tokens_per_second: float,
+    utilization: float,
+    bound: float | None,
+    bytes_per_token: tuple[float, float],
+    bubble: float,
+    dummies: float,
+) -> dict[str, Any]:
+    naive = setting.system == "naive"
+    return {
+        "system": setting.system,
+        "variant": setting.variant,
+        "rtt_ms": setting.link.rtt_ms,
+        "mbit": setting.link.mbit,
+        "clients": 0 if setting.system == "centralized" else config.clients.expected,
+        "cut": "embeddings" if naive else config.cut if isinstance(config.cut, str) else config.cut.model_dump(),
+        "codec": "fp32, padded" if naive else f"{config.wire.activations}/{config.wire.gradients}",
+        "mode": None if setting.system != "ours" else config.federation.mode,
+        "staleness": None if setting.system != "ours" else config.window.staleness,
+        "tokens_per_second": tokens_per_second,
+        "utilization": utilization,
+        "utilization_bound": bound,
+        "bytes_per_token_up": bytes_per_token[0],
+        "bytes_per_token_down": bytes_per_token[1],
+        "bubble_share": bubble,
+        "dummy_share": dummies,
+    }
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _process(command: Sequence[str], log: Path, more: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """A process with one thread for arithmetic that ends with this block; its errors go to the log."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if "naive" in command[2] else errors,
+            stderr=errors,
+            text=True,
+            env=environment | (more or {}),
+        )
+        try:
+            yield process
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=30)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def _output(command: Sequence[str], log: Path) -> str:
+    """The last line a command prints."""
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with log.open("a") as errors:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, timeout=LONGEST_SECONDS
+        )
+    if done.returncode:
+        raise RunError(f"{' '.join(command[1:4])} failed (see {log})")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _address(folder: Path, server: subprocess.Popen[str], log: Path) -> str:
+    path, deadline = folder / "server.address", time.monotonic() + START_SECONDS
+    while not path.is_file():
+        if server.poll() is not None or time.monotonic() > deadline:
+            raise RunError(f"the server did not start (see {log})")
+        time.sleep(0.05)
+    return path.read_text().strip()
+
+
+def _wait(server: subprocess.Popen[str], clients: subprocess.Popen[str], log: Path) -> None:
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while server.poll() is None:
+        if clients.poll() not in (None, 0):
+            raise RunError(f"clients failed (see {log.with_suffix('.clients.log')})")
+        if time.monotonic() > deadline:
+            raise RunError(f"a run took more than {LONGEST_SECONDS / 60:.0f} minutes (see {log})")
+        time.sleep(0.1)
+    if server.returncode:
+        raise RunError(f"the server failed (see {log})")
+
+
+# -- what is told ---------------------------------------------------------------------------------------------------
+
+
+def sentence(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    link = f"{row['rtt_ms']:g} ms" + (f", {row['mbit']:g} Mbit/s" if row["mbit"] else "")
+    bytes_per_token = row["bytes_per_token_up"] + row["bytes_per_token_down"]
+    bound = f" (bound {100 * row['utilization_bound']:.1f})" if row["utilization_bound"] else ""
+    name = ", ".join(filter(None, [row["system"], row["variant"]]))
+    return (
+        f"{name:34} {link:20} {row['tokens_per_second']:9,.0f} tokens/s   body busy "
+        f"{100 * row['utilization']:.1f} %{bound}   {bytes_per_token:,.0f} bytes/token"
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, tokens/s also as a share of centralized and a multiple of naive over the same link."""
+    central = [row["tokens_per_second"] for row in rows if row["system"] == "centralized"]
+    naive = {(row["rtt_ms"], row["mbit"]): row["tokens_per_second"] for row in rows if row["system"] == "naive"}
+    heads = ["system", "link", "tokens/s", "of centralized", "times naive", "body busy", "bound"]
+    heads += ["bytes/token up", "down", "dummies"]
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
+    for row in rows:
+        link = f"{row['rtt_ms']:g} ms" + (f", {row['mbit']:g} Mbit/s" if row["mbit"] else "")
+        base = naive.get((row["rtt_ms"], row["mbit"]))
+        cells = [
+            ", ".join(filter(None, [row["system"], row["variant"]])),
+            "" if row["system"] == "centralized" else link,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{100 * row['tokens_per_second'] / central[0]:.0f} %" if central else "",
+            f"{row['tokens_per_second'] / base:.1f}" if base and row["system"] == "ours" else "",
+            f"{100 * row['utilization']:.1f} %",
+            f"{100 * row['utilization_bound']:.1f} %" if row["utilization_bound"] and row["system"] == "ours" else "",
+            f"{row['bytes_per_token_up']:,.0f}",
+            f"{row['bytes_per_token_down']:,.0f}",
+            f"{100 * row['dummy_share']:.0f} %",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Tokens/s and busy share of every system over round-trip time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, busy) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["system"] != "centralized":
+            lines.setdefault(", ".join(filter(None, [row["system"], row["variant"]])), []).append(row)
+    for name, line in lines.items():
+        rtt = [row["rtt_ms"] for row in line]
+        speed.plot(rtt, [row["tokens_per_second"] for row in line], marker="o", label=name)
+        busy.plot(rtt, [100 * row["utilization"] for row in line], marker="o", label=name)
+    central = [row["tokens_per_second"] for row in rows if row["system"] == "centralized"]
+    if central:
+        speed.axhline(statistics.mean(central), color="black", linestyle="--", label="centralized")
+    for axes, label in ((speed, "tokens/s"), (busy, "body busy, %")):
+        axes.set_xlabel("round trip, ms")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    speed.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(replace_paths(config).model_dump_json())
+    return {name: tree[name] for name in ("model", "data", "window", "optimizer", "body", "federation")}
+
+
+def replace_paths(config: RunConfig) -> RunConfig:
+    """The run file with no path of this machine in it."""
+    return config.model_copy(
+        update={"body": config.body.model_copy(update={"deepspeed": Path(config.body.deepspeed.name)})}
+    )
+
+
+__all__ = ["Link", "PipelineOptions", "Setting", "bench_pipeline", "draw", "replace", "sentence", "settings", "table"]

@@ -36,7 +36,7 @@ class Crossed:
 class RowFeedback:
     """Error feedback for rows of the word table: what rounding took from a row is added when the row is next sent.
 
-    Only the client can keep it, for only it knows which row is which; tokens and hidden states have no lasting identity.
+    Only the client can keep it, for only it knows which row is which. Tokens and hidden states have no such identity.
     """
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -64,11 +64,12 @@ class SplitTrainer:
         seed: int,
         *,
         stochastic: bool = False,
+        centred: bool = False,
         feedback: RowFeedback | None = None,
     ) -> None:
         self.half, self.body = half.train(), body.train()
         self._wire, self._section, self._windows, self._seed = wire, optimizer, windows, seed
-        self._stochastic, self._feedback = stochastic, feedback
+        self._stochastic, self._centred, self._feedback = stochastic, centred, feedback
         self._optimizers = [build_optimizer(list(part.named_parameters()), optimizer) for part in (half, body)]
 
     def train_window(self, window: int, batch: Batch) -> Crossed:
@@ -82,9 +83,11 @@ class SplitTrainer:
         inputs = received.requires_grad_()
         index = None if row_index is None else row_index.long()
         hidden = self.body(inputs, batch.masked_positions, _cu_seqlens(batch.lengths), index)
-        frame = encode(hidden, wire.hidden_states)
+        # What all hidden states share is most of them: sent apart, it leaves the codec less to round.
+        shared = hidden.detach().mean(dim=0) * float(self._centred)
+        frame = encode(hidden - shared, wire.hidden_states)
         down = [pb.ServerMessage(hidden=pb.Hidden(window=window, values=frame, masked_tokens=masked))]
-        seen = decode(frame, (masked, widths.hidden), wire.hidden_states, "hidden states")
+        seen = decode(frame, (masked, widths.hidden), wire.hidden_states, "hidden states") + shared
         loss_sum, gradient = self.half.head_backward(seen, batch.labels, 1.0 / max(1, masked))
 
         frame = encode(gradient, wire.gradients, self._rounding_seed("hidden", window))

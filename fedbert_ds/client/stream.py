@@ -21,6 +21,7 @@ from fedbert_ds.wire.conversation import (
     UNREAD_BYTES,
     Conversation,
 )
+from fedbert_ds.wire.shared_memory import SharedMemory, is_this_machine, offer
 
 KEPT_BYTES = 64 << 20
 """Bytes sent and not acknowledged, beyond which `send` waits."""
@@ -56,12 +57,16 @@ class ServerStream:
         client: str,
         session: str,
         reconnect_timeout: float = RECONNECT_SECONDS,
+        shares_memory: bool = True,
     ) -> None:
         self._address = address
         self._tls = tls
         self._client = client
         self._session = session
         self._reconnect_timeout = reconnect_timeout
+        self._shares_memory = shares_memory and is_this_machine(address)
+        self._memory: SharedMemory | None = None
+        """What this connection has offered; large messages go through it once the server has opened it."""
         self._conversation = Conversation()
         self._changed = threading.Condition()
         self._unread: deque[tuple[pb.ServerMessage, int]] = deque()
@@ -131,6 +136,10 @@ class ServerStream:
             with self._changed:
                 self._connection += 1
                 self._attached = False
+                self._conversation.ring = None
+                if self._memory is not None:
+                    self._memory.close()
+                    self._memory = None
                 if outcome is None or outcome.code() in FINAL or self._gave_up(lost_at):
                     self._ended = self._ended or self._why(outcome)
                 self._changed.notify_all()
@@ -145,8 +154,12 @@ class ServerStream:
 
     def _talk(self) -> grpc.RpcError | None:
         """One connection to its end; None when the server ended the stream in good order."""
+        attach = pb.Attach(client=self._client, session=self._session, received=self._conversation.received)
+        if self._shares_memory and (offered := offer()) is not None:
+            self._memory, shared = offered
+            attach.shared.CopyFrom(shared)
         with connect(self._address, self._tls) as channel:
-            call = channel.stream_stream(TRAIN)(self._frames(self._connection))
+            call = channel.stream_stream(TRAIN)(self._frames(self._connection, attach))
             self._call = call
             try:
                 for frame in call:
@@ -160,9 +173,8 @@ class ServerStream:
                 call.cancel()
         return None
 
-    def _frames(self, connection: int) -> Iterator[bytes]:
+    def _frames(self, connection: int, attach: pb.Attach) -> Iterator[bytes]:
         """What goes out on a connection: attach, and once the server has answered, whatever there is to say."""
-        attach = pb.Attach(client=self._client, session=self._session, received=self._conversation.received)
         yield pb.ClientMessage(attach=attach).SerializeToString()
         while True:
             with self._changed:
@@ -180,13 +192,19 @@ class ServerStream:
     def _take(self, frame: bytes) -> None:
         message = pb.ServerMessage.FromString(frame)
         delivery = message.delivery
+        num_bytes = max(len(frame), delivery.shared_bytes, MESSAGE_BYTES)
+        if delivery.shared_bytes and self._memory is not None:
+            message = pb.ServerMessage.FromString(
+                self._memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
+            )
         with self._changed:
             if not self._attached:
                 self._conversation.resume(delivery.received)
+                if message.attached.shared and self._memory is not None:
+                    self._conversation.ring = self._memory.outgoing
                 self._attached = True
-            if self._conversation.take(delivery, len(frame)):
+            if self._conversation.take(delivery, num_bytes):
                 message.ClearField("delivery")
-                num_bytes = max(len(frame), MESSAGE_BYTES)
                 self._unread.append((message, num_bytes))
                 self._unread_bytes += num_bytes
             self._changed.notify_all()

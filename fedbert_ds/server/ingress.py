@@ -23,6 +23,7 @@ from fedbert_ds.wire.conversation import (
     UNREAD_BYTES,
     Conversation,
 )
+from fedbert_ds.wire.shared_memory import SharedMemory, accept
 
 BACKLOG_BYTES = 8 << 30
 """Bytes that may wait for one client to take them, a whole half among them; beyond them it counts as lost."""
@@ -77,6 +78,8 @@ class _Stream:
         self.conversation = Conversation()
         self.connection: object | None = None
         """Stands for the connection of now; None while there is none."""
+        self.memory: SharedMemory | None = None
+        """What the client of this connection shares."""
         self.changed = asyncio.Event()
         """Something to send, or another connection, or the end."""
         self.unread_bytes = 0
@@ -87,6 +90,19 @@ class _Stream:
         self.is_over = False
         self.timer: asyncio.TimerHandle | None = None
         """Runs while there is no connection, and after the last word."""
+
+    def share(self, memory: SharedMemory | None) -> None:
+        """From now on large messages go through this memory, of the connection of now."""
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = memory
+        self.conversation.ring = memory.outgoing if memory is not None else None
+
+    def read_shared(self, delivery: pb.Delivery) -> bytes:
+        """The message that lies in the client's memory; WireError when there is none."""
+        if self.memory is None:
+            raise WireError(f"client {self.client}: a message in memory that is not shared")
+        return self.memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
 
     def wake(self) -> None:
         self.changed.set()
@@ -101,12 +117,18 @@ class Ingress:
     """
 
     def __init__(
-        self, host: str, port: int, tls: TlsFiles | None, reconnect_timeout: float = RECONNECT_SECONDS
+        self,
+        host: str,
+        port: int,
+        tls: TlsFiles | None,
+        reconnect_timeout: float = RECONNECT_SECONDS,
+        shares_memory: bool = True,
     ) -> None:
         self._host = host
         self._port = port
         self._tls = tls
         self._reconnect_timeout = reconnect_timeout
+        self._shares_memory = shares_memory
         self._events: queue.SimpleQueue[tuple[Event, _Stream | None, int]] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}
         self._closing: dict[str, _Stream] = {}
@@ -222,6 +244,7 @@ class Ingress:
             stream = self._streams[attach.client] = _Stream(attach.client, attach.session)
             self._tell(Connected(attach.client))
         stream.conversation.resume(attach.received)
+        stream.share(accept(attach.shared) if attach.HasField("shared") and self._shares_memory else None)
         stream.connection = connection
         if stream.timer is not None and not stream.is_closing:
             stream.timer.cancel()
@@ -235,9 +258,13 @@ class Ingress:
                 message = pb.ClientMessage.FromString(frame)
                 if stream.connection is not connection:
                     return
-                num_bytes = len(frame) - message.delivery.ByteSize() - DELIVERY_HEADER_BYTES
-                is_new = stream.conversation.take(message.delivery, num_bytes)
-                message.ClearField("delivery")
+                delivery = message.delivery
+                num_bytes = delivery.shared_bytes or len(frame) - delivery.ByteSize() - DELIVERY_HEADER_BYTES
+                is_new = stream.conversation.take(delivery, num_bytes)
+                if delivery.shared_bytes and is_new:
+                    message = pb.ClientMessage.FromString(stream.read_shared(delivery))
+                else:
+                    message.ClearField("delivery")
                 stream.changed.set()
                 if is_new and message.HasField("leave"):
                     return self._finish(stream)
@@ -303,6 +330,7 @@ class Ingress:
         """The connection is gone; the stream is, too, unless the client comes back in time."""
         if stream.connection is connection:
             stream.connection = None
+            stream.share(None)
             if not stream.is_over and not stream.is_closing:
                 self._restart_timer(stream)
             stream.wake()

@@ -36,7 +36,7 @@ CLIENT_OPTIONS: list[tuple[str, Any]] = [
 
 JOIN = "/fedbert.Federation/Join"
 TRAIN = "/fedbert.Federation/Train"
-"""The two calls of the service; messages of Train are serialized by us: what is kept to be sent again is kept as bytes."""
+"""The two calls of the service; messages of Train are serialized by us, since what is kept to be resent is bytes."""
 
 
 @dataclass(frozen=True)

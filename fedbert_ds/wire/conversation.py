@@ -9,6 +9,7 @@ from collections import deque
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.shared_memory import LEAST_BYTES, Ring
 
 ACKNOWLEDGE_BYTES = 1 << 20
 """Received bytes after which the other side is told at once, so that it need not keep them."""
@@ -39,6 +40,8 @@ class Conversation:
         self._put = self._acknowledged = 0
         self._received = self._told = 0
         self._untold_bytes = 0
+        self.ring: Ring | None = None
+        """Where large bodies go on this connection, instead of into their frames."""
         self.kept_bytes = 0
         """Of all bodies that the other side has not acknowledged, sent or not."""
         self.resent_bytes = 0
@@ -74,14 +77,19 @@ class Conversation:
         if self._unsent:
             number, body = self._unsent.popleft()
             self._unacknowledged.append((number, body))
+            if self.ring is not None and len(body) >= LEAST_BYTES:
+                start = self.ring.write(number, body)
+                if start is not None:
+                    return self._delivery(number, start, len(body))
             return body + self._delivery(number)
         if self.is_untold and (acknowledge or self._untold_bytes >= ACKNOWLEDGE_BYTES):
             return self._delivery(0)
         return None
 
     def greeting(self) -> bytes:
-        """The frame that answers an Attach: how much has come."""
-        return self._delivery(0)
+        """The frame that answers an Attach: how much has come, and whether there is shared memory."""
+        attached = pb.ServerMessage(attached=pb.Attached(shared=self.ring is not None))
+        return attached.SerializeToString() + self._delivery(0)
 
     def take(self, delivery: pb.Delivery, num_bytes: int) -> bool:
         """Take note of a frame that came; whether its message is one to handle: numbered, and new.
@@ -104,6 +112,8 @@ class Conversation:
         sent = self._unacknowledged[-1][0] if self._unacknowledged else self._acknowledged
         if received > sent:
             raise WireError(f"message {received} was acknowledged, {sent} were sent")
+        if self.ring is not None:
+            self.ring.free(received)
         while self._unacknowledged and self._unacknowledged[0][0] <= received:
             self.kept_bytes -= _size(self._unacknowledged.popleft()[1])
         self._acknowledged = received
@@ -111,18 +121,22 @@ class Conversation:
     def resume(self, received: int) -> None:
         """A new connection, on whose other end `received` messages have come: what was sent after them goes again.
 
+        It has no ring until one is set.
         Raises WireError when that cannot be: the other side is not the one that this conversation was with.
         """
         if received < self._acknowledged:
             raise WireError(f"{received} messages were received, {self._acknowledged} had been acknowledged")
         self.acknowledge(received)
+        self.ring = None
         self.resent_bytes += sum(len(body) for _, body in self._unacknowledged)
         self._unsent.extendleft(reversed(self._unacknowledged))
         self._unacknowledged.clear()
 
-    def _delivery(self, sequence: int) -> bytes:
+    def _delivery(self, sequence: int, shared_start: int = 0, shared_bytes: int = 0) -> bytes:
         self._told, self._untold_bytes = self._received, 0
-        delivery = pb.Delivery(sequence=sequence, received=self._received)
+        delivery = pb.Delivery(
+            sequence=sequence, received=self._received, shared_start=shared_start, shared_bytes=shared_bytes
+        )
         frame: bytes = pb.ServerMessage(delivery=delivery).SerializeToString()  # the same field in a ClientMessage
         return frame
 

@@ -1,0 +1,128 @@
+"""Memory that a client shares with a rank on its own machine: large messages go through it, their order by the socket.
+
+The memory has no name that could outlive anybody: a memfd, which the server opens through the client's /proc entry and
+which is gone with the last of the two processes. So nothing needs cleaning up, however either of them ends.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import stat
+from collections import deque
+from urllib.request import getproxies
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+RING_BYTES = 16 << 20
+"""Of each direction; what does not fit goes by the socket."""
+
+LEAST_BYTES = 32 << 10
+"""Messages from this size on are worth it."""
+
+
+class Ring:
+    """One direction: bodies lie one after another and are freed in order. Writer and reader each have their own."""
+
+    def __init__(self, descriptor: int, base: int) -> None:
+        self._descriptor = descriptor
+        self._base = base
+        self._taken: deque[tuple[int, int]] = deque()
+        """Number and start of each message not yet freed."""
+        self._head = 0
+
+    def write(self, number: int, body: bytes) -> int | None:
+        """Put message `number` here; where it lies, or None when there is no room."""
+        start = self._room(len(body))
+        if start is None or os.pwrite(self._descriptor, body, self._base + start) != len(body):
+            return None
+        self._taken.append((number, start))
+        self._head = start + len(body)
+        return start
+
+    def free(self, received: int) -> None:
+        """The other side has read all messages up to this one."""
+        while self._taken and self._taken[0][0] <= received:
+            self._taken.popleft()
+
+    def read(self, start: int, num_bytes: int) -> bytes:
+        """A message of the other side; WireError for one that does not lie here."""
+        if not 0 < num_bytes <= RING_BYTES - start:
+            raise WireError(f"{num_bytes} shared bytes at {start} of {RING_BYTES}")
+        # Not mapped: a client that shortens its file must not kill the server.
+        body = os.pread(self._descriptor, num_bytes, self._base + start)
+        if len(body) != num_bytes:
+            raise WireError(f"{len(body)} shared bytes instead of {num_bytes}")
+        return body
+
+    def _room(self, num_bytes: int) -> int | None:
+        if not self._taken:
+            return 0 if num_bytes <= RING_BYTES else None
+        tail = self._taken[0][1]
+        if self._head > tail:
+            if num_bytes <= RING_BYTES - self._head:
+                return self._head
+            return 0 if num_bytes < tail else None  # strictly, here and below: head == tail would mean empty
+        return self._head if num_bytes < tail - self._head else None
+
+
+class SharedMemory:
+    """Both directions, as one side has them open: it writes into `outgoing` and reads from `incoming`."""
+
+    def __init__(self, descriptor: int, is_server: bool) -> None:
+        self._descriptor = descriptor
+        up, down = Ring(descriptor, 0), Ring(descriptor, RING_BYTES)
+        self.outgoing, self.incoming = (down, up) if is_server else (up, down)
+
+    def close(self) -> None:
+        """Nothing may be written or read from now on."""
+        os.close(self._descriptor)
+
+
+def offer() -> tuple[SharedMemory, pb.Shared] | None:
+    """New memory of a client, and how its server finds it; None where the system has no such thing."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    name = f"fedbert-{secrets.token_hex(16)}"
+    try:
+        descriptor = os.memfd_create(name)
+        os.truncate(descriptor, 2 * RING_BYTES)
+    except OSError:
+        return None
+    return SharedMemory(descriptor, is_server=False), pb.Shared(process=os.getpid(), descriptor=descriptor, name=name)
+
+
+def accept(shared: pb.Shared) -> SharedMemory | None:
+    """The memory a client offers; None unless it is really that: then the client is elsewhere, or may not be trusted.
+
+    Only what carries the client's random name is opened, so that no other file can be meant.
+    """
+    path = f"/proc/{shared.process}/fd/{shared.descriptor}"
+    try:
+        if not shared.name.startswith("fedbert-") or os.readlink(path) != f"/memfd:{shared.name} (deleted)":
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        return None
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != 2 * RING_BYTES:
+        os.close(descriptor)
+        return None
+    return SharedMemory(descriptor, is_server=True)
+
+
+def is_this_machine(address: str) -> bool:
+    """Whether host:port is one of this machine's own addresses, reached without a proxy."""
+    if any(name in getproxies() for name in ("grpc", "https", "http")):
+        return False
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        for family, kind, _, _, where in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind) as probe:
+                probe.bind(where)  # only an own address can be bound
+                return True
+    except OSError:
+        pass
+    return False

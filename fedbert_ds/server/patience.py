@@ -23,7 +23,8 @@ class Patience:
     """
 
     def __init__(self, floor: float = FLOOR_SECONDS) -> None:
-        self._floor = floor
+        self.floor = floor
+        """Seconds that no deadline is shorter than."""
         self._answers: dict[str, deque[float]] = {}
 
     def learn(self, client: str, seconds: float) -> None:
@@ -37,7 +38,7 @@ class Patience:
             return float("inf")
         median = statistics.median(answers)
         spread = statistics.median(abs(seconds - median) for seconds in answers)
-        return max(self._floor, MULTIPLE * (median + SPREADS * spread))
+        return max(self.floor, MULTIPLE * (median + SPREADS * spread))
 
     def farthest(self) -> float:
         """The quickest answer of each client, and of these the 90th percentile: seconds, 0 when nobody has answered.

@@ -15,6 +15,9 @@ half is done with the running window. Only forwards wait for the step.
 Forwards go before backwards while there is room: the gradients that are back then make a stock of work, which covers
 the round trip after a window's last forward.
 
+Every decision takes time that depends on the micro-batches in flight, not on how many clients there are or how much a
+window holds: one rank serves thousands.
+
 Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most twice as many are
 past PLANNED (activations buffered beside them).
 
@@ -25,8 +28,9 @@ pattern, agreed without a message.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -117,7 +121,7 @@ class _State(IntEnum):
     DONE = 5
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     """A micro-batch on its way; `awaited` are the clients whose activations or gradients it still waits for."""
 
@@ -136,7 +140,32 @@ class _Window:
 
     number: int
     entries: dict[int, _Entry]
+    planned: dict[str, deque[_Entry]] = field(default_factory=dict)
+    """PLANNED ones with pieces, by the client of their first piece; both in the order of the plan."""
+    empty: deque[_Entry] = field(default_factory=deque)
+    """PLANNED ones without pieces."""
+    live: dict[int, _Entry] = field(default_factory=dict)
+    """OPEN to GRADED, in the order they were opened."""
+    num_done: int = 0
     lost_masked_tokens: int = 0
+
+    def add(self, entry: _Entry) -> None:
+        """One more PLANNED micro-batch."""
+        self.entries[entry.plan.index] = entry
+        if entry.pieces:
+            self.planned.setdefault(entry.plan.pieces[0].client, deque()).append(entry)
+        else:
+            self.empty.append(entry)
+
+    def take(self, entry: _Entry) -> None:
+        """A PLANNED micro-batch is not to be opened any more, or not as what it was."""
+        if entry in self.empty:
+            self.empty.remove(entry)
+            return
+        first = entry.plan.pieces[0].client
+        self.planned[first].remove(entry)
+        if not self.planned[first]:
+            del self.planned[first]
 
 
 _MANIFEST = ("manifest", 0)
@@ -176,6 +205,16 @@ class PipelineQueue:
         self._running = False
         self._manifests: dict[str, Manifest] = {}
         self._owed_since: dict[str, dict[tuple[str, int], float]] = {}
+        """What clients owe and since when, on a clock that stands still while the rank is busy (see `excuse`)."""
+        self._questions: list[tuple[float, str, tuple[str, int]]] = []
+        """A heap of what is in `_owed_since`, the oldest first; some of it is answered by now."""
+        self._overdue: dict[str, float] = {}
+        """Clients with a question older than any learned deadline may be, and when it was asked."""
+        self._excused = 0.0
+        self._asked: dict[tuple[str, tuple[str, int]], float] = {}
+        """When each answer was asked for by the wall's clock, from which round trips are learned."""
+        self._num_planned: Counter[str] = Counter()
+        """Micro-batches that are PLANNED, by client."""
         self._benched: set[str] = set()
         self._behind: set[str] = set()
         self._skipped: set[tuple[str, int]] = set()
@@ -189,14 +228,17 @@ class PipelineQueue:
         """A client is here; its manifest of the next window that is not planned yet is awaited."""
         if client in self._owed_since:
             raise WireError(f"client {client} is already connected; give each client its own --id")
-        self._owed_since[client] = {_MANIFEST: now} if self._next_window < self._num_windows else {}
+        self._owed_since[client] = {}
+        if self._next_window < self._num_windows:
+            self._ask(client, _MANIFEST, now - self._excused)
 
     def lose(self, client: str) -> None:
         """A client is gone: what it still owed is dropped and accounted for; nobody else is held up."""
         if client not in self._owed_since:
             return
         self._drop_pieces(client)
-        del self._owed_since[client]
+        for answer in self._owed_since.pop(client):
+            self._asked.pop((client, answer), None)
         self._manifests.pop(client, None)
         self._benched.discard(client)
         self._behind.discard(client)
@@ -208,7 +250,7 @@ class PipelineQueue:
             self._benched.remove(client)
             self._owed_since[client].pop(_MANIFEST, None)
             if client not in self._manifests and self._next_window < self._num_windows:
-                self._owed_since[client][_MANIFEST] = now
+                self._ask(client, _MANIFEST, now - self._excused)
 
     def manifest(self, manifest: Manifest) -> bool:
         """A client says what it brings to the next window; it may say so while others still run.
@@ -247,9 +289,7 @@ class PipelineQueue:
 
     def excuse(self, seconds: float) -> None:
         """The rank was busy for so long and could neither ask nor listen: no client's silence counts that time."""
-        for owed in self._owed_since.values():
-            for answer in owed:
-                owed[answer] += seconds
+        self._excused += seconds
 
     # -- windows --------------------------------------------------------------------------------------------------
 
@@ -257,6 +297,10 @@ class PipelineQueue:
     def clients(self) -> frozenset[str]:
         """Connected clients."""
         return frozenset(self._owed_since)
+
+    def is_connected(self, client: str) -> bool:
+        """Whether it is one of `clients`."""
+        return client in self._owed_since
 
     @property
     def present(self) -> frozenset[str]:
@@ -294,18 +338,18 @@ class PipelineQueue:
         planned = len(window.entries)
         # Dummies come after all that is planned ahead, since their number is known only now.
         for _ in range(num_micro_batches - planned):
-            window.entries[self._next_index] = _Entry(MicroBatch(self._next_index, ()))
+            window.add(_Entry(MicroBatch(self._next_index, ())))
             self._next_index += 1
-        for owed in self._owed_since.values():
-            for answer, since in owed.items():
-                if since == math.inf and answer[1] in window.entries:
-                    owed[answer] = now
+        for entry in window.live.values():
+            for client in entry.awaited:
+                self._ask(client, ("activations", entry.plan.index), now - self._excused)
         self._pattern = _pattern(len(window.entries), self._depth)[::-1]
         return tuple(window.entries)
 
     def decide(self, now: float) -> Decision | None:
         """The next thing to do, already counted as done; None: wait for an event."""
         self._learn(now)
+        now -= self._excused
         if (late := self._late(now)) is not None:
             return late
         if self._may_plan():
@@ -317,27 +361,49 @@ class PipelineQueue:
     # -- inside: who is late ----------------------------------------------------------------------------------------
 
     def _learn(self, now: float) -> None:
-        for client, since in self._answered:
-            if self._patience is not None and since < math.inf:
-                self._patience.learn(client, now - since)
+        for client, asked in self._answered:
+            if self._patience is not None and asked < math.inf:
+                self._patience.learn(client, now - asked)
         self._answered.clear()
 
+    def _ask(self, client: str, answer: tuple[str, int], since: float) -> None:
+        self._owed_since[client][answer] = since
+        self._asked[client, answer] = since + self._excused
+        if since < math.inf:
+            heapq.heappush(self._questions, (since, client, answer))
+
     def _late(self, now: float) -> Expire | Skip | None:
-        for client, owed in sorted(self._owed_since.items()):
-            if owed and now - min(owed.values()) > self._silence_timeout:
+        # No learned deadline is shorter than the floor, so only what is older needs a look.
+        shortest = min(self._silence_timeout, self._patience.floor if self._patience else math.inf)
+        while self._questions and now - self._questions[0][0] > shortest:
+            since, client, answer = heapq.heappop(self._questions)
+            if self._owed_since.get(client, {}).get(answer) == since:
+                self._overdue[client] = min(since, self._overdue.get(client, math.inf))
+        for client in sorted(self._overdue):
+            owed = self._owed_since.get(client, {})
+            oldest = min(owed.values(), default=math.inf)
+            if now - oldest <= shortest:
+                del self._overdue[client]
+            elif now - oldest > self._silence_timeout:
+                del self._overdue[client]
                 self.lose(client)
                 return Expire(client)
-            if self._patience is None or client in self._benched:
-                continue
-            answers = [since for answer, since in owed.items() if answer != _MANIFEST]
-            if answers and now - min(answers) > self._patience.deadline(client):
-                self._benched.add(client)
-                dropped = self._drop_pieces(client)
-                self._skipped.update((client, micro_batch) for _, micro_batch in dropped)
-                # Silence still counts, from the first question it left open.
-                self._owed_since[client] = {_MANIFEST: min(owed.values())}
-                return Skip(client, dropped)
+            elif self._patience is not None and client not in self._benched:
+                answers = [since for answer, since in owed.items() if answer != _MANIFEST]
+                if answers and now - min(answers) > self._patience.deadline(client):
+                    return self._skip(client, oldest)
         return None
+
+    def _skip(self, client: str, oldest: float) -> Skip:
+        self._benched.add(client)
+        dropped = self._drop_pieces(client)
+        self._skipped.update((client, micro_batch) for _, micro_batch in dropped)
+        for answer in self._owed_since[client]:
+            self._asked.pop((client, answer), None)
+        # Silence still counts, from the first question it left open.
+        self._owed_since[client] = {}
+        self._ask(client, _MANIFEST, oldest)
+        return Skip(client, dropped)
 
     def _drop_pieces(self, client: str) -> tuple[tuple[int, int], ...]:
         """Let all windows go on without this client, but for gradients that are here; (window, micro-batch) of each."""
@@ -355,14 +421,20 @@ class PipelineQueue:
             entry.awaited.discard(client)
             if entry.state is not _State.PLANNED:
                 self._advance(entry)
+            elif not entry.pieces:
+                window.take(entry)
+                window.empty.append(entry)
+        del self._num_planned[client]
         return tuple(dropped)
 
     # -- inside: planning and credit --------------------------------------------------------------------------------
 
     def _may_plan(self) -> bool:
-        waits_for_nobody = self.present <= set(self._manifests)
-        has_room = len(self._windows) <= self._windows_ahead
-        return self._next_window < self._num_windows and waits_for_nobody and has_room
+        if self._next_window >= self._num_windows or len(self._windows) > self._windows_ahead:
+            return False
+        # Counted first: the sets are large, and this is asked at every event.
+        enough = len(self._manifests) >= len(self._owed_since) - len(self._benched)
+        return enough and self.present <= set(self._manifests)
 
     def _plan(self, now: float) -> Plan:
         manifests = [manifest for client, manifest in self._manifests.items() if client not in self._benched]
@@ -372,47 +444,61 @@ class PipelineQueue:
             self._next_index += 1
         told = frozenset(self._manifests)
         passed_over = told & self._benched
-        entries = {
-            plan.index: _Entry(plan, pieces={piece.client: piece for piece in plan.pieces}) for plan in micro_batches
-        }
-        self._windows.append(_Window(self._next_window, entries))
+        window = _Window(self._next_window, {})
+        for plan in micro_batches:
+            window.add(_Entry(plan, pieces={piece.client: piece for piece in plan.pieces}))
+            self._num_planned.update(piece.client for piece in plan.pieces)
+        self._windows.append(window)
         self._behind |= self._benched
         self._manifests = {}
         self._next_window += 1
         if self._next_window < self._num_windows:
             for client in told:
-                self._owed_since[client].setdefault(_MANIFEST, now)
+                if _MANIFEST not in self._owed_since[client]:
+                    self._ask(client, _MANIFEST, now)
         else:
             for owed in self._owed_since.values():
                 owed.pop(_MANIFEST, None)
         return Plan(self._next_window - 1, tuple(micro_batches), tuple(manifests), passed_over)
 
     def _to_open(self) -> tuple[_Window, _Entry] | None:
-        past = sum(_State.PLANNED < entry.state < _State.DONE for _, entry in self._all_entries())
-        if past >= 2 * self._depth:
+        if sum(len(window.live) for window in self._windows) >= 2 * self._depth:
             return None
-        planned = [(window, entry) for window, entry in self._all_entries() if entry.state is _State.PLANNED]
         if self._order == "fixed":
-            return planned[0] if planned else None
+            planned = ((window, entry) for window, entry in self._all_entries() if entry.state is _State.PLANNED)
+            return next(planned, None)
         # In the order of the plan, so that clients are done with a window one after another and go on to the next; but
         # nobody gets more than a fair part of the credit, which somebody slow could hold all of.
-        waiting = {client for _, entry in planned for client in entry.pieces}
-        fair = -(-2 * self._depth // max(1, len(waiting)))
-        real = [(window, entry) for window, entry in planned if entry.pieces and self._burden(entry) < fair]
-        empty = [(window, entry) for window, entry in planned if not entry.pieces]
-        return next(iter(real), None) or next(iter(empty), None)
+        fair = -(-2 * self._depth // max(1, len(self._num_planned)))
+        for window in self._windows:
+            for client, entries in window.planned.items():
+                for entry in entries:
+                    if self._burden(entry) < fair:
+                        return window, entry
+                    if client in entry.pieces and self._owes(client) >= fair:
+                        break
+        return next(((window, window.empty[0]) for window in self._windows if window.empty), None)
+
+    def _owes(self, client: str) -> int:
+        owed = self._owed_since[client]
+        return len(owed) - (_MANIFEST in owed)
 
     def _burden(self, entry: _Entry) -> int:
         """Most answers that one of its clients owes already."""
-        return max(sum(answer != _MANIFEST for answer in self._owed_since[client]) for client in entry.pieces)
+        return max(self._owes(client) for client in entry.pieces)
 
     def _open(self, window: _Window, entry: _Entry, now: float) -> Open:
+        window.take(entry)
+        window.live[entry.plan.index] = entry
         entry.state = _State.OPEN
         entry.awaited = set(entry.pieces)
         # A client answers for the next window when it is done with this one: no clock runs before that starts.
         since = now if self._running and window is self._windows[0] else math.inf
         for client in entry.awaited:
-            self._owed_since[client]["activations", entry.plan.index] = since
+            self._ask(client, ("activations", entry.plan.index), since)
+            self._num_planned[client] -= 1
+            if not self._num_planned[client]:
+                del self._num_planned[client]
         pieces = tuple(entry.pieces.values())
         self._advance(entry)
         return Open(window.number, entry.plan.index, pieces)
@@ -420,8 +506,7 @@ class PipelineQueue:
     # -- inside: the running window ---------------------------------------------------------------------------------
 
     def _compute(self, now: float) -> Forward | Backward | Step | None:
-        entries = self._windows[0].entries.values()
-        if all(entry.state is _State.DONE for entry in entries):
+        if self._windows[0].num_done == len(self._windows[0].entries):
             return self._step()
         ready = self._first(_State.READY)
         graded = self._first(_State.GRADED)
@@ -441,15 +526,19 @@ class PipelineQueue:
         return self._backward(entry) if entry.state is _State.GRADED else self._forward(entry, now)
 
     def _in_flight(self) -> int:
-        return sum(entry.state in (_State.FORWARDED, _State.GRADED) for entry in self._windows[0].entries.values())
+        return len(self._flying())
+
+    def _flying(self) -> list[_Entry]:
+        running = self._windows[0].live.values()
+        return [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
 
     def _first(self, state: _State) -> _Entry | None:
         """The micro-batch of this state to take next: by age, real before dummy; in plan order if order is fixed."""
-        running = self._windows[0].entries.values()
+        running = self._windows[0].live.values()
         if self._order == "fixed":
-            stage = (_State.FORWARDED, _State.GRADED) if state is _State.GRADED else tuple(_State)[: _State.READY + 1]
+            stage = (_State.FORWARDED, _State.GRADED) if state is _State.GRADED else (_State.OPEN, _State.READY)
+            # Opened in plan order. Only the oldest counts: while it is not there yet, nothing may overtake it.
             oldest = next((entry for entry in running if entry.state in stage), None)
-            # Only the oldest counts: while it is not there yet, nothing may overtake it.
             return oldest if oldest is not None and oldest.state is state else None
         entries = [entry for entry in running if entry.state is state]
         if state is _State.READY and not self._patterned:
@@ -458,28 +547,33 @@ class PipelineQueue:
 
     def _leave_room(self, ready: list[_Entry]) -> list[_Entry]:
         """The last place in flight is not for whom all the others wait: one slow to answer must not stop the body."""
-        running = self._windows[0].entries.values()
-        flying = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
+        flying = self._flying()
         if self._depth == 1 or len(flying) < self._depth - 1:
             return ready
         hogs = set.intersection(*(entry.awaited for entry in flying))
+        if not hogs:
+            return ready
         others_wait = any(
-            entry.state < _State.FORWARDED and entry.pieces and not hogs & set(entry.pieces) for entry in running
+            entry.state < _State.FORWARDED and entry.pieces and not hogs & set(entry.pieces)
+            for entry in self._windows[0].entries.values()
         )
-        return [entry for entry in ready if not hogs & set(entry.pieces)] if hogs and others_wait else ready
+        return [entry for entry in ready if not hogs & set(entry.pieces)] if others_wait else ready
 
     def _forward(self, entry: _Entry, now: float) -> Forward:
         entry.state = _State.FORWARDED
         entry.forwarded = tuple(entry.pieces.values())
         entry.awaited = set(entry.pieces)
         for client in entry.awaited:
-            self._owed_since[client]["gradient", entry.plan.index] = now
+            self._ask(client, ("gradient", entry.plan.index), now)
         self._advance(entry)
         return Forward(entry.plan.index, entry.forwarded)
 
     def _backward(self, entry: _Entry) -> Backward:
         entry.state = _State.DONE
-        is_last = all(other.state is _State.DONE for other in self._windows[0].entries.values())
+        window = self._windows[0]
+        del window.live[entry.plan.index]
+        window.num_done += 1
+        is_last = window.num_done == len(window.entries)
         return Backward(entry.plan.index, tuple(entry.pieces.values()), is_last)
 
     def _step(self) -> Step:
@@ -506,7 +600,9 @@ class PipelineQueue:
     def _answer(self, client: str, micro_batch: int, state: _State, what: str) -> Piece:
         entry = self._awaiting(client, micro_batch, state, what)
         entry.awaited.remove(client)
-        self._answered.append((client, self._owed_since[client].pop((what, micro_batch))))
+        answer = what, micro_batch
+        del self._owed_since[client][answer]
+        self._answered.append((client, self._asked.pop((client, answer))))
         self._advance(entry)
         return entry.pieces[client]
 

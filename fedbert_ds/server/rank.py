@@ -503,10 +503,10 @@ class RankServer:
             case Connected(client):
                 self._queue.join(client, time.monotonic())
             case Disconnected(client):
-                if client in self._queue.clients:
+                if self._queue.is_connected(client):
                     self._problems.append(f"client {client} disconnected")
                     self._forget(client)
-            case Received(client, message) if client in self._queue.clients:
+            case Received(client, message) if self._queue.is_connected(client):
                 try:
                     self._receive(client, message)
                 except WireError as error:

@@ -116,6 +116,23 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     modes.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     modes.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     modes.set_defaults(run=_bench_modes)
+    ingress = benches.add_parser("ingress", help="what an endpoint accepts and what that costs; large transfers")
+    ingress.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record")
+    ingress.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    ingress.set_defaults(run=_bench_ingress)
+    streams = benches.add_parser("streams", help="many client streams at one endpoint for a long time")
+    streams.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record")
+    streams.add_argument("--streams", type=int, default=256, metavar="N")
+    streams.add_argument("--minutes", type=float, default=10.0, metavar="M")
+    streams.set_defaults(run=_bench_streams)
+    body = benches.add_parser("body", help="training steps of an encoder: packed, beside plain transformers")
+    body.add_argument("--data", default="python-docs", metavar="SOURCE", help="text of the sentences, as for eval")
+    body.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside it")
+    body.add_argument("--dropout", type=float, default=0.1, metavar="P", help="of hidden states and attention (0.1)")
+    body.add_argument("--kernels", choices=["auto", "triton", "torch"], default="auto", help="as in a run file (auto)")
+    body.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each; medians count (7)")
+    body.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    body.set_defaults(run=_bench_body)
     codecs = benches.add_parser("codecs", help="what each wire codec costs in loss at equal tokens, and in bytes")
     codecs.add_argument("--data", default="python-docs", metavar="SOURCE", help="articles, as for eval (python-docs)")
     codecs.add_argument(
@@ -124,6 +141,9 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     codecs.add_argument("--work", type=Path, default=Path("runs/bench-codecs"), metavar="DIR", help="for finished runs")
     codecs.add_argument("--seeds", type=int, default=3, metavar="N", help="runs of each setting (3)")
     codecs.add_argument("--minutes", type=float, metavar="N", help="begin no run after that, and record what is done")
+    codecs.add_argument(
+        "--vocabulary", metavar="NAME", help="tokenizer to count bytes with (30,522 pieces of the text)"
+    )
     codecs.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     codecs.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/default.yaml")
     codecs.set_defaults(run=_bench_codecs)
@@ -140,6 +160,24 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     pipeline.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     pipeline.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all systems alike")
     pipeline.set_defaults(run=_bench_pipeline)
+
+
+def _bench_body(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.body import BodyOptions, bench_body
+    from fedbert_ds.bench.record import command_line
+
+    bench_body(
+        BodyOptions(
+            out=options.out,
+            command=command_line(),
+            data=options.data,
+            dropout=options.dropout,
+            kernels=options.kernels,
+            rounds=options.rounds,
+            quick=options.quick,
+        )
+    )
+
 
 def _bench_modes(options: argparse.Namespace) -> None:
     from fedbert_ds.bench.modes import ModesOptions, bench_modes
@@ -170,6 +208,7 @@ def _bench_codecs(options: argparse.Namespace) -> None:
             work=options.work,
             seeds=options.seeds,
             minutes=options.minutes,
+            vocabulary=options.vocabulary,
             quick=options.quick,
             overrides=tuple(options.overrides),
         )
@@ -192,6 +231,22 @@ def _bench_pipeline(options: argparse.Namespace) -> None:
             only=tuple(options.only),
             overrides=tuple(options.set),
         )
+    )
+
+
+def _bench_ingress(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.ingress import IngressOptions, bench_ingress
+    from fedbert_ds.bench.record import command_line
+
+    bench_ingress(IngressOptions(out=options.out, command=command_line(), quick=options.quick))
+
+
+def _bench_streams(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.record import command_line
+    from fedbert_ds.bench.streams import StreamsOptions, bench_streams
+
+    bench_streams(
+        StreamsOptions(out=options.out, command=command_line(), streams=options.streams, minutes=options.minutes)
     )
 
 

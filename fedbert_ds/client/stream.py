@@ -101,6 +101,11 @@ class ServerStream:
         """Bytes of messages that were sent again, so far."""
         return self._conversation.resent_bytes
 
+    @property
+    def is_idle(self) -> bool:
+        """The server has everything that was sent."""
+        return self._conversation.is_idle
+
     def send(self, message: pb.ClientMessage) -> None:
         """Queue a message; waits while too much is under way. After the end, what is sent is lost."""
         body = message.SerializeToString()

@@ -1,0 +1,231 @@
+"""A rank's endpoint and its clients in processes of their own, for benchmarks: the real classes, without a model.
+
+The endpoint checks that every client's messages come once and in order, and answers each with hidden states as large as
+it is told; clients check the same of the answers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import psutil
+
+from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+WIDTH = 768
+CODEC = "int8"
+BYTES_PER_TOKEN = WIDTH + 4
+"""int8 and one fp32 scale a row, each way."""
+
+spawn = multiprocessing.get_context("spawn")  # gRPC does not survive a fork
+
+
+def frame_of(num_bytes: int) -> pb.TensorFrame:
+    """Activations of about that many bytes, whole tokens, int8."""
+    tokens = num_bytes // BYTES_PER_TOKEN
+    return pb.TensorFrame(
+        codec=CODEC, shape=[tokens, WIDTH], payload=bytes(tokens * WIDTH), scales=bytes(4 * tokens)
+    )  # fmt: skip
+
+
+@dataclass
+class Usage:
+    """What a process has used and counted so far."""
+
+    cpu_seconds: float = field(default_factory=lambda: _cpu_seconds())
+    python_seconds: float = 0.0
+    """Of those, in the endpoint's Python threads, which share one lock with whatever else its process does."""
+    rss_bytes: int = field(default_factory=lambda: _rss_bytes())
+    messages: int = 0
+    num_bytes: int = 0
+    wrong: int = 0
+    """Messages that were not the next one of their client: lost, doubled or out of order before them."""
+    lost_clients: int = 0
+
+
+@dataclass(frozen=True)
+class Load:
+    """What each of a process's clients does."""
+
+    address: str
+    clients: tuple[str, ...]
+    message_bytes: int
+    messages: int | None = None
+    """How many each sends; None goes on until `seconds` are over."""
+    seconds: float = 0.0
+    pause: float = 0.0
+    """Seconds after every answer."""
+    in_flight: int = 8
+    """Messages each has sent whose answers have not come: the credit a rank gives."""
+    shares_memory: bool = False
+    first: int = 0
+    """Number of the first message; the endpoint expects 0."""
+
+
+class EndpointProcess:
+    """An endpoint in a process of its own. `answer_bytes` sizes the answers, `options` are Ingress's."""
+
+    def __init__(self, clients: tuple[str, ...], *, answer_bytes: int = 0, **options: Any) -> None:
+        self._pipe, other = spawn.Pipe()
+        self._process = spawn.Process(target=_serve, args=(other, clients, answer_bytes, options), daemon=True)
+
+    def __enter__(self) -> EndpointProcess:
+        self._process.start()
+        self.address: str = self._pipe.recv()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.send("stop")
+        self._process.join(timeout=60)
+
+    def usage(self) -> Usage:
+        """What it has used and counted so far."""
+        self._pipe.send("usage")
+        usage: Usage = self._pipe.recv()
+        return usage
+
+
+class ClientProcess:
+    """Clients in a process of their own, one thread each; `run` gives them work, `result` waits for its end."""
+
+    def __init__(self) -> None:
+        self._pipe, other = spawn.Pipe()
+        self._process = spawn.Process(target=_take_part, args=(other,), daemon=True)
+
+    def __enter__(self) -> ClientProcess:
+        self._process.start()
+        self._pipe.recv()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.send(None)
+        self._process.join(timeout=60)
+
+    def run(self, load: Load) -> None:
+        """Begin."""
+        self._pipe.send(load)
+
+    def result(self) -> Usage:
+        """What this work used: CPU seconds, and what its clients received."""
+        usage = self._pipe.recv()
+        if isinstance(usage, BaseException):
+            raise usage
+        assert isinstance(usage, Usage)
+        return usage
+
+
+def sessions(clients: tuple[str, ...]) -> Mapping[str, str]:
+    """The session of each client."""
+    return {client: f"session of {client}" for client in clients}
+
+
+# -- in the endpoint's process --------------------------------------------------------------------------------------
+
+
+def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, options: Any) -> None:
+    ingress = Ingress("127.0.0.1", 0, None, **options)
+    port = ingress.start()
+    ingress.admit(dict(sessions(clients)))
+    pipe.send(f"127.0.0.1:{port}")
+    ingress_threads = [thread.native_id for thread in threading.enumerate() if thread.name == "ingress"]
+    answer = frame_of(answer_bytes)
+    numbers = dict.fromkeys(clients, 0)
+    usage = Usage()
+    while True:
+        if pipe.poll():
+            if pipe.recv() == "stop":
+                break
+            usage.cpu_seconds, usage.rss_bytes = _cpu_seconds(), _rss_bytes()
+            usage.python_seconds = _thread_seconds({threading.get_native_id(), *ingress_threads})
+            usage.num_bytes += ingress.take_bytes()[0]
+            pipe.send(usage)
+        for _ in range(100):
+            match ingress.next_event(0.05):
+                case None:
+                    break
+                case Received(client, message):
+                    piece = message.activations
+                    usage.wrong += piece.micro_batch != numbers[client]
+                    usage.messages += 1
+                    hidden = pb.Hidden(micro_batch=numbers[client], values=answer)
+                    numbers[client] += 1
+                    ingress.send(client, pb.ServerMessage(hidden=hidden))
+                case Connected(client):
+                    numbers[client] = 0
+                case Disconnected():
+                    usage.lost_clients += 1
+    ingress.stop(grace=1.0)
+
+
+# -- in a client process --------------------------------------------------------------------------------------------
+
+
+def _take_part(pipe: Connection) -> None:
+    pipe.send("ready")
+    while (load := pipe.recv()) is not None:
+        before = _cpu_seconds()
+        results: list[Usage] = []
+        errors: list[BaseException] = []
+        threads = [
+            threading.Thread(target=_one, args=(load, client, results, errors), daemon=True) for client in load.clients
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        total = Usage(cpu_seconds=_cpu_seconds() - before)
+        total.messages = sum(usage.messages for usage in results)
+        total.wrong = sum(usage.wrong for usage in results)
+        pipe.send(errors[0] if errors else total)
+
+
+def _one(load: Load, client: str, results: list[Usage], errors: list[BaseException]) -> None:
+    try:
+        results.append(_converse(load, client))
+    except BaseException as error:
+        errors.append(error)
+
+
+def _converse(load: Load, client: str) -> Usage:
+    frame = frame_of(load.message_bytes)
+    usage = Usage()
+    ends = time.monotonic() + load.seconds
+    sent = 0
+    session = sessions((client,))[client]
+    with ServerStream(load.address, None, client, session, shares_memory=load.shares_memory) as stream:
+        while True:
+            is_more = sent < load.messages if load.messages is not None else time.monotonic() < ends
+            if is_more and sent - usage.messages < load.in_flight:
+                stream.send(pb.ClientMessage(activations=pb.Activations(micro_batch=load.first + sent, values=frame)))
+                sent += 1
+            elif usage.messages < sent:
+                hidden = stream.receive().hidden
+                usage.wrong += hidden.micro_batch != usage.messages
+                usage.messages += 1
+                if load.pause and is_more:
+                    time.sleep(load.pause)
+            else:
+                return usage
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _thread_seconds(threads: set[int | None]) -> float:
+    return sum(t.user_time + t.system_time for t in psutil.Process().threads() if t.id in threads)
+
+
+def _rss_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

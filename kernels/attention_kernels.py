@@ -138,6 +138,7 @@ def attention_forward_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    HIDE_ZERO: tl.constexpr,  # see Launch
     PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
@@ -151,9 +152,7 @@ def attention_forward_kernel(
     offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
-    # Dropped elements become a zero the compiler does not know to be one: it would select after rounding to 16 bits,
-    # which takes twice the instructions.
-    zero = keep * 0.0
+    zero = keep * 0.0 if HIDE_ZERO else 0.0
     stream = start * heads + head
     token = start.to(tl.int64)
     k_base = k_ptr + token * k_stride + head * k_head_stride
@@ -315,6 +314,7 @@ def attention_backward_q_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    HIDE_ZERO: tl.constexpr,  # see Launch
     PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
@@ -328,7 +328,7 @@ def attention_backward_q_kernel(
     offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
-    zero = keep * 0.0
+    zero = keep * 0.0 if HIDE_ZERO else 0.0
     stream = start * heads + head
     token = start.to(tl.int64)
     k_base = k_ptr + token * k_stride + head * k_head_stride
@@ -533,6 +533,7 @@ def attention_backward_kv_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
     WINDOW: tl.constexpr,
+    HIDE_ZERO: tl.constexpr,  # see Launch
     PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
     PRECISION: tl.constexpr,
 ):
@@ -546,7 +547,7 @@ def attention_backward_kv_kernel(
     offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
-    zero = keep * 0.0
+    zero = keep * 0.0 if HIDE_ZERO else 0.0
     stream = start * heads + head
     token = start.to(tl.int64)
     q_base = q_ptr + token * q_stride + head * q_head_stride

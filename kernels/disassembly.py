@@ -99,7 +99,7 @@ def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """[(opcode, operands)] of the kernel, and for each label the index of the instruction after it."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
-    for line in _run_on(cubin, "nvdisasm", "-c").splitlines():
+    for line in _run_on(cubin, "nvdisasm", "-c", "-ndf").splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
         elif instruction := _INSTRUCTION.match(line):

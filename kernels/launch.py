@@ -29,6 +29,11 @@ class Launch:
     stages: int
     registers: int | None = None
     """Most registers of a thread, where the compiler must be told that it may use them all."""
+    hide_zero: bool = True
+    """Whether what dropout drops becomes a zero that the compiler does not know to be one.
+
+    Before Blackwell, it would select after rounding to 16 bits, which takes twice the instructions.
+    """
 
     @property
     def options(self) -> dict[str, int | bool]:

@@ -23,6 +23,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(rivals, "time_side_by_side", lambda calls, *_: dict.fromkeys(calls, Timing(1e-3, 5e-4, 2e-3)))
     monkeypatch.setattr(kernels, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(kernels, "memory_bandwidth", lambda *_: 1e10)
+    monkeypatch.setattr(kernels, "CODECS", ("int8",))
     monkeypatch.setattr(kernels, "QUICK_CPU", kernels.Sizes(512, ((1, 16),), (64,), 50, 1, 0.0))
 
 

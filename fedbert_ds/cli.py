@@ -133,6 +133,13 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     body.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each; medians count (7)")
     body.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     body.set_defaults(run=_bench_body)
+    kernels = benches.add_parser("kernels", help="each fused kernel beside the other ways to compute the same")
+    kernels.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside it")
+    kernels.add_argument("--data", default="python-docs", metavar="SOURCE", help="text of the real mixes of lengths")
+    kernels.add_argument("--kernel", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    kernels.add_argument("--tune", action="store_true", help="first find this card's fastest launches, and keep them")
+    kernels.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    kernels.set_defaults(run=_bench_kernels)
     codecs = benches.add_parser("codecs", help="what each wire codec costs in loss at equal tokens, and in bytes")
     codecs.add_argument("--data", default="python-docs", metavar="SOURCE", help="articles, as for eval (python-docs)")
     codecs.add_argument(
@@ -174,6 +181,22 @@ def _bench_body(options: argparse.Namespace) -> None:
             dropout=options.dropout,
             kernels=options.kernels,
             rounds=options.rounds,
+            quick=options.quick,
+        )
+    )
+
+
+def _bench_kernels(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.kernels import KernelsOptions, bench_kernels, parse_kernels
+    from fedbert_ds.bench.record import command_line
+
+    bench_kernels(
+        KernelsOptions(
+            out=options.out,
+            command=command_line(),
+            data=options.data,
+            kernels=parse_kernels(options.kernel),
+            tune=options.tune,
             quick=options.quick,
         )
     )

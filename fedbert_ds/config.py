@@ -264,6 +264,9 @@ class WireSection(Section):
     """Codec of hidden states, down; null means as activations."""
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
+    halves: Codec = "fp32"
+    """Codec of the matrices among the client halves' gradients, which `synchronous` mode sums every window, up and
+    down; averaged weights are exact."""
 
     @property
     def hidden_states(self) -> Codec:

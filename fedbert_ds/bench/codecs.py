@@ -49,9 +49,9 @@ class Setting:
     activations: Codec = "fp32"
     hidden: Codec = "fp32"
     gradients: Codec = "fp32"
-    extra: Literal["", "stochastic", "row feedback", "centred", "unit projection"] = ""
-    """Gradients rounded at random; errors of table rows fed back; the mean of a message's hidden states sent apart; a
-    factorized model's E -> H drawn with unit gain."""
+    extra: Literal["", "stochastic", "row feedback", "centred", "int8 halves", "unit projection"] = ""
+    """Gradients rounded at random; errors of table rows fed back; the mean of a message's hidden states sent apart;
+    gradients of the client half summed in int8; a factorized model's E -> H drawn with unit gain."""
 
     @property
     def wire(self) -> WireSection:
@@ -89,6 +89,7 @@ FURTHER = (
     all_in("int4_hadamard", extra="centred"),
     all_in("fp32", model="factorized", extra="unit projection"),
     all_in("int4_hadamard", extra="row feedback"),
+    all_in("fp32", extra="int8 halves"),
     all_in("int4_hadamard", cut="embeddings"),
     Setting(activations="int4_hadamard", hidden="int4_hadamard", gradients="int8"),
     all_in("fp8_e4m3"),
@@ -222,7 +223,7 @@ def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         setting = Setting(**json.loads(run["setting"]))
         # A factorized model in fp32 is held against the full one.
-        plain = setting in (BASELINE, Setting(model="factorized"), Setting(model="factorized", extra=setting.extra))
+        plain = setting.codecs == ("fp32",)
         baseline = BASELINE if plain else Setting(model=setting.model)
         loss = losses.get((_key(baseline), run["seed"]))
         rows.append(
@@ -375,6 +376,7 @@ def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[st
         seed,
         stochastic=setting.extra == "stochastic",
         centred=setting.extra == "centred",
+        halves="int8" if setting.extra == "int8 halves" else "fp32",
         feedback=RowFeedback(len(text.tokenizer), half.widths.activations) if setting.extra == "row feedback" else None,
     )
     options: dict[str, Any] = {"mask_probability": config.data.mask_probability, "whole_word": config.data.whole_word}

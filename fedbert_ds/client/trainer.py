@@ -13,7 +13,7 @@ from torch import Tensor
 from fedbert_ds.client.state import load_state, save_state
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.modes import exchange_after, is_exchanged
+from fedbert_ds.federation.modes import exchange_after, exchange_codec, is_exchanged
 from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.seeding import stable_seed
@@ -91,6 +91,7 @@ class ClientTrainer:
             for name, parameter in half.named_parameters()
             if is_exchanged(settings.federation, half.parameter_scope(name))
         }
+        self._exchange_codec = exchange_codec(settings.federation, settings.wire)
         self._assembler = self._new_assembler()
         self.finish: pb.Finish | None = None
         """The server's last word, once it has come."""
@@ -259,7 +260,7 @@ class ClientTrainer:
         exchange = exchange_after(self._settings.federation, window.number)
         if exchange == "gradients":
             # The step waits for the sum of all clients' gradients.
-            self._send_half(window.number, self._take_gradients(), 1.0)
+            self._send_half(window.number, self._take_gradients(), 1.0, self._exchange_codec)
             return
         # FedAvg: each client follows the mean loss of its own tokens, not its share of everybody's.
         own_share = window.masked_tokens / max(1, masked)
@@ -305,8 +306,8 @@ class ClientTrainer:
         self._optimizer.zero_grad()
         return gradients
 
-    def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float) -> None:
-        for chunk in half_chunks(window, tensors.items(), weight):
+    def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float, codec: str = "fp32") -> None:
+        for chunk in half_chunks(window, tensors.items(), weight, codec):
             self._send(pb.ClientMessage(half=chunk))
 
     def _receive_half(self, chunk: pb.HalfChunk) -> None:
@@ -348,10 +349,10 @@ class ClientTrainer:
                 parameter.copy_(weights)
 
     def _new_assembler(self) -> HalfAssembler:
-        shapes = self._exchanged
         if self._awaits_initial_half:
             shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
-        return HalfAssembler(shapes, "the server's half")
+            return HalfAssembler(shapes, "the server's half")
+        return HalfAssembler(self._exchanged, "the server's half", self._exchange_codec)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedbert_ds.config import FederationSection
+from fedbert_ds.config import Codec, FederationSection, WireSection
 
 Exchange = Literal["nothing", "gradients", "weights"]
 
@@ -17,6 +17,11 @@ def exchange_after(federation: FederationSection, window: int) -> Exchange:
     if federation.mode == "synchronous":
         return "gradients"
     return "weights" if (window + 1) % federation.average_every == 0 else "nothing"
+
+
+def exchange_codec(federation: FederationSection, wire: WireSection) -> Codec:
+    """How what is exchanged is coded: weights exactly, for what rounding takes from them is lost for good."""
+    return wire.halves if federation.mode == "synchronous" else "fp32"
 
 
 def is_exchanged(federation: FederationSection, scope: Literal["embeddings", "head"]) -> bool:

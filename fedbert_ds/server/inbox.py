@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedbert_ds.config import WireSection
+from fedbert_ds.config import Codec, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.coordinator import Seat
 from fedbert_ds.server.half_exchange import Half, HalfExchange
@@ -30,6 +30,8 @@ class Shapes:
     """Every tensor of a client half."""
     exchanged: frozenset[str]
     """Names of those that are summed or averaged."""
+    exchange_codec: Codec = "fp32"
+    """How they are coded then; a half that is asked for whole is exact."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ class Inbox:
                 raise WireError(f"client {client}: a second half of window {chunk.window}")
             names = self._shapes.half if is_whole else self._shapes.exchanged
             shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
-            self._assemblers[client] = chunk.window, HalfAssembler(shapes, f"client {client}: its half")
+            self._assemblers[client] = chunk.window, HalfAssembler(
+                shapes, f"client {client}: its half", "fp32" if is_whole else self._shapes.exchange_codec
+            )
         window, assembler = self._assemblers[client]
         if chunk.window != window:
             raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")

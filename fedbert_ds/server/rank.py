@@ -445,7 +445,7 @@ class RankServer:
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
             # Clients that were passed over too: they take up training where the others are.
-            self._send_half(sorted(self._queue.clients), tensors, window)
+            self._send_half(sorted(self._queue.clients), tensors, window, self._shapes.exchange_codec)
         if self._exchange.late and self._exchange.quiet_seconds > self._config.clients.silence_timeout:
             for client in self._exchange.late:
                 self._expire(client)
@@ -456,8 +456,10 @@ class RankServer:
             while not self._exchange.is_idle:
                 self._attend()
 
-    def _send_half(self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int) -> None:
-        for chunk in half_chunks(window, tensors.items(), weight=0.0):
+    def _send_half(
+        self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
+    ) -> None:
+        for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec):
             message = pb.ServerMessage(half=chunk)
             self._half_bytes_down += message.ByteSize() * len(clients)
             for client in clients:

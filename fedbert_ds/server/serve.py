@@ -16,7 +16,7 @@ import torch
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError, WireError
-from fedbert_ds.federation.modes import is_exchanged
+from fedbert_ds.federation.modes import exchange_codec, is_exchanged
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
@@ -298,6 +298,7 @@ def _shapes(config: RunConfig, half: ClientHalf) -> Shapes:
         is_rows_cut=config.cut == "rows",
         half=parameters,
         exchanged=frozenset(name for name in parameters if is_exchanged(config.federation, half.parameter_scope(name))),
+        exchange_codec=exchange_codec(config.federation, config.wire),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedbert_ds.config import Cut, FederationSection, OptimizerSection, Section, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE
+from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes
 
 PROTOCOL = 1
 """Raised when a message changes its meaning; client and server must have the same."""
@@ -94,10 +94,19 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
     return Manifest(client, message.window, lengths, masked)
 
 
-def half_chunks(window: int, tensors: Iterable[tuple[str, Tensor]], weight: float) -> Iterator[pb.HalfChunk]:
-    """A client half (or its gradients) as chunks of at most 1 MB, the last one marked; fp32."""
+def half_chunks(
+    window: int, tensors: Iterable[tuple[str, Tensor]], weight: float, codec: str = "fp32"
+) -> Iterator[pb.HalfChunk]:
+    """A client half (or its gradients) as chunks of at most 1 MB, the last one marked.
+
+    Matrices are coded, payload and then scales; everything else is fp32.
+    """
     for name, tensor in tensors:
-        payload = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
+        if codec != "fp32" and tensor.dim() == 2:
+            frame = encode(tensor, codec)
+            payload = frame.payload + frame.scales
+        else:
+            payload = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
         for offset in range(0, len(payload), CHUNK_BYTES):
             yield pb.HalfChunk(
                 window=window,
@@ -110,11 +119,15 @@ def half_chunks(window: int, tensors: Iterable[tuple[str, Tensor]], weight: floa
 
 
 class HalfAssembler:
-    """Joins chunks into named tensors of known shapes; chunks come in order, as one stream delivers them."""
+    """Joins chunks into named tensors of known shapes; chunks come in order, as one stream delivers them.
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], who: str) -> None:
+    `codec` is what `half_chunks` was given.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], who: str, codec: str = "fp32") -> None:
         self._shapes = shapes
         self._who = who
+        self._codec = codec
         self._buffers: dict[str, bytearray] = {}
 
     def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
@@ -129,7 +142,7 @@ class HalfAssembler:
             name = chunk.name[:100]
             raise WireError(f"{self._who}: tensor {name!r} of shape {chunk.shape[:8]} was not expected")
         buffer = self._buffers.setdefault(chunk.name, bytearray())
-        room = 4 * torch.Size(shape).numel() - len(buffer)
+        room = self._num_bytes(shape) - len(buffer)
         if chunk.offset != len(buffer) or not 0 < len(chunk.payload) <= room:
             raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
         buffer += chunk.payload
@@ -139,13 +152,27 @@ class HalfAssembler:
         tensors = {}
         for name, shape in self._shapes.items():
             buffer = self._buffers.pop(name, bytearray())
-            if len(buffer) != 4 * torch.Size(shape).numel():
+            if len(buffer) != self._num_bytes(shape):
                 raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
-            values = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
-            largest = float(values.abs().max())  # NaN if any value is
-            if not largest <= LARGEST_VALUE:
-                raise WireError(
-                    f"{self._who}: tensor {name!r} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane"
-                )
-            tensors[name] = values
+            tensors[name] = self._decode(name, shape, buffer)
         return tensors
+
+    def _num_bytes(self, shape: tuple[int, ...]) -> int:
+        if self._is_coded(shape):
+            return sum(frame_bytes(shape[0], shape[1], self._codec))
+        return 4 * torch.Size(shape).numel()
+
+    def _is_coded(self, shape: tuple[int, ...]) -> bool:
+        return self._codec != "fp32" and len(shape) == 2
+
+    def _decode(self, name: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
+        who = f"{self._who}: tensor {name!r}"
+        if self._is_coded(shape):
+            end, _ = frame_bytes(shape[0], shape[1], self._codec)
+            parts = {"payload": bytes(buffer[:end]), "scales": bytes(buffer[end:])}
+            return decode(pb.TensorFrame(codec=self._codec, shape=shape, **parts), shape, self._codec, who)
+        values = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
+        largest = float(values.abs().max())  # NaN if any value is
+        if not largest <= LARGEST_VALUE:
+            raise WireError(f"{who} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane")
+        return values

@@ -15,7 +15,7 @@ from torch import Tensor
 from fedbert_ds.config import FederationSection, LayersCut, OptimizerSection, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE
+from fedbert_ds.wire.codecs import LARGEST_VALUE, NAMES, decode, encode, frame_bytes
 from fedbert_ds.wire.messages import (
     CHUNK_BYTES,
     LARGEST_WEIGHT,
@@ -152,6 +152,41 @@ def test_halves_round_trip_in_chunks_of_any_size(
     assert got_weight == weight and got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert got[name].shape == tensor.shape and torch.equal(got[name], tensor)
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_matrices_of_a_half_are_coded_and_nothing_else_is(codec: str) -> None:
+    tensors = half() | {"table": torch.randn(5, 70), "cube": torch.randn(2, 3, 4)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    *parts, last = half_chunks(3, tensors.items(), 2.0, codec)
+    sizes = {part.name: len(part.payload) for part in parts}
+    assert sizes == {"table": sum(frame_bytes(5, 70, codec)), "bias": 16, "scale": 4, "cube": 96}
+    joined = HalfAssembler(shapes, "it", codec)
+    assert not any(joined.add(part) for part in parts)
+    complete = joined.add(last)
+    assert complete is not None and complete[1] == 2.0
+    for name, tensor in tensors.items():
+        frame = encode(tensor, codec) if name == "table" else None
+        expected = tensor if frame is None else decode(frame, (5, 70), codec, "it")
+        assert torch.equal(complete[0][name], expected)
+
+
+def test_a_coded_half_that_is_not_finite_is_neither_sent_nor_taken() -> None:
+    table = torch.tensor([[1.0, math.nan]])
+    with pytest.raises(WireError, match="not finite"):
+        list(half_chunks(0, [("table", table)], 1.0, "int8"))
+    first, last = half_chunks(0, [("table", torch.ones(1, 2))], 1.0, "int8")
+    first.payload = first.payload[:2] + struct.pack("<f", math.inf)
+    joined = HalfAssembler({"table": (1, 2)}, "client ada: its half", "int8")
+    assert joined.add(first) is None
+    with pytest.raises(WireError, match=r"^client ada: its half: tensor 'table': a value is not finite"):
+        joined.add(last)
+
+
+def test_a_half_in_another_codec_is_refused() -> None:
+    (first, *_) = half_chunks(0, [("table", torch.ones(3, 4))], 1.0)
+    with pytest.raises(WireError, match="chunk of 'table' at byte 0 was not expected"):
+        HalfAssembler(SHAPES, "it", "int8").add(first)
 
 
 def test_a_chunk_is_at_most_a_megabyte() -> None:

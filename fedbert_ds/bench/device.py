@@ -58,12 +58,17 @@ def time_side_by_side(
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in times.items()}
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
-    """Dense matrix products in FLOP/s: the median of several, of square matrices large enough to saturate."""
+def matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Call, float]:
+    """A product of square matrices, large enough to saturate the device, and its floating-point operations."""
     size = size or (8192 if device.type == "cuda" else 1024)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    timing = time_side_by_side({"matmul": lambda: left @ right}, device)["matmul"]
-    return 2.0 * size**3 / timing.median
+    return lambda: left @ right, 2.0 * size**3
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
+    """Dense matrix products in FLOP/s, the median of several."""
+    call, flops = matmul(device, dtype, size)
+    return flops / time_side_by_side({"matmul": call}, device)["matmul"].median
 
 
 def memory_bandwidth(device: torch.device, size: int | None = None) -> float:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedbert_ds.bench import device as module
-from fedbert_ds.bench.device import Timing, matmul_rate, memory_bandwidth, peak_memory, time_side_by_side
+from fedbert_ds.bench.device import Timing, matmul, matmul_rate, memory_bandwidth, peak_memory, time_side_by_side
 
 CPU = torch.device("cpu")
 
@@ -68,6 +68,8 @@ def test_rates_follow_from_size_and_time(monkeypatch):
 
     monkeypatch.setattr(module, "time_side_by_side", two_seconds)
     assert matmul_rate(CPU, torch.float32, size=10) == 2 * 10**3 / 2.0
+    product, flops = matmul(CPU, torch.bfloat16, size=10)
+    assert (product().shape, product().dtype, flops) == ((10, 10), torch.bfloat16, 2 * 10**3)
     assert memory_bandwidth(CPU, size=400) == 2 * 400 / 2.0
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fedbert_ds.bench.body import OURS, SENTENCES
+from fedbert_ds.bench.body import table as body_table
 from fedbert_ds.bench.compare import table
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -39,3 +41,18 @@ def test_modes(path):
     assert final["synchronous", None]["largest_weight_difference"] < 1e-6
     for row in final.values():
         assert row["held_out_loss"] < row["unigram_loss"] - 0.3
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("body-")], ids=lambda p: p.name)
+def test_body(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert body_table(record["rows"]) in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    beside_padded = {
+        (row["model"], row["lengths"]): row["beside_padded"] for row in record["rows"] if row["way"] == OURS
+    }
+    assert len(beside_padded) >= 3
+    for (_, lengths), ratio in beside_padded.items():
+        assert ratio >= (1.6 if lengths == SENTENCES else 1.0)

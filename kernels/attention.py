@@ -314,11 +314,13 @@ def _check(
     tensors: tuple[Tensor, ...], cu_seqlens: Tensor, seed: Tensor | None, window: int | None, scale: float | None
 ) -> int:
     """The head size; ValueError unless the arguments of `attention` fit together, sequence bounds aside."""
+    if len(tensors) not in (1, 3):
+        raise ValueError(f"inputs must be qkv or (q, k, v), got {len(tensors)} tensors")
     first = tensors[0]
     if len(tensors) == 1:
         if first.dim() != 4 or first.shape[1] != 3:
             raise ValueError(f"qkv must be [T, 3, heads, d], got {list(first.shape)}")
-    elif len(tensors) != 3 or first.dim() != 3 or any(tensor.shape != first.shape for tensor in tensors):
+    elif first.dim() != 3 or any(tensor.shape != first.shape for tensor in tensors):
         raise ValueError(f"q, k, v must be [T, heads, d] alike, got {[list(tensor.shape) for tensor in tensors]}")
     if first.dtype not in DTYPES or any(tensor.dtype != first.dtype for tensor in tensors):
         raise ValueError(f"q, k, v must share fp32, fp16 or bf16, got {[tensor.dtype for tensor in tensors]}")

@@ -407,10 +407,10 @@ def dequantize(
         ("payload", payload, form.payload_width(width), form.payload),
         ("scales", scales, form.num_scales(width), form.scale_dtype),
     ):
-        if part.shape != (payload.shape[0], columns) or part.dtype != part_dtype:
+        if part.dim() != 2 or part.shape != (len(payload), columns) or part.dtype != part_dtype:
             raise ValueError(
-                f"dequantize: {name} must be [{payload.shape[0]}, {columns}] in {part_dtype} for {width} columns "
-                f"of {codec}, not {list(part.shape)} in {part.dtype}"
+                f"dequantize: {name} must be [R, {columns}] in {part_dtype} for {width} columns of {codec}, "
+                f"payload and scales with the same R, not {list(part.shape)} in {part.dtype}"
             )
     if scales.device != payload.device:
         raise ValueError(f"dequantize: scales on {scales.device}, payload on {payload.device}")

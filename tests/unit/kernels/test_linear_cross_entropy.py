@@ -175,6 +175,8 @@ def test_a_kernel_given_such_a_target_stays_in_bounds_and_says_so(wrong: int) ->
         ({"hidden": torch.zeros(2, 4, 1)}, r"must be \[m, D\] and \[V, D\]"),
         ({"weight": torch.zeros(0, 4)}, r"must be \[m, D\] and \[V, D\]"),
         ({"hidden": torch.zeros(2, 4, dtype=torch.float16)}, "hidden in torch.float16, weight in torch.float32"),
+        ({"hidden": torch.zeros(2, 4).double(), "weight": torch.zeros(3, 4).double()}, "both fp32, fp16 or bf16"),
+        ({"weight": torch.zeros(3, 4, device="meta")}, "different devices: cpu, meta"),
         ({"bias": torch.zeros(4)}, "does not fit"),
         ({"bias": torch.zeros(3, dtype=torch.float16)}, "does not fit"),
         ({"targets": torch.zeros(3, dtype=torch.int64)}, "targets must be"),

@@ -213,6 +213,8 @@ def test_the_operators_obey_the_rules_of_torch_library(body) -> None:
         ({"rows": torch.zeros(2)}, "one-dimensional int64"),
         ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "rows on meta"),
         ({"seed": torch.zeros(1, dtype=torch.int64)}, "seed must be"),
+        ({"seed": torch.zeros(2)}, "one-dimensional int64"),
+        ({"seed": torch.zeros(2, dtype=torch.int64, device="meta")}, "seed on meta"),
     ],
 )
 def test_bad_input_of_quantize_is_refused(changed: dict[str, Any], message: str) -> None:
@@ -231,6 +233,11 @@ def test_bad_input_of_quantize_is_refused(changed: dict[str, Any], message: str)
         ({"dtype": torch.float64}, "fp32, fp16 or bf16"),
         ({"scales": torch.zeros(3, 1)}, "scales must be"),
         ({"scales": torch.zeros(2, 1, device="meta")}, "scales on meta"),
+        ({"payload": torch.zeros((), dtype=torch.int8)}, "payload must be"),
+        ({"payload": torch.zeros(2, 70)}, "payload must be"),
+        ({"scales": torch.zeros(2, 1, dtype=torch.bfloat16)}, "scales must be"),
+        ({"rows": torch.zeros(2, dtype=torch.int32)}, "one-dimensional int64"),
+        ({"rows": torch.zeros(2, dtype=torch.int64, device="meta")}, "rows on meta"),
     ],
 )
 def test_bad_input_of_dequantize_is_refused(changed: dict[str, Any], message: str) -> None:

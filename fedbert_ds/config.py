@@ -131,6 +131,9 @@ class WindowSection(Section):
     micro_batches_in_flight: Positive | Literal["auto"] = "auto"
     """Forwards a rank holds until their gradients are back; `auto` takes as many as hide the clients' measured answers,
     as far as memory reaches."""
+    clients_per_micro_batch: Positive = 1
+    """1 keeps a client's sequences together, for the fewest bytes; more lets so many clients work on a micro-batch side
+    by side, for slow clients and few micro-batches in flight."""
     staleness: Annotated[int, Field(ge=0, le=8)] = 0
     """Windows whose exchange of client halves a client need not wait for before it begins the next; 0 is exact, more
     hides exchanges over slow links."""

@@ -11,9 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fedbert_ds.config import RunConfig
+    from fedbert_ds.data.masking import Batch
+    from fedbert_ds.model.client_half import ClientHalf
+    from fedbert_ds.server.engine import BodyInput
 
 
 def main() -> None:
@@ -33,7 +42,7 @@ def main() -> None:
     from fedbert_ds.data.tokenizer import load_tokenizer
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
-    from fedbert_ds.server.engine import BodyEngine, BodyInput
+    from fedbert_ds.server.engine import BodyEngine
 
     tokenizer = load_tokenizer(options.tokenizer)
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
@@ -41,16 +50,15 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = BodyEngine.build(body.to(device), config, device)
     windows = [_window(config, half, batches) for batches in first_batches(config, options.shards, tokenizer, 3)]
-    engine_of_window: list[tuple[BodyInput, torch.Tensor]]
     tokens, started = 0, 0.0
     for number in range(config.run.windows):
         # The first window pays for what happens once.
         if number == 1:
             tokens, started = 0, time.monotonic()
-        engine_of_window = windows[number % len(windows)]
-        for index, (body_input, gradient) in enumerate(engine_of_window):
+        window = windows[number % len(windows)]
+        for index, (body_input, gradient) in enumerate(window):
             engine.forward(index, body_input)
-            engine.backward(index, gradient, is_last=index + 1 == len(engine_of_window))
+            engine.backward(index, gradient, is_last=index + 1 == len(window))
             tokens += int(body_input.cu_seqlens[-1])
         engine.step(config.optimizer.lr * 1e-3)
     seconds = time.monotonic() - started
@@ -58,7 +66,7 @@ def main() -> None:
     shut_down()
 
 
-def _window(config, half, batches):  # type: ignore[no-untyped-def]
+def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -> list[tuple[BodyInput, Tensor]]:
     """[(input, gradient of the hidden states)] of one window, packed as the server packs it."""
     from fedbert_ds.server.engine import BodyInput
     from fedbert_ds.server.window import pack
@@ -66,13 +74,14 @@ def _window(config, half, batches):  # type: ignore[no-untyped-def]
 
     manifests = []
     for name, batch in batches.items():
-        bounds = torch.tensor([0, *batch.lengths]).cumsum(0)
-        masked = torch.searchsorted(batch.masked_positions, bounds).diff().tolist()
+        ends = torch.tensor([0, *batch.lengths]).cumsum(0)
+        masked = torch.searchsorted(batch.masked_positions, ends).diff().tolist()
         manifests.append(Manifest(name, 0, tuple(batch.lengths), tuple(masked)))
     random = torch.Generator().manual_seed(1)
     prepared = []
     for pieces in pack(manifests, config.window.tokens_per_micro_batch):
-        lengths, positions, ids = [], [], []
+        lengths: list[int] = []
+        positions, ids = [], []
         before = 0
         for piece in pieces:
             batch = batches[piece.client]

@@ -211,12 +211,27 @@ def _ours(
     busy = sum(window.busy_seconds for window in windows)
     spent = shares(read_trace(folder / "trace-0.json"), windows[0].window, windows[-1].window)
     # One round trip is in each of the two answers; the formula counts those two and the client's work.
-    bound = busy / (busy + spent.answer * len(windows))
+    bound = busy / (busy + (spent.activations + spent.gradient) * len(windows))
     per_token = sum(w.bytes_up for w in windows) / tokens, sum(w.bytes_down for w in windows) / tokens
     averaging = sum(w.averaging_bytes_up + w.averaging_bytes_down for w in windows) / tokens
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
     row = _row(setting, config, tokens / seconds, busy / seconds, bound, per_token, 1 - busy / seconds, dummies)
-    return row | {"bytes_per_token_averaging": averaging, "seconds_per_window": seconds / len(windows)}
+    measured = {
+        "forward": spent.forward / tokens,
+        "backward": spent.backward / tokens,
+        "messages": spent.messages / spent.micro_batches,
+        "step": spent.step / len(windows),
+        "gather": spent.gather / len(windows),
+        "wait": spent.wait / len(windows),
+        "activations": spent.activations,
+        "gradient": spent.gradient,
+    }
+    return row | {
+        "bytes_per_token_averaging": averaging,
+        "window_tokens": tokens / len(windows),
+        "micro_batches": spent.micro_batches / len(windows),
+        "seconds": measured,
+    }
 
 
 def _row(

@@ -8,21 +8,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.telemetry.trace import BODY
-
-COMPUTE = ("forward", "backward", "step")
-
 
 @dataclass(frozen=True)
 class Shares:
-    """Seconds of a stretch of windows on one rank."""
+    """Seconds of a stretch of windows on one rank; what is in none of them went into messages and decisions."""
 
     seconds: float
-    compute: float
-    """Forwards, backwards and steps of real micro-batches; dummies are told apart by their caller."""
+    forward: float
+    backward: float
+    step: float
+    gather: float
     wait: float
-    answer: float
-    """The quickest answers of clients added up, activations and gradients: a client's work and one round trip each."""
+    micro_batches: int
+    activations: float
+    """The quickest answer of clients to credit: their work and one round trip."""
+    gradient: float
+    """The quickest answer of clients to hidden states."""
+
+    @property
+    def compute(self) -> float:
+        """The body's."""
+        return self.forward + self.backward + self.step
+
+    @property
+    def messages(self) -> float:
+        """Receiving, checking, packing, sending, deciding."""
+        return max(0.0, self.seconds - self.compute - self.gather - self.wait)
 
 
 def read_trace(path: Path) -> list[dict[str, Any]]:
@@ -37,17 +48,32 @@ def shares(events: Iterable[dict[str, Any]], first_window: int, last_window: int
     events = list(events)
     steps = {e["args"]["window"]: e["ts"] + e["dur"] for e in events if e.get("name") == "step" and e["ph"] == "X"}
     begin, end = steps[first_window - 1], steps[last_window]
-    inside = [e for e in events if e["ph"] == "X" and begin <= e["ts"] < end]
-    answers: dict[str, list[float]] = {}
-    asked: dict[str, float] = {}
-    for event in events:
-        if event["ph"] == "b" and event.get("cat") != BODY:
-            asked[event["id"]] = event["ts"]
-        elif event["ph"] == "e" and event["id"] in asked and begin <= event["ts"] < end:
-            answers.setdefault(event["name"], []).append(event["ts"] - asked.pop(event["id"]))
+    inside = [event for event in events if event["ph"] == "X" and begin <= event["ts"] < end]
+
+    def total(*names: str) -> float:
+        return sum(event["dur"] for event in inside if event["name"] in names) / 1e6
+
     return Shares(
         seconds=(end - begin) / 1e6,
-        compute=sum(e["dur"] for e in inside if e["name"] in COMPUTE) / 1e6,
-        wait=sum(e["dur"] for e in inside if e["name"].startswith("wait")) / 1e6,
-        answer=sum(min(values) for values in answers.values()) / 1e6,
+        forward=total("forward"),
+        backward=total("backward"),
+        step=total("step"),
+        gather=total("gather"),
+        wait=total("wait", "wait for plan", "wait for halves"),
+        micro_batches=sum(event["name"] == "forward" for event in inside),
+        activations=_quickest(events, "activations", begin, end),
+        gradient=_quickest(events, "gradient", begin, end),
     )
+
+
+def _quickest(events: Iterable[dict[str, Any]], name: str, begin: float, end: float) -> float:
+    asked: dict[str, float] = {}
+    answers = []
+    for event in events:
+        if event.get("name") != name:
+            continue
+        if event["ph"] == "b":
+            asked[event["id"]] = event["ts"]
+        elif event["ph"] == "e" and event["id"] in asked and begin <= event["ts"] < end:
+            answers.append(event["ts"] - asked.pop(event["id"]))
+    return min(answers, default=0.0) / 1e6

@@ -44,7 +44,7 @@ def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if section.checkpoint is None:
-            return AutoModelForMaskedLM.from_config(_config(section, vocab_size, pad_token_id), dtype=torch.float32)
+            return AutoModelForMaskedLM.from_config(config_of(section, vocab_size, pad_token_id), dtype=torch.float32)
         return _from_checkpoint(section.checkpoint, section.dropout, vocab_size)
 
 
@@ -114,7 +114,8 @@ def save_merged(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _config(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
+def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
+    """The transformers config of a model that starts from scratch; ModelError for a shape that cannot be."""
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_token_id,

@@ -1,37 +1,55 @@
-"""How many micro-batches a rank keeps in flight: enough to hide its clients' answers, no more than memory holds."""
+"""How many micro-batches a rank keeps under way: enough to hide its clients' answers, no more than memory holds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FIRST_DEPTH = 4
 """Before anything is measured."""
 DEEPEST = 256
+FARTHEST_AHEAD = 256
+"""Micro-batches of activations that may be buffered: some 50 MB each at 16,000 tokens and BERT-base's width."""
 
 
 @dataclass(frozen=True)
 class Demand:
     """What one rank has measured."""
 
-    answer_seconds: float
-    """From hidden states to their gradient, at its farther clients, with nothing in the way; 0 if unknown."""
+    activations_seconds: float
+    """From credit to activations, at its farther clients, with nothing in the way; 0 if unknown."""
+    gradient_seconds: float
+    """From hidden states to their gradient, likewise."""
     service_seconds: float
     """The body's forward and backward of one micro-batch; 0 if unknown."""
     affordable: int
     """Micro-batches in flight that its memory holds."""
 
 
-def depth_for(demands: Iterable[Demand]) -> int:
-    """The depth that all ranks use in the next window, at least 1.
+class Depth(NamedTuple):
+    """What all ranks use in the next window; both at least 1."""
 
-    By Little's law `answer / service` micro-batches are away at any time. After a window's last forward only backwards
-    are left, two thirds of the service time each, and their gradients must be back already: hence half as many again.
+    in_flight: int
+    """Micro-batches that are forwarded and not backwarded: their graphs are held."""
+    ahead: int
+    """Micro-batches that have credit or whose activations are here, beyond those in flight."""
+
+
+def depth_for(demands: Iterable[Demand]) -> Depth:
+    """By Little's law `answer / service` micro-batches are away at any time.
+
+    After a window's last forward only backwards are left, two thirds of the service time each, and their gradients must
+    be back already: hence half as many again in flight.
     """
-    needed, affordable = 1, DEEPEST
+    in_flight, ahead, affordable = 1, 1, DEEPEST
     for demand in demands:
-        known = demand.answer_seconds > 0 and demand.service_seconds > 0
-        own = 2 + math.ceil(1.5 * demand.answer_seconds / demand.service_seconds) if known else FIRST_DEPTH
-        needed, affordable = max(needed, own), min(affordable, demand.affordable)
-    return max(1, min(needed, affordable))
+        affordable = min(affordable, demand.affordable)
+        if demand.service_seconds <= 0 or demand.gradient_seconds <= 0:
+            in_flight, ahead = max(in_flight, FIRST_DEPTH), max(ahead, FIRST_DEPTH)
+            continue
+        in_flight = max(in_flight, 2 + math.ceil(1.5 * demand.gradient_seconds / demand.service_seconds))
+        ahead = max(ahead, 2 + math.ceil(demand.activations_seconds / demand.service_seconds))
+    in_flight = max(1, min(in_flight, affordable))
+    return Depth(in_flight, min(max(ahead, in_flight), FARTHEST_AHEAD))

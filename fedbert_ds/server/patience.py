@@ -26,10 +26,12 @@ class Patience:
         self.floor = floor
         """Seconds that no deadline is shorter than."""
         self._answers: dict[str, deque[float]] = {}
+        self._of_kind: dict[tuple[str, str], deque[float]] = {}
 
-    def learn(self, client: str, seconds: float) -> None:
-        """A client took so long from the question to its answer."""
+    def learn(self, client: str, seconds: float, what: str = "gradient") -> None:
+        """A client took so long from the question to its answer; `what` it answered with."""
         self._answers.setdefault(client, deque(maxlen=MEMORY)).append(seconds)
+        self._of_kind.setdefault((what, client), deque(maxlen=MEMORY)).append(seconds)
 
     def deadline(self, client: str) -> float:
         """Seconds a client's answer may take; infinite while little is known of it."""
@@ -40,10 +42,10 @@ class Patience:
         spread = statistics.median(abs(seconds - median) for seconds in answers)
         return max(self.floor, MULTIPLE * (median + SPREADS * spread))
 
-    def farthest(self) -> float:
-        """The quickest answer of each client, and of these the 90th percentile: seconds, 0 when nobody has answered.
+    def farthest(self, what: str) -> float:
+        """The quickest answer of this kind of each client, and of these the 90th percentile: seconds, 0 without any.
 
         Its quickest answer is a client's round trip and work; what it takes more waited behind others.
         """
-        quickest = sorted(min(answers) for answers in self._answers.values())
+        quickest = sorted(min(answers) for (kind, _), answers in self._of_kind.items() if kind == what)
         return quickest[9 * (len(quickest) - 1) // 10] if quickest else 0.0

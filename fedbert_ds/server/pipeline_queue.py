@@ -18,8 +18,8 @@ the round trip after a window's last forward.
 Every decision takes time that depends on the micro-batches in flight, not on how many clients there are or how much a
 window holds: one rank serves thousands.
 
-Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most twice as many are
-past PLANNED (activations buffered beside them).
+Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most
+`micro_batches_ahead` more are past PLANNED (activations buffered beside them), but for dummies, which hold nothing.
 
 Lockstep: each rank emits as many forwards and backwards a window as the longest plan has micro-batches, whoever is
 lost. With `lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) the sequence of kinds is one fixed
@@ -133,6 +133,11 @@ class _Entry:
     turn: int = 0
     """When it became READY or GRADED, as a count of events: the older goes first."""
 
+    @property
+    def holds_memory(self) -> bool:
+        """Past PLANNED it has, or waits for, activations or a graph."""
+        return bool(self.pieces or self.forwarded)
+
 
 @dataclass
 class _Window:
@@ -142,6 +147,8 @@ class _Window:
     entries: dict[int, _Entry]
     planned: dict[str, deque[_Entry]] = field(default_factory=dict)
     """PLANNED ones with pieces, by the client of their first piece; both in the order of the plan."""
+    waiting: Counter[str] = field(default_factory=Counter)
+    """Number of these, by client."""
     empty: deque[_Entry] = field(default_factory=deque)
     """PLANNED ones without pieces."""
     live: dict[int, _Entry] = field(default_factory=dict)
@@ -154,6 +161,7 @@ class _Window:
         self.entries[entry.plan.index] = entry
         if entry.pieces:
             self.planned.setdefault(entry.plan.pieces[0].client, deque()).append(entry)
+            self.waiting.update(entry.pieces.keys())
         else:
             self.empty.append(entry)
 
@@ -191,7 +199,7 @@ class PipelineQueue:
         windows_ahead: int = 1,
         patience: Patience | None = None,
     ) -> None:
-        self._depth = micro_batches_in_flight
+        self._depth = self._ahead = micro_batches_in_flight
         self._pack = pack
         self._order = order
         self._patterned = lockstep_forwards or order == "fixed"
@@ -213,12 +221,10 @@ class PipelineQueue:
         self._excused = 0.0
         self._asked: dict[tuple[str, tuple[str, int]], float] = {}
         """When each answer was asked for by the wall's clock, from which round trips are learned."""
-        self._num_planned: Counter[str] = Counter()
-        """Micro-batches that are PLANNED, by client."""
         self._benched: set[str] = set()
         self._behind: set[str] = set()
         self._skipped: set[tuple[str, int]] = set()
-        self._answered: list[tuple[str, float]] = []
+        self._answered: list[tuple[str, str, float]] = []
         self._events = 0
         self._pattern: list[type[Forward] | type[Backward]] = []
 
@@ -328,12 +334,22 @@ class PipelineQueue:
         entries = self._windows[0].entries.values() if self.planned else ()
         return sum(piece.masked for entry in entries for piece in entry.pieces.values())
 
-    def start(self, num_micro_batches: int, now: float, micro_batches_in_flight: int | None = None) -> tuple[int, ...]:
-        """Begin the oldest planned window, with dummies up to `num_micro_batches`; returns its micro-batches."""
+    def start(
+        self,
+        num_micro_batches: int,
+        now: float,
+        micro_batches_in_flight: int | None = None,
+        micro_batches_ahead: int | None = None,
+    ) -> tuple[int, ...]:
+        """Begin the oldest planned window, with dummies up to `num_micro_batches`; returns its micro-batches.
+
+        `micro_batches_ahead` have credit or are here beyond those in flight; by default as many.
+        """
         if not self.planned:
             raise RuntimeError("start: the previous window has not stepped, or the next one is not planned")
         window = self._windows[0]
         self._depth = micro_batches_in_flight or self._depth
+        self._ahead = micro_batches_ahead or self._depth
         self._running = True
         planned = len(window.entries)
         # Dummies come after all that is planned ahead, since their number is known only now.
@@ -361,9 +377,9 @@ class PipelineQueue:
     # -- inside: who is late ----------------------------------------------------------------------------------------
 
     def _learn(self, now: float) -> None:
-        for client, asked in self._answered:
+        for client, what, asked in self._answered:
             if self._patience is not None and asked < math.inf:
-                self._patience.learn(client, now - asked)
+                self._patience.learn(client, now - asked, what)
         self._answered.clear()
 
     def _ask(self, client: str, answer: tuple[str, int], since: float) -> None:
@@ -424,7 +440,8 @@ class PipelineQueue:
             elif not entry.pieces:
                 window.take(entry)
                 window.empty.append(entry)
-        del self._num_planned[client]
+        for window in self._windows:
+            del window.waiting[client]
         return tuple(dropped)
 
     # -- inside: planning and credit --------------------------------------------------------------------------------
@@ -447,7 +464,6 @@ class PipelineQueue:
         window = _Window(self._next_window, {})
         for plan in micro_batches:
             window.add(_Entry(plan, pieces={piece.client: piece for piece in plan.pieces}))
-            self._num_planned.update(piece.client for piece in plan.pieces)
         self._windows.append(window)
         self._behind |= self._benched
         self._manifests = {}
@@ -462,30 +478,43 @@ class PipelineQueue:
         return Plan(self._next_window - 1, tuple(micro_batches), tuple(manifests), passed_over)
 
     def _to_open(self) -> tuple[_Window, _Entry] | None:
-        if sum(len(window.live) for window in self._windows) >= 2 * self._depth:
-            return None
+        # One window has all its credit before the next gets any: clients answer for that one when they are done with
+        # this one, so it must never hold what this one needs.
+        window = next((window for window in self._windows if window.planned or window.empty), None)
+        entry = self._next_of(window) if window is not None else None
+        return (window, entry) if window is not None and entry is not None and self._has_room(window, entry) else None
+
+    def _next_of(self, window: _Window) -> _Entry | None:
+        """The micro-batch of a window that gets credit next; None if its clients must answer first."""
+        empty = min(window.empty, key=lambda entry: entry.plan.index, default=None)
         if self._order == "fixed":
-            planned = ((window, entry) for window, entry in self._all_entries() if entry.state is _State.PLANNED)
-            return next(planned, None)
+            heads = [entries[0] for entries in window.planned.values()][:1] + ([empty] if empty is not None else [])
+            return min(heads, key=lambda entry: entry.plan.index)
         # In the order of the plan, so that clients are done with a window one after another and go on to the next; but
         # nobody gets more than a fair part of the credit, which somebody slow could hold all of.
-        fair = -(-2 * self._depth // max(1, len(self._num_planned)))
-        for window in self._windows:
-            for client, entries in window.planned.items():
-                for entry in entries:
-                    if self._burden(entry) < fair:
-                        return window, entry
-                    if client in entry.pieces and self._owes(client) >= fair:
-                        break
-        return next(((window, window.empty[0]) for window in self._windows if window.empty), None)
+        fair = -(-(self._depth + self._ahead) // max(1, len(window.waiting)))
+        taken = self._credit_taken()
+        for client, entries in window.planned.items():
+            for entry in entries:
+                if all(taken[piece] < fair for piece in entry.pieces):
+                    return entry
+                if client in entry.pieces and taken[client] >= fair:
+                    break
+        return empty
 
-    def _owes(self, client: str) -> int:
-        owed = self._owed_since[client]
-        return len(owed) - (_MANIFEST in owed)
+    def _credit_taken(self) -> Counter[str]:
+        """Answers that clients owe; activations of these clients that lie here count too, as gradients do not come."""
+        live = [entry for window in self._windows for entry in window.live.values()]
+        taken = Counter(client for entry in live for client in entry.awaited)
+        lying = [client for entry in live if entry.state is _State.READY for client in entry.pieces if client in taken]
+        return taken + Counter(lying)
 
-    def _burden(self, entry: _Entry) -> int:
-        """Most answers that one of its clients owes already."""
-        return max(self._owes(client) for client in entry.pieces)
+    def _has_room(self, window: _Window, entry: _Entry) -> bool:
+        if entry.pieces:
+            num_live = sum(other.holds_memory for window in self._windows for other in window.live.values())
+        else:
+            num_live = sum(not other.holds_memory for other in window.live.values())
+        return num_live < self._depth + self._ahead
 
     def _open(self, window: _Window, entry: _Entry, now: float) -> Open:
         window.take(entry)
@@ -496,9 +525,9 @@ class PipelineQueue:
         since = now if self._running and window is self._windows[0] else math.inf
         for client in entry.awaited:
             self._ask(client, ("activations", entry.plan.index), since)
-            self._num_planned[client] -= 1
-            if not self._num_planned[client]:
-                del self._num_planned[client]
+            window.waiting[client] -= 1
+            if not window.waiting[client]:
+                del window.waiting[client]
         pieces = tuple(entry.pieces.values())
         self._advance(entry)
         return Open(window.number, entry.plan.index, pieces)
@@ -602,7 +631,7 @@ class PipelineQueue:
         entry.awaited.remove(client)
         answer = what, micro_batch
         del self._owed_since[client][answer]
-        self._answered.append((client, self._asked.pop((client, answer))))
+        self._answered.append((client, what, self._asked.pop((client, answer))))
         self._advance(entry)
         return entry.pieces[client]
 

@@ -20,7 +20,7 @@ from fedbert_ds.federation.modes import exchange_after
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.control import Control
 from fedbert_ds.server.coordinator import Seat, reply
-from fedbert_ds.server.depth import FIRST_DEPTH, Demand, depth_for
+from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
 from fedbert_ds.server.engine import BodyEngine, BodyInput
 from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
@@ -122,12 +122,17 @@ class RankServer:
         self._seats = {client: seat for client, seat in seats.items() if seat.rank == control.rank}
         self._first_window = first_window
         fixed = config.window.micro_batches_in_flight
-        self._depth = FIRST_DEPTH if fixed == "auto" else fixed
+        first = FIRST_DEPTH if fixed == "auto" else fixed
+        self._depth = Depth(first, first)
         # With a fixed order nothing may depend on the clock.
         self._patience = None if config.window.order == "fixed" else Patience()
         self._queue = PipelineQueue(
-            self._depth,
-            partial(pack, capacity=config.window.tokens_per_micro_batch),
+            first,
+            partial(
+                pack,
+                capacity=config.window.tokens_per_micro_batch,
+                clients_together=config.window.clients_per_micro_batch,
+            ),
             config.window.order,
             engine.lockstep_forwards,
             config.clients.silence_timeout,
@@ -255,11 +260,10 @@ class RankServer:
         with self._trace.span("wait for plan", window=window):
             while not (is_last or self._queue.planned or self._stop.requested):
                 self._attend()
-        answer_seconds = self._patience.farthest() if self._patience else 0.0
         report = Report(
             num_micro_batches=self._queue.num_micro_batches,
             masked_tokens=self._queue.masked_tokens,
-            demand=Demand(answer_seconds, self._service_seconds, self._engine.affordable_depth()),
+            demand=self._demand(),
             clients=self._queue.clients,
             stop=self._stop.requested,
             problems=tuple(self._problems),
@@ -272,13 +276,22 @@ class RankServer:
         with self._busy("gather", window=window):
             return self._control.gather(report)
 
+    def _demand(self) -> Demand:
+        patience = self._patience
+        return Demand(
+            activations_seconds=patience.farthest("activations") if patience else 0.0,
+            gradient_seconds=patience.farthest("gradient") if patience else 0.0,
+            service_seconds=self._service_seconds,
+            affordable=self._engine.affordable_depth(),
+        )
+
     def _train_window(self, window: int, reports: Sequence[Report]) -> None:
         """From the start of a planned window to the body's step."""
         if self._config.window.micro_batches_in_flight == "auto":
             self._depth = depth_for(report.demand for report in reports)
         self._masked_tokens = sum(report.masked_tokens for report in reports)
         num_micro_batches = max(1, *(report.num_micro_batches for report in reports))
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), self._depth)
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), *self._depth)
         self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
         self._manifests = {manifest.client: manifest for manifest in self._plans.pop(window).manifests}
         self._inbox.begin()

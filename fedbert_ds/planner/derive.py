@@ -1,0 +1,174 @@
+"""A scenario from a run file and a description of the machines: floating-point operations, bytes and rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
+from fedbert_ds.server.footprint import SHARE
+
+VOCABULARY = 30_522
+"""BERT's, for a run file that trains its own word pieces."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What there is to train on."""
+
+    gpus: int = 1
+    gpu_flops: float = 989e12
+    """Dense bf16 FLOP/s of one, as its maker says (H100 SXM: 989 T)."""
+    efficiency: float = 0.4
+    """Share of that which the body reaches; `fedbert-ds bench body` measures it."""
+    gpu_memory: float = 80e9
+    """Bytes."""
+    gpu_bandwidth: float = 3.35e12
+    """Bytes/s of its memory: what a step is bound by."""
+    between_gpus: float = 200e9
+    """Bytes/s a GPU moves in the ranks' collectives."""
+    network: float = 25e9 / 8
+    """Bytes/s of one rank's network to clients, each way."""
+    price: float = 2.5
+    """Of a GPU and hour."""
+    clients: int = 16
+    client_flops: float = 100e9
+    """FLOP/s that a client reaches: a laptop's CPU."""
+    rtt: float = 0.05
+    """Seconds."""
+    up: float = 100e6 / 8
+    """Bytes/s of a client's link, up."""
+    down: float = 100e6 / 8
+    """Bytes/s of a client's link, down."""
+    spread: Spread = field(default_factory=Spread)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a model and its halves."""
+
+    body_parameters: int
+    half_parameters: int
+    body_flops: float
+    """A token, forward and backward."""
+    embed_flops: float
+    head_flops: float
+    """A token, at the run's share of masked tokens."""
+
+
+def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
+    """The scenario of a run file on these machines. ModelError when the model cannot be had."""
+    hf_config = _hf_config(config)
+    model = _model(config, hf_config)
+    rate = machines.gpu_flops * machines.efficiency
+    reduced = 2 * model.body_parameters * 2 / machines.between_gpus if machines.gpus > 1 else 0.0
+    typical = ClientCosts(
+        embed_per_token=model.embed_flops / 2 / machines.client_flops,
+        head_per_token=model.head_flops / machines.client_flops,
+        per_message=1e-3,
+        rtt=machines.rtt,
+        up=machines.up,
+        down=machines.down,
+    )
+    scenario = Scenario(
+        body=BodyCosts(
+            forward_per_token=model.body_flops / 3 / rate,
+            backward_per_token=model.body_flops * 2 / 3 / rate,
+            per_micro_batch=1e-3,
+            # Weights, gradients and two moments, fp32, are read and most of them written.
+            step=7 * 4 * model.body_parameters / machines.gpus / machines.gpu_bandwidth + reduced,
+            gather=2e-3,
+        ),
+        clients=machines.spread.clients(typical, machines.clients),
+        wire=wire_bytes(config, hf_config, model),
+        tokens_per_window=config.window.tokens,
+        tokens_per_micro_batch=config.window.tokens_per_micro_batch,
+        sequence_tokens=config.data.sequence_length,
+        num_ranks=machines.gpus,
+        clients_per_micro_batch=config.window.clients_per_micro_batch,
+        micro_batches_in_flight=config.window.micro_batches_in_flight,
+        affordable_depth=affordable_depth(config, hf_config, machines),
+        mode=config.federation.mode,
+        average_every=config.federation.average_every,
+        staleness=config.window.staleness,
+        server_bytes_per_second=machines.network,
+    )
+    return scenario, model
+
+
+def affordable_depth(config: RunConfig, hf_config: Any, machines: Machines) -> int:
+    """Micro-batches whose graphs a GPU holds.
+
+    In bf16 a layer keeps 34 H bytes a token, with attention that keeps no scores, or 2 H with activation checkpointing
+    (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4).
+    """
+    values = 2 if config.body.activation_checkpointing else 34
+    bytes_per_token = values * hf_config.hidden_size * hf_config.num_hidden_layers
+    if config.body.precision == "fp32":
+        bytes_per_token *= 2
+    held = SHARE * machines.gpu_memory / (bytes_per_token * config.window.tokens_per_micro_batch)
+    return max(1, int(held))
+
+
+def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
+    """Bytes per token in each direction, by the wire's own formats."""
+    from fedbert_ds.model.architecture import widths
+    from fedbert_ds.wire.codecs import frame_bytes
+
+    width = widths(hf_config, config.cut)
+    masked = config.data.mask_probability
+    piece = max(1, config.window.tokens_per_micro_batch // config.window.clients_per_micro_batch)
+    rows, index = piece, 0.0
+    if config.cut == "rows":
+        rows = min(piece, hf_config.vocab_size, distinct_rows(piece))
+        index = max(0, rows - 1).bit_length() / 8
+
+    def per_token(codec: str, num_rows: float, columns: int) -> float:
+        return sum(frame_bytes(1000, columns, codec)) / 1000 * num_rows / piece
+
+    positions = 1 / 8
+    return Wire(
+        activations=per_token(config.wire.activations, rows, width.activations) + index + positions,
+        hidden=per_token(config.wire.hidden_states, masked * piece, width.hidden),
+        gradient=per_token(config.wire.gradients, masked * piece, width.hidden),
+        input_gradient=per_token(config.wire.gradients, rows, width.activations),
+        half=4.0 * model.half_parameters,
+    )
+
+
+def distinct_rows(tokens: int) -> int:
+    """Distinct word pieces in so many tokens of English: Heaps' law, fitted to WikiText with BERT's vocabulary."""
+    return max(1, min(tokens, round(1.89 * tokens**0.761)))
+
+
+def _hf_config(config: RunConfig) -> Any:
+    if config.model.checkpoint is not None:
+        from transformers import AutoConfig
+
+        from fedbert_ds.errors import ModelError
+
+        try:
+            return AutoConfig.from_pretrained(config.model.checkpoint)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"model.checkpoint {config.model.checkpoint}: no such model") from error
+    from fedbert_ds.model.checkpoint import config_of
+
+    vocabulary = VOCABULARY if config.tokenizer.path else config.tokenizer.vocab_size
+    return config_of(config.model, vocabulary, 0)
+
+
+def _model(config: RunConfig, hf_config: Any) -> Model:
+    from fedbert_ds.model.cut import body_skeleton, client_skeleton
+
+    body, half = body_skeleton(hf_config, config.cut), client_skeleton(hf_config, config.cut)
+    share = config.data.mask_probability
+    embed = half.flops_per_token(0.0)
+    return Model(
+        body_parameters=body.num_parameters,
+        half_parameters=half.num_parameters,
+        body_flops=body.flops_per_token(share, config.data.sequence_length),
+        # A look-up is bound by memory: as many operations as its width, forward and backward, stand for that.
+        embed_flops=embed + 20.0 * half.widths.activations,
+        head_flops=half.flops_per_token(share) - embed,
+    )

@@ -1,0 +1,176 @@
+"""What a federation would reach, what holds it back, what it costs, and whether another kind would serve better."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.planner.derive import Machines, Model, derive
+from fedbert_ds.planner.scenario import Scenario
+from fedbert_ds.planner.simulation import Outcome, simulate
+
+WINDOWS, SETTLING = 12, 4
+LOCAL_STEPS = 512
+"""Steps between averages of whole models, as published systems take (DiLoCo and its kin: 100 to 500)."""
+BUSY = 0.9
+"""What is busier than this holds the rest back."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a scenario gives."""
+
+    gpus: int
+    clients: int
+    tokens_per_second: float
+    busy_share: float
+    bytes_per_token: float
+    """Both ways, activations and gradients."""
+    bytes_per_token_averaging: float
+    bottleneck: str
+    """body, network, clients or flush."""
+    depth: int
+    dummy_share: float
+    days: float
+    cost: float
+    coordinator_seconds: float
+    """CPU seconds of all ranks' queues a window, measured on this machine."""
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """The other kind: every client trains the whole model, and models are averaged (DiLoCo)."""
+
+    tokens_per_second: float
+    bytes_per_token: float
+    gigabytes: float
+    """A client's weights, gradients and optimizer states, fp32."""
+
+
+def predict(config: RunConfig, machines: Machines, tokens: float) -> Prediction:
+    """Simulate a run file on machines until `tokens` are trained on."""
+    scenario, _ = derive(config, machines)
+    return predicted(scenario, simulate(scenario, WINDOWS, SETTLING), tokens, machines.price)
+
+
+def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float) -> Prediction:
+    """Figures of a simulated scenario."""
+    seconds = tokens / outcome.tokens_per_second
+    exchanges = 1.0 if scenario.mode == "synchronous" else 1.0 / scenario.average_every
+    averaging = 2 * scenario.wire.half * len(scenario.clients) * exchanges / scenario.tokens_per_window
+    return Prediction(
+        gpus=scenario.num_ranks,
+        clients=len(scenario.clients),
+        tokens_per_second=outcome.tokens_per_second,
+        busy_share=outcome.busy_share,
+        bytes_per_token=scenario.wire.up + scenario.wire.down,
+        bytes_per_token_averaging=averaging,
+        bottleneck=bottleneck(outcome),
+        depth=outcome.windows[-1].depth,
+        dummy_share=outcome.dummy_share,
+        days=seconds / 86400,
+        cost=seconds / 3600 * scenario.num_ranks * price,
+        coordinator_seconds=outcome.coordinator_seconds,
+    )
+
+
+def bottleneck(outcome: Outcome) -> str:
+    """What holds the federation back; `flush`: nothing is busy, windows wait for round trips and exchanges."""
+    if outcome.busy_share >= BUSY:
+        return "body"
+    busiest = max((outcome.link_busy_share, "network"), (outcome.client_busy_share, "clients"))
+    return busiest[1] if busiest[0] >= 0.75 else "flush"
+
+
+def whole_model(config: RunConfig, machines: Machines, model: Model) -> WholeModel:
+    """What the same clients would do without a server body, averaging whole models every LOCAL_STEPS steps."""
+    parameters = model.body_parameters + model.half_parameters
+    flops = model.body_flops + model.embed_flops + model.head_flops
+    tokens_per_step = config.window.tokens / machines.clients
+    return WholeModel(
+        tokens_per_second=machines.clients * machines.client_flops / flops,
+        bytes_per_token=2 * 4 * parameters / (LOCAL_STEPS * tokens_per_step),
+        gigabytes=16 * parameters / 1e9,
+    )
+
+
+def sweep(config: RunConfig, machines: Machines, tokens: float, tokens_per_client: int) -> Iterator[Prediction]:
+    """Curves to 10,000 clients and 64 GPUs; every client brings `tokens_per_client` to a window, and so it grows."""
+    for gpus in (1, 8, 64):
+        for clients in (10, 30, 100, 300, 1000, 3000, 10_000):
+            if clients < gpus:
+                continue
+            window = config.window.model_copy(update={"tokens": clients * tokens_per_client})
+            grown = config.model_copy(update={"window": window})
+            yield predict(grown, replace(machines, gpus=gpus, clients=clients), tokens)
+
+
+def report(config: RunConfig, machines: Machines, tokens: float) -> str:
+    """The plan in words."""
+    scenario, model = derive(config, machines)
+    plan = predicted(scenario, simulate(scenario, WINDOWS, SETTLING), tokens, machines.price)
+    other = whole_model(config, machines, model)
+    advice = {
+        "body": "the body is saturated: more GPUs make it faster",
+        "network": "links hold it back: a smaller codec, cut: rows, or more clients",
+        "clients": "clients' machines hold it back: more clients, or a smaller share for slow ones",
+        "flush": "nothing is busy: larger window.tokens, average_every, window.staleness: 1, or, for slow clients, "
+        "more clients at work at a time: window.clients_per_micro_batch, body.activation_checkpointing",
+    }[plan.bottleneck]
+    body, half = model.body_parameters / 1e6, model.half_parameters / 1e6
+    better = other.tokens_per_second > plan.tokens_per_second
+    return "\n".join(
+        [
+            f"model    body {body:.1f} M parameters, {model.body_flops / 1e9:.2f} GFLOP a token; "
+            f"client half {half:.1f} M",
+            f"speed    {plan.tokens_per_second:,.0f} tokens/s, body busy {100 * plan.busy_share:.1f} %, "
+            f"{plan.depth} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
+            f"limit    {plan.bottleneck}: {advice}",
+            f"wire     {plan.bytes_per_token:,.0f} bytes a token both ways, "
+            f"{plan.bytes_per_token_averaging:,.0f} more to keep the halves together",
+            f"budget   {tokens:,.0f} tokens: {plan.days:.1f} days, {plan.cost:,.0f} at {machines.price:g} a GPU hour",
+            f"other    whole models averaged every {LOCAL_STEPS} steps: {other.tokens_per_second:,.0f} tokens/s, "
+            f"{other.bytes_per_token:,.0f} bytes a token, {other.gigabytes:.1f} GB on every client"
+            + ("; faster here, if clients can hold that" if better else ""),
+        ]
+    )
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Curves of a sweep over clients: tokens/s, busy share, cost, coordinator time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    what = {
+        "tokens_per_second": "tokens/s",
+        "busy_share": "body busy",
+        "cost": "cost to the budget",
+        "coordinator_seconds": "coordinator, CPU s a window",
+    }
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    for (name, label), plot in zip(what.items(), axes.flat, strict=True):
+        for gpus in sorted({row["gpus"] for row in rows}):
+            line = [row for row in rows if row["gpus"] == gpus]
+            plot.plot([r["clients"] for r in line], [r[name] for r in line], marker="o", label=f"{gpus} GPUs")
+        plot.set_xscale("log")
+        if name != "busy_share":
+            plot.set_yscale("log")
+        plot.set_xlabel("clients")
+        plot.set_ylabel(label)
+        plot.grid(alpha=0.3)
+    axes[0, 0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def as_row(prediction: Prediction) -> dict[str, Any]:
+    """For a record."""
+    row: dict[str, Any] = json.loads(json.dumps(asdict(prediction)))
+    return row

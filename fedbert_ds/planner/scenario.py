@@ -1,0 +1,124 @@
+"""What a plan is made for: body, clients and links as numbers, measured on a run or derived from a run file."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class BodyCosts:
+    """Seconds of one rank's body, and bytes and FLOPs that follow from the model."""
+
+    forward_per_token: float
+    """Seconds a token."""
+    backward_per_token: float
+    """Seconds a token."""
+    per_micro_batch: float = 0.0
+    """Seconds a micro-batch costs beside its computation: receiving, packing, sending. Not counted as busy."""
+    step: float = 0.0
+    """Seconds of the optimizer's step, collectives included."""
+    gather: float = 0.0
+    """Seconds in which ranks agree on the next window."""
+
+
+@dataclass(frozen=True)
+class ClientCosts:
+    """One client's machine and link."""
+
+    embed_per_token: float
+    """Seconds a token, forward of its half; the backward is taken to cost the same."""
+    head_per_token: float
+    """Seconds a token, head and loss, forward and backward, averaged over masked and other tokens."""
+    per_message: float = 0.0
+    """Seconds a message costs at the client beside its tokens."""
+    rtt: float = 0.0
+    """Seconds of a round trip."""
+    up: float = float("inf")
+    """Bytes a second to the server."""
+    down: float = float("inf")
+    """Bytes a second from the server."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """Bytes that cross, per token unless said otherwise."""
+
+    activations: float
+    hidden: float
+    gradient: float
+    """Of hidden states, up."""
+    input_gradient: float
+    half: float = 0.0
+    """Bytes of a client half (or its gradients) each way, when it is exchanged."""
+
+    @property
+    def up(self) -> float:
+        """Bytes a token to the server, exchanges left out."""
+        return self.activations + self.gradient
+
+    @property
+    def down(self) -> float:
+        """Bytes a token from the server, exchanges left out."""
+        return self.hidden + self.input_gradient
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A federation to predict."""
+
+    body: BodyCosts
+    clients: tuple[ClientCosts, ...]
+    wire: Wire
+    tokens_per_window: int
+    tokens_per_micro_batch: int
+    sequence_tokens: int = 128
+    """Tokens of a sequence; all alike."""
+    num_ranks: int = 1
+    clients_per_micro_batch: int = 1
+    micro_batches_in_flight: int | Literal["auto"] = "auto"
+    affordable_depth: int = 64
+    """Micro-batches in flight that memory holds."""
+    mode: Literal["synchronous", "parallel"] = "parallel"
+    average_every: int = 1
+    staleness: int = 0
+    client_cores: int | None = None
+    """Cores that all clients share, for clients on one machine; None: each has its own."""
+    server_bytes_per_second: float = float("inf")
+    """Of each rank's network, each way."""
+    combine_per_byte: float = 2e-9
+    """Seconds a byte of each client's half takes the server to sum."""
+
+    def exchanges(self, window: int) -> bool:
+        """Whether halves are exchanged after this window."""
+        return self.mode == "synchronous" or (window + 1) % self.average_every == 0
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How unequal clients are: log-normal factors around the given costs."""
+
+    speed: float = 0.0
+    """Standard deviation of the logarithm of a client's seconds."""
+    link: float = 0.0
+    """The same of its round trip and, inverted, of its rates."""
+    seed: int = field(default=0)
+
+    def clients(self, typical: ClientCosts, count: int) -> tuple[ClientCosts, ...]:
+        """`count` clients around a typical one."""
+        chance = random.Random(self.seed)
+        made = []
+        for _ in range(count):
+            slow, far = chance.lognormvariate(0.0, self.speed), chance.lognormvariate(0.0, self.link)
+            made.append(
+                ClientCosts(
+                    typical.embed_per_token * slow,
+                    typical.head_per_token * slow,
+                    typical.per_message * slow,
+                    typical.rtt * far,
+                    typical.up / far,
+                    typical.down / far,
+                )
+            )
+        return tuple(made)

@@ -1,0 +1,423 @@
+"""A federation on a discrete-event clock: real pipeline queues, and clients, links and bodies that only take time."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+from fedbert_ds.planner.scenario import ClientCosts, Scenario
+from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.patience import Patience
+from fedbert_ds.server.pipeline_queue import Backward, Decision, Expire, Forward, Open, PipelineQueue, Plan, Skip, Step
+from fedbert_ds.server.window import Piece, assign_clients, pack
+from fedbert_ds.wire.messages import Manifest
+
+SMALL = 200
+"""Bytes of a message without a tensor."""
+
+
+@dataclass
+class WindowResult:
+    """One window, from the start of the last to its own."""
+
+    seconds: float
+    tokens: int
+    busy_seconds: float
+    """Mean over ranks; dummies left out."""
+    dummy_micro_batches: int
+    forwards: int
+    depth: int
+
+
+@dataclass
+class Outcome:
+    """What a simulation found, without its first windows."""
+
+    windows: list[WindowResult]
+    client_busy_share: float
+    """Of the busiest client's time, computing."""
+    link_busy_share: float
+    """Of the busiest client's link, the busier direction."""
+    coordinator_seconds: float
+    """CPU seconds that the queues' own code took a window, all ranks together; measured, not simulated."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """All ranks together."""
+        return sum(w.tokens for w in self.windows) / sum(w.seconds for w in self.windows)
+
+    @property
+    def busy_share(self) -> float:
+        """Of the bodies' time."""
+        return sum(w.busy_seconds for w in self.windows) / sum(w.seconds for w in self.windows)
+
+    @property
+    def dummy_share(self) -> float:
+        """Of forwards."""
+        return sum(w.dummy_micro_batches for w in self.windows) / sum(w.forwards for w in self.windows)
+
+
+def simulate(scenario: Scenario, windows: int = 10, settling: int = 3) -> Outcome:
+    """Run so many windows and keep all but the first `settling`."""
+    return _Simulation(scenario, windows).run(settling)
+
+
+class _Pipe:
+    """Something that serves one after another: a link's direction, a CPU."""
+
+    def __init__(self) -> None:
+        self.free_at = 0.0
+        self.busy = 0.0
+
+    def take(self, now: float, seconds: float) -> float:
+        """When a piece of work that arrives now and takes so long is done."""
+        self.free_at = max(now, self.free_at) + seconds
+        self.busy += seconds
+        return self.free_at
+
+
+class _Cores:
+    """Several CPUs behind one queue."""
+
+    def __init__(self, count: int) -> None:
+        self._pipes = [_Pipe() for _ in range(count)]
+
+    def take(self, now: float, seconds: float) -> float:
+        return min(self._pipes, key=lambda pipe: pipe.free_at).take(now, seconds)
+
+
+@dataclass
+class _ClientWindow:
+    pieces: dict[int, Piece] = field(default_factory=dict)
+    opened: list[int] = field(default_factory=list)
+
+
+class _Client:
+    """The protocol of `client.trainer`, with times for tensors."""
+
+    def __init__(self, name: str, costs: ClientCosts, tokens: int, rank: _Rank, simulation: _Simulation) -> None:
+        self.name, self.costs, self.rank = name, costs, rank
+        self._simulation = simulation
+        self._scenario = simulation.scenario
+        length = self._scenario.sequence_tokens
+        whole, rest = divmod(tokens, length)
+        self.lengths = (length,) * whole + ((rest,) if rest or not whole else ())
+        self.cpu = _Pipe()
+        self.up, self.down = _Pipe(), _Pipe()
+        self._windows: dict[int, _ClientWindow] = {}
+        self._applied = 0
+        self._done: set[int] = set()
+
+    def receive(self, num_bytes: float, what: Callable[[], None]) -> None:
+        """A message that the server sends now."""
+        now = self._simulation.now
+        left = self.rank.network_down.take(now, num_bytes / self._scenario.server_bytes_per_second)
+        self._simulation.at(self.down.take(left, num_bytes / self.costs.down) + self.costs.rtt / 2, what)
+
+    def _send(self, when: float, num_bytes: float, what: Callable[[], None]) -> None:
+        arrived = self.up.take(when, num_bytes / self.costs.up) + self.costs.rtt / 2
+        taken = self.rank.network_up.take(arrived, num_bytes / self._scenario.server_bytes_per_second)
+        self._simulation.at(taken, partial(self.rank.event, what))
+
+    def _compute(self, seconds: float) -> float:
+        seconds += self.costs.per_message
+        self.cpu.busy += seconds
+        if self._simulation.cores is not None:
+            started = max(self._simulation.now, self.cpu.free_at)
+            self.cpu.free_at = self._simulation.cores.take(started, seconds)
+            return self.cpu.free_at
+        self.cpu.busy -= seconds
+        return self.cpu.take(self._simulation.now, seconds)
+
+    def announce(self, window: int) -> None:
+        """Send the manifest of a window."""
+        if window >= self._simulation.num_windows:
+            return
+        self._windows[window] = _ClientWindow()
+        manifest = Manifest(self.name, window, self.lengths, tuple(length * 3 // 20 for length in self.lengths))
+        self._send(self._simulation.now, SMALL, lambda: self.rank.queue_call(self.rank.queue.manifest, manifest))
+
+    def plan(self, window: int, pieces: dict[int, Piece], next_window: int) -> None:
+        self._windows[window].pieces = pieces
+        self.announce(next_window)
+
+    def open(self, window: int, micro_batch: int) -> None:
+        self._windows[window].opened.append(micro_batch)
+        self._embed_what_may_be()
+
+    def _embed_what_may_be(self) -> None:
+        for number, window in list(self._windows.items()):
+            if number <= self._applied + self._scenario.staleness:
+                while window.opened:
+                    micro_batch = window.opened.pop(0)
+                    tokens = window.pieces[micro_batch].tokens
+                    done = self._compute(self.costs.embed_per_token * tokens)
+                    report = partial(self.rank.queue_call, self.rank.queue.activations, self.name, micro_batch)
+                    self._send(done, self._scenario.wire.activations * tokens + SMALL, report)
+
+    def head(self, window: int, micro_batch: int) -> None:
+        tokens = self._windows[window].pieces[micro_batch].tokens
+        done = self._compute(self.costs.head_per_token * tokens)
+        report = partial(self.rank.queue_call, self.rank.queue.gradient, self.name, micro_batch)
+        self._send(done, self._scenario.wire.gradient * tokens + SMALL, report)
+
+    def input_gradient(self, number: int, micro_batch: int) -> None:
+        window = self._windows[number]
+        done = self._compute(self.costs.embed_per_token * window.pieces.pop(micro_batch).tokens)
+        if not window.pieces:
+            self._simulation.at(done, partial(self._trained, number))
+
+    def _trained(self, window: int) -> None:
+        if not self._scenario.exchanges(window):
+            self.done_with(window)
+            return
+        deliver = partial(self._simulation.half_arrived, window, self)
+        self._send(self._simulation.now, self._scenario.wire.half, deliver)
+
+    def done_with(self, window: int) -> None:
+        """Its half has taken this window's step."""
+        self._windows.pop(window, None)
+        self._done.add(window)
+        while self._applied in self._done:
+            self._done.remove(self._applied)
+            self._applied += 1
+        self._embed_what_may_be()
+
+
+class _Rank:
+    """The loop of `server.rank`, with times for the body."""
+
+    def __init__(self, number: int, simulation: _Simulation) -> None:
+        scenario = simulation.scenario
+        self._simulation, self._scenario = simulation, scenario
+        self.number = number
+        fixed = scenario.micro_batches_in_flight
+        self.depth = FIRST_DEPTH if fixed == "auto" else fixed
+        self.patience = Patience()
+        self.queue = PipelineQueue(
+            self.depth,
+            partial(pack, capacity=scenario.tokens_per_micro_batch, clients_together=scenario.clients_per_micro_batch),
+            num_windows=simulation.num_windows,
+            windows_ahead=max(1, scenario.staleness),
+            patience=self.patience,
+        )
+        self.clients: dict[str, _Client] = {}
+        self.network_up, self.network_down = _Pipe(), _Pipe()
+        self.is_free = True
+        self.waits_to_start = True
+        self.busy = self.service = 0.0
+        self.tokens = self.dummies = self.forwards = 0
+
+    def queue_call(self, call: Callable[..., object], *arguments: object) -> None:
+        """Report something to the queue, on the coordinator's own clock."""
+        started = time.process_time()
+        call(*arguments)
+        self._simulation.coordinator_seconds += time.process_time() - started
+
+    def event(self, what: Callable[[], None]) -> None:
+        """Something has arrived."""
+        what()
+        if self.is_free:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Decide until there is work that takes time, or nothing to do."""
+        while True:
+            started = time.process_time()
+            decision = self.queue.decide(self._simulation.now)
+            self._simulation.coordinator_seconds += time.process_time() - started
+            if decision is None:
+                if self.waits_to_start and self.queue.planned:
+                    self.waits_to_start = False
+                    self._simulation.gather()
+                return
+            if not self._carry_out(decision):
+                return
+
+    def _carry_out(self, decision: Decision) -> bool:
+        """Whether the rank is still free."""
+        now = self._simulation.now
+        match decision:
+            case Plan(window, micro_batches, manifests, _):
+                pieces: dict[str, dict[int, Piece]] = {manifest.client: {} for manifest in manifests}
+                for micro_batch in micro_batches:
+                    for piece in micro_batch.pieces:
+                        pieces[piece.client][micro_batch.index] = piece
+                for name, own in pieces.items():
+                    client = self.clients[name]
+                    client.receive(SMALL, partial(client.plan, window, own, self.queue.next_window))
+                return True
+            case Open(window, micro_batch, opened):
+                for piece in opened:
+                    client = self.clients[piece.client]
+                    client.receive(SMALL, partial(client.open, window, micro_batch))
+                return True
+            case Forward(micro_batch, pieces_):
+                self._work(self._scenario.body.forward_per_token, pieces_, partial(self._forwarded, decision))
+                return False
+            case Backward(micro_batch, pieces_):
+                self._work(self._scenario.body.backward_per_token, pieces_, partial(self._backwarded, decision))
+                return False
+            case Step():
+                self.is_free = False
+                self._simulation.step(self)
+                return False
+            case Skip() | Expire():
+                raise RuntimeError(f"{decision} at {now:.1f} s: a client is hundreds of times slower than itself")
+
+    def _work(self, per_token: float, pieces: tuple[Piece, ...], then: Callable[[], None]) -> None:
+        tokens = sum(piece.tokens for piece in pieces)
+        seconds = per_token * tokens
+        self.is_free = False
+        self.busy += seconds
+        self._simulation.at(self._simulation.now + seconds + self._scenario.body.per_micro_batch / 2, then)
+
+    def _forwarded(self, forward: Forward) -> None:
+        window = self._simulation.window
+        self.forwards += 1
+        self.dummies += not forward.pieces
+        for piece in forward.pieces:
+            self.tokens += piece.tokens
+            client = self.clients[piece.client]
+            num_bytes = self._scenario.wire.hidden * piece.tokens + SMALL
+            client.receive(num_bytes, partial(client.head, window, forward.micro_batch))
+        self.is_free = True
+        self.go_on()
+
+    def _backwarded(self, backward: Backward) -> None:
+        window = self._simulation.window
+        for piece in backward.pieces:
+            client = self.clients[piece.client]
+            num_bytes = self._scenario.wire.input_gradient * piece.tokens + SMALL
+            client.receive(num_bytes, partial(client.input_gradient, window, backward.micro_batch))
+        self.is_free = True
+        self.go_on()
+
+    def demand(self) -> Demand:
+        return Demand(
+            activations_seconds=self.patience.farthest("activations"),
+            gradient_seconds=self.patience.farthest("gradient"),
+            service_seconds=self.service,
+            affordable=self._scenario.affordable_depth,
+        )
+
+
+class _Simulation:
+    def __init__(self, scenario: Scenario, windows: int) -> None:
+        self.scenario = scenario
+        self.num_windows = windows
+        self.now = 0.0
+        self.window = 0
+        self.coordinator_seconds = 0.0
+        self.cores = _Cores(scenario.client_cores) if scenario.client_cores else None
+        self.ranks = [_Rank(number, self) for number in range(scenario.num_ranks)]
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = itertools.count()
+        self._gathered = self._stepped = 0
+        self._halves: dict[int, list[_Client]] = {}
+        self._results: list[WindowResult] = []
+        self._started_at = 0.0
+        share = max(1, scenario.tokens_per_window // len(scenario.clients))
+        names = [f"client-{number:05d}" for number in range(len(scenario.clients))]
+        seats = assign_clients(dict.fromkeys(names, share), scenario.num_ranks)
+        self.clients = []
+        for name, costs in zip(names, scenario.clients, strict=True):
+            rank = self.ranks[seats[name]]
+            client = rank.clients[name] = _Client(name, costs, share, rank, self)
+            rank.queue_call(rank.queue.join, name, 0.0)
+            self.clients.append(client)
+
+    def at(self, when: float, what: Callable[[], None]) -> None:
+        """Something happens then."""
+        heapq.heappush(self._events, (when, next(self._count), what))
+
+    def run(self, settling: int) -> Outcome:
+        for client in self.clients:
+            client.announce(0)
+        for rank in self.ranks:
+            rank.go_on()
+        busy_before: list[tuple[float, float, float]] = []
+        settled_at = 0.0
+        while self._events and len(self._results) < self.num_windows:
+            self.now, _, what = heapq.heappop(self._events)
+            what()
+            if len(self._results) == settling and not busy_before:
+                settled_at = self.now
+                busy_before = [(c.cpu.busy, c.up.busy, c.down.busy) for c in self.clients]
+                self.coordinator_seconds = 0.0
+        if len(self._results) < self.num_windows:
+            raise RuntimeError(f"nothing more can happen in window {self.window}")
+        elapsed = self.now - settled_at
+        pairs = list(zip(self.clients, busy_before, strict=True))
+        return Outcome(
+            windows=self._results[settling:],
+            client_busy_share=max(client.cpu.busy - cpu for client, (cpu, _, _) in pairs) / elapsed,
+            link_busy_share=max(max(c.up.busy - up, c.down.busy - down) for c, (_, up, down) in pairs) / elapsed,
+            coordinator_seconds=self.coordinator_seconds / (self.num_windows - settling),
+        )
+
+    def gather(self) -> None:
+        """A rank is ready for the next window; it starts when all are."""
+        self._gathered += 1
+        if self._gathered == len(self.ranks):
+            self._gathered = 0
+            self.at(self.now + self.scenario.body.gather, self._start)
+
+    def _start(self) -> None:
+        if self.scenario.micro_batches_in_flight == "auto":
+            depth = depth_for(rank.demand() for rank in self.ranks)
+        else:
+            depth = Depth(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
+        most = max(1, *(rank.queue.num_micro_batches for rank in self.ranks))
+        for rank in self.ranks:
+            rank.depth = depth.in_flight
+            rank.busy, rank.tokens, rank.dummies, rank.forwards = 0.0, 0, 0, 0
+            rank.queue_call(rank.queue.start, most, self.now, *depth)
+        if self.scenario.exchanges(self.window):
+            self._halves[self.window] = []
+        for rank in self.ranks:
+            rank.go_on()
+
+    def step(self, rank: _Rank) -> None:
+        """A rank has done all its micro-batches; the optimizer steps when all have."""
+        self._stepped += 1
+        if self._stepped == len(self.ranks):
+            self._stepped = 0
+            self.at(self.now + self.scenario.body.step, self._after_step)
+
+    def _after_step(self) -> None:
+        for rank in self.ranks:
+            if real := rank.forwards - rank.dummies:
+                rank.service = rank.busy / real
+            rank.busy += self.scenario.body.step
+        self._results.append(
+            WindowResult(
+                seconds=self.now - self._started_at,
+                tokens=sum(rank.tokens for rank in self.ranks),
+                busy_seconds=sum(rank.busy for rank in self.ranks) / len(self.ranks),
+                dummy_micro_batches=sum(rank.dummies for rank in self.ranks),
+                forwards=sum(rank.forwards for rank in self.ranks),
+                depth=self.ranks[0].depth,
+            )
+        )
+        self._started_at = self.now
+        self.window += 1
+        for rank in self.ranks:
+            rank.is_free = True
+            rank.waits_to_start = self.window < self.num_windows
+        for rank in self.ranks:
+            rank.go_on()
+
+    def half_arrived(self, window: int, client: _Client) -> None:
+        """A client's half is here; when all are, everybody gets what they make together."""
+        self._halves[window].append(client)
+        if len(self._halves[window]) == len(self.clients):
+            size = self.scenario.wire.half
+            summed = self.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
+            for everybody in self._halves.pop(window):
+                # `receive` reads the clock, so it is called when the sum is there.
+                self.at(summed, partial(everybody.receive, size, partial(everybody.done_with, window)))

@@ -1,0 +1,104 @@
+"""Predictions held against a record of `fedbert-ds bench pipeline`.
+
+The costs of body, messages and clients are read from the runs without a link; what is predicted are the others: round
+trips, rates, exchanges of halves, staleness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedbert_ds.errors import RunError
+from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Wire
+from fedbert_ds.planner.simulation import simulate
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One run, measured and predicted."""
+
+    row: Row
+    tokens_per_second: float
+    utilization: float
+
+    @property
+    def error(self) -> float:
+        """Of the predicted tokens/s, relative to the measured."""
+        return self.tokens_per_second / self.row["tokens_per_second"] - 1.0
+
+
+def validate(record: Mapping[str, Any]) -> Iterator[Check]:
+    """Predict every run of ours over a link. RunError when the record has none without a link to learn costs from."""
+    ours = [row for row in record["rows"] if row["system"] == "ours"]
+    bases = {row["variant"]: row for row in ours if row["rtt_ms"] == 0}
+    if not bases:
+        raise RunError("the record has no run without a link; make it with --rtt 0 and others")
+    for row in ours:
+        if row["rtt_ms"] == 0 or row["variant"] not in bases:
+            continue
+        outcome = simulate(scenario_of(row, bases[row["variant"]], record["settings"]))
+        yield Check(row, outcome.tokens_per_second, outcome.busy_share)
+
+
+def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
+    """The scenario of `row`, with costs as measured in `base`, the same run without a link."""
+    seconds, tokens = base["seconds"], base["window_tokens"]
+    per_piece = tokens / base["micro_batches"]
+    exchanges = row["mode"] == "synchronous"
+    half = row["bytes_per_token_averaging"] * tokens / 2 / row["clients"] if exchanges else 0.0
+    # Without a link, a synchronous window waits for nothing but the exchange: summing, framing, stepping.
+    exchange = max(0.0, seconds["wait"]) if exchanges and not row["staleness"] else 0.0
+    rate = row["mbit"] * 1e6 / 8 if row["mbit"] else float("inf")
+    # Up: activations and gradients; how they divide matters little, for both take the same link.
+    up, down = row["bytes_per_token_up"], row["bytes_per_token_down"]
+    return Scenario(
+        body=BodyCosts(
+            forward_per_token=seconds["forward"],
+            backward_per_token=seconds["backward"],
+            per_micro_batch=seconds["messages"],
+            step=seconds["step"],
+            gather=seconds["gather"],
+        ),
+        clients=(
+            ClientCosts(
+                embed_per_token=seconds["activations"] / per_piece,
+                head_per_token=seconds["gradient"] / per_piece,
+                rtt=row["rtt_ms"] / 1e3,
+                up=rate,
+                down=rate,
+            ),
+        )
+        * row["clients"],
+        wire=Wire(up / 2, down / 2, up / 2, down / 2, half),
+        tokens_per_window=round(tokens),
+        tokens_per_micro_batch=settings["window"]["tokens_per_micro_batch"],
+        sequence_tokens=settings["data"]["sequence_length"],
+        mode=row["mode"],
+        average_every=settings["federation"]["average_every"],
+        staleness=row["staleness"],
+        client_cores=1,
+        combine_per_byte=exchange / (half * row["clients"]) if half else 0.0,
+    )
+
+
+def table(checks: Sequence[Check]) -> str:
+    """Measured and predicted, as Markdown."""
+    heads = ["run", "link", "tokens/s measured", "predicted", "error", "busy measured", "predicted"]
+    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
+    for check in checks:
+        row = check.row
+        cells = [
+            row["variant"] or "weights averaged rarely, rows at int8",
+            f"{row['rtt_ms']:g} ms, {row['mbit']:g} Mbit/s",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{check.tokens_per_second:,.0f}",
+            f"{100 * check.error:+.1f} %",
+            f"{100 * row['utilization']:.1f} %",
+            f"{100 * check.utilization:.1f} %",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,131 @@
+"""The planner's clock: what can be computed by hand comes out, and every token is trained on once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
+from fedbert_ds.planner.simulation import simulate
+
+BODY = BodyCosts(forward_per_token=1e-4, backward_per_token=2e-4)
+NEAR = ClientCosts(embed_per_token=0.0, head_per_token=0.0)
+LIGHT = Wire(1.0, 1.0, 1.0, 1.0)
+PLAIN = Scenario(BODY, (NEAR,) * 8, LIGHT, tokens_per_window=16384, tokens_per_micro_batch=1024, average_every=1000)
+
+
+def test_with_nothing_to_wait_for_the_body_sets_the_pace():
+    outcome = simulate(PLAIN)
+    assert outcome.busy_share == pytest.approx(1.0)
+    assert outcome.tokens_per_second == pytest.approx(1 / 3e-4)
+    assert outcome.dummy_share == 0.0
+
+
+def test_messages_and_steps_take_their_time():
+    body = replace(BODY, per_micro_batch=0.01, step=0.5, gather=0.25)
+    outcome = simulate(replace(PLAIN, body=body))
+    seconds = 16384 * 3e-4 + 16 * 0.01 + 0.5 + 0.25
+    assert outcome.tokens_per_second == pytest.approx(16384 / seconds)
+    assert outcome.busy_share == pytest.approx((16384 * 3e-4 + 0.5) / seconds)
+
+
+@pytest.mark.parametrize("rtt", [0.05, 0.2, 1.0])
+def test_one_client_with_one_micro_batch_waits_for_everything(rtt: float):
+    """Nothing overlaps: two round trips a window, the one for credit is hidden since credit is given ahead."""
+    far = replace(NEAR, rtt=rtt)
+    outcome = simulate(replace(PLAIN, clients=(far,), tokens_per_window=1024))
+    # Hidden states and their gradient; input gradient and the next activations.
+    assert outcome.tokens_per_second == pytest.approx(1024 / (1024 * 3e-4 + 2 * rtt), rel=1e-6)
+
+
+def test_round_trips_are_hidden_when_halves_are_exchanged_rarely():
+    """The next window's activations and a stock of backwards cover both round trips of a window's end."""
+    far = replace(NEAR, rtt=0.2)
+    assert simulate(replace(PLAIN, clients=(far,) * 8)).busy_share > 0.99
+
+
+def test_an_exchange_after_every_window_costs_two_round_trips_and_staleness_hides_them():
+    far = replace(NEAR, rtt=0.2)
+    exact = replace(PLAIN, clients=(far,) * 8, mode="synchronous")
+    seconds = 16384 * 3e-4
+    # Input gradients down, halves up and down, activations up.
+    assert simulate(exact).busy_share == pytest.approx(seconds / (seconds + 2 * 0.2), rel=1e-3)
+    assert simulate(replace(exact, staleness=1)).busy_share > 0.99
+
+
+def test_a_link_carries_no_more_than_its_rate():
+    narrow = replace(NEAR, up=1e4, down=1e9)
+    outcome = simulate(replace(PLAIN, clients=(narrow,) * 8, wire=Wire(100.0, 1.0, 10.0, 1.0)))
+    assert outcome.tokens_per_second == pytest.approx(8 * 1e4 / 110, rel=0.03)
+    assert outcome.link_busy_share > 0.95
+
+
+def test_the_servers_network_is_shared_by_all():
+    outcome = simulate(replace(PLAIN, wire=Wire(100.0, 1.0, 10.0, 1.0), server_bytes_per_second=1e5))
+    assert outcome.tokens_per_second == pytest.approx(1e5 / 110, rel=0.03)
+
+
+def test_clients_on_few_cores_work_one_after_another():
+    slow = replace(NEAR, embed_per_token=1e-3)
+    apart = simulate(replace(PLAIN, clients=(slow,) * 8))
+    together = simulate(replace(PLAIN, clients=(slow,) * 8, client_cores=1))
+    assert together.tokens_per_second == pytest.approx(1 / 2e-3, rel=0.03)  # forward and backward
+    assert apart.tokens_per_second > 3 * together.tokens_per_second
+
+
+def test_slow_clients_gain_from_sharing_micro_batches():
+    slow = replace(NEAR, head_per_token=2e-3)
+    alone = replace(PLAIN, clients=(slow,) * 16, affordable_depth=4)
+    assert (
+        simulate(replace(alone, clients_per_micro_batch=8)).tokens_per_second > 1.5 * simulate(alone).tokens_per_second
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.integers(1, 3),
+    clients=st.integers(1, 9),
+    mode=st.sampled_from(["parallel", "synchronous"]),
+    staleness=st.integers(0, 2),
+    average_every=st.integers(1, 3),
+    tokens=st.integers(1, 6000),
+    together=st.integers(1, 4),
+    spread=st.floats(0.0, 1.0),
+)
+def test_any_federation_trains_on_every_token_once(
+    ranks, clients, mode, staleness, average_every, tokens, together, spread
+):
+    typical = ClientCosts(1e-5, 2e-5, 1e-3, rtt=0.05, up=1e6, down=1e6)
+    scenario = replace(
+        PLAIN,
+        clients=Spread(spread, spread).clients(typical, clients),
+        tokens_per_window=tokens,
+        num_ranks=ranks,
+        mode=mode,
+        staleness=staleness,
+        average_every=average_every,
+        clients_per_micro_batch=together,
+        wire=Wire(1.0, 1.0, 1.0, 1.0, half=1e4),
+        body=replace(BODY, per_micro_batch=1e-3, step=0.01, gather=0.001),
+    )
+    outcome = simulate(scenario, windows=5, settling=1)
+    assert [window.tokens for window in outcome.windows] == [clients * max(1, tokens // clients)] * 4
+    assert 0.0 < outcome.busy_share <= 1.0 + 1e-9
+    assert outcome.client_busy_share <= 1.0 + 1e-9 and outcome.link_busy_share <= 1.0 + 1e-9
+
+
+def test_the_queues_own_cost_grows_with_micro_batches_alone():
+    """Counted, not timed: events of a window are a fixed number for each client and micro-batch."""
+    from fedbert_ds.planner import simulation
+
+    counts = {}
+    for clients in (10, 1000):
+        sim = simulation._Simulation(
+            replace(PLAIN, clients=(NEAR,) * clients, tokens_per_window=1024 * clients), windows=3
+        )
+        sim.run(1)
+        counts[clients] = next(sim._count) / clients
+    assert counts[1000] == pytest.approx(counts[10], rel=0.1)

@@ -176,12 +176,8 @@ class Inbox:
                 raise WireError(f"client {client}: a second half of window {chunk.window}")
             names = self._shapes.half if is_whole else self._shapes.exchanged
             shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
-            self._assemblers[client] = (
-                chunk.window,
-                HalfAssembler(
-                    shapes, f"client {client}: its half", "fp32" if is_whole else self._shapes.exchange_codec
-                ),
-            )
+            codec = "fp32" if is_whole else self._shapes.exchange_codec
+            self._assemblers[client] = chunk.window, HalfAssembler(shapes, f"client {client}: its half", codec)
         window, assembler = self._assemblers[client]
         if chunk.window != window:
             raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")

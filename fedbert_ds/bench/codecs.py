@@ -142,6 +142,30 @@ class Text:
         self.train = encode(self._train, self.tokenizer, length)
         self.held_out = encode(held_out, self.tokenizer, length)
 
+    def held_out_batches(self, config: RunConfig) -> list[Batch]:
+        """The same masked tokens for every run."""
+        from fedbert_ds.data.masking import BatchStream
+
+        stream = BatchStream(
+            self.held_out,
+            self.tokenizer,
+            mask_probability=config.data.mask_probability,
+            whole_word=config.data.whole_word,
+            seed=TEXT_SEED,
+            client="held out",
+        )
+        count = max(1, self.held_out.num_tokens // config.window.tokens)
+        return [stream.next_batch(number, config.window.tokens) for number in range(count)]
+
+    def unigram_loss(self, config: RunConfig) -> float:
+        """Held-out loss of word frequency alone, nats."""
+        import torch
+
+        from fedbert_ds.evaluation.masked_lm import unigram_loss
+
+        labels = torch.cat([batch.labels for batch in self.held_out_batches(config)])
+        return unigram_loss(self.train.token_counts(len(self.tokenizer)), labels)
+
     @property
     def digest(self) -> str:
         """Of everything that is trained on or held out."""
@@ -199,6 +223,7 @@ def bench_codecs(options: CodecsOptions) -> None:
         text={
             "source": Path(options.data).name, "sha256": text.digest, "articles": len(text.articles),
             "tokens": text.train.num_tokens, "held_out_tokens": text.held_out.num_tokens,
+            "unigram_loss": text.unigram_loss(config),
         },
         counted={
             "tokens": len(batch.input_ids), "masked": len(batch.labels),
@@ -379,16 +404,20 @@ def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[st
         halves="int8" if setting.extra == "int8 halves" else "fp32",
         feedback=RowFeedback(len(text.tokenizer), half.widths.activations) if setting.extra == "row feedback" else None,
     )
-    options: dict[str, Any] = {"mask_probability": config.data.mask_probability, "whole_word": config.data.whole_word}
-    stream = BatchStream(text.train, text.tokenizer, seed=seed, client="bench", **options)
+    stream = BatchStream(
+        text.train,
+        text.tokenizer,
+        mask_probability=config.data.mask_probability,
+        whole_word=config.data.whole_word,
+        seed=seed,
+        client="bench",
+    )
     crossed = [
         trainer.train_window(window, stream.next_batch(window, config.window.tokens)) for window in range(windows)
     ]
-    held_out = BatchStream(text.held_out, text.tokenizer, seed=TEXT_SEED, client="held out", **options)
-    count = max(1, text.held_out.num_tokens // config.window.tokens)
     last = crossed[-max(1, windows // 20) :]
     return {
-        "held_out_loss": trainer.loss([held_out.next_batch(number, config.window.tokens) for number in range(count)]),
+        "held_out_loss": trainer.loss(text.held_out_batches(config)),
         "training_loss": sum(one.loss_sum for one in last) / sum(one.masked for one in last),
         "tokens": sum(one.tokens for one in crossed),
         "bytes_up": sum(one.bytes_up for one in crossed),

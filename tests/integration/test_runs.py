@@ -62,6 +62,8 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         add(f"parallel-{scope}", federation={"mode": "parallel", "average_every": WINDOWS, "average_scope": scope})
     for codec in ("bf16", "int8"):
         add(f"wire-{codec}", wire={"activations": codec, "gradients": codec})
+    mixed = {"activations": "int4_hadamard", "hidden": "fp8_e4m3", "gradients": "int8_group", "halves": "int8"}
+    add("wire-mixed", cut="rows", wire=mixed)
     add("rows", cut="rows")
     run_jobs(folder, jobs)
     return folder, data
@@ -98,7 +100,7 @@ def test_dropout_depends_neither_on_order_nor_on_recomputation(runs) -> None:
         assert _largest_difference(_weights(folder / name), expected) < 1e-5, name
 
 
-@pytest.mark.parametrize("name", ["bf16-0", "bf16-2", "bf16-3", "wire-bf16", "wire-int8"])
+@pytest.mark.parametrize("name", ["bf16-0", "bf16-2", "bf16-3", "wire-bf16", "wire-int8", "wire-mixed"])
 def test_low_precision_follows_full_precision(runs, name) -> None:
     folder, _ = runs
     low, full = _metrics(folder / name), _metrics(folder / "rows")

@@ -17,6 +17,7 @@ from fedbert_ds.config import (
     OptimizerSection,
     RunConfig,
     Section,
+    WireSection,
     dump_config,
     load_config,
     parse_config,
@@ -368,3 +369,8 @@ def test_learning_rate_rises_then_falls(schedule: Any, warmup: int, windows: int
 def test_the_minimum_of_clients_is_everybody_unless_said() -> None:
     assert ClientsSection(expected=7, local=0).required == 7
     assert ClientsSection(expected=7, minimum=3, local=0).required == 3
+
+
+def test_hidden_states_are_coded_as_activations_unless_said() -> None:
+    assert WireSection(activations="int8").hidden_states == "int8"
+    assert WireSection(activations="int8", hidden="bf16").hidden_states == "bf16"

@@ -1,11 +1,11 @@
-"""Which parts of a half are exchanged after which window."""
+"""Which parts of a half are exchanged after which window, and how exactly."""
 
 from __future__ import annotations
 
 import pytest
 
-from fedbert_ds.config import FederationSection
-from fedbert_ds.federation.modes import exchange_after, is_exchanged
+from fedbert_ds.config import FederationSection, WireSection
+from fedbert_ds.federation.modes import exchange_after, exchange_codec, is_exchanged
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,10 @@ def test_exchange_after_each_window(mode: str, average_every: int, expected: lis
 def test_what_is_exchanged(mode: str, average_scope: str, embeddings: bool, head: bool) -> None:
     federation = FederationSection(mode=mode, average_scope=average_scope)
     assert (is_exchanged(federation, "embeddings"), is_exchanged(federation, "head")) == (embeddings, head)
+
+
+def test_gradients_may_be_coded_and_weights_never_are() -> None:
+    wire = WireSection(halves="int8")
+    assert exchange_codec(FederationSection(mode="synchronous"), wire) == "int8"
+    assert exchange_codec(FederationSection(mode="parallel"), wire) == "fp32"
+    assert exchange_codec(FederationSection(mode="synchronous"), WireSection()) == "fp32"

@@ -214,7 +214,7 @@ class ClientsSection(Section):
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds a client may owe an answer before it is counted as lost."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
-    """Seconds a client that lost its connection has to come back and go on where it was, before it is counted as lost."""
+    """Seconds a client that lost its connection has to come back and go on where it was; then it is counted as lost."""
 
     @model_validator(mode="after")
     def _counts(self) -> ClientsSection:
@@ -252,6 +252,11 @@ class ServerSection(Section):
     """Host name clients are told for rank endpoints; null uses `host`, or each node's name on several nodes."""
     tls: TlsSection | None = None
     """Mutual TLS; null is plaintext, for loopback and trusted networks only."""
+    network: Literal["auto", "thread", "process"] = "auto"
+    """Where a rank's network runs: beside the body in its process, or in one of its own, which costs more CPU time but
+    does not make the body wait; `auto` is a process where there are GPUs."""
+    shared_memory: bool = True
+    """Clients on this machine pass large messages through memory instead of sockets."""
 
 
 class WireSection(Section):

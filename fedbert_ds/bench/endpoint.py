@@ -10,15 +10,15 @@ import multiprocessing
 import resource
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
 
 import psutil
 
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 WIDTH = 768
@@ -43,7 +43,13 @@ class Usage:
 
     cpu_seconds: float = field(default_factory=lambda: _cpu_seconds())
     python_seconds: float = 0.0
-    """Of those, in the endpoint's Python threads, which share one lock with whatever else its process does."""
+    """Of those, in Python threads of the body's process, which share one lock with the body."""
+    body_seconds: float = 0.0
+    """That a busy body worked, wall clock."""
+    blocked_seconds: float = 0.0
+    """Of those, neither on a core nor waiting for one: it waited for another thread to let go of Python's lock."""
+    child_seconds: float = 0.0
+    """CPU seconds of the endpoint's own process, if it has one."""
     rss_bytes: int = field(default_factory=lambda: _rss_bytes())
     messages: int = 0
     num_bytes: int = 0
@@ -72,11 +78,19 @@ class Load:
 
 
 class EndpointProcess:
-    """An endpoint in a process of its own. `answer_bytes` sizes the answers, `options` are Ingress's."""
+    """A body's process with an endpoint.
 
-    def __init__(self, clients: tuple[str, ...], *, answer_bytes: int = 0, **options: Any) -> None:
+    `answer_bytes` sizes the answers; `in_process` gives the network a process of its own; with `busy` the body is not
+    idle between messages, but issues small operations one after another, as one that launches kernels does.
+    """
+
+    def __init__(
+        self, clients: tuple[str, ...], *, answer_bytes: int = 0, in_process: bool = False, busy: bool = False
+    ) -> None:
         self._pipe, other = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(other, clients, answer_bytes, options), daemon=True)
+        arguments = (other, clients, answer_bytes, in_process, busy)
+        # Not a daemon: it may have a process of its own, which ends with it.
+        self._process = spawn.Process(target=_serve, args=arguments)
 
     def __enter__(self) -> EndpointProcess:
         self._process.start()
@@ -131,12 +145,13 @@ def sessions(clients: tuple[str, ...]) -> Mapping[str, str]:
 # -- in the endpoint's process --------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, options: Any) -> None:
-    ingress = Ingress("127.0.0.1", 0, None, **options)
+def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_process: bool, busy: bool) -> None:
+    work = _small_operations() if busy else None
+    ingress = (IngressProcess if in_process else Ingress)("127.0.0.1", 0, None)
     port = ingress.start()
     ingress.admit(dict(sessions(clients)))
     pipe.send(f"127.0.0.1:{port}")
-    ingress_threads = [thread.native_id for thread in threading.enumerate() if thread.name == "ingress"]
+    ingress_threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("ingress")]
     answer = frame_of(answer_bytes)
     numbers = dict.fromkeys(clients, 0)
     usage = Usage()
@@ -146,10 +161,17 @@ def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, option
                 break
             usage.cpu_seconds, usage.rss_bytes = _cpu_seconds(), _rss_bytes()
             usage.python_seconds = _thread_seconds({threading.get_native_id(), *ingress_threads})
+            usage.child_seconds = _child_seconds()
             usage.num_bytes += ingress.take_bytes()[0]
             pipe.send(usage)
+        if work is not None:
+            started, running = time.monotonic(), _running_seconds()
+            work()
+            seconds = time.monotonic() - started
+            usage.body_seconds += seconds
+            usage.blocked_seconds += max(0.0, seconds - (_running_seconds() - running))
         for _ in range(100):
-            match ingress.next_event(0.05):
+            match ingress.next_event(0.0 if busy else 0.05):
                 case None:
                     break
                 case Received(client, message):
@@ -164,6 +186,27 @@ def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, option
                 case Disconnected():
                     usage.lost_clients += 1
     ingress.stop(grace=1.0)
+
+
+def _small_operations() -> Callable[[], None]:
+    """Some milliseconds of launching operations that are over at once."""
+    import torch
+
+    torch.set_num_threads(1)
+    values = torch.zeros(64)
+
+    def work() -> None:
+        for _ in range(2000):
+            values.add_(1.0)
+
+    return work
+
+
+def _running_seconds() -> float:
+    """Seconds this thread has spent on a core or waiting for one."""
+    with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+        on_core, in_queue, _ = file.read().split()
+    return (int(on_core) + int(in_queue)) / 1e9
 
 
 # -- in a client process --------------------------------------------------------------------------------------------
@@ -224,6 +267,11 @@ def _cpu_seconds() -> float:
 
 def _thread_seconds(threads: set[int | None]) -> float:
     return sum(t.user_time + t.system_time for t in psutil.Process().threads() if t.id in threads)
+
+
+def _child_seconds() -> float:
+    times = [child.cpu_times() for child in psutil.Process().children()]
+    return sum(time.user + time.system for time in times)
 
 
 def _rss_bytes() -> int:

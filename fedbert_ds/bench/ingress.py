@@ -16,8 +16,10 @@ from fedbert_ds.bench.transfers import HALF_BYTES, activations_row, half_row
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
 STREAMS = (1, 4, 16)
 TRANSPORTS = ("socket", "shared")
-ROW_BYTES = 1_000_000_000
-QUICK_ROW_BYTES = 100_000_000
+PLACES = ("thread", "process")
+"""Of the network: a thread of the body's process, or a process of its own."""
+ROW_BYTES = 400_000_000
+QUICK_ROW_BYTES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,50 @@ def bench_ingress(options: IngressOptions) -> None:
 
 def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
     yield from rate_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
+    yield from busy_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
     yield activations_row()
     yield half_row(HALF_BYTES // 10 if is_quick else HALF_BYTES)
 
 
+def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
+    """How long a body that launches small operations is kept from it by the network beside it, both ways busy."""
+    for place in PLACES:
+        names = tuple(f"client-{number}" for number in range(4))
+        with (
+            EndpointProcess(names, answer_bytes=1 << 20, in_process=place == "process", busy=True) as endpoint,
+            ClientProcess() as clients,
+        ):
+            messages = max(1, num_bytes // len(names) >> 20)
+            before = endpoint.usage()
+            started = time.monotonic()
+            clients.run(Load(endpoint.address, names, message_bytes=1 << 20, messages=messages))
+            wrong = clients.result().wrong
+            seconds = time.monotonic() - started
+            after = endpoint.usage()
+            moved = 2 * (after.num_bytes - before.num_bytes) / 1e9
+            blocked = after.blocked_seconds - before.blocked_seconds
+            yield {
+                "what": "busy",
+                "ingress": place,
+                "transport": "socket",
+                "gb": round(moved, 4),
+                "seconds": round(seconds, 3),
+                "gb_per_second": round(moved / seconds, 3),
+                "blocked_share": round(blocked / (after.body_seconds - before.body_seconds), 4),
+                "blocked_seconds_per_gb": round(blocked / moved, 3),
+                "wrong": after.wrong + wrong,
+            }
+
+
 def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
-    """A row for each transport, direction, message size and number of streams; each moves `num_bytes` up."""
-    for transport, is_answered, message_bytes in itertools.product(TRANSPORTS, (False, True), MESSAGE_BYTES):
+    """A row for each place, transport, direction, message size and number of streams; each moves `num_bytes` up."""
+    for place, transport, is_answered, message_bytes in itertools.product(
+        PLACES, TRANSPORTS, (False, True), MESSAGE_BYTES
+    ):
         names = [tuple(f"client-{streams}-{number}" for number in range(streams)) for streams in STREAMS]
         answer_bytes = message_bytes if is_answered else 0
         with (
-            EndpointProcess(sum(names, ()), answer_bytes=answer_bytes) as endpoint,
+            EndpointProcess(sum(names, ()), answer_bytes=answer_bytes, in_process=place == "process") as endpoint,
             ClientProcess() as clients,
         ):
             for streams, clients_of_row in zip(STREAMS, names, strict=True):
@@ -70,8 +105,10 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                 seconds = time.monotonic() - started
                 after = endpoint.usage()
                 moved = (after.num_bytes - before.num_bytes) * (1 + is_answered) / 1e9
+                body = after.cpu_seconds - before.cpu_seconds
                 yield {
                     "what": "rate",
+                    "ingress": place,
                     "transport": transport,
                     "answered": is_answered,
                     "message_bytes": message_bytes,
@@ -79,8 +116,9 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                     "gb": round(moved, 4),
                     "seconds": round(seconds, 3),
                     "gb_per_second": round(moved / seconds, 3),
-                    "server_cpu_seconds_per_gb": round((after.cpu_seconds - before.cpu_seconds) / moved, 3),
-                    "server_python_seconds_per_gb": round((after.python_seconds - before.python_seconds) / moved, 3),
+                    "server_cpu_seconds_per_gb": round((body + after.child_seconds - before.child_seconds) / moved, 3),
+                    "body_cpu_seconds_per_gb": round(body / moved, 3),
+                    "body_python_seconds_per_gb": round((after.python_seconds - before.python_seconds) / moved, 3),
                     "client_cpu_seconds_per_gb": round(used.cpu_seconds / moved, 3),
                     "wrong": after.wrong + used.wrong,
                 }
@@ -90,10 +128,18 @@ def describe(row: dict[str, Any]) -> str:
     """One line of a row."""
     if row["what"] == "rate":
         way = "both ways" if row["answered"] else "up       "
-        cpu = f"server {row['server_cpu_seconds_per_gb']:.2f} ({row['server_python_seconds_per_gb']:.2f} in Python)"
+        cpu = (
+            f"server {row['server_cpu_seconds_per_gb']:.2f}, of it the body's process "
+            f"{row['body_cpu_seconds_per_gb']:.2f} ({row['body_python_seconds_per_gb']:.2f} in Python)"
+        )
         return (
-            f"{row['transport']}  {way}  {row['message_bytes']:>9,} B x {row['streams']:>2} streams  "
+            f"{row['ingress']:7}  {row['transport']}  {way}  {row['message_bytes']:>9,} B x {row['streams']:>2}  "
             f"{row['gb_per_second']:.2f} GB/s  CPU s/GB: {cpu}, clients {row['client_cpu_seconds_per_gb']:.2f}"
+        )
+    if row["what"] == "busy":
+        return (
+            f"{row['ingress']:7}  beside a busy body  {row['gb_per_second']:.2f} GB/s  the body is blocked "
+            f"{row['blocked_share']:.1%} of its time"
         )
     line = (
         f"{row['what']}  {row['bytes'] / 1e6:,.0f} MB at {row['mbit']} Mbit/s: {row['seconds']:.2f} s, "

@@ -171,14 +171,23 @@ class Ingress:
             # Serialized once for all its receivers: a half goes to many.
             if self._last_sent is None or self._last_sent[0] is not message:
                 self._last_sent = message, message.SerializeToString()
-            body = self._last_sent[1]
+            self.send_body(client, self._last_sent[1])
+
+    def send_body(self, client: str, body: bytes) -> None:
+        """As `send`, for a message that is serialized already."""
+        stream = self._streams.get(client)
+        if stream is not None:
             # Counted here, not when it leaves: a window's bytes are then all told when the window ends.
             self.bytes_down += len(body)
             self._loop.call_soon_threadsafe(self._put, stream, body)
 
     def close(self, client: str, last: pb.ServerMessage) -> None:
         """Send one last message, then end the client's stream."""
-        self.send(client, last)
+        self.close_body(client, last.SerializeToString())
+
+    def close_body(self, client: str, body: bytes) -> None:
+        """As `close`, for a message that is serialized already."""
+        self.send_body(client, body)
         stream = self._streams.get(client)
         if stream is not None:
             # In this order: a client that comes back just now finds its stream.
@@ -262,15 +271,17 @@ class Ingress:
                 num_bytes = delivery.shared_bytes or len(frame) - delivery.ByteSize() - DELIVERY_HEADER_BYTES
                 is_new = stream.conversation.take(delivery, num_bytes)
                 if delivery.shared_bytes and is_new:
-                    message = pb.ClientMessage.FromString(stream.read_shared(delivery))
-                else:
-                    message.ClearField("delivery")
+                    frame = stream.read_shared(delivery)
+                    message = pb.ClientMessage.FromString(frame)
+                message.ClearField("delivery")
                 stream.changed.set()
                 if is_new and message.HasField("leave"):
                     return self._finish(stream)
                 if is_new and not stream.is_closing:
                     self.bytes_up += num_bytes
-                    await self._hand_on(stream, message, max(num_bytes, MESSAGE_BYTES))
+                    await self._hand_on(
+                        stream, self._received(stream.client, message, frame, num_bytes), max(num_bytes, MESSAGE_BYTES)
+                    )
         except (DecodeError, WireError):
             # Nothing that could be answered: it is no client of ours at the other end.
             self._finish(stream)
@@ -297,10 +308,14 @@ class Ingress:
             except asyncio.TimeoutError:
                 is_late = True
 
-    async def _hand_on(self, stream: _Stream, message: pb.ClientMessage, num_bytes: int) -> None:
-        """Make an event of a message, and wait until there is room for the next."""
+    def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Event:
+        """The event of a message of `num_bytes`, which came as `frame`."""
+        return Received(client, message)
+
+    async def _hand_on(self, stream: _Stream, event: Event, num_bytes: int) -> None:
+        """Tell of a message, and wait until there is room for the next."""
         stream.unread_bytes += num_bytes
-        self._events.put((Received(stream.client, message), stream, num_bytes))
+        self._events.put((event, stream, num_bytes))
         while stream.unread_bytes > UNREAD_BYTES and not stream.is_closing:
             stream.room.clear()
             await stream.room.wait()

@@ -25,6 +25,7 @@ from fedbert_ds.server.engine import BodyEngine, BodyInput
 from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
+from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.patience import Patience
 from fedbert_ds.server.pipeline_queue import (
     Backward,
@@ -107,7 +108,7 @@ class RankServer:
         config: RunConfig,
         shapes: Shapes,
         engine: BodyEngine,
-        ingress: Ingress,
+        ingress: Ingress | IngressProcess,
         control: Control,
         seats: Mapping[str, Seat],
         first_window: int,

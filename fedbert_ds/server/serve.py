@@ -26,6 +26,7 @@ from fedbert_ds.server.coordinator import Expectation, Roster, Seat
 from fedbert_ds.server.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
+from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.narrator import Narrator
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
@@ -127,7 +128,9 @@ def serve(config: RunConfig, resume: bool) -> int:
     control = Control()
     clients = LocalClients(config.run.directory / "clients")
     port = config.server.port and config.server.port + control.rank
-    ingress = Ingress(config.server.host, port, _tls(config), config.clients.reconnect_timeout)
+    ingress = _ingress(config)(
+        config.server.host, port, _tls(config), config.clients.reconnect_timeout, config.server.shared_memory
+    )
     trace = Trace(config.run.directory / f"trace-{control.rank}.json" if config.run.trace else None, control.rank)
     try:
         port = ingress.start()
@@ -218,7 +221,9 @@ def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> 
     return Roster(config.clients.expected, expectation)
 
 
-def _fill(roster: Roster, config: RunConfig, ingress: Ingress, clients: LocalClients, stop: StopSignal) -> None:
+def _fill(
+    roster: Roster, config: RunConfig, ingress: Ingress | IngressProcess, clients: LocalClients, stop: StopSignal
+) -> None:
     """Wait until every expected client has joined; RunError after clients.join_timeout, naming who is there."""
     deadline = time.monotonic() + config.clients.join_timeout
     while not roster.is_complete:
@@ -317,6 +322,13 @@ def _local_names(config: RunConfig) -> list[str]:
 def _tls(config: RunConfig) -> TlsFiles | None:
     tls = config.server.tls
     return TlsFiles(tls.ca, tls.certificate, tls.key) if tls else None
+
+
+def _ingress(config: RunConfig) -> type[Ingress | IngressProcess]:
+    """Measured with `bench ingress`: a process of its own pays where the body leaves cores idle."""
+    if config.server.network == "auto":
+        return IngressProcess if torch.cuda.is_available() else Ingress
+    return IngressProcess if config.server.network == "process" else Ingress
 
 
 def _advertised(config: RunConfig, world_size: int) -> str:

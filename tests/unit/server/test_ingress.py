@@ -18,6 +18,7 @@ from unit.server.test_rank import BAD
 
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
+from fedbert_ds.server import ingress_process
 from fedbert_ds.server.ingress import (
     Connected,
     Disconnected,
@@ -27,6 +28,7 @@ from fedbert_ds.server.ingress import (
     JoinAsked,
     Received,
 )
+from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -40,8 +42,8 @@ TIMEOUT = 20.0
 class Endpoint:
     """A started ingress and its address."""
 
-    def __init__(self, tls: TlsFiles | None = None) -> None:
-        self.ingress = Ingress("127.0.0.1", 0, tls)
+    def __init__(self, tls: TlsFiles | None = None, kind: type[Ingress | IngressProcess] = Ingress) -> None:
+        self.ingress = kind("127.0.0.1", 0, tls)
         self.port = self.ingress.start()
         self.address = f"127.0.0.1:{self.port}"
 
@@ -54,9 +56,10 @@ class Endpoint:
         assert self.ingress.next_event(0.2) is None
 
 
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    started = Endpoint()
+@pytest.fixture(params=[Ingress, IngressProcess])
+def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
+    """Both kinds keep the same contract."""
+    started = Endpoint(kind=request.param)
     yield started
     started.ingress.stop(grace=0.1)
 
@@ -199,7 +202,7 @@ def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
     with connect(endpoint.address, None) as channel:
         attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada", received=1))
         call = rpc.FederationStub(channel).Train(iter([attach]), timeout=TIMEOUT)
-        assert next(call) == pb.ServerMessage(delivery=pb.Delivery())
+        assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
         endpoint.ingress.send("ada", stepped(2))
         assert next(call).stepped.window == 2
         call.cancel()
@@ -241,11 +244,15 @@ def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: End
     endpoint.ingress.close("nobody", stepped(0))
 
 
-def test_a_client_that_floods_is_slowed_down_and_others_are_served(streams, endpoint: Endpoint) -> None:
+def test_a_client_that_floods_is_slowed_down_and_others_are_served(
+    streams, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody reads: what waits is bounded by UNREAD_BYTES and gRPC's own window, not by what the client sends."""
     flood, taken = 600, 0
     chunk = pb.HalfChunk(payload=bytes(256 << 10))
     unread = UNREAD_BYTES // len(chunk.payload)
+    in_process = isinstance(endpoint.ingress, IngressProcess)
+    monkeypatch.setattr(ingress_process, "UNREAD_BYTES", UNREAD_BYTES)
 
     def requests() -> Iterator[pb.ClientMessage]:
         nonlocal taken
@@ -263,8 +270,9 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(streams, endp
             still = still + 1 if taken == before else 0
             before = taken
             time.sleep(0.1)
-        assert unread < taken < unread + 150 < flood, taken
-        assert endpoint.ingress._events.qsize() <= unread + 1
+        waits = unread + (ingress_process.UNREAD_BYTES // len(chunk.payload) if in_process else 0)
+        assert waits < taken < waits + 150 < flood, taken
+        assert endpoint.ingress._events.qsize() <= waits + 1
         streams("bo").send(manifest(7))
         events = [endpoint.event() for _ in range(flood + 2)]
         assert sum(isinstance(event, Received) and event.client == "ada" for event in events) == flood
@@ -292,11 +300,12 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
 
 
 def test_a_port_in_use_is_one_line(endpoint: Endpoint) -> None:
-    other = Ingress("127.0.0.1", endpoint.port, None)
+    kind = type(endpoint.ingress)
+    other = kind("127.0.0.1", endpoint.port, None)
     with pytest.raises(WireError, match=rf"^127\.0\.0\.1:{endpoint.port}: the port is in use .*change server\.port"):
         other.start()
     other.stop(grace=0.1)
-    foreign = Ingress("192.0.2.1", 0, None)
+    foreign = kind("192.0.2.1", 0, None)
     with pytest.raises(WireError, match=r"or server\.host"):
         foreign.start()
     foreign.stop(grace=0.1)

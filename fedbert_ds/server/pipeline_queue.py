@@ -218,6 +218,8 @@ class PipelineQueue:
         """A heap of what is in `_owed_since`, the oldest first; some of it is answered by now."""
         self._overdue: dict[str, float] = {}
         """Clients with a question older than any learned deadline may be, and when it was asked."""
+        self._last_answer: dict[str, float] = {}
+        """When each client last answered, on the same clock."""
         self._excused = 0.0
         self._asked: dict[tuple[str, tuple[str, int]], float] = {}
         """When each answer was asked for by the wall's clock, from which round trips are learned."""
@@ -380,6 +382,7 @@ class PipelineQueue:
         for client, what, asked in self._answered:
             if self._patience is not None and asked < math.inf:
                 self._patience.learn(client, now - asked, what)
+                self._last_answer[client] = now - self._excused
         self._answered.clear()
 
     def _ask(self, client: str, answer: tuple[str, int], since: float) -> None:
@@ -406,7 +409,9 @@ class PipelineQueue:
                 return Expire(client)
             elif self._patience is not None and client not in self._benched:
                 answers = [since for answer, since in owed.items() if answer != _MANIFEST]
-                if answers and now - min(answers) > self._patience.deadline(client):
+                # Several answers come one after another: only a client that gives none at all is late.
+                quiet_since = max(min(answers, default=math.inf), self._last_answer.get(client, -math.inf))
+                if answers and now - quiet_since > self._patience.deadline(client):
                     return self._skip(client, oldest)
         return None
 

@@ -59,7 +59,7 @@ def test_an_exchange_after_every_window_costs_two_round_trips_and_staleness_hide
 def test_a_link_carries_no_more_than_its_rate():
     narrow = replace(NEAR, up=1e4, down=1e9)
     outcome = simulate(replace(PLAIN, clients=(narrow,) * 8, wire=Wire(100.0, 1.0, 10.0, 1.0)))
-    assert outcome.tokens_per_second == pytest.approx(8 * 1e4 / 110, rel=0.03)
+    assert outcome.tokens_per_second == pytest.approx(8 * 1e4 / 110, rel=0.05)
     assert outcome.link_busy_share > 0.95
 
 

@@ -1,0 +1,75 @@
+"""What `bench pipeline` runs and what it tells; the runs themselves are tried by its own --quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.bench.pipeline import RUN_FILE, Link, PipelineOptions, Setting, draw, sentence, settings, table
+from fedbert_ds.bench.pipeline import _overrides as overrides
+from fedbert_ds.config import load_config
+
+OPTIONS = PipelineOptions(Path("out.json"), "fedbert-ds bench pipeline")
+
+
+def row(system: str, speed: float, rtt: float = 50.0, **more) -> dict:
+    return {
+        "system": system,
+        "variant": "",
+        "rtt_ms": rtt,
+        "mbit": 100.0,
+        "utilization": 0.9,
+        "utilization_bound": 0.95,
+        "tokens_per_second": speed,
+        "bytes_per_token_up": 100.0,
+        "bytes_per_token_down": 120.0,
+        "dummy_share": 0.0,
+    } | more
+
+
+def test_every_link_has_ours_and_naive_and_there_is_one_ceiling() -> None:
+    made = list(settings(OPTIONS))
+    assert [setting.system for setting in made].count("centralized") == 1
+    for rtt in OPTIONS.rtt_ms:
+        link = Link(rtt, 100.0 if rtt else None)
+        assert [s.system for s in made if s.link == link].count("naive") == 1
+        assert len([s for s in made if s.link == link and s.system == "ours"]) == 4
+    assert len({setting.slug for setting in made}) == len(made)
+
+
+def test_quick_is_one_of_each() -> None:
+    quick = PipelineOptions(Path("out.json"), "", quick=True, rtt_ms=(50.0, 200.0))
+    assert [setting.system for setting in settings(quick)] == ["centralized", "ours", "naive"]
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_setting_is_a_run_file_that_loads(quick: bool) -> None:
+    options = PipelineOptions(Path("out.json"), "", quick=quick, clients=3)
+    for setting in settings(options):
+        config = load_config(RUN_FILE, [*overrides(options, setting), "tokenizer.path=somewhere"])
+        assert config.clients.expected == 3 and config.clients.local == 0
+        assert config.run.trace, "bounds are read from the timeline"
+
+
+def test_ratios_are_of_the_same_link() -> None:
+    rows = [
+        row("centralized", 1000.0, rtt=0.0, mbit=None),
+        row("ours", 900.0),
+        row("naive", 90.0),
+        row("ours", 800.0, 200.0),
+    ]
+    lines = table(rows).splitlines()
+    assert "| 90 % | 10.0 |" in lines[3]
+    assert "| 80 % |  |" in lines[5], "no naive run over that link"
+    assert "220 bytes/token" in sentence(rows[1])
+
+
+def test_picture(tmp_path: Path) -> None:
+    draw(tmp_path / "p.png", [row("centralized", 1000.0, rtt=0.0), row("ours", 900.0), row("naive", 90.0)])
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_names() -> None:
+    assert Link(50.0, 100.0).name == "50ms-100mbit" and Link().name == "0ms"
+    assert Setting("ours", Link(50.0, 100.0), "fp32 embeddings").slug == "ours-50ms-100mbit-fp32-embeddings"

@@ -26,16 +26,20 @@ class System:
     name: str
     average_every: int | None = None
     """Windows between averages; None where weights are not averaged."""
+    staleness: int = 0
+    """Windows a client may begin before the exchange of earlier ones is done."""
 
     @property
     def label(self) -> str:
         """For a reader."""
-        return f"{self.name}, average every {self.average_every}" if self.average_every else self.name
+        every = f", average every {self.average_every}" if self.average_every else ""
+        return f"{self.name}{every}" + (f", staleness {self.staleness}" if self.staleness else "")
 
     @property
     def slug(self) -> str:
         """For a file name."""
-        return f"{self.name}-{self.average_every}" if self.average_every else self.name
+        every = f"-{self.average_every}" if self.average_every else ""
+        return f"{self.name}{every}" + (f"-stale-{self.staleness}" if self.staleness else "")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         {
             "system": run.system.name,
             "average_every": run.system.average_every,
+            "staleness": run.system.staleness,
             "window": metrics.window,
             "tokens": tokens,
             "loss": metrics.loss,
@@ -103,7 +108,7 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
         f"| word frequency alone | | {final_rows[0]['unigram_loss']:.3f} | | | | | |",
     ]
     for row in final_rows:
-        label = System(row["system"], row["average_every"]).label
+        label = System(row["system"], row["average_every"], row.get("staleness", 0)).label
         losses = f"| {label} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} |"
         if row["system"] == baseline:
             lines.append(f"{losses} | | | | |")
@@ -163,6 +168,7 @@ def _final(run: Run, reference: Run) -> dict[str, Any]:
     return {
         "system": run.system.name,
         "average_every": run.system.average_every,
+        "staleness": run.system.staleness,
         "windows": whole.windows,
         "tokens": whole.tokens,
         "training_loss": last.loss,

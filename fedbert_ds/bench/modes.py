@@ -30,6 +30,7 @@ CENTRALIZED = System("centralized")
 SYSTEMS = (
     CENTRALIZED,
     System("synchronous"),
+    System("synchronous", staleness=1),
     System("parallel", 1),
     System("parallel", 5),
     System("parallel", 50),
@@ -110,6 +111,7 @@ def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
     """The run file's overrides for one system; the user's come last but for where the run lies and its mode."""
     mode = () if system == CENTRALIZED else (f"federation.mode={system.name}",)
     every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
+    stale = (f"window.staleness={system.staleness}",) if system.staleness else ()
     return (
         *(QUICK if options.quick else ()),
         *options.overrides,
@@ -117,6 +119,7 @@ def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
         f"run.directory={json.dumps(str(options.work / system.slug))}",
         *mode,
         *every,
+        *stale,
     )
 
 

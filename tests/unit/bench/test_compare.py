@@ -54,7 +54,9 @@ def test_names():
 def test_rows_count_tokens_up_to_and_with_the_window():
     everything = rows(RUNS)
     assert len(everything) == 120
-    assert everything[0] == {"system": "centralized", "average_every": None, "window": 0, "tokens": 1000, "loss": 8.0}
+    assert everything[0] == {
+        "system": "centralized", "average_every": None, "staleness": 0, "window": 0, "tokens": 1000, "loss": 8.0,
+    }  # fmt: skip
     assert everything[-1] == {"system": "parallel", "average_every": 5, "window": 39, "tokens": 40_000, "loss": 6.3}
 
 

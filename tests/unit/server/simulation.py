@@ -7,20 +7,46 @@ bookkeeping, and compared with every decision of the queues.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.pipeline_queue import Backward, Decision, Expire, Forward, Open, PipelineQueue, Step
-from fedbert_ds.server.window import MicroBatch, Piece, WindowPlan, plan_window
+from fedbert_ds.server.pipeline_queue import (
+    Backward,
+    Decision,
+    Expire,
+    Forward,
+    Open,
+    PipelineQueue,
+    Plan,
+    Skip,
+    Step,
+)
+from fedbert_ds.server.window import MicroBatch, Piece, pack
 from fedbert_ds.wire.messages import Manifest
 
 Choose = Callable[[Sequence[Any]], Any]
 Lengths = Callable[[str, int], tuple[tuple[int, ...], tuple[int, ...]]]
 """(client, window) -> tokens and masked tokens of its sequences."""
+
+MANIFEST = ("manifest", 0)
+
+
+class FixedPatience:
+    """The same deadline for everybody."""
+
+    def __init__(self, seconds: float) -> None:
+        self.floor = seconds
+
+    def learn(self, client: str, seconds: float, *_: Any) -> None:
+        assert 0.0 <= seconds < math.inf
+
+    def deadline(self, client: str) -> float:
+        return self.floor
 
 
 @dataclass(eq=False)
@@ -28,11 +54,20 @@ class Client:
     """One connection: a name that comes back is another Client."""
 
     name: str
-    is_mute: bool = False
-    """Sends its manifest and never an answer."""
+    mute: str | None = None
+    """`activations` or `gradient`: what it never sends."""
+    next_manifest: int | None = None
+    """The window whose manifest it may send now."""
     announced: Manifest | None = None
+    """A manifest of a window that is not planned yet."""
     owed: dict[tuple[str, int], float] = field(default_factory=dict)
-    """What it was asked for and has not sent, with the time it was asked."""
+    """What it was asked for and has not sent, with the time its clock began; infinite while its window does not run."""
+    is_benched: bool = False
+    is_behind: bool = False
+    """A window was planned without it."""
+    skips: int = 0
+    late: list[tuple[str, int]] = field(default_factory=list)
+    """Answers it was asked for before it was skipped, which it may still send."""
 
 
 @dataclass
@@ -40,12 +75,40 @@ class InFlight:
     """What became of one micro-batch of a rank's plan."""
 
     plan: MicroBatch
+    dropped: set[str] = field(default_factory=set)
     opened: bool = False
     forwarded: tuple[Piece, ...] | None = None
     backwarded: tuple[Piece, ...] | None = None
     activations: set[str] = field(default_factory=set)
     gradients: set[str] = field(default_factory=set)
-    """Clients whose gradient arrived while they were connected."""
+    """Clients whose gradient arrived while they were waited for."""
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Pieces that still count."""
+        return tuple(piece for piece in self.plan.pieces if piece.client not in self.dropped)
+
+    @property
+    def holds_place(self) -> bool:
+        """Its activations are waited for, here, or in a graph."""
+        return self.opened and self.backwarded is None and bool(self.forwarded or self.pieces)
+
+    def waits_for(self, client: str) -> bool:
+        return self.backwarded is None and any(piece.client == client for piece in self.pieces)
+
+
+@dataclass
+class Window:
+    """A planned window of a rank."""
+
+    number: int
+    micro_batches: dict[int, InFlight]
+    members: dict[str, tuple[Client, int]]
+    """Clients with a manifest in it, and how often each had been skipped before."""
+    decisions: list[Decision] = field(default_factory=list)
+    """Forward, Backward and Step."""
+    masked: int = 0
+    """Masked tokens of clients that were there when it started."""
 
 
 class Rank:
@@ -54,20 +117,34 @@ class Rank:
     def __init__(self, queue: PipelineQueue) -> None:
         self.queue = queue
         self.clients: dict[str, Client] = {}
-        self.members: dict[str, Client] = {}
-        """Connected clients whose sequences are in the plan."""
-        self.window = 0
+        self.windows: deque[Window] = deque()
+        self.next_window = 0
+        self.next_index = 0
         self.is_running = False
-        self.micro_batches: dict[int, InFlight] = {}
-        self.decisions: list[list[Decision]] = []
-        """By window; without Expire."""
+        self.computed: list[list[Decision]] = []
+        """Forward, Backward and Step of finished windows."""
         self.lost_masked_tokens: list[int] = []
         self.collectives: list[str] = []
         """Kinds of operations in which all ranks must take part, as this rank issued them."""
         self.is_blocked = False
 
-    def count(self, predicate: Callable[[InFlight], bool]) -> int:
-        return sum(map(predicate, self.micro_batches.values()))
+    @property
+    def entries(self) -> Iterator[tuple[Window, InFlight]]:
+        return ((window, entry) for window in self.windows for entry in window.micro_batches.values())
+
+    def entry(self, index: int) -> tuple[Window, InFlight]:
+        return next((window, entry) for window, entry in self.entries if entry.plan.index == index)
+
+    def burden_of(self, client: str) -> int:
+        """Answers a client owes, and activations of it that no forward has taken yet; nothing if it owes nothing."""
+        owed = sum(what != MANIFEST for what in self.clients[client].owed)
+        lying = sum(
+            entry.forwarded is None
+            and entry.waits_for(client)
+            and {p.client for p in entry.pieces} <= entry.activations
+            for _, entry in self.entries
+        )
+        return owed + lying if owed else 0
 
 
 class Federation:
@@ -83,31 +160,54 @@ class Federation:
         order: Literal["arrival", "fixed"] = "arrival",
         lockstep_forwards: bool = False,
         timeout: float = math.inf,
+        patience: float = math.inf,
+        windows_ahead: int = 1,
+        staleness: int = 0,
+        is_synchronous: bool = True,
+        num_windows: float = math.inf,
     ) -> None:
         self.depth = depth
         self.order = order
         self.capacity = capacity
         self.timeout = timeout
+        self.patience = patience
+        self.windows_ahead = windows_ahead
+        self.staleness = staleness
+        self.is_synchronous = is_synchronous
+        self.num_windows = num_windows
         self.lengths = lengths
         self.now = 0.0
         self.ranks = [
-            Rank(PipelineQueue(depth, order, lockstep_forwards, silence_timeout=timeout)) for _ in range(num_ranks)
+            Rank(
+                PipelineQueue(
+                    depth,
+                    partial(pack, capacity=capacity),
+                    order,
+                    lockstep_forwards,
+                    silence_timeout=timeout,
+                    num_windows=num_windows,
+                    windows_ahead=windows_ahead,
+                    patience=FixedPatience(patience) if patience < math.inf else None,  # type: ignore[arg-type]
+                )
+            )
+            for _ in range(num_ranks)
         ]
-        self.collective_kinds = {"Backward", "Step"} | ({"Forward"} if lockstep_forwards or order == "fixed" else set())
-        self.plan: WindowPlan | None = None
-        self.to_start: set[int] = set()
-        """Ranks that know the plan and have not started it."""
+        self.collective_kinds = {"Gather", "Backward", "Step"}
+        if lockstep_forwards or order == "fixed":
+            self.collective_kinds.add("Forward")
         self.finished = 0
         self.expired: list[str] = []
+        self.skipped: list[str] = []
 
     # -- what a client does ---------------------------------------------------------------------------------------
 
-    def join(self, rank: int, name: str, is_mute: bool = False) -> None:
+    def join(self, rank: int, name: str, mute: str | None = None) -> None:
         here = self.ranks[rank]
         here.queue.join(name, self.now)
-        client = here.clients[name] = Client(name, is_mute)
-        if not here.is_running:
-            client.owed["manifest", 0] = self.now
+        client = here.clients[name] = Client(name, mute)
+        if here.next_window < self.num_windows:
+            client.next_manifest = here.next_window
+            client.owed[MANIFEST] = self.now
 
     def lose(self, rank: int, name: str) -> None:
         self.ranks[rank].queue.lose(name)
@@ -115,44 +215,86 @@ class Federation:
 
     def send_manifest(self, rank: int, name: str) -> None:
         here = self.ranks[rank]
-        window = here.window + here.is_running
-        lengths, masked = self.lengths(name, window)
-        manifest = Manifest(name, window, lengths, masked)
-        here.queue.manifest(manifest)
-        here.clients[name].announced = manifest
-        here.clients[name].owed.pop(("manifest", 0), None)
+        client = here.clients[name]
+        window, client.next_manifest = client.next_manifest, None
+        assert window is not None
+        self._hear(here, client)
+        manifest = Manifest(name, window, *self.lengths(name, window))
+        is_taken = here.queue.manifest(manifest)
+        assert is_taken == (window == here.next_window), "only what comes too late is not taken"
+        if is_taken:
+            client.announced = manifest
+            client.is_behind = False
+            client.owed.pop(MANIFEST, None)
+        else:
+            assert client.is_behind and window < here.next_window
+            client.next_manifest = self._after(here)
 
     def send(self, rank: int, name: str, kind: Literal["activations", "gradient"], index: int) -> None:
         here = self.ranks[rank]
-        expected = next(piece for piece in here.micro_batches[index].plan.pieces if piece.client == name)
+        self._hear(here, here.clients[name])
+        _, entry = here.entry(index)
+        expected = next(piece for piece in entry.plan.pieces if piece.client == name)
+        assert not here.queue.was_skipped(name, index)
         assert here.queue.expected_piece(name, index, kind) == expected
         report = here.queue.activations if kind == "activations" else here.queue.gradient
         assert report(name, index) == expected
         del here.clients[name].owed[kind, index]
-        entry = here.micro_batches[index]
         (entry.activations if kind == "activations" else entry.gradients).add(name)
+
+    def send_late(self, rank: int, name: str) -> None:
+        """What comes of a skipped piece is not wanted any more, but shows that the client is there."""
+        here = self.ranks[rank]
+        _, index = here.clients[name].late.pop(0)
+        self._hear(here, here.clients[name])
+        assert here.queue.was_skipped(name, index)
+
+    def _hear(self, rank: Rank, client: Client) -> None:
+        rank.queue.heard(client.name, self.now)
+        if client.is_benched:
+            client.is_benched = False
+            client.owed.pop(MANIFEST, None)
+            if client.announced is None and rank.next_window < self.num_windows:
+                client.owed[MANIFEST] = self.now
+        assert rank.queue.present == {other.name for other in rank.clients.values() if not other.is_benched}
+
+    def _may_send(self, rank: Rank, client: Client, kind: str, index: int) -> bool:
+        """Activations wait until the client's half has taken the steps of earlier windows."""
+        if client.mute == kind:
+            return False
+        if kind == "gradient":
+            return True
+        before = rank.entry(index)[0].number - self.staleness
+        if self.is_synchronous:
+            return self.finished >= before
+        return not any(window.number < before and entry.waits_for(client.name) for window, entry in rank.entries)
 
     # -- what ranks do --------------------------------------------------------------------------------------------
 
-    def make_plan(self) -> None:
-        """The exchange of manifests, in which all ranks take part."""
-        assert all(rank.queue.gathered for rank in self.ranks)
-        self.plan = plan_window(self.finished, [rank.queue.manifests for rank in self.ranks], self.capacity)
-        for rank in self.ranks:
-            rank.members = dict(rank.clients)
-        self.to_start = set(range(len(self.ranks)))
-
-    def start(self, rank: int) -> None:
+    def gather(self, rank: int) -> None:
+        """This rank's next window is planned, and it tells the others; all of them start it together."""
         here = self.ranks[rank]
-        assert self.plan is not None
-        plan = self.plan.ranks[rank]
-        here.queue.start(self.plan.window, plan)
-        self.to_start.remove(rank)
-        here.is_running = True
-        for client in here.clients.values():
-            client.owed.pop(("manifest", 0), None)
-        here.micro_batches = {micro_batch.index: InFlight(micro_batch) for micro_batch in plan}
-        here.decisions.append([])
+        assert here.queue.planned and not here.is_running
+        here.collectives.append("Gather")
+        here.is_blocked = True
+        self._complete_collectives()
+
+    def _start(self) -> None:
+        longest = max(1, *(rank.queue.num_micro_batches for rank in self.ranks))
+        for rank in self.ranks:
+            window = rank.windows[0]
+            assert rank.queue.num_micro_batches == len(window.micro_batches)
+            window.masked = sum(piece.masked for entry in window.micro_batches.values() for piece in entry.pieces)
+            assert rank.queue.masked_tokens == window.masked
+            for _ in range(longest - len(window.micro_batches)):
+                window.micro_batches[rank.next_index] = InFlight(MicroBatch(rank.next_index, ()))
+                rank.next_index += 1
+            assert rank.queue.start(longest, self.now, self.depth) == tuple(window.micro_batches)
+            rank.is_running = True
+            for client in rank.clients.values():
+                for (kind, index), since in client.owed.items():
+                    if since == math.inf and index in window.micro_batches:
+                        client.owed[kind, index] = self.now
 
     def decide(self, rank: int) -> Decision | None:
         """One decision of a rank, compared with what may be decided."""
@@ -165,16 +307,23 @@ class Federation:
             self.expired.append(decision.client)
             self._forget(here, decision.client)
             return decision
-        overdue = [
-            client.name
-            for client in here.clients.values()
-            if client.owed and self.now - min(client.owed.values()) > self.timeout
-        ]
-        assert not overdue, f"{overdue} should have expired before {decision}"
+        if isinstance(decision, Skip):
+            self._skipped(here, decision)
+            return decision
+        late = [client.name for client in here.clients.values() if self._is_late(client)]
+        assert not late, f"{late} should have been skipped or expired before {decision}"
         if decision is None:
             return None
-        here.decisions[-1].append(decision)
-        check = {Open: self._opened, Forward: self._forwarded, Backward: self._backwarded, Step: self._stepped}
+        check = {
+            Plan: self._planned,
+            Open: self._opened,
+            Forward: self._forwarded,
+            Backward: self._backwarded,
+            Step: self._stepped,
+        }
+        if isinstance(decision, Forward | Backward | Step):
+            assert here.is_running, f"{decision} outside a window"
+            here.windows[0].decisions.append(decision)
         check[type(decision)](here, decision)
         kind = type(decision).__name__
         if kind in self.collective_kinds:
@@ -183,76 +332,135 @@ class Federation:
             self._complete_collectives()
         return decision
 
-    def _opened(self, rank: Rank, decision: Open) -> None:
-        entry = rank.micro_batches[decision.micro_batch]
-        assert not entry.opened
-        closed = [other.plan for other in rank.micro_batches.values() if not other.opened]
-        if self.order == "fixed":
-            assert entry.plan is closed[0], "credit is given in the order of the plan"
-        else:
-            burdens = [self._burden(rank, plan) for plan in closed]
-            assert entry.plan is closed[burdens.index(min(burdens))], "credit is given to those who owe least"
-        assert decision.pieces == tuple(piece for piece in entry.plan.pieces if piece.client in rank.members)
-        entry.opened = True
-        assert rank.count(lambda e: e.opened and e.backwarded is None) <= 2 * self.depth
-        for piece in decision.pieces:
-            rank.members[piece.client].owed["activations", decision.micro_batch] = self.now
+    def _is_late(self, client: Client) -> bool:
+        if client.owed and self.now - min(client.owed.values()) > self.timeout:
+            return True
+        return not client.is_benched and self.now - self._oldest_answer(client) > self.patience
 
-    def _burden(self, rank: Rank, plan: MicroBatch) -> tuple[bool, int]:
-        owed = [len(rank.members[piece.client].owed) for piece in plan.pieces if piece.client in rank.members]
-        return not plan.pieces, max(owed, default=0)
+    def _oldest_answer(self, client: Client) -> float:
+        return min((since for what, since in client.owed.items() if what != MANIFEST), default=math.inf)
+
+    def _skipped(self, rank: Rank, decision: Skip) -> None:
+        client = rank.clients[decision.client]
+        waited = self.now - self._oldest_answer(client)
+        assert waited > self.patience and not client.is_benched, f"{client.name} skipped after {waited}"
+        assert decision.micro_batches == tuple(
+            (window.number, entry.plan.index) for window, entry in self._drop(rank, client.name)
+        )
+        client.is_benched = True
+        client.skips += 1
+        # A client whose half is not ready does not send what comes after a message that the piece is skipped.
+        client.late += [what for what, since in client.owed.items() if what != MANIFEST and since < math.inf]
+        client.owed = {MANIFEST: min(client.owed.values())}
+        self.skipped.append(client.name)
+        assert client.name not in rank.queue.present and client.name in rank.queue.clients
+
+    def _planned(self, rank: Rank, decision: Plan) -> None:
+        assert decision.window == rank.next_window < self.num_windows
+        assert len(rank.windows) <= self.windows_ahead, "planned too far ahead"
+        present = [client for client in rank.clients.values() if not client.is_benched]
+        manifests = {client.name: client.announced for client in present}
+        assert None not in manifests.values(), "planned without a manifest of somebody who is there"
+        assert {manifest.client: manifest for manifest in decision.manifests} == manifests
+        told = {client.name for client in rank.clients.values() if client.announced is not None}
+        assert decision.passed_over == told - manifests.keys()
+        packed = pack([manifest for manifest in manifests.values() if manifest], self.capacity)
+        assert decision.micro_batches == tuple(
+            MicroBatch(rank.next_index + number, pieces) for number, pieces in enumerate(packed)
+        )
+        rank.next_index += len(packed)
+        rank.windows.append(
+            Window(
+                decision.window,
+                {micro_batch.index: InFlight(micro_batch) for micro_batch in decision.micro_batches},
+                {client.name: (client, client.skips) for client in present},
+            )
+        )
+        rank.next_window += 1
+        assert rank.queue.next_window == rank.next_window
+        for client in rank.clients.values():
+            client.is_behind |= client.is_benched
+            if rank.next_window >= self.num_windows:
+                client.owed.pop(MANIFEST, None)
+            if client.name in told:
+                client.announced = None
+                client.next_manifest = self._after(rank)
+                if rank.next_window < self.num_windows:
+                    client.owed.setdefault(MANIFEST, self.now)
+
+    def _after(self, rank: Rank) -> int | None:
+        return rank.next_window if rank.next_window < self.num_windows else None
+
+    def _opened(self, rank: Rank, decision: Open) -> None:
+        window, entry = rank.entry(decision.micro_batch)
+        assert not entry.opened
+        assert decision.window == window.number
+        assert decision.pieces == entry.pieces
+        closed = [(other, e) for other, e in rank.entries if not e.opened]
+        if self.order == "fixed":
+            assert entry is closed[0][1], "credit is given in the order of the plan"
+        elif entry.pieces:
+            assert window is closed[0][0], "the running window needs all credit before the next gets any"
+            waiting = {piece.client for other, e in closed if other is window for piece in e.pieces}
+            fair = math.ceil(2 * self.depth / len(waiting))
+            takes_too_much = [
+                any(rank.burden_of(piece.client) >= fair for piece in other.pieces)
+                for _, other in closed
+                if other.pieces
+            ]
+            place = [other.plan.index for _, other in closed if other.pieces].index(entry.plan.index)
+            assert takes_too_much[: place + 1] == [True] * place + [False], "in the order of the plan, but for greed"
+        entry.opened = True
+        assert sum(other.holds_place for _, other in rank.entries) <= 2 * self.depth
+        is_due = rank.is_running and window is rank.windows[0]
+        for piece in decision.pieces:
+            rank.clients[piece.client].owed["activations", decision.micro_batch] = self.now if is_due else math.inf
 
     def _forwarded(self, rank: Rank, decision: Forward) -> None:
-        entry = rank.micro_batches[decision.micro_batch]
+        window, entry = rank.entry(decision.micro_batch)
+        assert window is rank.windows[0], "a forward before the step of the window before"
         assert entry.opened and entry.forwarded is None
-        present = tuple(piece for piece in entry.plan.pieces if piece.client in rank.members)
-        assert {piece.client for piece in present} <= entry.activations, "forwarded before it was complete"
-        assert decision.pieces == present
-        entry.forwarded = present
-        assert rank.count(lambda e: e.forwarded is not None and e.backwarded is None) <= self.depth
-        for piece in present:
-            rank.members[piece.client].owed["gradient", decision.micro_batch] = self.now
+        assert {piece.client for piece in entry.pieces} <= entry.activations, "forwarded before it was complete"
+        assert decision.pieces == entry.pieces
+        entry.forwarded = entry.pieces
+        flying = [e for _, e in rank.entries if e.forwarded is not None and e.backwarded is None]
+        assert len(flying) <= self.depth
+        for piece in entry.pieces:
+            rank.clients[piece.client].owed["gradient", decision.micro_batch] = self.now
 
     def _backwarded(self, rank: Rank, decision: Backward) -> None:
-        entry = rank.micro_batches[decision.micro_batch]
+        window, entry = rank.entry(decision.micro_batch)
         assert entry.forwarded is not None and entry.backwarded is None
-        for piece in entry.forwarded:
-            assert piece.client not in rank.members or piece.client in entry.gradients, "backwarded before it was due"
-        assert decision.pieces == tuple(piece for piece in entry.forwarded if piece.client in entry.gradients)
+        for piece in entry.pieces:
+            assert piece.client in entry.gradients, "backwarded before it was due"
+        assert decision.pieces == entry.pieces
         entry.backwarded = decision.pieces
-        assert decision.is_last == all(e.backwarded is not None for e in rank.micro_batches.values())
+        assert decision.is_last == all(e.backwarded is not None for e in window.micro_batches.values())
 
     def _stepped(self, rank: Rank, decision: Step) -> None:
-        assert decision.window == rank.window
-        assert all(entry.backwarded is not None for entry in rank.micro_batches.values())
-        kinds = [type(made) for made in rank.decisions[-1]]
-        assert kinds.count(Forward) == kinds.count(Backward) == len(rank.micro_batches)
-        assert [made.is_last for made in rank.decisions[-1] if isinstance(made, Backward)].count(True) == 1
-        lost = sum(
-            piece.masked
-            for entry in rank.micro_batches.values()
-            for piece in entry.plan.pieces
-            if piece.client not in entry.gradients
-        )
-        assert decision.lost_masked_tokens == lost
-        rank.lost_masked_tokens.append(lost)
-        self._check_survivors(rank)
+        window = rank.windows.popleft()
+        assert decision.window == window.number
+        assert all(entry.backwarded is not None for entry in window.micro_batches.values())
+        kinds = [type(made) for made in window.decisions]
+        assert kinds.count(Forward) == kinds.count(Backward) == len(window.micro_batches)
+        assert [made.is_last for made in window.decisions if isinstance(made, Backward)].count(True) == 1
+        done = [piece for entry in window.micro_batches.values() for piece in entry.backwarded or ()]
+        assert decision.lost_masked_tokens == window.masked - sum(piece.masked for piece in done)
+        rank.lost_masked_tokens.append(decision.lost_masked_tokens)
+        rank.computed.append(window.decisions)
+        self._check_survivors(rank, window)
         rank.is_running = False
-        rank.window += 1
-        rank.micro_batches = {}
-        rank.members = {}
-        for client in rank.clients.values():
-            if client.announced is None or client.announced.window != rank.window:
-                client.owed["manifest", 0] = self.now
 
-    def _check_survivors(self, rank: Rank) -> None:
-        """Every sequence of a client that stayed was forwarded once and backwarded once."""
-        for client in rank.members.values():
-            lengths, masked = self.lengths(client.name, rank.window)
+    def _check_survivors(self, rank: Rank, window: Window) -> None:
+        """Every sequence of a client that stayed, and was not skipped, was forwarded once and backwarded once."""
+        for client, skips_before in window.members.values():
+            if rank.clients.get(client.name) is not client or client.skips > skips_before:
+                continue
+            lengths, masked = self.lengths(client.name, window.number)
             for stage in ("forwarded", "backwarded"):
                 done = [
                     piece
-                    for entry in rank.micro_batches.values()
+                    for entry in window.micro_batches.values()
                     for piece in getattr(entry, stage)
                     if piece.client == client.name
                 ]
@@ -276,10 +484,23 @@ class Federation:
             rank.is_blocked = False
         if issued[0] == "Step":
             self.finished += 1
+        if issued[0] == "Gather":
+            self._start()
+
+    def _drop(self, rank: Rank, name: str) -> list[tuple[Window, InFlight]]:
+        """Micro-batches that go on without this client from now on; a gradient that was here in time still counts."""
+        dropped = [
+            (window, entry)
+            for window, entry in rank.entries
+            if entry.waits_for(name) and not (entry.forwarded is not None and name in entry.gradients)
+        ]
+        for _, entry in dropped:
+            entry.dropped.add(name)
+        return dropped
 
     def _forget(self, rank: Rank, name: str) -> None:
+        self._drop(rank, name)
         del rank.clients[name]
-        rank.members.pop(name, None)
 
     # -- what may happen ------------------------------------------------------------------------------------------
 
@@ -288,16 +509,17 @@ class Federation:
         actions: list[tuple[Any, ...]] = []
         for number, rank in enumerate(self.ranks):
             for client in rank.clients.values():
-                expected = rank.window + rank.is_running
-                is_due = client.announced is None or client.announced.window < expected
-                if is_due and number not in self.to_start:
+                if client.next_manifest is not None and not client.late:
                     actions.append(("send_manifest", number, client.name))
-                if not client.is_mute:
-                    actions += [("send", number, client.name, *what) for what in client.owed if what != ("manifest", 0)]
-        if self.to_start:
-            actions += [("start", number) for number in sorted(self.to_start)]
-        elif not any(rank.is_running for rank in self.ranks) and all(rank.queue.gathered for rank in self.ranks):
-            actions.append(("make_plan",))
+                actions += [
+                    ("send", number, client.name, *what)
+                    for what in client.owed
+                    if what != MANIFEST and self._may_send(rank, client, *what)
+                ]
+                if client.late and client.late[0][0] != client.mute:
+                    actions.append(("send_late", number, client.name))
+            if rank.queue.planned and not rank.is_blocked:
+                actions.append(("gather", number))
         return actions
 
     def do(self, action: tuple[Any, ...]) -> Any:
@@ -312,15 +534,17 @@ class Federation:
 
     def run(self, windows: int, choose: Choose = lambda options: options[0]) -> None:
         """Go on until so many windows are finished; an AssertionError when nothing can happen before that."""
+        jumps = 0
         while self.finished < windows:
             if self.decide_all():
-                continue
-            if actions := self.possible():
+                jumps = 0
+            elif actions := self.possible():
                 self.do(choose(actions))
-                continue
-            owing = any(client.owed for rank in self.ranks for client in rank.clients.values())
-            assert owing and self.timeout < math.inf, "deadlock: nobody owes anything and no rank can go on"
-            self.now += self.timeout + 1.0
+            else:
+                shortest = min(self.patience, self.timeout)
+                assert shortest < math.inf and jumps < 10, "deadlock: nothing can happen and no rank can go on"
+                self.now += shortest + 0.5
+                jumps += 1
 
     # -- what must not happen -------------------------------------------------------------------------------------
 
@@ -328,13 +552,15 @@ class Federation:
         """Calls that are against the protocol just now: rank, method of its queue, arguments."""
         calls: list[tuple[int, str, tuple[Any, ...]]] = []
         for number, rank in enumerate(self.ranks):
-            expected = rank.window + rank.is_running
-            indices = [*rank.micro_batches, 10**6]
+            expected = rank.next_window
+            indices = [*(entry.plan.index for _, entry in rank.entries), 10**6]
             for client in rank.clients.values():
                 calls.append((number, "join", (client.name, self.now)))
                 wrong = [w for w in (expected - 1, expected + 1, 10**6) if w >= 0]
-                if client.announced is not None and client.announced.window == expected:
+                if client.announced is not None:
                     wrong.append(expected)
+                if client.is_behind:
+                    wrong = [w for w in wrong if w >= expected]
                 calls += [(number, "manifest", (Manifest(client.name, w, (1,), (0,)),)) for w in wrong]
                 for kind in ("activations", "gradient"):
                     calls += [(number, kind, (client.name, i)) for i in indices if (kind, i) not in client.owed]
@@ -344,14 +570,27 @@ class Federation:
         return calls
 
     def violate_all(self) -> None:
-        """Each of these calls is refused with a WireError, and the queue is as it was."""
-        before = [copy.deepcopy(vars(rank.queue)) for rank in self.ranks]
+        """Each of these calls is refused with a WireError, and the queues are as they were."""
+        before = [_state(rank.queue) for rank in self.ranks]
         for rank, method, arguments in self.violations():
-            queue = self.ranks[rank].queue
             try:
-                getattr(queue, method)(*arguments)
+                getattr(self.ranks[rank].queue, method)(*arguments)
             except WireError:
-                pass
-            else:
-                raise AssertionError(f"{method}{arguments} was accepted")
-            assert vars(queue) == before[rank], f"{method}{arguments} was refused, but changed the queue"
+                continue
+            raise AssertionError(f"{method}{arguments} was accepted")
+        assert [_state(rank.queue) for rank in self.ranks] == before, "a call was refused, but changed a queue"
+
+
+def _state(queue: PipelineQueue) -> Any:
+    """What a queue holds, as values that can be compared."""
+    return _frozen({name: value for name, value in vars(queue).items() if name not in ("_pack", "_patience")})
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [(key, _frozen(item)) for key, item in value.items()]
+    if isinstance(value, list | tuple | deque):
+        return [_frozen(item) for item in value]
+    if isinstance(value, set):
+        return frozenset(value)
+    return _frozen(vars(value)) if type(value).__module__ == PipelineQueue.__module__ and vars(value) else value

@@ -47,7 +47,7 @@ class _Window:
     opened: list[int] = field(default_factory=list)
     """Micro-batches that may be sent as soon as the half is done with earlier windows."""
     masked_trained: int = 0
-    """Masked tokens of pieces whose input gradient is back; less than the batch has when pieces were skipped."""
+    """Masked tokens whose loss is in the gradients; less than the batch has when pieces were skipped."""
 
 
 class ClientTrainer:
@@ -147,7 +147,17 @@ class ClientTrainer:
         self._send(pb.ClientMessage(manifest=manifest))
 
     def _plan(self, plan: pb.Plan) -> None:
-        window = self._window(plan.window)
+        if plan.next_window <= plan.window:
+            raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
+        if plan.pieces:
+            self._take_pieces(self._window(plan.window), plan)
+        # The next batch is drawn now, while the server works on this one: its manifest is there when it is needed.
+        self._next_manifest = plan.next_window
+        self._announce()
+        if not plan.pieces:
+            self._pass_over(plan.window, plan.next_window)
+
+    def _take_pieces(self, window: _Window, plan: pb.Plan) -> None:
         bounds = torch.tensor([0, *window.batch.lengths]).cumsum(0)
         masked_bounds = torch.searchsorted(window.batch.masked_positions, bounds).tolist()
         token_bounds = bounds.tolist()
@@ -161,19 +171,11 @@ class ClientTrainer:
                 sequences=slice(first, last),
                 first_token=token_bounds[first],
             )
-        if plan.next_window <= plan.window:
-            raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
-        # The next batch is drawn now, while the server works on this one: its manifest is there when it is needed.
-        self._next_manifest = plan.next_window
-        self._announce()
-        if not plan.pieces:
-            self._pass_over(window, plan.next_window)
-
-    def _pass_over(self, window: _Window, next_window: int) -> None:
-        """This client was late, so windows up to the next one go on without it."""
-        # `synchronous`: the steps of these windows are on their way, since everybody gets the sum of gradients.
-        if self._settings.federation.mode == "parallel":
-            for number in range(window.number, next_window):
+    def _pass_over(self, first: int, next_window: int) -> None:
+        """This client was late, so windows from `first` up to the next one go on without it."""
+        for number in range(first, next_window):
+            # What halves exchange goes to everybody: it is on its way, or has come before this message.
+            if exchange_after(self._settings.federation, number) == "nothing":
                 self._done_with(number)
 
     def _forward_what_may_be(self) -> None:
@@ -215,6 +217,7 @@ class ClientTrainer:
     def _head(self, message: pb.Hidden) -> None:
         window, piece = self._piece(message)
         window.masked_tokens = max(1, message.masked_tokens)
+        window.masked_trained += piece.masked.stop - piece.masked.start
         labels = window.batch.labels[piece.masked].to(self._device)
         shape = (len(labels), self._half.widths.hidden)
         hidden = decode(message.values, shape, self._settings.wire.hidden_states, "hidden states").to(self._device)
@@ -234,7 +237,6 @@ class ClientTrainer:
         values = self._embed(window, piece).values if self._settings.staleness else piece.activations.values
         gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient")
         values.backward(gradient.to(values.device, values.dtype))
-        window.masked_trained += piece.masked.stop - piece.masked.start
         self._finish_piece(window, message.micro_batch)
 
     def _skip(self, skipped: pb.Skipped) -> None:
@@ -357,7 +359,8 @@ class ClientTrainer:
     # -- checkpoints ----------------------------------------------------------------------------------------------
 
     def _save(self, window: int) -> None:
-        if window > self._applied:
+        # Only the exchange of gradients tells a client of every window; one that was late may have missed some.
+        if window > self._applied and self._settings.federation.mode == "synchronous":
             raise WireError(f"the server saves window {window}, this client is at {self._applied}")
         # Batches are drawn ahead.
         drawn = [ahead for number, ahead in self._windows.items() if number >= window]

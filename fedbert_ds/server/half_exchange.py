@@ -68,10 +68,11 @@ class HalfExchange:
 
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
         """(window, combined half) of a round that has ended, once; starts the next. Raises what `combine` raised."""
+        combined = None
         if self._combining is not None and self._combining[1].done():
             window, future = self._combining
             self._combining = None
-            return window, future.result()
+            combined = window, future.result()
         if self._combining is None and self._rounds:
             window = next(iter(self._rounds))
             if not self._rounds[window].awaited:
@@ -79,12 +80,17 @@ class HalfExchange:
                 # By name, so that the sum does not depend on who came first.
                 halves = [half for _, half in sorted(round_.halves.items())]
                 self._combining = window, self._thread.submit(self._combine, halves, round_.average)
-        return None
+        return combined
 
     @property
     def is_idle(self) -> bool:
         """Nothing is awaited and nothing is being combined."""
         return not self._rounds and self._combining is None
+
+    @property
+    def is_combining(self) -> bool:
+        """A result is about to come, of which nobody is told but by `poll`."""
+        return self._combining is not None
 
     @property
     def quiet_seconds(self) -> float:

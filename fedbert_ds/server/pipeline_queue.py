@@ -326,6 +326,12 @@ class PipelineQueue:
         return bool(self._windows) and not self._running
 
     @property
+    def participants(self) -> frozenset[str]:
+        """Clients with pieces in the window that runs or is to start; not who was lost or skipped before."""
+        entries = self._windows[0].entries.values() if self._windows else ()
+        return frozenset(client for entry in entries for client in entry.pieces)
+
+    @property
     def num_micro_batches(self) -> int:
         """Micro-batches planned for the window to start; 0 if it is not planned."""
         return len(self._windows[0].entries) if self.planned else 0

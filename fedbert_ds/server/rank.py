@@ -46,6 +46,8 @@ from fedbert_ds.wire.messages import Manifest, half_chunks
 
 POLL_SECONDS = 0.2
 """How long a wait for an event lasts before clocks and flags are looked at again."""
+COMBINING_POLL_SECONDS = 0.002
+"""The same while halves are being combined: no event says that they are."""
 
 
 class StopFlag(Protocol):
@@ -298,7 +300,7 @@ class RankServer:
         self._inbox.begin()
         exchange = exchange_after(self._config.federation, window)
         if exchange != "nothing":
-            self._exchange.expect(window, self._manifests.keys() & self._queue.present, exchange == "weights")
+            self._exchange.expect(window, self._queue.participants, exchange == "weights")
         while True:
             while self._dispatch(self._ingress.next_event(0)):
                 pass
@@ -307,7 +309,7 @@ class RankServer:
                 case None:
                     waiting_since = time.monotonic()
                     with self._trace.span("wait"):
-                        self._dispatch(self._ingress.next_event(POLL_SECONDS))
+                        self._dispatch(self._ingress.next_event(self._patient_seconds))
                     self._tally.wait_seconds += time.monotonic() - waiting_since
                 case Forward() as forward:
                     with self._busy("forward", micro_batch=forward.micro_batch):
@@ -324,7 +326,7 @@ class RankServer:
 
     def _attend(self) -> None:
         """While the body has nothing to do: take in what comes, plan and give credit ahead, pass halves on."""
-        self._dispatch(self._ingress.next_event(POLL_SECONDS))
+        self._dispatch(self._ingress.next_event(self._patient_seconds))
         self._hand_out_halves()
         while (decision := self._queue.decide(time.monotonic())) is not None:
             self._carry_out(decision)
@@ -447,6 +449,10 @@ class RankServer:
         self._tally.loss_sum += self._inbox.loss_sum
         self._tally.masked_tokens += self._inbox.masked_tokens
         self._exchange.due(window)
+
+    @property
+    def _patient_seconds(self) -> float:
+        return COMBINING_POLL_SECONDS if self._exchange.is_combining else POLL_SECONDS
 
     # -- client halves --------------------------------------------------------------------------------------------
 

@@ -156,13 +156,20 @@ def _mixes(options: KernelsOptions, tokens: int) -> dict[str, list[int]]:
 
 
 def _tune(mixes: dict[str, list[int]], sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
+    from fedbert_kernels.attention_launches import shape_class
     from fedbert_kernels.attention_tuning import tune
 
-    found = []
+    found: list[dict[str, Any]] = []
+    seen = set()
     for heads, head_size in sizes.heads_and_sizes:
         for case, lengths in mixes.items():
             for dropout in (0.0, 0.1):
-                print(f"tuning attention, {case}, head size {head_size}, dropout {dropout}", flush=True)
+                # Mixes of about the same average share launches: those of the first.
+                shape = shape_class(dtype, head_size, dropout > 0.0, False, sum(lengths), len(lengths))
+                if shape in seen:
+                    continue
+                seen.add(shape)
+                print(f"tuning attention, {shape}, on {case}", flush=True)
                 for name, (launch, share) in tune(lengths, heads, head_size, dtype, dropout, device).items():
                     found.append({"shape": name, "tuned_on": case, **asdict(launch), "time_over_default": share})
     return found

@@ -49,7 +49,9 @@ class Prepared:
         if what == FORWARD:
             with torch.no_grad():
                 return self.forward()
-        return torch.autograd.grad(self.forward(), self.inputs, self.gradients)
+        outputs = self.forward()
+        gradients = [gradient.to(output.dtype) for gradient, output in zip(self.gradients, outputs, strict=True)]
+        return torch.autograd.grad(outputs, self.inputs, gradients)
 
 
 Build = Callable[[float], Prepared]
@@ -150,15 +152,14 @@ def _check_all(problem: Problem, device: torch.device) -> tuple[dict[Key, Prepar
     reasons: dict[Key, str] = {}
     errors: dict[Key, float] = {}
     for name, build in problem.rivals.items():
-        failed = None
         for what in problem.work:
+            # Who fails forward is not asked for more.
+            if (name, FORWARD) in reasons:
+                reasons[name, what] = reasons[name, FORWARD]
+                continue
             try:
-                if failed is not None:
-                    raise failed
-                prepared, errors[name, what] = _check(problem, build, what, exact)
-                ready[name, what] = prepared
+                ready[name, what], errors[name, what] = _check(problem, build, what, exact)
             except Exception as error:  # Whatever stops a rival, the others are still to be measured.
-                failed = error
                 reasons[name, what] = _reason(error)
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,6 +11,8 @@ from fedbert_ds.bench.kernels import KernelsOptions, bench_kernels, compares, pa
 from fedbert_ds.bench.kernels_report import table
 from fedbert_ds.bench.rivals import BOTH, FORWARD, OURS
 from fedbert_ds.errors import RunError
+from fedbert_kernels import attention_tuning
+from fedbert_kernels.launch import Launch
 
 CPU = torch.device("cpu")
 
@@ -72,6 +74,22 @@ def test_one_kernel_alone(quick, tmp_path) -> None:
 def test_tuning_without_a_gpu_is_refused(tmp_path) -> None:
     with pytest.raises(RunError, match="--tune needs a GPU"):
         bench_kernels(KernelsOptions(tmp_path / "x.json", "", tune=True, quick=True), CPU)
+
+
+def test_tuning_goes_once_through_each_shape(monkeypatch) -> None:
+    launch = Launch(64, 64, 4, 1)
+    tuned = []
+
+    def tune(lengths, heads, head_size, dtype, dropout, device):
+        tuned.append((lengths, dropout))
+        return {f"forward {len(tuned)}": (launch, 0.5)}
+
+    monkeypatch.setattr(attention_tuning, "tune", tune)
+    mixes = {"a": [512, 512], "b": [500, 300], "c": [20, 25]}
+    found = kernels._tune(mixes, kernels.QUICK_CPU, torch.bfloat16, CPU)
+    assert tuned == [(mixes["a"], 0.0), (mixes["a"], 0.1), (mixes["c"], 0.0), (mixes["c"], 0.1)]
+    assert [row["tuned_on"] for row in found] == ["a", "a", "c", "c"]
+    assert found[0]["rows"] == 64 and found[0]["time_over_default"] == 0.5
 
 
 def test_an_unknown_kernel_is_refused() -> None:

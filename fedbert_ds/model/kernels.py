@@ -21,7 +21,8 @@ def install_kernels(body: Body, kernels: Kernels, device: torch.device, *, whole
     """Let a body, which is on `device` or will be, run the kernels of its choice.
 
     `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does not: there, weights are
-    gathered by hooks of modules that a swap no longer calls, so attention alone is fused.
+    gathered by hooks of modules, which a swapped module reads without calling them. It would lean on DeepSpeed's
+    fallback for weights read elsewhere, so attention alone is fused.
 
     ConfigError if Triton is asked for where it cannot run, or for a head size that its attention does not take.
     """

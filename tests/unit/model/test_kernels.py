@@ -59,6 +59,19 @@ def test_the_same_hidden_states_and_gradients(body_of, architecture, cut, whole_
     torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch) -> None:
+    # On a CPU the operator has a body in torch; here it gives way to the kernels, interpreted.
+    from fedbert_kernels import attention as module
+
+    monkeypatch.setattr(module.attention_torch, "forward", module.launch_forward)
+    monkeypatch.setattr(module.attention_torch, "backward", module.launch_backward)
+    body, packed = body_of("bert"), pack(LENGTHS)
+    expected = run(body, packed)
+    for whole_weights in (False, True):
+        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
+        torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(body_of, monkeypatch) -> None:
     from fedbert_kernels import attention as module
     from fedbert_kernels import sequences

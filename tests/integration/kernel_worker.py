@@ -1,0 +1,77 @@
+"""A rank that trains the same body with torch and with Triton's kernels, interpreted, at ZeRO stages 2 and 3.
+
+    python kernel_worker.py FOLDER      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
+
+Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and the input gradients of all micro-batches.
+Runs as a process of its own, for whether kernels are interpreted is decided when they are imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+LENGTHS = ([5, 9], [1, 3])
+"""Of the sequences of each micro-batch."""
+
+
+def main(folder: Path) -> None:
+    """Train and write, run after run."""
+    from fedbert_ds.server.distributed import initialize, shut_down
+
+    # On a CPU attention has a body in torch; here it gives way to the kernels, interpreted.
+    from fedbert_kernels import attention
+
+    attention.attention_torch.forward = attention.launch_forward
+    attention.attention_torch.backward = attention.launch_backward
+    initialize()
+    rank = torch.distributed.get_rank()
+    for stage in (2, 3):
+        # At stage 3, weights as small as these are partitioned and released too.
+        settings = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+        path = folder / f"zero-{rank}.json"
+        path.write_text(json.dumps({"zero_optimization": settings}))
+        for kernels in ("torch", "triton"):
+            torch.save(train(path, kernels), folder / f"{stage}-{kernels}-{rank}.pt")
+    shut_down()
+
+
+def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
+    """Weights by name, and input gradients by micro-batch."""
+    from fedbert_ds.config import parse_config
+    from fedbert_ds.model.checkpoint import build_model
+    from fedbert_ds.model.cut import split
+    from fedbert_ds.server.engine import BodyEngine, BodyInput
+
+    config = parse_config(
+        {
+            "model": {"hidden_size": 32, "num_attention_heads": 2, "dropout": 0.0, "initializer_range": 0.2},
+            "optimizer": {"name": "sgd", "lr": 0.5},
+            "body": {"deepspeed": str(deepspeed)},
+            "kernels": kernels,
+        },
+        "kernels",
+    )
+    _, body = split(build_model(config.model, 50, 0, 1), "embeddings")
+    engine = BodyEngine.build(body, config, torch.device("cpu"))
+    results = {}
+    random = torch.Generator().manual_seed(torch.distributed.get_rank())
+    for number, lengths in enumerate(LENGTHS):
+        bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+        values = torch.randn(sum(lengths), 32, generator=random)
+        engine.forward(number, BodyInput(values, torch.arange(0, sum(lengths), 2), bounds, None, number))
+    for number, lengths in enumerate(LENGTHS):
+        gradient = torch.randn(len(range(0, sum(lengths), 2)), 32, generator=random) / 10
+        is_last = number + 1 == len(LENGTHS)
+        results[f"input {number}"] = engine.backward(number, gradient, is_last=is_last)
+    engine.step(config.optimizer.lr)
+    return results | engine.full_state()
+
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    main(Path(sys.argv[1]))

@@ -1,0 +1,56 @@
+"""Under DeepSpeed, at ZeRO stages 2 and 3, a body with Triton kernels trains as one without."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from unit.kernels.bounds import needs_triton
+
+pytestmark = [pytest.mark.timeout(300), needs_triton]
+
+WORKER = Path(__file__).with_name("kernel_worker.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two ranks wrote."""
+    folder = tmp_path_factory.mktemp("kernels")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    # The kernels are interpreted, so the GPU, if there is one, stays out of it.
+    common = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = []
+    try:
+        for rank in ("0", "1"):
+            with (folder / f"{rank}.log").open("w") as log:
+                environment = os.environ | common | {"RANK": rank, "LOCAL_RANK": rank}
+                command = [sys.executable, str(WORKER), str(folder)]
+                ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+        for rank in ranks:
+            assert rank.wait(timeout=280) == 0, (folder / "0.log").read_text()[-3000:]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    return folder
+
+
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_and_input_gradients_are_the_same(folder, stage: int, rank: int) -> None:
+    plain, fused, first = (
+        torch.load(folder / f"{name}-{rank}.pt", weights_only=True)
+        for name in (f"{stage}-torch", f"{stage}-triton", "2-torch")
+    )
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(plain, first, atol=1e-4, rtol=1e-4)
+    # The same mathematics in another order: were it the same to the last bit, the kernels did not run.
+    assert any(not torch.equal(fused[name], plain[name]) for name in plain)

@@ -117,10 +117,14 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     modes.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     modes.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     modes.set_defaults(run=_bench_modes)
-    ingress = benches.add_parser("ingress", help="what an endpoint accepts and what that costs; large transfers")
+    ingress = benches.add_parser("ingress", help="what an endpoint accepts and what that costs")
     ingress.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record")
     ingress.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     ingress.set_defaults(run=_bench_ingress)
+    transfers = benches.add_parser("transfers", help="large transfers over a limited link that drops")
+    transfers.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record")
+    transfers.add_argument("--quick", action="store_true", help="a tenth of the half")
+    transfers.set_defaults(run=_bench_transfers)
     streams = benches.add_parser("streams", help="many client streams at one endpoint for a long time")
     streams.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record")
     streams.add_argument("--streams", type=int, default=256, metavar="N")
@@ -263,6 +267,13 @@ def _bench_ingress(options: argparse.Namespace) -> None:
     from fedbert_ds.bench.record import command_line
 
     bench_ingress(IngressOptions(out=options.out, command=command_line(), quick=options.quick))
+
+
+def _bench_transfers(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.record import command_line
+    from fedbert_ds.bench.transfers import TransfersOptions, bench_transfers
+
+    bench_transfers(TransfersOptions(out=options.out, command=command_line(), quick=options.quick))
 
 
 def _bench_streams(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,6 @@ from typing import Any
 
 from fedbert_ds.bench.endpoint import ClientProcess, EndpointProcess, Load
 from fedbert_ds.bench.record import source_commit, write_record
-from fedbert_ds.bench.transfers import HALF_BYTES, activations_row, half_row
 
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
 STREAMS = (1, 4, 16)
@@ -45,8 +45,6 @@ def bench_ingress(options: IngressOptions) -> None:
 def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
     yield from rate_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
     yield from busy_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
-    yield activations_row()
-    yield half_row(HALF_BYTES // 10 if is_quick else HALF_BYTES)
 
 
 def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
@@ -76,6 +74,7 @@ def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                 "blocked_share": round(blocked / (after.body_seconds - before.body_seconds), 4),
                 "blocked_seconds_per_gb": round(blocked / moved, 3),
                 "wrong": after.wrong + wrong,
+                "load": round(os.getloadavg()[0], 1),
             }
 
 
@@ -121,6 +120,7 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                     "body_python_seconds_per_gb": round((after.python_seconds - before.python_seconds) / moved, 3),
                     "client_cpu_seconds_per_gb": round(used.cpu_seconds / moved, 3),
                     "wrong": after.wrong + used.wrong,
+                    "load": round(os.getloadavg()[0], 1),
                 }
 
 
@@ -136,15 +136,7 @@ def describe(row: dict[str, Any]) -> str:
             f"{row['ingress']:7}  {row['transport']}  {way}  {row['message_bytes']:>9,} B x {row['streams']:>2}  "
             f"{row['gb_per_second']:.2f} GB/s  CPU s/GB: {cpu}, clients {row['client_cpu_seconds_per_gb']:.2f}"
         )
-    if row["what"] == "busy":
-        return (
-            f"{row['ingress']:7}  beside a busy body  {row['gb_per_second']:.2f} GB/s  the body is blocked "
-            f"{row['blocked_share']:.1%} of its time"
-        )
-    line = (
-        f"{row['what']}  {row['bytes'] / 1e6:,.0f} MB at {row['mbit']} Mbit/s: {row['seconds']:.2f} s, "
-        f"the wire's own time {row['wire_seconds']:.2f} s"
+    return (
+        f"{row['ingress']:7}  beside a busy body  {row['gb_per_second']:.2f} GB/s  the body is blocked "
+        f"{row['blocked_share']:.1%} of its time"
     )
-    if row["cuts"]:
-        line += f", down for {row['outage_seconds']:.0f} s; {row['resent_bytes'] / 1e6:.1f} MB sent again"
-    return line

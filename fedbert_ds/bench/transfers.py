@@ -1,15 +1,22 @@
-"""Large transfers over a limited link: 100 MB of activations, and a client half whose link drops in the middle."""
+"""Large transfers over a limited link: `fedbert-ds bench transfers`.
+
+100 MB of activations, and a client half whose link drops in the middle.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedbert_ds.bench.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.link import DelayProxy
+from fedbert_ds.bench.record import source_commit, write_record
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.server.ingress import Connected, Ingress, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -21,8 +28,43 @@ MESSAGE_BYTES = 2_000_000
 ACTIVATION_BYTES = 50 * MESSAGE_BYTES
 HALF_BYTES = 1_400_000_000
 OUTAGE_SECONDS = 2.0
+TRIES = 5
+"""Of the activations, which take about a second: on a machine with other work one says little."""
 PATIENCE = 600.0
 """Seconds without anything coming after which something is broken."""
+
+
+@dataclass(frozen=True)
+class TransfersOptions:
+    """What a user asks for."""
+
+    out: Path
+    command: str
+    quick: bool = False
+
+
+def bench_transfers(options: TransfersOptions) -> None:
+    """Measure every row, print it and write the record."""
+    commit = source_commit()
+    rows = []
+    for _ in range(TRIES):
+        rows.append(activations_row())
+        print(describe(rows[-1]), flush=True)
+    rows.append(half_row(HALF_BYTES // 10 if options.quick else HALF_BYTES))
+    print(describe(rows[-1]), flush=True)
+    write_record(options.out, command=options.command, commit=commit, rows=rows)
+    print(f"record  {options.out}")
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of a row."""
+    line = (
+        f"{row['what']}  {row['bytes'] / 1e6:,.0f} MB at {row['mbit']} Mbit/s: {row['seconds']:.2f} s, "
+        f"{row['ratio']:.2f} times the wire's own time"
+    )
+    if row["cuts"]:
+        line += f" and {row['outage_seconds']:.0f} s down; {row['resent_bytes'] / 1e6:.1f} MB sent again"
+    return line
 
 
 def activations_row() -> dict[str, Any]:
@@ -97,6 +139,7 @@ class _Transfer:
             "outage_seconds": down,
             "crossed_bytes": counts["bytes_up"],
             "resent_bytes": self._pipe.recv(),
+            "load": round(os.getloadavg()[0], 1),
         }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedbert_ds.client.shared_weights import SharedWeights
 from fedbert_ds.client.state import load_state, save_state
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import WireError
@@ -92,6 +93,8 @@ class ClientTrainer:
             if is_exchanged(settings.federation, half.parameter_scope(name))
         }
         self._exchange_codec = exchange_codec(settings.federation, settings.wire)
+        averages_changes = settings.federation.mode == "parallel" and self._exchange_codec != "fp32"
+        self._shared = SharedWeights(self._exchanged, self._exchange_codec) if averages_changes else None
         self._assembler = self._new_assembler()
         self.finish: pb.Finish | None = None
         """The server's last word, once it has come."""
@@ -171,6 +174,7 @@ class ClientTrainer:
                 sequences=slice(first, last),
                 first_token=token_bounds[first],
             )
+
     def _pass_over(self, first: int, next_window: int) -> None:
         """This client was late, so windows from `first` up to the next one go on without it."""
         for number in range(first, next_window):
@@ -274,7 +278,12 @@ class ClientTrainer:
             weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
             if self._settings.staleness:
                 self._sent[window.number] = {name: tensor.clone() for name, tensor in weights.items()}
-            self._send_half(window.number, weights, float(max(1, self._masked_since_average)))
+            weight = float(max(1, self._masked_since_average))
+            if self._shared is None:
+                self._send_half(window.number, weights, weight)
+            else:
+                for chunk in self._shared.changes(window.number, weights, weight):
+                    self._send(pb.ClientMessage(half=chunk))
             self._masked_since_average = 0
         else:
             self._done_with(window.number)
@@ -320,12 +329,15 @@ class ClientTrainer:
         if self._awaits_initial_half:
             self._awaits_initial_half = False
             self._set_weights(tensors, {})
+            if self._shared is not None:
+                self._shared.begin(tensors)
             self._announce()
         elif self._settings.federation.mode == "synchronous":
             self._step_with(tensors, chunk.window)
             self._done_with(chunk.window)
         else:
-            self._set_weights(tensors, self._sent.pop(chunk.window, {}))
+            average = tensors if self._shared is None else self._shared.apply(tensors)
+            self._set_weights(average, self._sent.pop(chunk.window, {}))
             self._done_with(chunk.window)
         self._assembler = self._new_assembler()
 
@@ -372,6 +384,7 @@ class ClientTrainer:
             "masked_since_average": self._masked_since_average,
             "masked_seen": self._masked_seen,
             "tokens_seen": self._tokens_seen,
+            "shared": self._shared.state_dict() if self._shared is not None else None,
         }
         save_state(self._state_folder, window, state)
         self._send(
@@ -389,6 +402,8 @@ class ClientTrainer:
         self._text.load_state_dict(state["cursor"])
         self._masked_since_average = state["masked_since_average"]
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
+        if self._shared is not None and state["shared"] is not None:
+            self._shared.load_state_dict(state["shared"])
 
     def flops_per_token(self) -> float:
         """Floating-point operations of this half for one token, forward and backward, at the masking share seen."""

@@ -82,6 +82,11 @@ class HalfExchange:
                 self._combining = window, self._thread.submit(self._combine, halves, round_.average)
         return combined
 
+    def is_done(self, before: int) -> bool:
+        """Nothing is awaited or being combined of windows below `before`."""
+        pending = [*self._rounds, *([self._combining[0]] if self._combining is not None else [])]
+        return all(window >= before for window in pending)
+
     @property
     def is_idle(self) -> bool:
         """Nothing is awaited and nothing is being combined."""

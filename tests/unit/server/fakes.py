@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.federation.modes import exchange_after
 from fedbert_ds.server.coordinator import Seat
 from fedbert_ds.server.engine import BodyInput
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer, Report
+from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
 from fedbert_ds.wire.messages import HalfAssembler, half_chunks
@@ -75,6 +77,9 @@ class FakeEngine:
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
 
+    def affordable_depth(self) -> int:
+        return 8
+
     def _per_token(self, body_input: BodyInput, values: Tensor) -> Tensor:
         return values if body_input.row_index is None else values[body_input.row_index]
 
@@ -86,7 +91,7 @@ class FakeEngine:
 class FakeControl:
     """The only rank."""
 
-    rank, world_size, group = 0, 1, None
+    rank, world_size, group, half_group = 0, 1, None, None
 
     def gather(self, mine: Any) -> list[Any]:
         return [mine]
@@ -112,6 +117,9 @@ class FakeClient:
         self.name = name
         self.lengths = lengths
         self.windows_stepped: list[int] = []
+        """Windows whose step its half has taken, in order."""
+        self.passed_over: list[int] = []
+        self.skipped: list[int] = []
         self.halves: list[dict[str, Tensor]] = []
         self.hidden_states = 0
         self.finish: pb.Finish | None = None
@@ -119,40 +127,44 @@ class FakeClient:
         self._config = config
         self._alter = alter
         self._sent = itertools.count()
-        self._window = 0
+        self._ready_for = 0
+        """The first window whose step, exchange included, its half has not taken."""
+        self._window_of: dict[int, int] = {}
         self._pieces: dict[int, pb.Piece] = {}
+        self._unfinished: dict[int, set[int]] = {}
+        self._opened: list[int] = []
         self._gradients: dict[int, Tensor] = {}
-        self._rows: dict[int, Tensor] = {}
-        self._unfinished = 0
         self._assembler = HalfAssembler(HALF, "the server's half")
 
-    def manifest(self) -> pb.ClientMessage:
+    def manifest(self, window: int) -> list[pb.ClientMessage]:
+        if window >= self._config.run.windows:
+            return []
         masked = [length // 2 for length in self.lengths]
-        return pb.ClientMessage(manifest=pb.Manifest(window=self._window, lengths=self.lengths, masked=masked))
+        return [pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=self.lengths, masked=masked))]
 
     def handle(self, message: pb.ServerMessage) -> list[pb.ClientMessage]:
         answers: list[pb.ClientMessage] = []
         match message.WhichOneof("body"):
             case "plan":
-                self._pieces = {piece.micro_batch: piece for piece in message.plan.pieces}
-                self._unfinished = len(self._pieces)
+                answers += self._plan(message.plan)
             case "open":
-                answers.append(self._activations(message.open.micro_batch))
+                self._opened.append(message.open.micro_batch)
+                answers += self._activations_due()
             case "hidden":
                 answers.append(self._gradient(message.hidden))
             case "input_gradient":
-                answers += self._input_gradient(message.input_gradient)
-            case "stepped":
-                self.windows_stepped.append(message.stepped.window)
-                if self._config.federation.mode == "parallel":
-                    answers += self._half(weight=float(len(self.name)))
+                self._check_input_gradient(message.input_gradient)
+                answers += self._finish_pieces(message.input_gradient.window, [message.input_gradient.micro_batch])
+            case "skipped":
+                self.skipped.append(message.skipped.window)
+                answers += self._finish_pieces(message.skipped.window, message.skipped.micro_batches)
             case "half":
                 if (complete := self._assembler.add(message.half)) is not None:
-                    answers += self._begin_window(complete[0])
+                    answers += self._take_half(message.half.window, complete[0])
             case "save":
                 answers.append(pb.ClientMessage(saved=pb.Saved(window=message.save.window, flops_per_token=7.0)))
             case "half_request":
-                answers += self._half(weight=1.0)
+                answers += self._half(message.half_request.window, weight=1.0)
             case "finish":
                 self.finish = message.finish
             case "refused":
@@ -160,18 +172,54 @@ class FakeClient:
         return [altered for answer in answers for altered in self._alter(next(self._sent), answer)]
 
     def numbers(self, micro_batch: int, what: str, count: int) -> Tensor:
-        random = torch.Generator().manual_seed(hash((self.name, self._window, micro_batch, what)) % 2**31)
+        random = torch.Generator().manual_seed(hash((self.name, micro_batch, what)) % 2**31)
         return torch.randn(count, WIDTH, generator=random)
 
     def own_half(self) -> dict[str, Tensor]:
         return {name: torch.full(shape, float(len(self.name))) for name, shape in HALF.items()}
 
-    def _begin_window(self, half: dict[str, Tensor]) -> list[pb.ClientMessage]:
-        if self.halves:
-            self._window += 1
-        self.halves.append(half)
+    def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
+        for piece in plan.pieces:
+            self._pieces[piece.micro_batch] = piece
+            self._window_of[piece.micro_batch] = plan.window
+        self._unfinished[plan.window] = {piece.micro_batch for piece in plan.pieces}
+        answers = self.manifest(plan.next_window)
+        if not plan.pieces:
+            self.passed_over += range(plan.window, plan.next_window)
+            if self._config.federation.mode == "parallel":
+                self._ready_for = max(self._ready_for, plan.next_window)
+        return answers + self._activations_due()
+
+    def _activations_due(self) -> list[pb.ClientMessage]:
+        """What was asked for and its half is ready for."""
+        horizon = self._ready_for + self._config.window.staleness
+        due = [number for number in self._opened if self._window_of[number] <= horizon]
+        self._opened = [number for number in self._opened if number not in due]
+        return [self._activations(number) for number in due]
+
+    def _finish_pieces(self, window: int, micro_batches: Iterable[int]) -> list[pb.ClientMessage]:
+        self._opened = [number for number in self._opened if number not in micro_batches]
+        unfinished = self._unfinished[window]
+        unfinished -= set(micro_batches)
+        if unfinished:
+            return []
+        if self._config.federation.mode == "synchronous":
+            return self._half(window, weight=1.0)
+        self.windows_stepped.append(window)
+        if exchange_after(self._config.federation, window) == "weights":
+            return self._half(window, weight=float(len(self.name)))
+        self._ready_for = max(self._ready_for, window + 1)
+        return self._activations_due()
+
+    def _take_half(self, window: int, half: dict[str, Tensor]) -> list[pb.ClientMessage]:
         self._assembler = HalfAssembler(HALF, "the server's half")
-        return [self.manifest()] if self._window < self._config.run.windows else []
+        self.halves.append(half)
+        if len(self.halves) == 1:
+            return self.manifest(0)
+        if self._config.federation.mode == "synchronous":
+            self.windows_stepped.append(window)
+        self._ready_for = max(self._ready_for, window + 1)
+        return self._activations_due()
 
     def _lengths(self, micro_batch: int) -> tuple[int, ...]:
         piece = self._pieces[micro_batch]
@@ -198,7 +246,7 @@ class FakeClient:
     def _activations(self, micro_batch: int) -> pb.ClientMessage:
         values, _, index = self._per_token(micro_batch)
         message = pb.Activations(
-            window=self._window,
+            window=self._window_of[micro_batch],
             micro_batch=micro_batch,
             values=encode(values, self._config.wire.activations),
             masked_positions=encode_positions(self._positions(micro_batch), sum(self._lengths(micro_batch))),
@@ -216,10 +264,10 @@ class FakeClient:
         gradient = self._gradients[number] = self.numbers(number, "gradient", len(positions))
         frame = encode(gradient, self._config.wire.gradients)
         return pb.ClientMessage(
-            gradient=pb.Gradient(window=self._window, micro_batch=number, hidden=frame, loss_sum=2.0 * len(positions))
+            gradient=pb.Gradient(window=message.window, micro_batch=number, hidden=frame, loss_sum=2.0 * len(positions))
         )
 
-    def _input_gradient(self, message: pb.InputGradient) -> list[pb.ClientMessage]:
+    def _check_input_gradient(self, message: pb.InputGradient) -> None:
         number, positions = message.micro_batch, self._positions(message.micro_batch)
         values, _, index = self._per_token(number)
         expected = torch.zeros_like(values)
@@ -227,11 +275,21 @@ class FakeClient:
         expected.index_add_(0, where, 2.0 * self._gradients.pop(number))
         got = decode(message.values, values.shape, self._config.wire.gradients, "input gradient")
         torch.testing.assert_close(got, expected)
-        self._unfinished -= 1
-        return self._half(weight=1.0) if not self._unfinished and self._config.federation.mode == "synchronous" else []
 
-    def _half(self, weight: float) -> list[pb.ClientMessage]:
-        return [pb.ClientMessage(half=chunk) for chunk in half_chunks(self._window, self.own_half().items(), weight)]
+    def _half(self, window: int, weight: float) -> list[pb.ClientMessage]:
+        return [pb.ClientMessage(half=chunk) for chunk in half_chunks(window, self.own_half().items(), weight)]
+
+
+class InlineThread:
+    """Does at once what a thread would do, so that nothing depends on which is faster."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(function(*arguments))
+        return done
 
 
 class Clock:
@@ -340,7 +398,9 @@ class Rank:
         lockstep_forwards: bool = False,
     ) -> None:
         self.clock = Clock()
-        monkeypatch.setattr("fedbert_ds.server.rank.time", SimpleNamespace(monotonic=self.clock.monotonic))
+        for module in ("rank", "half_exchange"):
+            monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
+        monkeypatch.setattr("fedbert_ds.server.half_exchange.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards)
         self.ingress = FakeIngress(self.clock, clients, latency)
@@ -355,6 +415,7 @@ class Rank:
             seats(clients),
             0,
             self.stop,
+            Trace(None),
         )
 
     def run(self) -> int:

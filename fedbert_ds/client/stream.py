@@ -114,7 +114,8 @@ class ServerStream:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._conversation.kept_bytes < KEPT_BYTES or self._ended is not None)
             self._waits_to_send = False
-            self._conversation.put(body)
+            if self._ended is None:
+                self._conversation.put(body)
             self._changed.notify_all()
 
     def receive(self) -> pb.ServerMessage:
@@ -198,10 +199,11 @@ class ServerStream:
         message = pb.ServerMessage.FromString(frame)
         delivery = message.delivery
         num_bytes = max(len(frame), delivery.shared_bytes, MESSAGE_BYTES)
-        if delivery.shared_bytes and self._memory is not None:
-            message = pb.ServerMessage.FromString(
-                self._memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
-            )
+        if delivery.shared_bytes:
+            if self._memory is None:
+                raise WireError("a message in memory that is not shared")
+            body = self._memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
+            message = pb.ServerMessage.FromString(body)
         with self._changed:
             if not self._attached:
                 self._conversation.resume(delivery.received)

@@ -145,7 +145,7 @@ def problems(
 
 def _mixes(options: KernelsOptions, tokens: int) -> dict[str, list[int]]:
     """{name: lengths}, each of about `tokens` tokens."""
-    mixes = {"all 128": [128] * (tokens // 128), "all 512": [512] * (tokens // 512)}
+    mixes = {f"all {length}": [length] * max(1, tokens // length) for length in (128, 512)}
     if options.quick:
         return mixes | {"sentences": draw_lengths(QUICK_SENTENCES, tokens)}
     print(f"counting tokens of {options.data}", flush=True)

@@ -26,7 +26,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(kernels, "memory_bandwidth", lambda *_: 1e10)
     monkeypatch.setattr(kernels, "CODECS", ("int8",))
-    monkeypatch.setattr(kernels, "QUICK_CPU", kernels.Sizes(512, ((1, 16),), (64,), 50, 1, 0.0))
+    monkeypatch.setattr(kernels, "QUICK_CPU", kernels.Sizes(64, ((1, 16),), (64,), 50, 1, 0.0))
 
 
 def test_record_picture_and_table(quick, tmp_path, capsys) -> None:

@@ -16,7 +16,9 @@ import torch
 from unit.server.fakes import HALF, FakeClient, FakeControl, FakeEngine, run_config, seats, shapes
 from unit.server.test_rank import BAD
 
+from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import WireError
 from fedbert_ds.server import ingress_process
 from fedbert_ds.server.ingress import (
@@ -68,7 +70,8 @@ class Stream(ServerStream):
     """A client's training stream, driven by a test."""
 
     def __init__(self, address: str, client: str, session: str, tls: TlsFiles | None = None) -> None:
-        super().__init__(address, tls, client, session, reconnect_timeout=TIMEOUT)
+        # Not through memory: what these tests break is the socket.
+        super().__init__(address, tls, client, session, reconnect_timeout=TIMEOUT, shares_memory=False)
         self.__enter__()
 
     def refusal(self) -> str:
@@ -437,6 +440,51 @@ class RemoteClient(threading.Thread):
             stream.end()
 
 
+def serve_fakes(
+    endpoint: Endpoint, address: str, config: RunConfig, clients: list[FakeClient]
+) -> tuple[list[str], list[RemoteClient]]:
+    """Train a whole run with clients that dial `address`: the problems reported, and the clients, at their end."""
+    problems: list[str] = []
+    engine = FakeEngine()
+    places = seats(clients)
+    stop = threading.Event()
+    stop.requested = False  # type: ignore[attr-defined]
+    rank = RankServer(config, shapes(config), engine, endpoint.ingress, FakeControl(), places, 0, stop, Trace(None, 0))  # type: ignore[arg-type]
+    endpoint.ingress.admit({name: seat.session for name, seat in places.items()})
+    remote = [RemoteClient(address, client) for client in clients]
+    for thread in remote:
+        thread.start()
+    rank.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
+    assert (
+        rank.train(lambda window, reports, seconds: problems.extend(reports[0].new_problems), Path("x"))
+        == config.run.windows
+    )
+    rank.finish("done", complete=True)
+    for thread in remote:
+        thread.join(timeout=TIMEOUT)
+        assert not thread.is_alive()
+    return problems, remote
+
+
+def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Endpoint) -> None:
+    config = run_config(run={"windows": 6})
+    clients = [
+        FakeClient("ada", config),
+        FakeClient("bo", config, (4, 3, 3, 2)),
+        FakeClient("cy", config, (2, 2, 8, 1)),
+    ]
+    proxy = DelayProxy(endpoint.address, cut_bytes=(1_500, 4_000), cuts=20, outage_ms=50, seed=5)
+    with proxy as through:
+        problems, remote = serve_fakes(endpoint, through, config, clients)
+        assert proxy.counts()["cuts"] >= 3
+    assert problems == []
+    for thread in remote:
+        assert thread.error is None, thread.error
+    for client in clients:
+        assert client.windows_stepped == list(range(6))
+        assert client.finish == pb.Finish(reason="done", complete=True)
+
+
 @pytest.mark.parametrize("fault", [None, "activations out of all measure", "gradient of another shape", "attach again"])
 def test_a_rank_serves_on_after_a_client_failed(endpoint: Endpoint, fault: str | None) -> None:
     config = run_config(clients={"minimum": 2}, run={"windows": 3})
@@ -447,21 +495,9 @@ def test_a_rank_serves_on_after_a_client_failed(endpoint: Endpoint, fault: str |
     ]
     if fault:
         clients[1] = FakeClient("bo", config, (4, 3, 3, 2), BAD[fault][0]())
-    engine, problems = FakeEngine(), []
-    places = seats(clients)
-    stop = threading.Event()
-    stop.requested = False  # type: ignore[attr-defined]
-    rank = RankServer(config, shapes(config), engine, endpoint.ingress, FakeControl(), places, 0, stop, Trace(None, 0))  # type: ignore[arg-type]
-    endpoint.ingress.admit({name: seat.session for name, seat in places.items()})
-    remote = [RemoteClient(endpoint.address, client) for client in clients]
+    problems, remote = serve_fakes(endpoint, endpoint.address, config, clients)
     for thread in remote:
-        thread.start()
-    rank.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-    assert rank.train(lambda window, reports, seconds: problems.extend(reports[0].new_problems), Path("x")) == 3
-    rank.finish("done", complete=True)
-    for thread in remote:
-        thread.join(timeout=TIMEOUT)
-        assert not thread.is_alive() and thread.error is None, thread.error
+        assert thread.error is None, thread.error
     for client in clients:
         if fault and client.name == "bo":
             assert client.refusal is not None and BAD[fault][1] in client.refusal

@@ -273,8 +273,8 @@ class WireSection(Section):
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
     halves: Codec = "fp32"
-    """Codec of the matrices among the client halves' gradients, which `synchronous` mode sums every window, up and
-    down; averaged weights are exact."""
+    """Codec of the matrices of what client halves exchange, up and down: gradients in `synchronous` mode; in `parallel`
+    mode weights if it is fp32, else what changed in them since the last average."""
 
     @property
     def hidden_states(self) -> Codec:

@@ -402,7 +402,7 @@ class ClientTrainer:
         self._text.load_state_dict(state["cursor"])
         self._masked_since_average = state["masked_since_average"]
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
-        if self._shared is not None and state["shared"] is not None:
+        if self._shared is not None:
             self._shared.load_state_dict(state["shared"])
 
     def flops_per_token(self) -> float:

@@ -20,8 +20,8 @@ def exchange_after(federation: FederationSection, window: int) -> Exchange:
 
 
 def exchange_codec(federation: FederationSection, wire: WireSection) -> Codec:
-    """How what is exchanged is coded: weights exactly, for what rounding takes from them is lost for good."""
-    return wire.halves if federation.mode == "synchronous" else "fp32"
+    """How what is exchanged is coded: gradients as they are; of weights, unless fp32, what changed in them."""
+    return wire.halves
 
 
 def is_exchanged(federation: FederationSection, scope: Literal["embeddings", "head"]) -> bool:

@@ -45,6 +45,7 @@ UNCHANGED = (
     "tokenizer",
     "data",
     "federation",
+    "wire.halves",
     "run.seed",
     "optimizer.name",
     "body.zero_stage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -99,21 +100,25 @@ def half_chunks(
 ) -> Iterator[pb.HalfChunk]:
     """A client half (or its gradients) as chunks of at most 1 MB, the last one marked.
 
-    Matrices are coded, payload and then scales; everything else is fp32.
+    Matrices are coded, payload and then scales; everything else is fp32. Rows of zeros, of words that nobody touched,
+    are named and not sent.
     """
     for name, tensor in tensors:
+        shape, rows = tensor.shape, b""
+        tensor = tensor.detach()
+        if tensor.dim() == 2:
+            touched = (tensor != 0).any(dim=1)
+            if not touched.all():
+                tensor, rows = tensor[touched], np.packbits(touched.cpu().numpy()).tobytes()
         if codec != "fp32" and tensor.dim() == 2:
             frame = encode(tensor, codec)
             payload = frame.payload + frame.scales
         else:
-            payload = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
-        for offset in range(0, len(payload), CHUNK_BYTES):
+            payload = tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
+        for offset in range(0, max(1, len(payload)), CHUNK_BYTES):
+            part = payload[offset : offset + CHUNK_BYTES]
             yield pb.HalfChunk(
-                window=window,
-                name=name,
-                shape=tensor.shape,
-                offset=offset,
-                payload=payload[offset : offset + CHUNK_BYTES],
+                window=window, name=name, shape=shape, offset=offset, payload=part, rows=b"" if offset else rows
             )
     yield pb.HalfChunk(window=window, last=True, weight=weight)
 
@@ -129,6 +134,8 @@ class HalfAssembler:
         self._who = who
         self._codec = codec
         self._buffers: dict[str, bytearray] = {}
+        self._rows: dict[str, Tensor] = {}
+        """Of matrices that came without all their rows: [R] bool, which came."""
 
     def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
         """Take a chunk; the last one returns all tensors (fp32) and their weight. WireError on anything unexpected."""
@@ -141,23 +148,36 @@ class HalfAssembler:
         if shape is None or len(chunk.shape) != len(shape) or tuple(chunk.shape) != shape:
             name = chunk.name[:100]
             raise WireError(f"{self._who}: tensor {name!r} of shape {chunk.shape[:8]} was not expected")
+        if chunk.rows and chunk.name not in self._buffers:
+            self._rows[chunk.name] = self._touched_rows(chunk.name, shape, chunk.rows)
         buffer = self._buffers.setdefault(chunk.name, bytearray())
-        room = self._num_bytes(shape) - len(buffer)
-        if chunk.offset != len(buffer) or not 0 < len(chunk.payload) <= room:
+        room = self._num_bytes(chunk.name, shape) - len(buffer)
+        has_bytes = bool(chunk.payload) or room == 0
+        if chunk.offset != len(buffer) or not has_bytes or len(chunk.payload) > room:
             raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
         buffer += chunk.payload
         return None
 
+    def _touched_rows(self, name: str, shape: tuple[int, ...], bits: bytes) -> Tensor:
+        if len(shape) != 2 or len(bits) != -(-shape[0] // 8):
+            raise WireError(f"{self._who}: {len(bits)} bytes of rows for tensor {name!r} of shape {list(shape)}")
+        return torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0]).astype(bool))
+
     def _finish(self) -> dict[str, Tensor]:
         tensors = {}
         for name, shape in self._shapes.items():
-            buffer = self._buffers.pop(name, bytearray())
-            if len(buffer) != self._num_bytes(shape):
+            if len(self._buffers.get(name, b"")) != self._num_bytes(name, shape) or name not in self._buffers:
                 raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
-            tensors[name] = self._decode(name, shape, buffer)
+            came = self._decode(name, self._shape_that_came(name, shape), self._buffers.pop(name))
+            rows = self._rows.pop(name, None)
+            tensors[name] = came if rows is None else torch.zeros(shape).index_put_((rows,), came)
         return tensors
 
-    def _num_bytes(self, shape: tuple[int, ...]) -> int:
+    def _shape_that_came(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (int(self._rows[name].sum()), *shape[1:]) if name in self._rows else shape
+
+    def _num_bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        shape = self._shape_that_came(name, shape)
         if self._is_coded(shape):
             return sum(frame_bytes(shape[0], shape[1], self._codec))
         return 4 * torch.Size(shape).numel()
@@ -171,8 +191,8 @@ class HalfAssembler:
             end, _ = frame_bytes(shape[0], shape[1], self._codec)
             parts = {"payload": bytes(buffer[:end]), "scales": bytes(buffer[end:])}
             return decode(pb.TensorFrame(codec=self._codec, shape=shape, **parts), shape, self._codec, who)
-        values = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
-        largest = float(values.abs().max())  # NaN if any value is
+        values = torch.frombuffer(buffer, dtype=torch.float32).view(shape) if buffer else torch.zeros(shape)
+        largest = float(values.abs().max()) if buffer else 0.0  # NaN if any value is
         if not largest <= LARGEST_VALUE:
             raise WireError(f"{who} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane")
         return values

@@ -171,6 +171,40 @@ def test_matrices_of_a_half_are_coded_and_nothing_else_is(codec: str) -> None:
         assert torch.equal(complete[0][name], expected)
 
 
+@settings(max_examples=60, deadline=None)
+@given(touched=st.lists(st.booleans(), min_size=1, max_size=40), codec=st.sampled_from(NAMES))
+def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
+    table = torch.randn(len(touched), 6) * torch.tensor(touched)[:, None]
+    first, *others = half_chunks(0, [("table", table), ("bias", torch.zeros(3))], 1.0, codec)
+    assert len(first.payload) == sum(frame_bytes(sum(touched), 6, codec))
+    assert len(first.rows) == (0 if all(touched) else -(-len(touched) // 8))
+    joined = HalfAssembler({"table": (len(touched), 6), "bias": (3,)}, "it", codec)
+    results = [joined.add(chunk) for chunk in (first, *others)]
+    assert results[-1] is not None
+    got = results[-1][0]["table"]
+    sent = torch.tensor(touched)
+    assert torch.equal(got[sent], decode(encode(table[sent], codec), (sum(touched), 6), codec, "it"))
+    assert not got[~sent].any()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rows": b"\xa0\xa0"}, r"2 bytes of rows for tensor 'table' of shape \[3, 4\]"),
+        ({"rows": b"\x80"}, "chunk of 'table' at byte 0 was not expected"),
+        ({"rows": b"\xe0", "payload": b""}, "chunk of 'table' at byte 0 was not expected"),
+    ],
+)
+def test_rows_that_do_not_fit_their_payload(changes: dict[str, bytes], reason: str) -> None:
+    table = torch.ones(3, 4)
+    table[1] = 0.0
+    first, _ = half_chunks(0, [("table", table)], 1.0)
+    for name, value in changes.items():
+        setattr(first, name, value)
+    with pytest.raises(WireError, match=reason):
+        HalfAssembler({"table": (3, 4)}, "it").add(first)
+
+
 def test_a_coded_half_that_is_not_finite_is_neither_sent_nor_taken() -> None:
     table = torch.tensor([[1.0, math.nan]])
     with pytest.raises(WireError, match="not finite"):

@@ -60,6 +60,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("HalfChunk", "payload", "bytes"): "weights, or sums of gradients over a window",
     ("HalfChunk", "last", "bool"): "the end of a transfer",
     ("HalfChunk", "weight", "double"): "a count of tokens",
+    ("HalfChunk", "rows", "bytes"): "which rows are not zero, as the rows themselves would tell",
     ("Saved", "window", "uint32"): "a count",
     ("Saved", "peak_memory_bytes", "uint64"): "of the process",
     ("Saved", "flops_per_token", "double"): "of the half, from its shape",

@@ -1,0 +1,93 @@
+"""Averaged changes: clients stay equal, fp32 is an average of weights, and rounding is owed, not lost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedbert_ds.client.shared_weights import SharedWeights
+from fedbert_ds.federation.averaging import combine
+from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+
+SHAPES = {"table": (6, 70), "bias": (5,)}
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
+
+
+def received(chunks, codec: str) -> tuple[dict[str, Tensor], float]:
+    joined = HalfAssembler(SHAPES, "it", codec)
+    for chunk in chunks:
+        complete = joined.add(chunk)
+    assert complete is not None
+    return complete
+
+
+def averaged(clients: list[SharedWeights], now: list[dict[str, Tensor]], codec: str) -> list[dict[str, Tensor]]:
+    """One exchange through the server, as the wire carries it."""
+    halves = [
+        received(client.changes(3, own, 1.0 + place), codec)
+        for place, (client, own) in enumerate(zip(clients, now, strict=True))
+    ]
+    combined = combine(halves, SHAPES, average=True, group=None)
+    down, _ = received(half_chunks(3, combined.items(), 0.0, codec), codec)
+    return [client.apply(down) for client in clients]
+
+
+def test_exact_changes_average_as_weights_do() -> None:
+    clients = [SharedWeights(SHAPES, "fp32") for _ in range(2)]
+    for client in clients:
+        client.begin(weights(0))
+    now = [weights(1), weights(2)]
+    for result in averaged(clients, now, "fp32"):
+        for name in SHAPES:
+            torch.testing.assert_close(result[name], (now[0][name] + 2.0 * now[1][name]) / 3.0)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "int8", "int4_hadamard"])
+def test_clients_stay_equal_and_near(codec: str) -> None:
+    clients = [SharedWeights(SHAPES, codec) for _ in range(2)]
+    for client in clients:
+        client.begin(weights(0))
+    own = weights(0)
+    for _ in range(3):
+        now = [{name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in own.items()} for _ in clients]
+        first, second = averaged(clients, now, codec)
+        for name in SHAPES:
+            assert torch.equal(first[name], second[name])
+            wanted = (now[0][name] + 2.0 * now[1][name]) / 3.0
+            assert (first[name] - wanted).abs().max() < 0.02, "a fraction of the change, not of the weight"
+        own = first
+
+
+def test_what_rounding_takes_is_sent_with_the_next_changes() -> None:
+    """Up alone: the sum of what the server got follows the sum of changes within one rounding, however long."""
+    client = SharedWeights(SHAPES, "int4_hadamard")
+    client.begin(weights(0))
+    total = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    changed = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    for step in range(30):
+        change = {name: 0.1 * tensor for name, tensor in weights(step).items()}
+        common = client.apply(still)
+        got, _ = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}, 1.0), "int4_hadamard")
+        for name in SHAPES:
+            total[name] += got[name]
+            changed[name] += change[name]
+    largest = 0.1 * max(weights(step)["table"].abs().max() for step in range(30))
+    assert (total["table"] - changed["table"]).abs().max() < largest
+    torch.testing.assert_close(total["bias"], changed["bias"], atol=1e-4, rtol=0)
+
+
+def test_a_checkpoint_goes_on_as_if_there_had_been_none() -> None:
+    client = SharedWeights(SHAPES, "int8")
+    client.begin(weights(0))
+    client.changes(0, weights(1), 1.0)
+    copy = SharedWeights(SHAPES, "int8")
+    copy.load_state_dict(client.state_dict())
+    assert [c.SerializeToString() for c in client.changes(1, weights(2), 1.0)] == [
+        c.SerializeToString() for c in copy.changes(1, weights(2), 1.0)
+    ]

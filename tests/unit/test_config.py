@@ -115,6 +115,8 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": {"betas": [0.9]}}, "optimizer.betas.1: field required"),
     ({"optimizer": {"betas": [0.9, 1.0]}}, "optimizer.betas.1: input should be less than 1"),
     ({"body": {"zero_stage": 4}}, "body.zero_stage: input should be less than or equal to 3"),
+    ({"window": {"staleness": 9}}, "window.staleness: input should be less than or equal to 8"),
+    ({"window": {"staleness": -1}}, "window.staleness: input should be greater than or equal to 0"),
     ({"server": {"port": 65536}}, "server.port: input should be less than or equal to 65535"),
     ({"server": {"port": -1}}, "server.port: input should be greater than or equal to 0"),
     ({"clients": {"silence_timeout": 0}}, "clients.silence_timeout: input should be greater than 0"),
@@ -179,6 +181,8 @@ def test_every_key_misspelt_by_one_letter_is_recognized() -> None:
         {"clients": {"expected": 4, "minimum": 4, "local": 0}},
         {"cut": {"layers": 1}},
         {"server": {"port": 0}},
+        {"window": {"micro_batches_in_flight": 3, "staleness": 2}},
+        {"window": {"micro_batches_in_flight": "auto"}, "run": {"trace": True}},
         {"data": {"source": ["a.txt", "hub:wikitext:wikitext-2-raw-v1:train"]}},
     ],
 )

@@ -86,48 +86,77 @@ class Server:
             half, self.text, self.settings, "ada", folder, first_window, torch.device("cpu"), self.sent.append  # type: ignore[arg-type]
         )  # fmt: skip
         self.values: dict[int, pb.Activations] = {}
+        self.window_of: dict[int, int] = {}
+        self.masked_tokens: dict[int, int] = {}
+        """M of each window."""
+        self.manifests: list[pb.Manifest] = []
         self.sizes: dict[int, tuple[int, int]] = {}
         """Tokens and masked tokens of each micro-batch."""
 
     def take(self, kind: str) -> Any:
-        """The oldest message sent, which must be of this kind."""
+        """The oldest message sent, which must be of this kind; manifests are put aside."""
+        while self.sent[0].WhichOneof("body") == "manifest" != kind:
+            self.manifests.append(self.sent.pop(0).manifest)
+        if kind == "manifest" and self.manifests:
+            return self.manifests.pop(0)
         message = self.sent.pop(0)
         assert message.WhichOneof("body") == kind
         return getattr(message, kind)
 
-    def give_half(self, tensors: dict[str, Tensor]) -> None:
-        for chunk in half_chunks(0, tensors.items(), weight=0.0):
+    @property
+    def answers(self) -> list[pb.ClientMessage]:
+        """What was sent beside manifests."""
+        return [message for message in self.sent if message.WhichOneof("body") != "manifest"]
+
+    def give_half(self, tensors: dict[str, Tensor], window: int = 0) -> None:
+        for chunk in half_chunks(window, tensors.items(), weight=0.0):
             self.trainer.handle(pb.ServerMessage(half=chunk))
 
     def begin(self) -> None:
         self.give_half({name: parameter.detach() for name, parameter in self.half.named_parameters()})
 
-    def plan(self, cuts: list[int], masked_tokens: int) -> pb.Manifest:
-        """Announce micro-batches 10, 11, ... whose sequences end where `cuts` say."""
+    def plan(self, cuts: list[int], masked_tokens: int, first: int = 10) -> pb.Manifest:
+        """Plan micro-batches `first`, `first` + 1, ... whose sequences end where `cuts` say."""
         manifest = self.take("manifest")
         bounds = [0, *cuts, len(manifest.lengths)]
         pieces = [
-            pb.Piece(micro_batch=10 + number, first_sequence=first, num_sequences=last - first)
-            for number, (first, last) in enumerate(itertools.pairwise(bounds))
+            pb.Piece(micro_batch=first + number, first_sequence=start, num_sequences=end - start)
+            for number, (start, end) in enumerate(itertools.pairwise(bounds))
         ]
         for piece in pieces:
             ours = slice(piece.first_sequence, piece.first_sequence + piece.num_sequences)
             self.sizes[piece.micro_batch] = sum(manifest.lengths[ours]), sum(manifest.masked[ours])
-        plan = pb.Plan(window=manifest.window, masked_tokens=masked_tokens, pieces=pieces)
+            self.window_of[piece.micro_batch] = manifest.window
+        self.masked_tokens[manifest.window] = masked_tokens
+        plan = pb.Plan(window=manifest.window, pieces=pieces, next_window=manifest.window + 1)
         self.trainer.handle(pb.ServerMessage(plan=plan))
         return manifest
 
+    def give_credit(self, micro_batch: int) -> None:
+        credit = pb.Open(window=self.window_of[micro_batch], micro_batch=micro_batch)
+        self.trainer.handle(pb.ServerMessage(open=credit))
+
     def open(self, micro_batch: int) -> None:
-        self.trainer.handle(pb.ServerMessage(open=pb.Open(micro_batch=micro_batch)))
+        self.give_credit(micro_batch)
+        self.take_activations(micro_batch)
+
+    def take_activations(self, micro_batch: int) -> None:
         self.values[micro_batch] = self.take("activations")
         assert self.values[micro_batch].micro_batch == micro_batch
 
     def hidden(self, micro_batch: int) -> pb.Gradient:
         message = self.values[micro_batch]
+        window = self.window_of[micro_batch]
         values, index = self._decoded(message)
         hidden = (values if index is None else values[index])[self._positions(message)]
         frame = encode(hidden, self.settings.wire.hidden_states)
-        self.trainer.handle(pb.ServerMessage(hidden=pb.Hidden(micro_batch=micro_batch, values=frame)))
+        self.trainer.handle(
+            pb.ServerMessage(
+                hidden=pb.Hidden(
+                    window=window, micro_batch=micro_batch, values=frame, masked_tokens=self.masked_tokens[window]
+                )
+            )
+        )
         return self.take("gradient")
 
     def input_gradient(self, gradient: pb.Gradient) -> None:
@@ -137,22 +166,27 @@ class Server:
         back = decode(gradient.hidden, (len(rows), WIDTH), self.settings.wire.gradients, "gradient")
         result = torch.zeros_like(values).index_add_(0, rows if index is None else index[rows], back)
         frame = encode(result, self.settings.wire.gradients)
-        answer = pb.InputGradient(micro_batch=gradient.micro_batch, values=frame)
+        answer = pb.InputGradient(window=gradient.window, micro_batch=gradient.micro_batch, values=frame)
         self.trainer.handle(pb.ServerMessage(input_gradient=answer))
 
-    def window(self, cuts: tuple[int, ...] = (2,), masked_tokens: int = 40) -> float:
+    def window(self, cuts: tuple[int, ...] = (2,), masked_tokens: int = 40, first: int = 10) -> float:
         """A whole window up to the last input gradient; the loss it reported."""
-        self.plan(list(cuts), masked_tokens)
+        self.plan(list(cuts), masked_tokens, first)
         gradients = []
-        for micro_batch in range(10, 11 + len(cuts)):
+        for micro_batch in range(first, first + 1 + len(cuts)):
             self.open(micro_batch)
             gradients.append(self.hidden(micro_batch))
         for gradient in gradients:
             self.input_gradient(gradient)
         return sum(gradient.loss_sum for gradient in gradients)
 
-    def stepped(self, window: int) -> None:
-        self.trainer.handle(pb.ServerMessage(stepped=pb.Stepped(window=window)))
+    def skip(self, window: int, *micro_batches: int) -> None:
+        self.trainer.handle(pb.ServerMessage(skipped=pb.Skipped(window=window, micro_batches=micro_batches)))
+
+    def pass_over(self, window: int, next_window: int) -> None:
+        """Windows from `window` on were planned without this client."""
+        plan = pb.Plan(window=window, next_window=next_window)
+        self.trainer.handle(pb.ServerMessage(plan=plan))
 
     def take_half(self) -> tuple[dict[str, Tensor], float]:
         """The half (or its gradients) the trainer has sent."""
@@ -229,9 +263,9 @@ def test_gradients_are_those_of_the_unsplit_computation(tmp_path: Path, cut: Any
             case _:
                 server.input_gradient(gradients[micro_batch])
                 del waiting[micro_batch]
-        assert bool(server.sent) == (not waiting), "the sum of gradients leaves once, with the last input gradient"
+        assert bool(server.answers) == (not waiting), "the sum of gradients leaves once, with the last input gradient"
     got, weight = server.take_half()
-    assert weight == 1.0 and not server.sent
+    assert weight == 1.0 and not server.answers
     assert sum(gradient.loss_sum for gradient in gradients.values()) == pytest.approx(loss, rel=1e-5)
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
@@ -260,14 +294,12 @@ def test_a_synchronous_half_steps_with_everybodys_gradients(tmp_path: Path) -> N
     server.window()
     server.take_half()
     before = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
-    server.stepped(0)
-    assert not server.sent
     assert all(torch.equal(parameter, before[name]) for name, parameter in server.half.named_parameters())
     everybody = {name: torch.full_like(tensor, 0.25) for name, tensor in before.items()}
     server.give_half(everybody)
     for name, parameter in server.half.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * 0.25)
-    assert server.take("manifest").window == 1
+    assert server.take("manifest").window == 1, "drawn when window 0 was planned"
 
 
 def test_a_parallel_half_steps_by_its_own_mean_loss(tmp_path: Path) -> None:
@@ -278,21 +310,18 @@ def test_a_parallel_half_steps_by_its_own_mean_loss(tmp_path: Path) -> None:
     batch = Text().next_batch(0, 0)
     _, expected = unsplit(server.half, batch, masked_tokens=len(batch.labels))
     server.window(masked_tokens=1000)
-    assert not server.sent
-    server.stepped(0)
+    assert not server.answers
     for name, parameter in server.half.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * expected[name], atol=1e-5, rtol=1e-4)
     second = server.window()
     assert second > 0
-    server.stepped(1)
     weights, weight = server.take_half()
     assert weight == len(batch.labels) + len(batch_of(1).labels), "masked tokens since the last average"
     assert all(torch.equal(weights[name], parameter) for name, parameter in server.half.named_parameters())
-    server.give_half({name: torch.zeros_like(tensor) for name, tensor in weights.items()})
+    server.give_half({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, window=1)
     assert not any(parameter.any() for parameter in server.half.parameters())
-    for window in (2, 3):
+    for _ in range(2):
         server.window()
-        server.stepped(window)
     assert server.take_half()[1] == len(batch_of(2).labels) + len(batch_of(3).labels), "counted anew"
 
 
@@ -309,7 +338,6 @@ def test_what_is_not_averaged_never_leaves(tmp_path: Path, scope: Any) -> None:
     server = Server(tmp_path, half_of(), federation=federation)
     server.begin()
     server.window()
-    server.stepped(0)
     weights, _ = server.take_half()
     assert weights and {server.half.parameter_scope(name) for name in weights} == {scope}
     personal = {n: p.detach().clone() for n, p in server.half.named_parameters() if n not in weights}
@@ -336,14 +364,158 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     server.begin()
     server.window()
     server.take_half()
-    server.stepped(0)
     server.give_half({name: torch.zeros_like(p) for name, p in server.half.named_parameters()})
-    assert not server.sent
+    assert not server.sent and not server.manifests
     server.trainer.handle(pb.ServerMessage(half_request=pb.HalfRequest(window=1)))
     weights, weight = server.take_half()
     assert weight == len(batch_of(0).labels) and len(weights) == len(list(server.half.parameters()))
     server.trainer.handle(pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
     assert server.trainer.finish == pb.Finish(reason="done", complete=True)
+
+
+# -- windows one after another --------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    server.begin()
+    server.window()
+    server.plan([], 40, first=20)
+    server.give_credit(20)
+    gradients, _ = server.take_half()
+    assert not server.answers
+    server.give_half(gradients, window=0)
+    server.take_activations(20)
+    expected = server.half.embed(batch_of(1).input_ids, batch_of(1).lengths).values
+    values = decode(server.values[20].values, tuple(expected.shape), "fp32", "it")
+    assert torch.equal(values, expected.detach()), "with the weights after the step"
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_with_staleness_the_next_window_goes_on_before_the_exchange(tmp_path: Path, mode: Any) -> None:
+    """Steps equal a plain reference in which each window's gradients are of the weights that were there then."""
+    federation = FederationSection(mode=mode)
+    server = Server(tmp_path, half_of(), staleness=1, federation=federation)
+    reference = half_of()
+    server.begin()
+    masked = [len(batch_of(window).labels) for window in range(2)]
+    server.window(masked_tokens=masked[0])
+    sent = [server.take_half()[0]]
+    # Window 1, though what window 0 combines is not back.
+    server.window(masked_tokens=masked[1], first=20)
+    sent.append(server.take_half()[0])
+    server.plan([], masked_tokens=40, first=30)
+    server.give_credit(30)
+    assert not server.answers, "two windows ahead is too far"
+
+    def step(gradients: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in reference.named_parameters():
+                parameter -= 0.5 * gradients[name]
+
+    _, first = unsplit(reference, batch_of(0), masked[0])
+    if mode == "synchronous":
+        _, second = unsplit(reference, batch_of(1), masked[1])
+        for name in first:
+            torch.testing.assert_close(sent[0][name], first[name], atol=1e-6, rtol=1e-4)
+            torch.testing.assert_close(sent[1][name], second[name], atol=1e-6, rtol=1e-4)
+        server.give_half(sent[0], window=0)
+        server.give_half(sent[1], window=1)
+        step(first)
+        step(second)
+    else:
+        step(first)
+        after_first = copy.deepcopy(reference.state_dict())
+        step(unsplit(reference, batch_of(1), masked[1])[1])
+        # The average is elsewhere; the step that was made since is kept.
+        server.give_half({name: tensor + 1.0 for name, tensor in sent[0].items()}, window=0)
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(sent[0][name], after_first[name], atol=1e-6, rtol=1e-4)
+            parameter.data += 1.0
+    for (name, got), (_, wanted) in zip(server.half.named_parameters(), reference.named_parameters(), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4, msg=name)
+    server.take_activations(30)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_the_window_goes_on_without_skipped_pieces(tmp_path: Path, mode: Any) -> None:
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode=mode, average_every=10))
+    server.begin()
+    before = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
+    server.plan([2], 40)
+    server.open(10)
+    server.input_gradient(server.hidden(10))
+    server.skip(0, 11)
+    if mode == "synchronous":
+        server.give_half(server.take_half()[0], window=0)
+    else:
+        batch = batch_of(0)
+        tokens = sum(LENGTHS[:2])
+        kept = batch.masked_positions < tokens
+        first = Batch(batch.input_ids[:tokens], LENGTHS[:2], batch.masked_positions[kept], batch.labels[kept])
+        again = half_of()
+        _, expected = unsplit(again, first, masked_tokens=len(first.labels))
+        for name, parameter in server.half.named_parameters():
+            torch.testing.assert_close(parameter.detach(), before[name] - 0.5 * expected[name], atol=1e-5, rtol=1e-4)
+    server.skip(0, 11)  # once more does nothing
+    server.plan([], 40, first=20)
+    server.open(20)
+    assert server.values[20].window == 1
+
+
+def test_a_half_that_gave_a_gradient_for_nothing_steps_by_its_mean(tmp_path: Path) -> None:
+    """The head has gradients of pieces that were skipped then; they must not count as if M were its own."""
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode="parallel", average_every=10))
+    server.begin()
+    head = {n: p.detach().clone() for n, p in server.half.named_parameters()}
+    _, expected = unsplit(server.half, batch_of(0), masked_tokens=len(batch_of(0).labels))
+    server.plan([], 1000)
+    server.open(10)
+    server.hidden(10)
+    server.skip(0, 10)
+    for name, parameter in server.half.named_parameters():
+        if server.half.parameter_scope(name) == "head" and "bias" in name:
+            torch.testing.assert_close(parameter.detach(), head[name] - 0.5 * expected[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("federation", [{"mode": "synchronous"}, {"mode": "parallel"},
+                                        {"mode": "parallel", "average_every": 10}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("halves_first", [False, True])
+def test_a_client_that_was_passed_over_goes_on_where_the_others_are(
+    tmp_path: Path, federation: dict[str, Any], halves_first: bool
+) -> None:
+    """Windows 1 and 2 were planned without it; what halves exchanged in them may come before or after it is told."""
+    server = Server(tmp_path, half_of(), federation=FederationSection(**federation))
+    server.begin()
+    server.window()
+    if exchanges := federation.get("average_every") is None:
+        server.give_half(server.take_half()[0], window=0)
+    assert server.take("manifest").window == 1
+
+    def give_halves() -> None:
+        for window in (1, 2) if exchanges else ():
+            server.give_half({name: torch.zeros_like(p) for name, p in server.half.named_parameters()}, window)
+
+    if halves_first:
+        give_halves()
+    server.pass_over(1, next_window=3)
+    server.plan([], 40, first=30)
+    server.give_credit(30)
+    if exchanges and not halves_first:
+        assert not server.answers, "it would be with weights that are about to change"
+        give_halves()
+    server.take_activations(30)
+    assert server.values[30].window == 3
+    server.trainer.handle(pb.ServerMessage(save=pb.Save(window=3)))
+    assert server.take("saved").window == 3
+
+
+def test_a_late_parallel_client_saves_though_it_was_not_told_of_every_window(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode="parallel", average_every=10))
+    server.begin()
+    server.window()
+    server.trainer.handle(pb.ServerMessage(save=pb.Save(window=4)))
+    assert server.take("saved").window == 4
 
 
 # -- resuming -------------------------------------------------------------------------------------------------------
@@ -359,28 +531,22 @@ def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None
     def train(server: Server, windows: range) -> None:
         for window in windows:
             server.window()
-            if mode == "synchronous":
-                gradients, _ = server.take_half()
-                server.stepped(window)
-                server.give_half(gradients)
-            else:
-                server.stepped(window)
-                if (window + 1) % 3 == 0:
-                    server.give_half(server.take_half()[0])
+            if mode == "synchronous" or (window + 1) % 3 == 0:
+                server.give_half(server.take_half()[0], window)
 
     whole = Server(tmp_path / "whole", half_of(dropout=0.2), **changes)
     whole.begin()
     train(whole, range(2))
+    # The batch of window 2 is drawn already, and window 2 may be planned and have credit.
     whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=2)))
-    manifest = whole.sent.pop(0)
     saved = whole.take("saved")
     assert saved.window == 2 and saved.peak_memory_bytes > 1 << 20 and saved.flops_per_token > 0
-    whole.sent.append(manifest)
+    (manifest,) = whole.manifests
     train(whole, range(2, 5))
 
     again = Server(tmp_path / "whole", half_of(dropout=0.2), first_window=2, **changes)
     again.trainer.begin()
-    assert again.sent == [manifest]
+    assert [message.manifest for message in again.sent] == [manifest]
     train(again, range(2, 5))
     for (name, one), (_, other) in zip(whole.half.named_parameters(), again.half.named_parameters(), strict=True):
         assert torch.equal(one, other), name
@@ -407,8 +573,11 @@ PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
         (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
         (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
         (pb.ServerMessage(half=pb.HalfChunk(name="x")), "tensor 'x' of shape"),
-        (pb.ServerMessage(plan=pb.Plan(pieces=[pb.Piece(first_sequence=3, num_sequences=2)])), "sequences 3 to 5 of 4"),
-        (pb.ServerMessage(plan=pb.Plan(pieces=[pb.Piece(first_sequence=9)])), "sequences 9 to 9 of 4"),
+        (
+            pb.ServerMessage(plan=pb.Plan(next_window=1, pieces=[pb.Piece(first_sequence=3, num_sequences=2)])),
+            "sequences 3 to 5 of 4",
+        ),
+        (pb.ServerMessage(plan=pb.Plan(next_window=1, pieces=[pb.Piece(first_sequence=9)])), "sequences 9 to 9 of 4"),
     ],
 )
 def test_a_message_that_does_not_fit_is_one_line(tmp_path: Path, message: pb.ServerMessage, reason: str) -> None:
@@ -424,18 +593,23 @@ def test_messages_out_of_turn_are_one_line(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     for early in (
         pb.ServerMessage(open=pb.Open()),
-        pb.ServerMessage(stepped=pb.Stepped()),
-        pb.ServerMessage(plan=pb.Plan()),
+        pb.ServerMessage(hidden=pb.Hidden()),
+        pb.ServerMessage(plan=pb.Plan(pieces=[pb.Piece()], next_window=1)),
     ):
-        with pytest.raises(WireError, match="before this client announced one"):
+        with pytest.raises(WireError, match="window 0, which this client has not under way"):
             server.trainer.handle(early)
+    with pytest.raises(WireError, match="plans window 0 after window 0"):
+        server.trainer.handle(pb.ServerMessage(plan=pb.Plan()))
     server.begin()
     server.plan([2], 40)
     server.open(10)
     gradient = server.hidden(10)
     server.input_gradient(gradient)
-    with pytest.raises(WireError, match="a second input gradient of micro-batch 10"):
+    with pytest.raises(WireError, match="asks for micro-batch 10, in which this client has no piece"):
         server.input_gradient(gradient)
+    early = pb.InputGradient(micro_batch=11)
+    with pytest.raises(WireError, match="input gradient of micro-batch 11 too many"):
+        server.trainer.handle(pb.ServerMessage(input_gradient=early))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

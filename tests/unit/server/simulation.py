@@ -571,17 +571,17 @@ class Federation:
 
     def violate_all(self) -> None:
         """Each of these calls is refused with a WireError, and the queues are as they were."""
-        before = [_state(rank.queue) for rank in self.ranks]
+        before = [queue_state(rank.queue) for rank in self.ranks]
         for rank, method, arguments in self.violations():
             try:
                 getattr(self.ranks[rank].queue, method)(*arguments)
             except WireError:
                 continue
             raise AssertionError(f"{method}{arguments} was accepted")
-        assert [_state(rank.queue) for rank in self.ranks] == before, "a call was refused, but changed a queue"
+        assert [queue_state(rank.queue) for rank in self.ranks] == before, "a call was refused, but changed a queue"
 
 
-def _state(queue: PipelineQueue) -> Any:
+def queue_state(queue: PipelineQueue) -> Any:
     """What a queue holds, as values that can be compared."""
     return _frozen({name: value for name, value in vars(queue).items() if name not in ("_pack", "_patience")})
 

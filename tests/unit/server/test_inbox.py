@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
 import pytest
 import torch
 from unit.server.fakes import HALF, WIDTH
+from unit.server.simulation import queue_state
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.half_exchange import HalfExchange
 from fedbert_ds.server.inbox import Inbox, Shapes
-from fedbert_ds.server.pipeline_queue import Forward, Open, PipelineQueue
-from fedbert_ds.server.window import MicroBatch, Piece
+from fedbert_ds.server.pipeline_queue import Forward, Open, PipelineQueue, Plan
+from fedbert_ds.server.window import Piece
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
 from fedbert_ds.wire.messages import half_chunks
@@ -24,14 +25,16 @@ from fedbert_ds.wire.messages import half_chunks
 @pytest.fixture
 def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
-    queue = PipelineQueue(1)
+    queue = PipelineQueue(1, lambda manifests: [(Piece("ada", 0, 2, 6, 2),)], num_windows=1)
     shapes = Shapes(WIDTH, WIDTH, 8, False, HALF, frozenset({"table"}))
-    made: Any = Inbox(queue, shapes, WireSection(), {"ada": Seat(0, "s", 6)})
-    made.queue = queue
+    exchange = HalfExchange(lambda halves, average: {})
+    made: Any = Inbox(queue, exchange, shapes, WireSection(), {"ada": Seat(0, "s", 6)})
+    made.queue, made.exchange = queue, exchange
     queue.join("ada", 0.0)
     made.receive("ada", pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1])))
-    queue.start(0, [MicroBatch(0, (Piece("ada", 0, 2, 6, 2),))])
-    made.begin(0)
+    assert isinstance(queue.decide(0.0), Plan)
+    queue.start(1, 0.0)
+    made.begin()
     assert isinstance(queue.decide(0.0), Open)
     return made
 
@@ -56,13 +59,12 @@ def gradient(**changes: Any) -> pb.ClientMessage:
 
 
 def refused(inbox: Any, message: pb.ClientMessage) -> None:
-    before = copy.deepcopy(vars(inbox.queue))
-    kept = copy.deepcopy({name: value for name, value in vars(inbox).items() if name not in ("queue", "_queue")})
+    before = queue_state(inbox.queue)
+    kept = {name: repr(value) for name, value in vars(inbox).items()}
     with pytest.raises(WireError, match=r"^client ada"):
         inbox.receive("ada", message)
-    assert vars(inbox.queue) == before
-    for name, value in kept.items():
-        assert repr(getattr(inbox, name)) == repr(value), name
+    assert queue_state(inbox.queue) == before
+    assert {name: repr(value) for name, value in vars(inbox).items()} == kept
 
 
 def bad_frame(rows: int, value: float) -> pb.TensorFrame:
@@ -74,7 +76,6 @@ def bad_frame(rows: int, value: float) -> pb.TensorFrame:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"window": 1},
         {"micro_batch": 1},
         {"masked_positions": positions(1)},
         {"masked_positions": positions(1, 4) + bytes(1)},
@@ -99,7 +100,6 @@ def test_activations_that_are_refused_leave_no_trace(inbox: Any, changes: dict[s
 @pytest.mark.parametrize(
     "changes",
     [
-        {"window": 1},
         {"micro_batch": 1},
         {"loss_sum": math.nan},
         {"loss_sum": -0.5},
@@ -119,31 +119,39 @@ def test_gradients_that_are_refused_leave_no_trace(inbox: Any, changes: dict[str
     assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
 
 
+def halves_of(inbox: Any, window: int) -> dict[str, Any]:
+    round_ = inbox.exchange._rounds.get(window)
+    return round_.halves if round_ is not None else {}
+
+
 def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
-    table, rest = (
-        list(half_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)),
-        pb.HalfChunk(name="head", shape=[2]),
-    )
-    with pytest.raises(WireError, match="'head'"):
-        inbox.receive("ada", pb.ClientMessage(half=rest))
-    for chunk in table:
-        inbox.receive("ada", pb.ClientMessage(half=chunk))
-    tensors, weight = inbox.halves["ada"]
-    assert tensors.keys() == {"table"} and weight == 5.0
-    with pytest.raises(WireError, match="a second half"):
-        inbox.receive("ada", pb.ClientMessage(half=table[0]))
-    inbox.begin(1)
-    assert not inbox.halves
-    inbox.receive("ada", pb.ClientMessage(half=table[0]))
-
-
-def test_a_transfer_begun_for_another_purpose_is_not_completed(inbox: Any) -> None:
-    """With average_scope: embeddings fewer tensors are exchanged than are handed over at the end."""
     table, last = half_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
+    inbox.exchange.expect(0, ["ada"], True)
+    with pytest.raises(WireError, match="'head'"):
+        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(name="head", shape=[2])))
+    inbox.drop("ada")
     inbox.receive("ada", pb.ClientMessage(half=table))
-    inbox.expect_halves(frozenset(HALF))
-    with pytest.raises(WireError, match="did not arrive whole"):
-        inbox.receive("ada", pb.ClientMessage(half=last))
+    with pytest.raises(WireError, match="a half of window 1 inside that of window 0"):
+        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(window=1, last=True)))
+    inbox.receive("ada", pb.ClientMessage(half=last))
+    tensors, weight = halves_of(inbox, 0)["ada"]
+    assert tensors.keys() == {"table"} and weight == 5.0
+    for chunk in half_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
+        inbox.receive("ada", pb.ClientMessage(half=chunk))
+    assert halves_of(inbox, 0)["ada"][1] == 5.0, "a second one is not looked at"
+
+
+def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> None:
+    """With average_scope: embeddings fewer tensors are exchanged than are handed over at the end."""
+    inbox.expect_collected(1)
+    whole = [("table", torch.ones(HALF["table"])), ("head", torch.ones(HALF["head"]))]
+    for chunk in half_chunks(1, whole, 5.0):
+        inbox.receive("ada", pb.ClientMessage(half=chunk))
+    assert inbox.collected["ada"][0].keys() == HALF.keys()
+    with pytest.raises(WireError, match="a second half of window 1"):
+        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(window=1, last=True)))
+    with pytest.raises(WireError, match="'head'"):
+        inbox.receive("ada", pb.ClientMessage(half=next(half_chunks(2, whole[1:], 5.0))))
 
 
 @pytest.mark.parametrize("saved", [pb.Saved(window=2), pb.Saved(window=3, flops_per_token=math.nan)])
@@ -163,3 +171,21 @@ def test_what_is_lost_is_forgotten_but_for_gradients_in_time(inbox: Any) -> None
     with pytest.raises(KeyError):
         inbox.take_activations(0, "ada")
     assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
+
+
+def test_late_answers_of_a_skipped_piece_are_ignored(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inbox.receive("ada", activations())
+    inbox.drop_activations("ada")
+    with pytest.raises(KeyError):
+        inbox.take_activations(0, "ada")
+    monkeypatch.setattr(inbox.queue, "was_skipped", lambda client, micro_batch: (client, micro_batch) == ("ada", 0))
+    assert inbox.receive("ada", activations()) and inbox.receive("ada", gradient())
+    assert not inbox._activations and not inbox._gradients
+    with pytest.raises(WireError, match="nobody asked for"):
+        inbox.receive("ada", activations(micro_batch=1))
+
+
+def test_a_manifest_that_comes_too_late_is_told_apart(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inbox.queue, "manifest", lambda manifest: False)
+    late = pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1]))
+    assert inbox.receive("ada", late) is False

@@ -1,0 +1,132 @@
+"""Halves of windows: combined in order, once, beside the body; who is waited for and who is late."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedbert_ds.server.half_exchange import Half, HalfExchange
+
+
+def half(value: float, weight: float = 1.0) -> Half:
+    return {"table": torch.full((2,), value)}, weight
+
+
+def total(halves: list[Half], average: bool) -> dict[str, Tensor]:
+    return {"table": sum((tensors["table"] for tensors, _ in halves), torch.zeros(2)), "average": torch.tensor(average)}
+
+
+def polled(exchange: HalfExchange) -> tuple[int, dict[str, Tensor]]:
+    deadline = time.monotonic() + 20.0
+    while (result := exchange.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return result
+
+
+def test_a_round_ends_when_all_have_delivered() -> None:
+    exchange = HalfExchange(total)
+    assert exchange.is_idle and exchange.is_done(100)
+    exchange.expect(3, ["ada", "bo"], False)
+    exchange.deliver(3, "ada", half(1.0))
+    assert exchange.poll() is None and not exchange.is_idle and not exchange.is_combining
+    assert exchange.is_done(3) and not exchange.is_done(4)
+    exchange.deliver(3, "bo", half(2.0))
+    window, tensors = polled(exchange)
+    assert window == 3 and torch.equal(tensors["table"], torch.full((2,), 3.0)) and not tensors["average"]
+    assert exchange.is_idle and exchange.is_done(4) and exchange.poll() is None
+
+
+def test_windows_come_out_in_order_whichever_is_complete_first() -> None:
+    exchange = HalfExchange(total)
+    for window in (0, 1):
+        exchange.expect(window, ["ada", "bo"], True)
+    exchange.deliver(1, "ada", half(10.0))
+    exchange.deliver(1, "bo", half(10.0))
+    exchange.deliver(0, "ada", half(1.0))
+    assert exchange.poll() is None and not exchange.is_combining
+    exchange.deliver(0, "bo", half(1.0))
+    assert [polled(exchange)[0] for _ in range(2)] == [0, 1]
+
+
+def test_the_sum_does_not_depend_on_who_came_first() -> None:
+    orders: list[list[float]] = []
+
+    def combine(halves: list[Half], average: bool) -> dict[str, Tensor]:
+        orders.append([weight for _, weight in halves])
+        return {}
+
+    exchange = HalfExchange(combine)
+    for window, names in enumerate((["ada", "bo"], ["bo", "ada"])):
+        exchange.expect(window, names, True)
+        for name in names:
+            exchange.deliver(window, name, half(1.0, weight=float(len(name))))
+        polled(exchange)
+    assert orders == [[3.0, 2.0]] * 2
+
+
+def test_what_nobody_waits_for_is_dropped() -> None:
+    exchange = HalfExchange(total)
+    exchange.expect(0, ["ada", "bo"], False)
+    exchange.deliver(1, "ada", half(5.0))  # of a window that did not begin with it
+    exchange.deliver(0, "cy", half(5.0))
+    exchange.deliver(0, "ada", half(1.0))
+    exchange.deliver(0, "ada", half(5.0))
+    exchange.forget("bo")
+    exchange.deliver(0, "bo", half(5.0))
+    assert torch.equal(polled(exchange)[1]["table"], torch.ones(2))
+
+
+def test_what_was_delivered_before_its_client_went_counts() -> None:
+    exchange = HalfExchange(total)
+    exchange.expect(0, ["ada", "bo"], False)
+    exchange.deliver(0, "bo", half(2.0))
+    exchange.forget("bo")
+    exchange.deliver(0, "ada", half(1.0))
+    assert torch.equal(polled(exchange)[1]["table"], torch.full((2,), 3.0))
+
+
+def test_a_round_of_nobody_is_combined_too() -> None:
+    """Other ranks wait in the collective."""
+    exchange = HalfExchange(total)
+    exchange.expect(0, [], True)
+    assert polled(exchange)[0] == 0
+
+
+def test_it_goes_on_beside_and_errors_come_out() -> None:
+    let_go = threading.Event()
+
+    def combine(halves: list[Half], average: bool) -> dict[str, Tensor]:
+        assert let_go.wait(20.0)
+        raise RuntimeError("another rank is gone")
+
+    exchange = HalfExchange(combine)
+    exchange.expect(0, [], True)
+    for _ in range(3):
+        assert exchange.poll() is None and exchange.is_combining
+    let_go.set()
+    with pytest.raises(RuntimeError, match="another rank is gone"):
+        polled(exchange)
+
+
+def test_only_silence_after_the_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    clock: Any = type("Clock", (), {"monotonic": staticmethod(lambda: now[0])})
+    monkeypatch.setattr("fedbert_ds.server.half_exchange.time", clock)
+    exchange = HalfExchange(total)
+    exchange.expect(0, ["ada", "bo"], False)
+    now[0] = 100.0
+    assert exchange.late == frozenset()
+    exchange.due(0)
+    exchange.due(7)
+    assert exchange.late == {"ada", "bo"} and exchange.quiet_seconds == 0.0
+    exchange.deliver(0, "ada", half(1.0))
+    now[0] = 150.0
+    assert exchange.late == {"bo"} and exchange.quiet_seconds == 50.0
+    exchange.progress()
+    assert exchange.quiet_seconds == 0.0

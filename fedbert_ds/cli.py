@@ -168,6 +168,8 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--rtt", type=float, nargs="+", default=[0.0, 50.0, 200.0], metavar="MS", help="round trips (default: 0 50 200)"
     )
     pipeline.add_argument("--mbit", type=float, default=100.0, metavar="N", help="Mbit/s of each client, each way")
+    pipeline.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the body (default: cpu)")
+    pipeline.add_argument("--client-device", default="cpu", metavar="DEVICE", help="of the clients (default: cpu)")
     pipeline.add_argument("--only", nargs="+", choices=["ours", "naive", "centralized"], default=[], help="systems")
     pipeline.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     pipeline.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all systems alike")
@@ -256,6 +258,8 @@ def _bench_pipeline(options: argparse.Namespace) -> None:
             rtt_ms=tuple(options.rtt),
             mbit=options.mbit,
             quick=options.quick,
+            device=options.device,
+            client_device=options.client_device,
             only=tuple(options.only),
             overrides=tuple(options.set),
         )

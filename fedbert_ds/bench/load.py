@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--server", required=True)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
     failures: list[str] = []
@@ -36,7 +37,7 @@ def main() -> None:
                     data=(str(shard),),
                     name=shard.stem,
                     state_folder=options.state / shard.stem,
-                    device="cpu",
+                    device=options.device,
                 )
             )
         except UserError as error:

@@ -34,7 +34,8 @@ class PaddedBody:
     """The layers of a BERT with AdamW, on padded batches [B, S, H]."""
 
     def __init__(self, model: Any, learning_rate: float) -> None:
-        self._encoder: nn.Module = model.bert.encoder.train()
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._encoder: nn.Module = model.bert.encoder.to(self._device).train()
         self._optimizer = torch.optim.AdamW(self._encoder.parameters(), lr=learning_rate)
         self._activations: Tensor | None = None
         self._hidden: Tensor | None = None
@@ -43,22 +44,24 @@ class PaddedBody:
     def forward(self, activations: Tensor, mask: Tensor) -> Tensor:
         """Hidden states [B, S, H] of activations [B, S, H] and mask [B, S], 1 for a token and 0 for padding."""
         started = time.monotonic()
-        self._activations = activations.requires_grad_()
-        bias = (1.0 - mask[:, None, None, :]) * torch.finfo(torch.float32).min
-        self._hidden = self._encoder(activations, attention_mask=bias).last_hidden_state
+        self._activations = activations.to(self._device).requires_grad_()
+        bias = (1.0 - mask.to(self._device)[:, None, None, :]) * torch.finfo(torch.float32).min
+        self._hidden = self._encoder(self._activations, attention_mask=bias).last_hidden_state
+        hidden = self._hidden.detach().cpu()
         self.busy_seconds += time.monotonic() - started
-        return self._hidden.detach()
+        return hidden
 
     def backward(self, gradient: Tensor) -> Tensor:
         """Step on d(loss)/d(hidden) [B, S, H]; returns d(loss)/d(activations)."""
         started = time.monotonic()
         assert self._hidden is not None and self._activations is not None
-        self._hidden.backward(gradient)
+        self._hidden.backward(gradient.to(self._device))
         self._optimizer.step()
         self._optimizer.zero_grad()
         assert self._activations.grad is not None
+        input_gradient = self._activations.grad.cpu()
         self.busy_seconds += time.monotonic() - started
-        return self._activations.grad
+        return input_gradient
 
 
 def serve(body: PaddedBody) -> None:

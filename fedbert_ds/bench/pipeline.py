@@ -85,6 +85,9 @@ class PipelineOptions:
     rtt_ms: tuple[float, ...] = (0.0, 50.0, 200.0)
     mbit: float | None = 100.0
     quick: bool = False
+    device: str = "cpu"
+    """Of the body: cpu or cuda."""
+    client_device: str = "cpu"
     only: tuple[str, ...] = ()
     """Systems to run; empty for all."""
     overrides: tuple[str, ...] = ()
@@ -103,6 +106,9 @@ def bench_pipeline(options: PipelineOptions) -> None:
     """Run every setting, print a row as each ends, write record and picture. UserError names a log when one fails."""
     if not LAUNCHER.is_file():
         raise RunError("bench pipeline runs launchers/pretrain.py: it needs the source tree, installed with pip -e")
+    import torch
+
+    from fedbert_ds.bench.device import describe
     from fedbert_ds.bench.text import prepare
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
@@ -121,6 +127,8 @@ def bench_pipeline(options: PipelineOptions) -> None:
         commit=commit,
         rows=rows,
         links="proxy",
+        device=describe(torch.device(options.device)),
+        client_device=options.client_device,
         settings=_settings(config),
     )
     picture = options.out.with_suffix(".png")
@@ -155,20 +163,26 @@ def _run(setting: Setting, options: PipelineOptions, shards: Path, tokenizer: Pa
     text = ["--tokenizer", str(tokenizer), "--shards", str(shards)]
     if setting.system == "centralized":
         command = [sys.executable, "-m", "fedbert_ds.bench.body_alone", "--config", str(RUN_FILE), *text, *overrides]
-        measured = json.loads(_output(command, log))
+        measured = json.loads(_output(command, log, options.device))
         return _row(setting, config, measured["tokens_per_second"], 1.0, 1.0, (0.0, 0.0), 0.0, 0.0)
     if setting.system == "naive":
-        return _naive(setting, config, overrides, text, log, 5.0 if options.quick else 20.0)
-    return _ours(setting, config, overrides, shards, options.work / setting.slug, log)
+        return _naive(setting, config, options, overrides, text, log)
+    return _ours(setting, config, options, overrides, shards, log)
 
 
 def _naive(
-    setting: Setting, config: RunConfig, overrides: Sequence[str], text: Sequence[str], log: Path, seconds: float
+    setting: Setting,
+    config: RunConfig,
+    options: PipelineOptions,
+    overrides: Sequence[str],
+    text: Sequence[str],
+    log: Path,
 ) -> dict[str, Any]:
+    seconds = 5.0 if options.quick else 20.0
     naive = [sys.executable, "-m", "fedbert_ds.bench.naive"]
     with ExitStack() as resources:
         command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], *overrides]
-        server = resources.enter_context(_process(command, log))
+        server = resources.enter_context(_process(command, log, options.device))
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         if not address:
@@ -177,33 +191,37 @@ def _naive(
             link = DelayProxy(address, delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
             address = resources.enter_context(link)
         client = ["train", "--config", str(RUN_FILE), *text, "--server", address, "--seconds", str(seconds)]
-        measured = json.loads(_output([*naive, *client, *overrides], log))
+        measured = json.loads(_output([*naive, *client, *overrides], log, options.client_device))
     tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
     per_token = measured["bytes_up"] / tokens, measured["bytes_down"] / tokens
     return _row(setting, config, tokens / measured["seconds"], busy, None, per_token, 1.0 - busy, 0.0)
 
 
 def _ours(
-    setting: Setting, config: RunConfig, overrides: list[str], shards: Path, folder: Path, log: Path
+    setting: Setting, config: RunConfig, options: PipelineOptions, overrides: list[str], shards: Path, log: Path
 ) -> dict[str, Any]:
     import shutil
 
     from fedbert_ds.bench.timeline import read_trace, shares
 
+    folder = options.work / setting.slug
     shutil.rmtree(folder, ignore_errors=True)
     state = folder.with_name(f"{folder.name}.state")
     shutil.rmtree(state, ignore_errors=True)
     command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *overrides, f"run.directory={folder}"]
     with ExitStack() as resources:
-        server = resources.enter_context(_process(command, log))
+        server = resources.enter_context(_process(command, log, options.device))
         environment: dict[str, str] = {}
         if setting.link != Link():
             link = DelayProxy(delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
             environment = through(resources.enter_context(link))
         address = _address(folder, server, log)
         load = ["--server", address, "--shards", str(shards), "--state", str(state)]
+        load += ["--device", options.client_device]
         command = [sys.executable, "-m", "fedbert_ds.bench.load", *load]
-        clients = resources.enter_context(_process(command, log.with_suffix(".clients.log"), environment))
+        clients = resources.enter_context(
+            _process(command, log.with_suffix(".clients.log"), options.client_device, environment)
+        )
         _wait(server, clients, log)
     windows = read_metrics(folder / "metrics.jsonl")[SETTLING_WINDOWS:]
     seconds = sum(window.seconds for window in windows)
@@ -269,9 +287,11 @@ def _row(
 
 
 @contextmanager
-def _process(command: Sequence[str], log: Path, more: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+def _process(
+    command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A process with one thread for arithmetic that ends with this block; its errors go to the log."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = _environment(device)
     with log.open("w") as errors:
         process = subprocess.Popen(
             command,
@@ -297,9 +317,15 @@ def _process(command: Sequence[str], log: Path, more: dict[str, str] | None = No
                 process.stdout.close()
 
 
-def _output(command: Sequence[str], log: Path) -> str:
+def _environment(device: str) -> dict[str, str]:
+    """One thread for arithmetic; GPUs are hidden from what runs on the CPU."""
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    return os.environ | {"OMP_NUM_THREADS": "1"} | hidden
+
+
+def _output(command: Sequence[str], log: Path, device: str) -> str:
     """The last line a command prints."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = _environment(device)
     with log.open("a") as errors:
         done = subprocess.run(
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, timeout=LONGEST_SECONDS

@@ -95,9 +95,9 @@ class Server:
 
     def take(self, kind: str) -> Any:
         """The oldest message sent, which must be of this kind; manifests are put aside."""
-        while self.sent[0].WhichOneof("body") == "manifest" != kind:
+        while self.sent and self.sent[0].WhichOneof("body") == "manifest":
             self.manifests.append(self.sent.pop(0).manifest)
-        if kind == "manifest" and self.manifests:
+        if kind == "manifest":
             return self.manifests.pop(0)
         message = self.sent.pop(0)
         assert message.WhichOneof("body") == kind

@@ -176,7 +176,6 @@ def control(window: int, batch: Batch) -> list[pb.ServerMessage]:
     return [
         pb.ServerMessage(plan=pb.Plan(window=window, pieces=[piece], next_window=window + 1)),
         pb.ServerMessage(open=pb.Open(window=window)),
-        pb.ServerMessage(stepped=pb.Stepped(window=window)),
     ]
 
 

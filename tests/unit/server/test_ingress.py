@@ -106,8 +106,8 @@ def manifest(window: int) -> pb.ClientMessage:
     return pb.ClientMessage(manifest=pb.Manifest(window=window))
 
 
-def stepped(window: int) -> pb.ServerMessage:
-    return pb.ServerMessage(stepped=pb.Stepped(window=window))
+def save(window: int) -> pb.ServerMessage:
+    return pb.ServerMessage(save=pb.Save(window=window))
 
 
 # -- joining --------------------------------------------------------------------------------------------------------
@@ -182,8 +182,8 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
             message = manifest(window + 100 * (name == "bo"))
             stream.send(message)
             up += message.ByteSize()
-            endpoint.ingress.send(name, stepped(window))
-            down += stepped(window).ByteSize()
+            endpoint.ingress.send(name, save(window))
+            down += save(window).ByteSize()
     got: dict[str, list[int]] = {"ada": [], "bo": []}
     for _ in range(40):
         event = endpoint.event()
@@ -191,7 +191,7 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
         got[event.client].append(event.message.manifest.window)
     assert got == {"ada": list(range(20)), "bo": list(range(100, 120))}
     for stream in (ada, bo):
-        assert [stream.receive().stepped.window for _ in range(20)] == list(range(20))
+        assert [stream.receive().save.window for _ in range(20)] == list(range(20))
     assert endpoint.ingress.take_bytes() == (up, down)
     assert endpoint.ingress.take_bytes() == (0, 0)
 
@@ -200,14 +200,14 @@ def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
     """The newer connection has it; a stranger with the same name is refused long before, at Join."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", stepped(1))
-    assert first.receive() == stepped(1)
+    endpoint.ingress.send("ada", save(1))
+    assert first.receive() == save(1)
     with connect(endpoint.address, None) as channel:
         attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada", received=1))
         call = rpc.FederationStub(channel).Train(iter([attach]), timeout=TIMEOUT)
         assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
-        endpoint.ingress.send("ada", stepped(2))
-        assert next(call).stepped.window == 2
+        endpoint.ingress.send("ada", save(2))
+        assert next(call).save.window == 2
         call.cancel()
     endpoint.no_event()
 
@@ -217,11 +217,11 @@ def test_a_stream_that_ends_is_told_once_and_may_be_opened_again(streams, endpoi
     assert endpoint.event() == Connected("ada")
     first.end()
     assert endpoint.event() == Disconnected("ada")
-    endpoint.ingress.send("ada", stepped(1))  # to nobody
+    endpoint.ingress.send("ada", save(1))  # to nobody
     second = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", stepped(2))
-    assert second.receive() == stepped(2)
+    endpoint.ingress.send("ada", save(2))
+    assert second.receive() == save(2)
     second.end()
     assert endpoint.event() == Disconnected("ada")
     endpoint.ingress.revoke("ada")
@@ -233,18 +233,18 @@ def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: End
     """The rank knows already; a Disconnected after the client is back would end the new stream."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", stepped(1))
+    endpoint.ingress.send("ada", save(1))
     endpoint.ingress.close("ada", pb.ServerMessage(refused=pb.Refused(reason="so")))
-    endpoint.ingress.send("ada", stepped(2))
-    assert [first.receive().WhichOneof("body") for _ in range(2)] == ["stepped", "refused"]
+    endpoint.ingress.send("ada", save(2))
+    assert [first.receive().WhichOneof("body") for _ in range(2)] == ["save", "refused"]
     assert "the server ended the stream" in first.refusal()
     second = streams("ada")
     assert endpoint.event() == Connected("ada")
     first.end()
     endpoint.no_event()
-    endpoint.ingress.send("ada", stepped(3))
-    assert second.receive() == stepped(3)
-    endpoint.ingress.close("nobody", stepped(0))
+    endpoint.ingress.send("ada", save(3))
+    assert second.receive() == save(3)
+    endpoint.ingress.close("nobody", save(0))
 
 
 def test_a_client_that_floods_is_slowed_down_and_others_are_served(
@@ -296,8 +296,8 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
         assert len(list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT))) == 1
     assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
     assert not caplog.records, "no traceback of ours for what somebody else sent"
-    endpoint.ingress.send("bo", stepped(1))
-    assert bo.receive() == stepped(1)
+    endpoint.ingress.send("bo", save(1))
+    assert bo.receive() == save(1)
     bo.send(manifest(2))
     assert endpoint.event() == Received("bo", manifest(2))
 
@@ -358,8 +358,8 @@ def secure(authority: Callable[[str], TlsFiles]) -> Iterator[Endpoint]:
 def test_mutual_tls_lets_a_signed_client_in(secure: Endpoint, authority: Callable[[str], TlsFiles]) -> None:
     stream = Stream(secure.address, "ada", "session of ada", authority("client"))
     assert secure.event() == Connected("ada")
-    secure.ingress.send("ada", stepped(1))
-    assert stream.receive() == stepped(1)
+    secure.ingress.send("ada", save(1))
+    assert stream.receive() == save(1)
     stream.end()
 
 

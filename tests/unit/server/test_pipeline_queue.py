@@ -58,7 +58,7 @@ def drawn_federation(data: st.DataObject, lengths: Lengths, **fixed: Any) -> Fed
     return Federation(**(drawn | fixed), lengths=lengths, capacity=CAPACITY)
 
 
-ANY_ORDER = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+ANY_ORDER = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @ANY_ORDER

@@ -65,7 +65,11 @@ class Client:
     is_benched: bool = False
     is_behind: bool = False
     """A window was planned without it."""
+    last_answer: float = -math.inf
+    """When activations or a gradient of it were last looked at."""
     skips: int = 0
+    has_answered: bool = False
+    """An answer has come since the last decision."""
     late: list[tuple[str, int]] = field(default_factory=list)
     """Answers it was asked for before it was skipped, which it may still send."""
 
@@ -240,6 +244,7 @@ class Federation:
         report = here.queue.activations if kind == "activations" else here.queue.gradient
         assert report(name, index) == expected
         del here.clients[name].owed[kind, index]
+        here.clients[name].has_answered = True
         (entry.activations if kind == "activations" else entry.gradients).add(name)
 
     def send_late(self, rank: int, name: str) -> None:
@@ -300,6 +305,9 @@ class Federation:
         """One decision of a rank, compared with what may be decided."""
         here = self.ranks[rank]
         assert not here.is_blocked
+        for client in here.clients.values():
+            if client.has_answered:
+                client.last_answer, client.has_answered = self.now, False
         decision = here.queue.decide(self.now)
         if isinstance(decision, Expire):
             waited = self.now - min(here.clients[decision.client].owed.values())
@@ -338,7 +346,9 @@ class Federation:
         return not client.is_benched and self.now - self._oldest_answer(client) > self.patience
 
     def _oldest_answer(self, client: Client) -> float:
-        return min((since for what, since in client.owed.items() if what != MANIFEST), default=math.inf)
+        """Since when it has answered nothing of what it owes."""
+        oldest = min((since for what, since in client.owed.items() if what != MANIFEST), default=math.inf)
+        return max(oldest, client.last_answer)
 
     def _skipped(self, rank: Rank, decision: Skip) -> None:
         client = rank.clients[decision.client]

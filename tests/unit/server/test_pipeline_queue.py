@@ -680,9 +680,10 @@ def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
     queue.activations("bo", 0)
     assert decided(queue, 1.0) == ["forward 0 ada+bo"]
     queue.gradient("bo", 0)
-    assert decided(queue, 5.5) == ["skip bo ((0, 1),)", "forward 1", "backward 1"]
+    assert decided(queue, 1.0) == []
     queue.gradient("ada", 0)
-    assert decided(queue, 6.0) == ["backward 0 ada+bo last", "step 0 lost 2"]
+    assert decided(queue, 5.5) == ["backward 0 ada+bo"], "who has answered something since is not late"
+    assert decided(queue, 6.5) == ["skip bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
 
 
 def test_a_late_client_is_silent_since_its_first_open_question() -> None:

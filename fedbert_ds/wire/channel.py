@@ -22,6 +22,8 @@ OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    # After minutes without a message gRPC would take our own keepalive for abuse and hang up.
+    ("grpc.http2.max_ping_strikes", 0),
     # Two servers must not share a port unnoticed.
     ("grpc.so_reuseport", 0),
 ]

@@ -170,6 +170,9 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     pipeline.add_argument("--mbit", type=float, default=100.0, metavar="N", help="Mbit/s of each client, each way")
     pipeline.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of the body (default: cpu)")
     pipeline.add_argument("--client-device", default="cpu", metavar="DEVICE", help="of the clients (default: cpu)")
+    pipeline.add_argument(
+        "--links", choices=["auto", "proxy", "netem"], default="auto", help="auto: netem where root and kernel allow it"
+    )
     pipeline.add_argument("--only", nargs="+", choices=["ours", "naive", "centralized"], default=[], help="systems")
     pipeline.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     pipeline.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="for all systems alike")
@@ -246,6 +249,7 @@ def _bench_codecs(options: argparse.Namespace) -> None:
 
 
 def _bench_pipeline(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.link import links_available
     from fedbert_ds.bench.pipeline import PipelineOptions, bench_pipeline
     from fedbert_ds.bench.record import command_line
 
@@ -260,6 +264,7 @@ def _bench_pipeline(options: argparse.Namespace) -> None:
             quick=options.quick,
             device=options.device,
             client_device=options.client_device,
+            links=links_available() if options.links == "auto" else options.links,
             only=tuple(options.only),
             overrides=tuple(options.set),
         )

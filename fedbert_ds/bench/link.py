@@ -42,11 +42,11 @@ def links_available() -> Literal["netem", "proxy"]:
         return "proxy"
     name = f"fedbert-probe-{os.getpid()}"
     try:
-        _run("ip", "netns", "add", name)
+        run_tool("ip", "netns", "add", name)
         try:
-            _run("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+            run_tool("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
         finally:
-            _run("ip", "netns", "delete", name)
+            run_tool("ip", "netns", "delete", name)
     except (OSError, subprocess.SubprocessError):
         return "proxy"
     return "netem"
@@ -336,7 +336,7 @@ async def _serve(settings: _Settings, requests: IO[str], answers: IO[str]) -> No
         print(json.dumps(relay.answer(json.loads(line))), file=answers, flush=True)
 
 
-def _run(*command: str) -> None:
+def run_tool(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=30)
 
 

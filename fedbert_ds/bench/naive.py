@@ -7,7 +7,8 @@ batch. What is kind to it: one connection is kept open, and sequences are padded
     python -m fedbert_ds.bench.naive serve --config FILE --tokenizer FOLDER     prints its address, ends with its input
     python -m fedbert_ds.bench.naive train --config FILE --tokenizer FOLDER --shards FOLDER --server HOST:PORT
 
-`train` prints one line of JSON. Pickle is part of what is measured: serve listens on the loopback alone.
+`train` prints one line of JSON. Pickle is part of what is measured: serve listens on the loopback, or on a link that
+the benchmark has made, and to nobody else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import pickle
 import sys
 import threading
@@ -64,7 +66,7 @@ class PaddedBody:
         return input_gradient
 
 
-def serve(body: PaddedBody) -> None:
+def serve(body: PaddedBody, host: str) -> None:
     """Answer POST /forward and /backward with pickled arrays until standard input ends."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -87,9 +89,9 @@ def serve(body: PaddedBody) -> None:
         def log_message(self, format: str, *arguments: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer((host, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"127.0.0.1:{server.server_port}", flush=True)
+    print(f"{host}:{server.server_port}", flush=True)
     sys.stdin.read()
 
 
@@ -100,7 +102,7 @@ class Client:
         self._embeddings, self._head = model.bert.embeddings.train(), model.cls.train()
         parameters = {*self._embeddings.parameters(), *self._head.parameters()}
         self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-        self._connection = http.client.HTTPConnection(address)
+        self._connection = _connection(address)
         self.bytes_up = self.bytes_down = 0
 
     def train(self, sequences: list[Tensor], labels: Tensor) -> float:
@@ -130,6 +132,15 @@ class Client:
         self.bytes_up += len(payload)
         self.bytes_down += len(answer)
         return torch.from_numpy(pickle.loads(answer))
+
+
+def _connection(address: str) -> http.client.HTTPConnection:
+    """To the server, through the link if the environment names one, as gRPC does."""
+    link = os.environ.get("http_proxy", "").removeprefix("http://")
+    connection = http.client.HTTPConnection(link or address)
+    if link:
+        connection.set_tunnel(address)
+    return connection
 
 
 def train(config: RunConfig, model: Any, tokenizer: Any, shards: Path, address: str, seconds: float) -> dict[str, Any]:
@@ -193,6 +204,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--shards", type=Path)
     parser.add_argument("--server")
+    parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
@@ -204,7 +216,7 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
     if options.end == "serve":
-        serve(PaddedBody(model, config.optimizer.lr))
+        serve(PaddedBody(model, config.optimizer.lr), options.host)
     else:
         print(json.dumps(train(config, model, tokenizer, options.shards, options.server, options.seconds)))
 

@@ -19,9 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedbert_ds.bench.link import DelayProxy, through
+from fedbert_ds.bench.namespace import Namespace
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
@@ -88,6 +89,7 @@ class PipelineOptions:
     device: str = "cpu"
     """Of the body: cpu or cuda."""
     client_device: str = "cpu"
+    links: Literal["proxy", "netem"] = "proxy"
     only: tuple[str, ...] = ()
     """Systems to run; empty for all."""
     overrides: tuple[str, ...] = ()
@@ -116,7 +118,8 @@ def bench_pipeline(options: PipelineOptions) -> None:
     config = load_config(RUN_FILE, _overrides(options, Setting("ours")))
     shards, tokenizer = prepare(config, options.work / ("quick" if options.quick else "text"), options.clients)
     commit, rows = source_commit(), []
-    print(f"links   a proxy on this machine; {options.clients} clients, one body process", flush=True)
+    what = {"proxy": "a proxy that delays and limits", "netem": "the kernel's netem, in a network namespace"}
+    print(f"links   {what[options.links]}; {options.clients} clients, one body process", flush=True)
     for setting in settings(options):
         row = _run(setting, options, shards, tokenizer)
         rows.append(row)
@@ -126,7 +129,7 @@ def bench_pipeline(options: PipelineOptions) -> None:
         command=options.command,
         commit=commit,
         rows=rows,
-        links="proxy",
+        links=options.links,
         device=describe(torch.device(options.device)),
         client_device=options.client_device,
         settings=_settings(config),
@@ -181,17 +184,16 @@ def _naive(
     seconds = 5.0 if options.quick else 20.0
     naive = [sys.executable, "-m", "fedbert_ds.bench.naive"]
     with ExitStack() as resources:
-        command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], *overrides]
+        reach = resources.enter_context(_reach(setting.link, options))
+        command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], "--host", reach.host, *overrides]
         server = resources.enter_context(_process(command, log, options.device))
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         if not address:
             raise RunError(f"the naive server did not start (see {log})")
-        if setting.link != Link():
-            link = DelayProxy(address, delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
-            address = resources.enter_context(link)
         client = ["train", "--config", str(RUN_FILE), *text, "--server", address, "--seconds", str(seconds)]
-        measured = json.loads(_output([*naive, *client, *overrides], log, options.client_device))
+        command = [*reach.enter, *naive, *client, *overrides]
+        measured = json.loads(_output(command, log, options.client_device, reach.environment))
     tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
     per_token = measured["bytes_up"] / tokens, measured["bytes_down"] / tokens
     return _row(setting, config, tokens / measured["seconds"], busy, None, per_token, 1.0 - busy, 0.0)
@@ -208,20 +210,17 @@ def _ours(
     shutil.rmtree(folder, ignore_errors=True)
     state = folder.with_name(f"{folder.name}.state")
     shutil.rmtree(state, ignore_errors=True)
-    command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *overrides, f"run.directory={folder}"]
     with ExitStack() as resources:
+        reach = resources.enter_context(_reach(setting.link, options))
+        own = [*overrides, f"run.directory={folder}", f"server.host={reach.host}"]
+        command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *own]
         server = resources.enter_context(_process(command, log, options.device))
-        environment: dict[str, str] = {}
-        if setting.link != Link():
-            link = DelayProxy(delay_ms=setting.link.rtt_ms / 2, mbit=setting.link.mbit)
-            environment = through(resources.enter_context(link))
         address = _address(folder, server, log)
         load = ["--server", address, "--shards", str(shards), "--state", str(state)]
         load += ["--device", options.client_device]
-        command = [sys.executable, "-m", "fedbert_ds.bench.load", *load]
-        clients = resources.enter_context(
-            _process(command, log.with_suffix(".clients.log"), options.client_device, environment)
-        )
+        command = [*reach.enter, sys.executable, "-m", "fedbert_ds.bench.load", *load]
+        clients_log = log.with_suffix(".clients.log")
+        clients = resources.enter_context(_process(command, clients_log, options.client_device, reach.environment))
         _wait(server, clients, log)
     windows = read_metrics(folder / "metrics.jsonl")[SETTLING_WINDOWS:]
     seconds = sum(window.seconds for window in windows)
@@ -283,7 +282,32 @@ def _row(
     }
 
 
-# -- processes ------------------------------------------------------------------------------------------------------
+# -- links and processes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How clients reach the server."""
+
+    host: str
+    """Where the server listens."""
+    environment: dict[str, str]
+    """Of the clients' process."""
+    enter: tuple[str, ...]
+    """Before the clients' command."""
+
+
+@contextmanager
+def _reach(link: Link, options: PipelineOptions) -> Iterator[_Reach]:
+    if link == Link():
+        yield _Reach("127.0.0.1", {}, ())
+    elif options.links == "netem":
+        # One link for the process that all clients are in, as wide as all of theirs.
+        with Namespace(link.rtt_ms / 2, link.mbit and link.mbit * options.clients) as there:
+            yield _Reach(there.host, {}, there.enter)
+    else:
+        with DelayProxy(delay_ms=link.rtt_ms / 2, mbit=link.mbit) as address:
+            yield _Reach("127.0.0.1", through(address), ())
 
 
 @contextmanager
@@ -296,7 +320,7 @@ def _process(
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if "naive" in command[2] else errors,
+            stdout=subprocess.PIPE if "serve" in command else errors,
             stderr=errors,
             text=True,
             env=environment | (more or {}),
@@ -323,12 +347,17 @@ def _environment(device: str) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"} | hidden
 
 
-def _output(command: Sequence[str], log: Path, device: str) -> str:
+def _output(command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None) -> str:
     """The last line a command prints."""
     environment = _environment(device)
     with log.open("a") as errors:
         done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, timeout=LONGEST_SECONDS
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment | (more or {}),
+            timeout=LONGEST_SECONDS,
         )
     if done.returncode:
         raise RunError(f"{' '.join(command[1:4])} failed (see {log})")

@@ -33,7 +33,7 @@ def address(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(naive, "ThreadingHTTPServer", Kept)
     ended = threading.Event()
     monkeypatch.setattr(naive.sys, "stdin", type("Stdin", (), {"read": lambda self: ended.wait()})())
-    thread = threading.Thread(target=naive.serve, args=(naive.PaddedBody(_model(), RATE),))
+    thread = threading.Thread(target=naive.serve, args=(naive.PaddedBody(_model(), RATE), "127.0.0.1"))
     thread.start()
     while not started:
         pass

@@ -41,8 +41,8 @@ def test_what_is_exchanged(mode: str, average_scope: str, embeddings: bool, head
     assert (is_exchanged(federation, "embeddings"), is_exchanged(federation, "head")) == (embeddings, head)
 
 
-def test_gradients_may_be_coded_and_weights_never_are() -> None:
-    wire = WireSection(halves="int8")
-    assert exchange_codec(FederationSection(mode="synchronous"), wire) == "int8"
-    assert exchange_codec(FederationSection(mode="parallel"), wire) == "fp32"
-    assert exchange_codec(FederationSection(mode="synchronous"), WireSection()) == "fp32"
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_what_is_exchanged_is_coded_as_the_run_file_says(mode: str) -> None:
+    federation = FederationSection(mode=mode)
+    assert exchange_codec(federation, WireSection(halves="int8")) == "int8"
+    assert exchange_codec(federation, WireSection()) == "fp32"

@@ -228,6 +228,7 @@ def bench_codecs(options: CodecsOptions) -> None:
         counted={
             "tokens": len(batch.input_ids), "masked": len(batch.labels),
             "distinct": len(batch.input_ids.unique()), "width": COUNTED_WIDTH, "embedding": COUNTED_EMBEDDING,
+            "vocabulary": Path(options.vocabulary).name if options.vocabulary else "learned from the text",
         },
     )  # fmt: skip
     picture = options.out.with_suffix(".png")

@@ -33,6 +33,11 @@ class Patience:
         self._answers.setdefault(client, deque(maxlen=MEMORY)).append(seconds)
         self._of_kind.setdefault((what, client), deque(maxlen=MEMORY)).append(seconds)
 
+    def forget(self, client: str) -> None:
+        """A client is gone; what was known of it says nothing of the others."""
+        self._answers.pop(client, None)
+        self._of_kind = {key: answers for key, answers in self._of_kind.items() if key[1] != client}
+
     def deadline(self, client: str) -> float:
         """Seconds a client's answer may take; infinite while little is known of it."""
         answers = self._answers.get(client, ())

@@ -20,6 +20,7 @@ from fedbert_ds.federation.modes import exchange_after
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.control import Control
 from fedbert_ds.server.coordinator import Seat, reply
+from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
 from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
 from fedbert_ds.server.engine import BodyEngine, BodyInput
 from fedbert_ds.server.half_exchange import Half, HalfExchange
@@ -27,17 +28,7 @@ from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
 from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.patience import Patience
-from fedbert_ds.server.pipeline_queue import (
-    Backward,
-    Decision,
-    Expire,
-    Forward,
-    Open,
-    PipelineQueue,
-    Plan,
-    Skip,
-    Step,
-)
+from fedbert_ds.server.pipeline_queue import PipelineQueue
 from fedbert_ds.server.window import Piece, pack
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -251,6 +242,7 @@ class RankServer:
 
     def finish(self, reason: str, complete: bool) -> None:
         """Tell this rank's clients that the run is over; when it is not `complete` it may be resumed."""
+        self._exchange.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
             self._ingress.close(client, pb.ServerMessage(finish=finish))
@@ -261,7 +253,7 @@ class RankServer:
         """Wait until this rank's next window is planned, then exchange reports with all ranks."""
         is_last = window == self._config.run.windows
         with self._trace.span("wait for plan", window=window):
-            while not (is_last or self._may_start(window) or self._stop.requested):
+            while not (self._may_start(window) or ((is_last or self._stop.requested) and self._exchange_done(window))):
                 self._attend()
         report = Report(
             num_micro_batches=self._queue.num_micro_batches,
@@ -281,7 +273,11 @@ class RankServer:
 
     def _may_start(self, window: int) -> bool:
         # Clients cannot answer before their halves are combined, and a window that runs counts their silence.
-        return self._queue.planned and self._exchange.is_done(window - self._config.window.staleness)
+        return self._queue.planned and self._exchange_done(window)
+
+    def _exchange_done(self, window: int) -> bool:
+        # A rank that stops still has its part in it: the others wait for that.
+        return self._exchange.is_done(window - self._config.window.staleness)
 
     def _demand(self) -> Demand:
         patience = self._patience

@@ -114,6 +114,7 @@ def _add_bench(subcommands: argparse._SubParsersAction[argparse.ArgumentParser])
     modes.add_argument("--out", required=True, type=Path, metavar="FILE.json", help="the record; a .png lies beside it")
     modes.add_argument("--work", type=Path, default=Path("runs/bench-modes"), metavar="DIR", help="for the runs")
     modes.add_argument("--windows", type=int, metavar="N", help="windows of each run (default: the run file's)")
+    modes.add_argument("--staleness", action="store_true", help="exact windows beside bounded staleness instead")
     modes.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
     modes.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     modes.set_defaults(run=_bench_modes)
@@ -224,6 +225,7 @@ def _bench_modes(options: argparse.Namespace) -> None:
             command=command_line(),
             work=options.work,
             quick=options.quick,
+            staleness=options.staleness,
             overrides=(*windows, *options.overrides),
         )
     )

@@ -37,7 +37,7 @@ START_SECONDS = 60.0
 
 
 class _Channel:
-    """Heads and bodies over a socket; one thread sends, one receives."""
+    """Heads and bodies over a socket; one thread at a time sends, one receives."""
 
     SIZES = struct.Struct("<IQ")
 
@@ -94,6 +94,7 @@ class IngressProcess:
         self._events: queue.SimpleQueue[tuple[Event | None, int]] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[tuple[list[Any], bytes] | None] = queue.SimpleQueue()
         self._joins: dict[int, JoinAsked] = {}
+        self._admitted = threading.Event()
         self._room = threading.Condition()
         self._unread_bytes: float = 0
         self._clients: set[str] = set()
@@ -123,8 +124,10 @@ class IngressProcess:
         return int(answer[0][1])
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """From now on these clients may open a stream, each with its session."""
+        """From now on these clients may open a stream, each with its session; returns when the process knows."""
+        self._admitted.clear()
         self._commands.put((["admit", sessions], b""))
+        self._admitted.wait(START_SECONDS)
 
     def revoke(self, client: str) -> None:
         """A client that was dropped may not open another stream: it has missed steps of its half."""
@@ -208,6 +211,8 @@ class IngressProcess:
                         self._room.wait_for(lambda: self._unread_bytes < UNREAD_BYTES)
                         self._unread_bytes += len(body)
                     self._events.put((Received(arguments[0], message), len(body)))
+                case "admitted":
+                    self._admitted.set()
                 case "connected":
                     self._clients.add(arguments[0])
                     self._events.put((Connected(arguments[0]), 0))
@@ -222,6 +227,7 @@ class IngressProcess:
                         asked.answer.cancel()
                         self._events.put((JoinAbandoned(asked.hello), 0))
         self._channel.close()
+        self._admitted.set()
         self._events.put((None, 0))
 
     def _join(self, number: int, hello: pb.Hello) -> JoinAsked:
@@ -264,6 +270,7 @@ class _Child:
 
     def __init__(self, channel: _Channel, ingress: Ingress) -> None:
         self._channel = channel
+        self._sending = threading.Lock()
         self._ingress = ingress
         self._joins: dict[int, JoinAsked] = {}
         self._is_over = threading.Event()
@@ -280,6 +287,7 @@ class _Child:
                     self._ingress.close_body(arguments[0], body)
                 case "admit":
                     self._ingress.admit(arguments[0])
+                    self._send(["admitted"])
                 case "revoke":
                     self._ingress.revoke(arguments[0])
                 case "welcome" | "refuse" if arguments[0] in self._joins:
@@ -295,22 +303,26 @@ class _Child:
         self._ingress.stop(grace)
         self._is_over.set()
 
+    def _send(self, head: list[Any], body: bytes = b"") -> None:
+        with self._sending:
+            self._channel.send(head, body)
+
     def tell(self) -> None:
         """Hand events on until the end."""
         while not self._is_over.is_set():
             match self._ingress.next_event(0.2):
                 case _Frame(client, frame, num_bytes):
-                    self._channel.send(["received", client, num_bytes], frame)
+                    self._send(["received", client, num_bytes], frame)
                 case Connected(client):
-                    self._channel.send(["connected", client])
+                    self._send(["connected", client])
                 case Disconnected(client):
-                    self._channel.send(["disconnected", client])
+                    self._send(["disconnected", client])
                 case JoinAsked() as asked:
                     self._joins[id(asked.hello)] = asked
-                    self._channel.send(["join", id(asked.hello)], asked.hello.SerializeToString())
+                    self._send(["join", id(asked.hello)], asked.hello.SerializeToString())
                 case JoinAbandoned(hello):
                     self._joins.pop(id(hello), None)
-                    self._channel.send(["abandoned", id(hello)])
+                    self._send(["abandoned", id(hello)])
 
 
 def _main(descriptor: int) -> None:

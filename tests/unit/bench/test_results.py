@@ -8,6 +8,8 @@ import pytest
 
 from fedbert_ds.bench.body import OURS, SENTENCES
 from fedbert_ds.bench.body import table as body_table
+from fedbert_ds.bench.codecs import BASELINE, Setting, all_in
+from fedbert_ds.bench.codecs import table as codecs_table
 from fedbert_ds.bench.compare import table
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -56,3 +58,19 @@ def test_body(path):
     assert len(beside_padded) >= 3
     for (_, lengths), ratio in beside_padded.items():
         assert ratio >= (1.6 if lengths == SENTENCES else 1.0)
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("codecs-")], ids=lambda p: p.name)
+def test_codecs(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert codecs_table(record["summary"]) in README
+    assert path.with_suffix(".png").is_file()
+    names = vars(BASELINE)
+    summary = {Setting(**{name: row[name] for name in names}): row for row in record["summary"]}
+    # What the page claims.
+    assert summary[BASELINE]["held_out_loss"] < record["text"]["unigram_loss"] - 0.5
+    exact, coarse = summary[all_in("int8")], summary[all_in("int4_hadamard")]
+    assert exact["bytes_per_token"] <= 550 and abs(exact["cost"]) < 0.002 and exact["seeds"] >= 3
+    assert coarse["bytes_per_token"] <= 300 and coarse["cost_highest"] < 0.01 and coarse["seeds"] >= 3
+    assert summary[all_in("int4_hadamard", model="factorized")]["bytes_per_token"] <= 100

@@ -58,7 +58,7 @@ def main() -> None:
         window = windows[number % len(windows)]
         for index, (body_input, gradient) in enumerate(window):
             engine.forward(index, body_input)
-            engine.backward(index, gradient, is_last=index + 1 == len(window))
+            engine.backward(index, gradient, is_last=index + 1 == len(window)).result()
             tokens += int(body_input.cu_seqlens[-1])
         engine.step(config.optimizer.lr * 1e-3)
     seconds = time.monotonic() - started

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.depth import DEEPEST
+from fedbert_ds.server.device_work import DeviceWork, upload
 from fedbert_ds.server.footprint import memory_budget, saved_bytes
 
 OURS = {
@@ -48,12 +50,11 @@ class BodyInput:
     seed: int
     """Seeds this micro-batch's dropout, so that it depends neither on order nor on rank."""
 
-    def to(self, device: torch.device) -> BodyInput:
-        """The same input on a device."""
-        index = None if self.row_index is None else self.row_index.to(device)
-        return BodyInput(
-            self.activations.to(device), self.masked_positions.to(device), self.cu_seqlens, index, self.seed
-        )
+    def to(self, device: torch.device, copies: Any = None) -> BodyInput:
+        """The same input on a device, copied on the stream `copies` if that is a GPU."""
+        index = None if self.row_index is None else upload(self.row_index, device, copies)
+        activations, positions = (upload(t, device, copies) for t in (self.activations, self.masked_positions))
+        return BodyInput(activations, positions, self.cu_seqlens, index, self.seed)
 
 
 def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
@@ -110,6 +111,8 @@ class BodyEngine:
         self._device = device
         self._inputs: dict[int, BodyInput] = {}
         self._hidden: dict[int, Tensor] = {}
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """What goes to the device and comes back does so beside the computation."""
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
 
@@ -133,9 +136,21 @@ class BodyEngine:
         """Forwards have collectives, so every rank must run the same sequence of operations."""
         return self._stage == 3
 
-    def forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
-        """Hidden states [masked, width] fp32 on the CPU; the micro-batch stays in flight until its backward."""
-        body_input = body_input.to(self._device)
+    def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
+        """Hidden states [masked, width]; the micro-batch stays in flight until its backward."""
+        return DeviceWork.start(self._device, lambda: self._forward(micro_batch, body_input), self._copies)
+
+    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
+        """Gradient of the forward's activations, as they were; parameter gradients accumulate until `step`.
+
+        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's
+        last backward of the window, where ZeRO finishes its reduction.
+        """
+        compute = partial(self._backward, micro_batch, hidden_gradient, is_last)
+        return DeviceWork.start(self._device, compute, self._copies)
+
+    def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
+        body_input = body_input.to(self._device, self._copies)
         if self._stage == 3:
             with torch.no_grad():
                 hidden = self._run(body_input)
@@ -143,14 +158,9 @@ class BodyEngine:
             body_input.activations.requires_grad_(True)
             hidden = self._hidden[micro_batch] = self._run_measured(body_input)
         self._inputs[micro_batch] = body_input
-        return hidden.detach().to(device="cpu", dtype=torch.float32)
+        return hidden.detach()
 
-    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
-        """Gradient of the forward's activations, fp32 on the CPU; parameter gradients accumulate until `step`.
-
-        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's
-        last backward of the window, where ZeRO finishes its reduction.
-        """
+    def _backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
         body_input = self._inputs.pop(micro_batch)
         if self._stage == 3:
             body_input.activations.requires_grad_(True)
@@ -158,12 +168,12 @@ class BodyEngine:
         else:
             hidden = self._hidden.pop(micro_batch)
         # Ranks average their gradients; the window's loss is a sum over ranks.
-        loss = (hidden.float() * hidden_gradient.to(self._device)).sum() * self._world_size
+        loss = (hidden.float() * upload(hidden_gradient, self._device, self._copies)).sum() * self._world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
         gradient = body_input.activations.grad
         assert gradient is not None
-        return (gradient.to(torch.float32) / self._world_size).cpu()
+        return gradient.to(torch.float32) / self._world_size
 
     def step(self, learning_rate: float) -> None:
         """Step the optimizer once, with this learning rate; all ranks together."""

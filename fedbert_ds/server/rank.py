@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fedbert_ds.server.control import Control
 from fedbert_ds.server.coordinator import Seat, reply
 from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
 from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.engine import BodyEngine, BodyInput
 from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
@@ -148,6 +150,8 @@ class RankServer:
         self._masked_tokens = 0
         self._service_seconds = 0.0
         self._flights: dict[int, _Flight] = {}
+        self._leaving: deque[tuple[DeviceWork, Callable[[Tensor], bool]]] = deque()
+        """What the device makes, and what sends it; true if it was for somebody."""
         self._tally = Tally()
         self._problems: list[str] = []
         self._told = 0
@@ -305,7 +309,10 @@ class RankServer:
             while self._dispatch(self._ingress.next_event(0)):
                 pass
             self._hand_out_halves()
+            self._send_what_is_done()
             match self._queue.decide(time.monotonic()):
+                case None if self._leaving:
+                    self._send_what_is_done(wait=True)
                 case None:
                     waiting_since = time.monotonic()
                     with self._trace.span("wait"):
@@ -318,6 +325,8 @@ class RankServer:
                     with self._busy("backward", micro_batch=backward.micro_batch):
                         self._backward(window, backward)
                 case Step(_, lost_masked_tokens):
+                    while self._leaving:
+                        self._send_what_is_done(wait=True)
                     with self._busy("step", window=window):
                         self._step(window, lost_masked_tokens)
                     return
@@ -375,24 +384,24 @@ class RankServer:
         # Neither the order of micro-batches nor their numbers, which go on from window to window, may change dropout.
         place = self._control.rank, self._numbers[micro_batch]
         seed = stable_seed("body dropout", self._config.run.seed, window, *place)
-        started = time.monotonic()
         if pieces:
             body_input = self._body_input(pieces, arrived, seed)
         else:
             body_input = self._engine.dummy_input(self._shapes.activation_width, self._shapes.is_rows_cut, seed)
-        hidden = self._engine.forward(micro_batch, body_input)
+        work = self._engine.forward(micro_batch, body_input)
         self._tally.forwards += 1
-        if pieces:
-            self._tally.busy_seconds += time.monotonic() - started
-            self._tally.tokens += sum(piece.tokens for piece in pieces)
-        else:
-            self._tally.dummy_micro_batches += 1
+        self._tally.tokens += sum(piece.tokens for piece in pieces)
+        self._tally.dummy_micro_batches += not pieces
         self._flights[micro_batch] = _Flight(pieces, [len(item.values) for item in arrived])
+        self._leaving.append((work, partial(self._send_hidden, window, micro_batch, pieces)))
+
+    def _send_hidden(self, window: int, micro_batch: int, pieces: tuple[Piece, ...], hidden: Tensor) -> bool:
         for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
             frame = encode(rows, self._config.wire.hidden_states)
             message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame, masked_tokens=self._masked_tokens)
             self._asked["gradient", piece.client, micro_batch] = time.monotonic()
             self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
+        return bool(pieces)
 
     def _body_input(self, pieces: tuple[Piece, ...], arrived: list[Arrived], seed: int) -> BodyInput:
         """Pack pieces one after another; positions, sequence bounds and row numbers shift by what comes before."""
@@ -426,18 +435,31 @@ class RankServer:
             else torch.zeros(piece.masked, width)
             for piece in flight.pieces
         ]
-        started = time.monotonic()
         hidden_gradient = torch.cat(gradients) if gradients else torch.zeros(0, width)
-        gradient = self._engine.backward(micro_batch, hidden_gradient, backward.is_last)
+        work = self._engine.backward(micro_batch, hidden_gradient, backward.is_last)
         self._tally.backwards += 1
+        self._leaving.append((work, partial(self._send_input_gradients, window, micro_batch, flight, present)))
+
+    def _send_input_gradients(
+        self, window: int, micro_batch: int, flight: _Flight, present: set[str], gradient: Tensor
+    ) -> bool:
         if not flight.pieces:
-            return
-        self._tally.busy_seconds += time.monotonic() - started
+            return False
         for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
             if piece.client in present:
                 frame = encode(rows, self._config.wire.gradients)
                 message = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
                 self._ingress.send(piece.client, pb.ServerMessage(input_gradient=message))
+        return True
+
+    def _send_what_is_done(self, wait: bool = False) -> None:
+        """Send results that the device has finished; with `wait` the oldest one, however long it takes."""
+        while self._leaving and (wait or self._leaving[0][0].is_done):
+            work, send = self._leaving.popleft()
+            tensor, seconds = work.result()
+            # A dummy is no work.
+            self._tally.busy_seconds += seconds if send(tensor) else 0.0
+            wait = False
 
     def _step(self, window: int, lost_masked_tokens: int) -> None:
         if real := self._tally.forwards - self._tally.dummy_micro_batches:

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 
+from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.engine import BodyEngine
 from fedbert_ds.server.pipeline_queue import PipelineQueue, _State
 from fedbert_ds.server.rank import RankServer
@@ -32,7 +33,8 @@ def _without_world_size(self, micro_batch, hidden_gradient, is_last):
 
 
 def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last):
-    return _backward(self, micro_batch, hidden_gradient, is_last) * self._world_size
+    gradient, seconds = _backward(self, micro_batch, hidden_gradient, is_last).result()
+    return DeviceWork(gradient * self._world_size, seconds)
 
 
 def _drops_first_micro_batch(self, micro_batch, hidden_gradient, is_last):

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.federation.modes import exchange_after
 from fedbert_ds.server.coordinator import Seat
+from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.engine import BodyInput
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, JoinAsked, Received
@@ -35,16 +36,23 @@ Alter = Callable[[int, pb.ClientMessage], list[pb.ClientMessage]]
 class FakeEngine:
     """A body that doubles what it is given, and counts: easy to tell from any other function."""
 
-    def __init__(self, clock: Clock | None = None, seconds: float = 0.0, lockstep_forwards: bool = False) -> None:
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        seconds: float = 0.0,
+        lockstep_forwards: bool = False,
+        device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
+    ) -> None:
         self.lockstep_forwards = lockstep_forwards
         self.steps: list[float] = []
         self.saved: list[int] = []
         self.backwards: list[tuple[int, bool]] = []
         self.tokens = 0
         self._clock, self._seconds = clock, seconds
+        self._device_work = device_work
         self._inputs: dict[int, BodyInput] = {}
 
-    def forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
+    def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
         self._work()
         assert micro_batch not in self._inputs
         self._inputs[micro_batch] = body_input
@@ -53,9 +61,9 @@ class FakeEngine:
         per_token = self._per_token(body_input, body_input.activations)
         assert len(per_token) == bounds[-1]
         self.tokens += len(per_token)
-        return 2.0 * per_token[body_input.masked_positions]
+        return self._device_work(2.0 * per_token[body_input.masked_positions], self._seconds)
 
-    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
+    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
         self._work()
         body_input = self._inputs.pop(micro_batch)
         assert hidden_gradient.shape == (len(body_input.masked_positions), WIDTH)
@@ -63,7 +71,7 @@ class FakeEngine:
         leaf = body_input.activations.clone().requires_grad_()
         hidden = 2.0 * self._per_token(body_input, leaf)[body_input.masked_positions]
         hidden.backward(hidden_gradient)
-        return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return self._device_work(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, self._seconds)
 
     def step(self, learning_rate: float) -> None:
         assert not self._inputs, "a step inside a window"
@@ -286,6 +294,9 @@ class InlineThread:
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
+    def shutdown(self, wait: bool, cancel_futures: bool) -> None:
+        pass
+
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         done: Future[Any] = Future()
         done.set_result(function(*arguments))
@@ -396,13 +407,14 @@ class Rank:
         latency: Latency = lambda client, event: 0.0,
         seconds_of_work: float = 0.0,
         lockstep_forwards: bool = False,
+        device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
         for module in ("rank", "half_exchange"):
             monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
         monkeypatch.setattr("fedbert_ds.server.half_exchange.ThreadPoolExecutor", InlineThread)
         self.clients = clients
-        self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards)
+        self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
         self.ingress = FakeIngress(self.clock, clients, latency)
         self.stop = SimpleNamespace(requested=False)
         self.reports: list[Report] = []

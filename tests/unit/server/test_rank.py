@@ -31,6 +31,7 @@ from unit.server.fakes import (
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.ingress import Event, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
@@ -623,3 +624,29 @@ def test_with_staleness_the_next_window_does_not_wait_for_halves(monkeypatch: py
 
     assert seconds(0) > 6 * 20.0
     assert seconds(1) < seconds(0) - 20.0
+
+
+class Slow(DeviceWork):
+    """A device that is done with a result only after it has been asked several times, or waited for."""
+
+    def __init__(self, tensor: torch.Tensor, seconds: float) -> None:
+        super().__init__(tensor, seconds)
+        self._asked = 0
+
+    @property
+    def is_done(self) -> bool:
+        self._asked += 1
+        return self._asked > 3
+
+
+@pytest.mark.parametrize("order", ["arrival", "fixed"])
+def test_results_that_are_still_being_made_hold_up_nobody(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Sent when they are there, all of them before the step, and none twice: FakeClient checks what it gets."""
+    config = run_config(window={"order": order, "micro_batches_in_flight": 3})
+    rank = Rank(monkeypatch, config, trio(config), seconds_of_work=0.5, device_work=Slow)
+    assert rank.run() == 2
+    for client in rank.clients:
+        assert client.hidden_states == 2 * sum(length // 2 for length in client.lengths)
+    for report in rank.reports:
+        assert report.tally.busy_seconds == 0.5 * (report.tally.forwards + report.tally.backwards)
+    assert not rank.problems

@@ -64,15 +64,16 @@ def decode(
         raise WireError(f"{what}: codec {frame.codec[:20]!r} instead of {codec!r}")
     rows, width = shape
     payload_bytes, scale_bytes = frame_bytes(rows, width, codec)
-    if len(frame.payload) != payload_bytes:
-        raise WireError(f"{what}: {len(frame.payload)} bytes instead of {payload_bytes}")
+    coded = frame.payload  # read once: every access copies it
+    if len(coded) != payload_bytes:
+        raise WireError(f"{what}: {len(coded)} bytes instead of {payload_bytes}")
     if len(frame.scales) != scale_bytes:
         raise WireError(f"{what}: {len(frame.scales)} bytes of scales instead of {scale_bytes}")
     if codec in UNSCALED:
-        values = _tensor(frame.payload, UNSCALED[codec]).view(rows, width).to(device).to(torch.float32)
+        values = _tensor(coded, UNSCALED[codec]).view(rows, width).to(device).to(torch.float32)
     else:
         form = CODECS[codec]
-        payload = _tensor(frame.payload, form.payload).view(rows, form.payload_width(width)).to(device)
+        payload = _tensor(coded, form.payload).view(rows, form.payload_width(width)).to(device)
         scales = _tensor(frame.scales, form.scale_dtype).view(rows, form.num_scales(width)).to(device)
         values = dequantize(payload, scales, codec, width)
     if values.numel():

@@ -104,7 +104,7 @@ def test_what_is_rounded_stays_within_a_step(codec: str, tensor: Tensor, seed: i
     for columns in range(0, tensor.shape[1], 64) if CODECS[codec].grouped else (0,):
         part = slice(columns, columns + 64) if CODECS[codec].grouped else slice(None)
         largest = tensor[:, part].abs().amax(1, keepdim=True).double()
-        # Rotation makes a value at most 8 times the largest; on the way back 64 errors add up, each counting one eighth.
+        # Rotation makes a value at most 8 times the largest; on the way back 64 errors add up, each an eighth of it.
         # bf16 scales are up to 1/128 wider.
         slack = 64.0 if CODECS[codec].rotated else 1.0
         bound = largest * WORST[codec] * slack * (1 if seed is None else 2) * 1.01 + 1e-35

@@ -1,9 +1,10 @@
-"""The ceiling of `bench pipeline`: the same body under the same DeepSpeed engine, with nothing to wait for.
+"""Centralized training for `bench pipeline`: the same body under the same DeepSpeed engine, with nothing to wait for.
 
-    python -m fedbert_ds.bench.body_alone --config FILE --shards FOLDER --tokenizer FOLDER [section.key=value ...]
+    python -m fedbert_ds.bench.body_alone --config FILE --shards FOLDER --tokenizer FOLDER [--whole] [key=value ...]
 
-Trains centrally on the windows that clients with these shards would bring: their sequence lengths and masked positions,
-with activations and gradients made up beforehand. Prints one line of JSON.
+Trains on the windows that clients with these shards would bring, packed as the server packs them. With --whole the
+embeddings and the head are trained too, in this process: what DeepSpeed alone would do with the pooled text. Without it
+activations and gradients are made up beforehand: a ceiling. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +33,9 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--whole", action="store_true")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     from fedbert_ds.config import load_config
     from fedbert_ds.server.distributed import initialize, shut_down
 
@@ -42,6 +45,7 @@ def main() -> None:
     from fedbert_ds.data.tokenizer import load_tokenizer
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.model.optimizer import build_optimizer
     from fedbert_ds.server.engine import BodyEngine
 
     tokenizer = load_tokenizer(options.tokenizer)
@@ -50,24 +54,49 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = BodyEngine.build(body.to(device), config, device)
     windows = [_window(config, half, batches) for batches in first_batches(config, options.shards, tokenizer, 3)]
+    optimizer = build_optimizer(list(half.named_parameters()), config.optimizer)
     tokens, started = 0, 0.0
     for number in range(config.run.windows):
         # The first window pays for what happens once.
         if number == 1:
             tokens, started = 0, time.monotonic()
         window = windows[number % len(windows)]
-        for index, (body_input, gradient) in enumerate(window):
-            engine.forward(index, body_input)
-            engine.backward(index, gradient, is_last=index + 1 == len(window)).result()
-            tokens += int(body_input.cu_seqlens[-1])
+        for index, piece in enumerate(window):
+            is_last = index + 1 == len(window)
+            if options.whole:
+                activations = half.embed(piece.input_ids, piece.lengths)
+                body_input = replace(piece.body_input, activations=activations.values.detach())
+                hidden, _ = engine.forward(index, body_input).result()
+                _, gradient = half.head_backward(hidden, piece.labels, 1.0 / sum(len(p.labels) for p in window))
+                input_gradient, _ = engine.backward(index, gradient, is_last).result()
+                activations.values.backward(input_gradient)
+            else:
+                engine.forward(index, piece.body_input)
+                engine.backward(index, piece.gradient, is_last).result()
+            tokens += sum(piece.lengths)
         engine.step(config.optimizer.lr * 1e-3)
+        if options.whole:
+            optimizer.step()
+            optimizer.zero_grad()
     seconds = time.monotonic() - started
     print(json.dumps({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}))
     shut_down()
 
 
-def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -> list[tuple[BodyInput, Tensor]]:
-    """[(input, gradient of the hidden states)] of one window, packed as the server packs it."""
+@dataclass(frozen=True)
+class _MicroBatch:
+    """What one micro-batch takes: of the whole model, and of the body alone."""
+
+    input_ids: Tensor
+    lengths: list[int]
+    labels: Tensor
+    body_input: BodyInput
+    gradient: Tensor
+    """Of the hidden states, made up."""
+
+
+def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -> list[_MicroBatch]:
+    """One window, packed as the server packs it."""
     from fedbert_ds.server.engine import BodyInput
     from fedbert_ds.server.window import pack
     from fedbert_ds.wire.messages import Manifest
@@ -81,14 +110,16 @@ def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -
     prepared = []
     for pieces in pack(manifests, config.window.tokens_per_micro_batch):
         lengths: list[int] = []
-        positions, ids = [], []
+        positions, ids, labels = [], [], []
         before = 0
         for piece in pieces:
             batch = batches[piece.client]
             bounds = [0, *torch.tensor(batch.lengths).cumsum(0).tolist()]
             last = piece.first_sequence + piece.num_sequences
             begin, end = bounds[piece.first_sequence], bounds[last]
-            chosen = batch.masked_positions[(batch.masked_positions >= begin) & (batch.masked_positions < end)]
+            inside = (batch.masked_positions >= begin) & (batch.masked_positions < end)
+            chosen = batch.masked_positions[inside]
+            labels.append(batch.labels[inside])
             lengths += batch.lengths[piece.first_sequence : last]
             positions.append(chosen - begin + before)
             ids.append(batch.input_ids[begin:end])
@@ -104,7 +135,7 @@ def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -
             seed=1,
         )
         gradient = 1e-4 * torch.randn(len(masked_positions), half.widths.hidden, generator=random)
-        prepared.append((body_input, gradient))
+        prepared.append(_MicroBatch(torch.cat(ids), lengths, torch.cat(labels), body_input, gradient))
     return prepared
 
 

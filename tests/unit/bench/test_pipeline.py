@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.bench.pipeline import RUN_FILE, Link, PipelineOptions, Setting, draw, sentence, settings, table
+from fedbert_ds.bench.pipeline import CEILING, RUN_FILE, Link, PipelineOptions, Setting, draw, sentence, settings, table
 from fedbert_ds.bench.pipeline import _overrides as overrides
 from fedbert_ds.config import load_config
 

@@ -11,6 +11,9 @@ from fedbert_ds.bench.body import table as body_table
 from fedbert_ds.bench.codecs import BASELINE, Setting, all_in
 from fedbert_ds.bench.codecs import table as codecs_table
 from fedbert_ds.bench.compare import table
+from fedbert_ds.bench.pipeline import table as pipeline_table
+from fedbert_ds.planner.validate import table as validation_table
+from fedbert_ds.planner.validate import validate
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -74,3 +77,25 @@ def test_codecs(path):
     assert exact["bytes_per_token"] <= 550 and abs(exact["cost"]) < 0.002 and exact["seeds"] >= 3
     assert coarse["bytes_per_token"] <= 300 and coarse["cost_highest"] < 0.01 and coarse["seeds"] >= 3
     assert summary[all_in("int4_hadamard", model="factorized")]["bytes_per_token"] <= 100
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("pipeline-")], ids=lambda p: p.name)
+def test_pipeline(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert pipeline_table(record["rows"]) in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    ours = {row["rtt_ms"]: row for row in record["rows"] if row["system"] == "ours" and not row["variant"]}
+    naive = {row["rtt_ms"]: row for row in record["rows"] if row["system"] == "naive"}
+    assert ours[50.0]["utilization"] >= 0.95 and ours[200.0]["utilization"] >= 0.90
+    for rtt, times in ((50.0, 4.5), (200.0, 6.0)):
+        assert ours[rtt]["tokens_per_second"] >= times * naive[rtt]["tokens_per_second"]
+    assert all(row["dummy_share"] == 0.0 for row in ours.values())
+
+
+def test_predictions():
+    record = json.loads((BENCHMARKS / "results" / "pipeline-cpu.json").read_text(encoding="utf-8"))
+    checks = list(validate(record))
+    assert len(checks) >= 6 and all(abs(check.error) <= 0.10 for check in checks)
+    assert validation_table(checks) in README

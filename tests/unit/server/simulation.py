@@ -45,6 +45,9 @@ class FixedPatience:
     def learn(self, client: str, seconds: float, *_: Any) -> None:
         assert 0.0 <= seconds < math.inf
 
+    def forget(self, client: str) -> None:
+        pass
+
     def deadline(self, client: str) -> float:
         return self.floor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 import subprocess
 import threading
@@ -204,11 +205,15 @@ def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
     assert first.receive() == save(1)
     with connect(endpoint.address, None) as channel:
         attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada", received=1))
-        call = rpc.FederationStub(channel).Train(iter([attach]), timeout=TIMEOUT)
+        # Open until the test ends: a client that has nothing more to say ends its connection.
+        said: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
+        said.put(attach)
+        call = rpc.FederationStub(channel).Train(iter(said.get, None), timeout=TIMEOUT)
         assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
         endpoint.ingress.send("ada", save(2))
         assert next(call).save.window == 2
         call.cancel()
+        said.put(None)
     endpoint.no_event()
 
 

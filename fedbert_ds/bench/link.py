@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
@@ -189,7 +190,9 @@ class _Side(asyncio.BufferedProtocol):
             self._queued -= len(data)
             if not data:
                 if self.other.transport.can_write_eof() and not self.other.transport.is_closing():
-                    self.other.transport.write_eof()
+                    # The other side may have hung up already, which is told a moment later.
+                    with suppress(OSError):
+                        self.other.transport.write_eof()
                 continue
             allowed = self._relay.spend(self, len(data), self._counter)
             self.other.transport.write(data[:allowed])

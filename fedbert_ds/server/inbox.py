@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.server.coordinator import Seat
 from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.pipeline_queue import PipelineQueue
+from fedbert_ds.server.window import Piece
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
 from fedbert_ds.wire.messages import HalfAssembler, checked_manifest
@@ -142,7 +144,7 @@ class Inbox:
         who = f"client {client}: activations of micro-batch {number}"
         if self._queue.was_skipped(client, number):
             return
-        piece = self._queue.expected_piece(client, number, "activations")
+        piece = self._expected(client, message.window, number, "activations", who)
         num_rows, row_index = piece.tokens, None
         if self._shapes.is_rows_cut:
             num_rows = message.values.shape[0] if message.values.shape else 0
@@ -160,7 +162,7 @@ class Inbox:
         who = f"client {client}: gradient of micro-batch {number}"
         if self._queue.was_skipped(client, number):
             return
-        piece = self._queue.expected_piece(client, number, "gradient")
+        piece = self._expected(client, message.window, number, "gradient", who)
         gradient = decode(message.hidden, (piece.masked, self._shapes.hidden_width), self._wire.gradients, who)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
@@ -168,6 +170,14 @@ class Inbox:
         self._gradients[number, client] = gradient
         self.loss_sum += message.loss_sum
         self.masked_tokens += piece.masked
+
+    def _expected(
+        self, client: str, window: int, number: int, kind: Literal["activations", "gradient"], who: str
+    ) -> Piece:
+        piece = self._queue.expected_piece(client, number, kind)
+        if window != (planned := self._queue.window_of(number)):
+            raise WireError(f"{who}: of window {window} instead of {planned}")
+        return piece
 
     def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
         is_whole = chunk.window == self._collecting

@@ -228,6 +228,10 @@ class PipelineQueue:
         state = _State.OPEN if kind == "activations" else _State.FORWARDED
         return self._awaiting(client, micro_batch, state, kind).pieces[client]
 
+    def window_of(self, micro_batch: int) -> int | None:
+        """The window that holds this micro-batch; None if it is not planned, or done with."""
+        return next((window.number for window in self._windows if micro_batch in window.entries), None)
+
     def was_skipped(self, client: str, micro_batch: int) -> bool:
         """Whether this piece was given up because its client was late; what still comes of it is to be ignored."""
         return (client, micro_batch) in self._skipped

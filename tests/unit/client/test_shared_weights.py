@@ -64,22 +64,22 @@ def test_clients_stay_equal_and_near(codec: str) -> None:
 
 
 def test_what_rounding_takes_is_sent_with_the_next_changes() -> None:
-    """Up alone: the sum of what the server got follows the sum of changes within one rounding, however long."""
-    client = SharedWeights(SHAPES, "int4_hadamard")
+    """Up alone: the same change, sent again and again, arrives to one rounding of it; without feedback it would drift."""
+    codec, steps = "int4_hadamard", 30
+    client = SharedWeights(SHAPES, codec)
     client.begin(weights(0))
-    total = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    changed = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    change = {name: 0.1 * tensor for name, tensor in weights(1).items()}
     still = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    for step in range(30):
-        change = {name: 0.1 * tensor for name, tensor in weights(step).items()}
+    arrived = torch.zeros(SHAPES["table"])
+    one = None
+    for step in range(steps):
         common = client.apply(still)
-        got, _ = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}, 1.0), "int4_hadamard")
-        for name in SHAPES:
-            total[name] += got[name]
-            changed[name] += change[name]
-    largest = 0.1 * max(weights(step)["table"].abs().max() for step in range(30))
-    assert (total["table"] - changed["table"]).abs().max() < largest
-    torch.testing.assert_close(total["bias"], changed["bias"], atol=1e-4, rtol=0)
+        got, _ = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}, 1.0), codec)
+        arrived += got["table"]
+        one = got["table"] if one is None else one
+    error = (arrived - steps * change["table"]).abs().max()
+    alone = (one - change["table"]).abs().max()
+    assert 0.0 < error <= 2.0 * alone < steps * alone / 10.0
 
 
 def test_a_checkpoint_goes_on_as_if_there_had_been_none() -> None:

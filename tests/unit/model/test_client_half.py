@@ -129,6 +129,16 @@ def test_rows_sends_each_distinct_row_once(small_model, architecture) -> None:
     assert torch.equal(activations.values[activations.row_index.long()], table[packed.input_ids])
 
 
+def test_rows_are_numbered_as_they_appear(small_model, architecture) -> None:
+    """Sorted, they would tell which of two words has the larger id, and ids go by frequency."""
+    client, _ = split(small_model(architecture), "rows")
+    input_ids = torch.tensor([17, 4, 17, 9, 4, 21, 2])
+    activations = client.embed(input_ids, [4, 3])
+    assert activations.row_index is not None and activations.row_index.tolist() == [0, 1, 0, 2, 1, 3, 4]
+    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    assert torch.equal(activations.values, table[[17, 4, 9, 21, 2]])
+
+
 def test_embeddings_refuse_what_does_not_fit(small_model, architecture, cut) -> None:
     client, _ = split(small_model(architecture), cut)
     with pytest.raises(ValueError, match="lengths sum to 4, but there are 5 tokens"):

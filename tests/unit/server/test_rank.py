@@ -190,6 +190,8 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
     ),
     "activations that are not finite": (lambda: with_frame("activations", "values", first=math.nan), "not finite"),
     "activations out of all measure": (lambda: with_frame("activations", "values", first=1e9), "a value of 1e+09"),
+    "activations of another window": (lambda: with_field("activations", "window", 1), "of window 1 instead of 0"),
+    "gradient of another window": (lambda: with_field("gradient", "window", 1), "of window 1 instead of 0"),
     "activations twice": (lambda: twice("activations"), "which nobody asked for"),
     "activations of no micro-batch": (lambda: with_field("activations", "micro_batch", 77), "which nobody asked for"),
     "positions out of range": (lambda: with_field("activations", "masked_positions", bytes([255])), "masked positions"),

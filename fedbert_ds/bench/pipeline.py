@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -469,15 +469,13 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(replace_paths(config).model_dump_json())
+    tree: dict[str, Any] = json.loads(_without_paths(config).model_dump_json())
     return {name: tree[name] for name in ("model", "data", "window", "optimizer", "body", "federation")}
 
 
-def replace_paths(config: RunConfig) -> RunConfig:
+def _without_paths(config: RunConfig) -> RunConfig:
     """The run file with no path of this machine in it."""
     return config.model_copy(
         update={"body": config.body.model_copy(update={"deepspeed": Path(config.body.deepspeed.name)})}
     )
 
-
-__all__ = ["Link", "PipelineOptions", "Setting", "bench_pipeline", "draw", "replace", "sentence", "settings", "table"]

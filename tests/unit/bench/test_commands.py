@@ -1,0 +1,46 @@
+"""Every `fedbert-ds bench NAME` hands on what was typed, and the command itself for the record."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbert_ds.cli import main
+
+CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "modes": (
+        ["--data", "a.tokens", "--windows", "7", "--staleness", "run.seed=2"],
+        {"data": "a.tokens", "staleness": True, "overrides": ("run.windows=7", "run.seed=2")},
+    ),
+    "codecs": (
+        ["--seeds", "2", "--minutes", "5", "--vocabulary", "v", "run.seed=2"],
+        {"seeds": 2, "minutes": 5.0, "vocabulary": "v", "overrides": ("run.seed=2",)},
+    ),
+    "pipeline": (
+        ["--rtt", "5", "9", "--mbit", "10", "--clients", "3", "--links", "proxy", "--only", "ours", "--set", "a.b=1"],
+        {"rtt_ms": (5.0, 9.0), "mbit": 10.0, "clients": 3, "links": "proxy", "only": ("ours",), "overrides": ("a.b=1",)},
+    ),
+    "ingress": (["--quick"], {"quick": True}),
+    "transfers": (["--quick"], {"quick": True}),
+    "streams": (["--streams", "9", "--minutes", "2"], {"streams": 9, "minutes": 2.0}),
+    "body": (["--dropout", "0.2", "--kernels", "torch", "--rounds", "3"], {"dropout": 0.2, "kernels": "torch", "rounds": 3}),
+    "kernels": (["--kernel", "attention", "--tune"], {"kernels": ("attention",), "tune": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options_reach_the_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected = CASES[name]
+    arguments = ["bench", name, "--out", "x.json", *arguments]
+    given: list[Any] = []
+    module = importlib.import_module(f"fedbert_ds.bench.{name}")
+    monkeypatch.setattr(module, f"bench_{name}", given.append)
+    monkeypatch.setattr("sys.argv", ["fedbert-ds", *arguments])
+    main(arguments)
+    (options,) = given
+    assert options.out == Path("x.json")
+    assert options.command == f"fedbert-ds {' '.join(arguments)}"
+    assert {field: getattr(options, field) for field in expected} == expected

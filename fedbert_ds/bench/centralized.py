@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedbert_ds.bench.text import batches_of
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.masking import Batch, BatchStream, encode
+from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.data.shards import read_shard
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.model.checkpoint import build_model
@@ -59,14 +60,7 @@ class Centralized:
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
         self.shares = window_shares(sizes, config.window.tokens, config.window.share)
         self.streams = {
-            client: BatchStream(
-                encode(shard, tokenizer, config.data.sequence_length),
-                tokenizer,
-                mask_probability=config.data.mask_probability,
-                whole_word=config.data.whole_word,
-                seed=config.run.seed,
-                client=client,
-            )
+            client: batches_of(config, encode(shard, tokenizer, config.data.sequence_length), tokenizer, client)
             for client, shard in articles.items()
         }
         self._optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)

@@ -144,18 +144,11 @@ class Text:
 
     def held_out_batches(self, config: RunConfig) -> list[Batch]:
         """The same masked tokens for every run."""
-        from fedbert_ds.data.masking import BatchStream
+        from fedbert_ds.bench.text import batches_of
 
-        stream = BatchStream(
-            self.held_out,
-            self.tokenizer,
-            mask_probability=config.data.mask_probability,
-            whole_word=config.data.whole_word,
-            seed=TEXT_SEED,
-            client="held out",
-        )
+        batches = batches_of(config, self.held_out, self.tokenizer, "held out", TEXT_SEED)
         count = max(1, self.held_out.num_tokens // config.window.tokens)
-        return [stream.next_batch(number, config.window.tokens) for number in range(count)]
+        return [batches.next_batch(number, config.window.tokens) for number in range(count)]
 
     def unigram_loss(self, config: RunConfig) -> float:
         """Held-out loss of word frequency alone, nats."""
@@ -376,7 +369,7 @@ def _finished(
 def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[str, Any]:
     """Train one setting from scratch: losses, tokens and bytes."""
     from fedbert_ds.bench.split import RowFeedback, SplitTrainer
-    from fedbert_ds.data.masking import BatchStream
+    from fedbert_ds.bench.text import batches_of
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_kernels.quantize import GROUP
@@ -405,16 +398,9 @@ def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[st
         halves="int8" if setting.extra == "int8 halves" else "fp32",
         feedback=RowFeedback(len(text.tokenizer), half.widths.activations) if setting.extra == "row feedback" else None,
     )
-    stream = BatchStream(
-        text.train,
-        text.tokenizer,
-        mask_probability=config.data.mask_probability,
-        whole_word=config.data.whole_word,
-        seed=seed,
-        client="bench",
-    )
+    batches = batches_of(config, text.train, text.tokenizer, "bench", seed)
     crossed = [
-        trainer.train_window(window, stream.next_batch(window, config.window.tokens)) for window in range(windows)
+        trainer.train_window(window, batches.next_batch(window, config.window.tokens)) for window in range(windows)
     ]
     last = crossed[-max(1, windows // 20) :]
     return {

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.compare import Run, System, check_same_batches, draw, final, rows, table
+from fedbert_ds.bench.process import end, environment
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
@@ -198,19 +199,14 @@ def _make(system: System, config: RunConfig, options: ModesOptions, commit: str 
 
 def _run(command: Sequence[str], log: Path) -> int:
     """Run a command to its end and return its exit code; whatever ends this process ends the command first."""
-    environment = os.environ | {
-        # The same numbers on every machine: on the CPU, and one thread each.
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            # The same numbers on every machine: on the CPU, and one thread each.
+            env=environment("cpu"),
             # Ctrl-C comes to this process alone, which then ends the run in order.
             start_new_session=True,
         )
@@ -219,13 +215,7 @@ def _run(command: Sequence[str], log: Path) -> int:
     except subprocess.TimeoutExpired:
         raise RunError(f"a run took more than {LONGEST_SECONDS / 3600:.0f} hours (see {log})") from None
     finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(timeout=90)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end(process, patience=90)
 
 
 def _evaluate(folder: Path, config: RunConfig) -> tuple[float, float]:

@@ -9,7 +9,6 @@ Three systems in one go, over the same text, body and links:
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from fedbert_ds.bench.link import DelayProxy, through
 from fedbert_ds.bench.namespace import Namespace
+from fedbert_ds.bench.process import end, environment
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
@@ -323,7 +323,6 @@ def _process(
     command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """A process with one thread for arithmetic that ends with this block; its errors go to the log."""
-    environment = _environment(device)
     with log.open("w") as errors:
         process = subprocess.Popen(
             command,
@@ -331,40 +330,27 @@ def _process(
             stdout=subprocess.PIPE if "serve" in command else errors,
             stderr=errors,
             text=True,
-            env=environment | (more or {}),
+            env=environment(device) | (more or {}),
         )
         try:
             yield process
         finally:
             if process.stdin is not None:
                 process.stdin.close()
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=30)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+            end(process, patience=30)
             if process.stdout is not None:
                 process.stdout.close()
 
 
-def _environment(device: str) -> dict[str, str]:
-    """One thread for arithmetic; GPUs are hidden from what runs on the CPU."""
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
-    return os.environ | {"OMP_NUM_THREADS": "1"} | hidden
-
-
 def _output(command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None) -> str:
     """The last line a command prints."""
-    environment = _environment(device)
     with log.open("a") as errors:
         done = subprocess.run(
             command,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=environment | (more or {}),
+            env=environment(device) | (more or {}),
             timeout=LONGEST_SECONDS,
         )
     if done.returncode:
@@ -478,4 +464,3 @@ def _without_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={"body": config.body.model_copy(update={"deepspeed": Path(config.body.deepspeed.name)})}
     )
-

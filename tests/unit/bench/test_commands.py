@@ -20,13 +20,13 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"seeds": 2, "minutes": 5.0, "vocabulary": "v", "overrides": ("run.seed=2",)},
     ),
     "pipeline": (
-        ["--rtt", "5", "9", "--mbit", "10", "--clients", "3", "--links", "proxy", "--only", "ours", "--set", "a.b=1"],
-        {"rtt_ms": (5.0, 9.0), "mbit": 10.0, "clients": 3, "links": "proxy", "only": ("ours",), "overrides": ("a.b=1",)},
+        ["--rtt", "5", "9", "--mbit", "10", "--links", "proxy", "--only", "ours", "--set", "a.b=1"],
+        {"rtt_ms": (5.0, 9.0), "mbit": 10.0, "links": "proxy", "only": ("ours",), "overrides": ("a.b=1",)},
     ),
     "ingress": (["--quick"], {"quick": True}),
     "transfers": (["--quick"], {"quick": True}),
     "streams": (["--streams", "9", "--minutes", "2"], {"streams": 9, "minutes": 2.0}),
-    "body": (["--dropout", "0.2", "--kernels", "torch", "--rounds", "3"], {"dropout": 0.2, "kernels": "torch", "rounds": 3}),
+    "body": (["--dropout", "0.2", "--kernels", "torch"], {"dropout": 0.2, "kernels": "torch", "rounds": 7}),
     "kernels": (["--kernel", "attention", "--tune"], {"kernels": ("attention",), "tune": True}),
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.endpoint import ClientProcess, EndpointProcess, Load
-from fedbert_ds.bench.record import source_commit, write_record
+from fedbert_ds.bench.record import record_rows
 
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
 STREAMS = (1, 4, 16)
@@ -33,13 +33,7 @@ class IngressOptions:
 
 def bench_ingress(options: IngressOptions) -> None:
     """Measure every row, print it and write the record."""
-    commit = source_commit()
-    rows = []
-    for row in _rows(options.quick):
-        print(describe(row), flush=True)
-        rows.append(row)
-    write_record(options.out, command=options.command, commit=commit, rows=rows)
-    print(f"record  {options.out}")
+    record_rows(options.out, options.command, _rows(options.quick), describe)
 
 
 def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:

@@ -340,6 +340,7 @@ async def _serve(settings: _Settings, requests: IO[str], answers: IO[str]) -> No
 
 
 def run_tool(*command: str) -> None:
+    """Run `ip` or `tc`; CalledProcessError when it fails."""
     subprocess.run(command, check=True, capture_output=True, timeout=30)
 
 

@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,18 @@ def write_record(path: Path, *, command: str, commit: str | None, rows: Sequence
     scratch.write_text(_readable(record), encoding="utf-8")
     os.replace(scratch, path)
     return record
+
+
+def record_rows(
+    path: Path, command: str, measured: Iterable[dict[str, Any]], describe: Callable[[dict[str, Any]], str]
+) -> None:
+    """Print a line for each row as it is measured, and write the record of all."""
+    commit, rows = source_commit(), []
+    for row in measured:
+        print(describe(row), flush=True)
+        rows.append(row)
+    write_record(path, command=command, commit=commit, rows=rows)
+    print(f"record  {path}")
 
 
 def command_line() -> str:

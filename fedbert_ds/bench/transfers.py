@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from fedbert_ds.bench.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.link import DelayProxy
-from fedbert_ds.bench.record import source_commit, write_record
+from fedbert_ds.bench.record import record_rows
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.server.ingress import Connected, Ingress, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -45,15 +46,13 @@ class TransfersOptions:
 
 def bench_transfers(options: TransfersOptions) -> None:
     """Measure every row, print it and write the record."""
-    commit = source_commit()
-    rows = []
+    record_rows(options.out, options.command, _rows(options.quick), describe)
+
+
+def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
     for _ in range(TRIES):
-        rows.append(activations_row())
-        print(describe(rows[-1]), flush=True)
-    rows.append(half_row(HALF_BYTES // 10 if options.quick else HALF_BYTES))
-    print(describe(rows[-1]), flush=True)
-    write_record(options.out, command=options.command, commit=commit, rows=rows)
-    print(f"record  {options.out}")
+        yield activations_row()
+    yield half_row(HALF_BYTES // 10 if is_quick else HALF_BYTES)
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from fedbert_ds.bench.record import command_line, source_commit, write_record
 from fedbert_ds.config import load_config
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.planner.derive import Machines
-from fedbert_ds.planner.plan import as_row, draw, predict, report, sweep
+from fedbert_ds.planner.plan import as_row, draw, report, sweep
 from fedbert_ds.planner.scenario import Spread
 from fedbert_ds.planner.validate import table, validate
 
@@ -53,8 +53,9 @@ def run_plan(options: argparse.Namespace) -> None:
                 )
             draw(options.out.with_suffix(".png"), rows)
         else:
-            print(report(config, machines, options.tokens))
-            rows = [as_row(predict(config, machines, options.tokens))] if options.out else []
+            plan, words = report(config, machines, options.tokens)
+            print(words)
+            rows = [as_row(plan)]
     if options.out is not None:
         write_record(options.out, command=command_line(), commit=source_commit(), rows=rows)
         print(f"record  {options.out}")

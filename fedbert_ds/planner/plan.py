@@ -111,8 +111,8 @@ def sweep(config: RunConfig, machines: Machines, tokens: float, tokens_per_clien
             yield predict(grown, replace(machines, gpus=gpus, clients=clients), tokens)
 
 
-def report(config: RunConfig, machines: Machines, tokens: float) -> str:
-    """The plan in words."""
+def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Prediction, str]:
+    """The plan, and the plan in words."""
     scenario, model = derive(config, machines)
     plan = predicted(scenario, simulate(scenario, WINDOWS, SETTLING), tokens, machines.price)
     other = whole_model(config, machines, model)
@@ -125,7 +125,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> str:
     }[plan.bottleneck]
     body, half = model.body_parameters / 1e6, model.half_parameters / 1e6
     better = other.tokens_per_second > plan.tokens_per_second
-    return "\n".join(
+    words = "\n".join(
         [
             f"model    body {body:.1f} M parameters, {model.body_flops / 1e9:.2f} GFLOP a token; "
             f"client half {half:.1f} M",
@@ -140,6 +140,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> str:
             + ("; faster here, if clients can hold that" if better else ""),
         ]
     )
+    return plan, words
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -193,10 +193,9 @@ class _Client:
 class _Rank:
     """The loop of `server.rank`, with times for the body."""
 
-    def __init__(self, number: int, simulation: _Simulation) -> None:
+    def __init__(self, simulation: _Simulation) -> None:
         scenario = simulation.scenario
         self._simulation, self._scenario = simulation, scenario
-        self.number = number
         fixed = scenario.micro_batches_in_flight
         self.depth = FIRST_DEPTH if fixed == "auto" else fixed
         # Nobody is late for ever here, so nobody is passed over, however slow.
@@ -321,7 +320,7 @@ class _Simulation:
         self.window = 0
         self.coordinator_seconds = 0.0
         self.cores = _Cores(scenario.client_cores) if scenario.client_cores else None
-        self.ranks = [_Rank(number, self) for number in range(scenario.num_ranks)]
+        self.ranks = [_Rank(self) for _ in range(scenario.num_ranks)]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._gathered = self._stepped = 0

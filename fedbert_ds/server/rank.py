@@ -257,7 +257,12 @@ class RankServer:
         """Wait until this rank's next window is planned, then exchange reports with all ranks."""
         is_last = window == self._config.run.windows
         with self._trace.span("wait for plan", window=window):
-            while not (self._may_start(window) or ((is_last or self._stop.requested) and self._exchange_done(window))):
+            # Clients cannot answer before their halves are combined, and a window that runs counts their silence. A rank
+            # that stops still has its part in that: the others wait for it.
+            while not (
+                self._exchange.is_done(window - self._config.window.staleness)
+                and (self._queue.planned or is_last or self._stop.requested)
+            ):
                 self._attend()
         report = Report(
             num_micro_batches=self._queue.num_micro_batches,
@@ -274,14 +279,6 @@ class RankServer:
             self._told = len(self._problems)
         with self._busy("gather", window=window):
             return self._control.gather(report)
-
-    def _may_start(self, window: int) -> bool:
-        # Clients cannot answer before their halves are combined, and a window that runs counts their silence.
-        return self._queue.planned and self._exchange_done(window)
-
-    def _exchange_done(self, window: int) -> bool:
-        # A rank that stops still has its part in it: the others wait for that.
-        return self._exchange.is_done(window - self._config.window.staleness)
 
     def _demand(self) -> Demand:
         patience = self._patience

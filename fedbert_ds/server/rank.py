@@ -257,8 +257,8 @@ class RankServer:
         """Wait until this rank's next window is planned, then exchange reports with all ranks."""
         is_last = window == self._config.run.windows
         with self._trace.span("wait for plan", window=window):
-            # Clients cannot answer before their halves are combined, and a window that runs counts their silence. A rank
-            # that stops still has its part in that: the others wait for it.
+            # Clients cannot answer before their halves are combined, and a window that runs counts their silence. A
+            # rank that stops still has its part in that: the others wait for it.
             while not (
                 self._exchange.is_done(window - self._config.window.staleness)
                 and (self._queue.planned or is_last or self._stop.requested)

@@ -345,15 +345,14 @@ def _check(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel in every dtype and head size; with and without dropout and with a window where it matters."""
+    """Every kernel in every dtype and head size; with dropout and with a window where most depends on it."""
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     # (head size, dtype, dropout, window); fp16 and bf16 compile to the same but for one opcode. 96 pads to 128.
-    variants = [(d, torch.bfloat16, True, False) for d in (16, 32, 64, 96, 128)]
-    variants += [
-        (d, dtype, d in (64, 128), False) for dtype in (torch.float16, torch.float32) for d in (16, 32, 64, 96, 128)
-    ]
-    variants += [(64, torch.bfloat16, False, False), (128, torch.bfloat16, False, False)]
-    variants += [(64, torch.bfloat16, True, True)]
+    variants = [(d, dtype, False, False) for dtype in names for d in (16, 32, 64, 96, 128)]
+    # Compiling takes three times as long with dropout, so it takes the place of the plain kernel at 128.
+    variants.remove((128, torch.bfloat16, False, False))
+    variants += [(d, torch.bfloat16, True, False) for d in (64, 128)]
+    variants += [(64, torch.bfloat16, False, True)]
     kernels = {
         "attention_forward": attention_forward_kernel,
         "attention_backward_q": attention_backward_q_kernel,

@@ -30,7 +30,7 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
     if dtype == torch.float32:
         # Three products of tf32 keep thrice the operands in registers.
         if wide:
-            return Launch(16, 32, 4, 1), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
+            return Launch(16, 32, 4, 1, 255), Launch(16, 32, 8, 1), Launch(16, 16, 8, 1)
         if capability < 100:
             return Launch(64, 32, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)
         return Launch(64, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1, 255)
@@ -44,7 +44,7 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
     # On Blackwell a thread holds one row: with as many rows as threads it has all columns of a tile, and so the most
     # scores that share random words. Not told of 255 registers, the compiler stops at 128 and spills.
     forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=False)
-    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 1, 255)
+    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 2 if window else 1, 255)
     return forward, Launch(128, 64, 4, 1, 255), backward_kv
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import importlib
 import importlib.util
 import json
@@ -23,12 +24,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
 from fedbert_kernels.disassembly import measure
 
 MODULES = ("attention", "layer_norm", "gelu", "linear_cross_entropy", "quantize")
 """Kernel files, in the order of the table; one not there yet is passed over."""
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "unit" / "kernels" / "golden"
+TOGETHER = 12
+"""Kernels that one run of the disassembler takes."""
+KEEP_MEMORY = "glibc.malloc.tcache_count=60000:glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=4000000000"
+"""A compiler allocates all the time; by glibc's defaults it gives memory back only to ask for it again."""
 LOOP_GROWTH = 1.03
 """A main loop longer than this multiple of the table's fails."""
 
@@ -47,24 +52,42 @@ def compile_cases(module: str) -> list[CompileCase]:
 
 def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, only: str = "") -> dict[str, Table]:
     """Counts of every case with `only` in its name: {module: {"name sm_90": counts or {"error": ...}}}."""
-    jobs = [
+    chosen = {
         (module, case.name, architecture)
         for module in modules
         for case in compile_cases(module)
         for architecture in case.architectures
         if only in f"{case.name} sm_{architecture}"
+    }
+    # The newest first: they take longest, and what comes last should be short.
+    jobs = [
+        (architecture, group[start : start + TOGETHER])
+        for architecture in reversed(ARCHITECTURES)
+        for group in [sorted((module, name) for module, name, wanted in chosen if wanted == architecture)]
+        for start in range(0, len(group), TOGETHER)
     ]
-    tables: dict[str, Table] = {module: {} for module in modules}
     # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
     context = multiprocessing.get_context("spawn")
+    measured: dict[tuple[str, str, int], Row] = {}
+    os.environ.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
     with (
         tempfile.TemporaryDirectory() as cache,
         concurrent.futures.ProcessPoolExecutor(
             workers or os.cpu_count(), mp_context=context, initializer=_start_worker, initargs=(cache,)
         ) as pool,
     ):
-        for (module, name, architecture), row in zip(jobs, pool.map(_measure_job, jobs), strict=True):
-            tables[module][f"{name} sm_{architecture}"] = row
+        for (architecture, group), rows in zip(jobs, pool.map(_measure_job, jobs), strict=True):
+            for (module, name), row in zip(group, rows, strict=True):
+                measured[module, name, architecture] = row
+    tables = {
+        module: {
+            f"{case.name} sm_{architecture}": measured[module, case.name, architecture]
+            for case in compile_cases(module)
+            for architecture in case.architectures
+            if (module, case.name, architecture) in chosen
+        }
+        for module in modules
+    }
     return {module: table for module, table in tables.items() if table}
 
 
@@ -124,13 +147,14 @@ def _start_worker(cache: str) -> None:
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def _measure_job(job: tuple[str, str, int]) -> Row:
-    module, name, architecture = job
-    case = next(case for case in compile_cases(module) if case.name == name and architecture in case.architectures)
-    try:
-        return measure(case, architecture)
-    except Exception as error:  # A compiler error of any kind is a result here: it becomes a failing row.
-        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+def _measure_job(job: tuple[int, list[tuple[str, str]]]) -> list[Row]:
+    architecture, group = job
+    return measure([_case(module, name, architecture) for module, name in group], architecture)
+
+
+@functools.cache
+def _case(module: str, name: str, architecture: int) -> CompileCase:
+    return next(case for case in compile_cases(module) if case.name == name and architecture in case.architectures)
 
 
 def _blocks_per_multiprocessor(row: Row) -> int:

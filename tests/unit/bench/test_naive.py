@@ -51,10 +51,11 @@ def _model():
     return build_model(section, 12, 0, seed=3)
 
 
-def test_training_over_http_is_training(address: str) -> None:
+@pytest.mark.parametrize("keep_connection", [False, True])
+def test_training_over_http_is_training(address: str, keep_connection: bool) -> None:
     whole = copy.deepcopy(_model()).train()
     optimizer = torch.optim.AdamW(whole.parameters(), lr=RATE)
-    client = naive.Client(_model(), address, RATE)
+    client = naive.Client(_model(), address, RATE, keep_connection)
     ids = pad_sequence(SEQUENCES, batch_first=True)
     mask = pad_sequence([torch.ones(len(s), dtype=torch.int64) for s in SEQUENCES], batch_first=True)
     for _ in range(3):

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.bench.pipeline import CEILING, RUN_FILE, Link, PipelineOptions, Setting, draw, sentence, settings, table
+from fedbert_ds.bench.pipeline import (
+    CEILING,
+    KEPT,
+    RUN_FILE,
+    Link,
+    PipelineOptions,
+    Setting,
+    draw,
+    sentence,
+    settings,
+    table,
+)
 from fedbert_ds.bench.pipeline import _overrides as overrides
 from fedbert_ds.config import load_config
 
@@ -33,7 +44,7 @@ def test_every_link_has_ours_and_naive_and_there_is_one_ceiling() -> None:
     assert [s.link for s in made if s.variant == CEILING] == [Link()]
     for rtt in OPTIONS.rtt_ms:
         link = Link(rtt, 100.0 if rtt else None)
-        assert [s.system for s in made if s.link == link].count("naive") == 1
+        assert [s.variant for s in made if s.link == link and s.system == "naive"] == ["", KEPT]
         assert [s.system for s in made if s.link == link and not s.variant].count("centralized") == 1
         assert len([s for s in made if s.link == link and s.system == "ours"]) == 4
     assert len({setting.slug for setting in made}) == len(made)
@@ -69,6 +80,11 @@ def test_ratios_are_of_the_same_link() -> None:
 def test_picture(tmp_path: Path) -> None:
     draw(tmp_path / "p.png", [row("centralized", 1000.0, rtt=0.0), row("ours", 900.0), row("naive", 90.0)])
     assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_an_exchange_takes_a_round_trip_and_both_ways() -> None:
+    assert Link(50.0, 100.0).seconds(2.5e6) == pytest.approx(0.05 + 0.2)
+    assert Link(50.0).seconds(2.5e6) == pytest.approx(0.05)
 
 
 def test_names() -> None:

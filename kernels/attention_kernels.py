@@ -149,7 +149,8 @@ def attention_forward_kernel(
     first_row = tl.load(items_ptr + item * 4 + 2)
     if length == 0:
         return
-    offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
+    unused = tl.full([], 0, tl.uint32)
+    offset, key_low, key_high = unused, unused, unused
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
     zero = keep * 0.0 if HIDE_ZERO else 0.0
@@ -325,7 +326,8 @@ def attention_backward_q_kernel(
     first_row = tl.load(items_ptr + item * 4 + 2)
     if length == 0:
         return
-    offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
+    unused = tl.full([], 0, tl.uint32)
+    offset, key_low, key_high = unused, unused, unused
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
     zero = keep * 0.0 if HIDE_ZERO else 0.0
@@ -544,7 +546,8 @@ def attention_backward_kv_kernel(
     first_column = tl.load(items_ptr + item * 4 + 2)
     if length == 0:
         return
-    offset, key_low, key_high = tl.to_tensor(0), tl.to_tensor(0), tl.to_tensor(0)
+    unused = tl.full([], 0, tl.uint32)
+    offset, key_low, key_high = unused, unused, unused
     if DROPOUT:
         key_low, key_high, offset = load_seed(seed_ptr)
     zero = keep * 0.0 if HIDE_ZERO else 0.0

@@ -61,10 +61,12 @@ class HalfExchange:
         """A part of some half has come: only silence counts against a client, not a slow link."""
         self._last_progress = time.monotonic()
 
-    def forget(self, client: str) -> None:
-        """A client is gone. What it delivered before that counts."""
-        for round_ in self._rounds.values():
-            round_.awaited.discard(client)
+    def forget(self, client: str) -> list[int]:
+        """A client is gone. What it delivered before that counts; the windows whose half of it is left out."""
+        left_out = [window for window, round_ in self._rounds.items() if client in round_.awaited]
+        for window in left_out:
+            self._rounds[window].awaited.remove(client)
+        return left_out
 
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
         """(window, combined half) of a round that has ended, once; starts the next. Raises what `combine` raised."""

@@ -366,9 +366,9 @@ class RankServer:
         self._ingress.send(client, pb.ServerMessage(plan=plan))
 
     def _skip(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
-        self._problems.append(f"client {client} is late: windows go on without it until it answers")
+        left_out = "".join(f"; its half of window {window} is left out" for window in self._exchange.forget(client))
+        self._problems.append(f"client {client} is late: windows go on without it until it answers{left_out}")
         self._inbox.drop_activations(client)
-        self._exchange.forget(client)
         by_window: dict[int, list[int]] = {}
         for window, micro_batch in micro_batches:
             by_window.setdefault(window, []).append(micro_batch)

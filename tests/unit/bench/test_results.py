@@ -48,6 +48,22 @@ def test_modes(path):
         assert row["held_out_loss"] < row["unigram_loss"] - 0.3
 
 
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("staleness-")], ids=lambda p: p.name)
+def test_staleness(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    final = {(row["system"], row["staleness"]): row for row in record["final"]}
+    systems = {"centralized": [0], "synchronous": [0, 1, 2], "parallel": [0, 1]}
+    assert set(final) == {(system, staleness) for system, values in systems.items() for staleness in values}
+    assert table(record["final"], "centralized") in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    assert final["synchronous", 0]["largest_difference"] < 1e-6
+    for staleness in (1, 2):
+        stale = final["synchronous", staleness]
+        assert stale["largest_difference"] > 1e-4, "not the exact run under another name"
+        assert abs(stale["held_out_loss"] - final["centralized", 0]["held_out_loss"]) < 0.01
+
+
 @pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("body-")], ids=lambda p: p.name)
 def test_body(path):
     record = json.loads(path.read_text(encoding="utf-8"))

@@ -52,18 +52,18 @@ def compile_cases(module: str) -> list[CompileCase]:
 
 def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, only: str = "") -> dict[str, Table]:
     """Counts of every case with `only` in its name: {module: {"name sm_90": counts or {"error": ...}}}."""
-    chosen = {
+    chosen = [
         (module, case.name, architecture)
         for module in modules
         for case in compile_cases(module)
         for architecture in case.architectures
         if only in f"{case.name} sm_{architecture}"
-    }
+    ]
     # The newest first: they take longest, and what comes last should be short.
     jobs = [
         (architecture, group[start : start + TOGETHER])
         for architecture in reversed(ARCHITECTURES)
-        for group in [sorted((module, name) for module, name, wanted in chosen if wanted == architecture)]
+        for group in [[(module, name) for module, name, wanted in chosen if wanted == architecture]]
         for start in range(0, len(group), TOGETHER)
     ]
     # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
@@ -79,15 +79,9 @@ def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, on
         for (architecture, group), rows in zip(jobs, pool.map(_measure_job, jobs), strict=True):
             for (module, name), row in zip(group, rows, strict=True):
                 measured[module, name, architecture] = row
-    tables = {
-        module: {
-            f"{case.name} sm_{architecture}": measured[module, case.name, architecture]
-            for case in compile_cases(module)
-            for architecture in case.architectures
-            if (module, case.name, architecture) in chosen
-        }
-        for module in modules
-    }
+    tables: dict[str, Table] = {module: {} for module in modules}
+    for module, name, architecture in chosen:
+        tables[module][f"{name} sm_{architecture}"] = measured[module, name, architecture]
     return {module: table for module, table in tables.items() if table}
 
 

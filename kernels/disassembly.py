@@ -33,8 +33,8 @@ _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*;?\s*$")
 INSTRUCTION_BYTES = 16
 
-Code = list[tuple[str, str]]
-"""(opcode, operands) of each instruction; a branch names its target by address, 0 being the first instruction's."""
+Code = list[tuple[str, int | None]]
+"""(opcode, number of the instruction that it names by address, as a branch does) of each instruction."""
 
 
 def measure(cases: Sequence[CompileCase], architecture: int) -> list[dict[str, Any]]:
@@ -132,26 +132,22 @@ def _disassemble(texts: Sequence[bytes], architecture: int) -> list[Code]:
     if not texts:
         return []
     processor = f"SM{architecture}{'a' if architecture >= 90 else ''}"
-    whole: Code = []
-    for line in _run_on(b"".join(texts), "nvdisasm", "-ndf", "-b", processor).splitlines():
-        if instruction := _INSTRUCTION.match(line):
-            whole.append((instruction[2], instruction[3]))
+    listing = _run_on(b"".join(texts), "nvdisasm", "-ndf", "-b", processor)
+    whole = [found for line in listing.splitlines() if (found := _INSTRUCTION.match(line))]
     if len(whole) * INSTRUCTION_BYTES != sum(map(len, texts)):
         raise RuntimeError("nvdisasm left instructions out")
     codes, first = [], 0
     for text in texts:
         last = first + len(text) // INSTRUCTION_BYTES
-        codes.append([(opcode, _moved(operands, first)) for opcode, operands in whole[first:last]])
+        codes.append([(instruction[2], _target(instruction[3], first)) for instruction in whole[first:last]])
         first = last
     return codes
 
 
-def _moved(operands: str, first: int) -> str:
-    """Operands whose target counts from the instruction `first`."""
-    target = _TARGET.search(operands)
-    if target is None:
-        return operands
-    return f"{operands[: target.start()]}{int(target[1], 16) - first * INSTRUCTION_BYTES:#x}"
+def _target(operands: str, first: int) -> int | None:
+    """The instruction whose address ends the operands, counted from the instruction `first`."""
+    address = _TARGET.search(operands)
+    return int(address[1], 16) // INSTRUCTION_BYTES - first if address else None
 
 
 def _main_loop(code: Code) -> Code:
@@ -162,10 +158,9 @@ def _main_loop(code: Code) -> Code:
     """
     end_of_kernel = max((index for index, (opcode, _) in enumerate(code) if opcode == "EXIT"), default=0)
     bounds = []
-    for index, (opcode, operands) in enumerate(code[:end_of_kernel]):
-        target = _TARGET.search(operands)
-        if opcode.startswith("BRA") and target and int(target[1], 16) <= index * INSTRUCTION_BYTES:
-            bounds.append((int(target[1], 16) // INSTRUCTION_BYTES, index + 1))
+    for index, (opcode, target) in enumerate(code[:end_of_kernel]):
+        if opcode.startswith("BRA") and target is not None and target <= index:
+            bounds.append((target, index + 1))
     # A loop that holds another with tensor-core instructions is an outer loop; waiting loops do not count as inner.
     loops = [code[start:end] for start, end in bounds]
     weights = [sum(_tensor_instructions(loop).values()) for loop in loops]

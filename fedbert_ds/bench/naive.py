@@ -103,7 +103,7 @@ class Client:
         self._embeddings, self._head = model.bert.embeddings.train(), model.cls.train()
         parameters = {*self._embeddings.parameters(), *self._head.parameters()}
         self._optimizer = torch.optim.AdamW(parameters, lr=learning_rate)
-        self._address, self._keep_connection = address, keep_connection
+        self._keep_connection = keep_connection
         self._connection = _connection(address)
         self.bytes_up = self.bytes_down = 0
 
@@ -134,11 +134,11 @@ class Client:
         return torch.from_numpy(pickle.loads(answer))
 
     def _post(self, path: str, payload: bytes) -> bytes:
-        if not self._keep_connection:
-            self._connection.close()
-            self._connection = _connection(self._address)
         self._connection.request("POST", path, body=payload)
-        return self._connection.getresponse().read()
+        answer = self._connection.getresponse().read()
+        if not self._keep_connection:
+            self._connection.close()  # the next request opens it again
+        return answer
 
 
 def _connection(address: str) -> http.client.HTTPConnection:

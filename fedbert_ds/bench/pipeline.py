@@ -24,6 +24,7 @@ from fedbert_ds.bench.link import DelayProxy, through
 from fedbert_ds.bench.namespace import Namespace
 from fedbert_ds.bench.process import end, environment
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
+from fedbert_ds.bench.timeline import Shares, read_trace, shares
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import read_metrics
@@ -221,8 +222,6 @@ def _ours(
 ) -> dict[str, Any]:
     import shutil
 
-    from fedbert_ds.bench.timeline import read_trace, shares
-
     folder = options.work / setting.slug
     shutil.rmtree(folder, ignore_errors=True)
     state = folder.with_name(f"{folder.name}.state")
@@ -246,11 +245,7 @@ def _ours(
     spent = shares(read_trace(folder / "trace-0.json"), windows[0].window, windows[-1].window)
     per_token = sum(w.bytes_up for w in windows) / tokens, sum(w.bytes_down for w in windows) / tokens
     averaging = sum(w.averaging_bytes_up + w.averaging_bytes_down for w in windows) / tokens
-    # One round trip is in each of the two answers; the formula counts those two and the client's work.
-    bubble = spent.activations + spent.gradient
-    if config.federation.mode == "synchronous" and not config.window.staleness:
-        # Nothing of the next window can be computed before halves have crossed the link both ways.
-        bubble += setting.link.seconds(averaging * tokens / len(windows) / config.clients.expected)
+    bubble = _bubble(spent, config, setting.link, averaging * tokens / len(windows) / config.clients.expected)
     bound = busy / (busy + bubble * len(windows))
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
     row = _row(setting, config, tokens / seconds, busy / seconds, bound, per_token, 1 - busy / seconds, dummies)
@@ -270,6 +265,19 @@ def _ours(
         "micro_batches": spent.micro_batches / len(windows),
         "seconds": measured,
     }
+
+
+def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float) -> float:
+    """Seconds that a window's end costs at least: two round trips, a client's work, an exchange that is waited for.
+
+    `half_bytes` is what crosses a client's link, both ways, to exchange halves once.
+    """
+    # One round trip is in each of the two answers.
+    seconds = spent.activations + spent.gradient
+    if config.federation.mode == "synchronous" and not config.window.staleness:
+        # Nothing of the next window can be computed before halves have crossed the link both ways.
+        seconds += link.seconds(half_bytes)
+    return seconds
 
 
 def _row(

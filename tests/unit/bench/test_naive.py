@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbert_ds.bench import naive
+from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.config import ModelSection
 from fedbert_ds.model.checkpoint import build_model
 
@@ -69,3 +70,15 @@ def test_training_over_http_is_training(address: str, keep_connection: bool) -> 
     assert client.bytes_up >= 3 * 2 * 2 * 5 * 8 * 4 + 3 * 2 * 5 * 4
     assert client.bytes_down >= 3 * 2 * 2 * 5 * 8 * 4
     assert client.server_busy_seconds() > 0
+
+
+@pytest.mark.parametrize(("keep_connection", "connections"), [(False, 5), (True, 1)])
+def test_a_request_opens_a_connection_unless_it_is_kept(address: str, keep_connection: bool, connections: int) -> None:
+    """Two requests a batch, and one that asks how long the body was busy; counted on a link."""
+    link = DelayProxy(address)
+    with link as through_link:
+        client = naive.Client(_model(), through_link, RATE, keep_connection)
+        for _ in range(2):
+            client.train(SEQUENCES, LABELS)
+        client.server_busy_seconds()
+        assert link.counts()["connections"] == connections

@@ -18,7 +18,9 @@ from fedbert_ds.bench.pipeline import (
     settings,
     table,
 )
+from fedbert_ds.bench.pipeline import _bubble as bubble
 from fedbert_ds.bench.pipeline import _overrides as overrides
+from fedbert_ds.bench.timeline import Shares
 from fedbert_ds.config import load_config
 
 OPTIONS = PipelineOptions(Path("out.json"), "fedbert-ds bench pipeline")
@@ -85,6 +87,15 @@ def test_picture(tmp_path: Path) -> None:
 def test_an_exchange_takes_a_round_trip_and_both_ways() -> None:
     assert Link(50.0, 100.0).seconds(2.5e6) == pytest.approx(0.05 + 0.2)
     assert Link(50.0).seconds(2.5e6) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("mode", "staleness", "seconds"), [("synchronous", 0, 0.7), ("synchronous", 1, 0.2), ("parallel", 0, 0.2)]
+)
+def test_only_exact_synchronous_windows_wait_for_halves(mode: str, staleness: int, seconds: float) -> None:
+    spent = Shares(10.0, 4.0, 4.0, 0.1, 0.1, 1.0, 16, activations=0.1, gradient=0.1)
+    config = load_config(RUN_FILE, [f"federation.mode={mode}", f"window.staleness={staleness}"])
+    assert bubble(spent, config, Link(100.0, 100.0), 5e6) == pytest.approx(seconds)
 
 
 def test_names() -> None:

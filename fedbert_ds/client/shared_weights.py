@@ -18,9 +18,9 @@ from fedbert_ds.wire.messages import HalfAssembler, half_chunks
 class SharedWeights:
     """The last common weights and what rounding owes them, fp32 on the CPU; `shapes` are those that are averaged."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], codec: str) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], codec: str, *, compressed: bool = False) -> None:
         self._shapes = dict(shapes)
-        self._codec = codec
+        self._codec, self._compressed = codec, compressed
         self._common: dict[str, Tensor] = {}
         self._owed: dict[str, Tensor] = {}
 
@@ -34,7 +34,7 @@ class SharedWeights:
         wanted = {name: weights[name].detach().cpu() - self._common[name] for name in self._shapes}
         for name, owed in self._owed.items():
             wanted[name] += owed
-        chunks = list(half_chunks(window, wanted.items(), weight, self._codec))
+        chunks = list(half_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed))
         # What the server will make of it, by the server's own code.
         server = HalfAssembler(self._shapes, "this client's half", self._codec)
         for chunk in chunks:

@@ -71,7 +71,7 @@ class ClientTrainer:
         self._half = half.to(device).train()
         self._optimizer = build_optimizer(list(half.named_parameters()), settings.optimizer)
         self._text = text
-        self._settings = settings
+        self._settings, self._wire = settings, settings.wire
         self._name = name
         self._state_folder = state_folder
         self._device = device
@@ -92,9 +92,13 @@ class ClientTrainer:
             for name, parameter in half.named_parameters()
             if is_exchanged(settings.federation, half.parameter_scope(name))
         }
-        self._exchange_codec = exchange_codec(settings.federation, settings.wire)
+        self._exchange_codec = exchange_codec(settings.federation, self._wire)
         averages_changes = settings.federation.mode == "parallel" and self._exchange_codec != "fp32"
-        self._shared = SharedWeights(self._exchanged, self._exchange_codec) if averages_changes else None
+        self._shared = (
+            SharedWeights(self._exchanged, self._exchange_codec, compressed=self._wire.is_compressed)
+            if averages_changes
+            else None
+        )
         self._assembler = self._new_assembler()
         self.finish: pb.Finish | None = None
         """The server's last word, once it has come."""
@@ -204,7 +208,7 @@ class ClientTrainer:
         message = pb.Activations(
             window=window.number,
             micro_batch=micro_batch,
-            values=encode(activations.values, self._settings.wire.activations),
+            values=encode(activations.values, self._wire.activations, compressed=self._wire.is_compressed),
             masked_positions=encode_positions(positions, piece.tokens.stop - piece.tokens.start),
         )
         if activations.row_index is not None:
@@ -224,12 +228,12 @@ class ClientTrainer:
         window.masked_trained += piece.masked.stop - piece.masked.start
         labels = window.batch.labels[piece.masked].to(self._device)
         shape = (len(labels), self._half.widths.hidden)
-        hidden = decode(message.values, shape, self._settings.wire.hidden_states, "hidden states").to(self._device)
+        hidden = decode(message.values, shape, self._wire.hidden_states, "hidden states").to(self._device)
         loss_sum, gradient = self._half.head_backward(hidden, labels, 1.0 / window.masked_tokens)
         answer = pb.Gradient(
             window=window.number,
             micro_batch=message.micro_batch,
-            hidden=encode(gradient, self._settings.wire.gradients),
+            hidden=encode(gradient, self._wire.gradients, compressed=self._wire.is_compressed),
             loss_sum=loss_sum,
         )
         self._send(pb.ClientMessage(gradient=answer))
@@ -239,7 +243,7 @@ class ClientTrainer:
         if piece.activations is None:
             raise WireError(f"the server sent an input gradient of micro-batch {message.micro_batch} too many")
         values = self._embed(window, piece).values if self._settings.staleness else piece.activations.values
-        gradient = decode(message.values, values.shape, self._settings.wire.gradients, "input gradient")
+        gradient = decode(message.values, values.shape, self._wire.gradients, "input gradient")
         values.backward(gradient.to(values.device, values.dtype))
         self._finish_piece(window, message.micro_batch)
 
@@ -318,7 +322,7 @@ class ClientTrainer:
         return gradients
 
     def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float, codec: str = "fp32") -> None:
-        for chunk in half_chunks(window, tensors.items(), weight, codec):
+        for chunk in half_chunks(window, tensors.items(), weight, codec, compressed=self._wire.is_compressed):
             self._send(pb.ClientMessage(half=chunk))
 
     def _receive_half(self, chunk: pb.HalfChunk) -> None:

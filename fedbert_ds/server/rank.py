@@ -393,8 +393,9 @@ class RankServer:
         self._leaving.append((work, partial(self._send_hidden, window, micro_batch, pieces)))
 
     def _send_hidden(self, window: int, micro_batch: int, pieces: tuple[Piece, ...], hidden: Tensor) -> bool:
+        wire = self._config.wire
         for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
-            frame = encode(rows, self._config.wire.hidden_states)
+            frame = encode(rows, wire.hidden_states, compressed=wire.is_compressed)
             message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame, masked_tokens=self._masked_tokens)
             self._asked["gradient", piece.client, micro_batch] = time.monotonic()
             self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
@@ -442,9 +443,10 @@ class RankServer:
     ) -> bool:
         if not flight.pieces:
             return False
+        wire = self._config.wire
         for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
             if piece.client in present:
-                frame = encode(rows, self._config.wire.gradients)
+                frame = encode(rows, wire.gradients, compressed=wire.is_compressed)
                 message = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
                 self._ingress.send(piece.client, pb.ServerMessage(input_gradient=message))
         return True
@@ -498,7 +500,8 @@ class RankServer:
     def _send_half(
         self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
     ) -> None:
-        for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec):
+        compressed = self._config.wire.is_compressed
+        for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec, compressed=compressed):
             message = pb.ServerMessage(half=chunk)
             self._half_bytes_down += message.ByteSize() * len(clients)
             for client in clients:

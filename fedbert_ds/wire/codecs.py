@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.wire.compression import compress, decompress
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
 
@@ -24,12 +25,12 @@ UNSCALED = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NAMES = (*UNSCALED, *CODECS)
 
 
-def encode(tensor: Tensor, codec: str, seed: int | None = None) -> TensorFrame:
+def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: bool = False) -> TensorFrame:
     """Frame a tensor [rows, width] of any float dtype, on any device.
 
     `fp32` is exact for fp32 input, the others round to nearest even. With `seed` codes with scales are rounded up or
-    down at random, unbiased; the same seed gives the same bytes. Raises WireError for values that are not finite:
-    rounding would hide them.
+    down at random, unbiased; the same seed gives the same bytes. `compressed` makes the bytes fewer and changes
+    nothing else. Raises WireError for values that are not finite: rounding would hide them.
     """
     values = tensor.detach()
     if codec in UNSCALED:
@@ -47,7 +48,11 @@ def encode(tensor: Tensor, codec: str, seed: int | None = None) -> TensorFrame:
             "an activation or gradient is not finite; lower optimizer.lr, raise optimizer.warmup_windows "
             "or check the checkpoint the run continues from"
         )
-    return TensorFrame(codec=codec, shape=values.shape, payload=_bytes(payload), scales=_bytes(scales))
+    parts = {
+        name: compress(_bytes(part), part.itemsize) if compressed else _bytes(part)
+        for name, part in (("payload", payload), ("scales", scales))
+    }
+    return TensorFrame(codec=codec, shape=values.shape, compressed=compressed, **parts)
 
 
 def decode(
@@ -64,17 +69,16 @@ def decode(
         raise WireError(f"{what}: codec {frame.codec[:20]!r} instead of {codec!r}")
     rows, width = shape
     payload_bytes, scale_bytes = frame_bytes(rows, width, codec)
-    coded = frame.payload  # read once: every access copies it
-    if len(coded) != payload_bytes:
-        raise WireError(f"{what}: {len(coded)} bytes instead of {payload_bytes}")
-    if len(frame.scales) != scale_bytes:
-        raise WireError(f"{what}: {len(frame.scales)} bytes of scales instead of {scale_bytes}")
+    payload_type, scale_type = frame_dtypes(codec)
+    # Fields are read once: every access copies them.
+    coded = _content(frame.payload, frame.compressed, payload_bytes, payload_type, what)
+    coded_scales = _content(frame.scales, frame.compressed, scale_bytes, scale_type, f"{what}: scales")
     if codec in UNSCALED:
-        values = _tensor(coded, UNSCALED[codec]).view(rows, width).to(device).to(torch.float32)
+        values = _tensor(coded, payload_type).view(rows, width).to(device).to(torch.float32)
     else:
         form = CODECS[codec]
-        payload = _tensor(coded, form.payload).view(rows, form.payload_width(width)).to(device)
-        scales = _tensor(frame.scales, form.scale_dtype).view(rows, form.num_scales(width)).to(device)
+        payload = _tensor(coded, payload_type).view(rows, form.payload_width(width)).to(device)
+        scales = _tensor(coded_scales, scale_type).view(rows, form.num_scales(width)).to(device)
         values = dequantize(payload, scales, codec, width)
     if values.numel():
         largest = float(values.abs().max())  # NaN if any value is
@@ -86,12 +90,17 @@ def decode(
 
 
 def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
-    """Bytes of payload and of scales in a frame of a tensor [rows, width]."""
+    """Bytes of payload and of scales in a frame of a tensor [rows, width], before they are compressed."""
     if codec in UNSCALED:
         return rows * width * UNSCALED[codec].itemsize, 0
     form = CODECS[codec]
     payload = rows * form.payload_width(width) * form.payload.itemsize
     return payload, rows * form.num_scales(width) * form.scale_dtype.itemsize
+
+
+def frame_dtypes(codec: str) -> tuple[torch.dtype, torch.dtype]:
+    """Of payload and scales; of the latter also where there are none."""
+    return (UNSCALED[codec], torch.float32) if codec in UNSCALED else (CODECS[codec].payload, CODECS[codec].scale_dtype)
 
 
 def encode_row_index(row_index: Tensor, num_rows: int) -> bytes:
@@ -130,6 +139,15 @@ def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: 
     return torch.from_numpy(positions.astype(np.int64))
 
 
+def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> bytes:
+    """A frame's payload or scales as they were before they were compressed, if they were."""
+    if compressed:
+        return decompress(field, num_bytes, dtype.itemsize, what)
+    if len(field) != num_bytes:
+        raise WireError(f"{what}: {len(field)} bytes instead of {num_bytes}")
+    return field
+
+
 def _shifts(num_rows: int) -> np.ndarray:
     """Places of a row number's bits, the highest first; none where there is one row."""
     return np.arange((num_rows - 1).bit_length())[::-1]
@@ -140,7 +158,7 @@ def _whole_bytes(bits: int) -> int:
 
 
 def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _tensor(payload: bytes, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +13,10 @@ from torch import Tensor
 from fedbert_ds.config import Cut, FederationSection, OptimizerSection, Section, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes
+from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes, frame_dtypes
+from fedbert_ds.wire.compression import compress, decompress, largest_frame
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised when a message changes its meaning; client and server must have the same."""
 
 CHUNK_BYTES = 1 << 20
@@ -96,12 +97,17 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
 
 
 def half_chunks(
-    window: int, tensors: Iterable[tuple[str, Tensor]], weight: float, codec: str = "fp32"
+    window: int,
+    tensors: Iterable[tuple[str, Tensor]],
+    weight: float,
+    codec: str = "fp32",
+    *,
+    compressed: bool = False,
 ) -> Iterator[pb.HalfChunk]:
     """A client half (or its gradients) as chunks of at most 1 MB, the last one marked.
 
     Matrices are coded, payload and then scales; everything else is fp32. Rows of zeros, of words that nobody touched,
-    are named and not sent.
+    are named and not sent. With `compressed` each tensor is a zstd frame, which is then cut into chunks.
     """
     for name, tensor in tensors:
         shape, rows = tensor.shape, b""
@@ -110,16 +116,20 @@ def half_chunks(
             touched = (tensor != 0).any(dim=1)
             if not touched.all():
                 tensor, rows = tensor[touched], np.packbits(touched.cpu().numpy()).tobytes()
-        if codec != "fp32" and tensor.dim() == 2:
+        if _is_coded(tensor.shape, codec):
             frame = encode(tensor, codec)
             payload = frame.payload + frame.scales
         else:
             payload = tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
+        if compressed:
+            payload = compress(payload, _itemsize(tensor.shape, codec))
         for offset in range(0, max(1, len(payload)), CHUNK_BYTES):
             part = payload[offset : offset + CHUNK_BYTES]
-            yield pb.HalfChunk(
-                window=window, name=name, shape=shape, offset=offset, payload=part, rows=b"" if offset else rows
-            )
+            chunk = pb.HalfChunk(window=window, name=name, shape=shape, offset=offset, payload=part)
+            chunk.compressed = compressed
+            if offset == 0:
+                chunk.rows = rows
+            yield chunk
     yield pb.HalfChunk(window=window, last=True, weight=weight)
 
 
@@ -134,6 +144,7 @@ class HalfAssembler:
         self._who = who
         self._codec = codec
         self._buffers: dict[str, bytearray] = {}
+        self._compressed: set[str] = set()
         self._rows: dict[str, Tensor] = {}
         """Of matrices that came without all their rows: [R] bool, which came."""
 
@@ -148,10 +159,14 @@ class HalfAssembler:
         if shape is None or len(chunk.shape) != len(shape) or tuple(chunk.shape) != shape:
             name = chunk.name[:100]
             raise WireError(f"{self._who}: tensor {name!r} of shape {chunk.shape[:8]} was not expected")
-        if chunk.rows and chunk.name not in self._buffers:
-            self._rows[chunk.name] = self._touched_rows(chunk.name, shape, chunk.rows)
+        if chunk.name not in self._buffers:
+            if chunk.rows:
+                self._rows[chunk.name] = self._touched_rows(chunk.name, shape, chunk.rows)
+            if chunk.compressed:
+                self._compressed.add(chunk.name)
         buffer = self._buffers.setdefault(chunk.name, bytearray())
-        room = self._num_bytes(chunk.name, shape) - len(buffer)
+        num_bytes = self._num_bytes(chunk.name, shape)
+        room = (largest_frame(num_bytes) if chunk.name in self._compressed else num_bytes) - len(buffer)
         has_bytes = bool(chunk.payload) or room == 0
         if chunk.offset != len(buffer) or not has_bytes or len(chunk.payload) > room:
             raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
@@ -166,28 +181,34 @@ class HalfAssembler:
     def _finish(self) -> dict[str, Tensor]:
         tensors = {}
         for name, shape in self._shapes.items():
-            if len(self._buffers.get(name, b"")) != self._num_bytes(name, shape) or name not in self._buffers:
-                raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
-            came = self._decode(name, self._shape_that_came(name, shape), self._buffers.pop(name))
+            came = self._decode(name, self._shape_that_came(name, shape), self._content(name, shape))
             rows = self._rows.pop(name, None)
             tensors[name] = came if rows is None else torch.zeros(shape).index_put_((rows,), came)
         return tensors
+
+    def _content(self, name: str, shape: tuple[int, ...]) -> bytearray:
+        """A tensor's bytes, whole and as they were before they were compressed, if they were."""
+        num_bytes, buffer = self._num_bytes(name, shape), self._buffers.pop(name, None)
+        who = f"{self._who}: tensor {name!r}"
+        if buffer is not None and name in self._compressed:
+            itemsize = _itemsize(shape, self._codec)
+            buffer = bytearray(decompress(bytes(buffer), num_bytes, itemsize, who))
+        if buffer is None or len(buffer) != num_bytes:
+            raise WireError(f"{who} did not arrive whole")
+        return buffer
 
     def _shape_that_came(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (int(self._rows[name].sum()), *shape[1:]) if name in self._rows else shape
 
     def _num_bytes(self, name: str, shape: tuple[int, ...]) -> int:
         shape = self._shape_that_came(name, shape)
-        if self._is_coded(shape):
+        if _is_coded(shape, self._codec):
             return sum(frame_bytes(shape[0], shape[1], self._codec))
         return 4 * torch.Size(shape).numel()
 
-    def _is_coded(self, shape: tuple[int, ...]) -> bool:
-        return self._codec != "fp32" and len(shape) == 2
-
     def _decode(self, name: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
         who = f"{self._who}: tensor {name!r}"
-        if self._is_coded(shape):
+        if _is_coded(shape, self._codec):
             end, _ = frame_bytes(shape[0], shape[1], self._codec)
             parts = {"payload": bytes(buffer[:end]), "scales": bytes(buffer[end:])}
             return decode(pb.TensorFrame(codec=self._codec, shape=shape, **parts), shape, self._codec, who)
@@ -196,3 +217,13 @@ class HalfAssembler:
         if not largest <= LARGEST_VALUE:
             raise WireError(f"{who} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane")
         return values
+
+
+def _is_coded(shape: Sequence[int], codec: str) -> bool:
+    """A tensor of a half is coded, rather than fp32."""
+    return codec != "fp32" and len(shape) == 2
+
+
+def _itemsize(shape: Sequence[int], codec: str) -> int:
+    """Bytes of a value of such a tensor; a codec that has scales, which come last, has codes of one byte."""
+    return frame_dtypes(codec)[0].itemsize if _is_coded(shape, codec) else 4

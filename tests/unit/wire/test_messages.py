@@ -16,6 +16,7 @@ from fedbert_ds.config import FederationSection, LayersCut, OptimizerSection, Wi
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import LARGEST_VALUE, NAMES, decode, encode, frame_bytes
+from fedbert_ds.wire.compression import compress
 from fedbert_ds.wire.messages import (
     CHUNK_BYTES,
     LARGEST_WEIGHT,
@@ -131,14 +132,15 @@ def assemble(messages: list[pb.HalfChunk]) -> tuple[dict[str, Tensor], float] | 
     ),
     weight=st.floats(0, LARGEST_WEIGHT),
     chunk_bytes=st.integers(1, 70),
+    compressed=st.booleans(),
 )
 def test_halves_round_trip_in_chunks_of_any_size(
-    shapes: dict[str, tuple[int, ...]], weight: float, chunk_bytes: int
+    shapes: dict[str, tuple[int, ...]], weight: float, chunk_bytes: int, compressed: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedbert_ds.wire.messages.CHUNK_BYTES", chunk_bytes)
         tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-        messages = list(half_chunks(3, tensors.items(), weight))
+        messages = list(half_chunks(3, tensors.items(), weight, compressed=compressed))
     assert all(message.window == 3 and len(message.payload) <= chunk_bytes for message in messages)
     assert [message.last for message in messages] == [False] * (len(messages) - 1) + [True]
     joined = HalfAssembler(shapes, "it")
@@ -169,6 +171,33 @@ def test_matrices_of_a_half_are_coded_and_nothing_else_is(codec: str) -> None:
         frame = encode(tensor, codec) if name == "table" else None
         expected = tensor if frame is None else decode(frame, (5, 70), codec, "it")
         assert torch.equal(complete[0][name], expected)
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_a_compressed_half_is_the_same_half(codec: str) -> None:
+    tensors = half() | {"table": torch.randn(50, 70), "untouched": torch.zeros(4, 6)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    halves, sizes = [], []
+    for compressed in (False, True):
+        joined = HalfAssembler(shapes, "it", codec)
+        chunks = list(half_chunks(3, tensors.items(), 2.0, codec, compressed=compressed))
+        sizes.append(sum(chunk.ByteSize() for chunk in chunks))
+        halves.append([joined.add(chunk) for chunk in chunks][-1])
+    (plain, _), (same, _) = halves
+    assert all(torch.equal(plain[name], same[name]) for name in shapes) and sizes[1] < sizes[0]
+
+
+def test_a_compressed_half_longer_or_larger_than_it_may_be_is_refused() -> None:
+    first, last = half_chunks(0, [("table", torch.ones(3, 4))], 1.0, compressed=True)
+    joined = HalfAssembler({"table": (3, 4)}, "it")
+    assert joined.add(first) is None
+    with pytest.raises(WireError, match="chunk of 'table' at byte"):
+        joined.add(pb.HalfChunk(name="table", shape=(3, 4), offset=len(first.payload), payload=bytes(2000)))
+    first.payload = compress(bytes(1 << 20), 4)
+    joined = HalfAssembler({"table": (3, 4)}, "it")
+    assert joined.add(first) is None
+    with pytest.raises(WireError, match="1048576 bytes when decompressed instead of 48"):
+        joined.add(last)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""Client halves on their way: collected from a rank's clients, combined over ranks in a thread beside the body."""
+"""Client halves on their way: collected from a rank's clients, decoded and combined in a thread beside the body."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class _Round:
     awaited: set[str]
     is_due: bool = False
     """The body has stepped: clients have all they need for their halves."""
-    halves: dict[str, Half] = field(default_factory=dict)
+    halves: dict[str, Future[Half]] = field(default_factory=dict)
+    """Decoded, or being so."""
 
 
 class HalfExchange:
@@ -50,12 +51,15 @@ class HalfExchange:
             self._rounds[window].is_due = True
             self._last_progress = time.monotonic()
 
-    def deliver(self, window: int, client: str, half: Half) -> None:
-        """A client's half has arrived whole; one that came too late, of a client that was passed over, is dropped."""
+    def deliver(self, window: int, client: str, decode: Callable[[], Half]) -> None:
+        """A client's half has arrived whole, and is decoded in the thread.
+
+        One that came too late, of a client that was passed over, is dropped.
+        """
         round_ = self._rounds.get(window)
         if round_ is not None and client in round_.awaited:
             round_.awaited.remove(client)
-            round_.halves[client] = half
+            round_.halves[client] = self._thread.submit(decode)
 
     def progress(self) -> None:
         """A part of some half has come: only silence counts against a client, not a slow link."""
@@ -68,6 +72,16 @@ class HalfExchange:
             self._rounds[window].awaited.remove(client)
         return left_out
 
+    def take_unsound(self) -> list[tuple[str, BaseException]]:
+        """Clients whose half could not be decoded, and why; nothing of it is combined."""
+        unsound = []
+        for round_ in self._rounds.values():
+            for client, half in list(round_.halves.items()):
+                if half.done() and (error := half.exception()) is not None:
+                    del round_.halves[client]
+                    unsound.append((client, error))
+        return unsound
+
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
         """(window, combined half) of a round that has ended, once; starts the next. Raises what `combine` raised."""
         combined = None
@@ -76,11 +90,11 @@ class HalfExchange:
             self._combining = None
             combined = window, future.result()
         if self._combining is None and self._rounds:
-            window = next(iter(self._rounds))
-            if not self._rounds[window].awaited:
-                round_ = self._rounds.pop(window)
+            window, round_ = next(iter(self._rounds.items()))
+            if not round_.awaited and all(half.done() and not half.exception() for half in round_.halves.values()):
+                del self._rounds[window]
                 # By name, so that the sum does not depend on who came first.
-                halves = [half for _, half in sorted(round_.halves.items())]
+                halves = [half.result() for _, half in sorted(round_.halves.items())]
                 self._combining = window, self._thread.submit(self._combine, halves, round_.average)
         return combined
 
@@ -97,7 +111,8 @@ class HalfExchange:
     @property
     def is_combining(self) -> bool:
         """A result is about to come, of which nobody is told but by `poll`."""
-        return self._combining is not None
+        first = next(iter(self._rounds.values()), None)
+        return self._combining is not None or (first is not None and not first.awaited)
 
     @property
     def quiet_seconds(self) -> float:

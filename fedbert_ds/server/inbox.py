@@ -116,17 +116,20 @@ class Inbox:
         """Windows go on without what a client has sent for forwards to come."""
         self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
 
-    def receive(self, client: str, message: pb.ClientMessage) -> bool:
-        """Check a message and keep what it brings; False for a manifest that comes too late to be of use."""
+    def receive(self, client: str, message: pb.ClientMessage, decoded: Tensor | WireError | None = None) -> bool:
+        """Check a message and keep what it brings; False for a manifest that comes too late to be of use.
+
+        `decoded` is the message's tensor, or why it could not be decoded, if that was tried before.
+        """
         match message.WhichOneof("body"):
             case "manifest":
                 limit = self._seats[client].tokens
                 manifest = checked_manifest(client, message.manifest, self._shapes.longest_sequence, limit)
                 return self._queue.manifest(manifest)
             case "activations":
-                self._receive_activations(client, message.activations)
+                self._receive_activations(client, message.activations, decoded)
             case "gradient":
-                self._receive_gradient(client, message.gradient)
+                self._receive_gradient(client, message.gradient, decoded)
             case "half":
                 self.half_bytes += message.ByteSize()
                 self._receive_half(client, message.half)
@@ -139,9 +142,9 @@ class Inbox:
                 raise WireError(f"client {client}: a message of kind {other} was not expected")
         return True
 
-    def _receive_activations(self, client: str, message: pb.Activations) -> None:
+    def _receive_activations(self, client: str, message: pb.Activations, decoded: Tensor | WireError | None) -> None:
         number = message.micro_batch
-        who = f"client {client}: activations of micro-batch {number}"
+        who = sender(client, "activations", number)
         if self._queue.was_skipped(client, number):
             return
         piece = self._expected(client, message.window, number, "activations", who)
@@ -152,18 +155,19 @@ class Inbox:
                 raise WireError(f"{who}: {num_rows} rows for {piece.tokens} tokens")
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
         shape = (num_rows, self._shapes.activation_width)
-        values = decode(message.values, shape, self._wire.activations, who)
+        values = _tensor(message.values, shape, self._wire.activations, who, decoded)
         positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
         self._queue.activations(client, number)
         self._activations[number, client] = Arrived(values, row_index, positions)
 
-    def _receive_gradient(self, client: str, message: pb.Gradient) -> None:
+    def _receive_gradient(self, client: str, message: pb.Gradient, decoded: Tensor | WireError | None) -> None:
         number = message.micro_batch
-        who = f"client {client}: gradient of micro-batch {number}"
+        who = sender(client, "gradient", number)
         if self._queue.was_skipped(client, number):
             return
         piece = self._expected(client, message.window, number, "gradient", who)
-        gradient = decode(message.hidden, (piece.masked, self._shapes.hidden_width), self._wire.gradients, who)
+        shape = (piece.masked, self._shapes.hidden_width)
+        gradient = _tensor(message.hidden, shape, self._wire.gradients, who, decoded)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
         self._queue.gradient(client, number)
@@ -192,11 +196,26 @@ class Inbox:
         if chunk.window != window:
             raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")
         self._exchange.progress()
-        complete = assembler.add(chunk)
-        if complete is None:
+        if not assembler.take(chunk):
             return
         del self._assemblers[client]
         if is_whole:
-            self.collected[client] = complete
+            self.collected[client] = assembler.finish()
         else:
-            self._exchange.deliver(window, client, complete)
+            self._exchange.deliver(window, client, assembler.finish)
+
+
+def sender(client: str, what: str, micro_batch: int) -> str:
+    """Whose tensor it is, for an error message."""
+    return f"client {client}: {what} of micro-batch {micro_batch}"
+
+
+def _tensor(
+    frame: pb.TensorFrame, shape: tuple[int, int], codec: Codec, who: str, decoded: Tensor | WireError | None
+) -> Tensor:
+    """The tensor of a frame that must have this shape, decoded here unless it was before."""
+    if decoded is None or tuple(frame.shape) != shape:
+        return decode(frame, shape, codec, who)
+    if isinstance(decoded, WireError):
+        raise decoded
+    return decoded

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import DecodeError
+from torch import Tensor
 
 from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -57,6 +58,8 @@ class Received:
 
     client: str
     message: pb.ClientMessage
+    decoded: Tensor | WireError | None = None
+    """Its tensor, or what is wrong with it, where somebody has decoded it on the way."""
 
 
 @dataclass(frozen=True)

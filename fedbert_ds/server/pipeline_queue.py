@@ -144,7 +144,7 @@ class PipelineQueue:
         self._next_window = first_window
         self._next_index = 0
         self._windows: deque[_Window] = deque()
-        self._running = False
+        self._running = self._is_alone = False
         self._manifests: dict[str, Manifest] = {}
         self._owed_since: dict[str, dict[tuple[str, int], float]] = {}
         """What clients owe and since when, on a clock that stands still while the rank is busy (see `excuse`)."""
@@ -289,17 +289,20 @@ class PipelineQueue:
         now: float,
         micro_batches_in_flight: int | None = None,
         micro_batches_ahead: int | None = None,
+        is_alone: bool = False,
     ) -> tuple[int, ...]:
         """Begin the oldest planned window, with dummies up to `num_micro_batches`; returns its micro-batches.
 
-        `micro_batches_ahead` have credit or are here beyond those in flight; by default as many.
+        `micro_batches_ahead` have credit or are here beyond those in flight; by default as many. `is_alone` says that
+        no other rank has pieces in this window: when all of this rank's clients are late, too, no window begins
+        without them, for none would be left to train on.
         """
         if not self.planned:
             raise RuntimeError("start: the previous window has not stepped, or the next one is not planned")
         window = self._windows[0]
         self._depth = micro_batches_in_flight or self._depth
         self._ahead = micro_batches_ahead or self._depth
-        self._running = True
+        self._running, self._is_alone = True, is_alone
         planned = len(window.entries)
         # Dummies come after all that is planned ahead, since their number is known only now.
         for _ in range(num_micro_batches - planned):
@@ -327,9 +330,12 @@ class PipelineQueue:
 
     def _learn(self, now: float) -> None:
         for client, what, asked in self._answered:
-            if self._patience is not None and asked < math.inf:
+            if self._patience is None:
+                continue
+            # Answers to what is not asked in earnest yet, of a window ahead, show that a client is there, too.
+            self._last_answer[client] = now - self._excused
+            if asked < math.inf:
                 self._patience.learn(client, now - asked, what)
-                self._last_answer[client] = now - self._excused
         self._answered.clear()
 
     def _ask(self, client: str, answer: tuple[str, int], since: float) -> None:
@@ -400,6 +406,8 @@ class PipelineQueue:
 
     def _may_plan(self) -> bool:
         if self._next_window >= self._num_windows or len(self._windows) > self._windows_ahead:
+            return False
+        if self._is_alone and self._benched and not self.present:
             return False
         # Counted first: the sets are large, and this is asked at every event.
         enough = len(self._manifests) >= len(self._owed_since) - len(self._benched)

@@ -29,6 +29,7 @@ from fedbert_ds.server.half_exchange import Half, HalfExchange
 from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
 from fedbert_ds.server.ingress_process import IngressProcess
+from fedbert_ds.server.outbox import Outbox
 from fedbert_ds.server.patience import Patience
 from fedbert_ds.server.pipeline_queue import PipelineQueue
 from fedbert_ds.server.window import Piece, pack
@@ -109,11 +110,14 @@ class RankServer:
         first_window: int,
         stop: StopFlag,
         trace: Trace,
+        next_event: Callable[[float], Event | None] | None = None,
     ) -> None:
         self._config = config
         self._shapes = shapes
         self._engine = engine
         self._ingress = ingress
+        self._outbox = Outbox(ingress)
+        self._take_event = next_event or ingress.next_event
         self._control = control
         self._seats = {client: seat for client, seat in seats.items() if seat.rank == control.rank}
         self._first_window = first_window
@@ -155,8 +159,7 @@ class RankServer:
         self._tally = Tally()
         self._problems: list[str] = []
         self._told = 0
-        self._half_bytes_down = 0
-        self._half_bytes_taken = (0, 0)
+        self._half_bytes_up_taken = 0
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks, as of the last gathering."""
         self.client_figures: dict[str, pb.Saved] = {}
@@ -171,7 +174,7 @@ class RankServer:
         """
         deadline = time.monotonic() + self._config.clients.join_timeout
         while self._queue.clients != set(self._seats):
-            event = self._ingress.next_event(POLL_SECONDS)
+            event = self._next_event(POLL_SECONDS)
             if isinstance(event, Connected) and initial_half is not None:
                 self._send_half([event.client], initial_half, self._first_window)
             self._dispatch(event)
@@ -230,7 +233,7 @@ class RankServer:
         self._inbox.expect_collected(window)
         self._exchange.progress()
         for client in mine:
-            self._ingress.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
+            self._outbox.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
         while set(mine) & self._queue.clients - set(self._inbox.collected):
             self._attend()
             if self._exchange.quiet_seconds > self._config.clients.silence_timeout:
@@ -249,7 +252,8 @@ class RankServer:
         self._exchange.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
-            self._ingress.close(client, pb.ServerMessage(finish=finish))
+            self._outbox.close(client, pb.ServerMessage(finish=finish))
+        self._outbox.settle()
 
     # -- a window -------------------------------------------------------------------------------------------------
 
@@ -264,6 +268,8 @@ class RankServer:
                 and (self._queue.planned or is_last or self._stop.requested)
             ):
                 self._attend()
+        if is_last or self._stop.requested:
+            self._outbox.settle()  # so that the run's bytes are all counted; before, a window's may go to the next one
         report = Report(
             num_micro_batches=self._queue.num_micro_batches,
             masked_tokens=self._queue.masked_tokens,
@@ -295,7 +301,10 @@ class RankServer:
             self._depth = depth_for(report.demand for report in reports)
         self._masked_tokens = sum(report.masked_tokens for report in reports)
         num_micro_batches = max(1, *(report.num_micro_batches for report in reports))
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), *self._depth)
+        is_alone = not any(
+            report.num_micro_batches for rank, report in enumerate(reports) if rank != self._control.rank
+        )
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), *self._depth, is_alone)
         self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
         self._manifests = {manifest.client: manifest for manifest in self._plans.pop(window).manifests}
         self._inbox.begin()
@@ -303,7 +312,7 @@ class RankServer:
         if exchange != "nothing":
             self._exchange.expect(window, self._queue.participants, exchange == "weights")
         while True:
-            while self._dispatch(self._ingress.next_event(0)):
+            while self._dispatch(self._next_event(0)):
                 pass
             self._hand_out_halves()
             self._send_what_is_done()
@@ -313,7 +322,7 @@ class RankServer:
                 case None:
                     waiting_since = time.monotonic()
                     with self._trace.span("wait"):
-                        self._dispatch(self._ingress.next_event(self._patient_seconds))
+                        self._dispatch(self._next_event(self._patient_seconds))
                     self._tally.wait_seconds += time.monotonic() - waiting_since
                 case Forward() as forward:
                     with self._busy("forward", micro_batch=forward.micro_batch):
@@ -332,7 +341,7 @@ class RankServer:
 
     def _attend(self) -> None:
         """While the body has nothing to do: take in what comes, plan and give credit ahead, pass halves on."""
-        self._dispatch(self._ingress.next_event(self._patient_seconds))
+        self._dispatch(self._next_event(self._patient_seconds))
         self._hand_out_halves()
         while (decision := self._queue.decide(time.monotonic())) is not None:
             self._carry_out(decision)
@@ -353,7 +362,7 @@ class RankServer:
                 for piece in pieces_:
                     self._asked["activations", piece.client, micro_batch] = time.monotonic()
                     credit = pb.Open(window=window, micro_batch=micro_batch)
-                    self._ingress.send(piece.client, pb.ServerMessage(open=credit))
+                    self._outbox.send(piece.client, pb.ServerMessage(open=credit))
             case Skip(client, micro_batches):
                 self._skip(client, micro_batches)
             case Expire(client):
@@ -363,7 +372,7 @@ class RankServer:
 
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
         plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
-        self._ingress.send(client, pb.ServerMessage(plan=plan))
+        self._outbox.send(client, pb.ServerMessage(plan=plan))
 
     def _skip(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
         left_out = "".join(f"; its half of window {window} is left out" for window in self._exchange.forget(client))
@@ -374,7 +383,7 @@ class RankServer:
             by_window.setdefault(window, []).append(micro_batch)
         for window, skipped in by_window.items():
             message = pb.Skipped(window=window, micro_batches=skipped)
-            self._ingress.send(client, pb.ServerMessage(skipped=message))
+            self._outbox.send(client, pb.ServerMessage(skipped=message))
 
     def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
         arrived = [self._inbox.take_activations(micro_batch, piece.client) for piece in pieces]
@@ -393,12 +402,16 @@ class RankServer:
         self._leaving.append((work, partial(self._send_hidden, window, micro_batch, pieces)))
 
     def _send_hidden(self, window: int, micro_batch: int, pieces: tuple[Piece, ...], hidden: Tensor) -> bool:
-        wire = self._config.wire
-        for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
+        wire, masked_tokens = self._config.wire, self._masked_tokens
+
+        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
             frame = encode(rows, wire.hidden_states, compressed=wire.is_compressed)
-            message = pb.Hidden(window=window, micro_batch=micro_batch, values=frame, masked_tokens=self._masked_tokens)
+            place = {"window": window, "micro_batch": micro_batch}
+            yield pb.ServerMessage(hidden=pb.Hidden(**place, values=frame, masked_tokens=masked_tokens))
+
+        for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
             self._asked["gradient", piece.client, micro_batch] = time.monotonic()
-            self._ingress.send(piece.client, pb.ServerMessage(hidden=message))
+            self._outbox.send_coded([piece.client], partial(message, rows))
         return bool(pieces)
 
     def _body_input(self, pieces: tuple[Piece, ...], arrived: list[Arrived], seed: int) -> BodyInput:
@@ -444,11 +457,16 @@ class RankServer:
         if not flight.pieces:
             return False
         wire = self._config.wire
+
+        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
+            frame = encode(rows, wire.gradients, compressed=wire.is_compressed)
+            yield pb.ServerMessage(
+                input_gradient=pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
+            )
+
         for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
             if piece.client in present:
-                frame = encode(rows, wire.gradients, compressed=wire.is_compressed)
-                message = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
-                self._ingress.send(piece.client, pb.ServerMessage(input_gradient=message))
+                self._outbox.send_coded([piece.client], partial(message, rows))
         return True
 
     def _send_what_is_done(self, wait: bool = False) -> None:
@@ -482,7 +500,11 @@ class RankServer:
         return combine(halves, shapes, average=average, group=self._control.half_group)
 
     def _hand_out_halves(self) -> None:
-        """Send what was combined since the last call; drop clients whose half does not come."""
+        """Send what was combined since the last call; drop clients whose half does not come, or is not sound."""
+        for client, error in self._exchange.take_unsound():
+            if not isinstance(error, WireError):
+                raise error
+            self._refuse(client, str(error))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
             # Clients that were passed over too: they take up training where the others are.
@@ -500,12 +522,12 @@ class RankServer:
     def _send_half(
         self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
     ) -> None:
-        compressed = self._config.wire.is_compressed
-        for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec, compressed=compressed):
-            message = pb.ServerMessage(half=chunk)
-            self._half_bytes_down += message.ByteSize() * len(clients)
-            for client in clients:
-                self._ingress.send(client, message)
+        def chunks() -> Iterator[pb.ServerMessage]:
+            compressed = self._config.wire.is_compressed
+            for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec, compressed=compressed):
+                yield pb.ServerMessage(half=chunk)
+
+        self._outbox.send_coded(clients, chunks)
 
     # -- saving ---------------------------------------------------------------------------------------------------
 
@@ -514,7 +536,7 @@ class RankServer:
         self._finish_exchanges()
         self._inbox.expect_saved(window)
         for client in self._queue.clients:
-            self._ingress.send(client, pb.ServerMessage(save=pb.Save(window=window)))
+            self._outbox.send(client, pb.ServerMessage(save=pb.Save(window=window)))
         self._engine.save(folder, window)
         deadline = time.monotonic() + self._config.clients.silence_timeout
         while missing := self._queue.clients - set(self._inbox.saved):
@@ -550,19 +572,21 @@ class RankServer:
                 if self._queue.is_connected(client):
                     self._problems.append(f"client {client} disconnected")
                     self._forget(client)
-            case Received(client, message) if self._queue.is_connected(client):
+            case Received(client, message, decoded) if self._queue.is_connected(client):
                 try:
-                    self._receive(client, message)
+                    self._receive(client, message, decoded)
                 except WireError as error:
-                    self._problems.append(str(error))
-                    self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=str(error))))
-                    self._forget(client)
+                    self._refuse(client, str(error))
         return True
 
-    def _receive(self, client: str, message: pb.ClientMessage) -> None:
+    def _next_event(self, timeout: float) -> Event | None:
+        self._outbox.check()
+        return self._take_event(timeout)
+
+    def _receive(self, client: str, message: pb.ClientMessage, decoded: Tensor | WireError | None) -> None:
         now = time.monotonic()
         self._queue.heard(client, now)
-        if not self._inbox.receive(client, message):
+        if not self._inbox.receive(client, message, decoded):
             self._tell_plan(client, message.manifest.window, [])
         kind = message.WhichOneof("body")
         if kind in ("activations", "gradient"):
@@ -575,8 +599,11 @@ class RankServer:
         reason = (
             f"client {client} was silent for {self._config.clients.silence_timeout:.0f} s (clients.silence_timeout)"
         )
+        self._refuse(client, reason)
+
+    def _refuse(self, client: str, reason: str) -> None:
         self._problems.append(reason)
-        self._ingress.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
+        self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
         self._forget(client)
 
     def _forget(self, client: str) -> None:
@@ -587,11 +614,9 @@ class RankServer:
 
     def _take_tally(self) -> Tally:
         tally, self._tally = self._tally, Tally()
-        up, down = self._ingress.take_bytes()
-        halves = self._inbox.half_bytes, self._half_bytes_down
-        tally.averaging_bytes_up = halves[0] - self._half_bytes_taken[0]
-        tally.averaging_bytes_down = halves[1] - self._half_bytes_taken[1]
-        self._half_bytes_taken = halves
+        up, down, tally.averaging_bytes_down = self._outbox.take_bytes()
+        tally.averaging_bytes_up = self._inbox.half_bytes - self._half_bytes_up_taken
+        self._half_bytes_up_taken = self._inbox.half_bytes
         tally.bytes_up = up - tally.averaging_bytes_up
         tally.bytes_down = down - tally.averaging_bytes_down
         return tally

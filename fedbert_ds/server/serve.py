@@ -23,6 +23,7 @@ from fedbert_ds.model.cut import split
 from fedbert_ds.model.kernels import check_kernels
 from fedbert_ds.server.control import Control, complete_windows, ranks_of_checkpoints
 from fedbert_ds.server.coordinator import Expectation, Roster, Seat
+from fedbert_ds.server.decoding import Decoding
 from fedbert_ds.server.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
@@ -132,6 +133,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     ingress = _ingress(config)(
         config.server.host, port, _tls(config), config.clients.reconnect_timeout, config.server.shared_memory
     )
+    decoding: Decoding | None = None
     trace = Trace(config.run.directory / f"trace-{control.rank}.json" if config.run.trace else None, control.rank)
     try:
         port = ingress.start()
@@ -154,9 +156,22 @@ def serve(config: RunConfig, resume: bool) -> int:
             _fill(roster, config, ingress, clients, stop)
         start = control.broadcast(_start(config, roster, control) if control.rank == 0 else None)
         ingress.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == control.rank})
+        shapes = _shapes(config, half)
+        most_tokens = max(config.window.tokens_per_micro_batch, shapes.longest_sequence)
+        decoding = Decoding(ingress.next_event, shapes, config.wire, most_tokens)
         rank = RankServer(
-            config, _shapes(config, half), engine, ingress, control, start.seats, start.first_window, stop, trace
+            config,
+            shapes,
+            engine,
+            ingress,
+            control,
+            start.seats,
+            start.first_window,
+            stop,
+            trace,
+            decoding.next_event,
         )
+        decoding.start()
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
@@ -176,6 +191,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         return INTERRUPTED if control.rank == 0 and window < config.run.windows else 0
     finally:
         _hide_address(config, control)
+        if decoding is not None:
+            decoding.stop()
         ingress.stop()
         clients.stop()
         trace.close()

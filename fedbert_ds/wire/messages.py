@@ -145,16 +145,26 @@ class HalfAssembler:
         self._codec = codec
         self._buffers: dict[str, bytearray] = {}
         self._compressed: set[str] = set()
+        self._weight = 0.0
         self._rows: dict[str, Tensor] = {}
         """Of matrices that came without all their rows: [R] bool, which came."""
 
     def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
-        """Take a chunk; the last one returns all tensors (fp32) and their weight. WireError on anything unexpected."""
+        """`take` a chunk; the last one returns what `finish` does."""
+        return self.finish() if self.take(chunk) else None
+
+    def take(self, chunk: pb.HalfChunk) -> bool:
+        """Keep a chunk's bytes; whether it was the last one. WireError on anything unexpected."""
         if chunk.last:
             # A count of tokens; NaN or infinity would spread to everybody's average.
             if not 0 <= chunk.weight <= LARGEST_WEIGHT:
                 raise WireError(f"{self._who}: a weight of {chunk.weight}")
-            return self._finish(), chunk.weight
+            for name, tensor_shape in self._shapes.items():
+                is_short = name not in self._compressed and self._num_bytes(name, tensor_shape) > self._received(name)
+                if name not in self._buffers or is_short:
+                    raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
+            self._weight = chunk.weight
+            return True
         shape = self._shapes.get(chunk.name)
         if shape is None or len(chunk.shape) != len(shape) or tuple(chunk.shape) != shape:
             name = chunk.name[:100]
@@ -171,31 +181,32 @@ class HalfAssembler:
         if chunk.offset != len(buffer) or not has_bytes or len(chunk.payload) > room:
             raise WireError(f"{self._who}: chunk of {chunk.name!r} at byte {chunk.offset} was not expected")
         buffer += chunk.payload
-        return None
+        return False
 
     def _touched_rows(self, name: str, shape: tuple[int, ...], bits: bytes) -> Tensor:
         if len(shape) != 2 or len(bits) != -(-shape[0] // 8):
             raise WireError(f"{self._who}: {len(bits)} bytes of rows for tensor {name!r} of shape {list(shape)}")
         return torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0]).astype(bool))
 
-    def _finish(self) -> dict[str, Tensor]:
+    def finish(self) -> tuple[dict[str, Tensor], float]:
+        """After the last chunk: all tensors (fp32) and their weight. WireError when not all of them are sound."""
         tensors = {}
         for name, shape in self._shapes.items():
             came = self._decode(name, self._shape_that_came(name, shape), self._content(name, shape))
             rows = self._rows.pop(name, None)
             tensors[name] = came if rows is None else torch.zeros(shape).index_put_((rows,), came)
-        return tensors
+        return tensors, self._weight
 
     def _content(self, name: str, shape: tuple[int, ...]) -> bytearray:
-        """A tensor's bytes, whole and as they were before they were compressed, if they were."""
-        num_bytes, buffer = self._num_bytes(name, shape), self._buffers.pop(name, None)
+        """A tensor's bytes as they were before they were compressed, if they were."""
+        buffer = self._buffers.pop(name)
+        if name not in self._compressed:
+            return buffer
         who = f"{self._who}: tensor {name!r}"
-        if buffer is not None and name in self._compressed:
-            itemsize = _itemsize(shape, self._codec)
-            buffer = bytearray(decompress(bytes(buffer), num_bytes, itemsize, who))
-        if buffer is None or len(buffer) != num_bytes:
-            raise WireError(f"{who} did not arrive whole")
-        return buffer
+        return bytearray(decompress(bytes(buffer), self._num_bytes(name, shape), _itemsize(shape, self._codec), who))
+
+    def _received(self, name: str) -> int:
+        return len(self._buffers.get(name, b""))
 
     def _shape_that_came(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (int(self._rows[name].sum()), *shape[1:]) if name in self._rows else shape

@@ -299,7 +299,10 @@ class InlineThread:
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         done: Future[Any] = Future()
-        done.set_result(function(*arguments))
+        try:
+            done.set_result(function(*arguments))
+        except Exception as error:
+            done.set_exception(error)
         return done
 
 
@@ -412,7 +415,8 @@ class Rank:
         self.clock = Clock()
         for module in ("rank", "half_exchange"):
             monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
-        monkeypatch.setattr("fedbert_ds.server.half_exchange.ThreadPoolExecutor", InlineThread)
+        for module in ("half_exchange", "outbox"):
+            monkeypatch.setattr(f"fedbert_ds.server.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
         self.ingress = FakeIngress(self.clock, clients, latency)

@@ -127,7 +127,9 @@ class Rank:
         self.windows: deque[Window] = deque()
         self.next_window = 0
         self.next_index = 0
-        self.is_running = False
+        self.is_running = self.is_alone = False
+        self.last_members: set[str] = set()
+        """Clients in the last window that was planned."""
         self.computed: list[list[Decision]] = []
         """Forward, Backward and Step of finished windows."""
         self.lost_masked_tokens: list[int] = []
@@ -288,8 +290,10 @@ class Federation:
         self._complete_collectives()
 
     def _start(self) -> None:
-        longest = max(1, *(rank.queue.num_micro_batches for rank in self.ranks))
-        for rank in self.ranks:
+        counts = [rank.queue.num_micro_batches for rank in self.ranks]
+        longest = max(1, *counts)
+        for number, rank in enumerate(self.ranks):
+            rank.is_alone = not any(counts[:number] + counts[number + 1 :])
             window = rank.windows[0]
             assert rank.queue.num_micro_batches == len(window.micro_batches)
             window.masked = sum(piece.masked for entry in window.micro_batches.values() for piece in entry.pieces)
@@ -297,7 +301,7 @@ class Federation:
             for _ in range(longest - len(window.micro_batches)):
                 window.micro_batches[rank.next_index] = InFlight(MicroBatch(rank.next_index, ()))
                 rank.next_index += 1
-            assert rank.queue.start(longest, self.now, self.depth) == tuple(window.micro_batches)
+            assert rank.queue.start(longest, self.now, self.depth, None, rank.is_alone) == tuple(window.micro_batches)
             rank.is_running = True
             for client in rank.clients.values():
                 for (kind, index), since in client.owed.items():
@@ -372,6 +376,7 @@ class Federation:
         assert decision.window == rank.next_window < self.num_windows
         assert len(rank.windows) <= self.windows_ahead, "planned too far ahead"
         present = [client for client in rank.clients.values() if not client.is_benched]
+        assert present or not rank.clients or not rank.is_alone, "a window that nobody would train in"
         manifests = {client.name: client.announced for client in present}
         assert None not in manifests.values(), "planned without a manifest of somebody who is there"
         assert {manifest.client: manifest for manifest in decision.manifests} == manifests
@@ -382,6 +387,7 @@ class Federation:
             MicroBatch(rank.next_index + number, pieces) for number, pieces in enumerate(packed)
         )
         rank.next_index += len(packed)
+        rank.last_members = {client.name for client in present}
         rank.windows.append(
             Window(
                 decision.window,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from fedbert_ds.errors import WireError
 from fedbert_ds.server.half_exchange import Half, HalfExchange
 
 
-def half(value: float, weight: float = 1.0) -> Half:
-    return {"table": torch.full((2,), value)}, weight
+def half(value: float, weight: float = 1.0) -> Callable[[], Half]:
+    """Decodes to a half."""
+    return lambda: ({"table": torch.full((2,), value)}, weight)
 
 
 def total(halves: list[Half], average: bool) -> dict[str, Tensor]:
@@ -89,6 +92,26 @@ def test_what_was_delivered_before_its_client_went_counts() -> None:
     exchange.forget("bo")
     exchange.deliver(0, "ada", half(1.0))
     assert torch.equal(polled(exchange)[1]["table"], torch.full((2,), 3.0))
+
+
+def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
+    def unsound() -> Half:
+        raise WireError("a value is not finite")
+
+    exchange = HalfExchange(total)
+    for window in (0, 1):
+        exchange.expect(window, ["ada", "bo"], False)
+        exchange.deliver(window, "ada", half(1.0))
+    exchange.deliver(0, "bo", unsound)
+    told: list[tuple[str, BaseException]] = []
+    deadline = time.monotonic() + 20.0
+    while not told:
+        assert exchange.poll() is None and exchange.is_combining and time.monotonic() < deadline
+        told = exchange.take_unsound()
+    assert [(client, str(error)) for client, error in told] == [("bo", "a value is not finite")]
+    assert exchange.take_unsound() == []
+    assert exchange.forget("bo") == [1], "the window it has not delivered yet"
+    assert [polled(exchange)[0], polled(exchange)[0]] == [0, 1]
 
 
 def test_a_round_of_nobody_is_combined_too() -> None:

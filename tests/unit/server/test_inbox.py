@@ -134,11 +134,11 @@ def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
     with pytest.raises(WireError, match="a half of window 1 inside that of window 0"):
         inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(window=1, last=True)))
     inbox.receive("ada", pb.ClientMessage(half=last))
-    tensors, weight = halves_of(inbox, 0)["ada"]
+    tensors, weight = halves_of(inbox, 0)["ada"].result()
     assert tensors.keys() == {"table"} and weight == 5.0
     for chunk in half_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
         inbox.receive("ada", pb.ClientMessage(half=chunk))
-    assert halves_of(inbox, 0)["ada"][1] == 5.0, "a second one is not looked at"
+    assert halves_of(inbox, 0)["ada"].result()[1] == 5.0, "a second one is not looked at"
 
 
 def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -121,12 +122,14 @@ def test_late_clients_are_passed_over_and_come_back(data: st.DataObject) -> None
             federation.now += 3.5
         elif arrivals := federation.possible():
             federation.do(choose(arrivals))
-    federation.run(federation.finished + 5, choose)
+    # Everybody gets a turn: who never answers is not waited for.
+    turns = itertools.count()
+    federation.run(federation.finished + 10, lambda options: options[next(turns) % len(options)])
     assert not federation.expired
     for rank in federation.ranks:
         assert rank.queue.present == rank.clients.keys(), "who answers is waited for again"
         assert rank.lost_masked_tokens[-1] == 0
-        assert {client.name for client, _ in rank.windows[-1].members.values()} == rank.clients.keys()
+        assert rank.last_members == rank.clients.keys()
 
 
 @settings(ANY_ORDER, max_examples=25)
@@ -684,6 +687,23 @@ def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
     queue.gradient("ada", 0)
     assert decided(queue, 5.5) == ["backward 0 ada+bo"], "who has answered something since is not late"
     assert decided(queue, 6.5) == ["skip bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebody(is_alone: bool) -> None:
+    """A network that is down for a minute must not use up the run's windows."""
+    queue = queue_of(1, [[pieces("ada")]] * 5, patience=FixedPatience(5.0), silence_timeout=60.0)
+    queue.join("ada", 0.0)
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 0 ada", "open 0"]
+    queue.start(1, 0.0, is_alone=is_alone)
+    decisions = decided(queue, 5.5)
+    assert decisions[0] == "skip ada ((0, 0),)" and not queue.present
+    assert "step 0 lost 2" in decisions and ("plan 1" in decisions) != is_alone
+    if is_alone:
+        queue.heard("ada", 9.0)
+        announce(queue, "ada")
+        assert decided(queue, 9.0)[0] == "plan 1 ada"
 
 
 def test_a_late_client_is_silent_since_its_first_open_question() -> None:

@@ -22,6 +22,7 @@ from unit.server.fakes import (
     FakeClient,
     FakeEngine,
     FakeIngress,
+    InlineThread,
     Rank,
     joined,
     run_config,
@@ -427,8 +428,11 @@ class CollectiveEngine(FakeEngine):
 @pytest.mark.parametrize("fault", [None, "activations twice", "gradient that is not finite", "manifest of nothing"])
 @pytest.mark.parametrize("order", ["arrival", "fixed"])
 @pytest.mark.parametrize("lockstep_forwards", [False, True])
-def test_two_ranks_keep_step_whoever_fails(fault: str | None, order: str, lockstep_forwards: bool) -> None:
+def test_two_ranks_keep_step_whoever_fails(
+    monkeypatch: pytest.MonkeyPatch, fault: str | None, order: str, lockstep_forwards: bool
+) -> None:
     """Rank 1 has one client, with less text than rank 0's two, and loses it: it goes on with dummies alone."""
+    monkeypatch.setattr("fedbert_ds.server.outbox.ThreadPoolExecutor", InlineThread)
     config = run_config(clients={"minimum": 1}, window={"order": order}, run={"windows": 3, "save_every": 2})
     ada, bo = FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))
     cy = FakeClient("cy", config, (3, 4), *([BAD[fault][0]()] if fault else []))

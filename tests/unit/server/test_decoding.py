@@ -1,0 +1,137 @@
+"""Events on their way through the decoding thread: the same events in the same order, tensors beside them."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from unit.server.fakes import HALF, WIDTH
+
+from fedbert_ds.config import WireSection
+from fedbert_ds.errors import WireError
+from fedbert_ds.server import decoding
+from fedbert_ds.server.decoding import Decoding
+from fedbert_ds.server.inbox import Shapes
+from fedbert_ds.server.ingress import Connected, Disconnected, Event, Received
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import encode
+
+TIMEOUT = 20.0
+SHAPES = Shapes(WIDTH, 2 * WIDTH, 8, False, HALF, frozenset(HALF))
+
+
+class Source:
+    """An endpoint's `next_event`, fed by hand."""
+
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+        self.taken = 0
+
+    def __call__(self, timeout: float) -> Event | None:
+        try:
+            event = self.events.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        self.taken += 1
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+@contextmanager
+def decoded_from(source: Source, wire: WireSection | None = None) -> Iterator[Decoding]:
+    it = Decoding(source, SHAPES, wire or WireSection(activations="int8"), most_tokens=8)
+    it.start()
+    try:
+        yield it
+    finally:
+        it.stop()
+
+
+def activations(rows: int, codec: str = "int8", width: int = WIDTH, value: float = 1.0) -> Received:
+    frame = encode(torch.full((rows, width), value), codec, compressed=True)
+    return Received("ada", pb.ClientMessage(activations=pb.Activations(micro_batch=3, values=frame)))
+
+
+def test_events_stay_in_order_and_tensors_come_decoded() -> None:
+    source = Source()
+    gradient = pb.Gradient(hidden=encode(torch.ones(2, 2 * WIDTH), "fp32"))
+    events: list[Any] = [
+        Connected("ada"), activations(8), Received("ada", pb.ClientMessage(manifest=pb.Manifest(window=1))),
+        Received("ada", pb.ClientMessage(gradient=gradient)), Disconnected("ada"),
+    ]  # fmt: skip
+    with decoded_from(source) as it:
+        for event in events:
+            source.events.put(event)
+        got: list[Any] = [it.next_event(TIMEOUT) for _ in events]
+    assert [type(event) for event in got] == [type(event) for event in events]
+    assert [event.message for event in got if isinstance(event, Received)] == [events[k].message for k in (1, 2, 3)]
+    assert got[1].decoded.shape == (8, WIDTH) and torch.equal(got[3].decoded, torch.ones(2, 2 * WIDTH))
+    assert got[2].decoded is None
+
+
+@pytest.mark.parametrize(
+    "event",
+    [activations(9), activations(2, width=WIDTH + 1), Received("ada", pb.ClientMessage(leave=pb.Leave()))],
+)
+def test_what_no_piece_can_be_is_left_to_the_inbox(event: Received) -> None:
+    """Before memory is taken for it."""
+    source = Source()
+    with decoded_from(source) as it:
+        source.events.put(event)
+        assert it.next_event(TIMEOUT) == event
+
+
+def test_a_bad_tensor_is_an_error_that_travels_with_its_message() -> None:
+    source = Source()
+    bad = activations(2, "fp32", value=1e9)
+    with decoded_from(source) as it:
+        for event in (bad, activations(2)):
+            source.events.put(event)
+        first: Any = it.next_event(TIMEOUT)
+        second: Any = it.next_event(TIMEOUT)
+    assert isinstance(first.decoded, WireError)
+    assert str(first.decoded).startswith("client ada: activations of micro-batch 3: ")
+    assert torch.is_tensor(second.decoded), "others go on"
+
+
+def test_the_end_of_the_source_comes_out_and_stays() -> None:
+    source = Source()
+    with decoded_from(source) as it:
+        source.events.put(Connected("ada"))
+        source.events.put(WireError("the endpoint's process ended"))
+        assert it.next_event(TIMEOUT) == Connected("ada")
+        for _ in range(2):
+            with pytest.raises(WireError, match="process ended"):
+                it.next_event(TIMEOUT)
+
+
+def test_what_the_body_does_not_take_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "EVENTS_AHEAD", 4)
+    source = Source()
+    with decoded_from(source) as it:
+        for _ in range(20):
+            source.events.put(activations(1))
+        deadline = time.monotonic() + TIMEOUT
+        while source.taken < 5:
+            assert time.monotonic() < deadline
+        time.sleep(0.05)
+        assert source.taken == 5, "four wait, and one is held"
+        for _ in range(20):
+            assert isinstance(it.next_event(TIMEOUT), Received)
+        assert it.next_event(0) is None
+
+
+def test_it_ends_while_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "EVENTS_AHEAD", 1)
+    source = Source()
+    for _ in range(5):
+        source.events.put(activations(1))
+    with decoded_from(source) as it:
+        pass
+    assert not it._thread.is_alive()

@@ -1,0 +1,90 @@
+"""The outbox: messages leave in order, coded beside the caller, counted with what they are; errors come out."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.outbox import Outbox
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+
+class Endpoint:
+    """What an ingress does with messages, and which thread it was asked by."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.threads: set[str] = set()
+        self.bytes_down = 0
+
+    def send(self, client: str, message: pb.ServerMessage) -> None:
+        self.threads.add(threading.current_thread().name)
+        self.sent.append((client, message.WhichOneof("body")))
+        self.bytes_down += message.ByteSize()
+
+    def close(self, client: str, last: pb.ServerMessage) -> None:
+        self.sent.append((client, f"close {last.WhichOneof('body')}"))
+
+    def take_bytes(self) -> tuple[int, int]:
+        taken, self.bytes_down = self.bytes_down, 0
+        return 7, taken
+
+
+OPEN = pb.ServerMessage(open=pb.Open(window=1))
+HALF = pb.ServerMessage(half=pb.HalfChunk(payload=bytes(1000)))
+
+
+def outbox_and_endpoint() -> tuple[Outbox, Any]:
+    endpoint = Endpoint()
+    return Outbox(endpoint), endpoint  # type: ignore[arg-type]
+
+
+def test_messages_leave_in_order_and_are_coded_elsewhere() -> None:
+    outbox, endpoint = outbox_and_endpoint()
+    let_go = threading.Event()
+
+    def slow() -> list[pb.ServerMessage]:
+        assert let_go.wait(20.0)
+        return [pb.ServerMessage(hidden=pb.Hidden(window=1))]
+
+    outbox.send_coded(["ada"], slow)
+    outbox.send("ada", OPEN)
+    outbox.close("ada", pb.ServerMessage(finish=pb.Finish()))
+    assert endpoint.sent == []
+    let_go.set()
+    outbox.settle()
+    assert endpoint.sent == [("ada", "hidden"), ("ada", "open"), ("ada", "close finish")]
+    assert threading.current_thread().name not in endpoint.threads
+
+
+def test_what_halves_cost_is_told_apart_once() -> None:
+    outbox, _ = outbox_and_endpoint()
+    outbox.send("ada", OPEN)
+    outbox.send_coded(["ada", "bo"], lambda: [HALF, HALF])
+    outbox.settle()
+    halves = 4 * HALF.ByteSize()
+    assert outbox.take_bytes() == (7, halves + OPEN.ByteSize(), halves)
+    assert outbox.take_bytes() == (7, 0, 0)
+
+
+def test_what_cannot_be_coded_comes_out_at_the_next_call() -> None:
+    outbox, endpoint = outbox_and_endpoint()
+
+    let_go = threading.Event()
+
+    def fails() -> list[pb.ServerMessage]:
+        assert let_go.wait(20.0)
+        raise WireError("not finite")
+
+    outbox.check()
+    outbox.send_coded(["ada"], fails)
+    let_go.set()
+    with pytest.raises(WireError, match="not finite"):
+        outbox.settle()
+    for call in (outbox.check, lambda: outbox.send("ada", OPEN)):
+        with pytest.raises(WireError, match="not finite"):
+            call()
+    assert endpoint.sent == []

@@ -295,24 +295,26 @@ def _round_to_fp8(x: Tensor, codec: Codec, random: Tensor | None) -> Tensor:
 
 
 def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `launch_quantize` computes, in torch."""
+    """What `launch_quantize` computes, in torch; in place where it can be: new memory costs more than arithmetic."""
     num_scales, columns = codec.num_scales(x.shape[1]), GROUP if codec.grouped else x.shape[1]
     selected = (x if rows is None else x[rows]).float()
-    values = functional.pad(selected, (0, num_scales * columns - x.shape[1])).view(-1, num_scales, columns)
+    padding = num_scales * columns - x.shape[1]
+    values = (functional.pad(selected, (0, padding)) if padding else selected).view(-1, num_scales, columns)
     if codec.rotated:
         values = rotate_reference(values) * 0.125
-    magnitudes = values.abs().nan_to_num(torch.inf, torch.inf)
-    largest = magnitudes.amax(2) if columns else magnitudes.new_zeros(magnitudes.shape[:2])
-    scales = largest / codec.largest
+    scales = values.abs().amax(2).nan_to_num_(torch.inf, torch.inf).div_(codec.largest)
     if codec.grouped:
         scales = ((scales.view(torch.int32) + 0xFFFF) & -65536).view(torch.float32).to(torch.bfloat16)
     divisors = torch.where(scales > 0, scales.float(), 1.0)
-    scaled = (values / divisors[:, :, None]).nan_to_num(0.0).clamp(-codec.largest, codec.largest)
+    scaled = values / divisors[:, :, None]
+    if not bool(torch.isfinite(scales).all()):
+        scaled.nan_to_num_(0.0)
+    scaled.clamp_(-codec.largest, codec.largest)
     random = None if seed is None else random_16_reference(seed, len(selected), num_scales * columns) / 65536
     random = None if random is None else random.view_as(scaled)
     if codec.mantissa_bits:
         return _round_to_fp8(scaled, codec, random).flatten(1).to(codec.payload)[:, : x.shape[1]].contiguous(), scales
-    codes = _round_reference(scaled, random).flatten(1).to(torch.int8)
+    codes = (scaled.round_() if random is None else _round_reference(scaled, random)).flatten(1).to(torch.int8)
     if codec.rotated:
         codes = codes.view(torch.uint8) & 15
         return codes[:, ::2] | (codes[:, 1::2] << 4), scales
@@ -331,8 +333,12 @@ def dequantize_reference(
         values = values.view(len(payload), 2 * payload.shape[1])
     else:
         values = payload.float()
-    scale_of_column = scales.float().repeat_interleave(GROUP if codec.grouped else width, dim=1)[:, : values.shape[1]]
-    return (values * scale_of_column)[:, :width].to(dtype)
+    columns = GROUP if codec.grouped else width
+    if values.shape[1] % columns == 0:
+        values.view(len(values), scales.shape[1], columns).mul_(scales.float()[:, :, None])
+    else:  # the last group is not whole
+        values *= scales.float().repeat_interleave(GROUP, dim=1)[:, : values.shape[1]]
+    return values[:, :width].to(dtype)
 
 
 # ---- operators ----

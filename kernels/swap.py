@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
-from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
+from fedbert_kernels.layer_norm import LARGEST_WIDTH
+from fedbert_kernels.row_choice import fused_bias_gelu, fused_residual_layer_norm
 
 Kernels = Literal["auto", "triton", "torch"]
 
@@ -123,10 +123,10 @@ def _dense_dropout_residual_norm(self: Any, hidden_states: Tensor, input_tensor:
     dtype = torch.promote_types(x.dtype, input_tensor.dtype)
     dropout = self.dropout.p if self.dropout.training else 0.0
     norm = self.LayerNorm
-    return residual_layer_norm(
+    return fused_residual_layer_norm(
         x.to(dtype), input_tensor.to(dtype), self.dense.bias, norm.weight, norm.bias, dropout, norm.eps
     )
 
 
 def _dense_gelu(self: Any, hidden_states: Tensor) -> Tensor:
-    return bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)
+    return fused_bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)

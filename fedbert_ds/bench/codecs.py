@@ -21,6 +21,7 @@ from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.progress import duration
 
 if TYPE_CHECKING:
+    from fedbert_ds.bench.counted import Sizes
     from fedbert_ds.data.corpus import Article
     from fedbert_ds.data.masking import Batch
 
@@ -34,10 +35,6 @@ QUICK = ("run.windows=4", "tokenizer.vocab_size=500", "window.tokens=1024", "opt
 QUICK_ARTICLES = 60
 TEXT_SEED = 1
 """Which articles are held out, the same for all seeds."""
-
-COUNTED_TOKENS, COUNTED_LENGTH, COUNTED_VOCABULARY = 16_384, 128, 30_522
-"""Bytes are counted in messages of so many tokens, in sequences and with word pieces as BERT-base has them."""
-COUNTED_WIDTH, COUNTED_EMBEDDING = 768, 128
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class Setting:
 
     @property
     def wire(self) -> WireSection:
-        """As a run file says it."""
-        return WireSection(activations=self.activations, hidden=self.hidden, gradients=self.gradients)
+        """As a run file says it; lossless compression costs no loss, so what is trained goes without."""
+        codecs = {"activations": self.activations, "hidden": self.hidden, "gradients": self.gradients}
+        return WireSection(**codecs, compression="none")
 
     @property
     def label(self) -> str:
@@ -119,7 +117,9 @@ class CodecsOptions:
     minutes: float | None = None
     """No run is begun after so many minutes; the record holds what is finished."""
     vocabulary: str | None = None
-    """Tokenizer of the text whose bytes are counted, as tokenizer.path; None learns as many word pieces as BERT has."""
+    """Tokenizer of the texts whose bytes are counted, as tokenizer.path; None learns as many word pieces as BERT's."""
+    count: tuple[str, ...] = ()
+    """Further texts whose bytes are counted, as `data`."""
     quick: bool = False
     overrides: tuple[str, ...] = ()
     """`section.key=value`, for every run alike."""
@@ -136,10 +136,10 @@ class Text:
 
         limit = QUICK_ARTICLES if quick else config.data.max_articles
         self.articles: list[Article] = list(read_articles(config.data.source, max_articles=limit))
-        self._train, held_out = hold_out(self.articles, config.data.held_out, TEXT_SEED)
-        self.tokenizer = train_wordpiece(self._train, config.tokenizer.vocab_size)
+        self.articles_trained_on, held_out = hold_out(self.articles, config.data.held_out, TEXT_SEED)
+        self.tokenizer = train_wordpiece(self.articles_trained_on, config.tokenizer.vocab_size)
         length = config.data.sequence_length
-        self.train = encode(self._train, self.tokenizer, length)
+        self.train = encode(self.articles_trained_on, self.tokenizer, length)
         self.held_out = encode(held_out, self.tokenizer, length)
 
     def held_out_batches(self, config: RunConfig) -> list[Batch]:
@@ -166,16 +166,6 @@ class Text:
         digest.update(self.held_out.tokens.numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def counted_batch(self, vocabulary: str | None) -> Batch:
-        """One message's worth of the text, shuffled and masked, in sequences as long as BERT-base has them."""
-        from fedbert_ds.data.masking import BatchStream, encode
-        from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
-
-        tokenizer = load_tokenizer(vocabulary) if vocabulary else train_wordpiece(self._train, COUNTED_VOCABULARY)
-        text = encode(self._train, tokenizer, COUNTED_LENGTH)
-        stream = BatchStream(text, tokenizer, mask_probability=0.15, whole_word=False, seed=TEXT_SEED, client="count")
-        return stream.next_batch(0, COUNTED_TOKENS)
-
 
 def bench_codecs(options: CodecsOptions) -> None:
     """Train what is not finished, then write record and picture and print the table; one thread, on the CPU.
@@ -184,7 +174,8 @@ def bench_codecs(options: CodecsOptions) -> None:
     """
     import torch
 
-    from fedbert_ds.bench.split import message_bytes
+    from fedbert_ds.bench.counted import counted, counted_table
+    from fedbert_ds.data.corpus import read_articles
 
     if not RUN_FILE.is_file():
         raise RunError(
@@ -198,14 +189,16 @@ def bench_codecs(options: CodecsOptions) -> None:
         late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
         run = _finished(setting, seed, config, text, options.work, begin=not late)
         runs += [] if run is None else [run]
-    batch = text.counted_batch(options.vocabulary)
-    counted = {}
-    for setting in (*MAIN, *FURTHER):
-        width = COUNTED_EMBEDDING if setting.model == "factorized" else COUNTED_WIDTH
-        sizes = message_bytes(batch, (width, width), setting.wire, rows=setting.cut == "rows")
-        counted[setting] = tuple(size / len(batch.input_ids) for size in sizes)
+    counts = [
+        counted(source, articles, options.vocabulary, (*MAIN, *FURTHER), quick=options.quick)
+        for source, articles in (
+            (options.data, text.articles_trained_on),
+            *((source, list(read_articles([source]))) for source in options.count),
+        )
+    ]
     rows = rows_of(runs)
-    summary = summarize(rows, counted)
+    summary = summarize(rows, counts[0].sizes)
+    texts = [count.record(summary) for count in counts]
     write_record(
         options.out,
         command=options.command,
@@ -218,15 +211,11 @@ def bench_codecs(options: CodecsOptions) -> None:
             "tokens": text.train.num_tokens, "held_out_tokens": text.held_out.num_tokens,
             "unigram_loss": text.unigram_loss(config),
         },
-        counted={
-            "tokens": len(batch.input_ids), "masked": len(batch.labels),
-            "distinct": len(batch.input_ids.unique()), "width": COUNTED_WIDTH, "embedding": COUNTED_EMBEDDING,
-            "vocabulary": Path(options.vocabulary).name if options.vocabulary else "learned from the text",
-        },
+        counted=texts,
     )  # fmt: skip
     picture = options.out.with_suffix(".png")
     draw(picture, summary)
-    print(f"\n{table(summary)}\n\nrecord  {options.out}\npicture {picture}", flush=True)
+    print(f"\n{table(summary)}\n\n{counted_table(texts)}\n\nrecord  {options.out}\npicture {picture}", flush=True)
 
 
 def overrides_of(options: CodecsOptions) -> tuple[str, ...]:
@@ -261,10 +250,10 @@ def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], counted: Mapping[Setting, tuple[float, ...]]) -> list[dict[str, Any]]:
+def summarize(rows: Sequence[Mapping[str, Any]], sizes: Mapping[Setting, Sizes]) -> list[dict[str, Any]]:
     """One row per setting that has a run: bytes as counted at width 768, cost in the mean and its range over seeds."""
     summary = []
-    for setting, (up, down) in counted.items():
+    for setting, size in sizes.items():
         mine = [row for row in rows if all(row[name] == value for name, value in asdict(setting).items())]
         costs = [row["cost"] for row in mine if row["cost"] is not None]
         if not costs:
@@ -277,9 +266,10 @@ def summarize(rows: Sequence[Mapping[str, Any]], counted: Mapping[Setting, tuple
                 "cost": statistics.mean(costs),
                 "cost_lowest": min(costs),
                 "cost_highest": max(costs),
-                "bytes_per_token_up": up,
-                "bytes_per_token_down": down,
-                "bytes_per_token": up + down,
+                "bytes_per_token_up": size.up,
+                "bytes_per_token_down": size.down,
+                "bytes_per_token": size.up + size.down,
+                "bytes_per_token_not_compressed": size.not_compressed,
             }
         )
     return summary
@@ -289,15 +279,16 @@ def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary as a Markdown table."""
     lines = [
         "| model | cut | activations | hidden states | gradients | | bytes per token up | down | both "
-        "| loss cost | range over seeds | seeds |",
-        "| --- | --- | --- | --- | --- | --- | --: | --: | --: | --: | --: | --: |",
+        "| not compressed | loss cost | range over seeds | seeds |",
+        "| --- | --- | --- | --- | --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     for row in summary:
         lines.append(
             f"| {row['model']} | {row['cut']} | {row['activations']} | {row['hidden']} | {row['gradients']} "
             f"| {row['extra']} | {row['bytes_per_token_up']:,.0f} | {row['bytes_per_token_down']:,.0f} "
-            f"| {row['bytes_per_token']:,.0f} | {100 * row['cost']:+.2f} % "
-            f"| {100 * row['cost_lowest']:+.2f} to {100 * row['cost_highest']:+.2f} | {row['seeds']} |"
+            f"| {row['bytes_per_token']:,.0f} | {row['bytes_per_token_not_compressed']:,.0f} "
+            f"| {100 * row['cost']:+.2f} % | {100 * row['cost_lowest']:+.2f} to {100 * row['cost_highest']:+.2f} "
+            f"| {row['seeds']} |"
         )
     return "\n".join(lines)
 

@@ -79,6 +79,7 @@ def _add_codecs(benches: Subcommands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--vocabulary", metavar="NAME", help="tokenizer to count bytes with (30,522 pieces of the text)"
     )
+    parser.add_argument("--count", nargs="+", default=[], metavar="SOURCE", help="count bytes of these texts, too")
     _add_quick(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/default.yaml")
     parser.set_defaults(run=_codecs)

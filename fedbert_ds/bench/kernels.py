@@ -5,7 +5,7 @@ On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from fedbert_ds.bench.device import default_device, describe, matmul_rate, memor
 from fedbert_ds.bench.kernels_report import draw, table
 from fedbert_ds.bench.lengths import article_lengths, sentence_lengths
 from fedbert_ds.bench.record import source_commit, write_record
-from fedbert_ds.bench.rivals import TOLERANCES, Problem, measure
-from fedbert_ds.bench.row_rivals import codec_problems, gelu_problem, layer_norm_problem, loss_problem
+from fedbert_ds.bench.rivals import BOTH, OURS, TOLERANCES, Problem, measure
+from fedbert_ds.bench.row_rivals import COMPILED, codec_problems, gelu_problem, layer_norm_problem, loss_problem
 from fedbert_ds.errors import RunError
 
 KERNELS = ("attention", "layer norm", "GELU", "linear + cross-entropy", "codecs")
@@ -39,7 +39,8 @@ class KernelsOptions:
     """Text of the real mixes of lengths; see data.source of the run file."""
     kernels: tuple[str, ...] = KERNELS
     tune: bool = False
-    """First time launch shapes of attention on this card, and keep the fastest for all later runs."""
+    """First time launch shapes of attention on this card, and keep the fastest for all later runs; likewise whether
+    LayerNorm and GELU are ours or torch.compile's."""
     quick: bool = False
 
 
@@ -86,6 +87,7 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
         dropout = f", dropout {problem.dropout}" if problem.dropout else ""
         print(f"{problem.kernel}, {problem.case}{dropout}", flush=True)
         rows += measure(problem, device, peaks[problem.unit], sizes.rounds, sizes.seconds)
+    choices = _keep_the_faster(rows, device) if options.tune else []
     write_record(
         options.out,
         command=options.command,
@@ -99,6 +101,7 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
         },
         measured_peaks={"TFLOP/s": peaks["TFLOP/s"] / 1e12, "GB/s": peaks["GB/s"] / 1e9},
         tuned=tuned,
+        choices=choices,
         extras=_extras(),
     )  # fmt: skip
     picture = options.out.with_suffix(".png")
@@ -173,6 +176,32 @@ def _tune(mixes: dict[str, list[int]], sizes: Sizes, dtype: torch.dtype, device:
                 for name, (launch, share) in tune(lengths, heads, head_size, dtype, dropout, device).items():
                     found.append({"shape": name, "tuned_on": case, **asdict(launch), "time_over_default": share})
     return found
+
+
+def _keep_the_faster(rows: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """From now on runs on this card take LayerNorm and GELU of torch.compile where those were faster just now."""
+    from fedbert_kernels.row_choice import keep_choices
+
+    times = choice_times(rows)
+    kept = keep_choices(times, torch.cuda.current_device() if device.index is None else device.index)
+    for name, is_kept in kept.items():
+        print(f"{name}: {'our kernel' if is_kept else 'torch.compile'} is used on this card from now on", flush=True)
+    return [
+        {"shape": name, "milliseconds": ours, "torch.compile": compiled, "kept": kept[name]}
+        for name, (ours, compiled) in times.items()
+    ]
+
+
+def choice_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """{shape class: milliseconds of (ours, torch.compile), forward and backward} of LayerNorm and GELU."""
+    from fedbert_kernels.row_choice import GELU, LAYER_NORM, shape_class
+
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["kernel"] in (LAYER_NORM, GELU) and row["pass"] == BOTH and "milliseconds" in row:
+            name = shape_class(row["kernel"], getattr(torch, row["dtype"]), row["width"], row["dropout"])
+            times.setdefault(name, {})[row["rival"]] = row["milliseconds"]
+    return {name: (by[OURS], by[COMPILED]) for name, by in times.items() if OURS in by and COMPILED in by}
 
 
 def _has_triton(device: torch.device) -> bool:

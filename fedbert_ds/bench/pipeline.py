@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedbert_ds.bench.link import DelayProxy, through
 from fedbert_ds.bench.namespace import Namespace
@@ -28,6 +28,9 @@ from fedbert_ds.bench.timeline import Shares, read_trace, shares
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from fedbert_ds.bench.exchange import ExchangeWork
 
 LAUNCHER = SOURCE / "launchers" / "pretrain.py"
 RUN_FILE = SOURCE / "configs" / "pipeline.yaml"
@@ -187,7 +190,7 @@ def _run(setting: Setting, options: PipelineOptions, shards: Path, tokenizer: Pa
         return _row(setting, config, measured["tokens_per_second"], 1.0, 1.0, (0.0, 0.0), 0.0, 0.0)
     if setting.system == "naive":
         return _naive(setting, config, options, overrides, text, log)
-    return _ours(setting, config, options, overrides, shards, log)
+    return _ours(setting, config, options, overrides, shards, tokenizer, log)
 
 
 def _naive(
@@ -218,9 +221,18 @@ def _naive(
 
 
 def _ours(
-    setting: Setting, config: RunConfig, options: PipelineOptions, overrides: list[str], shards: Path, log: Path
+    setting: Setting,
+    config: RunConfig,
+    options: PipelineOptions,
+    overrides: list[str],
+    shards: Path,
+    tokenizer: Path,
+    log: Path,
 ) -> dict[str, Any]:
     import shutil
+
+    from fedbert_ds.bench.exchange import exchange_work
+    from fedbert_ds.data.tokenizer import load_tokenizer
 
     folder = options.work / setting.slug
     shutil.rmtree(folder, ignore_errors=True)
@@ -245,7 +257,13 @@ def _ours(
     spent = shares(read_trace(folder / "trace-0.json"), windows[0].window, windows[-1].window)
     per_token = sum(w.bytes_up for w in windows) / tokens, sum(w.bytes_down for w in windows) / tokens
     averaging = sum(w.averaging_bytes_up + w.averaging_bytes_down for w in windows) / tokens
-    bubble = _bubble(spent, config, setting.link, averaging * tokens / len(windows) / config.clients.expected)
+    bubble = _bubble(
+        spent,
+        config,
+        setting.link,
+        averaging * tokens / len(windows) / config.clients.expected,
+        exchange_work(config, load_tokenizer(str(tokenizer))),
+    )
     bound = busy / (busy + bubble * len(windows))
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
     row = _row(setting, config, tokens / seconds, busy / seconds, bound, per_token, 1 - busy / seconds, dummies)
@@ -267,16 +285,17 @@ def _ours(
     }
 
 
-def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float) -> float:
+def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float, work: ExchangeWork) -> float:
     """Seconds that a window's end costs at least: two round trips, a client's work, an exchange that is waited for.
 
-    `half_bytes` is what crosses a client's link, both ways, to exchange halves once.
+    `half_bytes` is what crosses a client's link, both ways, to exchange halves once, and `work` what that costs it.
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
     if config.federation.mode == "synchronous" and not config.window.staleness:
-        # Nothing of the next window can be computed before halves have crossed the link both ways.
-        seconds += link.seconds(half_bytes)
+        # Nothing of the next window can be computed before halves have crossed the link both ways. Clients share a
+        # processor here: all of them have sent before there is a sum, and one has taken it before there is a forward.
+        seconds += link.seconds(half_bytes) + config.clients.expected * work.send + work.take
     return seconds
 
 

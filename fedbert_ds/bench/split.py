@@ -83,19 +83,19 @@ class SplitTrainer:
 
         inputs = received.requires_grad_()
         index = None if row_index is None else row_index.long()
-        hidden = self.body(inputs, batch.masked_positions, _cu_seqlens(batch.lengths), index)
+        hidden = self.body(inputs, batch.masked_positions, cu_seqlens_of(batch.lengths), index)
         # What all hidden states share is most of them: sent apart, it leaves the codec less to round.
         shared = hidden.detach().mean(dim=0) * float(self._centred)
-        frame = encode(hidden - shared, wire.hidden_states)
+        frame = encode(hidden - shared, wire.hidden_states, compressed=wire.is_compressed)
         down = [pb.ServerMessage(hidden=pb.Hidden(window=window, values=frame, masked_tokens=masked))]
         seen = decode(frame, (masked, widths.hidden), wire.hidden_states, "hidden states") + shared
         loss_sum, gradient = self.half.head_backward(seen, batch.labels, 1.0 / max(1, masked))
 
-        frame = encode(gradient, wire.gradients, self._rounding_seed("hidden", window))
+        frame = encode(gradient, wire.gradients, self._rounding_seed("hidden", window), compressed=wire.is_compressed)
         up.append(pb.ClientMessage(gradient=pb.Gradient(window=window, hidden=frame, loss_sum=loss_sum)))
         hidden.backward(decode(frame, hidden.shape, wire.gradients, "gradient"))
         assert inputs.grad is not None
-        frame = encode(inputs.grad, wire.gradients, self._rounding_seed("input", window))
+        frame = encode(inputs.grad, wire.gradients, self._rounding_seed("input", window), compressed=wire.is_compressed)
         down.append(pb.ServerMessage(input_gradient=pb.InputGradient(window=window, values=frame)))
         values.backward(decode(frame, values.shape, wire.gradients, "input gradient"))
         self._exchange_half()
@@ -112,7 +112,7 @@ class SplitTrainer:
         for batch in batches:
             activations = self.half.embed(batch.input_ids, batch.lengths)
             index = None if activations.row_index is None else activations.row_index.long()
-            hidden = self.body(activations.values, batch.masked_positions, _cu_seqlens(batch.lengths), index)
+            hidden = self.body(activations.values, batch.masked_positions, cu_seqlens_of(batch.lengths), index)
             total += self.half.head_loss(hidden, batch.labels)
         self.half.train(), self.body.train()
         return total / sum(len(batch.labels) for batch in batches)
@@ -124,7 +124,7 @@ class SplitTrainer:
         if self._feedback is not None and row_index is not None:
             ids = input_ids.new_empty(len(values)).scatter_(0, row_index.long(), input_ids)
             wanted = self._feedback.before(wanted, ids)
-        frame = encode(wanted, self._wire.activations)
+        frame = encode(wanted, self._wire.activations, compressed=self._wire.is_compressed)
         received = decode(frame, values.shape, self._wire.activations, "activations")
         if self._feedback is not None and ids is not None:
             self._feedback.after(wanted, received, ids)
@@ -179,33 +179,6 @@ def control(window: int, batch: Batch) -> list[pb.ServerMessage]:
     ]
 
 
-def message_bytes(batch: Batch, widths: tuple[int, int], wire: WireSection, *, rows: bool) -> tuple[int, int]:
-    """Bytes up and down of one window of this batch, its messages encoded in full; `widths` as `ClientHalf.widths`.
-
-    `rows` says whether distinct table rows cross (cut: rows) or a vector for every token.
-    """
-    tokens, masked, (width, hidden_width) = len(batch.input_ids), len(batch.labels), widths
-    row_index = batch.input_ids.unique(return_inverse=True)[1] if rows else None
-    num_rows = tokens if row_index is None else int(row_index.max()) + 1
-    window = 1000
-    up = [
-        manifest(window, batch),
-        activations_message(window, batch, encode(torch.ones(num_rows, width), wire.activations), row_index, num_rows),
-        pb.ClientMessage(
-            gradient=pb.Gradient(
-                window=window, hidden=encode(torch.ones(masked, hidden_width), wire.gradients), loss_sum=1.0
-            )
-        ),
-    ]
-    hidden = encode(torch.ones(masked, hidden_width), wire.hidden_states)
-    gradient = encode(torch.ones(num_rows, width), wire.gradients)
-    down = [
-        pb.ServerMessage(hidden=pb.Hidden(window=window, values=hidden, masked_tokens=masked)),
-        pb.ServerMessage(input_gradient=pb.InputGradient(window=window, values=gradient)),
-        *control(window, batch),
-    ]
-    return sum(message.ByteSize() for message in up), sum(message.ByteSize() for message in down)
-
-
-def _cu_seqlens(lengths: Sequence[int]) -> Tensor:
+def cu_seqlens_of(lengths: Sequence[int]) -> Tensor:
+    """Bounds [sequences + 1] int32 of packed sequences of these lengths."""
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -9,6 +9,11 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.server.footprint import SHARE
 
+COMPRESSED = {
+    "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,
+    "int4_hadamard": 0.86,
+}  # fmt: skip
+"""What compression leaves of each codec's bytes, as `fedbert-ds bench codecs` counts them."""
 VOCABULARY = 30_522
 """BERT's, for a run file that trains its own word pieces."""
 
@@ -112,7 +117,7 @@ def affordable_depth(config: RunConfig, hf_config: Any, machines: Machines) -> i
 
 
 def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
-    """Bytes per token in each direction, by the wire's own formats."""
+    """Bytes per token in each direction, by the wire's own formats and what compression leaves of them."""
     from fedbert_ds.model.architecture import widths
     from fedbert_ds.wire.codecs import frame_bytes
 
@@ -125,7 +130,8 @@ def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
         index = max(0, rows - 1).bit_length() / 8
 
     def per_token(codec: str, num_rows: float, columns: int) -> float:
-        return sum(frame_bytes(1000, columns, codec)) / 1000 * num_rows / piece
+        left = COMPRESSED[codec] if config.wire.is_compressed else 1.0
+        return left * sum(frame_bytes(1000, columns, codec)) / 1000 * num_rows / piece
 
     positions = 1 / 8
     return Wire(

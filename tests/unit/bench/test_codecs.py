@@ -5,8 +5,9 @@ from dataclasses import asdict
 
 import pytest
 
-from fedbert_ds.bench import codecs
+from fedbert_ds.bench import codecs, counted
 from fedbert_ds.bench.codecs import BASELINE, CodecsOptions, Setting, all_in, rows_of, summarize, table
+from fedbert_ds.bench.counted import Sizes, counted_table
 from fedbert_kernels import quantize
 
 TINY = (
@@ -51,7 +52,8 @@ def options(tmp_path):
 def test_a_record_of_every_setting_and_seed(options, monkeypatch, capsys):
     monkeypatch.setattr(codecs, "MAIN", (BASELINE, all_in("int8")))
     monkeypatch.setattr(codecs, "FURTHER", (all_in("fp32", model="factorized", extra="unit projection"),))
-    monkeypatch.setattr(codecs, "COUNTED_TOKENS", 600)
+    monkeypatch.setattr(counted, "TOKENS", 600)
+    monkeypatch.setattr(counted, "WIDTH", 192)
     codecs.bench_codecs(options)
     record = json.loads(options.out.read_text())
     assert [(row["model"], row["gradients"], row["seed"]) for row in record["rows"]] == [
@@ -60,9 +62,16 @@ def test_a_record_of_every_setting_and_seed(options, monkeypatch, capsys):
     ]  # fmt: skip
     assert all(row["cost"] == 0 for row in record["rows"][:3:2]) and record["rows"][4]["cost"] != 0
     assert [row["seeds"] for row in record["summary"]] == [2, 2, 2]
-    assert record["counted"]["tokens"] <= 600 and record["text"]["source"] == "text"
+    assert record["text"]["source"] == "text"
+    (text,) = record["counted"]
+    assert text["tokens"] <= 600 and text["width"] == 192 and text["source"] == "text"
+    assert [size["gradients"] for size in text["sizes"]] == ["fp32", "int8", "fp32"]
+    for size, row in zip(text["sizes"], record["summary"], strict=True):
+        assert size["up"] + size["down"] == pytest.approx(row["bytes_per_token"])
+        assert size["up"] + size["down"] < size["not_compressed"] == row["bytes_per_token_not_compressed"]
     assert options.out.with_suffix(".png").is_file()
-    assert table(record["summary"]) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table(record["summary"]) in printed and counted_table(record["counted"]) in printed
 
     def forbidden(*arguments):
         raise AssertionError("a finished run was repeated")
@@ -93,9 +102,11 @@ def test_cost_is_over_fp32_of_the_same_model_and_seed():
     rows = rows_of(runs)
     assert [row["cost"] and round(row["cost"], 6) for row in rows] == [0, 0, 0.01, 0.02, 0.2, 0.01, None]
     assert (rows[0]["bytes_per_token_up"], rows[0]["bytes_per_token_down"]) == (3.0, 2.0)
-    summary = summarize(rows, {setting: (10.0, 20.0) for setting in (BASELINE, all_in("int8"), all_in("bf16"))})
+    size = Sizes(10.0, 20.0, 33.0)
+    summary = summarize(rows, {setting: size for setting in (BASELINE, all_in("int8"), all_in("bf16"))})
     assert len(summary) == 2, "bf16 has nothing to be held against"
     assert summary[1]["seeds"] == 2 and summary[1]["bytes_per_token"] == 30.0
+    assert summary[1]["bytes_per_token_not_compressed"] == 33.0
     assert summary[1]["cost"] == pytest.approx(0.015)
     assert "| +1.50 % | +1.00 to +2.00 | 2 |" in table(summary)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedbert_ds.bench.exchange import ExchangeWork, exchange_work
 from fedbert_ds.bench.pipeline import (
     CEILING,
     KEPT,
@@ -22,6 +23,16 @@ from fedbert_ds.bench.pipeline import _bubble as bubble
 from fedbert_ds.bench.pipeline import _overrides as overrides
 from fedbert_ds.bench.timeline import Shares
 from fedbert_ds.config import load_config
+
+
+class Vocabulary:
+    """What `exchange_work` asks of a tokenizer."""
+
+    pad_token_id = 0
+
+    def __len__(self) -> int:
+        return 500
+
 
 OPTIONS = PipelineOptions(Path("out.json"), "fedbert-ds bench pipeline")
 
@@ -90,12 +101,19 @@ def test_an_exchange_takes_a_round_trip_and_both_ways() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "staleness", "seconds"), [("synchronous", 0, 0.7), ("synchronous", 1, 0.2), ("parallel", 0, 0.2)]
+    ("mode", "staleness", "seconds"), [("synchronous", 0, 0.9), ("synchronous", 1, 0.2), ("parallel", 0, 0.2)]
 )
 def test_only_exact_synchronous_windows_wait_for_halves(mode: str, staleness: int, seconds: float) -> None:
     spent = Shares(10.0, 4.0, 4.0, 0.1, 0.1, 1.0, 16, activations=0.1, gradient=0.1)
     config = load_config(RUN_FILE, [f"federation.mode={mode}", f"window.staleness={staleness}"])
-    assert bubble(spent, config, Link(100.0, 100.0), 5e6) == pytest.approx(seconds)
+    work = ExchangeWork(send=0.02, take=0.04)  # of each of 8 clients, which share a processor
+    assert bubble(spent, config, Link(100.0, 100.0), 5e6, work) == pytest.approx(seconds)
+
+
+def test_the_work_of_an_exchange_is_measured() -> None:
+    config = load_config(RUN_FILE, ["federation.mode=synchronous", "wire.halves=int8", "model.hidden_size=64"])
+    work = exchange_work(config, Vocabulary())
+    assert 0.0 < work.send < 5.0 and 0.0 < work.take < 5.0
 
 
 def test_names() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedbert_ds.bench.split import RowFeedback, SplitTrainer, message_bytes
+from fedbert_ds.bench.counted import crossing, message_bytes
+from fedbert_ds.bench.split import RowFeedback, SplitTrainer
 from fedbert_ds.config import ModelSection, OptimizerSection, WireSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.model.checkpoint import build_model
@@ -37,8 +38,8 @@ def batch_of(window):
     return Batch(ids, LENGTHS, positions, torch.randint(5, VOCABULARY, (len(positions),), generator=random))
 
 
-def trainer_of(cut="rows", codec="fp32", seed=1, model=None, **options):
-    wire = WireSection(activations=codec, gradients=codec)
+def trainer_of(cut="rows", codec="fp32", seed=1, model=None, compression="none", **options):
+    wire = WireSection(activations=codec, gradients=codec, compression=compression)
     return SplitTrainer(*split(model or model_of(), cut), wire, OPTIMIZER, windows=4, seed=seed, **options)
 
 
@@ -94,9 +95,19 @@ def test_what_is_owed_to_a_row_is_sent_later():
 def test_bytes_are_counted_from_the_messages_a_window_takes(codec, cut):
     batch = batch_of(0)
     trainer = trainer_of(cut, codec)
-    wire = WireSection(activations=codec, gradients=codec)
+    wire = WireSection(activations=codec, gradients=codec, compression="none")
+    sizes = message_bytes(batch, crossing(trainer.half, trainer.body, batch), wire)
+    trainer.half.zero_grad(), trainer.body.zero_grad()
     crossed = trainer.train_window(1000, batch)
-    assert (crossed.bytes_up, crossed.bytes_down) == message_bytes(batch, trainer.half.widths, wire, rows=cut == "rows")
+    assert (crossed.bytes_up, crossed.bytes_down) == sizes
+
+
+def test_compressed_bytes_are_counted_of_what_a_window_really_sends():
+    batch, trainer = batch_of(0), trainer_of("rows", "fp32", compression="zstd")
+    sizes = message_bytes(batch, crossing(trainer.half, trainer.body, batch), WireSection())
+    trainer.half.zero_grad(), trainer.body.zero_grad()
+    crossed = trainer.train_window(1000, batch)
+    assert (crossed.bytes_up, crossed.bytes_down) == sizes
 
 
 def test_a_trained_model_is_not_changed_by_asking_for_its_loss():

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedbert_ds.config import load_config
-from fedbert_ds.planner.derive import Machines, derive, distinct_rows
+from fedbert_ds.planner.derive import COMPRESSED, Machines, derive, distinct_rows
 from fedbert_ds.planner.plan import as_row, bottleneck, draw, predict, report, sweep, whole_model
 from fedbert_ds.planner.simulation import Outcome, WindowResult
+from fedbert_ds.wire.codecs import NAMES, encode
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = ("window.tokens=65536", "window.tokens_per_micro_batch=4096")
@@ -32,13 +34,21 @@ def test_sizes_of_bert_base():
     ("overrides", "expected"),
     [
         # 768 int8 and a 4-byte scale, up and down; 15 % of that twice; a bit for the mask.
-        (["cut=embeddings", "wire.activations=int8", "wire.gradients=int8"], 2 * 772 * 1.15),
-        (["cut=embeddings", "wire.activations=fp32", "wire.gradients=fp32"], 2 * 3072 * 1.15),
+        (["wire.activations=int8", "wire.gradients=int8", "wire.compression=none"], 2 * 772 * 1.15),
+        (["wire.activations=fp32", "wire.gradients=fp32", "wire.compression=none"], 2 * 3072 * 1.15),
+        (["wire.activations=int8", "wire.gradients=int8"], 2 * 772 * 1.15 * COMPRESSED["int8"]),
     ],
 )
 def test_bytes_a_token(overrides, expected):
-    scenario, _ = derive(config(*overrides), Machines())
+    scenario, _ = derive(config("cut=embeddings", *overrides), Machines())
     assert scenario.wire.up + scenario.wire.down == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("codec", NAMES)
+def test_what_compression_leaves_is_about_what_it_leaves_of_normal_numbers(codec):
+    values = torch.randn(400, 768, generator=torch.Generator().manual_seed(1))
+    plain, small = (encode(values, codec, compressed=compressed).ByteSize() for compressed in (False, True))
+    assert COMPRESSED[codec] == pytest.approx(small / plain, abs=0.02)
 
 
 def test_rows_are_cheaper_in_large_messages():

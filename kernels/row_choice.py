@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedbert_kernels import gelu, layer_norm, row_philox
 from fedbert_kernels.attention_launches import capability
 from fedbert_kernels.gelu import bias_gelu
+from fedbert_kernels.interpreter import triton
 from fedbert_kernels.launch import GAIN, digest, table_path
 from fedbert_kernels.layer_norm import residual_layer_norm
 

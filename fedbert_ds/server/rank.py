@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -254,6 +254,11 @@ class RankServer:
         for client in self._queue.clients:
             self._outbox.close(client, pb.ServerMessage(finish=finish))
         self._outbox.settle()
+
+    def settle(self) -> None:
+        """Hand over what is still to be sent, such as why a client was refused; what cannot be is dropped."""
+        with suppress(Exception):  # it was raised before, or another error is on its way
+            self._outbox.settle()
 
     # -- a window -------------------------------------------------------------------------------------------------
 

@@ -134,6 +134,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         config.server.host, port, _tls(config), config.clients.reconnect_timeout, config.server.shared_memory
     )
     decoding: Decoding | None = None
+    rank: RankServer | None = None
     trace = Trace(config.run.directory / f"trace-{control.rank}.json" if config.run.trace else None, control.rank)
     try:
         port = ingress.start()
@@ -191,6 +192,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         return INTERRUPTED if control.rank == 0 and window < config.run.windows else 0
     finally:
         _hide_address(config, control)
+        if rank is not None:
+            rank.settle()
         if decoding is not None:
             decoding.stop()
         ingress.stop()

@@ -449,6 +449,7 @@ def test_it_works_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
+        "import fedbert_kernels.swap\n"
         "from fedbert_kernels.attention import attention\n"
         "from fedbert_kernels.interpreter import HAVE_TRITON\n"
         "qkv = torch.randn(5, 3, 2, 16, requires_grad=True)\n"

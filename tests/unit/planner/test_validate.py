@@ -35,7 +35,7 @@ def record() -> dict:
         outcome = simulate(scenario)
         rows.append(
             {
-                "system": "ours", "variant": "", "rtt_ms": rtt_ms, "mbit": mbit, "clients": 8, "mode": "parallel",
+                "system": "ours", "variant": "", "cut": "rows", "codec": "int8/int8", "rtt_ms": rtt_ms, "mbit": mbit, "clients": 8, "mode": "parallel",
                 "staleness": 0, "tokens_per_second": outcome.tokens_per_second, "utilization": outcome.busy_share,
                 "bytes_per_token_up": 120.0, "bytes_per_token_down": 120.0, "bytes_per_token_averaging": 0.0,
                 "window_tokens": 16384, "micro_batches": 16,
@@ -45,7 +45,10 @@ def record() -> dict:
                 },
             }
         )  # fmt: skip
-    return {"rows": [*rows, {"system": "naive", "rtt_ms": 50.0}], "settings": SETTINGS}
+    return {
+        "rows": [*rows, {"system": "naive", "cut": "rows", "codec": "int8/int8", "rtt_ms": 50.0}],
+        "settings": SETTINGS,
+    }
 
 
 def test_what_was_measured_is_predicted() -> None:

@@ -41,10 +41,10 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
         return Launch(128, 64, 8, 2), Launch(64, 32 if window else 64, 4, 1), Launch(64, 64, 4, 1)
     if capability < 100:
         backward = Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
-        return Launch(128, 64, 8, 2), backward, backward
+        return Launch(128, 64, 8, 2), backward, Launch(128, 64, 8, 1) if window and not wide else backward
     # On Blackwell a thread holds one row: with as many rows as threads it has all columns of a tile, and so the most
     # scores that share random words. Not told of 255 registers, the compiler stops at 128 and spills.
-    forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=False)
+    forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=window)
     backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 2 if window else 1, 255)
     return forward, Launch(128, 64, 4, 1, 255), backward_kv
 

@@ -2,8 +2,8 @@
 
 How fast the body computes is taken from the run itself, since a machine is not equally fast all the time; what messages
 and exchanges cost from the same run without a link; and what a client's work takes from all runs without a link that
-code what crosses alike: its quickest answer there, for others waited behind clients on the same processor. Predicted is what the queue makes of it over a link: what
-is hidden of round trips, rates and exchanges, and what is waited for.
+code what crosses alike: its quickest answer there, for others waited behind clients on the same processor. Predicted is
+what the queue makes of it over a link: what is hidden of round trips, rates and exchanges, and what is waited for.
 """
 
 from __future__ import annotations

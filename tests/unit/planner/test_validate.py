@@ -35,7 +35,8 @@ def record() -> dict:
         outcome = simulate(scenario)
         rows.append(
             {
-                "system": "ours", "variant": "", "cut": "rows", "codec": "int8/int8", "rtt_ms": rtt_ms, "mbit": mbit, "clients": 8, "mode": "parallel",
+                "system": "ours", "variant": "", "cut": "rows", "codec": "int8/int8",
+                "rtt_ms": rtt_ms, "mbit": mbit, "clients": 8, "mode": "parallel",
                 "staleness": 0, "tokens_per_second": outcome.tokens_per_second, "utilization": outcome.busy_share,
                 "bytes_per_token_up": 120.0, "bytes_per_token_down": 120.0, "bytes_per_token_averaging": 0.0,
                 "window_tokens": 16384, "micro_batches": 16,

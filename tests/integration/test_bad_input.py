@@ -20,6 +20,7 @@ from integration.cluster import run_file, write_text
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece
+from fedbert_ds.wire.messages import PROTOCOL
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("bad-input")]
 
@@ -112,7 +113,7 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
         _expect_failure(_client(folder, address, "--tokenizer", str(other)), "another vocabulary than the run")
         _expect_failure(_client(folder, address, "--model", str(folder / "other-model")), "another model than the run")
         _expect_failure(_client(folder, address, "--cut", "rows"), "insists on cut")
-        _expect_failure(_client(folder, address, protocol=99), "speaks protocol 99, this server 1")
+        _expect_failure(_client(folder, address, protocol=99), f"speaks protocol 99, this server {PROTOCOL}")
         finished = _client(folder, address)
         assert finished.returncode == 0, finished.stderr
         assert server.wait(timeout=60) == 0

@@ -160,8 +160,9 @@ class HalfAssembler:
             if not 0 <= chunk.weight <= LARGEST_WEIGHT:
                 raise WireError(f"{self._who}: a weight of {chunk.weight}")
             for name, tensor_shape in self._shapes.items():
-                is_short = name not in self._compressed and self._num_bytes(name, tensor_shape) > self._received(name)
-                if name not in self._buffers or is_short:
+                buffer = self._buffers.get(name)
+                is_plain = name not in self._compressed
+                if buffer is None or (is_plain and len(buffer) != self._num_bytes(name, tensor_shape)):
                     raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
             self._weight = chunk.weight
             return True
@@ -204,9 +205,6 @@ class HalfAssembler:
             return buffer
         who = f"{self._who}: tensor {name!r}"
         return bytearray(decompress(bytes(buffer), self._num_bytes(name, shape), _itemsize(shape, self._codec), who))
-
-    def _received(self, name: str) -> int:
-        return len(self._buffers.get(name, b""))
 
     def _shape_that_came(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (int(self._rows[name].sum()), *shape[1:]) if name in self._rows else shape

@@ -119,6 +119,16 @@ def test_gradients_that_are_refused_leave_no_trace(inbox: Any, changes: dict[str
     assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
 
 
+def test_what_was_decoded_before_is_taken_only_if_it_is_what_was_planned(inbox: Any) -> None:
+    values = torch.full((6, WIDTH), 2.0)
+    with pytest.raises(WireError, match="shape"):
+        inbox.receive("ada", activations(values=encode(torch.ones(5, WIDTH), "fp32")), torch.ones(5, WIDTH))
+    with pytest.raises(WireError, match="not finite"):
+        inbox.receive("ada", activations(), WireError("client ada: a value is not finite"))
+    inbox.receive("ada", activations(), values)
+    assert inbox.take_activations(0, "ada").values is values
+
+
 def halves_of(inbox: Any, window: int) -> dict[str, Any]:
     round_ = inbox.exchange._rounds.get(window)
     return round_.halves if round_ is not None else {}

@@ -19,8 +19,10 @@ OURS = "ours"
 FORWARD, BOTH = "forward", "forward + backward"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest error a result may have, over the largest exact value: rounding and no more. Mistakes are far larger."""
-UNBIASED = 0.1
-"""With a dropout mask of its own, a result is right on average: its projection on the exact one is 1, this much off."""
+UNBIASED = 0.05
+"""With a dropout mask of its own, a result is right on average: its projection on the exact one is 1, this much off, and
+a few standard errors: how far masks of so few rows are off by chance."""
+STANDARD_ERRORS = 5.0
 
 DROPPED = 0.05
 """With dropout, the largest difference to the exact result without it is at least this, over the largest value."""
@@ -190,7 +192,10 @@ def _check_dropout(prepared: Prepared, what: str, exact: Tensor) -> None:
     if what == FORWARD:
         value = prepared.unpack(results).double()
         share = float((value * exact).sum() / exact.square().sum())
-        if abs(share - 1.0) > UNBIASED:
+        # Rows have masks of their own, so what they are off adds up as independent errors do.
+        off = ((value - share * exact) * exact).sum(-1)
+        by_chance = float(off.square().sum().sqrt() / exact.square().sum())
+        if abs(share - 1.0) > UNBIASED + STANDARD_ERRORS * by_chance:
             raise Unavailable(f"wrong: with dropout, {share:.2f} of the exact result on average")
         if relative_error(value, exact) < DROPPED:
             raise Unavailable("wrong: drops nothing")

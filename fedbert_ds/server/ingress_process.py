@@ -54,11 +54,14 @@ class _Channel:
 
     def receive(self) -> tuple[list[Any], bytes] | None:
         """The next one; None when the other side is gone."""
-        sizes = self._read(self.SIZES.size)
-        if len(sizes) < self.SIZES.size:
+        try:
+            sizes = self._read(self.SIZES.size)
+            if len(sizes) < self.SIZES.size:
+                return None
+            head_bytes, body_bytes = self.SIZES.unpack(sizes)
+            head, body = self._read(head_bytes), self._read(body_bytes)
+        except ConnectionResetError:  # killed, with something of ours unread
             return None
-        head_bytes, body_bytes = self.SIZES.unpack(sizes)
-        head, body = self._read(head_bytes), self._read(body_bytes)
         if len(head) < head_bytes or len(body) < body_bytes:
             return None
         return json.loads(head), body

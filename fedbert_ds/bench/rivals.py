@@ -20,9 +20,9 @@ FORWARD, BOTH = "forward", "forward + backward"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest error a result may have, over the largest exact value: rounding and no more. Mistakes are far larger."""
 UNBIASED = 0.05
-"""With a dropout mask of its own, a result is right on average: its projection on the exact one is 1, this much off, and
-a few standard errors: how far masks of so few rows are off by chance."""
+"""With a dropout mask of its own, a result is right on average: its projection on the exact one is 1, this much off."""
 STANDARD_ERRORS = 5.0
+"""The same beyond that: how far masks of so few rows may be off by chance."""
 
 DROPPED = 0.05
 """With dropout, the largest difference to the exact result without it is at least this, over the largest value."""

@@ -20,7 +20,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,7 @@ def compile_cases(module: str) -> list[CompileCase]:
 
 def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, only: str = "") -> dict[str, Table]:
     """Counts of every case with `only` in its name: {module: {"name sm_90": counts or {"error": ...}}}."""
-    chosen = [
-        (module, case.name, architecture)
-        for module in modules
-        for case in compile_cases(module)
-        for architecture in case.architectures
-        if only in f"{case.name} sm_{architecture}"
-    ]
-    # The newest first: they take longest, and what comes last should be short.
-    jobs = [
-        (architecture, group[start : start + TOGETHER])
-        for architecture in reversed(ARCHITECTURES)
-        for group in [[(module, name) for module, name, wanted in chosen if wanted == architecture]]
-        for start in range(0, len(group), TOGETHER)
-    ]
+    modules, workers = list(modules), workers or os.cpu_count() or 1
     # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
     context = multiprocessing.get_context("spawn")
     measured: dict[tuple[str, str, int], Row] = {}
@@ -73,9 +60,20 @@ def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, on
     with (
         tempfile.TemporaryDirectory() as cache,
         concurrent.futures.ProcessPoolExecutor(
-            workers or os.cpu_count(), mp_context=context, initializer=_start_worker, initargs=(cache,)
+            workers, mp_context=context, initializer=_start_worker, initargs=(cache,)
         ) as pool,
     ):
+        # To import torch and Triton takes seconds: the workers do it while this process does.
+        for _ in range(workers):
+            pool.submit(_import_all, modules)
+        chosen = [
+            (module, case.name, architecture)
+            for module in modules
+            for case in compile_cases(module)
+            for architecture in case.architectures
+            if only in f"{case.name} sm_{architecture}"
+        ]
+        jobs = _jobs(chosen)
         for (architecture, group), rows in zip(jobs, pool.map(_measure_job, jobs), strict=True):
             for (module, name), row in zip(group, rows, strict=True):
                 measured[module, name, architecture] = row
@@ -83,6 +81,17 @@ def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, on
     for module, name, architecture in chosen:
         tables[module][f"{name} sm_{architecture}"] = measured[module, name, architecture]
     return {module: table for module, table in tables.items() if table}
+
+
+def _jobs(chosen: Sequence[tuple[str, str, int]]) -> list[tuple[int, list[tuple[str, str]]]]:
+    """(architecture, (module, case name) of each kernel that one worker measures together)."""
+    # The newest first: they take longest, and what comes last should be short.
+    return [
+        (architecture, group[start : start + TOGETHER])
+        for architecture in reversed(ARCHITECTURES)
+        for group in [[(module, name) for module, name, wanted in chosen if wanted == architecture]]
+        for start in range(0, len(group), TOGETHER)
+    ]
 
 
 def problems(golden: Table, measured: Table, cases: Iterable[CompileCase]) -> list[str]:
@@ -139,6 +148,11 @@ def write_table(path: Path, table: Table) -> None:
 def _start_worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _import_all(modules: Sequence[str]) -> None:
+    for module in modules:
+        compile_cases(module)
 
 
 def _measure_job(job: tuple[int, list[tuple[str, str]]]) -> list[Row]:

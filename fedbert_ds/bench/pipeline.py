@@ -161,12 +161,15 @@ def settings(options: PipelineOptions) -> Iterator[Setting]:
     if "centralized" in wanted and not options.quick:
         yield Setting("centralized", variant=CEILING)
     for link in links:
-        # Again beside every link: a machine is not equally fast all the time.
-        if "centralized" in wanted:
-            yield Setting("centralized", link)
+        first, *others = [Setting("ours", link, variant, overrides) for variant, overrides in VARIANTS]
+        # Beside every link, before and after what is compared with it: a machine is not equally fast all the time.
+        centralized = [Setting("centralized", link)] if "centralized" in wanted else []
+        yield from centralized
         if "ours" in wanted:
-            for variant, overrides in VARIANTS[: 1 if options.quick else None]:
-                yield Setting("ours", link, variant, overrides)
+            yield first
+            if not options.quick:
+                yield from centralized
+                yield from others
         if "naive" in wanted:
             yield Setting("naive", link)
             if not options.quick:
@@ -435,11 +438,17 @@ def sentence(row: dict[str, Any]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, tokens/s also as a share of centralized and a multiple of naive over the same link."""
+    """The rows as Markdown, tokens/s also as a share of centralized and a multiple of naive over the same link.
+
+    Where one of these was measured twice, before and after ours, their mean counts.
+    """
 
     def beside(system: str) -> dict[tuple[float, float | None], float]:
-        chosen = [row for row in rows if row["system"] == system and not row["variant"]]
-        return {(row["rtt_ms"], row["mbit"]): row["tokens_per_second"] for row in chosen}
+        speeds: dict[tuple[float, float | None], list[float]] = {}
+        for row in rows:
+            if row["system"] == system and not row["variant"]:
+                speeds.setdefault((row["rtt_ms"], row["mbit"]), []).append(row["tokens_per_second"])
+        return {link: statistics.mean(measured) for link, measured in speeds.items()}
 
     centralized, naive = beside("centralized"), beside("naive")
     heads = ["system", "link", "tokens/s", "of centralized", "times naive", "body busy", "bound"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -469,6 +470,16 @@ def serve_fakes(
         thread.join(timeout=TIMEOUT)
         assert not thread.is_alive()
     return problems, remote
+
+
+def test_a_body_s_process_that_was_killed_is_the_end_of_what_is_asked() -> None:
+    """What the child had told it, and it had not read, makes the system report a reset."""
+    ours, theirs = socket.socketpair()
+    child = ingress_process._Channel(theirs)
+    child.send(["connected", "ada"])
+    ours.close()
+    assert child.receive() is None
+    child.close()
 
 
 def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Endpoint) -> None:

@@ -17,9 +17,12 @@ MAX_MESSAGE_BYTES = 256 << 20
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A firewall that drops an idle connection is noticed within a minute, by either side.
+    # A link that goes dark is noticed by either side: 20 s after TCP acknowledges nothing of what was sent, and where
+    # nothing is sent there is a ping every 30 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # The answer to a ping takes longer than TCP's: it waits behind what the buffers of a slow link hold already.
+    ("grpc.http2.ping_timeout_ms", 60_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     # After minutes without a message gRPC would take our own keepalive for abuse and hang up.

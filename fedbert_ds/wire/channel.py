@@ -21,8 +21,10 @@ OPTIONS: list[tuple[str, Any]] = [
     # nothing is sent there is a ping every 30 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # The answer to a ping takes longer than TCP's: it waits behind what the buffers of a slow link hold already.
-    ("grpc.http2.ping_timeout_ms", 60_000),
+    # The other side's answer takes longer than TCP's: it waits behind what the buffers of a slow link hold already, 2 MB
+    # or so. With gRPC's own minute, a message of 3 MB never gets through 0.3 Mbit/s: its connection is taken for dead.
+    ("grpc.http2.ping_timeout_ms", 150_000),
+    ("grpc.http2.settings_timeout", 150_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     # After minutes without a message gRPC would take our own keepalive for abuse and hang up.

@@ -1,0 +1,21 @@
+"""How long a connection may be silent before it counts as lost: in line with how long a client may be."""
+
+from fedbert_ds.config import ClientsSection
+from fedbert_ds.server.patience import FLOOR_SECONDS
+from fedbert_ds.wire.channel import CLIENT_OPTIONS, OPTIONS
+
+
+def test_a_dark_link_is_dialled_again_before_a_window_goes_on_without_its_client() -> None:
+    assert dict(OPTIONS)["grpc.keepalive_timeout_ms"] < 1000 * FLOOR_SECONDS
+
+
+def test_a_dead_proxy_is_noticed_before_its_client_is_dropped() -> None:
+    options = dict(CLIENT_OPTIONS)
+    seconds = (options["grpc.keepalive_time_ms"] + options["grpc.http2.ping_timeout_ms"]) / 1000
+    assert seconds < ClientsSection.model_fields["silence_timeout"].default
+
+
+def test_a_slow_link_s_answers_may_wait_behind_megabytes() -> None:
+    """2 MB at 0.3 Mbit/s, for pings and settings alike."""
+    for name in ("grpc.http2.ping_timeout_ms", "grpc.http2.settings_timeout"):
+        assert dict(OPTIONS)[name] > 1000 * 2e6 * 8 / 0.3e6

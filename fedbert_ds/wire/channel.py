@@ -21,8 +21,8 @@ OPTIONS: list[tuple[str, Any]] = [
     # nothing is sent there is a ping every 30 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # The other side's answer takes longer than TCP's: it waits behind what the buffers of a slow link hold already, 2 MB
-    # or so. With gRPC's own minute, a message of 3 MB never gets through 0.3 Mbit/s: its connection is taken for dead.
+    # The other side's answer takes longer than TCP's: it waits behind the 2 MB or so that buffers of a slow link hold.
+    # With gRPC's own minute, a message of 3 MB never gets through 0.3 Mbit/s: its connection is taken for dead.
     ("grpc.http2.ping_timeout_ms", 150_000),
     ("grpc.http2.settings_timeout", 150_000),
     ("grpc.http2.max_pings_without_data", 0),

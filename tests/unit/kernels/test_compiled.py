@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
 from fedbert_kernels.compile_check import MODULES, compile_cases, golden_path, problems, read_table
@@ -18,8 +19,6 @@ from fedbert_kernels.interpreter import HAVE_TRITON
 
 pytestmark = [
     pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed"),
-    # One process compiles everything once.
-    pytest.mark.xdist_group("compiled kernels"),
     pytest.mark.timeout(900),
 ]
 EXTRA_FOR_DROPOUT = 8
@@ -29,14 +28,25 @@ EXTRA_ELSEWHERE = {("triton-3.6.0", "attention_backward_kv", 100): 9.1}
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict]:
-    """{module: {row: counts}} of the modules that have a table for this Triton; compiled in a process of their own.
+def measured(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, dict]:
+    """{module: {row: counts}} of the modules that have a table for this Triton.
 
-    There, kernels are not interpreted.
+    Workers of pytest-xdist share what the first of them compiles: it takes minutes, on all cores.
     """
     modules = [module for module in MODULES if golden_path(module).exists()]
     if not modules:
         pytest.skip(f"no golden table for this Triton: {golden_path('*')}")
+    folder = tmp_path_factory.getbasetemp()
+    counts = (folder if worker_id == "master" else folder.parent) / "compiled.json"
+    with FileLock(f"{counts}.lock"):
+        if not counts.exists():
+            counts.write_text(compile_all(modules))
+    tables: dict[str, dict] = json.loads(counts.read_text())
+    return tables
+
+
+def compile_all(modules: list[str]) -> str:
+    """JSON of what a process of its own has measured: there, kernels are not interpreted."""
     program = (
         "import json, sys\n"
         "from fedbert_kernels.compile_check import measure_all\n"
@@ -47,8 +57,7 @@ def measured() -> dict[str, dict]:
     command = [sys.executable, "-c", program, *modules]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]
-    tables: dict[str, dict] = json.loads(result.stdout)
-    return tables
+    return result.stdout
 
 
 @pytest.mark.parametrize("module", MODULES)

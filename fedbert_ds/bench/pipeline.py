@@ -204,7 +204,7 @@ def _naive(
     text: Sequence[str],
     log: Path,
 ) -> dict[str, Any]:
-    seconds = 5.0 if options.quick else 20.0
+    seconds = 3.0 if options.quick else 20.0
     naive = [sys.executable, "-m", "fedbert_ds.bench.naive"]
     with ExitStack() as resources:
         reach = resources.enter_context(_reach(setting.link, options))
@@ -265,7 +265,7 @@ def _ours(
         config,
         setting.link,
         averaging * tokens / len(windows) / config.clients.expected,
-        exchange_work(config, load_tokenizer(str(tokenizer))),
+        exchange_work(config, load_tokenizer(str(tokenizer))) if _waits_for_halves(config) else None,
     )
     bound = busy / (busy + bubble * len(windows))
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
@@ -288,14 +288,19 @@ def _ours(
     }
 
 
-def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float, work: ExchangeWork) -> float:
+def _waits_for_halves(config: RunConfig) -> bool:
+    return config.federation.mode == "synchronous" and not config.window.staleness
+
+
+def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float, work: ExchangeWork | None) -> float:
     """Seconds that a window's end costs at least: two round trips, a client's work, an exchange that is waited for.
 
-    `half_bytes` is what crosses a client's link, both ways, to exchange halves once, and `work` what that costs it.
+    `half_bytes` is what crosses a client's link, both ways, to exchange halves once, and `work` what that costs it,
+    where it is waited for.
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
-    if config.federation.mode == "synchronous" and not config.window.staleness:
+    if work is not None and _waits_for_halves(config):
         # Nothing of the next window can be computed before halves have crossed the link both ways. Clients share a
         # processor here: all of them have sent before there is a sum, and one has taken it before there is a forward.
         seconds += link.seconds(half_bytes) + config.clients.expected * work.send + work.take

@@ -21,19 +21,20 @@ from fedbert_ds.errors import UserError
 def main() -> None:
     """Run one client for every file in --shards; ends when all have ended, with 1 if any failed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--server", required=True)
+    parser.add_argument("--server", required=True, help="- to read it from standard input, once it is known")
     parser.add_argument("--shards", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    server = sys.stdin.readline().strip() if options.server == "-" else options.server
     failures: list[str] = []
 
     def run(shard: Path) -> None:
         try:
             run_client(
                 ClientOptions(
-                    server=options.server,
+                    server=server,
                     data=(str(shard),),
                     name=shard.stem,
                     state_folder=options.state / shard.stem,

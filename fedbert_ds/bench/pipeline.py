@@ -246,12 +246,15 @@ def _ours(
         own = [*overrides, f"run.directory={folder}", f"server.host={reach.host}"]
         command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *own]
         server = resources.enter_context(_process(command, log, options.device))
-        address = _address(folder, server, log)
-        load = ["--server", address, "--shards", str(shards), "--state", str(state)]
+        # Clients start while the server does.
+        load = ["--server", "-", "--shards", str(shards), "--state", str(state)]
         load += ["--device", options.client_device]
         command = [*reach.enter, sys.executable, "-m", "fedbert_ds.bench.load", *load]
         clients_log = log.with_suffix(".clients.log")
         clients = resources.enter_context(_process(command, clients_log, options.client_device, reach.environment))
+        assert clients.stdin is not None
+        clients.stdin.write(_address(folder, server, log) + "\n")
+        clients.stdin.flush()
         _wait(server, clients, log)
     windows = read_metrics(folder / "metrics.jsonl")[SETTLING_WINDOWS:]
     seconds = sum(window.seconds for window in windows)

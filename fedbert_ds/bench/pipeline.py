@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,7 +268,7 @@ def _ours(
         config,
         setting.link,
         averaging * tokens / len(windows) / config.clients.expected,
-        exchange_work(config, load_tokenizer(str(tokenizer))) if _waits_for_halves(config) else None,
+        lambda: exchange_work(config, load_tokenizer(str(tokenizer))),
     )
     bound = busy / (busy + bubble * len(windows))
     dummies = sum(w.dummy_micro_batches for w in windows) / sum(w.forwards for w in windows)
@@ -291,19 +291,18 @@ def _ours(
     }
 
 
-def _waits_for_halves(config: RunConfig) -> bool:
-    return config.federation.mode == "synchronous" and not config.window.staleness
-
-
-def _bubble(spent: Shares, config: RunConfig, link: Link, half_bytes: float, work: ExchangeWork | None) -> float:
+def _bubble(
+    spent: Shares, config: RunConfig, link: Link, half_bytes: float, measure_work: Callable[[], ExchangeWork]
+) -> float:
     """Seconds that a window's end costs at least: two round trips, a client's work, an exchange that is waited for.
 
-    `half_bytes` is what crosses a client's link, both ways, to exchange halves once, and `work` what that costs it,
-    where it is waited for.
+    `half_bytes` is what crosses a client's link, both ways, to exchange halves once, and `measure_work` tells what that
+    costs it; it takes seconds, so it is asked only where the exchange is waited for.
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
-    if work is not None and _waits_for_halves(config):
+    if config.federation.mode == "synchronous" and not config.window.staleness:
+        work = measure_work()
         # Nothing of the next window can be computed before halves have crossed the link both ways. Clients share a
         # processor here: all of them have sent before there is a sum, and one has taken it before there is a forward.
         seconds += link.seconds(half_bytes) + config.clients.expected * work.send + work.take

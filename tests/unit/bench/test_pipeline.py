@@ -114,7 +114,7 @@ def test_only_exact_synchronous_windows_wait_for_halves(mode: str, staleness: in
     spent = Shares(10.0, 4.0, 4.0, 0.1, 0.1, 1.0, 16, activations=0.1, gradient=0.1)
     config = load_config(RUN_FILE, [f"federation.mode={mode}", f"window.staleness={staleness}"])
     work = ExchangeWork(send=0.02, take=0.04)  # of each of 8 clients, which share a processor
-    assert bubble(spent, config, Link(100.0, 100.0), 5e6, work) == pytest.approx(seconds)
+    assert bubble(spent, config, Link(100.0, 100.0), 5e6, lambda: work) == pytest.approx(seconds)
 
 
 def test_the_work_of_an_exchange_is_measured() -> None:

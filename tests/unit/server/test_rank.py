@@ -61,6 +61,9 @@ def test_honest_clients_get_their_own_numbers_back(
     tokens = sum(sum(client.lengths) for client in rank.clients)
     masked = {client.name: sum(length // 2 for length in client.lengths) for client in rank.clients}
     assert rank.engine.tokens == 2 * tokens
+    # What each client divides its loss by: the masked tokens of everybody's window.
+    told = {message.hidden.masked_tokens for _, message in rank.ingress.sent if message.HasField("hidden")}
+    assert told == {sum(masked.values())}
     assert len(rank.engine.steps) == 2 and rank.engine.saved == [2]
     assert [is_last for _, is_last in rank.engine.backwards].count(True) == 2
     for client in rank.clients:

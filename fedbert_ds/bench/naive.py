@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--shards", type=Path)
-    parser.add_argument("--server")
+    parser.add_argument("--server", help="- to read it from standard input, once it is known")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--keep-connection", action="store_true")
@@ -234,7 +234,8 @@ def main() -> None:
     if options.end == "serve":
         serve(PaddedBody(model, config.optimizer.lr), options.host)
     else:
-        wanted = options.shards, options.server, options.seconds, options.keep_connection
+        server = sys.stdin.readline().strip() if options.server == "-" else options.server
+        wanted = options.shards, server, options.seconds, options.keep_connection
         print(json.dumps(train(config, model, tokenizer, *wanted)))
 
 

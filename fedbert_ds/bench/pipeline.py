@@ -189,7 +189,8 @@ def _run(setting: Setting, options: PipelineOptions, shards: Path, tokenizer: Pa
     if setting.system == "centralized":
         command = [sys.executable, "-m", "fedbert_ds.bench.body_alone", "--config", str(RUN_FILE), *text, *overrides]
         command += [] if setting.variant else ["--whole"]
-        measured = json.loads(_output(command, log, options.device))
+        with _process(command, log, options.device, answers=True) as process:
+            measured = json.loads(_last_line(process, log))
         return _row(setting, config, measured["tokens_per_second"], 1.0, 1.0, (0.0, 0.0), 0.0, 0.0)
     if setting.system == "naive":
         return _naive(setting, config, options, overrides, text, log)
@@ -209,15 +210,20 @@ def _naive(
     with ExitStack() as resources:
         reach = resources.enter_context(_reach(setting.link, options))
         command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], "--host", reach.host, *overrides]
-        server = resources.enter_context(_process(command, log, options.device))
+        server = resources.enter_context(_process(command, log, options.device, answers=True))
+        # Clients start while the server does.
+        client = ["train", "--config", str(RUN_FILE), *text, "--server", "-", "--seconds", str(seconds)]
+        client += ["--keep-connection"] if setting.variant == KEPT else []
+        command = [*reach.enter, *naive, *client, *overrides]
+        clients_log = log.with_suffix(".clients.log")
+        clients = resources.enter_context(
+            _process(command, clients_log, options.client_device, reach.environment, answers=True)
+        )
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         if not address:
             raise RunError(f"the naive server did not start (see {log})")
-        client = ["train", "--config", str(RUN_FILE), *text, "--server", address, "--seconds", str(seconds)]
-        client += ["--keep-connection"] if setting.variant == KEPT else []
-        command = [*reach.enter, *naive, *client, *overrides]
-        measured = json.loads(_output(command, log, options.client_device, reach.environment))
+        measured = json.loads(_last_line(clients, clients_log, address + "\n"))
     tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
     per_token = measured["bytes_up"] / tokens, measured["bytes_down"] / tokens
     return _row(setting, config, tokens / measured["seconds"], busy, None, per_token, 1.0 - busy, 0.0)
@@ -370,14 +376,17 @@ def _reach(link: Link, options: PipelineOptions) -> Iterator[_Reach]:
 
 @contextmanager
 def _process(
-    command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None
+    command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None, answers: bool = False
 ) -> Iterator[subprocess.Popen[str]]:
-    """A process with one thread for arithmetic that ends with this block; its errors go to the log."""
+    """A process with one thread for arithmetic that ends with this block.
+
+    Its errors go to the log, and what it prints too, unless that `answers` the benchmark.
+    """
     with log.open("w") as errors:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if "serve" in command else errors,
+            stdout=subprocess.PIPE if answers else errors,
             stderr=errors,
             text=True,
             env=environment(device) | (more or {}),
@@ -392,20 +401,15 @@ def _process(
                 process.stdout.close()
 
 
-def _output(command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None) -> str:
-    """The last line a command prints."""
-    with log.open("a") as errors:
-        done = subprocess.run(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment(device) | (more or {}),
-            timeout=LONGEST_SECONDS,
-        )
-    if done.returncode:
-        raise RunError(f"{' '.join(command[1:4])} failed (see {log})")
-    return done.stdout.strip().splitlines()[-1]
+def _last_line(process: subprocess.Popen[str], log: Path, told: str = "") -> str:
+    """The last line that a process prints until it ends, once it has been told this."""
+    try:
+        printed, _ = process.communicate(told, timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"a run took more than {LONGEST_SECONDS / 60:.0f} minutes (see {log})") from None
+    if process.returncode or not printed.strip():
+        raise RunError(f"a run failed (see {log})")
+    return printed.strip().splitlines()[-1]
 
 
 def _address(folder: Path, server: subprocess.Popen[str], log: Path) -> str:

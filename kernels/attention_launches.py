@@ -24,7 +24,7 @@ def padded_head_size(d: int) -> int:
 def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
     """Of the forward, the dQ and the dK, dV kernel: tiles whose registers do not spill.
 
-    A tile has 64 columns where that fits, so that one thread holds all 32 elements that share random words.
+    A tile has 64 columns where that fits: up to Hopper one thread then holds all 32 elements that share random words.
     """
     wide = padded_head_size(d) > 64
     if dtype == torch.float32:
@@ -42,8 +42,8 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
     if capability < 100:
         backward = Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
         return Launch(128, 64, 8, 2), backward, Launch(128, 64, 8, 1) if window and not wide else backward
-    # On Blackwell a thread holds one row: with as many rows as threads it has all columns of a tile, and so the most
-    # scores that share random words. Not told of 255 registers, the compiler stops at 128 and spills.
+    # On Blackwell a thread holds one row: with as many rows as threads it has all columns of a tile, and sums alone.
+    # Not told of 255 registers, the compiler stops at 128 and spills.
     forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=window)
     backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 2 if window else 1, 255)
     return forward, Launch(128, 64, 4, 1, 255), backward_kv

@@ -2,8 +2,9 @@
 
 A mask costs little because 32 neighbouring elements share the random words: word i holds bit i of 32 uniform numbers of
 8 bits, and comparing all 32 with the drop threshold takes one logical operation a word. Which 32 elements share is
-chosen so that one thread of a tensor-core tile holds them all (rows r and r + 8; columns c, c + 1, and those + 8 j):
-the compiler then computes each word once. Written element by element, so no layout can change the result.
+chosen so that one thread of a Hopper or Ampere tensor-core tile holds them all (rows r and r + 8; columns c, c + 1, and
+those + 8 j). Every word of a tile is computed once; where another thread needs it too, it goes through shared memory.
+Which word and bit is whose follows from row and column, so no layout can change the result.
 
 Every kernel function has its torch twin here, equal bit by bit.
 """
@@ -108,15 +109,23 @@ def keep_mask(
     COLUMNS: tl.constexpr,
 ):
     """[ROWS, COLUMNS] bool of a tile: True where an element is kept."""
+    SPAN: tl.constexpr = 64 if COLUMNS > 64 else COLUMNS
+    words_down = tl.arange(0, ROWS // 2)[:, None]
+    words_across = tl.arange(0, COLUMNS // SPAN * 4)[None, :]
+    row_group = (first_row + ((words_down >> 3) << 4) + (words_down & 7)).to(tl.uint32)
+    column_group = ((first_column & ~57) + ((words_across >> 2) << 6) + ((words_across & 3) << 1)).to(tl.uint32)
+    words = _drop_words(row_group, column_group, stream.to(tl.uint32), offset, key_low, key_high, threshold)
+    # A sum of one: the compiler cannot trace an element's word through it, and so hands words from thread to thread.
+    # What it can trace it would compute again in every thread that needs it, which costs most of what sharing saves.
+    words = tl.sum(words[:, :, None], 2)
+    words = words.reshape(ROWS // 16, 1, 8, COLUMNS // SPAN, 1, 4, 1)
+    words = words.broadcast_to(ROWS // 16, 2, 8, COLUMNS // SPAN, SPAN // 8, 4, 2).reshape(ROWS, COLUMNS)
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     bit = ((columns >> 3) & 7) | ((columns & 1) << 3) | (((rows >> 3) & 1) << 4)
     # A tile narrower than 64 begins inside a group of columns.
     if COLUMNS < 64:
         bit |= (first_column >> 3) & 7
-    row_group = (first_row + (rows & ~8)).to(tl.uint32)
-    column_group = ((first_column & ~57) + (columns & ~57)).to(tl.uint32)
-    words = _drop_words(row_group, column_group, stream.to(tl.uint32), offset, key_low, key_high, threshold)
     return (words & (1 << bit).to(tl.uint32)) == 0
 
 

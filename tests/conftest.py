@@ -1,8 +1,9 @@
-"""Where there is no GPU, this process runs kernels in Triton's interpreter; the processes it starts do not."""
+"""Where there is no GPU, tests of kernels run them in Triton's interpreter; all other tests run what CPU users run."""
 
 import contextlib
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -19,3 +20,15 @@ if not torch.cuda.is_available():
         import triton.experimental.gluon  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_bodies(request):
+    """Outside the kernels' own tests, operators on the CPU run in torch, as on a client: else they'd be interpreted."""
+    if request.path.parent.name == "kernels" or request.path.name == "test_kernels.py":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("gelu", "layer_norm", "linear_cross_entropy", "quantize"):
+            patch.setattr(f"fedbert_kernels.{module}.runs_triton", lambda tensor: tensor.is_cuda)
+        yield

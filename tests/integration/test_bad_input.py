@@ -22,7 +22,7 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.wire.messages import PROTOCOL
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.xdist_group("bad-input")]
+pytestmark = pytest.mark.timeout(300)
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "launchers" / "pretrain.py"
 

@@ -14,7 +14,7 @@ from integration.mutations import FAULTS, VARIATIONS
 from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("cluster")]
+pytestmark = pytest.mark.timeout(900)
 
 TOLERANCE = 1e-5
 

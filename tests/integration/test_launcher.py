@@ -20,7 +20,7 @@ from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import saved_windows
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("launcher")]
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parents[2]
 

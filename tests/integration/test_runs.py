@@ -16,7 +16,7 @@ from fedbert_ds.client.state import load_state, saved_windows
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.tokenizer import load_tokenizer
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.xdist_group("cluster-runs")]
+pytestmark = pytest.mark.timeout(900)
 
 DROPOUT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "dropout": 0.1,
            "max_position_embeddings": 40}  # fmt: skip

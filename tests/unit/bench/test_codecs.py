@@ -8,7 +8,6 @@ import pytest
 from fedbert_ds.bench import codecs, counted
 from fedbert_ds.bench.codecs import BASELINE, CodecsOptions, Setting, all_in, rows_of, summarize, table
 from fedbert_ds.bench.counted import Sizes, counted_table
-from fedbert_kernels import quantize
 
 TINY = (
     "model.num_hidden_layers=1",
@@ -24,12 +23,6 @@ def run_of(setting, seed, loss):
         "setting": json.dumps(asdict(setting)), "seed": seed, "held_out_loss": loss, "training_loss": loss,
         "tokens": 100, "bytes_up": 300, "bytes_down": 200, "seconds": 1.0,
     }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """The codecs' torch bodies, as on any CPU: here Triton's interpreter would do the same, slowly."""
-    monkeypatch.setattr(quantize, "runs_triton", lambda tensor: False)
 
 
 @pytest.fixture

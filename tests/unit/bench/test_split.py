@@ -14,16 +14,9 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.wire.codecs import NAMES, decode, encode
-from fedbert_kernels import quantize
 
 VOCABULARY, WIDTH, LENGTHS = 61, 16, [9, 9, 9]
 OPTIMIZER = OptimizerSection(lr=1e-2, gradient_clipping=0.0)
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch):
-    """The codecs' torch bodies, as on any CPU: here Triton's interpreter would do the same, slowly."""
-    monkeypatch.setattr(quantize, "runs_triton", lambda tensor: False)
 
 
 def model_of(**changes):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 
 import pytest
-from filelock import FileLock
 
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
 from fedbert_kernels.compile_check import MODULES, compile_cases, golden_path, problems, read_table
@@ -26,25 +25,12 @@ EXTRA_FOR_DROPOUT = 5
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> dict[str, dict]:
-    """{module: {row: counts}} of the modules that have a table for this Triton.
-
-    Workers of pytest-xdist share what the first of them compiles: it takes minutes, on all cores.
-    """
+def measured() -> dict[str, dict]:
+    """{module: {row: counts}} of the modules that have a table for this Triton."""
     modules = [module for module in MODULES if golden_path(module).exists()]
     if not modules:
         pytest.skip(f"no golden table for this Triton: {golden_path('*')}")
-    folder = tmp_path_factory.getbasetemp()
-    counts = (folder if worker_id == "master" else folder.parent) / "compiled.json"
-    with FileLock(f"{counts}.lock"):
-        if not counts.exists():
-            counts.write_text(compile_all(modules))
-    tables: dict[str, dict] = json.loads(counts.read_text())
-    return tables
-
-
-def compile_all(modules: list[str]) -> str:
-    """JSON of what a process of its own has measured: there, kernels are not interpreted."""
+    # In a process of its own, where kernels are not interpreted.
     program = (
         "import json, sys\n"
         "from fedbert_kernels.compile_check import measure_all\n"
@@ -55,7 +41,8 @@ def compile_all(modules: list[str]) -> str:
     command = [sys.executable, "-c", program, *modules]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
     assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout
+    tables: dict[str, dict] = json.loads(result.stdout)
+    return tables
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -20,15 +20,8 @@ from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
-from fedbert_kernels import quantize
 
 TIMEOUT = 20.0
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The codecs' torch bodies, as on any server: Triton's interpreter, which tests use, serves one thread."""
-    monkeypatch.setattr(quantize, "runs_triton", lambda tensor: False)
 
 
 SHAPES = Shapes(WIDTH, 2 * WIDTH, 8, False, HALF, frozenset(HALF))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedbert_ds.bench.link import DelayProxy, through
 from fedbert_ds.bench.namespace import Namespace
-from fedbert_ds.bench.process import end, environment
+from fedbert_ds.bench.pipeline_report import draw, sentence, table
+from fedbert_ds.bench.process import LONGEST_SECONDS, last_line, running
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
 from fedbert_ds.bench.timeline import Shares, read_trace, shares
 from fedbert_ds.config import RunConfig, load_config
@@ -37,7 +37,6 @@ RUN_FILE = SOURCE / "configs" / "pipeline.yaml"
 SETTLING_WINDOWS = 3
 """Not counted: round trips are being measured and the depth follows them."""
 START_SECONDS = 240.0
-LONGEST_SECONDS = 1800.0
 QUICK = (
     "run.windows=6",
     "model.num_hidden_layers=2",
@@ -189,8 +188,8 @@ def _run(setting: Setting, options: PipelineOptions, shards: Path, tokenizer: Pa
     if setting.system == "centralized":
         command = [sys.executable, "-m", "fedbert_ds.bench.body_alone", "--config", str(RUN_FILE), *text, *overrides]
         command += [] if setting.variant else ["--whole"]
-        with _process(command, log, options.device, answers=True) as process:
-            measured = json.loads(_last_line(process, log))
+        with running(command, log, options.device, answers=True) as process:
+            measured = json.loads(last_line(process, log))
         return _row(setting, config, measured["tokens_per_second"], 1.0, 1.0, (0.0, 0.0), 0.0, 0.0)
     if setting.system == "naive":
         return _naive(setting, config, options, overrides, text, log)
@@ -210,20 +209,20 @@ def _naive(
     with ExitStack() as resources:
         reach = resources.enter_context(_reach(setting.link, options))
         command = [*naive, "serve", "--config", str(RUN_FILE), *text[:2], "--host", reach.host, *overrides]
-        server = resources.enter_context(_process(command, log, options.device, answers=True))
+        server = resources.enter_context(running(command, log, options.device, answers=True))
         # Clients start while the server does.
         client = ["train", "--config", str(RUN_FILE), *text, "--server", "-", "--seconds", str(seconds)]
         client += ["--keep-connection"] if setting.variant == KEPT else []
         command = [*reach.enter, *naive, *client, *overrides]
         clients_log = log.with_suffix(".clients.log")
         clients = resources.enter_context(
-            _process(command, clients_log, options.client_device, reach.environment, answers=True)
+            running(command, clients_log, options.client_device, reach.environment, answers=True)
         )
         assert server.stdout is not None
         address = server.stdout.readline().strip()
         if not address:
             raise RunError(f"the naive server did not start (see {log})")
-        measured = json.loads(_last_line(clients, clients_log, address + "\n"))
+        measured = json.loads(last_line(clients, clients_log, address + "\n"))
     tokens, busy = measured["tokens"], measured["busy_seconds"] / measured["seconds"]
     per_token = measured["bytes_up"] / tokens, measured["bytes_down"] / tokens
     return _row(setting, config, tokens / measured["seconds"], busy, None, per_token, 1.0 - busy, 0.0)
@@ -251,13 +250,13 @@ def _ours(
         reach = resources.enter_context(_reach(setting.link, options))
         own = [*overrides, f"run.directory={folder}", f"server.host={reach.host}"]
         command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *own]
-        server = resources.enter_context(_process(command, log, options.device))
+        server = resources.enter_context(running(command, log, options.device))
         # Clients start while the server does.
         load = ["--server", "-", "--shards", str(shards), "--state", str(state)]
         load += ["--device", options.client_device]
         command = [*reach.enter, sys.executable, "-m", "fedbert_ds.bench.load", *load]
         clients_log = log.with_suffix(".clients.log")
-        clients = resources.enter_context(_process(command, clients_log, options.client_device, reach.environment))
+        clients = resources.enter_context(running(command, clients_log, options.client_device, reach.environment))
         assert clients.stdin is not None
         clients.stdin.write(_address(folder, server, log) + "\n")
         clients.stdin.flush()
@@ -374,44 +373,6 @@ def _reach(link: Link, options: PipelineOptions) -> Iterator[_Reach]:
             yield _Reach("127.0.0.1", through(address), ())
 
 
-@contextmanager
-def _process(
-    command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None, answers: bool = False
-) -> Iterator[subprocess.Popen[str]]:
-    """A process with one thread for arithmetic that ends with this block.
-
-    Its errors go to the log, and what it prints too, unless that `answers` the benchmark.
-    """
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE if answers else errors,
-            stderr=errors,
-            text=True,
-            env=environment(device) | (more or {}),
-        )
-        try:
-            yield process
-        finally:
-            if process.stdin is not None:
-                process.stdin.close()
-            end(process, patience=30)
-            if process.stdout is not None:
-                process.stdout.close()
-
-
-def _last_line(process: subprocess.Popen[str], log: Path, told: str = "") -> str:
-    """The last line that a process prints until it ends, once it has been told this."""
-    try:
-        printed, _ = process.communicate(told, timeout=LONGEST_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise RunError(f"a run took more than {LONGEST_SECONDS / 60:.0f} minutes (see {log})") from None
-    if process.returncode or not printed.strip():
-        raise RunError(f"a run failed (see {log})")
-    return printed.strip().splitlines()[-1]
-
-
 def _address(folder: Path, server: subprocess.Popen[str], log: Path) -> str:
     path, deadline = folder / "server.address", time.monotonic() + START_SECONDS
     while not path.is_file():
@@ -431,87 +392,6 @@ def _wait(server: subprocess.Popen[str], clients: subprocess.Popen[str], log: Pa
         time.sleep(0.1)
     if server.returncode:
         raise RunError(f"the server failed (see {log})")
-
-
-# -- what is told ---------------------------------------------------------------------------------------------------
-
-
-def sentence(row: dict[str, Any]) -> str:
-    """A row in one line."""
-    link = f"{row['rtt_ms']:g} ms" + (f", {row['mbit']:g} Mbit/s" if row["mbit"] else "")
-    bytes_per_token = row["bytes_per_token_up"] + row["bytes_per_token_down"]
-    bound = f" (bound {100 * row['utilization_bound']:.1f})" if row["utilization_bound"] else ""
-    name = ", ".join(filter(None, [row["system"], row["variant"]]))
-    return (
-        f"{name:34} {link:20} {row['tokens_per_second']:9,.0f} tokens/s   body busy "
-        f"{100 * row['utilization']:.1f} %{bound}   {bytes_per_token:,.0f} bytes/token"
-    )
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, tokens/s also as a share of centralized and a multiple of naive over the same link.
-
-    Where one of these was measured twice, before and after ours, their mean counts.
-    """
-
-    def beside(system: str) -> dict[tuple[float, float | None], float]:
-        speeds: dict[tuple[float, float | None], list[float]] = {}
-        for row in rows:
-            if row["system"] == system and not row["variant"]:
-                speeds.setdefault((row["rtt_ms"], row["mbit"]), []).append(row["tokens_per_second"])
-        return {link: statistics.mean(measured) for link, measured in speeds.items()}
-
-    centralized, naive = beside("centralized"), beside("naive")
-    heads = ["system", "link", "tokens/s", "of centralized", "times naive", "body busy", "bound"]
-    heads += ["bytes/token up", "down", "dummies"]
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
-    for row in rows:
-        link = f"{row['rtt_ms']:g} ms" + (f", {row['mbit']:g} Mbit/s" if row["mbit"] else "")
-        base, whole = (speeds.get((row["rtt_ms"], row["mbit"])) for speeds in (naive, centralized))
-        cells = [
-            ", ".join(filter(None, [row["system"], row["variant"]])),
-            f"(beside {link})" if row["system"] == "centralized" else link,
-            f"{row['tokens_per_second']:,.0f}",
-            f"{100 * row['tokens_per_second'] / whole:.0f} %" if whole and row["system"] != "centralized" else "",
-            f"{row['tokens_per_second'] / base:.1f}" if base and row["system"] == "ours" else "",
-            f"{100 * row['utilization']:.1f} %",
-            f"{100 * row['utilization_bound']:.1f} %" if row["utilization_bound"] and row["system"] == "ours" else "",
-            f"{row['bytes_per_token_up']:,.0f}",
-            f"{row['bytes_per_token_down']:,.0f}",
-            f"{100 * row['dummy_share']:.0f} %",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Tokens/s and busy share of every system over round-trip time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, busy) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["system"] != "centralized":
-            lines.setdefault(", ".join(filter(None, [row["system"], row["variant"]])), []).append(row)
-    for name, line in lines.items():
-        rtt = [row["rtt_ms"] for row in line]
-        speed.plot(rtt, [row["tokens_per_second"] for row in line], marker="o", label=name)
-        busy.plot(rtt, [100 * row["utilization"] for row in line], marker="o", label=name)
-    central = [row["tokens_per_second"] for row in rows if row["system"] == "centralized" and not row["variant"]]
-    if central:
-        speed.axhline(statistics.mean(central), color="black", linestyle="--", label="centralized")
-    for axes, label in ((speed, "tokens/s"), (busy, "body busy, %")):
-        axes.set_xlabel("round trip, ms")
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-    speed.legend(fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

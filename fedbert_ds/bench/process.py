@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+from fedbert_ds.errors import RunError
+
+LONGEST_SECONDS = 1800.0
+"""Of one run."""
 
 
 def environment(device: str) -> dict[str, str]:
@@ -23,3 +31,41 @@ def end(process: subprocess.Popen[Any], patience: float) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def running(
+    command: Sequence[str], log: Path, device: str, more: dict[str, str] | None = None, answers: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """A process with one thread for arithmetic that ends with this block.
+
+    Its errors go to the log, and what it prints too, unless that `answers` the benchmark.
+    """
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE if answers else errors,
+            stderr=errors,
+            text=True,
+            env=environment(device) | (more or {}),
+        )
+        try:
+            yield process
+        finally:
+            if process.stdin is not None:
+                process.stdin.close()
+            end(process, patience=30)
+            if process.stdout is not None:
+                process.stdout.close()
+
+
+def last_line(process: subprocess.Popen[str], log: Path, told: str = "") -> str:
+    """The last line that a process prints until it ends, once it has been told this; RunError names the log if none."""
+    try:
+        printed, _ = process.communicate(told, timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"a run took more than {LONGEST_SECONDS / 60:.0f} minutes (see {log})") from None
+    if process.returncode or not printed.strip():
+        raise RunError(f"a run failed (see {log})")
+    return printed.strip().splitlines()[-1]

@@ -20,7 +20,8 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.server.control import Control
 from fedbert_ds.server.engine import BodyEngine, zero_stage
 from fedbert_ds.server.prepare import HELD_OUT, TextFacts
-from fedbert_ds.server.rank import RankServer, Report
+from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.report import Report
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_bytes
 from fedbert_ds.telemetry.report import write_report

@@ -24,14 +24,16 @@ from fedbert_ds.server.coordinator import Seat, reply
 from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
 from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
 from fedbert_ds.server.device_work import DeviceWork
-from fedbert_ds.server.engine import BodyEngine, BodyInput
+from fedbert_ds.server.engine import BodyEngine
 from fedbert_ds.server.half_exchange import Half, HalfExchange
-from fedbert_ds.server.inbox import Arrived, Inbox, Shapes
+from fedbert_ds.server.inbox import Inbox, Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
 from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.outbox import Outbox
+from fedbert_ds.server.packed_input import packed_input
 from fedbert_ds.server.patience import Patience
 from fedbert_ds.server.pipeline_queue import PipelineQueue
+from fedbert_ds.server.report import Report, Tally
 from fedbert_ds.server.window import Piece, pack
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -48,43 +50,6 @@ class StopFlag(Protocol):
     """Something that may ask the run to save and end."""
 
     requested: bool
-
-
-@dataclass
-class Tally:
-    """What one rank counts of one window."""
-
-    loss_sum: float = 0.0
-    tokens: int = 0
-    masked_tokens: int = 0
-    lost_masked_tokens: int = 0
-    busy_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    forwards: int = 0
-    backwards: int = 0
-    dummy_micro_batches: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    averaging_bytes_up: int = 0
-    averaging_bytes_down: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a rank tells the others between two windows."""
-
-    num_micro_batches: int
-    """Of the next window, on this rank."""
-    masked_tokens: int
-    """Of the next window, on this rank."""
-    demand: Demand
-    clients: frozenset[str]
-    stop: bool
-    problems: tuple[str, ...]
-    """Everything that went wrong with clients so far."""
-    new_problems: tuple[str, ...]
-    """Those of the window that has just ended."""
-    tally: Tally
 
 
 @dataclass
@@ -396,7 +361,7 @@ class RankServer:
         place = self._control.rank, self._numbers[micro_batch]
         seed = stable_seed("body dropout", self._config.run.seed, window, *place)
         if pieces:
-            body_input = self._body_input(pieces, arrived, seed)
+            body_input = packed_input(pieces, arrived, self._manifests, seed)
         else:
             body_input = self._engine.dummy_input(self._shapes.activation_width, self._shapes.is_rows_cut, seed)
         work = self._engine.forward(micro_batch, body_input)
@@ -418,27 +383,6 @@ class RankServer:
             self._asked["gradient", piece.client, micro_batch] = time.monotonic()
             self._outbox.send_coded([piece.client], partial(message, rows))
         return bool(pieces)
-
-    def _body_input(self, pieces: tuple[Piece, ...], arrived: list[Arrived], seed: int) -> BodyInput:
-        """Pack pieces one after another; positions, sequence bounds and row numbers shift by what comes before."""
-        lengths: list[int] = []
-        positions, row_indices = [], []
-        tokens_before = rows_before = 0
-        for piece, item in zip(pieces, arrived, strict=True):
-            manifest = self._manifests[piece.client]
-            lengths += manifest.lengths[piece.first_sequence : piece.first_sequence + piece.num_sequences]
-            positions.append(item.masked_positions + tokens_before)
-            if item.row_index is not None:
-                row_indices.append(item.row_index + rows_before)
-            tokens_before += piece.tokens
-            rows_before += len(item.values)
-        return BodyInput(
-            activations=torch.cat([item.values for item in arrived]),
-            masked_positions=torch.cat(positions),
-            cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-            row_index=torch.cat(row_indices) if row_indices else None,
-            seed=seed,
-        )
 
     def _backward(self, window: int, backward: Backward) -> None:
         micro_batch = backward.micro_batch

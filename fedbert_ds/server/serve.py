@@ -17,6 +17,7 @@ from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError, WireError
 from fedbert_ds.federation.modes import exchange_codec, is_exchanged
+from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
@@ -141,15 +142,11 @@ def serve(config: RunConfig, resume: bool) -> int:
         endpoints = control.gather(f"{_advertised(config, control.world_size)}:{port}")
         prepared = control.broadcast(_prepare(config, resume) if control.rank == 0 else None)
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
-        model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
-        _check_lengths(config, model.config)
-        half, body = split(model, config.cut)
-        if config.body.activation_checkpointing:
-            body.enable_activation_checkpointing()
+        model_config, half, body = _halves(config, tokenizer)
         narrator = Narrator(config, control, prepared.facts, half, body)
         device = _device()
         engine = BodyEngine.build(body.to(device), config, device)
-        roster = _roster(config, resume, tokenizer, model.config)
+        roster = _roster(config, resume, tokenizer, model_config)
         if control.rank == 0:
             _reveal_address(config.run.directory, endpoints[0])
             narrator.announce(endpoints[0])
@@ -160,31 +157,21 @@ def serve(config: RunConfig, resume: bool) -> int:
         shapes = _shapes(config, half)
         most_tokens = max(config.window.tokens_per_micro_batch, shapes.longest_sequence)
         decoding = Decoding(ingress.next_event, shapes, config.wire, most_tokens)
-        rank = RankServer(
-            config,
-            shapes,
-            engine,
-            ingress,
-            control,
-            start.seats,
-            start.first_window,
-            stop,
-            trace,
-            decoding.next_event,
-        )
+        whose = start.seats, start.first_window
+        rank = RankServer(config, shapes, engine, ingress, control, *whose, stop, trace, decoding.next_event)
         decoding.start()
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         control.barrier()
         if control.rank == 0:
-            _welcome(config, roster, start, endpoints, prepared.tokenizer, config_to_json(model.config))
+            _welcome(config, roster, start, endpoints, prepared.tokenizer, config_to_json(model_config))
         initial = {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
         rank.connect(initial, clients.check)
         window = _train(config, rank, clients, narrator, start.first_window)
         # Clients end in there; one that is started again must not find this run's address.
         _hide_address(config, control)
-        narrator.hand_over(window, rank, engine, model.config, tokenizer)
+        narrator.hand_over(window, rank, engine, model_config, tokenizer)
         clients.wait(seconds=30)
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still writing.
         control.barrier()
@@ -199,6 +186,16 @@ def serve(config: RunConfig, resume: bool) -> int:
         ingress.stop()
         clients.stop()
         trace.close()
+
+
+def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
+    """(transformers config, client half, body) of the model that every rank builds alike from the run's seed."""
+    model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+    _check_lengths(config, model.config)
+    half, body = split(model, config.cut)
+    if config.body.activation_checkpointing:
+        body.enable_activation_checkpointing()
+    return model.config, half, body
 
 
 def _prepare(config: RunConfig, resume: bool) -> Prepared:

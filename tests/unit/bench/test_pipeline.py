@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,18 +14,13 @@ from fedbert_ds.bench.pipeline import (
     Link,
     PipelineOptions,
     Setting,
-    draw,
-    sentence,
     settings,
-    table,
 )
 from fedbert_ds.bench.pipeline import _bubble as bubble
-from fedbert_ds.bench.pipeline import _last_line as last_line
 from fedbert_ds.bench.pipeline import _overrides as overrides
-from fedbert_ds.bench.pipeline import _process as process
+from fedbert_ds.bench.pipeline_report import draw, sentence, table
 from fedbert_ds.bench.timeline import Shares
 from fedbert_ds.config import load_config
-from fedbert_ds.errors import RunError
 
 
 class Vocabulary:
@@ -125,25 +119,6 @@ def test_the_work_of_an_exchange_is_measured() -> None:
     config = load_config(RUN_FILE, ["federation.mode=synchronous", "wire.halves=int8", "model.hidden_size=64"])
     work = exchange_work(config, Vocabulary())
     assert work.send > 0.0 and work.take > 0.0
-
-
-def test_a_program_is_told_where_its_server_is_once_it_runs(tmp_path: Path) -> None:
-    """Its last line is its answer; what else it says is in the log."""
-    program = "import sys; print('warming up'); print('oops', file=sys.stderr); print('server', sys.stdin.readline())"
-    log = tmp_path / "log"
-    with process([sys.executable, "-c", program], log, "cpu", answers=True) as client:
-        assert last_line(client, log, "127.0.0.1:7\n") == "server 127.0.0.1:7"
-    assert log.read_text() == "oops\n"
-
-
-@pytest.mark.parametrize("program", ["print('half a result'); raise SystemExit(3)", "pass"])
-def test_a_program_that_ends_without_a_result_is_told_with_its_log(tmp_path: Path, program: str) -> None:
-    log = tmp_path / "log"
-    with (
-        process([sys.executable, "-c", program], log, "cpu", answers=True) as client,
-        pytest.raises(RunError, match=f"see {log}"),
-    ):
-        last_line(client, log)
 
 
 def test_names() -> None:

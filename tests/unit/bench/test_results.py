@@ -12,7 +12,7 @@ from fedbert_ds.bench.codecs import BASELINE, Setting, all_in
 from fedbert_ds.bench.codecs import table as codecs_table
 from fedbert_ds.bench.compare import table
 from fedbert_ds.bench.counted import counted_table
-from fedbert_ds.bench.pipeline import table as pipeline_table
+from fedbert_ds.bench.pipeline_report import table as pipeline_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
 

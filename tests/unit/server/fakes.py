@@ -21,7 +21,8 @@ from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.engine import BodyInput
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.ingress import Connected, Disconnected, Event, JoinAsked, Received
-from fedbert_ds.server.rank import RankServer, Report
+from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.report import Report
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedbert_ds.bench.process import address_of
 from fedbert_ds.client.session import ClientOptions, run_client
 from fedbert_ds.errors import UserError
 
@@ -27,7 +28,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    server = sys.stdin.readline().strip() if options.server == "-" else options.server
+    server = address_of(options.server)
     failures: list[str] = []
 
     def run(shard: Path) -> None:

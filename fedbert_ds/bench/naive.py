@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from fedbert_ds.bench.process import address_of
 from fedbert_ds.config import RunConfig, load_config
 
 
@@ -234,8 +235,7 @@ def main() -> None:
     if options.end == "serve":
         serve(PaddedBody(model, config.optimizer.lr), options.host)
     else:
-        server = sys.stdin.readline().strip() if options.server == "-" else options.server
-        wanted = options.shards, server, options.seconds, options.keep_connection
+        wanted = options.shards, address_of(options.server), options.seconds, options.keep_connection
         print(json.dumps(train(config, model, tokenizer, *wanted)))
 
 

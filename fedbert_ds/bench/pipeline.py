@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedbert_ds.bench.link import DelayProxy, through
 from fedbert_ds.bench.namespace import Namespace
 from fedbert_ds.bench.pipeline_report import draw, sentence, table
-from fedbert_ds.bench.process import LONGEST_SECONDS, last_line, running
+from fedbert_ds.bench.process import LONGEST_SECONDS, last_line, running, tell
 from fedbert_ds.bench.record import SOURCE, source_commit, write_record
 from fedbert_ds.bench.timeline import Shares, read_trace, shares
 from fedbert_ds.config import RunConfig, load_config
@@ -257,9 +257,7 @@ def _ours(
         command = [*reach.enter, sys.executable, "-m", "fedbert_ds.bench.load", *load]
         clients_log = log.with_suffix(".clients.log")
         clients = resources.enter_context(running(command, clients_log, options.client_device, reach.environment))
-        assert clients.stdin is not None
-        clients.stdin.write(_address(folder, server, log) + "\n")
-        clients.stdin.flush()
+        tell(clients, _address(folder, server, log))
         _wait(server, clients, log)
     windows = read_metrics(folder / "metrics.jsonl")[SETTLING_WINDOWS:]
     seconds = sum(window.seconds for window in windows)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,24 @@ def running(
             yield process
         finally:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):
+                    process.stdin.close()
             end(process, patience=30)
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def tell(process: subprocess.Popen[str], line: str) -> None:
+    """Write a line to a process of `running`; one that has ended already is for its waiter to notice."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write(f"{line}\n")
+        process.stdin.flush()
+
+
+def address_of(server: str) -> str:
+    """In a program that is started beside its server: the given address, or for "-" the line that it is told."""
+    return sys.stdin.readline().strip() if server == "-" else server
 
 
 def last_line(process: subprocess.Popen[str], log: Path, told: str = "") -> str:

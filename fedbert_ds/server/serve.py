@@ -157,8 +157,18 @@ def serve(config: RunConfig, resume: bool) -> int:
         shapes = _shapes(config, half)
         most_tokens = max(config.window.tokens_per_micro_batch, shapes.longest_sequence)
         decoding = Decoding(ingress.next_event, shapes, config.wire, most_tokens)
-        whose = start.seats, start.first_window
-        rank = RankServer(config, shapes, engine, ingress, control, *whose, stop, trace, decoding.next_event)
+        rank = RankServer(
+            config,
+            shapes,
+            engine,
+            ingress,
+            control,
+            start.seats,
+            start.first_window,
+            stop,
+            trace,
+            decoding.next_event,
+        )
         decoding.start()
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)

@@ -15,13 +15,14 @@ from fedbert_ds.bench.transfers import describe, half_row
 
 def test_every_rate_is_of_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "MESSAGE_BYTES", (40_000,))
-    monkeypatch.setattr(bench, "STREAMS", (3,))
+    monkeypatch.setattr(bench, "STREAMS", (1, 3))
     rows = list(bench.rate_rows(num_bytes=1_200_000))
     assert [(row["ingress"], row["transport"], row["answered"], row["streams"]) for row in rows] == [
-        (place, transport, answered, 3)
+        (place, transport, answered, streams)
         for place in ("thread", "process")
         for transport in ("socket", "shared")
         for answered in (False, True)
+        for streams in (1, 3)
     ]
     payload = 40_000 // BYTES_PER_TOKEN * BYTES_PER_TOKEN * 30
     for row in rows:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedbert_ds.bench import exchange
 from fedbert_ds.bench.exchange import ExchangeWork, exchange_work
 from fedbert_ds.bench.pipeline import (
     CEILING,
@@ -119,6 +120,12 @@ def test_the_work_of_an_exchange_is_measured() -> None:
     config = load_config(RUN_FILE, ["federation.mode=synchronous", "wire.halves=int8", "model.hidden_size=64"])
     work = exchange_work(config, Vocabulary())
     assert work.send > 0.0 and work.take > 0.0
+
+
+def test_the_quickest_of_several_tries_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 3.0, 10.0, 12.0, 20.0, 24.0, 30.0, 32.5, 40.0, 49.0])
+    monkeypatch.setattr(exchange.time, "perf_counter", lambda: next(clock))
+    assert exchange._quickest(lambda: None) == 2.0
 
 
 def test_names() -> None:

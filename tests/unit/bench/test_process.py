@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.bench.process import end, environment, last_line, running
+from fedbert_ds.bench.process import end, environment, last_line, running, tell
 from fedbert_ds.errors import RunError
 
 SLEEPER = "import time; print('on', flush=True); time.sleep(600)"
@@ -48,3 +48,10 @@ def test_a_program_that_ends_without_a_result_is_told_with_its_log(tmp_path: Pat
         pytest.raises(RunError, match=f"see {log}"),
     ):
         last_line(client, log)
+
+
+def test_a_program_that_has_ended_is_for_its_waiter_to_notice(tmp_path: Path) -> None:
+    with running([sys.executable, "-c", "raise SystemExit(3)"], tmp_path / "log", "cpu") as clients:
+        clients.wait()
+        tell(clients, "127.0.0.1:7")
+        assert clients.returncode == 3

@@ -35,6 +35,7 @@ from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.device_work import DeviceWork
 from fedbert_ds.server.ingress import Event, Received
 from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.report import Report
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
@@ -403,11 +404,15 @@ class BoardControl:
         self.gather(window)
 
 
+SECONDS_OF_WORK = 1000.0
+"""Of each forward and backward; so long that what steps really take does not matter."""
+
+
 class CollectiveEngine(FakeEngine):
     """Every backward and step needs the other rank, and with `lockstep_forwards` every forward too."""
 
     def __init__(self, rank: int, board: Board, lockstep_forwards: bool) -> None:
-        super().__init__(lockstep_forwards=lockstep_forwards)
+        super().__init__(seconds=SECONDS_OF_WORK, lockstep_forwards=lockstep_forwards)
         self._rank, self._board = rank, board
 
     def forward(self, micro_batch: int, body_input: Any) -> torch.Tensor:
@@ -446,6 +451,7 @@ def test_two_ranks_keep_step_whoever_fails(
         for client, seat in zip(clients, seats(clients).values(), strict=True)
     }
     board, outcomes = Board(), [None, None]
+    tallies: list[Report] = []
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
 
     def serve(number: int) -> None:
@@ -455,7 +461,7 @@ def test_two_ranks_keep_step_whoever_fails(
                 BoardControl(number, board), places, 0, SimpleNamespace(requested=False), Trace(None),
             )  # type: ignore[arg-type]  # fmt: skip
             server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-            outcomes[number] = server.train(lambda window, reports, seconds: None, Path("x"))
+            outcomes[number] = server.train(lambda window, reports, seconds: tallies.extend(reports), Path("x"))
         except BaseException as error:
             outcomes[number] = error
             board.leave()
@@ -472,6 +478,11 @@ def test_two_ranks_keep_step_whoever_fails(
         assert client.windows_stepped == [0, 1, 2]
         assert client.hidden_states == 3 * sum(length // 2 for length in client.lengths)
     assert (cy.refusal is not None) == (fault is not None)
+    assert any(report.tally.dummy_micro_batches for report in tallies)
+    for tally in (report.tally for report in tallies):
+        # A dummy keeps the device busy, forward and backward, and is no work.
+        work = tally.forwards + tally.backwards - 2 * tally.dummy_micro_batches
+        assert round(tally.busy_seconds / SECONDS_OF_WORK) == work
 
 
 # -- the rest of the protocol ---------------------------------------------------------------------------------------

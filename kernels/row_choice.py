@@ -1,111 +1,174 @@
-"""Which small kernels torch.compile beats on a card, and what runs there in their place.
+"""Whether LayerNorm and GELU are ours or torch.compile's on a card: ours where they were measured faster, only there.
 
-The bytes that LayerNorm and GELU must move are the same for everybody, so a compiler may well be as good. Whether it is
-depends on the card: `fedbert-ds bench kernels --tune` measures both and keeps here who was faster. Without a
-measurement the fused kernels run.
+The bytes that both must move are the same for everybody, so a compiler may well be as good; it depends on the card, the
+width and the releases. So both are timed there once, which takes some ten seconds a case, and the outcome is kept in a
+file under ~/.cache (or $XDG_CACHE_HOME). `fedbert-ds bench kernels --tune` measures again, among other rivals.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import json
+import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
-from torch.nn import functional as F
 
-from fedbert_kernels import gelu, layer_norm, row_philox
+from fedbert_kernels import compiled_rows, gelu, layer_norm, row_philox
 from fedbert_kernels.attention_launches import capability
+from fedbert_kernels.compiled_rows import compiled_bias_gelu, compiled_residual_layer_norm
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import triton
 from fedbert_kernels.launch import GAIN, digest, table_path
 from fedbert_kernels.layer_norm import residual_layer_norm
 
 LAYER_NORM, GELU = "layer norm", "GELU"
+BYTES = 256 << 20
+"""Of each tensor: no cache holds it, and it keeps the card busy for longer than a host takes to launch the kernels."""
+
+logger = logging.getLogger(__name__)
 
 
-def fused_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """`bias_gelu` by whoever is faster on x's card."""
-    if _is_beaten(GELU, x, 0.0):
-        return compiled(_bias_gelu)(x, bias)
-    return bias_gelu(x, bias)
+@dataclass(frozen=True)
+class RowCase:
+    """What is measured as one."""
+
+    kernel: str
+    """LAYER_NORM or GELU."""
+    dtype: torch.dtype
+    width: int
+    dropout: float = 0.0
+    """Drop probability in training; any but 0 costs the same."""
+
+    @property
+    def name(self) -> str:
+        """What measurements are kept by."""
+        dropout = " dropout" if self.dropout else ""
+        return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {self.width}{dropout}"
 
 
-def fused_residual_layer_norm(
-    x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, dropout: float, epsilon: float
-) -> Tensor:
-    """`residual_layer_norm` by whoever is faster on x's card; dropout follows torch's generator either way."""
-    if _is_beaten(LAYER_NORM, x, dropout):
-        return compiled(_residual_layer_norm)(x, residual, bias, weight, shift, dropout, epsilon)
-    return residual_layer_norm(x, residual, bias, weight, shift, dropout, epsilon)
+Times = tuple[float, float]
+"""Milliseconds of (ours, torch.compile's), forward and backward; infinite for one that does not run."""
 
 
-def shape_class(kernel: str, dtype: torch.dtype, width: int, dropout: float) -> str:
-    """What measurements are kept by."""
-    return f"{kernel} {str(dtype).removeprefix('torch.')} {width}" + (" dropout" if dropout else "")
+def operator(kernel: str, ours: bool) -> Callable[..., Tensor]:
+    """What computes LAYER_NORM or GELU: our kernel, or torch.compile's."""
+    if kernel == GELU:
+        return bias_gelu if ours else compiled_bias_gelu
+    return residual_layer_norm if ours else compiled_residual_layer_norm
 
 
-def keep_choices(milliseconds: Mapping[str, tuple[float, float]], device: int) -> dict[str, bool]:
-    """Write down who is faster, from {shape class: (ours, torch.compile's)}; {shape class: whether ours is kept}.
+def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
+    """{name of a case: whether our kernel is faster than torch.compile on this card}, measured now if nobody has yet.
 
-    torch.compile takes over only where it is clearly faster: less than `GAIN` of the time.
+    Processes of a machine measure one at a time, and the later ones read what the first wrote: all must compute the
+    same. Off a GPU nothing is measured and the answer is yes.
     """
-    kept = {name: compiled_one >= GAIN * ours for name, (ours, compiled_one) in milliseconds.items()}
-    path = choices_path(device)
-    beaten = (_beaten_on(device) - kept.keys()) | {name for name, is_kept in kept.items() if not is_kept}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as scratch:
-        json.dump({"kernels": _digest(), "beaten": sorted(beaten)}, scratch, indent=1)
-    os.replace(scratch.name, path)
-    _beaten_on.cache_clear()
-    return kept
+    wanted = {case.name: case for case in cases}
+    if device.type != "cuda" or not wanted:
+        return dict.fromkeys(wanted, True)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    path = choices_path(index)
+    if not wanted.keys() <= _read(path).keys():
+        with _alone(path):
+            missing = [case for name, case in wanted.items() if name not in _read(path)]
+            times = {case.name: _measure(case, index) for case in missing}
+            # One that did not run today may tomorrow: that is no measurement.
+            lost = {name: _is_kept(pair) for name, pair in times.items() if math.inf in pair}
+            measured = {name: pair for name, pair in times.items() if name not in lost}
+            return {name: answer for name, answer in (keep(measured, index) | lost).items() if name in wanted}
+    known = _read(path)
+    return {name: known[name] for name in wanted}
 
 
-def choices_path(device: int) -> Path:
-    """Where the choices of this card lie, or would lie; another release of torch may compile better."""
-    table = table_path(torch.cuda.get_device_name(device), capability(device), triton.__version__)
+def keep(milliseconds: Mapping[str, Times], index: int) -> dict[str, bool]:
+    """Write down who is faster, by name of the case; the whole table of the card with this index, as it is now.
+
+    Ours must be clearly faster, at most `GAIN` of the time: what is as good without being ours is better.
+    """
+    path = choices_path(index)
+    table = _read(path) | {name: _is_kept(pair) for name, pair in milliseconds.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
+            json.dump({"kernels": _digest(), "kept": dict(sorted(table.items()))}, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): every start will measure LayerNorm and GELU anew", path, error)
+    return table
+
+
+def choices_path(index: int) -> Path:
+    """Where the choices for a card lie, or would lie; another release of torch may compile better."""
+    table = table_path(torch.cuda.get_device_name(index), capability(index), triton.__version__)
     return table.with_name(f"{table.stem}-torch-{torch.__version__.split('+')[0]}-rows.json")
 
 
-@functools.cache
-def compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The function as torch.compile makes it, for any number of rows."""
-    return torch.compile(function, dynamic=True)
+def _is_kept(times: Times) -> bool:
+    ours, compiled = times
+    return ours < math.inf and ours <= GAIN * compiled
 
 
-def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    return F.gelu(x + bias.to(x.dtype))
+def _measure(case: RowCase, index: int) -> Times:
+    # A log's default level shows it: half a minute of silence before a run starts would look like a hang.
+    logger.warning("measuring %s beside torch.compile's, once for this card and these releases", case.name)
+    with torch.cuda.device(index), torch.random.fork_rng(devices=[index]):
+        times = _milliseconds(case, ours=True), _milliseconds(case, ours=False)
+        torch.cuda.empty_cache()
+    return times
 
 
-def _residual_layer_norm(
-    x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, dropout: float, epsilon: float
-) -> Tensor:
-    h = residual + F.dropout(x + bias.to(x.dtype), dropout)
-    return F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), shift.to(h.dtype), epsilon)
+def _milliseconds(case: RowCase, ours: bool) -> float:
+    """Of forward and backward; infinite if that does not run here."""
+    from triton.testing import do_bench
 
-
-def _is_beaten(kernel: str, x: Tensor, dropout: float) -> bool:
-    if not x.is_cuda:
-        return False
-    index = torch.cuda.current_device() if x.device.index is None else x.device.index
-    return shape_class(kernel, x.dtype, x.shape[-1], dropout) in _beaten_on(index)
-
-
-@functools.cache
-def _beaten_on(device: int) -> frozenset[str]:
-    """Read once; empty where nobody has measured, or other kernels were measured."""
     try:
-        table = json.loads(choices_path(device).read_text(encoding="utf-8"))
-        beaten: Iterable[str] = table["beaten"] if table["kernels"] == _digest() else ()
-        return frozenset(map(str, beaten))
-    except (OSError, ValueError, KeyError, TypeError):
-        return frozenset()
+        milliseconds: float = do_bench(training_step(case, ours, "cuda"), return_mode="median")
+    except Exception as error:  # Compilers and drivers fail in many ways, and none of them makes this one usable.
+        name, reason = "our kernel" if ours else "torch.compile's", str(error).strip().partition("\n")[0]
+        logger.warning("%s: %s does not run here: %s", case.name, name, reason)
+        return math.inf
+    return milliseconds
 
 
-@functools.cache
+def training_step(case: RowCase, ours: bool, device: str, num_bytes: int = BYTES) -> Callable[[], tuple[Tensor, ...]]:
+    """A call of forward and backward over tensors of `num_bytes`; returns the gradients of all inputs."""
+    compute = operator(case.kernel, ours)
+    num_rows = num_bytes // (case.width * case.dtype.itemsize)
+    num_large, num_parameters, numbers = (2, 3, (case.dropout, 1e-12)) if case.kernel == LAYER_NORM else (1, 1, ())
+    sizes = [(num_rows, case.width)] * num_large + [(case.width,)] * num_parameters
+    inputs = [torch.randn(size, device=device, dtype=case.dtype, requires_grad=True) for size in sizes]
+    dy = torch.randn(num_rows, case.width, device=device, dtype=case.dtype)
+    return lambda: torch.autograd.grad(compute(*inputs, *numbers), inputs, dy)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Keeps the machine's other processes out; each is on its own where no lock can be made."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, NotImplementedError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(FileLock(path.with_suffix(".lock")))
+        yield
+
+
+def _read(path: Path) -> dict[str, bool]:
+    """Empty where nobody has measured, or other kernels were measured."""
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if table["kernels"] != _digest():
+            return {}
+        return {str(name): answer is True for name, answer in table["kept"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
 def _digest() -> str:
-    return digest(gelu.__file__, layer_norm.__file__, row_philox.__file__)
+    return digest(*(module.__file__ for module in (gelu, layer_norm, row_philox, compiled_rows)))

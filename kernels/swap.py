@@ -10,6 +10,7 @@ Attention itself is not swapped here; it has transformers' own interface.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
@@ -19,17 +20,22 @@ from torch.nn import functional
 
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 from fedbert_kernels.layer_norm import LARGEST_WIDTH
-from fedbert_kernels.row_choice import fused_bias_gelu, fused_residual_layer_norm
+from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
 
 Kernels = Literal["auto", "triton", "torch"]
+PROJECTION = "projection"
 
 
-def swap(model: nn.Module, kernels: Kernels = "auto") -> int:
+def swap(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None) -> int:
     """Let the modules of `model` that the fused kernels can stand for run them; returns how many.
 
     `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's interpreter: ValueError
     otherwise. `auto` is `triton` where it can be, and `torch` elsewhere. A second call changes nothing more. 0 also
     comes from a model without such modules, like ModernBERT: its norms come first and its GELU is gated.
+
+    Where torch.compile's LayerNorm or GELU is as fast on this card, that runs in place of ours (`row_choice`). The
+    first call on a card measures it, for the widths and dropout of this model and for `dtype`, in which it will run;
+    if that is None, its parameters'.
     """
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
@@ -40,13 +46,16 @@ def swap(model: nn.Module, kernels: Kernels = "auto") -> int:
             "kernels: triton needs a model on a GPU and the triton package (pip install triton); "
             "kernels: auto takes torch where it cannot run"
         )
-    num_swapped = 0
-    for module in model.modules():
-        forward = _fused_forward(module)
-        if forward is not None:
-            module.forward = MethodType(forward, module)
-            num_swapped += 1
-    return num_swapped
+    kinds = {module: kind for module in model.modules() if (kind := _kind(module)) is not None}
+    cases = {module: _row_case(kind, module, dtype) for module, kind in kinds.items() if kind != PROJECTION}
+    ours = kept(cases.values(), next(model.parameters()).device) if cases else {}
+    for module in kinds:
+        forward: Callable[..., Any] = _one_projection
+        if module in cases:
+            case = cases[module]
+            forward = partial(_AROUND[case.kernel], operator(case.kernel, ours[case.name]))
+        module.forward = MethodType(forward, module)
+    return len(kinds)
 
 
 def _can_run_triton(model: nn.Module) -> bool:
@@ -54,8 +63,8 @@ def _can_run_triton(model: nn.Module) -> bool:
     return bool(INTERPRETED) or (HAVE_TRITON and devices == {"cuda"})
 
 
-def _fused_forward(module: nn.Module) -> Callable[..., Any] | None:
-    """The forward that gives what the module's own gives; None if there is none."""
+def _kind(module: nn.Module) -> str | None:
+    """Which of the three a module is whose own forward can be replaced: PROJECTION, LAYER_NORM or GELU."""
     from transformers.models.bert.modeling_bert import (
         BertIntermediate,
         BertOutput,
@@ -67,17 +76,22 @@ def _fused_forward(module: nn.Module) -> Callable[..., Any] | None:
         projections = [getattr(module, name, None) for name in ("query", "key", "value")]
         fits = all(type(part) is nn.Linear and part.bias is not None for part in projections)
         # A decoder keeps keys and values of earlier calls.
-        return _one_projection if fits and not module.is_decoder else None
+        return PROJECTION if fits and not module.is_decoder else None
     dense = getattr(module, "dense", None)
     if type(dense) is not nn.Linear or dense.bias is None:
         return None
     if _runs_code_of(module, BertSelfOutput) or _runs_code_of(module, BertOutput):
         norm, dropout = getattr(module, "LayerNorm", None), getattr(module, "dropout", None)
         fits = type(norm) is nn.LayerNorm and norm.weight is not None and norm.weight.shape[0] <= LARGEST_WIDTH
-        return _dense_dropout_residual_norm if fits and type(dropout) is nn.Dropout else None
+        return LAYER_NORM if fits and type(dropout) is nn.Dropout else None
     if _runs_code_of(module, BertIntermediate) and _is_gelu(getattr(module, "intermediate_act_fn", None)):
-        return _dense_gelu
+        return GELU
     return None
+
+
+def _row_case(kind: str, module: Any, dtype: torch.dtype | None) -> RowCase:
+    dtype = module.dense.weight.dtype if dtype is None else dtype
+    return RowCase(kind, dtype, module.dense.out_features, module.dropout.p if kind == LAYER_NORM else 0.0)
 
 
 def _runs_code_of(module: nn.Module, model: type[nn.Module]) -> bool:
@@ -117,16 +131,22 @@ def _one_projection(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     return attended.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
 
 
-def _dense_dropout_residual_norm(self: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+def _dense_dropout_residual_norm(
+    residual_layer_norm: Callable[..., Tensor], self: Any, hidden_states: Tensor, input_tensor: Tensor
+) -> Tensor:
     x = functional.linear(hidden_states, self.dense.weight)
     # They differ under autocast, where the residual stream is fp32.
     dtype = torch.promote_types(x.dtype, input_tensor.dtype)
     dropout = self.dropout.p if self.dropout.training else 0.0
     norm = self.LayerNorm
-    return fused_residual_layer_norm(
+    return residual_layer_norm(
         x.to(dtype), input_tensor.to(dtype), self.dense.bias, norm.weight, norm.bias, dropout, norm.eps
     )
 
 
-def _dense_gelu(self: Any, hidden_states: Tensor) -> Tensor:
-    return fused_bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)
+def _dense_gelu(bias_gelu: Callable[..., Tensor], self: Any, hidden_states: Tensor) -> Tensor:
+    return bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)
+
+
+_AROUND: dict[str, Callable[..., Any]] = {LAYER_NORM: _dense_dropout_residual_norm, GELU: _dense_gelu}
+"""What runs a module's parts, given who computes its LayerNorm or GELU."""

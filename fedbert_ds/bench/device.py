@@ -11,6 +11,10 @@ from typing import Any
 import torch
 
 Call = Callable[[], Any]
+CALLS_AHEAD = 64
+"""Most calls that a host launches ahead: a device's queue holds some thousand kernels, and a call has up to ten."""
+CYCLES_AHEAD = 100_000_000
+"""Of the device, some 60 ms: what a host needs to launch these calls, one in up to a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +45,28 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def time_side_by_side(
-    candidates: Mapping[str, Call], device: torch.device, rounds: int = 7, seconds: float = 0.1
+    candidates: Mapping[str, Call],
+    device: torch.device,
+    rounds: int = 7,
+    seconds: float = 0.1,
+    launch_ahead: bool = False,
 ) -> dict[str, Timing]:
     """Time the candidates in turn, `rounds` times over, so that whatever slows the machine slows all of them.
 
     Each is called once to warm up. One measurement is as many calls as take about `seconds`, at least one, and every
-    round begins with another candidate.
+    round begins with another candidate. With `launch_ahead`, a GPU waits until the host has launched the calls (at most
+    `CALLS_AHEAD`): the time of small kernels is then the device's, as it is in a model that keeps it busy.
     """
     names = list(candidates)
+    ahead = launch_ahead and device.type == "cuda"
     calls = {name: _calls(candidates[name], device, seconds) for name in names}
+    if ahead:
+        calls = {name: min(count, CALLS_AHEAD) for name, count in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_time(candidates[name], device, calls[name]))
+            times[name].append(_time(candidates[name], device, calls[name], ahead))
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in times.items()}
 
 
@@ -98,17 +110,19 @@ def _calls(call: Call, device: torch.device, seconds: float) -> int:
     return max(1, round(seconds / max(1e-9, _time(call, device, 1))))
 
 
-def _time(call: Call, device: torch.device, calls: int) -> float:
+def _time(call: Call, device: torch.device, calls: int, ahead: bool = False) -> float:
     """Seconds of one of `calls` calls in a row."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(calls):
             call()
         return (time.perf_counter() - started) / calls
-    # Events, so that the time is the device's own and not that of a host which waits for it.
+    # Events, so that the time ends with the device's work and not with a host's waiting for it.
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        if ahead:
+            torch.cuda._sleep(CYCLES_AHEAD)
         start.record()
         for _ in range(calls):
             call()

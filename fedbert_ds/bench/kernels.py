@@ -39,8 +39,8 @@ class KernelsOptions:
     """Text of the real mixes of lengths; see data.source of the run file."""
     kernels: tuple[str, ...] = KERNELS
     tune: bool = False
-    """First time launch shapes of attention on this card, and keep the fastest for all later runs; likewise whether
-    LayerNorm and GELU are ours or torch.compile's."""
+    """First time launch shapes of attention on this card, and keep the fastest for all later runs; and, from what is
+    measured afterwards, whether LayerNorm and GELU are ours or torch.compile's."""
     quick: bool = False
 
 
@@ -179,28 +179,29 @@ def _tune(mixes: dict[str, list[int]], sizes: Sizes, dtype: torch.dtype, device:
 
 
 def _keep_the_faster(rows: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """From now on runs on this card take LayerNorm and GELU of torch.compile where those were faster just now."""
-    from fedbert_kernels.row_choice import keep_choices
+    """From now on runs on this card take ours or torch.compile's LayerNorm and GELU, whichever was faster just now."""
+    from fedbert_kernels.row_choice import keep
 
     times = choice_times(rows)
-    kept = keep_choices(times, torch.cuda.current_device() if device.index is None else device.index)
-    for name, is_kept in kept.items():
-        print(f"{name}: {'our kernel' if is_kept else 'torch.compile'} is used on this card from now on", flush=True)
+    ours_is_kept = keep(times, torch.cuda.current_device() if device.index is None else device.index)
+    for name in times:
+        winner = "our kernel" if ours_is_kept[name] else "torch.compile"
+        print(f"{name}: {winner} is used on this card from now on", flush=True)
     return [
-        {"shape": name, "milliseconds": ours, "torch.compile": compiled, "kept": kept[name]}
+        {"shape": name, "milliseconds": ours, "torch.compile": compiled, "kept": ours_is_kept[name]}
         for name, (ours, compiled) in times.items()
     ]
 
 
 def choice_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """{shape class: milliseconds of (ours, torch.compile), forward and backward} of LayerNorm and GELU."""
-    from fedbert_kernels.row_choice import GELU, LAYER_NORM, shape_class
+    """{case: milliseconds of (ours, torch.compile's), forward and backward} of LayerNorm and GELU."""
+    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase
 
     times: dict[str, dict[str, float]] = {}
     for row in rows:
         if row["kernel"] in (LAYER_NORM, GELU) and row["pass"] == BOTH and "milliseconds" in row:
-            name = shape_class(row["kernel"], getattr(torch, row["dtype"]), row["width"], row["dropout"])
-            times.setdefault(name, {})[row["rival"]] = row["milliseconds"]
+            case = RowCase(row["kernel"], getattr(torch, row["dtype"]), row["width"], row["dropout"])
+            times.setdefault(case.name, {})[row["rival"]] = row["milliseconds"]
     return {name: (by[OURS], by[COMPILED]) for name, by in times.items() if OURS in by and COMPILED in by}
 
 

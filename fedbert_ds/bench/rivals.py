@@ -115,7 +115,7 @@ def measure(problem: Problem, device: torch.device, peak: float, rounds: int, se
     ready, reasons, errors = _check_all(problem, device)
     for what, work in problem.work.items():
         calls = {name: _caller(prepared, what) for (name, passed), prepared in ready.items() if passed == what}
-        timings = time_side_by_side(calls, device, rounds, seconds) if calls else {}
+        timings = time_side_by_side(calls, device, rounds, seconds, launch_ahead=True) if calls else {}
         for name in problem.rivals:
             row: dict[str, Any] = {
                 "kernel": problem.kernel, "case": problem.case, "dropout": problem.dropout,

@@ -17,8 +17,12 @@ def check_kernels(kernels: Kernels, device: torch.device) -> None:
         _runs_triton(kernels, device)
 
 
-def install_kernels(body: Body, kernels: Kernels, device: torch.device, *, whole_weights: bool) -> None:
-    """Let a body, which is on `device` or will be, run the kernels of its choice.
+def install_kernels(
+    body: Body, kernels: Kernels, device: torch.device, *, whole_weights: bool, dtype: torch.dtype | None = None
+) -> None:
+    """Let a body on `device`, which runs in `dtype` (if None, its parameters'), run the kernels of its choice.
+
+    On a GPU, the first call times LayerNorm and GELU beside torch.compile's and keeps the outcome for later ones.
 
     `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does not: there, weights are
     gathered by hooks of modules, which a swapped module reads without calling them. It would lean on DeepSpeed's
@@ -40,7 +44,7 @@ def install_kernels(body: Body, kernels: Kernels, device: torch.device, *, whole
             f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
         )
     if whole_weights:
-        swap(body, "triton")
+        swap(body, "triton", dtype)
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:

@@ -126,7 +126,8 @@ class BodyEngine:
             config.optimizer,
             partitioned=stage > 0,
         )
-        install_kernels(body, config.kernels, device, whole_weights=stage < 3)
+        dtype = torch.bfloat16 if config.body.precision == "bf16" else torch.float32
+        install_kernels(body, config.kernels, device, whole_weights=stage < 3, dtype=dtype)
         body.train()
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
         return cls(engine, stage, torch.distributed.get_world_size(), device)

@@ -1,5 +1,7 @@
 """Side-by-side timing takes turns, and rates are what the clock and the sizes say."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -75,3 +77,31 @@ def test_rates_follow_from_size_and_time(monkeypatch):
 
 def test_a_cpu_has_no_peak_memory():
     assert peak_memory(lambda: None, CPU) is None
+
+
+def test_a_gpu_waits_while_the_host_launches_ahead(monkeypatch):
+    events: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            events.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: events.append("sleep"))
+    for launch_ahead, most in ((True, module.CALLS_AHEAD), (False, 1000)):
+        events.clear()
+        call = {"a": lambda: events.append("call")}
+        time_side_by_side(call, torch.device("cuda", 0), rounds=1, seconds=1.0, launch_ahead=launch_ahead)
+        warm_up = ["event", "call", "event"] * 2
+        assert events == [*warm_up, *["sleep"] * launch_ahead, "event", *["call"] * most, "event"]

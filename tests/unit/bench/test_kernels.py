@@ -22,7 +22,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Everything is checked and nothing timed."""
-    monkeypatch.setattr(rivals, "time_side_by_side", lambda calls, *_: dict.fromkeys(calls, Timing(1e-3, 5e-4, 2e-3)))
+    monkeypatch.setattr(
+        rivals, "time_side_by_side", lambda calls, *_, **__: dict.fromkeys(calls, Timing(1e-3, 5e-4, 2e-3))
+    )
     monkeypatch.setattr(kernels, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(kernels, "memory_bandwidth", lambda *_: 1e10)
     monkeypatch.setattr(kernels, "CODECS", ("int8",))

@@ -43,7 +43,7 @@ def timings(monkeypatch):
     """Half a second for ours, one second for everyone else; remembers who was timed."""
     timed = []
 
-    def time_side_by_side(candidates, device, rounds, seconds):
+    def time_side_by_side(candidates, device, rounds, seconds, launch_ahead):
         for call in candidates.values():
             call()
         timed.append(list(candidates))

@@ -1,8 +1,8 @@
 """Whether LayerNorm and GELU are ours or torch.compile's on a card: ours where they were measured faster, only there.
 
 The bytes that both must move are the same for everybody, so a compiler may well be as good; it depends on the card, the
-width and the releases. So both are timed there once, which takes some ten seconds a case, and the outcome is kept in a
-file under ~/.cache (or $XDG_CACHE_HOME). `fedbert-ds bench kernels --tune` measures again, among other rivals.
+width and the releases. So both are timed there once, before a run starts, and the outcome is kept in a file
+under ~/.cache (or $XDG_CACHE_HOME). `fedbert-ds bench kernels --tune` measures again.
 """
 
 from __future__ import annotations
@@ -72,29 +72,36 @@ def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
     same. Off a GPU nothing is measured and the answer is yes.
     """
     wanted = {case.name: case for case in cases}
-    if device.type != "cuda" or not wanted:
+    if device.type != "cuda":
         return dict.fromkeys(wanted, True)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    path = choices_path(index)
-    if not wanted.keys() <= _read(path).keys():
-        with _alone(path):
-            missing = [case for name, case in wanted.items() if name not in _read(path)]
-            times = {case.name: _measure(case, index) for case in missing}
-            # One that did not run today may tomorrow: that is no measurement.
-            lost = {name: _is_kept(pair) for name, pair in times.items() if math.inf in pair}
-            measured = {name: pair for name, pair in times.items() if name not in lost}
-            return {name: answer for name, answer in (keep(measured, index) | lost).items() if name in wanted}
-    known = _read(path)
+    index = _index(device)
+    known = _read(choices_path(index))
+    if not wanted.keys() <= known.keys():
+        with _alone(choices_path(index)):
+            known = _read(choices_path(index))
+            missing = {name: case for name, case in wanted.items() if name not in known}
+            known |= keep({name: _measure(case, index) for name, case in missing.items()}, index)
     return {name: known[name] for name in wanted}
 
 
-def keep(milliseconds: Mapping[str, Times], index: int) -> dict[str, bool]:
-    """Write down who is faster, by name of the case; the whole table of the card with this index, as it is now.
+def measure_again(cases: Iterable[RowCase], device: torch.device) -> dict[str, Times]:
+    """{name of a case: milliseconds}, whatever was measured before; later runs on this card go by these."""
+    index = _index(device)
+    with _alone(choices_path(index)):
+        times = {case.name: _measure(case, index) for case in cases}
+        keep(times, index)
+    return times
 
-    Ours must be clearly faster, at most `GAIN` of the time: what is as good without being ours is better.
+
+def keep(times: Mapping[str, Times], index: int) -> dict[str, bool]:
+    """Write down, for the card with this index, whose kernel runs from now on; {name: whether ours}.
+
+    Ours must be clearly faster, at most `GAIN` of the time: what is as good without being ours is better. One that did
+    not run is not written down, as it may run tomorrow.
     """
+    ours = {name: is_ours_faster(pair) for name, pair in times.items()}
     path = choices_path(index)
-    table = _read(path) | {name: _is_kept(pair) for name, pair in milliseconds.items()}
+    table = _read(path) | {name: answer for name, answer in ours.items() if math.inf not in times[name]}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
@@ -102,7 +109,13 @@ def keep(milliseconds: Mapping[str, Times], index: int) -> dict[str, bool]:
         os.replace(file.name, path)
     except OSError as error:
         logger.warning("%s cannot be written (%s): every start will measure LayerNorm and GELU anew", path, error)
-    return table
+    return ours
+
+
+def is_ours_faster(times: Times) -> bool:
+    """Clearly, and it runs."""
+    ours, compiled = times
+    return ours < math.inf and ours <= GAIN * compiled
 
 
 def choices_path(index: int) -> Path:
@@ -111,9 +124,8 @@ def choices_path(index: int) -> Path:
     return table.with_name(f"{table.stem}-torch-{torch.__version__.split('+')[0]}-rows.json")
 
 
-def _is_kept(times: Times) -> bool:
-    ours, compiled = times
-    return ours < math.inf and ours <= GAIN * compiled
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _measure(case: RowCase, index: int) -> Times:

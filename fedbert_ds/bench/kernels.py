@@ -5,7 +5,8 @@ On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from fedbert_ds.bench.device import default_device, describe, matmul_rate, memor
 from fedbert_ds.bench.kernels_report import draw, table
 from fedbert_ds.bench.lengths import article_lengths, sentence_lengths
 from fedbert_ds.bench.record import source_commit, write_record
-from fedbert_ds.bench.rivals import BOTH, OURS, TOLERANCES, Problem, measure
+from fedbert_ds.bench.rivals import OURS, TOLERANCES, Problem, measure
 from fedbert_ds.bench.row_rivals import COMPILED, codec_problems, gelu_problem, layer_norm_problem, loss_problem
 from fedbert_ds.errors import RunError
 
@@ -39,8 +40,8 @@ class KernelsOptions:
     """Text of the real mixes of lengths; see data.source of the run file."""
     kernels: tuple[str, ...] = KERNELS
     tune: bool = False
-    """First time launch shapes of attention on this card, and keep the fastest for all later runs; and, from what is
-    measured afterwards, whether LayerNorm and GELU are ours or torch.compile's."""
+    """First time launch shapes of attention on this card, and LayerNorm and GELU beside torch.compile's, and keep the
+    fastest for all later runs."""
     quick: bool = False
 
 
@@ -81,13 +82,13 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
         raise RunError("--tune needs a GPU and the triton package: elsewhere there is nothing to tune")
     mixes = _mixes(options, sizes.tokens) if "attention" in options.kernels else {}
     tuned = _tune(mixes, sizes, dtype, device) if options.tune else []
+    choices = _choose_rows(options.kernels, sizes, dtype, device) if options.tune else []
     peaks = {"TFLOP/s": matmul_rate(device, dtype), "GB/s": memory_bandwidth(device)}
     rows: list[dict[str, Any]] = []
     for problem in problems(options, sizes, mixes, dtype, device):
         dropout = f", dropout {problem.dropout}" if problem.dropout else ""
         print(f"{problem.kernel}, {problem.case}{dropout}", flush=True)
         rows += measure(problem, device, peaks[problem.unit], sizes.rounds, sizes.seconds)
-    choices = _keep_the_faster(rows, device) if options.tune else []
     write_record(
         options.out,
         command=options.command,
@@ -178,31 +179,23 @@ def _tune(mixes: dict[str, list[int]], sizes: Sizes, dtype: torch.dtype, device:
     return found
 
 
-def _keep_the_faster(rows: Sequence[Mapping[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """From now on runs on this card take ours or torch.compile's LayerNorm and GELU, whichever was faster just now."""
-    from fedbert_kernels.row_choice import keep
+def _choose_rows(
+    kernels: tuple[str, ...], sizes: Sizes, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
+    """From now on runs on this card take ours or torch.compile's LayerNorm and GELU, whichever is faster now."""
+    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, is_ours_faster, measure_again
 
-    times = choice_times(rows)
-    ours_is_kept = keep(times, torch.cuda.current_device() if device.index is None else device.index)
-    for name in times:
-        winner = "our kernel" if ours_is_kept[name] else "torch.compile"
-        print(f"{name}: {winner} is used on this card from now on", flush=True)
+    cases = [RowCase(LAYER_NORM, dtype, width, dropout) for width in sizes.widths for dropout in (0.0, 0.1)]
+    cases += [RowCase(GELU, dtype, 4 * width) for width in sizes.widths]
+    times = measure_again([case for case in cases if case.kernel in kernels], device)
+    for name, pair in times.items():
+        print(f"{name}: {'our kernel' if is_ours_faster(pair) else 'torch.compile'} runs on this card from now on")
     return [
-        {"shape": name, "milliseconds": ours, "torch.compile": compiled, "kept": ours_is_kept[name]}
-        for name, (ours, compiled) in times.items()
+        # JSON has no infinity, the time of one that does not run.
+        {"case": name, "kept": is_ours_faster(pair)}
+        | {who: time if math.isfinite(time) else None for who, time in zip((OURS, COMPILED), pair, strict=True)}
+        for name, pair in times.items()
     ]
-
-
-def choice_times(rows: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
-    """{case: milliseconds of (ours, torch.compile's), forward and backward} of LayerNorm and GELU."""
-    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase
-
-    times: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["kernel"] in (LAYER_NORM, GELU) and row["pass"] == BOTH and "milliseconds" in row:
-            case = RowCase(row["kernel"], getattr(torch, row["dtype"]), row["width"], row["dropout"])
-            times.setdefault(case.name, {})[row["rival"]] = row["milliseconds"]
-    return {name: (by[OURS], by[COMPILED]) for name, by in times.items() if OURS in by and COMPILED in by}
 
 
 def _has_triton(device: torch.device) -> bool:

@@ -1,6 +1,7 @@
 """bench kernels as a whole, with made-up times: record, picture, table; what --tune and --kernel refuse."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -135,3 +136,29 @@ def test_who_lacks_a_backward_is_compared_forward_and_who_lacks_all_is_named_bel
 def test_small_rates_are_in_gflops() -> None:
     rows = [row(OURS, FORWARD, 1.0) | {"TFLOP/s": 0.0123}]
     assert "12.3 GFLOP/s" in table(rows)
+
+
+def test_tuning_measures_layer_norm_and_gelu_and_tells_who_runs(monkeypatch, capsys) -> None:
+    from fedbert_kernels import row_choice
+
+    measured = []
+
+    def measure_again(cases, device):
+        measured.extend(case.name for case in cases)
+        return {measured[0]: (1.0, 2.0), measured[1]: (1.0, 0.5), measured[2]: (math.inf, 1.0)}
+
+    monkeypatch.setattr(row_choice, "measure_again", measure_again)
+    found = kernels._choose_rows(kernels.KERNELS, kernels.QUICK_CPU, torch.bfloat16, CPU)
+    assert measured == ["layer norm bfloat16 256", "layer norm bfloat16 256 dropout", "GELU bfloat16 1024"]
+    assert found == [
+        {"case": measured[0], "kept": True, "ours": 1.0, "torch.compile": 2.0},
+        {"case": measured[1], "kept": False, "ours": 1.0, "torch.compile": 0.5},
+        {"case": measured[2], "kept": False, "ours": None, "torch.compile": 1.0},
+    ]
+    assert [line.split(": ")[1].split(" runs")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "our kernel", "torch.compile", "torch.compile"
+    ]  # fmt: skip
+    measured.clear()
+    monkeypatch.setattr(row_choice, "measure_again", lambda cases, device: measured.extend(cases) or {})
+    assert kernels._choose_rows(("attention", "GELU"), kernels.QUICK_CPU, torch.bfloat16, CPU) == []
+    assert [case.kernel for case in measured] == ["GELU"]

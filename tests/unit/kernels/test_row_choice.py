@@ -18,9 +18,8 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from unit.kernels.bounds import needs_triton
 
-from fedbert_ds.bench.kernels import choice_times
 from fedbert_kernels import compiled_rows, gelu, layer_norm, row_choice, swap
-from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, choices_path, keep, kept, training_step
+from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, choices_path, keep, kept, measure_again, training_step
 
 pytestmark = needs_triton
 
@@ -139,8 +138,11 @@ def test_a_file_that_says_nothing_of_these_kernels_is_measured_over(timed, card:
 
 
 def test_a_new_measurement_replaces_an_old_one_and_no_other(timed, card: Path) -> None:
-    keep({NORM.name: (1.0, 2.0), ACTIVATION.name: (1.0, 2.0)}, 0)
-    assert keep({NORM.name: (1.0, 0.5)}, 0) == {NORM.name: False, ACTIVATION.name: True}
+    timed(gelu=(1.0, 2.0), norm=(1.0, 2.0))
+    kept([NORM, ACTIVATION], CARD)
+    measured = timed(norm=(1.0, 0.5))
+    assert measure_again([NORM], CARD) == {NORM.name: (1.0, 0.5)}
+    assert measured == [NORM.name]
     timed()
     assert kept([NORM, ACTIVATION], CARD) == {NORM.name: False, ACTIVATION.name: True}
     assert [path.name for path in card.parent.iterdir() if path.suffix == ".part"] == []
@@ -258,19 +260,3 @@ def test_without_a_dtype_that_of_the_parameters_counts(layer, monkeypatch) -> No
     )
     swap.swap(layer.half(), "triton")
     assert {case.dtype for case in asked} == {torch.float16}
-
-
-def test_times_are_those_of_both_ways_of_the_two_kernels() -> None:
-    def row(kernel: str, rival: str, way: str, milliseconds: float | None, **more: object) -> dict[str, object]:
-        time = {"reason": "not installed"} if milliseconds is None else {"milliseconds": milliseconds}
-        fields = {"kernel": kernel, "rival": rival, "pass": way, "dtype": "bfloat16", "width": 768, "dropout": 0.0}
-        return fields | time | more
-
-    rows = [
-        row("GELU", "ours", "forward", 9.0), row("GELU", "ours", "forward + backward", 1.0),
-        row("GELU", "torch", "forward + backward", 3.0), row("GELU", "torch.compile", "forward + backward", 2.0),
-        row("layer norm", "ours", "forward + backward", 4.0, dropout=0.1),
-        row("layer norm", "torch.compile", "forward + backward", None, dropout=0.1),
-        row("attention", "ours", "forward + backward", 1.0),
-    ]  # fmt: skip
-    assert choice_times(rows) == {"GELU bfloat16 768": (1.0, 2.0)}

@@ -96,6 +96,17 @@ def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(bod
     assert shapes == [(31, 3, 2, 16)] * 3 + [[(31, 2, 16)] * 3] * 3
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_swapped_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypatch, dtype) -> None:
+    from fedbert_kernels import swap
+
+    told: list[Any] = []
+    monkeypatch.setattr(swap, "swap", lambda *arguments: told.append(arguments))
+    body = body_of("bert")
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
+    assert told == [(body, "triton", dtype)]
+
+
 def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
     body = body_of("bert")
     install_kernels(body, "triton", torch.device(DEVICE), whole_weights=False)

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedbert_ds.config import RunConfig, load_config, parse_config
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.server.engine import OURS, deepspeed_settings, zero_stage
+from fedbert_ds.server import engine
+from fedbert_ds.server.engine import OURS, BodyEngine, deepspeed_settings, zero_stage
 
 ROOT = Path(__file__).parents[3]
 
@@ -83,3 +85,21 @@ def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     config.body.deepspeed.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match="is not a readable JSON file"):
         deepspeed_settings(config)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_kernels_are_chosen_for_what_deepspeed_will_make_of_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, dtype: torch.dtype, stage: int
+) -> None:
+    class Installed(Exception):
+        """Far enough."""
+
+    def install_kernels(body: Any, kernels: str, device: torch.device, **choices: Any) -> None:
+        assert choices == {"whole_weights": stage < 3, "dtype": dtype}
+        raise Installed
+
+    monkeypatch.setattr(engine, "install_kernels", install_kernels)
+    config = config_with(tmp_path, "{}", body={"precision": precision, "zero_stage": stage})
+    with pytest.raises(Installed):
+        BodyEngine.build(torch.nn.Linear(2, 2), config, torch.device("cpu"))

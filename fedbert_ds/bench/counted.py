@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from fedbert_ds.bench.codec_settings import Setting
 from fedbert_ds.bench.split import activations_message, control, cu_seqlens_of, manifest
 from fedbert_ds.config import ModelSection, WireSection
 from fedbert_ds.data.corpus import Article
@@ -24,9 +25,6 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.wire import codecs
 from fedbert_ds.wire import fedbert_pb2 as pb
-
-if TYPE_CHECKING:
-    from fedbert_ds.bench.codecs import Setting
 
 TOKENS, LENGTH, VOCABULARY = 16_384, 128, 30_522
 """Of a message, of its sequences, and how many word pieces: as BERT-base has them."""

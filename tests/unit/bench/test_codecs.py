@@ -6,7 +6,8 @@ from dataclasses import asdict
 import pytest
 
 from fedbert_ds.bench import codecs, counted
-from fedbert_ds.bench.codecs import BASELINE, CodecsOptions, Setting, all_in, rows_of, summarize, table
+from fedbert_ds.bench.codec_settings import BASELINE, Setting, all_in
+from fedbert_ds.bench.codecs import CodecsOptions, rows_of, summarize, table
 from fedbert_ds.bench.counted import Sizes, counted_table
 
 TINY = (

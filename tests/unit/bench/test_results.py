@@ -8,7 +8,7 @@ import pytest
 
 from fedbert_ds.bench.body import OURS, SENTENCES
 from fedbert_ds.bench.body import table as body_table
-from fedbert_ds.bench.codecs import BASELINE, Setting, all_in
+from fedbert_ds.bench.codec_settings import BASELINE, Setting, all_in
 from fedbert_ds.bench.codecs import table as codecs_table
 from fedbert_ds.bench.compare import table
 from fedbert_ds.bench.counted import counted_table

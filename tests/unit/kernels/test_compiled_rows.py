@@ -17,6 +17,9 @@ from fedbert_kernels.compiled_rows import compiled_bias_gelu, compiled_residual_
 from fedbert_kernels.gelu import bias_gelu_reference
 from fedbert_kernels.layer_norm import residual_layer_norm_reference
 
+# torch.compile's own imports.
+pytestmark = pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+
 WIDTH = 12
 EPSILON = 1e-12
 

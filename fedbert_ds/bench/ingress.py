@@ -73,49 +73,44 @@ def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
 
 
 def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
-    """A row for each place, transport, direction, message size and number of streams; each moves `num_bytes` up."""
-    for place, transport, is_answered, message_bytes in itertools.product(
-        PLACES, TRANSPORTS, (False, True), MESSAGE_BYTES
-    ):
-        names = [tuple(f"client-{streams}-{number}" for number in range(streams)) for streams in STREAMS]
-        answer_bytes = message_bytes if is_answered else 0
-        with (
-            EndpointProcess(sum(names, ()), answer_bytes=answer_bytes, in_process=place == "process") as endpoint,
-            ClientProcess() as clients,
-        ):
-            for streams, clients_of_row in zip(STREAMS, names, strict=True):
-                load = Load(
-                    address=endpoint.address,
-                    clients=clients_of_row,
-                    message_bytes=message_bytes,
-                    messages=max(1, num_bytes // message_bytes // streams),
-                    shares_memory=transport == "shared",
-                )
-                before = endpoint.usage()
-                started = time.monotonic()
-                clients.run(load)
-                used = clients.result()
-                seconds = time.monotonic() - started
-                after = endpoint.usage()
-                moved = (after.num_bytes - before.num_bytes) * (1 + is_answered) / 1e9
-                body = after.cpu_seconds - before.cpu_seconds
-                yield {
-                    "what": "rate",
-                    "ingress": place,
-                    "transport": transport,
-                    "answered": is_answered,
-                    "message_bytes": message_bytes,
-                    "streams": streams,
-                    "gb": round(moved, 4),
-                    "seconds": round(seconds, 3),
-                    "gb_per_second": round(moved / seconds, 3),
-                    "server_cpu_seconds_per_gb": round((body + after.child_seconds - before.child_seconds) / moved, 3),
-                    "body_cpu_seconds_per_gb": round(body / moved, 3),
-                    "body_python_seconds_per_gb": round((after.python_seconds - before.python_seconds) / moved, 3),
-                    "client_cpu_seconds_per_gb": round(used.cpu_seconds / moved, 3),
-                    "wrong": after.wrong + used.wrong,
-                    "load": round(os.getloadavg()[0], 1),
-                }
+    """A row for each place, direction, message size, transport and number of streams; each moves `num_bytes` up."""
+    runs = [
+        (transport, tuple(f"client-{transport}-{streams}-{number}" for number in range(streams)))
+        for transport, streams in itertools.product(TRANSPORTS, STREAMS)
+    ]
+    everybody = tuple(name for _, names in runs for name in names)
+    with ClientProcess() as clients:
+        for place, is_answered, message_bytes in itertools.product(PLACES, (False, True), MESSAGE_BYTES):
+            answer_bytes = message_bytes if is_answered else 0
+            with EndpointProcess(everybody, answer_bytes=answer_bytes, in_process=place == "process") as endpoint:
+                for transport, names in runs:
+                    messages = max(1, num_bytes // message_bytes // len(names))
+                    load = Load(endpoint.address, names, message_bytes, messages, shares_memory=transport == "shared")
+                    facts = {"what": "rate", "ingress": place, "transport": transport, "answered": is_answered}
+                    facts |= {"message_bytes": message_bytes, "streams": len(names)}
+                    yield facts | _rates(endpoint, clients, load, directions=1 + is_answered)
+
+
+def _rates(endpoint: EndpointProcess, clients: ClientProcess, load: Load, directions: int) -> dict[str, Any]:
+    before = endpoint.usage()
+    started = time.monotonic()
+    clients.run(load)
+    used = clients.result()
+    seconds = time.monotonic() - started
+    after = endpoint.usage()
+    moved = (after.num_bytes - before.num_bytes) * directions / 1e9
+    body = after.cpu_seconds - before.cpu_seconds
+    return {
+        "gb": round(moved, 4),
+        "seconds": round(seconds, 3),
+        "gb_per_second": round(moved / seconds, 3),
+        "server_cpu_seconds_per_gb": round((body + after.child_seconds - before.child_seconds) / moved, 3),
+        "body_cpu_seconds_per_gb": round(body / moved, 3),
+        "body_python_seconds_per_gb": round((after.python_seconds - before.python_seconds) / moved, 3),
+        "client_cpu_seconds_per_gb": round(used.cpu_seconds / moved, 3),
+        "wrong": after.wrong + used.wrong,
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -20,8 +20,8 @@ def test_every_rate_is_of_what_was_sent(monkeypatch: pytest.MonkeyPatch) -> None
     assert [(row["ingress"], row["transport"], row["answered"], row["streams"]) for row in rows] == [
         (place, transport, answered, streams)
         for place in ("thread", "process")
-        for transport in ("socket", "shared")
         for answered in (False, True)
+        for transport in ("socket", "shared")
         for streams in (1, 3)
     ]
     payload = 40_000 // BYTES_PER_TOKEN * BYTES_PER_TOKEN * 30

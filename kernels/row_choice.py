@@ -32,6 +32,8 @@ from fedbert_kernels.layer_norm import residual_layer_norm
 LAYER_NORM, GELU = "layer norm", "GELU"
 BYTES = 256 << 20
 """Of each tensor: no cache holds it, and it keeps the card busy for longer than a host takes to launch the kernels."""
+LONGEST_WAIT = 300.0
+"""Seconds for another process to measure: one that hangs, or locks of a file system that do, must not stop the rest."""
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +165,11 @@ def training_step(case: RowCase, ours: bool, device: str, num_bytes: int = BYTES
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keeps the machine's other processes out; each is on its own where no lock can be made."""
+    """Keeps the machine's other processes out; each is on its own where no lock can be had."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(FileLock(path.with_suffix(".lock")))
+            stack.enter_context(FileLock(path.with_suffix(".lock"), timeout=LONGEST_WAIT))
         yield
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
@@ -84,7 +85,7 @@ def test_who_waited_for_another_process_reads_what_that_one_wrote(timed, card: P
     class Lock:
         """Another process has it, and writes the file before it lets go."""
 
-        def __init__(self, path: Path) -> None:
+        def __init__(self, path: Path, timeout: float) -> None:
             assert path.parent == card.parent
 
         def __enter__(self) -> None:
@@ -96,6 +97,15 @@ def test_who_waited_for_another_process_reads_what_that_one_wrote(timed, card: P
     monkeypatch.setattr(row_choice, "FileLock", Lock)
     assert kept([NORM], CARD) == {NORM.name: True}
     assert measured == []
+
+
+def test_a_process_that_holds_the_lock_for_too_long_is_not_waited_for(timed, card: Path, monkeypatch) -> None:
+    measured = timed(norm=(1.0, 2.0))
+    monkeypatch.setattr(row_choice, "LONGEST_WAIT", 0.1)
+    card.parent.mkdir(parents=True)
+    with FileLock(card.with_suffix(".lock")):
+        assert kept([NORM], CARD) == {NORM.name: True}
+    assert measured == [NORM.name]
 
 
 def test_processes_that_start_together_measure_once(tmp_path: Path) -> None:

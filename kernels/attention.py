@@ -22,7 +22,7 @@ from fedbert_kernels.attention_kernels import (
 from fedbert_kernels.attention_launches import launches, launches_for, padded_head_size
 from fedbert_kernels.attention_torch import attention_reference, dropout_mask
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
-from fedbert_kernels.interpreter import HAVE_TRITON
+from fedbert_kernels.interpreter import HAVE_TRITON, on_its_device
 from fedbert_kernels.launch import Launch
 from fedbert_kernels.philox import drop_threshold, keep_rate
 from fedbert_kernels.sequences import check_bounds, work_items
@@ -36,6 +36,7 @@ LOG2_E = 1.4426950408889634
 # ---- launch functions ----
 
 
+@on_its_device
 def launch_forward(
     q: Tensor,
     k: Tensor,
@@ -81,6 +82,7 @@ def launch_forward(
     return out, lse
 
 
+@on_its_device
 def launch_backward(
     dout: Tensor,
     q: Tensor,
@@ -175,15 +177,12 @@ _INPUTS = "Tensor cu_seqlens, Tensor? seed, float dropout, int window, float sca
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     check_bounds(cu_seqlens, len(q))
     body = launch_forward if HAVE_TRITON and q.is_cuda else attention_torch.forward
-    # Triton launches on the current device, whatever the tensors'.
-    with torch.cuda.device_of(q):
-        return body(q, k, v, cu_seqlens, *options)
+    return body(q, k, v, cu_seqlens, *options)
 
 
 def _backward(dout: Tensor, *arguments: Any) -> None:
     body = launch_backward if HAVE_TRITON and dout.is_cuda else attention_torch.backward
-    with torch.cuda.device_of(dout):
-        body(dout, *arguments)
+    body(dout, *arguments)
 
 
 @torch.library.custom_op(

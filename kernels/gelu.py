@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, runs_triton, tl
+from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, on_its_device, runs_triton, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -111,6 +111,7 @@ def _fast(x: Tensor) -> bool:
     return x.dtype != torch.float32
 
 
+@on_its_device
 def launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     """GELU of x [T, N] + bias [N], by the kernel."""
     num_rows, width = x.shape
@@ -124,6 +125,7 @@ def launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+@on_its_device
 def launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients (dx [T, N], dbias [N], empty without a bias), by the kernel."""
     num_rows, width = x.shape

@@ -1,13 +1,16 @@
-"""Triton if it is installed, a stand-in for its decorator if not, and what its interpreter needs done differently.
+"""Triton if it is installed, a stand-in for its decorator if not, and what it and its interpreter need done for them.
 
 Kernel files take `triton` and `tl` from here: they then import everywhere, and only launching a kernel needs Triton.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 try:
@@ -46,6 +49,20 @@ INTERPRETED = tl.constexpr(HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0
 def runs_triton(tensor: Tensor) -> bool:
     """Whether a kernel can take this tensor: on a GPU with Triton installed, or anywhere in the interpreter."""
     return bool(INTERPRETED) or (HAVE_TRITON and tensor.is_cuda)
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def on_its_device(launch: Function) -> Function:
+    """Lets a launch function run on the device of its first argument: Triton takes the current one, whatever it is."""
+
+    @functools.wraps(launch)
+    def launch_there(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return launch(tensor, *arguments, **keywords)
+
+    return launch_there  # type: ignore[return-value]
 
 
 @jit

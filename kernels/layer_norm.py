@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, runs_triton, tl
+from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import LEVELS, random_16, random_16_reference, row_drop_threshold
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -171,6 +171,7 @@ def _tile(width: int, values: int) -> dict[str, int]:
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(16, max(4, columns // 256))}
 
 
+@on_its_device
 def launch_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -195,6 +196,7 @@ def launch_forward(
     return y, mean, rstd
 
 
+@on_its_device
 def launch_backward(
     dy: Tensor,
     x: Tensor,

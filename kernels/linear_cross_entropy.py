@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import jit, narrow, runs_triton, tl
+from fedbert_kernels.interpreter import jit, narrow, on_its_device, runs_triton, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,6 +68,7 @@ ALIGNMENT = 64
 """Rows of scores are a multiple of this: a vocabulary like 30,522 would leave rows unaligned, and products slow."""
 
 
+@on_its_device
 def launch_cross_entropy(
     scores: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import jit, narrow, runs_triton, tl
+from fedbert_kernels.interpreter import jit, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import random_16, random_16_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -231,6 +231,7 @@ def _format(codec: Codec) -> dict[str, int | bool]:
     return {"MANTISSA_BITS": codec.mantissa_bits, "BIAS": codec.exponent_bias, "ROTATED": codec.rotated}
 
 
+@on_its_device
 def launch_quantize(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     """Payload and scales of x [R, N], or of the rows of x listed in `rows`, by the kernel."""
     payload, scales = _empty_payload(x, codec, rows)
@@ -243,6 +244,7 @@ def launch_quantize(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor |
     return payload, scales
 
 
+@on_its_device
 def launch_dequantize(
     payload: Tensor, scales: Tensor, codec: Codec, width: int, dtype: torch.dtype, rows: Tensor | None
 ) -> Tensor:

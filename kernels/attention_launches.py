@@ -107,6 +107,11 @@ def kernels_digest() -> str:
     return digest(attention_kernels.__file__, philox.__file__)
 
 
+def card_index(device: torch.device) -> int:
+    """Which card `cuda` or `cuda:1` is: the current one if no number is given."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 @functools.cache
 def capability(device: int) -> int:
     """A card's compute capability as one number: 90 is 9.0."""

@@ -13,6 +13,7 @@ from fedbert_kernels.attention import launch_backward, launch_forward
 from fedbert_kernels.attention_launches import (
     KERNELS,
     capability,
+    card_index,
     kernels_digest,
     launches,
     shape_class,
@@ -49,7 +50,7 @@ def tune(
 
     Writes them into the card's file, and from now on this process uses them.
     """
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = card_index(device)
     shape = shape_class(dtype, d, dropout > 0.0, window is not None, sum(lengths), len(lengths))
     written = launches(d, dtype, window is not None, capability(index))
     with torch.cuda.device(index):

@@ -32,8 +32,11 @@ MODULES = ("attention", "layer_norm", "gelu", "linear_cross_entropy", "quantize"
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "unit" / "kernels" / "golden"
 TOGETHER = 12
 """Kernels that one run of the disassembler takes."""
-KEEP_MEMORY = "glibc.malloc.tcache_count=60000:glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=4000000000"
-"""A compiler allocates all the time; by glibc's defaults it gives memory back only to ask for it again."""
+KEEP_MEMORY = (
+    "glibc.malloc.tcache_count=60000:glibc.malloc.top_pad=268435456:glibc.malloc.trim_threshold=4000000000:"
+    "glibc.malloc.hugetlb=1"
+)
+"""A compiler allocates all the time; by default glibc gives memory back only to ask for it again, in small pages."""
 LOOP_GROWTH = 1.03
 """A main loop longer than this multiple of the table's fails."""
 

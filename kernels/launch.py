@@ -87,8 +87,12 @@ def read_table(path: Path, kernels: str) -> dict[str, Launch]:
 def write_table(path: Path, kernels: str, launches: Mapping[str, Launch]) -> None:
     """Add launches to the file, whole or not at all; what it holds of other kernels goes."""
     merged = read_table(path, kernels) | dict(launches)
-    table = {"kernels": kernels, "launches": {name: asdict(launch) for name, launch in sorted(merged.items())}}
+    write_json(path, {"kernels": kernels, "launches": {name: asdict(merged[name]) for name in sorted(merged)}})
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Make the file, whole or not at all; OSError if it cannot be made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as scratch:
-        json.dump(table, scratch, indent=1)
+        json.dump(value, scratch, indent=1)
     os.replace(scratch.name, path)

@@ -11,8 +11,6 @@ import contextlib
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from fedbert_kernels import compiled_rows, gelu, layer_norm, row_philox
-from fedbert_kernels.attention_launches import capability
+from fedbert_kernels.attention_launches import capability, card_index
 from fedbert_kernels.compiled_rows import compiled_bias_gelu, compiled_residual_layer_norm
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import triton
-from fedbert_kernels.launch import GAIN, digest, table_path
+from fedbert_kernels.launch import GAIN, digest, table_path, write_json
 from fedbert_kernels.layer_norm import residual_layer_norm
 
 LAYER_NORM, GELU = "layer norm", "GELU"
@@ -76,7 +74,7 @@ def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
     wanted = {case.name: case for case in cases}
     if device.type != "cuda":
         return dict.fromkeys(wanted, True)
-    index = _index(device)
+    index = card_index(device)
     known = _read(choices_path(index))
     if not wanted.keys() <= known.keys():
         with _alone(choices_path(index)):
@@ -88,7 +86,7 @@ def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
 
 def measure_again(cases: Iterable[RowCase], device: torch.device) -> dict[str, Times]:
     """{name of a case: milliseconds}, whatever was measured before; later runs on this card go by these."""
-    index = _index(device)
+    index = card_index(device)
     with _alone(choices_path(index)):
         times = {case.name: _measure(case, index) for case in cases}
         keep(times, index)
@@ -105,10 +103,7 @@ def keep(times: Mapping[str, Times], index: int) -> dict[str, bool]:
     path = choices_path(index)
     table = _read(path) | {name: answer for name, answer in ours.items() if math.inf not in times[name]}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-            json.dump({"kernels": _digest(), "kept": dict(sorted(table.items()))}, file, indent=1)
-        os.replace(file.name, path)
+        write_json(path, {"kernels": _digest(), "kept": dict(sorted(table.items()))})
     except OSError as error:
         logger.warning("%s cannot be written (%s): every start will measure LayerNorm and GELU anew", path, error)
     return ours
@@ -124,10 +119,6 @@ def choices_path(index: int) -> Path:
     """Where the choices for a card lie, or would lie; another release of torch may compile better."""
     table = table_path(torch.cuda.get_device_name(index), capability(index), triton.__version__)
     return table.with_name(f"{table.stem}-torch-{torch.__version__.split('+')[0]}-rows.json")
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _measure(case: RowCase, index: int) -> Times:

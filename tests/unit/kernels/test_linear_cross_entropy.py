@@ -191,3 +191,16 @@ def test_bad_input_is_refused(changed: dict[str, Any], message: str) -> None:
         arguments["targets"] = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments | changed)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts allocations of the CPU")
+def test_scores_of_all_rows_are_never_held(monkeypatch) -> None:
+    num_rows, vocabulary = 1200, 20_000
+    monkeypatch.setattr(module, "runs_triton", lambda _: False)
+    hidden, weight = (torch.randn(size, 8, requires_grad=True) for size in (num_rows, vocabulary))
+    targets = torch.arange(num_rows)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        linear_cross_entropy(hidden, weight, None, targets).backward()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 15 << 20 < largest < 17 << 20, "a chunk"
+    assert largest < 4 * num_rows * vocabulary / 5

@@ -1,5 +1,6 @@
 # make pretrain    set up the environment, then pre-train with configs/default.yaml on this machine
 # make test        set up the environment, then lint, type-check and test
+# make same        six short runs: losses and weights compared with the recorded ones, bit by bit
 # make setup       the environment alone        make clean    remove it, and what tools left behind
 #
 # make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"     another run file, overrides, resuming
@@ -38,7 +39,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test setup clean
+.PHONY: pretrain test same setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -49,6 +50,9 @@ test: $(STAMP)
 	@ruff format --quiet --check . || { echo "make: files above are not formatted; run: ruff format ."; exit 1; }
 	@mypy --no-error-summary
 	@pytest --numprocesses auto --quiet $(ARGS)
+
+same: $(STAMP)
+	@python tests/integration/recorded_runs.py $(ARGS)
 
 setup: $(STAMP)
 	@:

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _run(config: RunConfig, resume: bool, rank: int) -> None:
-    from fedbert_ds.server.distributed import initialize, shut_down
+    from fedbert_ds.server.body.distributed import initialize, shut_down
 
     if rank == 0:
         from fedbert_ds.server.serve import check_before_start

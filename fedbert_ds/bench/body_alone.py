@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedbert_ds.config import RunConfig
     from fedbert_ds.data.masking import Batch
     from fedbert_ds.model.client_half import ClientHalf
-    from fedbert_ds.server.engine import BodyInput
+    from fedbert_ds.server.body.engine import BodyInput
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
     from fedbert_ds.config import load_config
-    from fedbert_ds.server.distributed import initialize, shut_down
+    from fedbert_ds.server.body.distributed import initialize, shut_down
 
     config = load_config(options.config, options.overrides)
     initialize()
@@ -46,7 +46,7 @@ def main() -> None:
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.model.optimizer import build_optimizer
-    from fedbert_ds.server.engine import BodyEngine
+    from fedbert_ds.server.body.engine import BodyEngine
 
     tokenizer = load_tokenizer(options.tokenizer)
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
@@ -97,8 +97,8 @@ class _MicroBatch:
 
 def _window(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -> list[_MicroBatch]:
     """One window, packed as the server packs it."""
-    from fedbert_ds.server.engine import BodyInput
-    from fedbert_ds.server.window import pack
+    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.queue.packing import pack
     from fedbert_ds.wire.messages import Manifest
 
     manifests = []

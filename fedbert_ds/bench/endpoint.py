@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 import psutil
 
 from fedbert_ds.client.stream import ServerStream
-from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
-from fedbert_ds.server.ingress_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.network.endpoint_process import IngressProcess
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 WIDTH = 768

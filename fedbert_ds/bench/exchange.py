@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedbert_ds.config import RunConfig
-from fedbert_ds.federation.modes import exchange_codec, is_exchanged
+from fedbert_ds.federation.strategy import exchange_codec, is_exchanged
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer

@@ -19,7 +19,7 @@ from fedbert_ds.bench.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.bench.record import record_rows
 from fedbert_ds.client.stream import ServerStream
-from fedbert_ds.server.ingress import Connected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Ingress, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import HalfAssembler, half_chunks
 

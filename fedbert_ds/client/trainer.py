@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fedbert_ds.client.shared_weights import SharedWeights
 from fedbert_ds.client.state import load_state, save_state
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.modes import exchange_after, exchange_codec, is_exchanged
+from fedbert_ds.federation.shared_weights import SharedWeights
+from fedbert_ds.federation.strategy import exchange_after, exchange_codec, is_exchanged
 from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.seeding import stable_seed

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
-from fedbert_ds.server.footprint import SHARE
+from fedbert_ds.server.body.footprint import SHARE
 
 COMPRESSED = {
     "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,

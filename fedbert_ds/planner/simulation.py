@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fedbert_ds.planner.scenario import ClientCosts, Scenario
-from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
-from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
-from fedbert_ds.server.patience import Patience
-from fedbert_ds.server.pipeline_queue import PipelineQueue
-from fedbert_ds.server.window import Piece, assign_clients, pack
+from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
+from fedbert_ds.server.queue.in_flight import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.queue.packing import Piece, assign_clients, pack
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire.messages import Manifest
 
 SMALL = 200

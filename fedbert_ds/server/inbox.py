@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fedbert_ds.config import Codec, WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.coordinator import Seat
-from fedbert_ds.server.half_exchange import Half, HalfExchange
-from fedbert_ds.server.pipeline_queue import PipelineQueue
-from fedbert_ds.server.window import Piece
+from fedbert_ds.federation.update_exchange import Half, HalfExchange
+from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.queue.packing import Piece
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
 from fedbert_ds.wire.messages import HalfAssembler, checked_manifest

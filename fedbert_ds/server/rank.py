@@ -17,24 +17,24 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.averaging import combine
-from fedbert_ds.federation.modes import exchange_after
+from fedbert_ds.federation.strategy import exchange_after
+from fedbert_ds.federation.update_exchange import Half, HalfExchange
 from fedbert_ds.seeding import stable_seed
-from fedbert_ds.server.control import Control
-from fedbert_ds.server.coordinator import Seat, reply
-from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
-from fedbert_ds.server.depth import FIRST_DEPTH, Demand, Depth, depth_for
-from fedbert_ds.server.device_work import DeviceWork
-from fedbert_ds.server.engine import BodyEngine
-from fedbert_ds.server.half_exchange import Half, HalfExchange
+from fedbert_ds.server.admission import Seat, reply
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import packed_input
+from fedbert_ds.server.contract import Report, Tally
 from fedbert_ds.server.inbox import Inbox, Shapes
-from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAsked, Received
-from fedbert_ds.server.ingress_process import IngressProcess
-from fedbert_ds.server.outbox import Outbox
-from fedbert_ds.server.packed_input import packed_input
-from fedbert_ds.server.patience import Patience
-from fedbert_ds.server.pipeline_queue import PipelineQueue
-from fedbert_ds.server.report import Report, Tally
-from fedbert_ds.server.window import Piece, pack
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, Ingress, JoinAsked, Received
+from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
+from fedbert_ds.server.queue.in_flight import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.queue.packing import Piece, pack
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.rank_group import Control
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode

@@ -16,23 +16,23 @@ import torch
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError, WireError
-from fedbert_ds.federation.modes import exchange_codec, is_exchanged
+from fedbert_ds.federation.strategy import exchange_codec, is_exchanged
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.kernels import check_kernels
-from fedbert_ds.server.control import Control, complete_windows, ranks_of_checkpoints
-from fedbert_ds.server.coordinator import Expectation, Roster, Seat
-from fedbert_ds.server.decoding import Decoding
-from fedbert_ds.server.engine import BodyEngine, zero_stage
+from fedbert_ds.server.admission import Expectation, Roster, Seat
+from fedbert_ds.server.body.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
-from fedbert_ds.server.ingress import Ingress, JoinAbandoned, JoinAsked
-from fedbert_ds.server.ingress_process import IngressProcess
 from fedbert_ds.server.local_clients import LocalClients, client_name
-from fedbert_ds.server.narrator import Narrator
+from fedbert_ds.server.network.decoding import Decoding
+from fedbert_ds.server.network.endpoint import Ingress, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.endpoint_process import IngressProcess
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
 from fedbert_ds.server.rank import POLL_SECONDS, RankServer
+from fedbert_ds.server.rank_group import Control, complete_windows, ranks_of_checkpoints
+from fedbert_ds.server.run_reporter import Narrator
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles

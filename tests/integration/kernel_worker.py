@@ -24,7 +24,7 @@ LENGTHS = ([5, 9], [1, 3])
 
 def main(folder: Path) -> None:
     """Train and write, run after run."""
-    from fedbert_ds.server.distributed import initialize, shut_down
+    from fedbert_ds.server.body.distributed import initialize, shut_down
 
     # On a CPU attention has a body in torch; here it gives way to the kernels, interpreted.
     from fedbert_kernels import attention
@@ -64,7 +64,7 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
     from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
-    from fedbert_ds.server.engine import BodyEngine, BodyInput
+    from fedbert_ds.server.body.engine import BodyEngine, BodyInput
 
     config = parse_config(
         {

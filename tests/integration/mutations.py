@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from fedbert_ds.server.device_work import DeviceWork
-from fedbert_ds.server.engine import BodyEngine
-from fedbert_ds.server.pipeline_queue import PipelineQueue, _State
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue, _State
 from fedbert_ds.server.rank import RankServer
 
 

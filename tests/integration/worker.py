@@ -21,7 +21,7 @@ def run_rank(jobs: list[dict]) -> None:
     from integration import mutations
 
     from fedbert_ds.config import parse_config
-    from fedbert_ds.server.distributed import initialize, shut_down
+    from fedbert_ds.server.body.distributed import initialize, shut_down
     from fedbert_ds.server.serve import check_before_start, serve
 
     initialize()

@@ -13,7 +13,7 @@ from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client import stream as stream_module
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import UNREAD_BYTES
 from fedbert_ds.wire.messages import HalfAssembler, half_chunks

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig, parse_config
-from fedbert_ds.federation.modes import exchange_after
-from fedbert_ds.server.coordinator import Seat
-from fedbert_ds.server.device_work import DeviceWork
-from fedbert_ds.server.engine import BodyInput
+from fedbert_ds.federation.strategy import exchange_after
+from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.server.contract import Report
 from fedbert_ds.server.inbox import Shapes
-from fedbert_ds.server.ingress import Connected, Disconnected, Event, JoinAsked, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer
-from fedbert_ds.server.report import Report
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
@@ -414,10 +414,10 @@ class Rank:
         device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
-        for module in ("rank", "half_exchange"):
-            monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
-        for module in ("half_exchange", "outbox"):
-            monkeypatch.setattr(f"fedbert_ds.server.{module}.ThreadPoolExecutor", InlineThread)
+        for module in ("server.rank", "federation.update_exchange"):
+            monkeypatch.setattr(f"fedbert_ds.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
+        for module in ("federation.update_exchange", "server.network.outbox"):
+            monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
         self.ingress = FakeIngress(self.clock, clients, latency)

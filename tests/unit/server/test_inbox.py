@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 from unit.server.fakes import HALF, WIDTH
-from unit.server.simulation import queue_state
+from unit.server.queue.simulation import queue_state
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.coordinator import Seat
-from fedbert_ds.server.half_exchange import HalfExchange
+from fedbert_ds.federation.update_exchange import HalfExchange
+from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.inbox import Inbox, Shapes
-from fedbert_ds.server.pipeline_queue import Forward, Open, PipelineQueue, Plan
-from fedbert_ds.server.window import Piece
+from fedbert_ds.server.queue.packing import Piece
+from fedbert_ds.server.queue.pipeline_queue import Forward, Open, PipelineQueue, Plan
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
 from fedbert_ds.wire.messages import half_chunks

@@ -32,10 +32,10 @@ from unit.server.fakes import (
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
-from fedbert_ds.server.device_work import DeviceWork
-from fedbert_ds.server.ingress import Event, Received
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.contract import Report
+from fedbert_ds.server.network.endpoint import Event, Received
 from fedbert_ds.server.rank import RankServer
-from fedbert_ds.server.report import Report
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
@@ -440,7 +440,7 @@ def test_two_ranks_keep_step_whoever_fails(
     monkeypatch: pytest.MonkeyPatch, fault: str | None, order: str, lockstep_forwards: bool
 ) -> None:
     """Rank 1 has one client, with less text than rank 0's two, and loses it: it goes on with dummies alone."""
-    monkeypatch.setattr("fedbert_ds.server.outbox.ThreadPoolExecutor", InlineThread)
+    monkeypatch.setattr("fedbert_ds.server.network.outbox.ThreadPoolExecutor", InlineThread)
     config = run_config(clients={"minimum": 1}, window={"order": order}, run={"windows": 3, "save_every": 2})
     ada, bo = FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))
     cy = FakeClient("cy", config, (3, 4), *([BAD[fault][0]()] if fault else []))

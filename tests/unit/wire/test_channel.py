@@ -1,7 +1,7 @@
 """How long a connection may be silent before it counts as lost: in line with how long a client may be."""
 
 from fedbert_ds.config import ClientsSection
-from fedbert_ds.server.patience import FLOOR_SECONDS
+from fedbert_ds.server.queue.deadlines import FLOOR_SECONDS
 from fedbert_ds.wire.channel import CLIENT_OPTIONS, OPTIONS
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.ingress import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import shared_memory
 from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, is_this_machine, offer
@@ -150,7 +150,9 @@ with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:
 
 def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[SharedMemory] = []
-    monkeypatch.setattr("fedbert_ds.server.ingress.accept", lambda shared: opened.append(accept(shared)) or opened[-1])
+    monkeypatch.setattr(
+        "fedbert_ds.server.network.endpoint.accept", lambda shared: opened.append(accept(shared)) or opened[-1]
+    )
     before = own_memory()
     ingress = Ingress("127.0.0.1", 0, None, reconnect_timeout=0.1)
     address = f"127.0.0.1:{ingress.start()}"

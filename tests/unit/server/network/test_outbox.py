@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.outbox import Outbox
+from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 

@@ -17,11 +17,11 @@ from fedbert_ds.config import LayersCut, RunConfig, dump_config
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.client_half import ClientHalf
-from fedbert_ds.server.control import Control
-from fedbert_ds.server.engine import BodyEngine, zero_stage
+from fedbert_ds.server.body.engine import BodyEngine, zero_stage
+from fedbert_ds.server.contract import Report
 from fedbert_ds.server.prepare import HELD_OUT, TextFacts
 from fedbert_ds.server.rank import RankServer
-from fedbert_ds.server.report import Report
+from fedbert_ds.server.rank_group import Control
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_bytes
 from fedbert_ds.telemetry.report import write_report

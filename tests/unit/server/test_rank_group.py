@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.server.control import COMPLETE, Control, complete_windows, ranks_of_checkpoints
+from fedbert_ds.server.rank_group import COMPLETE, Control, complete_windows, ranks_of_checkpoints
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from functools import partial
 from typing import Any, Literal
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.pipeline_queue import (
+from fedbert_ds.server.queue.packing import MicroBatch, Piece, pack
+from fedbert_ds.server.queue.pipeline_queue import (
     Backward,
     Decision,
     Expire,
@@ -26,7 +27,6 @@ from fedbert_ds.server.pipeline_queue import (
     Skip,
     Step,
 )
-from fedbert_ds.server.window import MicroBatch, Piece, pack
 from fedbert_ds.wire.messages import Manifest
 
 Choose = Callable[[Sequence[Any]], Any]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedbert_ds.server.device_work import DeviceWork, upload
+from fedbert_ds.server.body.device_work import DeviceWork, upload
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ class FakeCuda:
 
 def test_a_gpu_copies_beside_the_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda()
-    monkeypatch.setattr("fedbert_ds.server.device_work.torch.cuda", cuda)
+    monkeypatch.setattr("fedbert_ds.server.body.device_work.torch.cuda", cuda)
     copies = SimpleNamespace(name="copies", wait_event=lambda event: cuda.log.append("copies wait for the computation"))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: cuda.log.append("memory is kept"))
     empty = torch.empty

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.server.window import MicroBatch, Piece, assign_clients, pack, window_shares
+from fedbert_ds.server.queue.packing import MicroBatch, Piece, assign_clients, pack, window_shares
 from fedbert_ds.wire.messages import Manifest
 
 CAPACITY = 16

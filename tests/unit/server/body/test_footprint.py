@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fedbert_ds.server.footprint import SHARE, memory_budget, saved_bytes
+from fedbert_ds.server.body.footprint import SHARE, memory_budget, saved_bytes
 
 
 def test_saved_storages_are_counted_once_and_parameters_not_at_all() -> None:
@@ -31,7 +31,7 @@ def test_what_is_built_outside_is_not_counted() -> None:
 
 def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(available=1000)
-    monkeypatch.setattr("fedbert_ds.server.footprint.psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr("fedbert_ds.server.body.footprint.psutil.virtual_memory", lambda: free)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert memory_budget(torch.device("cpu")) == SHARE * 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -18,9 +18,9 @@ from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
-from fedbert_ds.server.depth import DEEPEST
-from fedbert_ds.server.device_work import DeviceWork, upload
-from fedbert_ds.server.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.device_work import DeviceWork, upload
+from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.queue.in_flight import DEEPEST
 
 OURS = {
     "gradient_clipping": "optimizer.gradient_clipping",

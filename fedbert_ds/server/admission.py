@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.window import assign_clients, window_shares
+from fedbert_ds.server.queue.packing import assign_clients, window_shares
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
 

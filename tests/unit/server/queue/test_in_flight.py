@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedbert_ds.server.depth import DEEPEST, FARTHEST_AHEAD, FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.queue.in_flight import DEEPEST, FARTHEST_AHEAD, FIRST_DEPTH, Demand, Depth, depth_for
 
 
 def demand(activations: float = 0.0, gradient: float = 0.0, service: float = 0.0, affordable: int = DEEPEST) -> Demand:

@@ -14,10 +14,10 @@ from unit.server.fakes import HALF, WIDTH
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.server import decoding
-from fedbert_ds.server.decoding import Decoding
 from fedbert_ds.server.inbox import Shapes
-from fedbert_ds.server.ingress import Connected, Disconnected, Event, Received
+from fedbert_ds.server.network import decoding
+from fedbert_ds.server.network.decoding import Decoding
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 

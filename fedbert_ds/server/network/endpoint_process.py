@@ -22,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.ingress import Connected, Disconnected, Event, Ingress, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.endpoint import (
+    Connected,
+    Disconnected,
+    Event,
+    Ingress,
+    JoinAbandoned,
+    JoinAsked,
+    Received,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.conversation import RECONNECT_SECONDS
@@ -110,7 +118,7 @@ class IngressProcess:
     def start(self) -> int:
         """Start the process and listen; returns the port. Raises WireError when the port is taken."""
         ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "fedbert_ds.server.ingress_process", str(theirs.fileno())]
+        command = [sys.executable, "-m", "fedbert_ds.server.network.endpoint_process", str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         ours.settimeout(START_SECONDS)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fedbert_ds.server.ingress import Ingress
-from fedbert_ds.server.ingress_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Ingress
+from fedbert_ds.server.network.endpoint_process import IngressProcess
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 

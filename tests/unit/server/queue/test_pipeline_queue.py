@@ -11,11 +11,11 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.server.simulation import Federation, FixedPatience, Lengths
+from unit.server.queue.simulation import Federation, FixedPatience, Lengths
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Plan, Skip, Step
-from fedbert_ds.server.window import Piece
+from fedbert_ds.server.queue.packing import Piece
+from fedbert_ds.server.queue.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Plan, Skip, Step
 from fedbert_ds.wire.messages import Manifest
 
 CAPACITY = 12

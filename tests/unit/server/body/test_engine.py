@@ -11,10 +11,10 @@ import torch
 
 from fedbert_ds.config import RunConfig, load_config, parse_config
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.server import engine
-from fedbert_ds.server.engine import OURS, BodyEngine, deepspeed_settings, zero_stage
+from fedbert_ds.server.body import engine
+from fedbert_ds.server.body.engine import OURS, BodyEngine, deepspeed_settings, zero_stage
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 
 
 def config_with(tmp_path: Path, text: str, **sections: Any) -> RunConfig:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.coordinator import LONGEST_NAME, Expectation, Roster
+from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Roster
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
 

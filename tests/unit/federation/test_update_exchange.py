@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.half_exchange import Half, HalfExchange
+from fedbert_ds.federation.update_exchange import Half, HalfExchange
 
 
 def half(value: float, weight: float = 1.0) -> Callable[[], Half]:
@@ -140,7 +140,7 @@ def test_it_goes_on_beside_and_errors_come_out() -> None:
 def test_only_silence_after_the_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     clock: Any = type("Clock", (), {"monotonic": staticmethod(lambda: now[0])})
-    monkeypatch.setattr("fedbert_ds.server.half_exchange.time", clock)
+    monkeypatch.setattr("fedbert_ds.federation.update_exchange.time", clock)
     exchange = HalfExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
     now[0] = 100.0

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbert_ds.client.shared_weights import SharedWeights
 from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.shared_weights import SharedWeights
 from fedbert_ds.wire.messages import HalfAssembler, half_chunks
 
 SHAPES = {"table": (6, 70), "bias": (5,)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fedbert_ds.server.patience import FEW, MEMORY, MULTIPLE, SPREADS, Patience
+from fedbert_ds.server.queue.deadlines import FEW, MEMORY, MULTIPLE, SPREADS, Patience
 
 
 def taught(patience: Patience, client: str, *seconds: float) -> Patience:

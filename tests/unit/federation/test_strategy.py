@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedbert_ds.config import FederationSection, WireSection
-from fedbert_ds.federation.modes import exchange_after, exchange_codec, is_exchanged
+from fedbert_ds.federation.strategy import exchange_after, exchange_codec, is_exchanged
 
 
 @pytest.mark.parametrize(

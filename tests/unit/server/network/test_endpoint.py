@@ -22,8 +22,8 @@ from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import WireError
-from fedbert_ds.server import ingress_process
-from fedbert_ds.server.ingress import (
+from fedbert_ds.server.network import endpoint_process as ingress_process
+from fedbert_ds.server.network.endpoint import (
     Connected,
     Disconnected,
     Event,
@@ -32,7 +32,7 @@ from fedbert_ds.server.ingress import (
     JoinAsked,
     Received,
 )
-from fedbert_ds.server.ingress_process import IngressProcess
+from fedbert_ds.server.network.endpoint_process import IngressProcess
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb

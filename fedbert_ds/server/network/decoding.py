@@ -13,7 +13,7 @@ from torch import Tensor
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.inbox import Shapes, sender
-from fedbert_ds.server.ingress import Event, Received
+from fedbert_ds.server.network.endpoint import Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbert_ds.server.depth import Demand
+from fedbert_ds.server.queue.in_flight import Demand
 
 
 @dataclass

@@ -37,9 +37,9 @@ from enum import IntEnum
 from typing import Literal
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
-from fedbert_ds.server.patience import Patience
-from fedbert_ds.server.window import MicroBatch, Piece
+from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
+from fedbert_ds.server.queue.packing import MicroBatch, Piece
 from fedbert_ds.wire.messages import Manifest
 
 Pack = Callable[[Sequence[Manifest]], Sequence[tuple[Piece, ...]]]

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fedbert_ds.server.engine import BodyInput
+from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.inbox import Arrived
-from fedbert_ds.server.window import Piece
+from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.wire.messages import Manifest
 
 

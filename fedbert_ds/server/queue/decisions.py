@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedbert_ds.server.window import MicroBatch, Piece
+from fedbert_ds.server.queue.packing import MicroBatch, Piece
 from fedbert_ds.wire.messages import Manifest
 
 

@@ -1,0 +1,1 @@
+"""The transformer layers under DeepSpeed: forward, backward and step on the device."""

@@ -134,9 +134,6 @@ class WindowSection(Section):
     clients_per_micro_batch: Positive = 1
     """1 keeps a client's sequences together, for the fewest bytes; more lets so many clients work on a micro-batch side
     by side, for slow clients and few micro-batches in flight."""
-    staleness: Annotated[int, Field(ge=0, le=8)] = 0
-    """Windows whose exchange of client halves a client need not wait for before it begins the next; 0 is exact, more
-    hides exchanges over slow links."""
     share: Literal["data", "equal"] = "data"
     """A client's part of `tokens`: in proportion to its shard, or the same for each."""
     order: Literal["arrival", "fixed"] = "arrival"
@@ -198,6 +195,9 @@ class FederationSection(Section):
     """Windows between averages in `parallel` mode."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
     """Parts averaged in `parallel` mode; the rest stays personal to its client."""
+    staleness: Annotated[int, Field(ge=0, le=8)] = 0
+    """Windows whose exchange of client halves a client need not wait for before it begins the next; 0 is exact, more
+    hides exchanges over slow links."""
 
 
 class ClientsSection(Section):
@@ -272,7 +272,7 @@ class WireSection(Section):
     """Codec of hidden states, down; null means as activations."""
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
-    halves: Codec = "fp32"
+    updates: Codec = "fp32"
     """Codec of the matrices of what client halves exchange, up and down: gradients in `synchronous` mode; in `parallel`
     mode weights if it is fp32, else what changed in them since the last average."""
     compression: Literal["zstd", "none"] = "zstd"
@@ -338,6 +338,10 @@ class RunConfig(Section):
                     f"{self.model.num_hidden_layers}; lower it"
                 )
         return self
+
+
+RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.updates"}
+"""Keys of older run files."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -407,6 +411,8 @@ def _explain(error: ValidationError) -> str:
             section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        if name in RENAMED:
+            hint = f"; it is {RENAMED[name]} now"
         return f"{name} is not a key{hint}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

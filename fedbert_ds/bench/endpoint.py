@@ -17,8 +17,8 @@ from multiprocessing.connection import Connection
 import psutil
 
 from fedbert_ds.client.stream import ServerStream
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
-from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Received
+from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 WIDTH = 768
@@ -77,7 +77,7 @@ class Load:
     """Number of the first message; the endpoint expects 0."""
 
 
-class EndpointProcess:
+class MeasuredEndpoint:
     """A body's process with an endpoint.
 
     `answer_bytes` sizes the answers; `in_process` gives the network a process of its own; with `busy` the body is not
@@ -92,7 +92,7 @@ class EndpointProcess:
         # Not a daemon: it may have a process of its own, which ends with it.
         self._process = spawn.Process(target=_serve, args=arguments)
 
-    def __enter__(self) -> EndpointProcess:
+    def __enter__(self) -> MeasuredEndpoint:
         self._process.start()
         self.address: str = self._pipe.recv()
         return self
@@ -147,7 +147,7 @@ def sessions(clients: tuple[str, ...]) -> Mapping[str, str]:
 
 def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_process: bool, busy: bool) -> None:
     work = _small_operations() if busy else None
-    ingress = (IngressProcess if in_process else Ingress)("127.0.0.1", 0, None)
+    ingress = (EndpointProcess if in_process else Endpoint)("127.0.0.1", 0, None)
     port = ingress.start()
     ingress.admit(dict(sessions(clients)))
     pipe.send(f"127.0.0.1:{port}")

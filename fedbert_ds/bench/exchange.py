@@ -14,7 +14,7 @@ from fedbert_ds.federation.strategy import exchange_codec, is_exchanged
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 REPEATS = 5
 
@@ -45,16 +45,16 @@ def exchange_work(config: RunConfig, tokenizer: Any) -> ExchangeWork:
         }
         shapes = {name: tuple(gradient.shape) for name, gradient in gradients.items()}
         codec, compressed = exchange_codec(config.federation, config.wire), config.wire.is_compressed
-        chunks = list(half_chunks(0, gradients.items(), 1.0, codec, compressed=compressed))
+        chunks = list(update_chunks(0, gradients.items(), 1.0, codec, compressed=compressed))
 
         def take() -> None:
-            assembler = HalfAssembler(shapes, "the sum", codec)
+            assembler = UpdateAssembler(shapes, "the sum", codec)
             for chunk in chunks:
                 assembler.add(chunk)
             optimizer.step()
 
         return ExchangeWork(
-            send=_quickest(lambda: list(half_chunks(0, gradients.items(), 1.0, codec, compressed=compressed))),
+            send=_quickest(lambda: list(update_chunks(0, gradients.items(), 1.0, codec, compressed=compressed))),
             take=_quickest(take),
         )
     finally:

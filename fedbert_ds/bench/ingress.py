@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.bench.endpoint import ClientProcess, EndpointProcess, Load
+from fedbert_ds.bench.endpoint import ClientProcess, Load, MeasuredEndpoint
 from fedbert_ds.bench.record import record_rows
 
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
@@ -46,7 +46,7 @@ def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
     for place in PLACES:
         names = tuple(f"client-{number}" for number in range(4))
         with (
-            EndpointProcess(names, answer_bytes=1 << 20, in_process=place == "process", busy=True) as endpoint,
+            MeasuredEndpoint(names, answer_bytes=1 << 20, in_process=place == "process", busy=True) as endpoint,
             ClientProcess() as clients,
         ):
             messages = max(1, num_bytes // len(names) >> 20)
@@ -82,7 +82,7 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
     with ClientProcess() as clients:
         for place, is_answered, message_bytes in itertools.product(PLACES, (False, True), MESSAGE_BYTES):
             answer_bytes = message_bytes if is_answered else 0
-            with EndpointProcess(everybody, answer_bytes=answer_bytes, in_process=place == "process") as endpoint:
+            with MeasuredEndpoint(everybody, answer_bytes=answer_bytes, in_process=place == "process") as endpoint:
                 for transport, names in runs:
                     messages = max(1, num_bytes // message_bytes // len(names))
                     load = Load(endpoint.address, names, message_bytes, messages, shares_memory=transport == "shared")
@@ -91,7 +91,7 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                     yield facts | _rates(endpoint, clients, load, directions=1 + is_answered)
 
 
-def _rates(endpoint: EndpointProcess, clients: ClientProcess, load: Load, directions: int) -> dict[str, Any]:
+def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, directions: int) -> dict[str, Any]:
     before = endpoint.usage()
     started = time.monotonic()
     clients.run(load)

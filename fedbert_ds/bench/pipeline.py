@@ -105,8 +105,8 @@ class PipelineOptions:
 VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ()),
     ("fp32 embeddings", ("cut=embeddings", "wire.activations=fp32", "wire.gradients=fp32")),
-    ("synchronous", ("federation.mode=synchronous", "wire.halves=int8")),
-    ("synchronous, staleness 1", ("federation.mode=synchronous", "wire.halves=int8", "window.staleness=1")),
+    ("synchronous", ("federation.mode=synchronous", "wire.updates=int8")),
+    ("synchronous, staleness 1", ("federation.mode=synchronous", "wire.updates=int8", "federation.staleness=1")),
 )
 """Of ours: weights averaged rarely, rows at int8; an expensive wire; and halves exchanged after every window."""
 
@@ -304,7 +304,7 @@ def _bubble(
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
-    if config.federation.mode == "synchronous" and not config.window.staleness:
+    if config.federation.mode == "synchronous" and not config.federation.staleness:
         work = measure_work()
         # Nothing of the next window can be computed before halves have crossed the link both ways. Clients share a
         # processor here: all of them have sent before there is a sum, and one has taken it before there is a forward.
@@ -332,7 +332,7 @@ def _row(
         "cut": "embeddings" if naive else config.cut if isinstance(config.cut, str) else config.cut.model_dump(),
         "codec": "fp32, padded" if naive else f"{config.wire.activations}/{config.wire.gradients}",
         "mode": None if setting.system != "ours" else config.federation.mode,
-        "staleness": None if setting.system != "ours" else config.window.staleness,
+        "staleness": None if setting.system != "ours" else config.federation.staleness,
         "tokens_per_second": tokens_per_second,
         "utilization": utilization,
         "utilization_bound": bound,

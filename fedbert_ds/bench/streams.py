@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.bench.endpoint import ClientProcess, EndpointProcess, Load
+from fedbert_ds.bench.endpoint import ClientProcess, Load, MeasuredEndpoint
 from fedbert_ds.bench.record import source_commit, write_record
 
 PROCESSES = 4
@@ -50,7 +50,7 @@ def stream_rows(streams: int, seconds: float) -> Iterator[dict[str, Any]]:
     """
     names = tuple(f"client-{number:04d}" for number in range(streams))
     with ExitStack() as stack:
-        endpoint = stack.enter_context(EndpointProcess(names, answer_bytes=MESSAGE_BYTES))
+        endpoint = stack.enter_context(MeasuredEndpoint(names, answer_bytes=MESSAGE_BYTES))
         processes = [stack.enter_context(ClientProcess()) for _ in range(min(PROCESSES, streams))]
         started = time.monotonic()
         for number, process in enumerate(processes):
@@ -74,7 +74,7 @@ def stream_rows(streams: int, seconds: float) -> Iterator[dict[str, Any]]:
         }
 
 
-def _row(streams: int, seconds: float, endpoint: EndpointProcess) -> dict[str, Any]:
+def _row(streams: int, seconds: float, endpoint: MeasuredEndpoint) -> dict[str, Any]:
     usage = endpoint.usage()
     return {
         "what": "streams",

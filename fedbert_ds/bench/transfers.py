@@ -19,9 +19,9 @@ from fedbert_ds.bench.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.bench.record import record_rows
 from fedbert_ds.client.stream import ServerStream
-from fedbert_ds.server.network.endpoint import Connected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Endpoint, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 CLIENT = "client-0"
 MBIT = 1000
@@ -79,7 +79,7 @@ def half_row(half_bytes: int = HALF_BYTES) -> dict[str, Any]:
     middle = half_bytes // 2
     cut: dict[str, Any] = {"cut_bytes": (middle, middle + 1), "cuts": 1, "outage_ms": 1000 * OUTAGE_SECONDS}
     with _Transfer("half", half_bytes, **cut) as transfer:
-        assembler = HalfAssembler(_half_shapes(half_bytes), CLIENT)
+        assembler = UpdateAssembler(_half_shapes(half_bytes), CLIENT)
         while (half := assembler.add(transfer.next_message().half)) is None:
             pass
         row = transfer.row()
@@ -93,7 +93,7 @@ class _Transfer:
     def __init__(self, what: str, num_bytes: int, **cut: Any) -> None:
         self._what = what
         self._num_bytes = num_bytes
-        self._ingress = Ingress("127.0.0.1", 0, None)
+        self._ingress = Endpoint("127.0.0.1", 0, None)
         self._link = DelayProxy(f"127.0.0.1:{self._ingress.start()}", mbit=MBIT, **cut)
         self._ingress.admit(dict(sessions((CLIENT,))))
         self._started = 0.0
@@ -153,8 +153,8 @@ def _send(pipe: Connection, what: str, address: str, num_bytes: int) -> None:
     with ServerStream(address, None, CLIENT, sessions((CLIENT,))[CLIENT], shares_memory=False) as stream:
         pipe.recv()
         if what == "half":
-            for chunk in half_chunks(0, tensors.items(), weight=1.0):
-                stream.send(pb.ClientMessage(half=chunk))
+            for chunk in update_chunks(0, tensors.items(), weight=1.0):
+                stream.send(pb.ClientMessage(update=chunk))
         else:
             for number in range(num_bytes // MESSAGE_BYTES):
                 stream.send(pb.ClientMessage(activations=pb.Activations(micro_batch=number, values=frame)))

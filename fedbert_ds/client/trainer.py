@@ -20,7 +20,7 @@ from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import ClientSettings, HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import ClientSettings, UpdateAssembler, update_chunks
 
 
 @dataclass
@@ -124,13 +124,13 @@ class ClientTrainer:
                 self._backward(message.input_gradient)
             case "skipped":
                 self._skip(message.skipped)
-            case "half":
-                self._receive_half(message.half)
+            case "update":
+                self._receive_half(message.update)
             case "save":
                 self._save(message.save.window)
-            case "half_request":
+            case "update_request":
                 weights = dict(self._half.named_parameters())
-                self._send_half(message.half_request.window, weights, float(max(1, self._masked_seen)))
+                self._send_half(message.update_request.window, weights, float(max(1, self._masked_seen)))
             case "finish":
                 self.finish = message.finish
             case "refused":
@@ -189,7 +189,7 @@ class ClientTrainer:
     def _forward_what_may_be(self) -> None:
         """Send what the server has asked for, of windows that the half is ready for."""
         for window in list(self._windows.values()):
-            if window.number <= self._applied + self._settings.staleness:
+            if window.number <= self._applied + self._settings.federation.staleness:
                 while window.opened:
                     self._forward(window, window.opened.pop(0))
 
@@ -197,7 +197,7 @@ class ClientTrainer:
         piece = window.pieces.get(micro_batch)
         if piece is None:
             raise WireError(f"the server asks for micro-batch {micro_batch}, in which this client has no piece")
-        if self._settings.staleness:
+        if self._settings.federation.staleness:
             # The half may step before the gradient is back, which a graph would not survive: it is built again then.
             with torch.no_grad():
                 activations = self._embed(window, piece)
@@ -242,7 +242,7 @@ class ClientTrainer:
         window, piece = self._piece(message)
         if piece.activations is None:
             raise WireError(f"the server sent an input gradient of micro-batch {message.micro_batch} too many")
-        values = self._embed(window, piece).values if self._settings.staleness else piece.activations.values
+        values = self._embed(window, piece).values if self._settings.federation.staleness else piece.activations.values
         gradient = decode(message.values, values.shape, self._wire.gradients, "input gradient")
         values.backward(gradient.to(values.device, values.dtype))
         self._finish_piece(window, message.micro_batch)
@@ -280,14 +280,14 @@ class ClientTrainer:
         self._step(window.number)
         if exchange == "weights":
             weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
-            if self._settings.staleness:
+            if self._settings.federation.staleness:
                 self._sent[window.number] = {name: tensor.clone() for name, tensor in weights.items()}
             weight = float(max(1, self._masked_since_average))
             if self._shared is None:
                 self._send_half(window.number, weights, weight)
             else:
                 for chunk in self._shared.changes(window.number, weights, weight):
-                    self._send(pb.ClientMessage(half=chunk))
+                    self._send(pb.ClientMessage(update=chunk))
             self._masked_since_average = 0
         else:
             self._done_with(window.number)
@@ -322,10 +322,10 @@ class ClientTrainer:
         return gradients
 
     def _send_half(self, window: int, tensors: Mapping[str, Tensor], weight: float, codec: str = "fp32") -> None:
-        for chunk in half_chunks(window, tensors.items(), weight, codec, compressed=self._wire.is_compressed):
-            self._send(pb.ClientMessage(half=chunk))
+        for chunk in update_chunks(window, tensors.items(), weight, codec, compressed=self._wire.is_compressed):
+            self._send(pb.ClientMessage(update=chunk))
 
-    def _receive_half(self, chunk: pb.HalfChunk) -> None:
+    def _receive_half(self, chunk: pb.UpdateChunk) -> None:
         complete = self._assembler.add(chunk)
         if complete is None:
             return
@@ -366,11 +366,11 @@ class ClientTrainer:
             else:
                 parameter.copy_(weights)
 
-    def _new_assembler(self) -> HalfAssembler:
+    def _new_assembler(self) -> UpdateAssembler:
         if self._awaits_initial_half:
             shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
-            return HalfAssembler(shapes, "the server's half")
-        return HalfAssembler(self._exchanged, "the server's half", self._exchange_codec)
+            return UpdateAssembler(shapes, "the server's half")
+        return UpdateAssembler(self._exchanged, "the server's half", self._exchange_codec)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

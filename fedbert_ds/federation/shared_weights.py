@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 
 class SharedWeights:
@@ -29,14 +29,14 @@ class SharedWeights:
         self._common = {name: weights[name].detach().cpu().clone() for name in self._shapes}
         self._owed = {}
 
-    def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Sequence[pb.HalfChunk]:
+    def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Sequence[pb.UpdateChunk]:
         """What changed since the last average, as chunks."""
         wanted = {name: weights[name].detach().cpu() - self._common[name] for name in self._shapes}
         for name, owed in self._owed.items():
             wanted[name] += owed
-        chunks = list(half_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed))
+        chunks = list(update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed))
         # What the server will make of it, by the server's own code.
-        server = HalfAssembler(self._shapes, "this client's half", self._codec)
+        server = UpdateAssembler(self._shapes, "this client's half", self._codec)
         for chunk in chunks:
             complete = server.add(chunk)
         assert complete is not None

@@ -21,7 +21,7 @@ def exchange_after(federation: FederationSection, window: int) -> Exchange:
 
 def exchange_codec(federation: FederationSection, wire: WireSection) -> Codec:
     """How what is exchanged is coded: gradients as they are; of weights, unless fp32, what changed in them."""
-    return wire.halves
+    return wire.updates
 
 
 def is_exchanged(federation: FederationSection, scope: Literal["embeddings", "head"]) -> bool:

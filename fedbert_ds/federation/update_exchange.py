@@ -27,7 +27,7 @@ class _Round:
     """Decoded, or being so."""
 
 
-class HalfExchange:
+class UpdateExchange:
     """Windows whose halves are exchanged, one after another in the same order on every rank.
 
     A window's round ends when every client it waits for has delivered or is gone. Rounds are combined in a thread,

@@ -93,16 +93,16 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         num_ranks=machines.gpus,
         clients_per_micro_batch=config.window.clients_per_micro_batch,
         micro_batches_in_flight=config.window.micro_batches_in_flight,
-        affordable_depth=affordable_depth(config, hf_config, machines),
+        affordable_in_flight=affordable_in_flight(config, hf_config, machines),
         mode=config.federation.mode,
         average_every=config.federation.average_every,
-        staleness=config.window.staleness,
+        staleness=config.federation.staleness,
         server_bytes_per_second=machines.network,
     )
     return scenario, model
 
 
-def affordable_depth(config: RunConfig, hf_config: Any, machines: Machines) -> int:
+def affordable_in_flight(config: RunConfig, hf_config: Any, machines: Machines) -> int:
     """Micro-batches whose graphs a GPU holds.
 
     In bf16 a layer keeps 34 H bytes a token, with attention that keeps no scores, or 2 H with activation checkpointing

@@ -120,7 +120,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
         "body": "the body is saturated: more GPUs make it faster",
         "network": "links hold it back: a smaller codec, cut: rows, or more clients",
         "clients": "clients' machines hold it back: more clients, or a smaller share for slow ones",
-        "flush": "nothing is busy: larger window.tokens, average_every, window.staleness: 1, or, for slow clients, "
+        "flush": "nothing is busy: larger window.tokens, average_every, federation.staleness: 1, or, for slow clients, "
         "more clients at work at a time: window.clients_per_micro_batch, body.activation_checkpointing",
     }[plan.bottleneck]
     body, half = model.body_parameters / 1e6, model.half_parameters / 1e6

@@ -78,7 +78,7 @@ class Scenario:
     num_ranks: int = 1
     clients_per_micro_batch: int = 1
     micro_batches_in_flight: int | Literal["auto"] = "auto"
-    affordable_depth: int = 64
+    affordable_in_flight: int = 64
     """Micro-batches in flight that memory holds."""
     mode: Literal["synchronous", "parallel"] = "parallel"
     average_every: int = 1

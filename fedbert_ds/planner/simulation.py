@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from fedbert_ds.planner.scenario import ClientCosts, Scenario
-from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.deadlines import Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
-from fedbert_ds.server.queue.in_flight import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.queue.packing import Piece, assign_clients, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire.messages import Manifest
@@ -197,15 +197,15 @@ class _Rank:
         scenario = simulation.scenario
         self._simulation, self._scenario = simulation, scenario
         fixed = scenario.micro_batches_in_flight
-        self.depth = FIRST_DEPTH if fixed == "auto" else fixed
+        self.depth = INITIAL_IN_FLIGHT if fixed == "auto" else fixed
         # Nobody is late for ever here, so nobody is passed over, however slow.
-        self.patience = Patience(floor=math.inf)
+        self.deadlines = Deadlines(floor=math.inf)
         self.queue = PipelineQueue(
             self.depth,
             partial(pack, capacity=scenario.tokens_per_micro_batch, clients_together=scenario.clients_per_micro_batch),
             num_windows=simulation.num_windows,
             windows_ahead=max(1, scenario.staleness),
-            patience=self.patience,
+            deadlines=self.deadlines,
         )
         self.clients: dict[str, _Client] = {}
         self.network_up, self.network_down = _Pipe(), _Pipe()
@@ -305,10 +305,10 @@ class _Rank:
 
     def demand(self) -> Demand:
         return Demand(
-            activations_seconds=self.patience.farthest("activations"),
-            gradient_seconds=self.patience.farthest("gradient"),
+            activations_seconds=self.deadlines.farthest("activations"),
+            gradient_seconds=self.deadlines.farthest("gradient"),
             service_seconds=self.service,
-            affordable=self._scenario.affordable_depth,
+            affordable=self._scenario.affordable_in_flight,
         )
 
 
@@ -375,9 +375,9 @@ class _Simulation:
 
     def _start(self) -> None:
         if self.scenario.micro_batches_in_flight == "auto":
-            depth = depth_for(rank.demand() for rank in self.ranks)
+            depth = in_flight_limits(rank.demand() for rank in self.ranks)
         else:
-            depth = Depth(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
+            depth = InFlightLimits(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
         most = max(1, *(rank.queue.num_micro_batches for rank in self.ranks))
         for rank in self.ranks:
             rank.depth = depth.in_flight

@@ -27,7 +27,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Report:
+class RankStatus:
     """What a rank tells the others between two windows."""
 
     num_micro_batches: int

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from fedbert_ds.config import Codec, WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.update_exchange import Half, HalfExchange
+from fedbert_ds.federation.update_exchange import Half, UpdateExchange
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
-from fedbert_ds.wire.messages import HalfAssembler, checked_manifest
+from fedbert_ds.wire.messages import UpdateAssembler, checked_manifest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Inbox:
     def __init__(
         self,
         queue: PipelineQueue,
-        exchange: HalfExchange,
+        exchange: UpdateExchange,
         shapes: Shapes,
         wire: WireSection,
         seats: Mapping[str, Seat],
@@ -71,7 +71,7 @@ class Inbox:
         self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
-        self._assemblers: dict[str, tuple[int, HalfAssembler]] = {}
+        self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self.collected: dict[str, Half] = {}
         """Whole halves that were asked for, by client."""
         self.saved: dict[str, pb.Saved] = {}
@@ -130,9 +130,9 @@ class Inbox:
                 self._receive_activations(client, message.activations, decoded)
             case "gradient":
                 self._receive_gradient(client, message.gradient, decoded)
-            case "half":
+            case "update":
                 self.half_bytes += message.ByteSize()
-                self._receive_half(client, message.half)
+                self._receive_half(client, message.update)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:
@@ -183,7 +183,7 @@ class Inbox:
             raise WireError(f"{who}: of window {window} instead of {planned}")
         return piece
 
-    def _receive_half(self, client: str, chunk: pb.HalfChunk) -> None:
+    def _receive_half(self, client: str, chunk: pb.UpdateChunk) -> None:
         is_whole = chunk.window == self._collecting
         if client not in self._assemblers:
             if is_whole and client in self.collected:
@@ -191,7 +191,7 @@ class Inbox:
             names = self._shapes.half if is_whole else self._shapes.exchanged
             shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
             codec = "fp32" if is_whole else self._shapes.exchange_codec
-            self._assemblers[client] = chunk.window, HalfAssembler(shapes, f"client {client}: its half", codec)
+            self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its half", codec)
         window, assembler = self._assemblers[client]
         if chunk.window != window:
             raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")

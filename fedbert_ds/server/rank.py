@@ -18,27 +18,27 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.strategy import exchange_after
-from fedbert_ds.federation.update_exchange import Half, HalfExchange
+from fedbert_ds.federation.update_exchange import Half, UpdateExchange
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.admission import Seat, reply
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.packed_input import packed_input
-from fedbert_ds.server.contract import Report, Tally
+from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.inbox import Inbox, Shapes
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, Ingress, JoinAsked, Received
-from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Event, JoinAsked, Received
+from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.outbox import Outbox
-from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.deadlines import Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
-from fedbert_ds.server.queue.in_flight import FIRST_DEPTH, Demand, Depth, depth_for
+from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.queue.packing import Piece, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
-from fedbert_ds.server.rank_group import Control
+from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
-from fedbert_ds.wire.messages import Manifest, half_chunks
+from fedbert_ds.wire.messages import Manifest, update_chunks
 
 POLL_SECONDS = 0.2
 """How long a wait for an event lasts before clocks and flags are looked at again."""
@@ -69,8 +69,8 @@ class RankServer:
         config: RunConfig,
         shapes: Shapes,
         engine: BodyEngine,
-        ingress: Ingress | IngressProcess,
-        control: Control,
+        endpoint: Endpoint | EndpointProcess,
+        rank_group: RankGroup,
         seats: Mapping[str, Seat],
         first_window: int,
         stop: StopFlag,
@@ -80,17 +80,17 @@ class RankServer:
         self._config = config
         self._shapes = shapes
         self._engine = engine
-        self._ingress = ingress
-        self._outbox = Outbox(ingress)
-        self._take_event = next_event or ingress.next_event
-        self._control = control
-        self._seats = {client: seat for client, seat in seats.items() if seat.rank == control.rank}
+        self._endpoint = endpoint
+        self._outbox = Outbox(endpoint)
+        self._take_event = next_event or endpoint.next_event
+        self._rank_group = rank_group
+        self._seats = {client: seat for client, seat in seats.items() if seat.rank == rank_group.rank}
         self._first_window = first_window
         fixed = config.window.micro_batches_in_flight
-        first = FIRST_DEPTH if fixed == "auto" else fixed
-        self._depth = Depth(first, first)
+        first = INITIAL_IN_FLIGHT if fixed == "auto" else fixed
+        self._depth = InFlightLimits(first, first)
         # With a fixed order nothing may depend on the clock.
-        self._patience = None if config.window.order == "fixed" else Patience()
+        self._deadlines = None if config.window.order == "fixed" else Deadlines()
         self._queue = PipelineQueue(
             first,
             partial(
@@ -103,12 +103,12 @@ class RankServer:
             config.clients.silence_timeout,
             first_window,
             config.run.windows,
-            windows_ahead=max(1, config.window.staleness),
-            patience=self._patience,
+            windows_ahead=max(1, config.federation.staleness),
+            deadlines=self._deadlines,
         )
         self._stop = stop
         self._trace = trace
-        self._exchange = HalfExchange(self._combined)
+        self._exchange = UpdateExchange(self._combined)
         self._inbox = Inbox(self._queue, self._exchange, shapes, config.wire, self._seats)
         self._plans: dict[int, Plan] = {}
         self._manifests: dict[str, Manifest] = {}
@@ -148,34 +148,34 @@ class RankServer:
                 missing = ", ".join(sorted(set(self._seats) - self._queue.clients))
                 raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
 
-    def train(self, on_window: Callable[[int, Sequence[Report], float], None], folder: Path) -> int:
+    def train(self, on_window: Callable[[int, Sequence[RankStatus], float], None], folder: Path) -> int:
         """Run windows until the last one, a stop request, or too few clients.
 
-        `on_window(window, reports, seconds)` sees every finished window's reports of all ranks. Raises RunError, on
+        `on_window(window, statuses, seconds)` sees every finished window's statuses of all ranks. Raises RunError, on
         every rank, when fewer than `clients.required` are left; what was saved before stays.
         """
         saved = self._first_window
         window = self._first_window
         started = time.monotonic()
         while True:
-            reports = self._gather(window)
-            self.clients = frozenset().union(*(report.clients for report in reports))
+            statuses = self._gather(window)
+            self.clients = frozenset().union(*(status.clients for status in statuses))
             if window > self._first_window:
-                on_window(window - 1, reports, time.monotonic() - started)
+                on_window(window - 1, statuses, time.monotonic() - started)
             started = time.monotonic()
-            is_over = window == self._config.run.windows or any(report.stop for report in reports)
+            is_over = window == self._config.run.windows or any(status.stop for status in statuses)
             if len(self.clients) < self._config.clients.required:
-                raise RunError(self._too_few_clients(reports, saved))
+                raise RunError(self._too_few_clients(statuses, saved))
             if window > saved and (is_over or window % self._config.run.save_every == 0):
                 self._save(folder, window)
                 saved = window
             if is_over:
                 return window
-            self._train_window(window, reports)
+            self._train_window(window, statuses)
             window += 1
 
-    def _too_few_clients(self, reports: Sequence[Report], saved: int) -> str:
-        problems = [problem for report in reports for problem in report.problems]
+    def _too_few_clients(self, statuses: Sequence[RankStatus], saved: int) -> str:
+        problems = [problem for status in statuses for problem in status.problems]
         clients = self._config.clients
         hint = (
             f"saved up to window {saved}: start the clients again and add --resume"
@@ -198,19 +198,19 @@ class RankServer:
         self._inbox.expect_collected(window)
         self._exchange.progress()
         for client in mine:
-            self._outbox.send(client, pb.ServerMessage(half_request=pb.HalfRequest(window=window)))
+            self._outbox.send(client, pb.ServerMessage(update_request=pb.UpdateRequest(window=window)))
         while set(mine) & self._queue.clients - set(self._inbox.collected):
             self._attend()
             if self._exchange.quiet_seconds > self._config.clients.silence_timeout:
                 for client in set(mine) & self._queue.clients - set(self._inbox.collected):
                     self._expire(client)
         halves = [self._inbox.collected[client] for client in mine if client in self._inbox.collected]
-        if not any(self._control.gather(len(halves))):
+        if not any(self._rank_group.gather(len(halves))):
             raise RunError(
                 f"no client was left to hand over its half; window {window} is saved: start the clients again and "
                 "add --resume"
             )
-        return combine(halves, self._shapes.half, average=True, group=self._control.group)
+        return combine(halves, self._shapes.half, average=True, group=self._rank_group.group)
 
     def finish(self, reason: str, complete: bool) -> None:
         """Tell this rank's clients that the run is over; when it is not `complete` it may be resumed."""
@@ -227,20 +227,20 @@ class RankServer:
 
     # -- a window -------------------------------------------------------------------------------------------------
 
-    def _gather(self, window: int) -> list[Report]:
-        """Wait until this rank's next window is planned, then exchange reports with all ranks."""
+    def _gather(self, window: int) -> list[RankStatus]:
+        """Wait until this rank's next window is planned, then exchange statuses with all ranks."""
         is_last = window == self._config.run.windows
         with self._trace.span("wait for plan", window=window):
             # Clients cannot answer before their halves are combined, and a window that runs counts their silence. A
             # rank that stops still has its part in that: the others wait for it.
             while not (
-                self._exchange.is_done(window - self._config.window.staleness)
+                self._exchange.is_done(window - self._config.federation.staleness)
                 and (self._queue.planned or is_last or self._stop.requested)
             ):
                 self._attend()
         if is_last or self._stop.requested:
             self._outbox.settle()  # so that the run's bytes are all counted; before, a window's may go to the next one
-        report = Report(
+        status = RankStatus(
             num_micro_batches=self._queue.num_micro_batches,
             masked_tokens=self._queue.masked_tokens,
             demand=self._demand(),
@@ -251,28 +251,28 @@ class RankServer:
             tally=self._take_tally(),
         )
         if window > self._first_window:
-            # The report before the first window is shown to nobody.
+            # The status before the first window is shown to nobody.
             self._told = len(self._problems)
         with self._busy("gather", window=window):
-            return self._control.gather(report)
+            return self._rank_group.gather(status)
 
     def _demand(self) -> Demand:
-        patience = self._patience
+        deadlines = self._deadlines
         return Demand(
-            activations_seconds=patience.farthest("activations") if patience else 0.0,
-            gradient_seconds=patience.farthest("gradient") if patience else 0.0,
+            activations_seconds=deadlines.farthest("activations") if deadlines else 0.0,
+            gradient_seconds=deadlines.farthest("gradient") if deadlines else 0.0,
             service_seconds=self._service_seconds,
-            affordable=self._engine.affordable_depth(),
+            affordable=self._engine.affordable_in_flight(),
         )
 
-    def _train_window(self, window: int, reports: Sequence[Report]) -> None:
+    def _train_window(self, window: int, statuses: Sequence[RankStatus]) -> None:
         """From the start of a planned window to the body's step."""
         if self._config.window.micro_batches_in_flight == "auto":
-            self._depth = depth_for(report.demand for report in reports)
-        self._masked_tokens = sum(report.masked_tokens for report in reports)
-        num_micro_batches = max(1, *(report.num_micro_batches for report in reports))
+            self._depth = in_flight_limits(status.demand for status in statuses)
+        self._masked_tokens = sum(status.masked_tokens for status in statuses)
+        num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
         is_alone = not any(
-            report.num_micro_batches for rank, report in enumerate(reports) if rank != self._control.rank
+            status.num_micro_batches for rank, status in enumerate(statuses) if rank != self._rank_group.rank
         )
         micro_batches = self._queue.start(num_micro_batches, time.monotonic(), *self._depth, is_alone)
         self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
@@ -358,7 +358,7 @@ class RankServer:
     def _forward(self, window: int, micro_batch: int, pieces: tuple[Piece, ...]) -> None:
         arrived = [self._inbox.take_activations(micro_batch, piece.client) for piece in pieces]
         # Neither the order of micro-batches nor their numbers, which go on from window to window, may change dropout.
-        place = self._control.rank, self._numbers[micro_batch]
+        place = self._rank_group.rank, self._numbers[micro_batch]
         seed = stable_seed("body dropout", self._config.run.seed, window, *place)
         if pieces:
             body_input = packed_input(pieces, arrived, self._manifests, seed)
@@ -446,7 +446,7 @@ class RankServer:
 
     def _combined(self, halves: list[Half], average: bool) -> dict[str, Tensor]:
         shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
-        return combine(halves, shapes, average=average, group=self._control.half_group)
+        return combine(halves, shapes, average=average, group=self._rank_group.update_group)
 
     def _hand_out_halves(self) -> None:
         """Send what was combined since the last call; drop clients whose half does not come, or is not sound."""
@@ -473,8 +473,8 @@ class RankServer:
     ) -> None:
         def chunks() -> Iterator[pb.ServerMessage]:
             compressed = self._config.wire.is_compressed
-            for chunk in half_chunks(window, tensors.items(), weight=0.0, codec=codec, compressed=compressed):
-                yield pb.ServerMessage(half=chunk)
+            for chunk in update_chunks(window, tensors.items(), weight=0.0, codec=codec, compressed=compressed):
+                yield pb.ServerMessage(update=chunk)
 
         self._outbox.send_coded(clients, chunks)
 
@@ -494,7 +494,7 @@ class RankServer:
                 for client in missing:
                     self._expire(client)
         self.client_figures.update(self._inbox.saved)
-        self._control.complete_checkpoint(folder, window)
+        self._rank_group.complete_checkpoint(folder, window)
 
     # -- events ---------------------------------------------------------------------------------------------------
 
@@ -504,7 +504,7 @@ class RankServer:
         started = time.monotonic()
         with self._trace.span(what, **details):
             yield
-        self._queue.excuse(time.monotonic() - started)
+        self._queue.stop_clocks(time.monotonic() - started)
 
     def _dispatch(self, event: Event | None) -> bool:
         """Take one event in; False if there was none. A client that breaks the protocol is dropped alone."""
@@ -558,7 +558,7 @@ class RankServer:
     def _forget(self, client: str) -> None:
         self._queue.lose(client)
         self._exchange.forget(client)
-        self._ingress.revoke(client)
+        self._endpoint.revoke(client)
         self._inbox.drop(client)
 
     def _take_tally(self) -> Tally:

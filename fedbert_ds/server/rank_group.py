@@ -16,7 +16,7 @@ KEPT_CHECKPOINTS = 2
 COMPLETE = "complete.json"
 
 
-class Control:
+class RankGroup:
     """A gloo group of all ranks, apart from the body's backend, for small Python objects and fp64 sums on the CPU.
 
     Objects are pickled: they come from this run's own ranks only, never from a client.
@@ -24,7 +24,7 @@ class Control:
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        self.half_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.update_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
         """A second one, for a thread beside the body: operations of one group must be in one order on all ranks."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()

@@ -18,10 +18,10 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.server.body.engine import BodyEngine, zero_stage
-from fedbert_ds.server.contract import Report
+from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.prepare import HELD_OUT, TextFacts
 from fedbert_ds.server.rank import RankServer
-from fedbert_ds.server.rank_group import Control
+from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_bytes
 from fedbert_ds.telemetry.report import write_report
@@ -30,14 +30,14 @@ METRICS = "metrics.jsonl"
 MODEL = "hf"
 
 
-class Narrator:
+class RunReporter:
     """Speaks on rank 0; the other ranks take part in `hand_over` alone, since gathering weights takes all."""
 
     def __init__(
-        self, config: RunConfig, control: Control, text: TextFacts | None, half: ClientHalf, body: Body
+        self, config: RunConfig, rank_group: RankGroup, text: TextFacts | None, half: ClientHalf, body: Body
     ) -> None:
         self._config = config
-        self._control = control
+        self._rank_group = rank_group
         self._text = text
         self._half_parameters, self._body_parameters = half.num_parameters, body.num_parameters
         self._hf_config = half.config
@@ -50,7 +50,7 @@ class Narrator:
         config, hf_config = self._config, self._hf_config
         backend = "cuda, nccl" if torch.cuda.is_available() else "cpu, gloo"
         print(
-            f"FedBERT-DS {__version__}   {config.run.directory}   {self._control.world_size} ranks ({backend})   "
+            f"FedBERT-DS {__version__}   {config.run.directory}   {self._rank_group.world_size} ranks ({backend})   "
             f"ZeRO {zero_stage(config)}   {config.clients.expected} clients, {config.federation.mode}"
         )
         if self._text is not None:
@@ -70,7 +70,7 @@ class Narrator:
     @contextmanager
     def following(self, first_window: int) -> Iterator[None]:
         """While this lasts, `window` writes metrics and shows progress."""
-        if self._control.rank != 0:
+        if self._rank_group.rank != 0:
             yield
             return
         self._started = time.monotonic()
@@ -81,14 +81,14 @@ class Narrator:
         ):
             yield
 
-    def window(self, window: int, reports: Sequence[Report], seconds: float) -> None:
-        """Take in all ranks' reports of a finished window."""
+    def window(self, window: int, statuses: Sequence[RankStatus], seconds: float) -> None:
+        """Take in all ranks' statuses of a finished window."""
         if self._log is None or self._progress is None:
             return
-        metrics = self._metrics(window, reports, seconds)
+        metrics = self._metrics(window, statuses, seconds)
         self._log.append(metrics)
-        for report in reports:
-            for problem in report.new_problems:
+        for status in statuses:
+            for problem in status.new_problems:
                 self._progress.note(f"warning {problem}")
         self._progress.update(metrics)
 
@@ -100,8 +100,8 @@ class Narrator:
         complete = window == self._config.run.windows
         reason = "the run is complete" if complete else f"the run was stopped and saved at window {window}"
         rank.finish(reason, complete)
-        figures = [saved for rank_figures in self._control.gather(_figures(rank)) for saved in rank_figures]
-        if self._control.rank != 0:
+        figures = [saved for rank_figures in self._rank_group.gather(_figures(rank)) for saved in rank_figures]
+        if self._rank_group.rank != 0:
             return
         folder = self._config.run.directory
         save_merged(folder / MODEL, hf_config, half, body, tokenizer)
@@ -126,8 +126,8 @@ class Narrator:
         state = "complete" if complete else f"stopped and saved at window {window}; continue with --resume"
         print(f"report  {folder / 'report.html'}   {state}", flush=True)
 
-    def _metrics(self, window: int, reports: Sequence[Report], seconds: float) -> WindowMetrics:
-        tallies = [report.tally for report in reports]
+    def _metrics(self, window: int, statuses: Sequence[RankStatus], seconds: float) -> WindowMetrics:
+        tallies = [status.tally for status in statuses]
 
         def total(name: str) -> Any:
             return sum(getattr(tally, name) for tally in tallies)
@@ -152,7 +152,7 @@ class Narrator:
             bytes_down=total("bytes_down"),
             averaging_bytes_up=total("averaging_bytes_up"),
             averaging_bytes_down=total("averaging_bytes_down"),
-            clients=sum(len(report.clients) for report in reports),
+            clients=sum(len(status.clients) for status in statuses),
             learning_rate=self._config.optimizer.learning_rate(window, self._config.run.windows),
         )
 
@@ -163,7 +163,7 @@ class Narrator:
         flops = max((flops for _, flops in figures), default=0.0)
         return {
             "version": f"FedBERT-DS {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-            "machine": f"{self._control.world_size} ranks, {_device_name()}",
+            "machine": f"{self._rank_group.world_size} ranks, {_device_name()}",
             "body": f"{_millions(self._body_parameters)} parameters, ZeRO {zero_stage(config)}, "
             f"{config.body.precision}",
             "client half": f"{_millions(self._half_parameters)} parameters, cut: {_cut_name(config)}",

@@ -27,12 +27,12 @@ from fedbert_ds.server.body.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
-from fedbert_ds.server.network.endpoint import Ingress, JoinAbandoned, JoinAsked
-from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Endpoint, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
 from fedbert_ds.server.rank import POLL_SECONDS, RankServer
-from fedbert_ds.server.rank_group import Control, complete_windows, ranks_of_checkpoints
-from fedbert_ds.server.run_reporter import Narrator
+from fedbert_ds.server.rank_group import RankGroup, complete_windows, ranks_of_checkpoints
+from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
@@ -47,7 +47,7 @@ UNCHANGED = (
     "tokenizer",
     "data",
     "federation",
-    "wire.halves",
+    "wire.updates",
     "run.seed",
     "optimizer.name",
     "body.zero_stage",
@@ -128,41 +128,41 @@ def serve(config: RunConfig, resume: bool) -> int:
     A UserError is raised on the rank it concerns; the launcher then ends the others.
     """
     stop = StopSignal()
-    control = Control()
+    rank_group = RankGroup()
     clients = LocalClients(config.run.directory / "clients")
-    port = config.server.port and config.server.port + control.rank
-    ingress = _ingress(config)(
+    port = config.server.port and config.server.port + rank_group.rank
+    endpoint = _endpoint(config)(
         config.server.host, port, _tls(config), config.clients.reconnect_timeout, config.server.shared_memory
     )
     decoding: Decoding | None = None
     rank: RankServer | None = None
-    trace = Trace(config.run.directory / f"trace-{control.rank}.json" if config.run.trace else None, control.rank)
+    trace = Trace(config.run.directory / f"trace-{rank_group.rank}.json" if config.run.trace else None, rank_group.rank)
     try:
-        port = ingress.start()
-        endpoints = control.gather(f"{_advertised(config, control.world_size)}:{port}")
-        prepared = control.broadcast(_prepare(config, resume) if control.rank == 0 else None)
+        port = endpoint.start()
+        endpoints = rank_group.gather(f"{_advertised(config, rank_group.world_size)}:{port}")
+        prepared = rank_group.broadcast(_prepare(config, resume) if rank_group.rank == 0 else None)
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)
-        narrator = Narrator(config, control, prepared.facts, half, body)
+        reporter = RunReporter(config, rank_group, prepared.facts, half, body)
         device = _device()
         engine = BodyEngine.build(body.to(device), config, device)
         roster = _roster(config, resume, tokenizer, model_config)
-        if control.rank == 0:
+        if rank_group.rank == 0:
             _reveal_address(config.run.directory, endpoints[0])
-            narrator.announce(endpoints[0])
+            reporter.announce(endpoints[0])
             clients.start(f"{_reachable(config.server.host)}:{port}", _local_names(config))
-            _fill(roster, config, ingress, clients, stop)
-        start = control.broadcast(_start(config, roster, control) if control.rank == 0 else None)
-        ingress.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == control.rank})
+            _fill(roster, config, endpoint, clients, stop)
+        start = rank_group.broadcast(_start(config, roster, rank_group) if rank_group.rank == 0 else None)
+        endpoint.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == rank_group.rank})
         shapes = _shapes(config, half)
         most_tokens = max(config.window.tokens_per_micro_batch, shapes.longest_sequence)
-        decoding = Decoding(ingress.next_event, shapes, config.wire, most_tokens)
+        decoding = Decoding(endpoint.next_event, shapes, config.wire, most_tokens)
         rank = RankServer(
             config,
             shapes,
             engine,
-            ingress,
-            control,
+            endpoint,
+            rank_group,
             start.seats,
             start.first_window,
             stop,
@@ -173,27 +173,27 @@ def serve(config: RunConfig, resume: bool) -> int:
         if start.first_window:
             engine.load(config.run.directory / CHECKPOINTS, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
-        control.barrier()
-        if control.rank == 0:
+        rank_group.barrier()
+        if rank_group.rank == 0:
             _welcome(config, roster, start, endpoints, prepared.tokenizer, config_to_json(model_config))
         initial = {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
         rank.connect(initial, clients.check)
-        window = _train(config, rank, clients, narrator, start.first_window)
+        window = _train(config, rank, clients, reporter, start.first_window)
         # Clients end in there; one that is started again must not find this run's address.
-        _hide_address(config, control)
-        narrator.hand_over(window, rank, engine, model_config, tokenizer)
+        _hide_address(config, rank_group)
+        reporter.hand_over(window, rank, engine, model_config, tokenizer)
         clients.wait(seconds=30)
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still writing.
-        control.barrier()
+        rank_group.barrier()
         # Rank 0 speaks for the run; launchers take any other code of any rank for a crash.
-        return INTERRUPTED if control.rank == 0 and window < config.run.windows else 0
+        return INTERRUPTED if rank_group.rank == 0 and window < config.run.windows else 0
     finally:
-        _hide_address(config, control)
+        _hide_address(config, rank_group)
         if rank is not None:
             rank.settle()
         if decoding is not None:
             decoding.stop()
-        ingress.stop()
+        endpoint.stop()
         clients.stop()
         trace.close()
 
@@ -238,8 +238,8 @@ def _reveal_address(folder: Path, address: str) -> None:
     partial.replace(folder / ADDRESS_FILE)
 
 
-def _hide_address(config: RunConfig, control: Control) -> None:
-    if control.rank == 0:
+def _hide_address(config: RunConfig, rank_group: RankGroup) -> None:
+    if rank_group.rank == 0:
         (config.run.directory / ADDRESS_FILE).unlink(missing_ok=True)
 
 
@@ -250,12 +250,12 @@ def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> 
 
 
 def _fill(
-    roster: Roster, config: RunConfig, ingress: Ingress | IngressProcess, clients: LocalClients, stop: StopSignal
+    roster: Roster, config: RunConfig, endpoint: Endpoint | EndpointProcess, clients: LocalClients, stop: StopSignal
 ) -> None:
     """Wait until every expected client has joined; RunError after clients.join_timeout, naming who is there."""
     deadline = time.monotonic() + config.clients.join_timeout
     while not roster.is_complete:
-        match ingress.next_event(POLL_SECONDS):
+        match endpoint.next_event(POLL_SECONDS):
             case JoinAsked(hello, answer):
                 try:
                     roster.admit(hello, answer)
@@ -274,13 +274,13 @@ def _fill(
             raise error
 
 
-def _start(config: RunConfig, roster: Roster, control: Control) -> Start:
+def _start(config: RunConfig, roster: Roster, rank_group: RankGroup) -> Start:
     try:
         first_window = roster.first_window()
     except WireError as error:
         roster.refuse_all(error)
         raise
-    return Start(roster.seats(control.world_size, config.window.tokens, config.window.share), first_window)
+    return Start(roster.seats(rank_group.world_size, config.window.tokens, config.window.share), first_window)
 
 
 def _welcome(
@@ -291,7 +291,6 @@ def _welcome(
             seed=config.run.seed,
             windows=config.run.windows,
             tokens=seat.tokens,
-            staleness=config.window.staleness,
             sequence_length=config.data.sequence_length,
             mask_probability=config.data.mask_probability,
             whole_word=config.data.whole_word,
@@ -312,10 +311,10 @@ def _welcome(
         roster.welcome(client, welcome)
 
 
-def _train(config: RunConfig, rank: RankServer, clients: LocalClients, narrator: Narrator, first_window: int) -> int:
-    with narrator.following(first_window):
+def _train(config: RunConfig, rank: RankServer, clients: LocalClients, reporter: RunReporter, first_window: int) -> int:
+    with reporter.following(first_window):
         try:
-            return rank.train(narrator.window, config.run.directory / CHECKPOINTS)
+            return rank.train(reporter.window, config.run.directory / CHECKPOINTS)
         except RunError as error:
             rank.finish(f"the run ended: {error}", complete=False)
             reasons = "; ".join(clients.failures(patience=15.0))
@@ -352,11 +351,11 @@ def _tls(config: RunConfig) -> TlsFiles | None:
     return TlsFiles(tls.ca, tls.certificate, tls.key) if tls else None
 
 
-def _ingress(config: RunConfig) -> type[Ingress | IngressProcess]:
+def _endpoint(config: RunConfig) -> type[Endpoint | EndpointProcess]:
     """Measured with `bench ingress`: a process of its own pays where the body leaves cores idle."""
     if config.server.network == "auto":
-        return IngressProcess if torch.cuda.is_available() else Ingress
-    return IngressProcess if config.server.network == "process" else Ingress
+        return EndpointProcess if torch.cuda.is_available() else Endpoint
+    return EndpointProcess if config.server.network == "process" else Endpoint
 
 
 def _advertised(config: RunConfig, world_size: int) -> str:

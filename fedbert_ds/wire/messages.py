@@ -16,7 +16,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes, frame_dtypes
 from fedbert_ds.wire.compression import compress, decompress, largest_frame
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Raised when a message changes its meaning; client and server must have the same."""
 
 CHUNK_BYTES = 1 << 20
@@ -32,8 +32,6 @@ class ClientSettings(Section):
     windows: int
     tokens: int
     """Tokens this client brings to a window."""
-    staleness: int = 0
-    """Windows it may begin before its half has taken the steps of earlier ones."""
     sequence_length: int
     mask_probability: float
     whole_word: bool
@@ -96,14 +94,14 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
     return Manifest(client, message.window, lengths, masked)
 
 
-def half_chunks(
+def update_chunks(
     window: int,
     tensors: Iterable[tuple[str, Tensor]],
     weight: float,
     codec: str = "fp32",
     *,
     compressed: bool = False,
-) -> Iterator[pb.HalfChunk]:
+) -> Iterator[pb.UpdateChunk]:
     """A client half (or its gradients) as chunks of at most 1 MB, the last one marked.
 
     Matrices are coded, payload and then scales; everything else is fp32. Rows of zeros, of words that nobody touched,
@@ -125,18 +123,18 @@ def half_chunks(
             payload = compress(payload, _itemsize(tensor.shape, codec))
         for offset in range(0, max(1, len(payload)), CHUNK_BYTES):
             part = payload[offset : offset + CHUNK_BYTES]
-            chunk = pb.HalfChunk(window=window, name=name, shape=shape, offset=offset, payload=part)
+            chunk = pb.UpdateChunk(window=window, name=name, shape=shape, offset=offset, payload=part)
             chunk.compressed = compressed
             if offset == 0:
                 chunk.rows = rows
             yield chunk
-    yield pb.HalfChunk(window=window, last=True, weight=weight)
+    yield pb.UpdateChunk(window=window, last=True, weight=weight)
 
 
-class HalfAssembler:
+class UpdateAssembler:
     """Joins chunks into named tensors of known shapes; chunks come in order, as one stream delivers them.
 
-    `codec` is what `half_chunks` was given.
+    `codec` is what `update_chunks` was given.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], who: str, codec: str = "fp32") -> None:
@@ -149,11 +147,11 @@ class HalfAssembler:
         self._rows: dict[str, Tensor] = {}
         """Of matrices that came without all their rows: [R] bool, which came."""
 
-    def add(self, chunk: pb.HalfChunk) -> tuple[dict[str, Tensor], float] | None:
+    def add(self, chunk: pb.UpdateChunk) -> tuple[dict[str, Tensor], float] | None:
         """`take` a chunk; the last one returns what `finish` does."""
         return self.finish() if self.take(chunk) else None
 
-    def take(self, chunk: pb.HalfChunk) -> bool:
+    def take(self, chunk: pb.UpdateChunk) -> bool:
         """Keep a chunk's bytes; whether it was the last one. WireError on anything unexpected."""
         if chunk.last:
             # A count of tokens; NaN or infinity would spread to everybody's average.

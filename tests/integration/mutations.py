@@ -49,16 +49,16 @@ def _forward_keeps_graph(self, micro_batch, body_input):
 
 
 def _newest_backward_first(self, state):
-    if state is not _State.GRADED:
+    if state is not _State.GRADIENTS_READY:
         return _first(self, state)
     running = self._windows[0].entries.values()
-    in_flight = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
-    return in_flight[-1] if in_flight and in_flight[-1].state is _State.GRADED else None
+    in_flight = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADIENTS_READY)]
+    return in_flight[-1] if in_flight and in_flight[-1].state is _State.GRADIENTS_READY else None
 
 
 def _stops_before_window_3(self, window):
     # As Ctrl-C would, on one rank only.
-    if window == 3 and self._control.rank == 0:
+    if window == 3 and self._rank_group.rank == 0:
         self._stop.requested = True
     return _gather(self, window)
 

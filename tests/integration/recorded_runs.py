@@ -39,7 +39,7 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
         todo.append({"config": tree, "resume": resume, "mutation": mutation, "data": data})
 
     add("zero0-synchronous", 0, model=dropout)
-    add("zero1-parallel-int8", 1, federation=parallel, wire={"halves": "int8", "activations": "int8"})
+    add("zero1-parallel-int8", 1, federation=parallel, wire={"updates": "int8", "activations": "int8"})
     add("zero2-rows-synchronous", 2, cut="rows", optimizer={"name": "lamb", "lr": 0.01, "gradient_clipping": 1.0})
     add("zero3-layers-synchronous", 3, cut={"layers": 1}, model=dropout)
     add("zero2-parallel", 2, model=dropout, federation={**parallel, "average_scope": "embeddings"})

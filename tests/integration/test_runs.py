@@ -63,7 +63,7 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         add(f"parallel-{scope}", federation={"mode": "parallel", "average_every": WINDOWS, "average_scope": scope})
     for codec in ("bf16", "int8"):
         add(f"wire-{codec}", wire={"activations": codec, "gradients": codec})
-    mixed = {"activations": "int4_hadamard", "hidden": "fp8_e4m3", "gradients": "int8_group", "halves": "int8"}
+    mixed = {"activations": "int4_hadamard", "hidden": "fp8_e4m3", "gradients": "int8_group", "updates": "int8"}
     add("wire-mixed", cut="rows", wire=mixed)
     add("rows", cut="rows", wire={"compression": "none"})
     run_jobs(folder, jobs)

@@ -20,7 +20,7 @@ from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.device_work import DeviceWork, upload
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
-from fedbert_ds.server.queue.in_flight import DEEPEST
+from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 
 OURS = {
     "gradient_clipping": "optimizer.gradient_clipping",
@@ -211,9 +211,9 @@ class BodyEngine:
         if path is None:
             raise ConfigError(f"{folder}: no checkpoint of window {window}")
 
-    def affordable_depth(self) -> int:
-        """Micro-batches in flight that memory holds, by the first one's size; `DEEPEST` before there was one."""
-        return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else DEEPEST
+    def affordable_in_flight(self) -> int:
+        """Micro-batches in flight that memory holds, by the first one's size; `MOST_IN_FLIGHT` before there was one."""
+        return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else MOST_IN_FLIGHT
 
     def _run_measured(self, body_input: BodyInput) -> Tensor:
         if self._bytes_in_flight or not len(body_input.masked_positions):

@@ -64,7 +64,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """A client's stream ended, for whatever reason but `Ingress.close`: it left, or did not come back in time."""
+    """A client's stream ended, for whatever reason but `Endpoint.close`: it left, or did not come back in time."""
 
     client: str
 
@@ -112,7 +112,7 @@ class _Stream:
         self.room.set()
 
 
-class Ingress:
+class Endpoint:
     """Listens from `start` to `stop`; events come out of `next_event`, messages go in through `send`.
 
     Used from one thread; only the event loop inside runs elsewhere. A client that loses its connection has
@@ -137,7 +137,7 @@ class Ingress:
         self._closing: dict[str, _Stream] = {}
         self._sessions: dict[str, str] = {}
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="ingress", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._server: grpc.aio.Server | None = None
         self._last_sent: tuple[pb.ServerMessage, bytes] | None = None
         self.bytes_up = 0
@@ -390,10 +390,10 @@ DELIVERY_HEADER_BYTES = 2
 
 
 class _Servicer(grpc.GenericRpcHandler):
-    """Delegates to the ingress and maps a UserError to a gRPC status, in this one place."""
+    """Delegates to the endpoint and maps a UserError to a gRPC status, in this one place."""
 
-    def __init__(self, ingress: Ingress) -> None:
-        self._ingress = ingress
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
         self._handlers = {
             JOIN: grpc.unary_unary_rpc_method_handler(self.join, pb.Hello.FromString, pb.Welcome.SerializeToString),
             TRAIN: grpc.stream_stream_rpc_method_handler(self.train),
@@ -404,7 +404,7 @@ class _Servicer(grpc.GenericRpcHandler):
 
     async def join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
         try:
-            return await self._ingress.join(request)
+            return await self._endpoint.join(request)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
@@ -415,12 +415,12 @@ class _Servicer(grpc.GenericRpcHandler):
             first = pb.ClientMessage.FromString(await anext(frames, b""))
         connection = object()
         try:
-            stream = self._ingress.attach(first.attach, connection)
+            stream = self._endpoint.attach(first.attach, connection)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        reader = asyncio.create_task(self._ingress.read(stream, connection, frames))
+        reader = asyncio.create_task(self._endpoint.read(stream, connection, frames))
         try:
-            async for frame in self._ingress.write(stream, connection):
+            async for frame in self._endpoint.write(stream, connection):
                 yield frame
         finally:
             reader.cancel()

@@ -1,4 +1,4 @@
-"""An Ingress in a process of its own, with the same methods: the body's process keeps its Python lock to itself.
+"""An Endpoint in a process of its own, with the same methods: the body's process keeps its Python lock to itself.
 
 The two processes speak over a socket pair: a head (JSON) and a serialized message at a time. The child ends when that
 socket does, so it outlives nobody.
@@ -25,8 +25,8 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import (
     Connected,
     Disconnected,
+    Endpoint,
     Event,
-    Ingress,
     JoinAbandoned,
     JoinAsked,
     Received,
@@ -88,8 +88,8 @@ class _Channel:
         return data
 
 
-class IngressProcess:
-    """Used as an Ingress is: from one thread, from `start` to `stop`."""
+class EndpointProcess:
+    """Used as an Endpoint is: from one thread, from `start` to `stop`."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class IngressProcess:
             self._process.wait(timeout=START_SECONDS)
             raise WireError(answer[0][1] if answer else f"{self._address}: the endpoint's process did not start")
         for work in (self._receive, self._send):
-            self._threads.append(threading.Thread(target=work, name="ingress process", daemon=True))
+            self._threads.append(threading.Thread(target=work, name="endpoint process", daemon=True))
             self._threads[-1].start()
         return int(answer[0][1])
 
@@ -271,18 +271,18 @@ class _Frame:
     """Of the message in it."""
 
 
-class _ChildIngress(Ingress):
+class _ChildEndpoint(Endpoint):
     def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> _Frame:  # type: ignore[override]
         return _Frame(client, frame, num_bytes)
 
 
 class _Child:
-    """The ingress, what is asked of it, and what it has to tell."""
+    """The endpoint, what is asked of it, and what it has to tell."""
 
-    def __init__(self, channel: _Channel, ingress: Ingress) -> None:
+    def __init__(self, channel: _Channel, endpoint: Endpoint) -> None:
         self._channel = channel
         self._sending = threading.Lock()
-        self._ingress = ingress
+        self._endpoint = endpoint
         self._joins: dict[int, JoinAsked] = {}
         self._is_over = threading.Event()
 
@@ -293,14 +293,14 @@ class _Child:
             (kind, *arguments), body = received
             match kind:
                 case "send":
-                    self._ingress.send_body(arguments[0], body)
+                    self._endpoint.send_body(arguments[0], body)
                 case "close":
-                    self._ingress.close_body(arguments[0], body)
+                    self._endpoint.close_body(arguments[0], body)
                 case "admit":
-                    self._ingress.admit(arguments[0])
+                    self._endpoint.admit(arguments[0])
                     self._send(["admitted"])
                 case "revoke":
-                    self._ingress.revoke(arguments[0])
+                    self._endpoint.revoke(arguments[0])
                 case "welcome" | "refuse" if arguments[0] in self._joins:
                     answer = self._joins.pop(arguments[0]).answer
                     with suppress(InvalidStateError):  # it has just gone away
@@ -311,7 +311,7 @@ class _Child:
                 case "stop":
                     grace = arguments[0]
                     break
-        self._ingress.stop(grace)
+        self._endpoint.stop(grace)
         self._is_over.set()
 
     def _send(self, head: list[Any], body: bytes = b"") -> None:
@@ -321,7 +321,7 @@ class _Child:
     def tell(self) -> None:
         """Hand events on until the end."""
         while not self._is_over.is_set():
-            match self._ingress.next_event(0.2):
+            match self._endpoint.next_event(0.2):
                 case _Frame(client, frame, num_bytes):
                     self._send(["received", client, num_bytes], frame)
                 case Connected(client):
@@ -346,14 +346,14 @@ def _main(descriptor: int) -> None:
         return
     _, host, port, files, reconnect_timeout, shares_memory = request[0]
     tls = TlsFiles(*map(Path, files)) if files else None
-    ingress = _ChildIngress(host, port, tls, reconnect_timeout, shares_memory)
+    endpoint = _ChildEndpoint(host, port, tls, reconnect_timeout, shares_memory)
     try:
-        channel.send(["port", ingress.start()])
+        channel.send(["port", endpoint.start()])
     except WireError as error:
         channel.send(["error", str(error)])
-        ingress.stop(0.0)
+        endpoint.stop(0.0)
         return
-    child = _Child(channel, ingress)
+    child = _Child(channel, endpoint)
     teller = threading.Thread(target=child.tell, daemon=True)
     teller.start()
     child.obey()

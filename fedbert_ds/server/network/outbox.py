@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fedbert_ds.server.network.endpoint import Ingress
-from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.endpoint import Endpoint
+from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -19,8 +19,8 @@ class Outbox:
     `settle`.
     """
 
-    def __init__(self, ingress: Ingress | IngressProcess) -> None:
-        self._ingress = ingress
+    def __init__(self, endpoint: Endpoint | EndpointProcess) -> None:
+        self._endpoint = endpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
         self._counting = threading.Lock()
         """Held while a message is handed over and counted, so that no count is of one and not of the other."""
@@ -37,7 +37,7 @@ class Outbox:
 
     def close(self, client: str, last: pb.ServerMessage) -> None:
         """Send one last message, then end the client's stream."""
-        self._put(self._ingress.close, client, last)
+        self._put(self._endpoint.close, client, last)
 
     def check(self) -> None:
         """Raise what coding has raised."""
@@ -52,7 +52,7 @@ class Outbox:
     def take_bytes(self) -> tuple[int, int, int]:
         """Bytes since the last call: received, given out to send, and those of halves among the latter."""
         with self._counting:
-            up, down = self._ingress.take_bytes()
+            up, down = self._endpoint.take_bytes()
             halves = self._half_bytes - self._half_bytes_taken
             self._half_bytes_taken = self._half_bytes
         return up, down, halves
@@ -74,6 +74,6 @@ class Outbox:
         for message in make():
             with self._counting:
                 for client in clients:
-                    self._ingress.send(client, message)
-                if message.HasField("half"):
+                    self._endpoint.send(client, message)
+                if message.HasField("update"):
                     self._half_bytes += message.ByteSize() * len(clients)

@@ -15,7 +15,7 @@ SPREADS = 8.0
 MULTIPLE = 4.0
 
 
-class Patience:
+class Deadlines:
     """Deadlines from median and spread of each client's round trips.
 
     A deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), which a tail of slow answers moves

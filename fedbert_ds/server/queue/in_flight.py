@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-FIRST_DEPTH = 4
+INITIAL_IN_FLIGHT = 4
 """Before anything is measured."""
-DEEPEST = 256
-FARTHEST_AHEAD = 256
+MOST_IN_FLIGHT = 256
+MOST_AHEAD = 256
 """Micro-batches of activations that may be buffered: some 50 MB each at 16,000 tokens and BERT-base's width."""
 
 
@@ -28,7 +28,7 @@ class Demand:
     """Micro-batches in flight that its memory holds."""
 
 
-class Depth(NamedTuple):
+class InFlightLimits(NamedTuple):
     """What all ranks use in the next window; both at least 1."""
 
     in_flight: int
@@ -37,19 +37,19 @@ class Depth(NamedTuple):
     """Micro-batches that have credit or whose activations are here, beyond those in flight."""
 
 
-def depth_for(demands: Iterable[Demand]) -> Depth:
+def in_flight_limits(demands: Iterable[Demand]) -> InFlightLimits:
     """By Little's law `answer / service` micro-batches are away at any time.
 
     After a window's last forward only backwards are left, two thirds of the service time each, and their gradients must
     be back already: hence half as many again in flight.
     """
-    in_flight, ahead, affordable = 1, 1, DEEPEST
+    in_flight, ahead, affordable = 1, 1, MOST_IN_FLIGHT
     for demand in demands:
         affordable = min(affordable, demand.affordable)
         if demand.service_seconds <= 0 or demand.gradient_seconds <= 0:
-            in_flight, ahead = max(in_flight, FIRST_DEPTH), max(ahead, FIRST_DEPTH)
+            in_flight, ahead = max(in_flight, INITIAL_IN_FLIGHT), max(ahead, INITIAL_IN_FLIGHT)
             continue
         in_flight = max(in_flight, 2 + math.ceil(1.5 * demand.gradient_seconds / demand.service_seconds))
         ahead = max(ahead, 2 + math.ceil(demand.activations_seconds / demand.service_seconds))
     in_flight = max(1, min(in_flight, affordable))
-    return Depth(in_flight, min(max(ahead, in_flight), FARTHEST_AHEAD))
+    return InFlightLimits(in_flight, min(max(ahead, in_flight), MOST_AHEAD))

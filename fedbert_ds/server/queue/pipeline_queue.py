@@ -4,9 +4,9 @@ It knows nothing of tensors, networks, threads or the wall clock: the caller rep
 activations, gradient, lost client, time) and carries out what `decide` returns (plan, open, forward, backward, skip,
 expire, step). A micro-batch goes
 
-    PLANNED -> OPEN -> READY -> FORWARDED -> GRADED -> DONE
+    PLANNED -> OPEN -> READY -> FORWARDED -> GRADIENTS_READY -> DONE
 
-where OPEN is the credit its clients wait for, READY means all activations are here, and GRADED all gradients.
+where OPEN is the credit its clients wait for, READY means all activations are here, and GRADIENTS_READY all gradients.
 
 The body never waits for what could have been asked before: while one window runs the next is planned, from manifests
 that clients send ahead, and gets credit as soon as the running one needs none. Its clients send as soon as their own
@@ -18,7 +18,7 @@ the round trip after a window's last forward.
 Every decision takes time that depends on the micro-batches in flight, not on how many clients there are or how much a
 window holds: one rank serves thousands.
 
-Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADED (graphs the body holds), at most
+Bounds: at most `micro_batches_in_flight` are FORWARDED or GRADIENTS_READY (graphs the body holds), at most
 `micro_batches_ahead` more are past PLANNED (activations buffered beside them), but for dummies, which hold nothing.
 
 Lockstep: each rank emits as many forwards and backwards a window as the longest plan has micro-batches, whoever is
@@ -37,7 +37,7 @@ from enum import IntEnum
 from typing import Literal
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.queue.deadlines import Patience
+from fedbert_ds.server.queue.deadlines import Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
 from fedbert_ds.server.queue.packing import MicroBatch, Piece
 from fedbert_ds.wire.messages import Manifest
@@ -51,7 +51,7 @@ class _State(IntEnum):
     OPEN = 1
     READY = 2
     FORWARDED = 3
-    GRADED = 4
+    GRADIENTS_READY = 4
     DONE = 5
 
 
@@ -65,7 +65,7 @@ class _Entry:
     forwarded: tuple[Piece, ...] = ()
     awaited: set[str] = field(default_factory=set)
     turn: int = 0
-    """When it became READY or GRADED, as a count of events: the older goes first."""
+    """When it became READY or GRADIENTS_READY, as a count of events: the older goes first."""
 
     @property
     def holds_memory(self) -> bool:
@@ -86,7 +86,7 @@ class _Window:
     empty: deque[_Entry] = field(default_factory=deque)
     """PLANNED ones without pieces."""
     live: dict[int, _Entry] = field(default_factory=dict)
-    """OPEN to GRADED, in the order they were opened."""
+    """OPEN to GRADIENTS_READY, in the order they were opened."""
     num_done: int = 0
     lost_masked_tokens: int = 0
 
@@ -131,7 +131,7 @@ class PipelineQueue:
         first_window: int = 0,
         num_windows: float = math.inf,
         windows_ahead: int = 1,
-        patience: Patience | None = None,
+        deadlines: Deadlines | None = None,
     ) -> None:
         self._depth = self._ahead = micro_batches_in_flight
         self._pack = pack
@@ -140,14 +140,14 @@ class PipelineQueue:
         self._silence_timeout = silence_timeout
         self._num_windows = num_windows
         self._windows_ahead = windows_ahead
-        self._patience = patience
+        self._deadlines = deadlines
         self._next_window = first_window
         self._next_index = 0
         self._windows: deque[_Window] = deque()
         self._running = self._is_alone = False
         self._manifests: dict[str, Manifest] = {}
         self._owed_since: dict[str, dict[tuple[str, int], float]] = {}
-        """What clients owe and since when, on a clock that stands still while the rank is busy (see `excuse`)."""
+        """What clients owe and since when, on a clock that stands still while the rank is busy (see `stop_clocks`)."""
         self._questions: list[tuple[float, str, tuple[str, int]]] = []
         """A heap of what is in `_owed_since`, the oldest first; some of it is answered by now."""
         self._overdue: dict[str, float] = {}
@@ -185,8 +185,8 @@ class PipelineQueue:
         self._benched.discard(client)
         self._behind.discard(client)
         self._last_answer.pop(client, None)
-        if self._patience is not None:
-            self._patience.forget(client)
+        if self._deadlines is not None:
+            self._deadlines.forget(client)
         self._skipped = {skipped for skipped in self._skipped if skipped[0] != client}
 
     def heard(self, client: str, now: float) -> None:
@@ -236,7 +236,7 @@ class PipelineQueue:
         """Whether this piece was given up because its client was late; what still comes of it is to be ignored."""
         return (client, micro_batch) in self._skipped
 
-    def excuse(self, seconds: float) -> None:
+    def stop_clocks(self, seconds: float) -> None:
         """The rank was busy for so long and could neither ask nor listen: no client's silence counts that time."""
         self._excused += seconds
 
@@ -330,12 +330,12 @@ class PipelineQueue:
 
     def _learn(self, now: float) -> None:
         for client, what, asked in self._answered:
-            if self._patience is None:
+            if self._deadlines is None:
                 continue
             # Answers to what is not asked in earnest yet, of a window ahead, show that a client is there, too.
             self._last_answer[client] = now - self._excused
             if asked < math.inf:
-                self._patience.learn(client, now - asked, what)
+                self._deadlines.learn(client, now - asked, what)
         self._answered.clear()
 
     def _ask(self, client: str, answer: tuple[str, int], since: float) -> None:
@@ -346,7 +346,7 @@ class PipelineQueue:
 
     def _late(self, now: float) -> Expire | Skip | None:
         # No learned deadline is shorter than the floor, so only what is older needs a look.
-        shortest = min(self._silence_timeout, self._patience.floor if self._patience else math.inf)
+        shortest = min(self._silence_timeout, self._deadlines.floor if self._deadlines else math.inf)
         while self._questions and now - self._questions[0][0] > shortest:
             since, client, answer = heapq.heappop(self._questions)
             if self._owed_since.get(client, {}).get(answer) == since:
@@ -360,11 +360,11 @@ class PipelineQueue:
                 del self._overdue[client]
                 self.lose(client)
                 return Expire(client)
-            elif self._patience is not None and client not in self._benched:
+            elif self._deadlines is not None and client not in self._benched:
                 answers = [since for answer, since in owed.items() if answer != _MANIFEST]
                 # Several answers come one after another: only a client that gives none at all is late.
                 quiet_since = max(min(answers, default=math.inf), self._last_answer.get(client, -math.inf))
-                if answers and now - quiet_since > self._patience.deadline(client):
+                if answers and now - quiet_since > self._deadlines.deadline(client):
                     return self._skip(client, oldest)
         return None
 
@@ -385,8 +385,8 @@ class PipelineQueue:
         for window, entry in self._all_entries():
             if client not in entry.pieces or entry.state is _State.DONE:
                 continue
-            # A gradient that is already here (GRADED, or given before others') still counts.
-            if entry.state in (_State.FORWARDED, _State.GRADED) and client not in entry.awaited:
+            # A gradient that is already here (GRADIENTS_READY, or given before others') still counts.
+            if entry.state in (_State.FORWARDED, _State.GRADIENTS_READY) and client not in entry.awaited:
                 continue
             masked = entry.pieces.pop(client).masked
             if self._running and window is self._windows[0]:
@@ -498,7 +498,7 @@ class PipelineQueue:
         if self._windows[0].num_done == len(self._windows[0].entries):
             return self._step()
         ready = self._first(_State.READY)
-        graded = self._first(_State.GRADED)
+        graded = self._first(_State.GRADIENTS_READY)
         if self._patterned:
             kind = self._pattern[-1]
             ready = ready if kind is Forward else None
@@ -512,20 +512,24 @@ class PipelineQueue:
         if self._patterned:
             self._pattern.pop()
         entry = candidates[0]
-        return self._backward(entry) if entry.state is _State.GRADED else self._forward(entry, now)
+        return self._backward(entry) if entry.state is _State.GRADIENTS_READY else self._forward(entry, now)
 
     def _in_flight(self) -> int:
         return len(self._flying())
 
     def _flying(self) -> list[_Entry]:
         running = self._windows[0].live.values()
-        return [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADED)]
+        return [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADIENTS_READY)]
 
     def _first(self, state: _State) -> _Entry | None:
         """The micro-batch of this state to take next: by age, real before dummy; in plan order if order is fixed."""
         running = self._windows[0].live.values()
         if self._order == "fixed":
-            stage = (_State.FORWARDED, _State.GRADED) if state is _State.GRADED else (_State.OPEN, _State.READY)
+            stage = (
+                (_State.FORWARDED, _State.GRADIENTS_READY)
+                if state is _State.GRADIENTS_READY
+                else (_State.OPEN, _State.READY)
+            )
             # Opened in plan order. Only the oldest counts: while it is not there yet, nothing may overtake it.
             oldest = next((entry for entry in running if entry.state in stage), None)
             return oldest if oldest is not None and oldest.state is state else None
@@ -539,14 +543,14 @@ class PipelineQueue:
         flying = self._flying()
         if self._depth == 1 or len(flying) < self._depth - 1:
             return ready
-        hogs = set.intersection(*(entry.awaited for entry in flying))
-        if not hogs:
+        blockers = set.intersection(*(entry.awaited for entry in flying))
+        if not blockers:
             return ready
         others_wait = any(
-            entry.state < _State.FORWARDED and entry.pieces and not hogs & set(entry.pieces)
+            entry.state < _State.FORWARDED and entry.pieces and not blockers & set(entry.pieces)
             for entry in self._windows[0].entries.values()
         )
-        return [entry for entry in ready if not hogs & set(entry.pieces)] if others_wait else ready
+        return [entry for entry in ready if not blockers & set(entry.pieces)] if others_wait else ready
 
     def _forward(self, entry: _Entry, now: float) -> Forward:
         entry.state = _State.FORWARDED
@@ -596,10 +600,10 @@ class PipelineQueue:
         return entry.pieces[client]
 
     def _advance(self, entry: _Entry) -> None:
-        """An OPEN or FORWARDED micro-batch that waits for nobody any more becomes READY or GRADED."""
+        """An OPEN or FORWARDED micro-batch that waits for nobody any more becomes READY or GRADIENTS_READY."""
         if entry.awaited or entry.state not in (_State.OPEN, _State.FORWARDED):
             return
-        entry.state = _State.READY if entry.state is _State.OPEN else _State.GRADED
+        entry.state = _State.READY if entry.state is _State.OPEN else _State.GRADIENTS_READY
         self._events += 1
         entry.turn = self._events
 

@@ -111,13 +111,13 @@ def test_an_exchange_takes_a_round_trip_and_both_ways() -> None:
 )
 def test_only_exact_synchronous_windows_wait_for_halves(mode: str, staleness: int, seconds: float) -> None:
     spent = Shares(10.0, 4.0, 4.0, 0.1, 0.1, 1.0, 16, activations=0.1, gradient=0.1)
-    config = load_config(RUN_FILE, [f"federation.mode={mode}", f"window.staleness={staleness}"])
+    config = load_config(RUN_FILE, [f"federation.mode={mode}", f"federation.staleness={staleness}"])
     work = ExchangeWork(send=0.02, take=0.04)  # of each of 8 clients, which share a processor
     assert bubble(spent, config, Link(100.0, 100.0), 5e6, lambda: work) == pytest.approx(seconds)
 
 
 def test_the_work_of_an_exchange_is_measured() -> None:
-    config = load_config(RUN_FILE, ["federation.mode=synchronous", "wire.halves=int8", "model.hidden_size=64"])
+    config = load_config(RUN_FILE, ["federation.mode=synchronous", "wire.updates=int8", "model.hidden_size=64"])
     work = exchange_work(config, Vocabulary())
     assert work.send > 0.0 and work.take > 0.0
 

@@ -19,9 +19,9 @@ from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocab
 from fedbert_ds.errors import DataError, UserError, WireError
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json, half_chunks
+from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json, update_chunks
 
 TIMEOUT = 30.0
 ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog " * 3) for n in range(3)]
@@ -31,7 +31,7 @@ class Served:
     """An endpoint, what it tells clients of the run, and a client under test in a thread of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.ingress = Ingress("127.0.0.1", 0, None)
+        self.ingress = Endpoint("127.0.0.1", 0, None)
         self.port = self.ingress.start()
         self.folder = folder
         self.tokenizer = train_wordpiece(ARTICLES, 64)
@@ -101,8 +101,8 @@ class Served:
         return asked.hello
 
     def give_half(self) -> None:
-        for chunk in half_chunks(0, self.half.items(), 0.0):
-            self.ingress.send("ada", pb.ServerMessage(half=chunk))
+        for chunk in update_chunks(0, self.half.items(), 0.0):
+            self.ingress.send("ada", pb.ServerMessage(update=chunk))
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_server_that_dies_is_one_line(served: Served) -> None:
 def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
     served.client()
     served.let_in()
-    served.ingress.send("ada", pb.ServerMessage(half=pb.HalfChunk(name="unknown")))
+    served.ingress.send("ada", pb.ServerMessage(update=pb.UpdateChunk(name="unknown")))
     assert "the server's half: tensor 'unknown'" in served.failed()
     assert served.event(Disconnected) == Disconnected("ada")
 

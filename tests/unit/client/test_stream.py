@@ -13,23 +13,23 @@ from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client import stream as stream_module
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import UNREAD_BYTES
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 TIMEOUT = 60.0
 
 
-def endpoint(reconnect_timeout: float = TIMEOUT) -> tuple[Ingress, str]:
-    ingress = Ingress("127.0.0.1", 0, None, reconnect_timeout)
+def endpoint(reconnect_timeout: float = TIMEOUT) -> tuple[Endpoint, str]:
+    ingress = Endpoint("127.0.0.1", 0, None, reconnect_timeout)
     port = ingress.start()
     ingress.admit({"ada": "session of ada"})
     return ingress, f"127.0.0.1:{port}"
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[Ingress, str]]:
+def server() -> Iterator[tuple[Endpoint, str]]:
     ingress, address = endpoint()
     yield ingress, address
     ingress.stop(grace=0.1)
@@ -40,17 +40,17 @@ def stream_to(address: str, reconnect_timeout: float = TIMEOUT, shares_memory: b
 
 
 def up(number: int, size: int = 0) -> pb.ClientMessage:
-    return pb.ClientMessage(half=pb.HalfChunk(offset=number, payload=bytes(size)))
+    return pb.ClientMessage(update=pb.UpdateChunk(offset=number, payload=bytes(size)))
 
 
 def down(number: int, size: int = 0) -> pb.ServerMessage:
-    return pb.ServerMessage(half=pb.HalfChunk(offset=number, payload=bytes(size)))
+    return pb.ServerMessage(update=pb.UpdateChunk(offset=number, payload=bytes(size)))
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shares_memory", [False, True], ids=["socket", "shared"])
 def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
-    server: tuple[Ingress, str], seed: int, shares_memory: bool
+    server: tuple[Endpoint, str], seed: int, shares_memory: bool
 ) -> None:
     """Sizes from nothing to beyond the smallest piece between two cuts, both ways at once."""
     ingress, address = server
@@ -79,7 +79,7 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
     assert ingress.next_event(0) is None
 
 
-def test_a_half_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Ingress, str]) -> None:
+def test_a_half_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Endpoint, str]) -> None:
     """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the half."""
     ingress, address = server
     half = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
@@ -88,17 +88,17 @@ def test_a_half_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tupl
         assert ingress.next_event(TIMEOUT) == Connected("ada")
 
         def talk() -> None:
-            for chunk in half_chunks(0, half.items(), weight=5.0):
-                stream.send(pb.ClientMessage(half=chunk))
+            for chunk in update_chunks(0, half.items(), weight=5.0):
+                stream.send(pb.ClientMessage(update=chunk))
 
         talker = threading.Thread(target=talk, daemon=True)
         talker.start()
-        assembler = HalfAssembler({name: tuple(tensor.shape) for name, tensor in half.items()}, "ada")
+        assembler = UpdateAssembler({name: tuple(tensor.shape) for name, tensor in half.items()}, "ada")
         complete = None
         while complete is None:
             event = ingress.next_event(TIMEOUT)
             assert isinstance(event, Received), event
-            complete = assembler.add(event.message.half)
+            complete = assembler.add(event.message.update)
         talker.join(timeout=TIMEOUT)
         tensors, weight = complete
         assert weight == 5.0 and all(torch.equal(tensors[name], half[name]) for name in half)
@@ -121,7 +121,7 @@ def test_who_does_not_come_back_is_told_after_the_grace_and_refused_then() -> No
     ingress.stop(grace=0.1)
 
 
-def test_a_link_that_stays_down_is_one_line(server: tuple[Ingress, str]) -> None:
+def test_a_link_that_stays_down_is_one_line(server: tuple[Endpoint, str]) -> None:
     ingress, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through, reconnect_timeout=0.3) as stream:
@@ -133,7 +133,7 @@ def test_a_link_that_stays_down_is_one_line(server: tuple[Ingress, str]) -> None
     assert ingress.next_event(0) is None, "the server still waits for it"
 
 
-def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Ingress, str]) -> None:
+def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Endpoint, str]) -> None:
     ingress, address = server
     with stream_to(address) as stream:
         for number in range(50):
@@ -144,7 +144,7 @@ def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[
     assert ingress.next_event(TIMEOUT) == Disconnected("ada")
 
 
-def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Ingress, str]) -> None:
+def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Endpoint, str]) -> None:
     ingress, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through) as stream:
@@ -161,7 +161,7 @@ def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Ingress, str])
     ingress.stop(grace=0.1)
 
 
-def test_stop_waits_for_the_last_words(server: tuple[Ingress, str]) -> None:
+def test_stop_waits_for_the_last_words(server: tuple[Endpoint, str]) -> None:
     ingress, address = server
     with stream_to(address) as stream:
         assert ingress.next_event(TIMEOUT) == Connected("ada")
@@ -172,7 +172,7 @@ def test_stop_waits_for_the_last_words(server: tuple[Ingress, str]) -> None:
         assert [stream.receive().half.offset for _ in range(11)] == list(range(11))
 
 
-def test_send_waits_while_too_much_is_under_way(server: tuple[Ingress, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
     ingress, address = server
     monkeypatch.setattr(stream_module, "KEPT_BYTES", 4 << 20)
     sent = 0

@@ -25,7 +25,7 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index, encode
-from fedbert_ds.wire.messages import ClientSettings, HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import ClientSettings, UpdateAssembler, update_chunks
 
 VOCABULARY, WIDTH = 23, 8
 LENGTHS = [4, 6, 3, 5]
@@ -109,8 +109,8 @@ class Server:
         return [message for message in self.sent if message.WhichOneof("body") != "manifest"]
 
     def give_half(self, tensors: dict[str, Tensor], window: int = 0) -> None:
-        for chunk in half_chunks(window, tensors.items(), weight=0.0):
-            self.trainer.handle(pb.ServerMessage(half=chunk))
+        for chunk in update_chunks(window, tensors.items(), weight=0.0):
+            self.trainer.handle(pb.ServerMessage(update=chunk))
 
     def begin(self) -> None:
         self.give_half({name: parameter.detach() for name, parameter in self.half.named_parameters()})
@@ -191,8 +191,8 @@ class Server:
     def take_half(self) -> tuple[dict[str, Tensor], float]:
         """The half (or its gradients) the trainer has sent."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.half.named_parameters()}
-        names = {message.half.name for message in self.sent if message.WhichOneof("body") == "half"}
-        joined = HalfAssembler({name: shapes[name] for name in names if name}, "it")
+        names = {message.update.name for message in self.sent if message.WhichOneof("body") == "half"}
+        joined = UpdateAssembler({name: shapes[name] for name in names if name}, "it")
         while (complete := joined.add(self.take("half"))) is None:
             pass
         return complete
@@ -366,7 +366,7 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     server.take_half()
     server.give_half({name: torch.zeros_like(p) for name, p in server.half.named_parameters()})
     assert not server.sent and not server.manifests
-    server.trainer.handle(pb.ServerMessage(half_request=pb.HalfRequest(window=1)))
+    server.trainer.handle(pb.ServerMessage(update_request=pb.UpdateRequest(window=1)))
     weights, weight = server.take_half()
     assert weight == len(batch_of(0).labels) and len(weights) == len(list(server.half.parameters()))
     server.trainer.handle(pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
@@ -394,8 +394,8 @@ def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_with_staleness_the_next_window_goes_on_before_the_exchange(tmp_path: Path, mode: Any) -> None:
     """Steps equal a plain reference in which each window's gradients are of the weights that were there then."""
-    federation = FederationSection(mode=mode)
-    server = Server(tmp_path, half_of(), staleness=1, federation=federation)
+    federation = FederationSection(mode=mode, staleness=1)
+    server = Server(tmp_path, half_of(), federation=federation)
     reference = half_of()
     server.begin()
     masked = [len(batch_of(window).labels) for window in range(2)]
@@ -572,7 +572,7 @@ PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
         (pb.ServerMessage(hidden=pb.Hidden(micro_batch=10)), "hidden states: shape"),
         (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
         (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
-        (pb.ServerMessage(half=pb.HalfChunk(name="x")), "tensor 'x' of shape"),
+        (pb.ServerMessage(update=pb.UpdateChunk(name="x")), "tensor 'x' of shape"),
         (
             pb.ServerMessage(plan=pb.Plan(next_window=1, pieces=[pb.Piece(first_sequence=3, num_sequences=2)])),
             "sequences 3 to 5 of 4",
@@ -635,7 +635,7 @@ def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject)
             st.builds(lambda n: pb.ServerMessage(hidden=pb.Hidden(micro_batch=n, values=frame)), number),
             st.builds(lambda n: pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=n, values=frame)), number),
             st.builds(lambda n: pb.ServerMessage(save=pb.Save(window=n)), number),
-            st.builds(lambda n: pb.ServerMessage(half=pb.HalfChunk(name="x", offset=n)), number),
+            st.builds(lambda n: pb.ServerMessage(update=pb.UpdateChunk(name="x", offset=n)), number),
         )
     )  # fmt: skip
     wire = bytearray(message.SerializeToString())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.shared_weights import SharedWeights
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
+from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 SHAPES = {"table": (6, 70), "bias": (5,)}
 
@@ -19,7 +19,7 @@ def weights(seed: int) -> dict[str, Tensor]:
 
 
 def received(chunks, codec: str) -> tuple[dict[str, Tensor], float]:
-    joined = HalfAssembler(SHAPES, "it", codec)
+    joined = UpdateAssembler(SHAPES, "it", codec)
     for chunk in chunks:
         complete = joined.add(chunk)
     assert complete is not None
@@ -33,7 +33,7 @@ def averaged(clients: list[SharedWeights], now: list[dict[str, Tensor]], codec: 
         for place, (client, own) in enumerate(zip(clients, now, strict=True))
     ]
     combined = combine(halves, SHAPES, average=True, group=None)
-    down, _ = received(half_chunks(3, combined.items(), 0.0, codec), codec)
+    down, _ = received(update_chunks(3, combined.items(), 0.0, codec), codec)
     return [client.apply(down) for client in clients]
 
 

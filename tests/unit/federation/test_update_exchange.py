@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.update_exchange import Half, HalfExchange
+from fedbert_ds.federation.update_exchange import Half, UpdateExchange
 
 
 def half(value: float, weight: float = 1.0) -> Callable[[], Half]:
@@ -24,7 +24,7 @@ def total(halves: list[Half], average: bool) -> dict[str, Tensor]:
     return {"table": sum((tensors["table"] for tensors, _ in halves), torch.zeros(2)), "average": torch.tensor(average)}
 
 
-def polled(exchange: HalfExchange) -> tuple[int, dict[str, Tensor]]:
+def polled(exchange: UpdateExchange) -> tuple[int, dict[str, Tensor]]:
     deadline = time.monotonic() + 20.0
     while (result := exchange.poll()) is None:
         assert time.monotonic() < deadline
@@ -33,7 +33,7 @@ def polled(exchange: HalfExchange) -> tuple[int, dict[str, Tensor]]:
 
 
 def test_a_round_ends_when_all_have_delivered() -> None:
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     assert exchange.is_idle and exchange.is_done(100)
     exchange.expect(3, ["ada", "bo"], False)
     exchange.deliver(3, "ada", half(1.0))
@@ -46,7 +46,7 @@ def test_a_round_ends_when_all_have_delivered() -> None:
 
 
 def test_windows_come_out_in_order_whichever_is_complete_first() -> None:
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     for window in (0, 1):
         exchange.expect(window, ["ada", "bo"], True)
     exchange.deliver(1, "ada", half(10.0))
@@ -64,7 +64,7 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
         orders.append([weight for _, weight in halves])
         return {}
 
-    exchange = HalfExchange(combine)
+    exchange = UpdateExchange(combine)
     for window, names in enumerate((["ada", "bo"], ["bo", "ada"])):
         exchange.expect(window, names, True)
         for name in names:
@@ -74,7 +74,7 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
 
 
 def test_what_nobody_waits_for_is_dropped() -> None:
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
     exchange.deliver(1, "ada", half(5.0))  # of a window that did not begin with it
     exchange.deliver(0, "cy", half(5.0))
@@ -86,7 +86,7 @@ def test_what_nobody_waits_for_is_dropped() -> None:
 
 
 def test_what_was_delivered_before_its_client_went_counts() -> None:
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
     exchange.deliver(0, "bo", half(2.0))
     exchange.forget("bo")
@@ -98,7 +98,7 @@ def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
     def unsound() -> Half:
         raise WireError("a value is not finite")
 
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     for window in (0, 1):
         exchange.expect(window, ["ada", "bo"], False)
         exchange.deliver(window, "ada", half(1.0))
@@ -116,7 +116,7 @@ def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
 
 def test_a_round_of_nobody_is_combined_too() -> None:
     """Other ranks wait in the collective."""
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     exchange.expect(0, [], True)
     assert polled(exchange)[0] == 0
 
@@ -128,7 +128,7 @@ def test_it_goes_on_beside_and_errors_come_out() -> None:
         assert let_go.wait(20.0)
         raise RuntimeError("another rank is gone")
 
-    exchange = HalfExchange(combine)
+    exchange = UpdateExchange(combine)
     exchange.expect(0, [], True)
     for _ in range(3):
         assert exchange.poll() is None and exchange.is_combining
@@ -141,7 +141,7 @@ def test_only_silence_after_the_step_counts(monkeypatch: pytest.MonkeyPatch) -> 
     now = [0.0]
     clock: Any = type("Clock", (), {"monotonic": staticmethod(lambda: now[0])})
     monkeypatch.setattr("fedbert_ds.federation.update_exchange.time", clock)
-    exchange = HalfExchange(total)
+    exchange = UpdateExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
     now[0] = 100.0
     assert exchange.late == frozenset()

@@ -78,7 +78,7 @@ def test_clients_on_few_cores_work_one_after_another():
 
 def test_slow_clients_gain_from_sharing_micro_batches():
     slow = replace(NEAR, head_per_token=2e-3)
-    alone = replace(PLAIN, clients=(slow,) * 16, affordable_depth=4)
+    alone = replace(PLAIN, clients=(slow,) * 16, affordable_in_flight=4)
     assert (
         simulate(replace(alone, clients_per_micro_batch=8)).tokens_per_second > 1.5 * simulate(alone).tokens_per_second
     )

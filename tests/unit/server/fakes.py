@@ -1,10 +1,10 @@
-"""What surrounds a rank, without DeepSpeed, processes or network: engine, control, clients, an ingress, a clock."""
+"""What surrounds a rank, without DeepSpeed, processes or network: engine, rank_group, clients, an endpoint, a clock."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,25 +13,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from unit.server.fake_client import HALF, WIDTH, FakeClient
 
 from fedbert_ds.config import RunConfig, parse_config
-from fedbert_ds.federation.strategy import exchange_after
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
-from fedbert_ds.server.contract import Report
+from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import HalfAssembler, half_chunks
-
-WIDTH = 4
-HALF = {"table": (3, WIDTH), "head": (2,)}
-Alter = Callable[[int, pb.ClientMessage], list[pb.ClientMessage]]
-"""(number of this message, message) -> what is sent instead."""
 
 
 class FakeEngine:
@@ -86,7 +79,7 @@ class FakeEngine:
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
 
-    def affordable_depth(self) -> int:
+    def affordable_in_flight(self) -> int:
         return 8
 
     def _per_token(self, body_input: BodyInput, values: Tensor) -> Tensor:
@@ -97,196 +90,16 @@ class FakeEngine:
             self._clock.now += self._seconds
 
 
-class FakeControl:
+class FakeRankGroup:
     """The only rank."""
 
-    rank, world_size, group, half_group = 0, 1, None, None
+    rank, world_size, group, update_group = 0, 1, None, None
 
     def gather(self, mine: Any) -> list[Any]:
         return [mine]
 
     def complete_checkpoint(self, folder: Path, window: int) -> None:
         pass
-
-
-class FakeClient:
-    """An honest client of the protocol: `handle` answers a server message, but for what `alter` makes of the answer.
-
-    Sequences, activations and gradients follow from its name and the window alone. It checks that hidden states and
-    input gradients are what `FakeEngine` makes of its own numbers, whoever shares its micro-batches.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        config: RunConfig,
-        lengths: tuple[int, ...] = (3, 5, 2, 4),
-        alter: Alter = lambda number, message: [message],
-    ) -> None:
-        self.name = name
-        self.lengths = lengths
-        self.windows_stepped: list[int] = []
-        """Windows whose step its half has taken, in order."""
-        self.passed_over: list[int] = []
-        self.skipped: list[int] = []
-        self.halves: list[dict[str, Tensor]] = []
-        self.hidden_states = 0
-        self.finish: pb.Finish | None = None
-        self.refusal: str | None = None
-        self._config = config
-        self._alter = alter
-        self._sent = itertools.count()
-        self._ready_for = 0
-        """The first window whose step, exchange included, its half has not taken."""
-        self._window_of: dict[int, int] = {}
-        self._pieces: dict[int, pb.Piece] = {}
-        self._unfinished: dict[int, set[int]] = {}
-        self._opened: list[int] = []
-        self._gradients: dict[int, Tensor] = {}
-        self._assembler = HalfAssembler(HALF, "the server's half")
-
-    def manifest(self, window: int) -> list[pb.ClientMessage]:
-        if window >= self._config.run.windows:
-            return []
-        masked = [length // 2 for length in self.lengths]
-        return [pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=self.lengths, masked=masked))]
-
-    def handle(self, message: pb.ServerMessage) -> list[pb.ClientMessage]:
-        answers: list[pb.ClientMessage] = []
-        match message.WhichOneof("body"):
-            case "plan":
-                answers += self._plan(message.plan)
-            case "open":
-                self._opened.append(message.open.micro_batch)
-                answers += self._activations_due()
-            case "hidden":
-                answers.append(self._gradient(message.hidden))
-            case "input_gradient":
-                self._check_input_gradient(message.input_gradient)
-                answers += self._finish_pieces(message.input_gradient.window, [message.input_gradient.micro_batch])
-            case "skipped":
-                self.skipped.append(message.skipped.window)
-                answers += self._finish_pieces(message.skipped.window, message.skipped.micro_batches)
-            case "half":
-                if (complete := self._assembler.add(message.half)) is not None:
-                    answers += self._take_half(message.half.window, complete[0])
-            case "save":
-                answers.append(pb.ClientMessage(saved=pb.Saved(window=message.save.window, flops_per_token=7.0)))
-            case "half_request":
-                answers += self._half(message.half_request.window, weight=1.0)
-            case "finish":
-                self.finish = message.finish
-            case "refused":
-                self.refusal = message.refused.reason
-        return [altered for answer in answers for altered in self._alter(next(self._sent), answer)]
-
-    def numbers(self, micro_batch: int, what: str, count: int) -> Tensor:
-        random = torch.Generator().manual_seed(hash((self.name, micro_batch, what)) % 2**31)
-        return torch.randn(count, WIDTH, generator=random)
-
-    def own_half(self) -> dict[str, Tensor]:
-        return {name: torch.full(shape, float(len(self.name))) for name, shape in HALF.items()}
-
-    def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
-        for piece in plan.pieces:
-            self._pieces[piece.micro_batch] = piece
-            self._window_of[piece.micro_batch] = plan.window
-        self._unfinished[plan.window] = {piece.micro_batch for piece in plan.pieces}
-        answers = self.manifest(plan.next_window)
-        if not plan.pieces:
-            self.passed_over += range(plan.window, plan.next_window)
-            if self._config.federation.mode == "parallel":
-                self._ready_for = max(self._ready_for, plan.next_window)
-        return answers + self._activations_due()
-
-    def _activations_due(self) -> list[pb.ClientMessage]:
-        """What was asked for and its half is ready for."""
-        horizon = self._ready_for + self._config.window.staleness
-        due = [number for number in self._opened if self._window_of[number] <= horizon]
-        self._opened = [number for number in self._opened if number not in due]
-        return [self._activations(number) for number in due]
-
-    def _finish_pieces(self, window: int, micro_batches: Iterable[int]) -> list[pb.ClientMessage]:
-        self._opened = [number for number in self._opened if number not in micro_batches]
-        unfinished = self._unfinished[window]
-        unfinished -= set(micro_batches)
-        if unfinished:
-            return []
-        if self._config.federation.mode == "synchronous":
-            return self._half(window, weight=1.0)
-        self.windows_stepped.append(window)
-        if exchange_after(self._config.federation, window) == "weights":
-            return self._half(window, weight=float(len(self.name)))
-        self._ready_for = max(self._ready_for, window + 1)
-        return self._activations_due()
-
-    def _take_half(self, window: int, half: dict[str, Tensor]) -> list[pb.ClientMessage]:
-        self._assembler = HalfAssembler(HALF, "the server's half")
-        self.halves.append(half)
-        if len(self.halves) == 1:
-            return self.manifest(0)
-        if self._config.federation.mode == "synchronous":
-            self.windows_stepped.append(window)
-        self._ready_for = max(self._ready_for, window + 1)
-        return self._activations_due()
-
-    def _lengths(self, micro_batch: int) -> tuple[int, ...]:
-        piece = self._pieces[micro_batch]
-        return self.lengths[piece.first_sequence : piece.first_sequence + piece.num_sequences]
-
-    def _positions(self, micro_batch: int) -> Tensor:
-        """The last half of each sequence is masked."""
-        positions, first = [], 0
-        for length in self._lengths(micro_batch):
-            positions += range(first + length - length // 2, first + length)
-            first += length
-        return torch.tensor(positions, dtype=torch.int64)
-
-    def _per_token(self, micro_batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values as sent, the same for each token, and the row index of cut: rows (every other word is the same)."""
-        tokens = sum(self._lengths(micro_batch))
-        if self._config.cut != "rows":
-            values = self.numbers(micro_batch, "activations", tokens)
-            return values, values, None
-        index = torch.tensor([0 if token % 2 else token // 2 for token in range(tokens)])
-        rows = self.numbers(micro_batch, "rows", int(index.max()) + 1)
-        return rows, rows[index], index
-
-    def _activations(self, micro_batch: int) -> pb.ClientMessage:
-        values, _, index = self._per_token(micro_batch)
-        message = pb.Activations(
-            window=self._window_of[micro_batch],
-            micro_batch=micro_batch,
-            values=encode(values, self._config.wire.activations),
-            masked_positions=encode_positions(self._positions(micro_batch), sum(self._lengths(micro_batch))),
-        )
-        if index is not None:
-            message.row_index = encode_row_index(index, len(values))
-        return pb.ClientMessage(activations=message)
-
-    def _gradient(self, message: pb.Hidden) -> pb.ClientMessage:
-        number, positions = message.micro_batch, self._positions(message.micro_batch)
-        hidden = decode(message.values, (len(positions), WIDTH), self._config.wire.hidden_states, "hidden states")
-        _, per_token, _ = self._per_token(number)
-        assert torch.equal(hidden, 2.0 * per_token[positions]), f"{self.name}: hidden states of micro-batch {number}"
-        self.hidden_states += len(hidden)
-        gradient = self._gradients[number] = self.numbers(number, "gradient", len(positions))
-        frame = encode(gradient, self._config.wire.gradients)
-        return pb.ClientMessage(
-            gradient=pb.Gradient(window=message.window, micro_batch=number, hidden=frame, loss_sum=2.0 * len(positions))
-        )
-
-    def _check_input_gradient(self, message: pb.InputGradient) -> None:
-        number, positions = message.micro_batch, self._positions(message.micro_batch)
-        values, _, index = self._per_token(number)
-        expected = torch.zeros_like(values)
-        where = positions if index is None else index[positions]
-        expected.index_add_(0, where, 2.0 * self._gradients.pop(number))
-        got = decode(message.values, values.shape, self._config.wire.gradients, "input gradient")
-        torch.testing.assert_close(got, expected)
-
-    def _half(self, window: int, weight: float) -> list[pb.ClientMessage]:
-        return [pb.ClientMessage(half=chunk) for chunk in half_chunks(window, self.own_half().items(), weight)]
 
 
 class InlineThread:
@@ -322,7 +135,7 @@ Latency = Callable[[str, Event], float]
 
 
 class FakeIngress:
-    """An ingress whose clients answer at once, or `latency` seconds later; a wait moves the clock."""
+    """An endpoint whose clients answer at once, or `latency` seconds later; a wait moves the clock."""
 
     def __init__(self, clock: Clock, clients: list[FakeClient], latency: Latency) -> None:
         self.clock = clock
@@ -374,10 +187,6 @@ class FakeIngress:
         return 0, 0
 
 
-GONE = pb.ClientMessage()
-"""Sent by an `Alter`, it stands for a connection that breaks."""
-
-
 def run_config(**sections: Any) -> RunConfig:
     """Two windows of 8 tokens to a micro-batch, two in flight; `sections` are laid over it."""
     tree: dict[str, Any] = {
@@ -420,15 +229,15 @@ class Rank:
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
-        self.ingress = FakeIngress(self.clock, clients, latency)
+        self.endpoint = FakeIngress(self.clock, clients, latency)
         self.stop = SimpleNamespace(requested=False)
-        self.reports: list[Report] = []
+        self.statuses: list[RankStatus] = []
         self.server = RankServer(
             config,
             shapes(config),
             self.engine,  # type: ignore[arg-type]
-            self.ingress,  # type: ignore[arg-type]
-            FakeControl(),  # type: ignore[arg-type]
+            self.endpoint,  # type: ignore[arg-type]
+            FakeRankGroup(),  # type: ignore[arg-type]
             seats(clients),
             0,
             self.stop,
@@ -438,11 +247,11 @@ class Rank:
     def run(self) -> int:
         """Train to the end; the window it stopped before."""
         self.server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-        return self.server.train(lambda window, reports, seconds: self.reports.extend(reports), Path("checkpoints"))
+        return self.server.train(lambda window, statuses, seconds: self.statuses.extend(statuses), Path("checkpoints"))
 
     @property
     def problems(self) -> list[str]:
-        return [problem for report in self.reports for problem in report.new_problems]
+        return [problem for status in self.statuses for problem in status.new_problems]
 
 
 def joined(hello: pb.Hello) -> tuple[JoinAsked, Future[pb.Welcome]]:

@@ -7,19 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from unit.server.fakes import HALF, WIDTH
+from unit.server.fake_client import HALF, WIDTH
 from unit.server.queue.simulation import queue_state
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.update_exchange import HalfExchange
+from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.inbox import Inbox, Shapes
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import Forward, Open, PipelineQueue, Plan
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
-from fedbert_ds.wire.messages import half_chunks
+from fedbert_ds.wire.messages import update_chunks
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
     queue = PipelineQueue(1, lambda manifests: [(Piece("ada", 0, 2, 6, 2),)], num_windows=1)
     shapes = Shapes(WIDTH, WIDTH, 8, False, HALF, frozenset({"table"}))
-    exchange = HalfExchange(lambda halves, average: {})
+    exchange = UpdateExchange(lambda halves, average: {})
     made: Any = Inbox(queue, exchange, shapes, WireSection(), {"ada": Seat(0, "s", 6)})
     made.queue, made.exchange = queue, exchange
     queue.join("ada", 0.0)
@@ -135,19 +135,19 @@ def halves_of(inbox: Any, window: int) -> dict[str, Any]:
 
 
 def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
-    table, last = half_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
+    table, last = update_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
     inbox.exchange.expect(0, ["ada"], True)
     with pytest.raises(WireError, match="'head'"):
-        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(name="head", shape=[2])))
+        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(name="head", shape=[2])))
     inbox.drop("ada")
-    inbox.receive("ada", pb.ClientMessage(half=table))
+    inbox.receive("ada", pb.ClientMessage(update=table))
     with pytest.raises(WireError, match="a half of window 1 inside that of window 0"):
-        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(window=1, last=True)))
-    inbox.receive("ada", pb.ClientMessage(half=last))
+        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
+    inbox.receive("ada", pb.ClientMessage(update=last))
     tensors, weight = halves_of(inbox, 0)["ada"].result()
     assert tensors.keys() == {"table"} and weight == 5.0
-    for chunk in half_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
-        inbox.receive("ada", pb.ClientMessage(half=chunk))
+    for chunk in update_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
+        inbox.receive("ada", pb.ClientMessage(update=chunk))
     assert halves_of(inbox, 0)["ada"].result()[1] == 5.0, "a second one is not looked at"
 
 
@@ -155,13 +155,13 @@ def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> N
     """With average_scope: embeddings fewer tensors are exchanged than are handed over at the end."""
     inbox.expect_collected(1)
     whole = [("table", torch.ones(HALF["table"])), ("head", torch.ones(HALF["head"]))]
-    for chunk in half_chunks(1, whole, 5.0):
-        inbox.receive("ada", pb.ClientMessage(half=chunk))
+    for chunk in update_chunks(1, whole, 5.0):
+        inbox.receive("ada", pb.ClientMessage(update=chunk))
     assert inbox.collected["ada"][0].keys() == HALF.keys()
     with pytest.raises(WireError, match="a second half of window 1"):
-        inbox.receive("ada", pb.ClientMessage(half=pb.HalfChunk(window=1, last=True)))
+        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
     with pytest.raises(WireError, match="'head'"):
-        inbox.receive("ada", pb.ClientMessage(half=next(half_chunks(2, whole[1:], 5.0))))
+        inbox.receive("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:], 5.0))))
 
 
 @pytest.mark.parametrize("saved", [pb.Saved(window=2), pb.Saved(window=3, flops_per_token=math.nan)])

@@ -13,27 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from unit.server.fakes import (
-    GONE,
-    HALF,
-    WIDTH,
-    Alter,
-    Clock,
-    FakeClient,
-    FakeEngine,
-    FakeIngress,
-    InlineThread,
-    Rank,
-    joined,
-    run_config,
-    seats,
-    shapes,
-)
+from unit.server.fake_client import GONE, HALF, WIDTH, Alter, FakeClient
+from unit.server.fakes import Clock, FakeEngine, FakeIngress, InlineThread, Rank, joined, run_config, seats, shapes
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.contract import Report
+from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.network.endpoint import Event, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
@@ -63,7 +49,7 @@ def test_honest_clients_get_their_own_numbers_back(
     masked = {client.name: sum(length // 2 for length in client.lengths) for client in rank.clients}
     assert rank.engine.tokens == 2 * tokens
     # What each client divides its loss by: the masked tokens of everybody's window.
-    told = {message.hidden.masked_tokens for _, message in rank.ingress.sent if message.HasField("hidden")}
+    told = {message.hidden.masked_tokens for _, message in rank.endpoint.sent if message.HasField("hidden")}
     assert told == {sum(masked.values())}
     assert len(rank.engine.steps) == 2 and rank.engine.saved == [2]
     assert [is_last for _, is_last in rank.engine.backwards].count(True) == 2
@@ -71,8 +57,8 @@ def test_honest_clients_get_their_own_numbers_back(
         assert client.windows_stepped == [0, 1]
         assert client.hidden_states == 2 * masked[client.name]
         assert client.refusal is None
-    for report in rank.reports:
-        tally = report.tally
+    for status in rank.statuses:
+        tally = status.tally
         assert (tally.tokens, tally.masked_tokens, tally.lost_masked_tokens) == (tokens, sum(masked.values()), 0)
         assert tally.loss_sum == 2.0 * sum(masked.values())
         assert tally.dummy_micro_batches == 0
@@ -223,15 +209,15 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
         "holds nan",
     ),
     "half before it is asked for": (
-        lambda: beside("manifest", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=1.0))),
+        lambda: beside("manifest", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),
         "did not arrive whole",
     ),
     "half without end": (
-        lambda: beside("half", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=1.0))),
+        lambda: beside("half", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),
         "not arrive whole",
     ),
     "a weight that is no number": (
-        lambda: beside("half", pb.ClientMessage(half=pb.HalfChunk(last=True, weight=math.nan))),
+        lambda: beside("half", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=math.nan))),
         "a weight of nan",
     ),
     "saved without being asked": (
@@ -255,7 +241,7 @@ def test_one_bad_client_is_refused_alone(monkeypatch: pytest.MonkeyPatch, fault:
     assert bo.refusal is not None and reason in bo.refusal and "client bo" in bo.refusal
     assert "\n" not in bo.refusal
     assert rank.problems == [bo.refusal], "the run says so too, once"
-    assert rank.ingress.revoked == {"bo"}
+    assert rank.endpoint.revoked == {"bo"}
 
 
 def with_rows(num_rows: int, index: bytes | None = None) -> Alter:
@@ -301,7 +287,7 @@ def test_the_lost_share_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(clients=SOME)
     rank = Rank(monkeypatch, config, trio(config, BAD["gradient that is not finite"][0]()))
     rank.run()
-    assert [report.tally.lost_masked_tokens for report in rank.reports] == [2 + 1 + 1 + 1, 0]
+    assert [status.tally.lost_masked_tokens for status in rank.statuses] == [2 + 1 + 1 + 1, 0]
 
 
 def test_without_a_minimum_one_bad_client_ends_the_run_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,7 +321,7 @@ def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPa
     assert ada.windows_stepped == cy.windows_stepped == [0, 1]
     if bo.refusal is not None:
         assert bo.refusal == "client bo was silent for 300 s (clients.silence_timeout)"
-        assert rank.ingress.revoked == {"bo"}
+        assert rank.endpoint.revoked == {"bo"}
     assert ada.refusal is None and cy.refusal is None
 
 
@@ -391,7 +377,7 @@ class Board:
 class BoardControl:
     """Stands for torch.distributed between two threads."""
 
-    world_size, group, half_group = 2, None, None
+    world_size, group, update_group = 2, None, None
 
     def __init__(self, rank: int, board: Board) -> None:
         self.rank = rank
@@ -451,7 +437,7 @@ def test_two_ranks_keep_step_whoever_fails(
         for client, seat in zip(clients, seats(clients).values(), strict=True)
     }
     board, outcomes = Board(), [None, None]
-    tallies: list[Report] = []
+    tallies: list[RankStatus] = []
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
 
     def serve(number: int) -> None:
@@ -461,7 +447,7 @@ def test_two_ranks_keep_step_whoever_fails(
                 BoardControl(number, board), places, 0, SimpleNamespace(requested=False), Trace(None),
             )  # type: ignore[arg-type]  # fmt: skip
             server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-            outcomes[number] = server.train(lambda window, reports, seconds: tallies.extend(reports), Path("x"))
+            outcomes[number] = server.train(lambda window, statuses, seconds: tallies.extend(statuses), Path("x"))
         except BaseException as error:
             outcomes[number] = error
             board.leave()
@@ -478,8 +464,8 @@ def test_two_ranks_keep_step_whoever_fails(
         assert client.windows_stepped == [0, 1, 2]
         assert client.hidden_states == 3 * sum(length // 2 for length in client.lengths)
     assert (cy.refusal is not None) == (fault is not None)
-    assert any(report.tally.dummy_micro_batches for report in tallies)
-    for tally in (report.tally for report in tallies):
+    assert any(status.tally.dummy_micro_batches for status in tallies)
+    for tally in (status.tally for status in tallies):
         # A dummy keeps the device busy, forward and backward, and is no work.
         work = tally.forwards + tally.backwards - 2 * tally.dummy_micro_batches
         assert round(tally.busy_seconds / SECONDS_OF_WORK) == work
@@ -494,8 +480,8 @@ def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch)
     event, answer = joined(pb.Hello(client="late"))
     gone_event, gone = joined(pb.Hello(client="gone"))
     gone.cancel()
-    rank.ingress.post("late", event)
-    rank.ingress.post("gone", gone_event)
+    rank.endpoint.post("late", event)
+    rank.endpoint.post("gone", gone_event)
     assert rank.run() == 2
     with pytest.raises(WireError, match="client late: this rank takes no joins"):
         answer.result(timeout=0)
@@ -544,7 +530,7 @@ def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str, expec
     half = rank.server.collect_half(window)
     assert {name: tuple(tensor.shape) for name, tensor in half.items()} == HALF
     torch.testing.assert_close(half["head"], torch.full((2,), expected))
-    asked = [client for client, message in rank.ingress.sent if message.WhichOneof("body") == "half_request"]
+    asked = [client for client, message in rank.endpoint.sent if message.WhichOneof("body") == "update_request"]
     assert asked == (["ada"] if mode == "synchronous" else ["ada", "bo", "cy"])
 
 
@@ -555,8 +541,8 @@ def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_
     config = run_config(federation={"mode": "parallel"}, clients=SOME)
     rank = Rank(monkeypatch, config, trio(config))
     window = rank.run()
-    early = pb.HalfChunk(last=True, weight=5.0)
-    rank.ingress.post("bo", Received("bo", pb.ClientMessage(half=early)))
+    early = pb.UpdateChunk(last=True, weight=5.0)
+    rank.endpoint.post("bo", Received("bo", pb.ClientMessage(update=early)))
     half = rank.server.collect_half(window)
     assert half.keys() == HALF.keys()
     assert rank.server._problems and "did not arrive whole" in rank.server._problems[0]
@@ -578,8 +564,8 @@ def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pyte
     rank = Rank(monkeypatch, config, clients, latency=lambda client, event: 0.3, seconds_of_work=0.1)
     assert rank.run() == windows
     assert all(client.windows_stepped == list(range(windows)) for client in clients)
-    waits = [report.tally.wait_seconds for report in rank.reports]
-    busy = [report.tally.busy_seconds for report in rank.reports]
+    waits = [status.tally.wait_seconds for status in rank.statuses]
+    busy = [status.tally.busy_seconds for status in rank.statuses]
     assert min(busy) == pytest.approx(2 * 48 * 0.1)
     # The first window begins with nothing; later ones find activations that came while the one before ended.
     assert waits[0] > 0.3
@@ -607,9 +593,9 @@ def test_a_late_client_is_passed_over_and_comes_back(monkeypatch: pytest.MonkeyP
     assert bo.refusal is None and 8 in bo.skipped
     for client in (ada, cy):
         assert client.windows_stepped == list(range(windows)) and not client.passed_over
-    lost = [report.tally.lost_masked_tokens for report in rank.reports]
+    lost = [status.tally.lost_masked_tokens for status in rank.statuses]
     assert lost[8] > 0 and sum(lost) == lost[8], "what is not planned is not lost"
-    tokens = [report.tally.tokens for report in rank.reports]
+    tokens = [status.tally.tokens for status in rank.statuses]
     assert tokens[-1] == max(tokens) == sum(sum(client.lengths) for client in rank.clients), "bo is back at the end"
     assert min(tokens) == sum(ada.lengths) + sum(cy.lengths)
     assert len(rank.engine.steps) == windows
@@ -625,18 +611,18 @@ def test_a_half_that_does_not_come_costs_its_client_alone(monkeypatch: pytest.Mo
     assert bo.refusal == "client bo was silent for 300 s (clients.silence_timeout)"
     assert rank.problems == [bo.refusal]
     assert ada.windows_stepped == cy.windows_stepped == [0, 1, 2]
-    assert sum(report.tally.lost_masked_tokens for report in rank.reports) == 0
+    assert sum(status.tally.lost_masked_tokens for status in rank.statuses) == 0
 
 
 def test_with_staleness_the_next_window_does_not_wait_for_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     """bo's half takes 20 s of every window; with staleness 1 the next one runs meanwhile."""
 
     def seconds(staleness: int) -> float:
-        config = run_config(run={"windows": 6}, window={"staleness": staleness}, federation={"mode": "parallel"})
+        config = run_config(run={"windows": 6}, federation={"mode": "parallel", "staleness": staleness})
 
         def latency(client: str, event: Event) -> float:
             is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "half"
-            return 20.0 if client == "cy" and is_half and event.message.half.last else 0.0
+            return 20.0 if client == "cy" and is_half and event.message.update.last else 0.0
 
         rank = Rank(monkeypatch, config, trio(config), latency=latency, seconds_of_work=1.0)
         begun = rank.clock.now
@@ -669,6 +655,6 @@ def test_results_that_are_still_being_made_hold_up_nobody(monkeypatch: pytest.Mo
     assert rank.run() == 2
     for client in rank.clients:
         assert client.hidden_states == 2 * sum(length // 2 for length in client.lengths)
-    for report in rank.reports:
-        assert report.tally.busy_seconds == 0.5 * (report.tally.forwards + report.tally.backwards)
+    for status in rank.statuses:
+        assert status.tally.busy_seconds == 0.5 * (status.tally.forwards + status.tally.backwards)
     assert not rank.problems

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.server.rank_group import COMPLETE, Control, complete_windows, ranks_of_checkpoints
+from fedbert_ds.server.rank_group import COMPLETE, RankGroup, complete_windows, ranks_of_checkpoints
 
 
 @pytest.fixture
-def control(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A Control of rank 0 of 3 whose barriers need nobody; `barriers` counts them."""
-    made: Any = Control.__new__(Control)
+def rank_group(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A RankGroup of rank 0 of 3 whose barriers need nobody; `barriers` counts them."""
+    made: Any = RankGroup.__new__(RankGroup)
     made.rank, made.world_size, made.barriers = 0, 3, 0
 
     def barrier() -> None:
@@ -32,41 +32,41 @@ def written(folder: Path, window: int) -> Path:
     return part
 
 
-def test_a_checkpoint_counts_once_all_ranks_have_written(tmp_path: Path, control: Any) -> None:
+def test_a_checkpoint_counts_once_all_ranks_have_written(tmp_path: Path, rank_group: Any) -> None:
     assert complete_windows(tmp_path) == frozenset() and ranks_of_checkpoints(tmp_path) is None
     written(tmp_path, 5)
     assert complete_windows(tmp_path) == frozenset()
-    control.complete_checkpoint(tmp_path, 5)
+    rank_group.complete_checkpoint(tmp_path, 5)
     assert complete_windows(tmp_path) == {5} and ranks_of_checkpoints(tmp_path) == 3
-    assert control.barriers == 2, "before the mark, and before anybody goes on"
+    assert rank_group.barriers == 2, "before the mark, and before anybody goes on"
 
 
-def test_only_rank_0_marks(tmp_path: Path, control: Any) -> None:
-    control.rank = 1
+def test_only_rank_0_marks(tmp_path: Path, rank_group: Any) -> None:
+    rank_group.rank = 1
     written(tmp_path, 5)
-    control.complete_checkpoint(tmp_path, 5)
-    assert complete_windows(tmp_path) == frozenset() and control.barriers == 2
+    rank_group.complete_checkpoint(tmp_path, 5)
+    assert complete_windows(tmp_path) == frozenset() and rank_group.barriers == 2
 
 
-def test_the_newest_two_are_kept(tmp_path: Path, control: Any) -> None:
+def test_the_newest_two_are_kept(tmp_path: Path, rank_group: Any) -> None:
     for window in (9, 10, 200):
         written(tmp_path, window)
-        control.complete_checkpoint(tmp_path, window)
+        rank_group.complete_checkpoint(tmp_path, window)
     assert complete_windows(tmp_path) == {10, 200}, "by number, not by name"
     assert {path.name for path in tmp_path.iterdir()} == {"window-10", "window-200"}
 
 
-def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(tmp_path: Path, control: Any) -> None:
+def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(tmp_path: Path, rank_group: Any) -> None:
     written(tmp_path, 1)
     for window in (2, 3, 4):
         written(tmp_path, window)
-        control.complete_checkpoint(tmp_path, window)
+        rank_group.complete_checkpoint(tmp_path, window)
     assert complete_windows(tmp_path) == {3, 4}
     assert (tmp_path / "window-1").is_dir()
 
 
 def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
-    tmp_path: Path, control: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rank_group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(folder: Path) -> None:
         (folder / "optimizer.pt").unlink()
@@ -74,16 +74,16 @@ def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
 
     for window in (1, 2):
         written(tmp_path, window)
-        control.complete_checkpoint(tmp_path, window)
+        rank_group.complete_checkpoint(tmp_path, window)
     written(tmp_path, 3)
     monkeypatch.setattr(shutil, "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
-        control.complete_checkpoint(tmp_path, 3)
+        rank_group.complete_checkpoint(tmp_path, 3)
     assert complete_windows(tmp_path) == {2, 3}
 
 
 def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
-    tmp_path: Path, control: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rank_group: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     part = written(tmp_path, 1)
 
@@ -93,6 +93,6 @@ def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        control.complete_checkpoint(tmp_path, 1)
+        rank_group.complete_checkpoint(tmp_path, 1)
     assert not (part / COMPLETE).exists()
     assert complete_windows(tmp_path) == frozenset()

@@ -95,7 +95,7 @@ def test_every_message_comes_once_and_in_order_whatever_is_lost(events: list[tup
 
 def test_what_is_kept_is_what_has_not_been_acknowledged() -> None:
     sender, receiver = End(), End()
-    large = pb.ClientMessage(half=pb.HalfChunk(payload=bytes(ACKNOWLEDGE_BYTES // 2))).SerializeToString()
+    large = pb.ClientMessage(update=pb.UpdateChunk(payload=bytes(ACKNOWLEDGE_BYTES // 2))).SerializeToString()
     for message in (large, b"", large):
         sender.conversation.put(message)
     assert sender.conversation.kept_bytes == 2 * len(large) + MESSAGE_BYTES

@@ -21,13 +21,13 @@ from fedbert_ds.wire.messages import (
     CHUNK_BYTES,
     LARGEST_WEIGHT,
     ClientSettings,
-    HalfAssembler,
     Manifest,
+    UpdateAssembler,
     checked_manifest,
     cut_to_json,
-    half_chunks,
     parse_cut,
     parse_settings,
+    update_chunks,
 )
 
 UINT32 = st.integers(0, 2**32 - 1)
@@ -110,15 +110,15 @@ def half() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
 
 
-def chunks(weight: float = 5.0) -> list[pb.HalfChunk]:
-    return list(half_chunks(7, half().items(), weight))
+def chunks(weight: float = 5.0) -> list[pb.UpdateChunk]:
+    return list(update_chunks(7, half().items(), weight))
 
 
-def assembler() -> HalfAssembler:
-    return HalfAssembler(SHAPES, "client ada: its half")
+def assembler() -> UpdateAssembler:
+    return UpdateAssembler(SHAPES, "client ada: its half")
 
 
-def assemble(messages: list[pb.HalfChunk]) -> tuple[dict[str, Tensor], float] | None:
+def assemble(messages: list[pb.UpdateChunk]) -> tuple[dict[str, Tensor], float] | None:
     joined = assembler()
     for message in messages[:-1]:
         assert joined.add(message) is None
@@ -140,10 +140,10 @@ def test_halves_round_trip_in_chunks_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedbert_ds.wire.messages.CHUNK_BYTES", chunk_bytes)
         tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-        messages = list(half_chunks(3, tensors.items(), weight, compressed=compressed))
+        messages = list(update_chunks(3, tensors.items(), weight, compressed=compressed))
     assert all(message.window == 3 and len(message.payload) <= chunk_bytes for message in messages)
     assert [message.last for message in messages] == [False] * (len(messages) - 1) + [True]
-    joined = HalfAssembler(shapes, "it")
+    joined = UpdateAssembler(shapes, "it")
     # Whole tensors may come in any order, the parts of each in turn.
     *parts, last = messages
     for message in sorted(parts, key=lambda message: (message.offset, message.name)):
@@ -160,10 +160,10 @@ def test_halves_round_trip_in_chunks_of_any_size(
 def test_matrices_of_a_half_are_coded_and_nothing_else_is(codec: str) -> None:
     tensors = half() | {"table": torch.randn(5, 70), "cube": torch.randn(2, 3, 4)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    *parts, last = half_chunks(3, tensors.items(), 2.0, codec)
+    *parts, last = update_chunks(3, tensors.items(), 2.0, codec)
     sizes = {part.name: len(part.payload) for part in parts}
     assert sizes == {"table": sum(frame_bytes(5, 70, codec)), "bias": 16, "scale": 4, "cube": 96}
-    joined = HalfAssembler(shapes, "it", codec)
+    joined = UpdateAssembler(shapes, "it", codec)
     assert not any(joined.add(part) for part in parts)
     complete = joined.add(last)
     assert complete is not None and complete[1] == 2.0
@@ -179,8 +179,8 @@ def test_a_compressed_half_is_the_same_half(codec: str) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     halves, sizes = [], []
     for compressed in (False, True):
-        joined = HalfAssembler(shapes, "it", codec)
-        chunks = list(half_chunks(3, tensors.items(), 2.0, codec, compressed=compressed))
+        joined = UpdateAssembler(shapes, "it", codec)
+        chunks = list(update_chunks(3, tensors.items(), 2.0, codec, compressed=compressed))
         sizes.append(sum(chunk.ByteSize() for chunk in chunks))
         halves.append([joined.add(chunk) for chunk in chunks][-1])
     (plain, _), (same, _) = halves
@@ -188,13 +188,13 @@ def test_a_compressed_half_is_the_same_half(codec: str) -> None:
 
 
 def test_a_compressed_half_longer_or_larger_than_it_may_be_is_refused() -> None:
-    first, last = half_chunks(0, [("table", torch.ones(3, 4))], 1.0, compressed=True)
-    joined = HalfAssembler({"table": (3, 4)}, "it")
+    first, last = update_chunks(0, [("table", torch.ones(3, 4))], 1.0, compressed=True)
+    joined = UpdateAssembler({"table": (3, 4)}, "it")
     assert joined.add(first) is None
     with pytest.raises(WireError, match="chunk of 'table' at byte"):
-        joined.add(pb.HalfChunk(name="table", shape=(3, 4), offset=len(first.payload), payload=bytes(2000)))
+        joined.add(pb.UpdateChunk(name="table", shape=(3, 4), offset=len(first.payload), payload=bytes(2000)))
     first.payload = compress(bytes(1 << 20), 4)
-    joined = HalfAssembler({"table": (3, 4)}, "it")
+    joined = UpdateAssembler({"table": (3, 4)}, "it")
     assert joined.add(first) is None
     with pytest.raises(WireError, match="1048576 bytes when decompressed instead of 48"):
         joined.add(last)
@@ -204,10 +204,10 @@ def test_a_compressed_half_longer_or_larger_than_it_may_be_is_refused() -> None:
 @given(touched=st.lists(st.booleans(), min_size=1, max_size=40), codec=st.sampled_from(NAMES))
 def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
     table = torch.randn(len(touched), 6) * torch.tensor(touched)[:, None]
-    first, *others = half_chunks(0, [("table", table), ("bias", torch.zeros(3))], 1.0, codec)
+    first, *others = update_chunks(0, [("table", table), ("bias", torch.zeros(3))], 1.0, codec)
     assert len(first.payload) == sum(frame_bytes(sum(touched), 6, codec))
     assert len(first.rows) == (0 if all(touched) else -(-len(touched) // 8))
-    joined = HalfAssembler({"table": (len(touched), 6), "bias": (3,)}, "it", codec)
+    joined = UpdateAssembler({"table": (len(touched), 6), "bias": (3,)}, "it", codec)
     results = [joined.add(chunk) for chunk in (first, *others)]
     assert results[-1] is not None
     got = results[-1][0]["table"]
@@ -227,47 +227,47 @@ def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
 def test_rows_that_do_not_fit_their_payload(changes: dict[str, bytes], reason: str) -> None:
     table = torch.ones(3, 4)
     table[1] = 0.0
-    first, _ = half_chunks(0, [("table", table)], 1.0)
+    first, _ = update_chunks(0, [("table", table)], 1.0)
     for name, value in changes.items():
         setattr(first, name, value)
     with pytest.raises(WireError, match=reason):
-        HalfAssembler({"table": (3, 4)}, "it").add(first)
+        UpdateAssembler({"table": (3, 4)}, "it").add(first)
 
 
 def test_a_coded_half_that_is_not_finite_is_neither_sent_nor_taken() -> None:
     table = torch.tensor([[1.0, math.nan]])
     with pytest.raises(WireError, match="not finite"):
-        list(half_chunks(0, [("table", table)], 1.0, "int8"))
-    first, last = half_chunks(0, [("table", torch.ones(1, 2))], 1.0, "int8")
+        list(update_chunks(0, [("table", table)], 1.0, "int8"))
+    first, last = update_chunks(0, [("table", torch.ones(1, 2))], 1.0, "int8")
     first.payload = first.payload[:2] + struct.pack("<f", math.inf)
-    joined = HalfAssembler({"table": (1, 2)}, "client ada: its half", "int8")
+    joined = UpdateAssembler({"table": (1, 2)}, "client ada: its half", "int8")
     assert joined.add(first) is None
     with pytest.raises(WireError, match=r"^client ada: its half: tensor 'table': a value is not finite"):
         joined.add(last)
 
 
 def test_a_half_in_another_codec_is_refused() -> None:
-    (first, *_) = half_chunks(0, [("table", torch.ones(3, 4))], 1.0)
+    (first, *_) = update_chunks(0, [("table", torch.ones(3, 4))], 1.0)
     with pytest.raises(WireError, match="chunk of 'table' at byte 0 was not expected"):
-        HalfAssembler(SHAPES, "it", "int8").add(first)
+        UpdateAssembler(SHAPES, "it", "int8").add(first)
 
 
 def test_a_chunk_is_at_most_a_megabyte() -> None:
     large = torch.zeros(CHUNK_BYTES // 4 + 1)
-    sizes = [len(message.payload) for message in half_chunks(0, [("large", large)], 1.0)]
+    sizes = [len(message.payload) for message in update_chunks(0, [("large", large)], 1.0)]
     assert sizes == [CHUNK_BYTES, 4, 0]
 
 
 def test_halves_of_other_dtypes_and_layouts_travel_as_fp32() -> None:
     tensor = torch.arange(12, dtype=torch.bfloat16).view(4, 3).T.requires_grad_()
-    result = HalfAssembler({"it": (3, 4)}, "it")
-    first, last = half_chunks(0, [("it", tensor)], 1.0)
+    result = UpdateAssembler({"it": (3, 4)}, "it")
+    first, last = update_chunks(0, [("it", tensor)], 1.0)
     assert result.add(first) is None
     complete = result.add(last)
     assert complete is not None and torch.equal(complete[0]["it"], tensor.detach().float())
 
 
-def changed(place: int, **changes: object) -> list[pb.HalfChunk]:
+def changed(place: int, **changes: object) -> list[pb.UpdateChunk]:
     """Good chunks but for one."""
     messages = chunks()
     for name, value in changes.items():
@@ -304,7 +304,7 @@ def changed(place: int, **changes: object) -> list[pb.HalfChunk]:
         (changed(-1, weight=2 * LARGEST_WEIGHT), "a weight of 1.8"),
     ],
 )
-def test_a_half_that_is_not_the_one_expected(messages: list[pb.HalfChunk], reason: str) -> None:
+def test_a_half_that_is_not_the_one_expected(messages: list[pb.UpdateChunk], reason: str) -> None:
     with pytest.raises(WireError, match=f"^client ada: its half: {reason}"):
         assemble(messages)
 
@@ -334,7 +334,7 @@ def test_damaged_chunks_are_joined_or_refused(data: st.DataObject) -> None:
                 wire = bytearray(messages[place].SerializeToString())
                 wire[data.draw(st.integers(0, len(wire) - 1))] = data.draw(st.integers(0, 255))
                 try:
-                    messages[place] = pb.HalfChunk.FromString(bytes(wire))
+                    messages[place] = pb.UpdateChunk.FromString(bytes(wire))
                 except DecodeError:
                     return
     joined = assembler()

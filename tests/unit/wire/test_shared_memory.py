@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Ingress, Received
+from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import shared_memory
 from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, is_this_machine, offer
@@ -144,7 +144,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:
     for number in range(10**9):
-        stream.send(pb.ClientMessage(half=pb.HalfChunk(offset=number, payload=bytes(200_000))))
+        stream.send(pb.ClientMessage(update=pb.UpdateChunk(offset=number, payload=bytes(200_000))))
 """
 
 
@@ -154,7 +154,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
         "fedbert_ds.server.network.endpoint.accept", lambda shared: opened.append(accept(shared)) or opened[-1]
     )
     before = own_memory()
-    ingress = Ingress("127.0.0.1", 0, None, reconnect_timeout=0.1)
+    ingress = Endpoint("127.0.0.1", 0, None, reconnect_timeout=0.1)
     address = f"127.0.0.1:{ingress.start()}"
     ingress.admit({"ada": "session of ada"})
     client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
@@ -181,20 +181,20 @@ def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch,
     write = shared_memory.Ring.write
     monkeypatch.setattr(shared_memory.Ring, "write", lambda *args: written.append(write(*args)) or written[-1])
     before = own_memory()
-    ingress = Ingress("127.0.0.1", 0, None, shares_memory=not is_refused)
+    ingress = Endpoint("127.0.0.1", 0, None, shares_memory=not is_refused)
     address = f"127.0.0.1:{ingress.start()}"
     ingress.admit({"ada": "session of ada"})
     count = RING_BYTES // LARGE + 20
     with ServerStream(address, None, "ada", "session of ada") as stream:
         assert ingress.next_event(TIMEOUT) == Connected("ada")
         for number in range(count):
-            message = pb.ServerMessage(half=pb.HalfChunk(offset=number, payload=bytes([number % 256]) * LARGE))
+            message = pb.ServerMessage(update=pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE))
             ingress.send("ada", message)
-            stream.send(pb.ClientMessage(half=message.half))
+            stream.send(pb.ClientMessage(update=message.update))
         for number in range(count):
-            chunk = pb.HalfChunk(offset=number, payload=bytes([number % 256]) * LARGE)
-            assert stream.receive() == pb.ServerMessage(half=chunk)
-            assert ingress.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(half=chunk))
+            chunk = pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE)
+            assert stream.receive() == pb.ServerMessage(update=chunk)
+            assert ingress.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
     up, down = ingress.take_bytes()
     assert count * LARGE < down == up, "bytes count as they would on a socket"
     if is_refused:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from unit.server.fakes import HALF, WIDTH
+from unit.server.fake_client import HALF, WIDTH
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError

@@ -15,24 +15,25 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from unit.server.fakes import HALF, FakeClient, FakeControl, FakeEngine, run_config, seats, shapes
+from unit.server.fake_client import HALF, FakeClient
+from unit.server.fakes import FakeEngine, FakeRankGroup, run_config, seats, shapes
 from unit.server.test_rank import BAD
 
 from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network import endpoint_process as ingress_process
+from fedbert_ds.server.network import endpoint_process
 from fedbert_ds.server.network.endpoint import (
     Connected,
     Disconnected,
+    Endpoint,
     Event,
-    Ingress,
     JoinAbandoned,
     JoinAsked,
     Received,
 )
-from fedbert_ds.server.network.endpoint_process import IngressProcess
+from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -43,29 +44,29 @@ from fedbert_ds.wire.conversation import UNREAD_BYTES
 TIMEOUT = 20.0
 
 
-class Endpoint:
-    """A started ingress and its address."""
+class Listening:
+    """A started endpoint and its address."""
 
-    def __init__(self, tls: TlsFiles | None = None, kind: type[Ingress | IngressProcess] = Ingress) -> None:
-        self.ingress = kind("127.0.0.1", 0, tls)
-        self.port = self.ingress.start()
+    def __init__(self, tls: TlsFiles | None = None, kind: type[Endpoint | EndpointProcess] = Endpoint) -> None:
+        self.real = kind("127.0.0.1", 0, tls)
+        self.port = self.real.start()
         self.address = f"127.0.0.1:{self.port}"
 
     def event(self) -> Event:
-        event = self.ingress.next_event(TIMEOUT)
+        event = self.real.next_event(TIMEOUT)
         assert event is not None, "no event came"
         return event
 
     def no_event(self) -> None:
-        assert self.ingress.next_event(0.2) is None
+        assert self.real.next_event(0.2) is None
 
 
-@pytest.fixture(params=[Ingress, IngressProcess])
-def endpoint(request: pytest.FixtureRequest) -> Iterator[Endpoint]:
+@pytest.fixture(params=[Endpoint, EndpointProcess])
+def endpoint(request: pytest.FixtureRequest) -> Iterator[Listening]:
     """Both kinds keep the same contract."""
-    started = Endpoint(kind=request.param)
+    started = Listening(kind=request.param)
     yield started
-    started.ingress.stop(grace=0.1)
+    started.real.stop(grace=0.1)
 
 
 class Stream(ServerStream):
@@ -91,14 +92,14 @@ class Stream(ServerStream):
 
 
 @pytest.fixture
-def streams(endpoint: Endpoint) -> Iterator[Callable[..., Stream]]:
+def streams(endpoint: Listening) -> Iterator[Callable[..., Stream]]:
     opened: list[Stream] = []
 
     def open_stream(client: str, session: str | None = None) -> Stream:
         opened.append(Stream(endpoint.address, client, f"session of {client}" if session is None else session))
         return opened[-1]
 
-    endpoint.ingress.admit({name: f"session of {name}" for name in ("ada", "bo")})
+    endpoint.real.admit({name: f"session of {name}" for name in ("ada", "bo")})
     yield open_stream
     for stream in opened:
         stream.end()
@@ -115,7 +116,7 @@ def save(window: int) -> pb.ServerMessage:
 # -- joining --------------------------------------------------------------------------------------------------------
 
 
-def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Endpoint) -> None:
+def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Listening) -> None:
     with connect(endpoint.address, None) as channel:
         stub = rpc.FederationStub(channel)
         calls = {name: stub.Join.future(pb.Hello(client=name), timeout=TIMEOUT) for name in ("ada", "bo")}
@@ -133,7 +134,7 @@ def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Endpoint) 
         assert error.details() == "client bo has no text; check its --data"
 
 
-def test_a_join_that_is_given_up_is_told(endpoint: Endpoint) -> None:
+def test_a_join_that_is_given_up_is_told(endpoint: Listening) -> None:
     with connect(endpoint.address, None) as channel:
         call = rpc.FederationStub(channel).Join.future(pb.Hello(client="ada"), timeout=TIMEOUT)
         asked = endpoint.event()
@@ -150,23 +151,23 @@ def test_a_join_that_is_given_up_is_told(endpoint: Endpoint) -> None:
 @pytest.mark.parametrize(
     ("client", "session"), [("ada", "session of bo"), ("ada", ""), ("cy", "session of cy"), ("", ""), ("cy", "")]
 )
-def test_a_stream_needs_its_own_session(streams, endpoint: Endpoint, client: str, session: str) -> None:
+def test_a_stream_needs_its_own_session(streams, endpoint: Listening, client: str, session: str) -> None:
     reason = streams(client, session).refusal()
     assert reason == f"client {client}: no such session at this endpoint; join the coordinator first"
     endpoint.no_event()
 
 
 def test_nobody_may_open_a_stream_before_the_run_has_begun() -> None:
-    endpoint = Endpoint()
+    endpoint = Listening()
     stream = Stream(endpoint.address, "ada", "")
     assert "no such session" in stream.refusal()
     stream.end()
-    endpoint.ingress.stop(grace=0.1)
+    endpoint.real.stop(grace=0.1)
 
 
 @pytest.mark.parametrize("messages", [[], [pb.ClientMessage()], [manifest(0)]], ids=["nothing", "empty", "manifest"])
-def test_a_stream_that_does_not_begin_with_attach_is_refused(endpoint: Endpoint, messages: list[Any]) -> None:
-    endpoint.ingress.admit({"": "", "ada": "session of ada"})
+def test_a_stream_that_does_not_begin_with_attach_is_refused(endpoint: Listening, messages: list[Any]) -> None:
+    endpoint.real.admit({"": "", "ada": "session of ada"})
     with connect(endpoint.address, None) as channel:
         call = rpc.FederationStub(channel).Train(iter(messages), timeout=TIMEOUT)
         with pytest.raises(grpc.RpcError) as caught:
@@ -175,7 +176,7 @@ def test_a_stream_that_does_not_begin_with_attach_is_refused(endpoint: Endpoint,
     endpoint.no_event()
 
 
-def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
+def test_messages_go_both_ways_in_order(streams, endpoint: Listening) -> None:
     ada, bo = streams("ada"), streams("bo")
     assert {endpoint.event(), endpoint.event()} == {Connected("ada"), Connected("bo")}
     up = down = 0
@@ -184,7 +185,7 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
             message = manifest(window + 100 * (name == "bo"))
             stream.send(message)
             up += message.ByteSize()
-            endpoint.ingress.send(name, save(window))
+            endpoint.real.send(name, save(window))
             down += save(window).ByteSize()
     got: dict[str, list[int]] = {"ada": [], "bo": []}
     for _ in range(40):
@@ -194,15 +195,15 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Endpoint) -> None:
     assert got == {"ada": list(range(20)), "bo": list(range(100, 120))}
     for stream in (ada, bo):
         assert [stream.receive().save.window for _ in range(20)] == list(range(20))
-    assert endpoint.ingress.take_bytes() == (up, down)
-    assert endpoint.ingress.take_bytes() == (0, 0)
+    assert endpoint.real.take_bytes() == (up, down)
+    assert endpoint.real.take_bytes() == (0, 0)
 
 
-def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
+def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
     """The newer connection has it; a stranger with the same name is refused long before, at Join."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", save(1))
+    endpoint.real.send("ada", save(1))
     assert first.receive() == save(1)
     with connect(endpoint.address, None) as channel:
         attach = pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada", received=1))
@@ -211,64 +212,64 @@ def test_one_client_has_one_stream(streams, endpoint: Endpoint) -> None:
         said.put(attach)
         call = rpc.FederationStub(channel).Train(iter(said.get, None), timeout=TIMEOUT)
         assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
-        endpoint.ingress.send("ada", save(2))
+        endpoint.real.send("ada", save(2))
         assert next(call).save.window == 2
         call.cancel()
         said.put(None)
     endpoint.no_event()
 
 
-def test_a_stream_that_ends_is_told_once_and_may_be_opened_again(streams, endpoint: Endpoint) -> None:
+def test_a_stream_that_ends_is_told_once_and_may_be_opened_again(streams, endpoint: Listening) -> None:
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
     first.end()
     assert endpoint.event() == Disconnected("ada")
-    endpoint.ingress.send("ada", save(1))  # to nobody
+    endpoint.real.send("ada", save(1))  # to nobody
     second = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", save(2))
+    endpoint.real.send("ada", save(2))
     assert second.receive() == save(2)
     second.end()
     assert endpoint.event() == Disconnected("ada")
-    endpoint.ingress.revoke("ada")
+    endpoint.real.revoke("ada")
     assert "no such session" in streams("ada").refusal()
-    endpoint.ingress.revoke("ada")
+    endpoint.real.revoke("ada")
 
 
-def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: Endpoint) -> None:
+def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: Listening) -> None:
     """The rank knows already; a Disconnected after the client is back would end the new stream."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
-    endpoint.ingress.send("ada", save(1))
-    endpoint.ingress.close("ada", pb.ServerMessage(refused=pb.Refused(reason="so")))
-    endpoint.ingress.send("ada", save(2))
+    endpoint.real.send("ada", save(1))
+    endpoint.real.close("ada", pb.ServerMessage(refused=pb.Refused(reason="so")))
+    endpoint.real.send("ada", save(2))
     assert [first.receive().WhichOneof("body") for _ in range(2)] == ["save", "refused"]
     assert "the server ended the stream" in first.refusal()
     second = streams("ada")
     assert endpoint.event() == Connected("ada")
     first.end()
     endpoint.no_event()
-    endpoint.ingress.send("ada", save(3))
+    endpoint.real.send("ada", save(3))
     assert second.receive() == save(3)
-    endpoint.ingress.close("nobody", save(0))
+    endpoint.real.close("nobody", save(0))
 
 
 def test_a_client_that_floods_is_slowed_down_and_others_are_served(
-    streams, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+    streams, endpoint: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody reads: what waits is bounded by UNREAD_BYTES and gRPC's own window, not by what the client sends."""
     flood, taken = 600, 0
-    chunk = pb.HalfChunk(payload=bytes(256 << 10))
+    chunk = pb.UpdateChunk(payload=bytes(256 << 10))
     unread = UNREAD_BYTES // len(chunk.payload)
-    in_process = isinstance(endpoint.ingress, IngressProcess)
-    monkeypatch.setattr(ingress_process, "UNREAD_BYTES", UNREAD_BYTES)
+    in_process = isinstance(endpoint.real, EndpointProcess)
+    monkeypatch.setattr(endpoint_process, "UNREAD_BYTES", UNREAD_BYTES)
 
     def requests() -> Iterator[pb.ClientMessage]:
         nonlocal taken
         yield pb.ClientMessage(attach=pb.Attach(client="ada", session="session of ada"))
         while taken < flood:
             taken += 1
-            yield pb.ClientMessage(half=chunk, delivery=pb.Delivery(sequence=taken))
+            yield pb.ClientMessage(update=chunk, delivery=pb.Delivery(sequence=taken))
 
     with connect(endpoint.address, None) as channel:
         call = rpc.FederationStub(channel).Train(requests(), timeout=60)
@@ -279,9 +280,9 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
             still = still + 1 if taken == before else 0
             before = taken
             time.sleep(0.1)
-        waits = unread + (ingress_process.UNREAD_BYTES // len(chunk.payload) if in_process else 0)
+        waits = unread + (endpoint_process.UNREAD_BYTES // len(chunk.payload) if in_process else 0)
         assert waits < taken < waits + 150 < flood, taken
-        assert endpoint.ingress._events.qsize() <= waits + 1
+        assert endpoint.real._events.qsize() <= waits + 1
         streams("bo").send(manifest(7))
         events = [endpoint.event() for _ in range(flood + 2)]
         assert sum(isinstance(event, Received) and event.client == "ada" for event in events) == flood
@@ -290,7 +291,7 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
 
 
 def test_bytes_that_are_no_message_end_that_stream_alone(
-    streams, endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+    streams, endpoint: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
     bo = streams("bo")
     assert endpoint.event() == Connected("bo")
@@ -302,14 +303,14 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
         assert len(list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT))) == 1
     assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
     assert not caplog.records, "no traceback of ours for what somebody else sent"
-    endpoint.ingress.send("bo", save(1))
+    endpoint.real.send("bo", save(1))
     assert bo.receive() == save(1)
     bo.send(manifest(2))
     assert endpoint.event() == Received("bo", manifest(2))
 
 
-def test_a_port_in_use_is_one_line(endpoint: Endpoint) -> None:
-    kind = type(endpoint.ingress)
+def test_a_port_in_use_is_one_line(endpoint: Listening) -> None:
+    kind = type(endpoint.real)
     other = kind("127.0.0.1", endpoint.port, None)
     with pytest.raises(WireError, match=rf"^127\.0\.0\.1:{endpoint.port}: the port is in use .*change server\.port"):
         other.start()
@@ -354,23 +355,23 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TlsFi
 
 
 @pytest.fixture
-def secure(authority: Callable[[str], TlsFiles]) -> Iterator[Endpoint]:
-    started = Endpoint(authority("server"))
-    started.ingress.admit({"ada": "session of ada"})
+def secure(authority: Callable[[str], TlsFiles]) -> Iterator[Listening]:
+    started = Listening(authority("server"))
+    started.real.admit({"ada": "session of ada"})
     yield started
-    started.ingress.stop(grace=0.1)
+    started.real.stop(grace=0.1)
 
 
-def test_mutual_tls_lets_a_signed_client_in(secure: Endpoint, authority: Callable[[str], TlsFiles]) -> None:
+def test_mutual_tls_lets_a_signed_client_in(secure: Listening, authority: Callable[[str], TlsFiles]) -> None:
     stream = Stream(secure.address, "ada", "session of ada", authority("client"))
     assert secure.event() == Connected("ada")
-    secure.ingress.send("ada", save(1))
+    secure.real.send("ada", save(1))
     assert stream.receive() == save(1)
     stream.end()
 
 
 @pytest.mark.parametrize("who", ["plaintext", "no certificate", "a certificate of another authority"])
-def test_mutual_tls_keeps_everybody_else_out(secure: Endpoint, authority: Callable[[str], TlsFiles], who: str) -> None:
+def test_mutual_tls_keeps_everybody_else_out(secure: Listening, authority: Callable[[str], TlsFiles], who: str) -> None:
     ca = authority("server").ca.read_bytes()
     if who == "plaintext":
         channel = grpc.insecure_channel(secure.address)
@@ -387,10 +388,10 @@ def test_mutual_tls_keeps_everybody_else_out(secure: Endpoint, authority: Callab
 
 
 def test_a_client_does_not_trust_a_server_of_another_authority(authority: Callable[[str], TlsFiles]) -> None:
-    stranger = Endpoint(authority("stranger"))
+    stranger = Listening(authority("stranger"))
     with connect(stranger.address, authority("client")) as channel, pytest.raises(grpc.FutureTimeoutError):
         grpc.channel_ready_future(channel).result(timeout=2)
-    stranger.ingress.stop(grace=0.1)
+    stranger.real.stop(grace=0.1)
 
 
 def test_tls_files_that_cannot_be_read_are_one_line(authority: Callable[[str], TlsFiles], tmp_path: Path) -> None:
@@ -416,10 +417,10 @@ def test_tls_files_that_do_not_fit_are_one_line(
         files = TlsFiles(**({"ca": good.ca, "certificate": good.certificate, "key": good.key} | {field: path}))
         with pytest.raises(WireError, match=r"not PEM files .*; check the TLS files"):
             connect("127.0.0.1:1", files)
-        ingress = Ingress("127.0.0.1", 0, files)
+        refused = Endpoint("127.0.0.1", 0, files)
         with pytest.raises(WireError, match=r"not PEM files .*; check the TLS files"):
-            ingress.start()
-        ingress.stop(grace=0.1)
+            refused.start()
+        refused.stop(grace=0.1)
 
 
 # -- a rank that serves on it ---------------------------------------------------------------------------------------
@@ -447,7 +448,7 @@ class RemoteClient(threading.Thread):
 
 
 def serve_fakes(
-    endpoint: Endpoint, address: str, config: RunConfig, clients: list[FakeClient]
+    endpoint: Listening, address: str, config: RunConfig, clients: list[FakeClient]
 ) -> tuple[list[str], list[RemoteClient]]:
     """Train a whole run with clients that dial `address`: the problems reported, and the clients, at their end."""
     problems: list[str] = []
@@ -455,8 +456,8 @@ def serve_fakes(
     places = seats(clients)
     stop = threading.Event()
     stop.requested = False  # type: ignore[attr-defined]
-    rank = RankServer(config, shapes(config), engine, endpoint.ingress, FakeControl(), places, 0, stop, Trace(None, 0))  # type: ignore[arg-type]
-    endpoint.ingress.admit({name: seat.session for name, seat in places.items()})
+    rank = RankServer(config, shapes(config), engine, endpoint.real, FakeRankGroup(), places, 0, stop, Trace(None, 0))  # type: ignore[arg-type]
+    endpoint.real.admit({name: seat.session for name, seat in places.items()})
     remote = [RemoteClient(address, client) for client in clients]
     for thread in remote:
         thread.start()
@@ -475,14 +476,14 @@ def serve_fakes(
 def test_a_body_s_process_that_was_killed_is_the_end_of_what_is_asked() -> None:
     """What the child had told it, and it had not read, makes the system report a reset."""
     ours, theirs = socket.socketpair()
-    child = ingress_process._Channel(theirs)
+    child = endpoint_process._Channel(theirs)
     child.send(["connected", "ada"])
     ours.close()
     assert child.receive() is None
     child.close()
 
 
-def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Endpoint) -> None:
+def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Listening) -> None:
     config = run_config(run={"windows": 6})
     clients = [
         FakeClient("ada", config),
@@ -502,7 +503,7 @@ def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Endpoin
 
 
 @pytest.mark.parametrize("fault", [None, "activations out of all measure", "gradient of another shape", "attach again"])
-def test_a_rank_serves_on_after_a_client_failed(endpoint: Endpoint, fault: str | None) -> None:
+def test_a_rank_serves_on_after_a_client_failed(endpoint: Listening, fault: str | None) -> None:
     config = run_config(clients={"minimum": 2}, run={"windows": 3})
     clients = [
         FakeClient("ada", config),

@@ -13,7 +13,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Endpoint:
-    """What an ingress does with messages, and which thread it was asked by."""
+    """What an endpoint does with messages, and which thread it was asked by."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 OPEN = pb.ServerMessage(open=pb.Open(window=1))
-HALF = pb.ServerMessage(half=pb.HalfChunk(payload=bytes(1000)))
+HALF = pb.ServerMessage(update=pb.UpdateChunk(payload=bytes(1000)))
 
 
 def outbox_and_endpoint() -> tuple[Outbox, Any]:

@@ -36,7 +36,7 @@ Lengths = Callable[[str, int], tuple[tuple[int, ...], tuple[int, ...]]]
 MANIFEST = ("manifest", 0)
 
 
-class FixedPatience:
+class FixedDeadlines:
     """The same deadline for everybody."""
 
     def __init__(self, seconds: float) -> None:
@@ -169,7 +169,7 @@ class Federation:
         order: Literal["arrival", "fixed"] = "arrival",
         lockstep_forwards: bool = False,
         timeout: float = math.inf,
-        patience: float = math.inf,
+        deadlines: float = math.inf,
         windows_ahead: int = 1,
         staleness: int = 0,
         is_synchronous: bool = True,
@@ -179,7 +179,7 @@ class Federation:
         self.order = order
         self.capacity = capacity
         self.timeout = timeout
-        self.patience = patience
+        self.deadlines = deadlines
         self.windows_ahead = windows_ahead
         self.staleness = staleness
         self.is_synchronous = is_synchronous
@@ -196,7 +196,7 @@ class Federation:
                     silence_timeout=timeout,
                     num_windows=num_windows,
                     windows_ahead=windows_ahead,
-                    patience=FixedPatience(patience) if patience < math.inf else None,  # type: ignore[arg-type]
+                    deadlines=FixedDeadlines(deadlines) if deadlines < math.inf else None,  # type: ignore[arg-type]
                 )
             )
             for _ in range(num_ranks)
@@ -350,7 +350,7 @@ class Federation:
     def _is_late(self, client: Client) -> bool:
         if client.owed and self.now - min(client.owed.values()) > self.timeout:
             return True
-        return not client.is_benched and self.now - self._oldest_answer(client) > self.patience
+        return not client.is_benched and self.now - self._oldest_answer(client) > self.deadlines
 
     def _oldest_answer(self, client: Client) -> float:
         """Since when it has answered nothing of what it owes."""
@@ -360,7 +360,7 @@ class Federation:
     def _skipped(self, rank: Rank, decision: Skip) -> None:
         client = rank.clients[decision.client]
         waited = self.now - self._oldest_answer(client)
-        assert waited > self.patience and not client.is_benched, f"{client.name} skipped after {waited}"
+        assert waited > self.deadlines and not client.is_benched, f"{client.name} skipped after {waited}"
         assert decision.micro_batches == tuple(
             (window.number, entry.plan.index) for window, entry in self._drop(rank, client.name)
         )
@@ -560,7 +560,7 @@ class Federation:
             elif actions := self.possible():
                 self.do(choose(actions))
             else:
-                shortest = min(self.patience, self.timeout)
+                shortest = min(self.deadlines, self.timeout)
                 assert shortest < math.inf and jumps < 10, "deadlock: nothing can happen and no rank can go on"
                 self.now += shortest + 0.5
                 jumps += 1
@@ -602,7 +602,7 @@ class Federation:
 
 def queue_state(queue: PipelineQueue) -> Any:
     """What a queue holds, as values that can be compared."""
-    return _frozen({name: value for name, value in vars(queue).items() if name not in ("_pack", "_patience")})
+    return _frozen({name: value for name, value in vars(queue).items() if name not in ("_pack", "_deadlines")})
 
 
 def _frozen(value: Any) -> Any:

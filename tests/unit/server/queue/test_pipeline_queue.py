@@ -11,7 +11,7 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.server.queue.simulation import Federation, FixedPatience, Lengths
+from unit.server.queue.simulation import Federation, FixedDeadlines, Lengths
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.queue.packing import Piece
@@ -75,7 +75,7 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         drawn_lengths(data),
         timeout=timeout,
         order=order,
-        patience=choose([3.0, math.inf]) if order == "arrival" else math.inf,
+        deadlines=choose([3.0, math.inf]) if order == "arrival" else math.inf,
         num_windows=choose([windows, math.inf]),
     )
     num_ranks = len(federation.ranks)
@@ -111,7 +111,7 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
 def test_late_clients_are_passed_over_and_come_back(data: st.DataObject) -> None:
     """Clients that fall behind again and again stop nobody, and whoever is there at the end takes part again."""
     choose = chooser(data)
-    federation = drawn_federation(data, drawn_lengths(data), order="arrival", patience=3.0)
+    federation = drawn_federation(data, drawn_lengths(data), order="arrival", deadlines=3.0)
     num_ranks = len(federation.ranks)
     names = NAMES[: data.draw(st.integers(1, 5), label="clients")]
     for name in names:
@@ -627,7 +627,7 @@ def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
 def late_bo(**options: Any) -> PipelineQueue:
     """ada and bo in window 0 of four, window 1 planned; bo is late, ada is not."""
     plan = [pieces("ada"), pieces("bo")]
-    queue = queue_of(2, [plan, plan, [pieces("ada")], plan], patience=FixedPatience(5.0), **options)
+    queue = queue_of(2, [plan, plan, [pieces("ada")], plan], deadlines=FixedDeadlines(5.0), **options)
     for client in ("ada", "bo"):
         queue.join(client, 0.0)
     announce(queue, "ada", "bo")
@@ -677,7 +677,7 @@ def test_a_late_client_that_gave_its_manifest_is_told_that_it_is_passed_over() -
 
 
 def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
-    queue = started(2, [pieces("ada", "bo"), pieces("bo")], patience=FixedPatience(5.0))
+    queue = started(2, [pieces("ada", "bo"), pieces("bo")], deadlines=FixedDeadlines(5.0))
     decided(queue)
     queue.activations("ada", 0)
     queue.activations("bo", 0)
@@ -692,7 +692,7 @@ def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebody(is_alone: bool) -> None:
     """A network that is down for a minute must not use up the run's windows."""
-    queue = queue_of(1, [[pieces("ada")]] * 5, patience=FixedPatience(5.0), silence_timeout=60.0)
+    queue = queue_of(1, [[pieces("ada")]] * 5, deadlines=FixedDeadlines(5.0), silence_timeout=60.0)
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue) == ["plan 0 ada", "open 0"]
@@ -785,11 +785,11 @@ def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:
     queue = queue_of(1, [[pieces("ada")]], silence_timeout=10.0)
     queue.join("ada", 0.0)
     queue.join("bo", 1.0)
-    queue.excuse(100.0)
+    queue.stop_clocks(100.0)
     assert decided(queue, 110.0) == []
     assert decided(queue, 110.5) == ["expire ada"]
     announce(queue, "bo")
-    queue.excuse(1.0)
+    queue.stop_clocks(1.0)
     assert "expire bo" not in decided(queue, 1000.0)
 
 

@@ -1,29 +1,127 @@
-"""What the client halves exchange in each federated mode, and when; the same rule on both sides of the wire."""
+"""The rules of each federated mode, as pure functions; both sides of the wire and the planner ask them.
+
+A strategy says what clients send after a window, how the server combines it and what a client does with the result:
+
+    exchange       a client sends                     the server    a client then
+    "gradients"    its share of the whole gradient    sums          steps with the sum
+    "weights"      its weights, or their change       averages      takes the average over
+    "nothing"      nothing                                          has stepped by itself
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 from fedbert_ds.config import Codec, FederationSection, WireSection
 
 Exchange = Literal["nothing", "gradients", "weights"]
+Scope = Literal["embeddings", "head"]
+
+
+class Strategy(Protocol):
+    """What the federated mode decides."""
+
+    @property
+    def update_codec(self) -> Codec:
+        """Codec of the matrices in client updates, up and down."""
+
+    @property
+    def sends_changes(self) -> bool:
+        """Clients send the change of their weights since the last average, not the weights."""
+
+    @property
+    def needs_every_window(self) -> bool:
+        """A client may save its state only after it has taken every window before it."""
+
+    @property
+    def exchanges_per_window(self) -> float:
+        """Exchanges a window, on average."""
+
+    def exchange_after(self, window: int) -> Exchange:
+        """What every client sends after window `window` (0-based), and gets back combined."""
+
+    def takes_part(self, scope: Scope) -> bool:
+        """Whether parameters of this scope are exchanged; the others stay personal to their client."""
+
+    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
+        """The clients, of those connected to any rank, whose averaged halves are the run's result."""
+
+
+@dataclass(frozen=True)
+class Synchronous:
+    """Gradients are summed after every window, so that all clients take the step of centralized training."""
+
+    update_codec: Codec
+    sends_changes = False
+    needs_every_window = True
+    exchanges_per_window = 1.0
+
+    def exchange_after(self, window: int) -> Exchange:
+        """Gradients, every window."""
+        return "gradients"
+
+    def takes_part(self, scope: Scope) -> bool:
+        """Everything: there is one model."""
+        return True
+
+    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
+        """The first by name: all halves are equal."""
+        return frozenset(sorted(clients)[:1])
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Clients step alone; their weights are averaged every `average_every` windows (FedAvg, McMahan et al. 2017)."""
+
+    update_codec: Codec
+    average_every: int
+    scopes: frozenset[Scope]
+    """Parts of the client half that are averaged."""
+    needs_every_window = False
+
+    @property
+    def sends_changes(self) -> bool:
+        """Coded, a small change loses less than the weights would."""
+        return self.update_codec != "fp32"
+
+    @property
+    def exchanges_per_window(self) -> float:
+        """One in `average_every` windows."""
+        return 1.0 / self.average_every
+
+    def exchange_after(self, window: int) -> Exchange:
+        """Weights, after the last of every `average_every` windows."""
+        return "weights" if (window + 1) % self.average_every == 0 else "nothing"
+
+    def takes_part(self, scope: Scope) -> bool:
+        """The parts that the run file averages."""
+        return scope in self.scopes
+
+    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
+        """All of them."""
+        return frozenset(clients)
+
+
+def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:
+    """The strategy of a run file."""
+    if federation.mode == "synchronous":
+        return Synchronous(wire.updates)
+    scopes = federation.average_scope.split("+")
+    return Parallel(wire.updates, federation.average_every, frozenset(s for s in get_args(Scope) if s in scopes))
 
 
 def exchange_after(federation: FederationSection, window: int) -> Exchange:
-    """What every client sends after window `window` (0-based), and gets back combined.
-
-    `synchronous`: gradients, summed, every window. `parallel`: weights, averaged, every `average_every` windows.
-    """
-    if federation.mode == "synchronous":
-        return "gradients"
-    return "weights" if (window + 1) % federation.average_every == 0 else "nothing"
+    """As `Strategy.exchange_after`."""
+    return strategy_of(federation, WireSection()).exchange_after(window)
 
 
 def exchange_codec(federation: FederationSection, wire: WireSection) -> Codec:
-    """How what is exchanged is coded: gradients as they are; of weights, unless fp32, what changed in them."""
-    return wire.updates
+    """As `Strategy.update_codec`."""
+    return strategy_of(federation, wire).update_codec
 
 
-def is_exchanged(federation: FederationSection, scope: Literal["embeddings", "head"]) -> bool:
-    """Whether parameters of this scope take part in the exchange; `synchronous` has one model, so all do."""
-    return federation.mode == "synchronous" or scope in federation.average_scope.split("+")
+def is_exchanged(federation: FederationSection, scope: Scope) -> bool:
+    """As `Strategy.takes_part`."""
+    return strategy_of(federation, WireSection()).takes_part(scope)

@@ -1,11 +1,17 @@
-"""Which parts of a half are exchanged after which window, and how exactly."""
+"""The rules of a federated mode: what is exchanged after each window, of which parts, how coded, and whose result."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
 from fedbert_ds.config import FederationSection, WireSection
-from fedbert_ds.federation.strategy import exchange_after, exchange_codec, is_exchanged
+from fedbert_ds.federation.strategy import Strategy, strategy_of
+
+
+def strategy(wire: WireSection | None = None, **federation: Any) -> Strategy:
+    return strategy_of(FederationSection(**federation), wire or WireSection())
 
 
 @pytest.mark.parametrize(
@@ -20,8 +26,15 @@ from fedbert_ds.federation.strategy import exchange_after, exchange_codec, is_ex
     ],
 )
 def test_exchange_after_each_window(mode: str, average_every: int, expected: list[str]) -> None:
-    federation = FederationSection(mode=mode, average_every=average_every)
-    assert [exchange_after(federation, window) for window in range(6)] == expected
+    rule = strategy(mode=mode, average_every=average_every)
+    assert [rule.exchange_after(window) for window in range(6)] == expected
+
+
+@pytest.mark.parametrize(("mode", "average_every"), [("synchronous", 3), ("parallel", 1), ("parallel", 4)])
+def test_exchanges_per_window_counts_them(mode: str, average_every: int) -> None:
+    rule = strategy(mode=mode, average_every=average_every)
+    exchanges = sum(rule.exchange_after(window) != "nothing" for window in range(12))
+    assert rule.exchanges_per_window == exchanges / 12
 
 
 @pytest.mark.parametrize(
@@ -30,19 +43,44 @@ def test_exchange_after_each_window(mode: str, average_every: int, expected: lis
         ("parallel", "embeddings", True, False),
         ("parallel", "head", False, True),
         ("parallel", "embeddings+head", True, True),
-        # One model: everything is summed, whatever the scope says.
+        # One model: all of it, whatever the scope says.
         ("synchronous", "embeddings", True, True),
         ("synchronous", "head", True, True),
         ("synchronous", "embeddings+head", True, True),
     ],
 )
-def test_what_is_exchanged(mode: str, average_scope: str, embeddings: bool, head: bool) -> None:
-    federation = FederationSection(mode=mode, average_scope=average_scope)
-    assert (is_exchanged(federation, "embeddings"), is_exchanged(federation, "head")) == (embeddings, head)
+def test_which_parts_take_part(mode: str, average_scope: str, embeddings: bool, head: bool) -> None:
+    rule = strategy(mode=mode, average_scope=average_scope)
+    assert (rule.takes_part("embeddings"), rule.takes_part("head")) == (embeddings, head)
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
-def test_what_is_exchanged_is_coded_as_the_run_file_says(mode: str) -> None:
-    federation = FederationSection(mode=mode)
-    assert exchange_codec(federation, WireSection(halves="int8")) == "int8"
-    assert exchange_codec(federation, WireSection()) == "fp32"
+def test_updates_are_coded_as_the_run_file_says(mode: str) -> None:
+    assert strategy(WireSection(updates="int8"), mode=mode).update_codec == "int8"
+    assert strategy(mode=mode).update_codec == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("mode", "codec", "expected"),
+    [
+        ("parallel", "fp32", False),
+        ("parallel", "bf16", True),
+        ("parallel", "int8", True),
+        ("synchronous", "fp32", False),
+        ("synchronous", "int8", False),
+    ],
+)
+def test_only_coded_weights_are_sent_as_changes(mode: str, codec: Any, expected: bool) -> None:
+    assert strategy(WireSection(updates=codec), mode=mode).sends_changes == expected
+
+
+def test_equal_halves_are_taken_from_the_first_client_others_from_all() -> None:
+    clients = {"cy", "ada", "bo"}
+    assert strategy(mode="synchronous").final_clients(clients) == {"ada"}
+    assert strategy(mode="parallel").final_clients(clients) == clients
+    assert strategy(mode="synchronous").final_clients([]) == frozenset()
+
+
+def test_only_summed_gradients_must_reach_every_client() -> None:
+    assert strategy(mode="synchronous").needs_every_window
+    assert not strategy(mode="parallel").needs_every_window

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences of any lengths, forward and backward, with dropout and a window.
+"""Bidirectional attention over packed sequences of any lengths, with dropout and a sliding window.
 
 Nothing is padded and nothing depends on the longest sequence: a kernel's grid runs over real tiles (`sequences.py`).
 Backward is two kernels, one for dQ and one for dK and dV, which each sum in a fixed order: the same input always gives
@@ -44,7 +44,7 @@ def launch_forward(
     cu_seqlens: Tensor,
     seed: Tensor | None,
     dropout: float,
-    window: int,
+    sliding_window: int,
     scale: float,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ def launch_forward(
     num_tokens, heads, d = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
-    launch = launch or launches_for(q, cu_seqlens, dropout, window)[0]
+    launch = launch or launches_for(q, cu_seqlens, dropout, sliding_window)[0]
     items = work_items(cu_seqlens, num_tokens, launch.rows)
     if len(items):
         attention_forward_kernel[(len(items) * heads,)](
@@ -72,11 +72,11 @@ def launch_forward(
             v.stride(1),
             heads,
             num_tokens,
-            window,
+            sliding_window,
             scale * LOG2_E,
             keep_rate(dropout),
             drop_threshold(dropout),
-            **_constants(launch, d, q.dtype, dropout > 0.0, window >= 0),
+            **_constants(launch, d, q.dtype, dropout > 0.0, sliding_window >= 0),
             **launch.options,
         )
     return out, lse
@@ -96,7 +96,7 @@ def launch_backward(
     cu_seqlens: Tensor,
     seed: Tensor | None,
     dropout: float,
-    window: int,
+    sliding_window: int,
     scale: float,
     launch_pair: tuple[Launch, Launch] | None = None,
 ) -> None:
@@ -105,9 +105,9 @@ def launch_backward(
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     delta = torch.empty_like(lse)
-    launch_q, launch_kv = launch_pair or launches_for(q, cu_seqlens, dropout, window)[1:]
+    launch_q, launch_kv = launch_pair or launches_for(q, cu_seqlens, dropout, sliding_window)[1:]
     seed = cu_seqlens if seed is None else seed
-    sizes = (heads, num_tokens, window)
+    sizes = (heads, num_tokens, sliding_window)
     inputs = (dout, q, k, v)
     token_strides = tuple(tensor.stride(0) for tensor in inputs)
     head_strides = tuple(tensor.stride(1) for tensor in inputs)
@@ -130,7 +130,7 @@ def launch_backward(
         *head_strides,
         *sizes,
         *numbers,
-        **_constants(launch_q, d, q.dtype, dropout > 0.0, window >= 0),
+        **_constants(launch_q, d, q.dtype, dropout > 0.0, sliding_window >= 0),
         **launch_q.options,
     )
     items = work_items(cu_seqlens, num_tokens, launch_kv.columns)
@@ -148,22 +148,24 @@ def launch_backward(
         *head_strides,
         *sizes,
         *numbers,
-        **_constants(launch_kv, d, q.dtype, dropout > 0.0, window >= 0),
+        **_constants(launch_kv, d, q.dtype, dropout > 0.0, sliding_window >= 0),
         **launch_kv.options,
     )
 
 
-def _constants(launch: Launch, d: int, dtype: torch.dtype, dropout: bool, window: bool) -> dict[str, int | bool | str]:
+def _constants(
+    launch: Launch, d: int, dtype: torch.dtype, dropout: bool, sliding_window: bool
+) -> dict[str, int | bool | str]:
     return {
         "D": d,
         "PADDED_D": padded_head_size(d),
         "ROWS": launch.rows,
         "COLUMNS": launch.columns,
         "DROPOUT": dropout,
-        "WINDOW": window,
+        "SLIDING_WINDOW": sliding_window,
         "HIDE_ZERO": launch.hide_zero,
         # Twice the code, which fp32's is not worth.
-        "PEEL": not window and dtype != torch.float32,
+        "PEEL": not sliding_window and dtype != torch.float32,
         # Three products of tf32 make one of nearly fp32 on tensor cores; 16-bit operands are not touched by this.
         "PRECISION": "tf32x3",
     }
@@ -171,7 +173,7 @@ def _constants(launch: Launch, d: int, dtype: torch.dtype, dropout: bool, window
 
 # ---- operators: one name for every device ----
 
-_INPUTS = "Tensor cu_seqlens, Tensor? seed, float dropout, int window, float scale"
+_INPUTS = "Tensor cu_seqlens, Tensor? seed, float dropout, int sliding_window, float scale"
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -251,11 +253,11 @@ def _(dout, qkv, out, lse, cu_seqlens, *options):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, cu_seqlens, seed, dropout, window, scale = inputs
+    *tensors, cu_seqlens, seed, dropout, sliding_window, scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse, cu_seqlens, seed)
-    ctx.options = (dropout, window, scale)
+    ctx.options = (dropout, sliding_window, scale)
 
 
 def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,7 +281,7 @@ def attention(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    window: int | None = None,
+    sliding_window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Bidirectional attention within each packed sequence: [T, heads, d], differentiable.
@@ -288,13 +290,13 @@ def attention(
     [n + 1] int32 says that sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. `dropout` of the probabilities is
     rounded to a multiple of 1/256, and the rest scaled by the rate really kept; the mask follows from `seed`, [2] int64
     (seed, offset), of which the low 32 bits of the offset count: give every layer and step its own offset. None draws
-    one from torch's generator. `window` is how many positions a token sees on either side, None all. `scale` of the
-    scores is 1 / sqrt(d) unless given.
+    one from torch's generator. `sliding_window` is the number of positions a token sees on either side; None means
+    all. `scale` of the scores is 1 / sqrt(d) unless given.
 
     ValueError for shapes, dtypes, devices or sequence bounds that do not fit together.
     """
     tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    d = _check(tensors, cu_seqlens, seed, window, scale)
+    d = _check(tensors, cu_seqlens, seed, sliding_window, scale)
     if drop_threshold(dropout) and seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=cu_seqlens.device)
     operator: Callable[..., tuple[Tensor, Tensor]] = _attention_packed if len(tensors) == 1 else _attention
@@ -303,14 +305,18 @@ def attention(
         cu_seqlens,
         seed if dropout > 0.0 else None,
         float(dropout),
-        -1 if window is None else window,
+        -1 if sliding_window is None else sliding_window,
         d**-0.5 if scale is None else float(scale),
     )
     return out
 
 
 def _check(
-    tensors: tuple[Tensor, ...], cu_seqlens: Tensor, seed: Tensor | None, window: int | None, scale: float | None
+    tensors: tuple[Tensor, ...],
+    cu_seqlens: Tensor,
+    seed: Tensor | None,
+    sliding_window: int | None,
+    scale: float | None,
 ) -> int:
     """The head size; ValueError unless the arguments of `attention` fit together, sequence bounds aside."""
     if len(tensors) not in (1, 3):
@@ -333,8 +339,8 @@ def _check(
     heads, d = first.shape[-2:]
     if d not in HEAD_SIZES or heads < 1:
         raise ValueError(f"head size must be from 16 to 128 and heads at least 1, got {d} and {heads}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must be at least 0, got {window}")
+    if sliding_window is not None and sliding_window < 0:
+        raise ValueError(f"sliding_window must be at least 0, got {sliding_window}")
     if scale is not None and not scale > 0.0:
         raise ValueError(f"scale must be positive, got {scale}")
     return d
@@ -344,9 +350,9 @@ def _check(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel in every dtype and head size; with dropout and with a window where most depends on it."""
+    """Every kernel in every dtype and head size; with dropout and with a sliding window where most depends on it."""
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    # (head size, dtype, dropout, window); fp16 and bf16 compile to the same but for one opcode. 96 pads to 128.
+    # (head size, dtype, dropout, sliding_window); fp16 and bf16 compile to the same but for one opcode. 96 pads to 128.
     variants = [(d, dtype, False, False) for dtype in names for d in (16, 32, 64, 96, 128)]
     # Compiling takes three times as long with dropout, so it takes the place of the plain kernel at 128.
     variants.remove((128, torch.bfloat16, False, False))
@@ -359,16 +365,18 @@ def compile_cases() -> list[CompileCase]:
     }
     return [
         _compile_case(
-            f"{name} {names[dtype]} d{d}{' dropout' if dropout else ''}{' window' if window else ''}",
+            f"{name} {names[dtype]} d{d}{' dropout' if dropout else ''}{' sliding_window' if sliding_window else ''}",
             kernel,
             launch,
-            _constants(launch, d, dtype, dropout, window),
+            _constants(launch, d, dtype, dropout, sliding_window),
             names[dtype],
             architecture,
         )
-        for d, dtype, dropout, window in variants
+        for d, dtype, dropout, sliding_window in variants
         for architecture in ARCHITECTURES
-        for (name, kernel), launch in zip(kernels.items(), launches(d, dtype, window, architecture), strict=True)
+        for (name, kernel), launch in zip(
+            kernels.items(), launches(d, dtype, sliding_window, architecture), strict=True
+        )
     ]
 
 

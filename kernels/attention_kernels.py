@@ -43,21 +43,21 @@ def _scores(
     first_row,
     first_column,
     length,
-    window,
+    sliding_window,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[ROWS, COLUMNS] scores in log2 units, -inf where a row does not see a column."""
     scores = dot(q, tl.trans(k), tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION) * scale_log2
-    if WINDOW or not WHOLE:
+    if SLIDING_WINDOW or not WHOLE:
         columns = first_column + tl.arange(0, COLUMNS)[None, :]
         seen = columns < length
-        if WINDOW:
+        if SLIDING_WINDOW:
             distance = first_row + tl.arange(0, ROWS)[:, None] - columns
-            seen = seen & (distance <= window) & (distance >= -window)
+            seen = seen & (distance <= sliding_window) & (distance >= -sliding_window)
         scores = tl.where(seen, scores, float("-inf"))
     return scores
 
@@ -76,7 +76,7 @@ def _forward_step(
     first_row,
     first_column,
     length,
-    window,
+    sliding_window,
     stream,
     offset,
     key_low,
@@ -88,16 +88,29 @@ def _forward_step(
     COLUMNS: tl.constexpr,
     PADDED_D: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     k = _load_rows(k_base, k_stride, first_column, length, D, COLUMNS, PADDED_D, WHOLE)
-    scores = _scores(q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION)
+    scores = _scores(
+        q,
+        k,
+        scale_log2,
+        first_row,
+        first_column,
+        length,
+        sliding_window,
+        ROWS,
+        COLUMNS,
+        SLIDING_WINDOW,
+        WHOLE,
+        PRECISION,
+    )
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     reference = new_largest
-    if WINDOW:
-        # A row may see nothing of a tile at the window's edge; -inf less -inf would be NaN.
+    if SLIDING_WINDOW:
+        # A row may see nothing of a tile at the sliding window's edge; -inf less -inf would be NaN.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
     p = tl.exp2(scores - reference[:, None])
     shrink = tl.exp2(largest - reference)
@@ -128,7 +141,7 @@ def attention_forward_kernel(
     v_head_stride,
     heads,
     num_tokens,
-    window,
+    sliding_window,
     scale_log2,  # of scores, times log2(e)
     keep,  # the share of elements that dropout keeps
     threshold,  # the drop probability in units of 1 / 256
@@ -137,9 +150,9 @@ def attention_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -164,9 +177,9 @@ def attention_forward_kernel(
     total = tl.zeros([ROWS, PADDED_D], tl.float32)
     denominator = tl.zeros([ROWS], tl.float32)
     largest = tl.full([ROWS], float("-inf"), tl.float32)
-    if WINDOW:
-        low = tl.maximum(first_row - window, 0) // COLUMNS * COLUMNS
-        high = tl.minimum(first_row + ROWS + window, length)
+    if SLIDING_WINDOW:
+        low = tl.maximum(first_row - sliding_window, 0) // COLUMNS * COLUMNS
+        high = tl.minimum(first_row + ROWS + sliding_window, length)
     else:
         low = 0
         high = length // COLUMNS * COLUMNS if PEEL else length
@@ -184,7 +197,7 @@ def attention_forward_kernel(
             first_row,
             first_column,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -196,7 +209,7 @@ def attention_forward_kernel(
             COLUMNS,
             PADDED_D,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             PEEL,
             PRECISION,
         )
@@ -214,7 +227,7 @@ def attention_forward_kernel(
             first_row,
             high,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -226,7 +239,7 @@ def attention_forward_kernel(
             COLUMNS,
             PADDED_D,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             False,
             PRECISION,
         )
@@ -249,7 +262,7 @@ def _score_gradient(
     first_row,
     first_column,
     length,
-    window,
+    sliding_window,
     stream,
     offset,
     key_low,
@@ -259,13 +272,26 @@ def _score_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
     NEED_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """[ROWS, COLUMNS] each: probabilities after dropout if NEED_P, and the scores' gradient; both times keep."""
-    scores = _scores(q, k, scale_log2, first_row, first_column, length, window, ROWS, COLUMNS, WINDOW, WHOLE, PRECISION)
+    scores = _scores(
+        q,
+        k,
+        scale_log2,
+        first_row,
+        first_column,
+        length,
+        sliding_window,
+        ROWS,
+        COLUMNS,
+        SLIDING_WINDOW,
+        WHOLE,
+        PRECISION,
+    )
     p = tl.exp2(scores - lse[:, None])
     dp = dot(dout, tl.trans(v), tl.zeros([ROWS, COLUMNS], tl.float32), PRECISION)
     if DROPOUT:
@@ -304,7 +330,7 @@ def attention_backward_q_kernel(
     v_head_stride,
     heads,
     num_tokens,
-    window,
+    sliding_window,
     scale_log2,  # of scores, times log2(e)
     gradient_scale,  # of scores, over keep
     keep,  # the share of elements that dropout keeps
@@ -314,9 +340,9 @@ def attention_backward_q_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -355,9 +381,9 @@ def attention_backward_q_kernel(
     tl.store(delta_ptr + row_base + rows, delta, mask=rows < length)
     lse = tl.load(lse_ptr + row_base + rows, mask=rows < length, other=0.0)
     dq = tl.zeros([ROWS, PADDED_D], tl.float32)
-    if WINDOW:
-        low = tl.maximum(first_row - window, 0) // COLUMNS * COLUMNS
-        high = tl.minimum(first_row + ROWS + window, length)
+    if SLIDING_WINDOW:
+        low = tl.maximum(first_row - sliding_window, 0) // COLUMNS * COLUMNS
+        high = tl.minimum(first_row + ROWS + sliding_window, length)
     else:
         low = 0
         high = length // COLUMNS * COLUMNS if PEEL else length
@@ -375,7 +401,7 @@ def attention_backward_q_kernel(
             first_row,
             first_column,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -385,7 +411,7 @@ def attention_backward_q_kernel(
             ROWS,
             COLUMNS,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             PEEL,
             False,
             PRECISION,
@@ -405,7 +431,7 @@ def attention_backward_q_kernel(
             first_row,
             high,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -415,7 +441,7 @@ def attention_backward_q_kernel(
             ROWS,
             COLUMNS,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             False,
             False,
             PRECISION,
@@ -442,7 +468,7 @@ def _backward_kv_step(
     first_row,
     first_column,
     length,
-    window,
+    sliding_window,
     stream,
     offset,
     key_low,
@@ -454,7 +480,7 @@ def _backward_kv_step(
     COLUMNS: tl.constexpr,
     PADDED_D: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -480,7 +506,7 @@ def _backward_kv_step(
         first_row,
         first_column,
         length,
-        window,
+        sliding_window,
         stream,
         offset,
         key_low,
@@ -490,7 +516,7 @@ def _backward_kv_step(
         ROWS,
         COLUMNS,
         DROPOUT,
-        WINDOW,
+        SLIDING_WINDOW,
         True,
         True,
         PRECISION,
@@ -524,7 +550,7 @@ def attention_backward_kv_kernel(
     v_head_stride,
     heads,
     num_tokens,
-    window,
+    sliding_window,
     scale_log2,  # of scores, times log2(e)
     gradient_scale,  # of scores, over keep
     keep,  # the share of elements that dropout keeps
@@ -534,9 +560,9 @@ def attention_backward_kv_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
-    WINDOW: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, so that the loop needs no masks; not with WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -564,9 +590,9 @@ def attention_backward_kv_kernel(
     )
     dk = tl.zeros([COLUMNS, PADDED_D], tl.float32)
     dv = tl.zeros([COLUMNS, PADDED_D], tl.float32)
-    if WINDOW:
-        low = tl.maximum(first_column - window, 0) // ROWS * ROWS
-        high = tl.minimum(first_column + COLUMNS + window, length)
+    if SLIDING_WINDOW:
+        low = tl.maximum(first_column - sliding_window, 0) // ROWS * ROWS
+        high = tl.minimum(first_column + COLUMNS + sliding_window, length)
     else:
         low = 0
         high = length // ROWS * ROWS if PEEL else length
@@ -586,7 +612,7 @@ def attention_backward_kv_kernel(
             first_row,
             first_column,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -598,7 +624,7 @@ def attention_backward_kv_kernel(
             COLUMNS,
             PADDED_D,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             PEEL,
             PRECISION,
         )
@@ -618,7 +644,7 @@ def attention_backward_kv_kernel(
             high,
             first_column,
             length,
-            window,
+            sliding_window,
             stream,
             offset,
             key_low,
@@ -630,7 +656,7 @@ def attention_backward_kv_kernel(
             COLUMNS,
             PADDED_D,
             DROPOUT,
-            WINDOW,
+            SLIDING_WINDOW,
             False,
             PRECISION,
         )

@@ -21,7 +21,7 @@ def padded_head_size(d: int) -> int:
     return max(16, 1 << (d - 1).bit_length())
 
 
-def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
+def launches(d: int, dtype: torch.dtype, sliding_window: bool, capability: int) -> tuple[Launch, Launch, Launch]:
     """Of the forward, the dQ and the dK, dV kernel: tiles whose registers do not spill.
 
     A tile has 64 columns where that fits: up to Hopper one thread then holds all 32 elements that share random words.
@@ -38,26 +38,28 @@ def launches(d: int, dtype: torch.dtype, window: bool, capability: int) -> tuple
         # Before Hopper, tensor cores take both operands from registers.
         if wide:
             return Launch(128, 32, 8, 2), Launch(32, 32, 4, 2), Launch(64, 32, 4, 1)
-        return Launch(128, 64, 8, 2), Launch(64, 32 if window else 64, 4, 1), Launch(64, 64, 4, 1)
+        return Launch(128, 64, 8, 2), Launch(64, 32 if sliding_window else 64, 4, 1), Launch(64, 64, 4, 1)
     if capability < 100:
         backward = Launch(128, 64, 8, 1) if wide else Launch(64, 64, 4, 1)
-        return Launch(128, 64, 8, 2), backward, Launch(128, 64, 8, 1) if window and not wide else backward
+        return Launch(128, 64, 8, 2), backward, Launch(128, 64, 8, 1) if sliding_window and not wide else backward
     # On Blackwell a thread holds one row: with as many rows as threads it has all columns of a tile, and sums alone.
     # Not told of 255 registers, the compiler stops at 128 and spills.
-    forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=window)
-    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 2 if window else 1, 255)
+    forward = Launch(128, 64, 8, 2, 255) if wide else Launch(128, 64, 4, 1, 255, hide_zero=sliding_window)
+    backward_kv = Launch(64, 64, 8, 1, 255) if wide else Launch(64, 64, 4, 2 if sliding_window else 1, 255)
     return forward, Launch(128, 64, 4, 1, 255), backward_kv
 
 
-def launches_for(q: Tensor, cu_seqlens: Tensor, dropout: float, window: int) -> tuple[Launch, Launch, Launch]:
-    """Of the three kernels for q [T, heads, d] on its device; `window` is negative if there is none."""
+def launches_for(q: Tensor, cu_seqlens: Tensor, dropout: float, sliding_window: int) -> tuple[Launch, Launch, Launch]:
+    """Of the three kernels for q [T, heads, d] on its device; `sliding_window` is negative if there is none."""
     num_tokens, _, d = q.shape
     if INTERPRETED:
         # Its time goes with the number of tiles, and fp32's on a GPU are small.
-        return launches(d, torch.bfloat16, window >= 0, 90)
+        return launches(d, torch.bfloat16, sliding_window >= 0, 90)
     device = q.device.index
-    written = launches(d, q.dtype, window >= 0, capability(device))
-    return choose(tuned(device), written, q.dtype, d, dropout > 0.0, window >= 0, num_tokens, len(cu_seqlens) - 1)
+    written = launches(d, q.dtype, sliding_window >= 0, capability(device))
+    return choose(
+        tuned(device), written, q.dtype, d, dropout > 0.0, sliding_window >= 0, num_tokens, len(cu_seqlens) - 1
+    )
 
 
 def choose(
@@ -66,28 +68,30 @@ def choose(
     dtype: torch.dtype,
     d: int,
     dropout: bool,
-    window: bool,
+    sliding_window: bool,
     num_tokens: int,
     num_sequences: int,
 ) -> tuple[Launch, Launch, Launch]:
     """The table's launches where it has some for a kernel of this shape, else the written ones."""
     if not table:
         return written
-    name = shape_class(dtype, d, dropout, window, num_tokens, num_sequences)
+    name = shape_class(dtype, d, dropout, sliding_window, num_tokens, num_sequences)
     forward, backward_q, backward_kv = (
         table.get(f"{kernel} {name}", launch) for kernel, launch in zip(KERNELS, written, strict=True)
     )
     return forward, backward_q, backward_kv
 
 
-def shape_class(dtype: torch.dtype, d: int, dropout: bool, window: bool, num_tokens: int, num_sequences: int) -> str:
+def shape_class(
+    dtype: torch.dtype, d: int, dropout: bool, sliding_window: bool, num_tokens: int, num_sequences: int
+) -> str:
     """What launches are tuned for: what the kernel is compiled for, and the average length in three steps.
 
     Not the lengths themselves: they lie on the device, and to look would be to wait for it.
     """
     length = num_tokens / max(1, num_sequences)
     lengths = "short" if length <= 48 else "medium" if length <= 192 else "long"
-    options = f"{' dropout' if dropout else ''}{' window' if window else ''}"
+    options = f"{' dropout' if dropout else ''}{' sliding_window' if sliding_window else ''}"
     return f"{str(dtype).removeprefix('torch.')} d{padded_head_size(d)}{options} {lengths}"
 
 

@@ -28,7 +28,7 @@ def attention_reference(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    window: int | None = None,
+    sliding_window: int | None = None,
     scale: float | None = None,
     upcast: bool = False,
 ) -> Tensor:
@@ -44,8 +44,8 @@ def attention_reference(
         parts = (tensor[start:end].transpose(0, 1) for tensor in (q, k, v))
         query, key, value = (part.double() if upcast else part for part in parts)
         scores = query @ key.mT * scale
-        if window is not None:
-            scores = scores.masked_fill(~_inside_window(end - start, window, q.device), float("-inf"))
+        if sliding_window is not None:
+            scores = scores.masked_fill(~_inside_sliding_window(end - start, sliding_window, q.device), float("-inf"))
         p = scores.softmax(-1)
         if masks is not None:
             p = p * masks[index] / keep_rate(dropout)
@@ -74,7 +74,7 @@ def forward(
     cu_seqlens: Tensor,
     seed: Tensor | None,
     dropout: float,
-    window: int,
+    sliding_window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [T, heads, d] and lse [heads, T] fp32: for `backward` only, in natural units and sorted by length."""
@@ -84,10 +84,10 @@ def forward(
         qs, ks, vs = group.inputs
         if dropout == 0.0 and q.device.type == "cpu":
             result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                qs, ks, vs, attn_mask=_window_bias(group.length, window, q.dtype, q.device), scale=scale
+                qs, ks, vs, attn_mask=_sliding_window_bias(group.length, sliding_window, q.dtype, q.device), scale=scale
             )
         else:
-            result = _explicit_forward(group, dropout, window, scale)
+            result = _explicit_forward(group, dropout, sliding_window, scale)
         group.outputs[0].copy_(result[0])
         group.lse.copy_(result[1])
     return _restored(order, out), lse
@@ -106,7 +106,7 @@ def backward(
     cu_seqlens: Tensor,
     seed: Tensor | None,
     dropout: float,
-    window: int,
+    sliding_window: int,
     scale: float,
 ) -> None:
     """Writes the gradients into dq, dk, dv [T, heads, d], of any strides."""
@@ -116,12 +116,12 @@ def backward(
     for group in _groups(order, (q, k, v, out, dout), sorted_gradients, lse, seed, dropout):
         qs, ks, vs, outs, douts = group.inputs
         if dropout == 0.0 and q.device.type == "cpu":
-            bias = _window_bias(group.length, window, q.dtype, q.device)
+            bias = _sliding_window_bias(group.length, sliding_window, q.dtype, q.device)
             result = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 douts, qs, ks, vs, outs, group.lse, 0.0, False, attn_mask=bias, scale=scale
             )
         else:
-            result = _explicit_backward(group, dropout, window, scale)
+            result = _explicit_backward(group, dropout, sliding_window, scale)
         for gradient, values in zip(group.outputs, result, strict=True):
             gradient.copy_(values)
     if order.restore is not None:
@@ -193,12 +193,12 @@ def _restored(order: EqualLengths, tensor: Tensor) -> Tensor:
     return tensor if order.restore is None else tensor.index_select(0, order.restore)
 
 
-def _explicit_forward(group: _Group, dropout: float, window: int, scale: float) -> tuple[Tensor, Tensor]:
+def _explicit_forward(group: _Group, dropout: float, sliding_window: int, scale: float) -> tuple[Tensor, Tensor]:
     shape = group.inputs[0].shape
     flat = (tensor.flatten(0, 1) for tensor in group.inputs)
     outs, sums = [], []
     for dropped, q, k, v in _chunks(group.length, group.dropped, *flat):
-        scores = _scores(q, k, window, scale)
+        scores = _scores(q, k, sliding_window, scale)
         sums.append(scores.logsumexp(-1))
         p = scores.softmax(-1)
         if dropout > 0.0:
@@ -207,14 +207,14 @@ def _explicit_forward(group: _Group, dropout: float, window: int, scale: float) 
     return torch.cat(outs).view(shape), torch.cat(sums).view(shape[:3])
 
 
-def _explicit_backward(group: _Group, dropout: float, window: int, scale: float) -> tuple[Tensor, ...]:
+def _explicit_backward(group: _Group, dropout: float, sliding_window: int, scale: float) -> tuple[Tensor, ...]:
     shape = group.inputs[0].shape
     flat = (tensor.flatten(0, 1) for tensor in group.inputs)
     gradients = []
     for dropped, *tensors in _chunks(group.length, group.dropped, *flat):
         q, k, v, _, dout = (tensor.float() for tensor in tensors)
         # Anew from the scores, and not from lse: the difference of two large numbers would cost digits.
-        p = _scores(q, k, window, scale).softmax(-1)
+        p = _scores(q, k, sliding_window, scale).softmax(-1)
         dp = dout @ v.mT
         kept_p = p
         if dropout > 0.0:
@@ -234,22 +234,22 @@ def _chunks(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
-def _scores(q: Tensor, k: Tensor, window: int, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, sliding_window: int, scale: float) -> Tensor:
     """[matrices, length, length] fp32 scores of q, k [matrices, length, d]."""
     scores = (q.float() @ k.float().mT).mul_(scale)
-    if window >= 0:
-        scores.masked_fill_(~_inside_window(q.shape[1], window, q.device), float("-inf"))
+    if sliding_window >= 0:
+        scores.masked_fill_(~_inside_sliding_window(q.shape[1], sliding_window, q.device), float("-inf"))
     return scores
 
 
-def _inside_window(length: int, window: int, device: torch.device) -> Tensor:
+def _inside_sliding_window(length: int, sliding_window: int, device: torch.device) -> Tensor:
     position = torch.arange(length, device=device)
-    return (position[:, None] - position).abs() <= window
+    return (position[:, None] - position).abs() <= sliding_window
 
 
-def _window_bias(length: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """[length, length] 0 inside the window and -inf outside; None if every position sees every other."""
-    if window < 0 or window >= length - 1:
+def _sliding_window_bias(length: int, sliding_window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """[length, length] 0 inside the sliding window and -inf outside; None if every position sees every other."""
+    if sliding_window < 0 or sliding_window >= length - 1:
         return None
-    outside = ~_inside_window(length, window, device)
+    outside = ~_inside_sliding_window(length, sliding_window, device)
     return torch.zeros(outside.shape, dtype=dtype, device=device).masked_fill_(outside, float("-inf"))

@@ -44,17 +44,17 @@ def tune(
     dtype: torch.dtype,
     dropout: float,
     device: torch.device,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> dict[str, tuple[Launch, float]]:
     """{kernel and shape class: (launch to use, its time over the written one's)} for sequences of these lengths.
 
     Writes them into the card's file, and from now on this process uses them.
     """
     index = card_index(device)
-    shape = shape_class(dtype, d, dropout > 0.0, window is not None, sum(lengths), len(lengths))
-    written = launches(d, dtype, window is not None, capability(index))
+    shape = shape_class(dtype, d, dropout > 0.0, sliding_window is not None, sum(lengths), len(lengths))
+    written = launches(d, dtype, sliding_window is not None, capability(index))
     with torch.cuda.device(index):
-        found = choose_all(lengths, heads, d, dtype, dropout, window, written, _device_time)
+        found = choose_all(lengths, heads, d, dtype, dropout, sliding_window, written, _device_time)
     named = {f"{kernel} {shape}": choice for kernel, choice in zip(KERNELS, found, strict=True)}
     write_table(tuned_path(index), kernels_digest(), {name: launch for name, (launch, _) in named.items()})
     tuned.cache_clear()
@@ -67,7 +67,7 @@ def choose_all(
     d: int,
     dtype: torch.dtype,
     dropout: float,
-    window: int | None,
+    sliding_window: int | None,
     written: tuple[Launch, Launch, Launch],
     measure: Measure,
     device: str = "cuda",
@@ -78,7 +78,7 @@ def choose_all(
     dout = torch.randn(sum(lengths), heads, d, generator=generator).to(device, dtype)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
     seed = torch.tensor([1, 0], device=device) if dropout else None
-    options = (cu_seqlens, seed, dropout, -1 if window is None else window, d**-0.5)
+    options = (cu_seqlens, seed, dropout, -1 if sliding_window is None else sliding_window, d**-0.5)
     forward, backward_q, backward_kv = written
     out, lse = launch_forward(*qkv.unbind(1), *options, forward)
 

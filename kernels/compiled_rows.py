@@ -1,4 +1,4 @@
-"""LayerNorm and GELU with what stands around them, by torch.compile: the rivals of the kernels, and their stand-ins.
+"""LayerNorm and GELU with what stands around them, by torch.compile: the kernels' baselines and stand-ins.
 
 One compilation serves any number of rows; widths are constants in it, as they are in the kernels.
 """

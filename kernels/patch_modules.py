@@ -5,7 +5,7 @@ product for q, k and v), `SelfOutput` and `Output` (residual, dropout, LayerNorm
 wherever another model's module runs the very same code (RoBERTa, ELECTRA, MPNet and many more). Weights stay where
 they are, and state dicts keep their names. Submodules are no longer called, only read: hooks on a `dense` or
 `LayerNorm` of a replaced module do not run, so weights must be whole when it does (ZeRO stages 0 to 2, not 3).
-Attention itself is not swapped here; it has transformers' own interface.
+Attention itself is not patched here; it has transformers' own interface.
 """
 
 import inspect
@@ -26,7 +26,7 @@ Kernels = Literal["auto", "triton", "torch"]
 PROJECTION = "projection"
 
 
-def swap(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None) -> int:
+def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None) -> int:
     """Let the modules of `model` that the fused kernels can stand for run them; returns how many.
 
     `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's interpreter: ValueError

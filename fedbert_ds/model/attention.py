@@ -106,15 +106,22 @@ def packed_attention(
     is as ModernBERT has it: positions a token sees on either side, itself counted. `qkv` [1, T, 3, heads, d], where
     given, is the one tensor that the three are views of. Returns [1, T, heads, d] and no attention weights.
     """
-    window = None if sliding_window is None else sliding_window - 1
+    # transformers counts the token itself, the operators do not.
+    each_side = None if sliding_window is None else sliding_window - 1
     by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
     if not packing.triton:
-        result = grouped_attention(*by_token, packing=packing, dropout=dropout, scaling=scaling, window=window)
+        result = grouped_attention(
+            *by_token, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side
+        )
         return result.unsqueeze(0), None
     from fedbert_kernels.attention import attention
 
     result = attention(
-        by_token if qkv is None else qkv.squeeze(0), packing.cu_seqlens, dropout=dropout, window=window, scale=scaling
+        by_token if qkv is None else qkv.squeeze(0),
+        packing.cu_seqlens,
+        dropout=dropout,
+        sliding_window=each_side,
+        scale=scaling,
     )
     return result.unsqueeze(0), None
 
@@ -127,12 +134,12 @@ def grouped_attention(
     packing: Packing,
     dropout: float,
     scaling: float | None,
-    window: int | None = None,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Torch's SDPA over sequences of equal length batched together; [T, heads, d] each, and returned.
 
-    Tokens move only if equal lengths are scattered over the micro-batch (`packing.order`). A token sees `window`
-    positions on either side, or all.
+    Tokens move only if equal lengths are scattered over the micro-batch (`packing.order`). A token sees
+    `sliding_window` positions on either side, or all.
     """
     tensors = [query, key, value]
     if packing.order is not None:
@@ -143,7 +150,7 @@ def grouped_attention(
     pieces = []
     for (length, count), *parts in zip(packing.groups, *parts_of, strict=True):
         batch = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
-        mask = _window_mask(length, window, query.device)
+        mask = _sliding_window_mask(length, sliding_window, query.device)
         attended = scaled_dot_product_attention(
             batch[0], batch[1], batch[2], attn_mask=mask, dropout_p=dropout, scale=scaling
         )
@@ -152,12 +159,12 @@ def grouped_attention(
     return result if packing.restore is None else result.index_select(0, packing.restore)
 
 
-def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+def _sliding_window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
     """[length, length] bool, true where a position sees another; None if each sees all."""
-    if window is None or window >= length - 1:
+    if sliding_window is None or sliding_window >= length - 1:
         return None
     position = torch.arange(length, device=device)
-    return (position[:, None] - position).abs() <= window
+    return (position[:, None] - position).abs() <= sliding_window
 
 
 def _runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:

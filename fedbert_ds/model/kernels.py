@@ -25,7 +25,7 @@ def install_kernels(
     On a GPU, the first call times LayerNorm and GELU beside torch.compile's and keeps the outcome for later ones.
 
     `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does not: there, weights are
-    gathered by hooks of modules, which a swapped module reads without calling them. It would lean on DeepSpeed's
+    gathered by hooks of modules, which a patched module reads without calling them. It would lean on DeepSpeed's
     fallback for weights read elsewhere, so attention alone is fused.
 
     ConfigError if Triton is asked for where it cannot run, or for a head size that its attention does not take.
@@ -34,7 +34,7 @@ def install_kernels(
         return
     # Imported here, for Triton takes a second that torch's users need not wait.
     from fedbert_kernels.attention import HEAD_SIZES
-    from fedbert_kernels.swap import swap
+    from fedbert_kernels.patch_modules import patch_modules
 
     head_size = _head_size(body.config)
     body.triton = head_size in HEAD_SIZES
@@ -44,7 +44,7 @@ def install_kernels(
             f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
         )
     if whole_weights:
-        swap(body, "triton", dtype)
+        patch_modules(body, "triton", dtype)
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:

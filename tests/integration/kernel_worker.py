@@ -48,12 +48,12 @@ def main(folder: Path) -> None:
 
 def beaten_by_torch_compile() -> None:
     """From now on no LayerNorm or GELU of ours is kept, and torch.compile does all but make machine code."""
-    from fedbert_kernels import compiled_rows, gelu, layer_norm, swap
+    from fedbert_kernels import compiled_rows, gelu, layer_norm, patch_modules
 
     def refuse(*_: object) -> None:
         raise AssertionError("this kernel was beaten")
 
-    swap.kept = lambda cases, device: {case.name: False for case in cases}
+    patch_modules.kept = lambda cases, device: {case.name: False for case in cases}
     compiled_rows.torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (gelu, layer_norm):
         module.launch_forward = refuse
@@ -76,7 +76,7 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
         "kernels",
     )
     _, body = split(build_model(config.model, 50, 0, 1), "embeddings")
-    engine = BodyEngine.build(body, config, torch.device("cpu"))
+    engine = BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
     results = {}
     random = torch.Generator().manual_seed(torch.distributed.get_rank())
     for number, lengths in enumerate(LENGTHS):

@@ -39,10 +39,12 @@ def random_qkv(lengths: Sequence[int], heads: int, d: int, dtype: torch.dtype, s
     return (spread * torch.randn(sum(lengths), 3, heads, d, generator=generator)).to(DEVICE, dtype)
 
 
-def kernels(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, window: int | None) -> tuple[Tensor, Tensor]:
+def kernels(
+    qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, sliding_window: int | None
+) -> tuple[Tensor, Tensor]:
     """out and dqkv of the kernels, in the interpreter where there is no GPU."""
     seed = SEED if dropout else None
-    options = (cu_seqlens, seed, dropout, -1 if window is None else window, qkv.shape[-1] ** -0.5)
+    options = (cu_seqlens, seed, dropout, -1 if sliding_window is None else sliding_window, qkv.shape[-1] ** -0.5)
     # NaN where nothing is written would show.
     dqkv = torch.full_like(qkv, math.nan)
     out, lse = launch_forward(*qkv.unbind(1), *options)
@@ -51,39 +53,41 @@ def kernels(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, windo
 
 
 def operator(
-    qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, window: int | None
+    qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, sliding_window: int | None
 ) -> tuple[Tensor, Tensor]:
     """out and dqkv of the public function on this device."""
     leaf = qkv.detach().requires_grad_()
-    out = attention(leaf, cu_seqlens, dropout=dropout, seed=SEED, window=window)
+    out = attention(leaf, cu_seqlens, dropout=dropout, seed=SEED, sliding_window=sliding_window)
     return out.detach(), torch.autograd.grad(out, leaf, dout)[0]
 
 
 def reference(
-    qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, window: int | None, upcast: bool
+    qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, dropout: float, sliding_window: int | None, upcast: bool
 ) -> tuple[Tensor, Tensor]:
     leaf = (qkv.double() if upcast else qkv).detach().requires_grad_()
-    out = attention_reference(*leaf.unbind(1), cu_seqlens, dropout=dropout, seed=SEED, window=window, upcast=upcast)
+    out = attention_reference(
+        *leaf.unbind(1), cu_seqlens, dropout=dropout, seed=SEED, sliding_window=sliding_window, upcast=upcast
+    )
     return out.detach(), torch.autograd.grad(out, leaf, dout.to(out.dtype))[0]
 
 
-def torchs_errors(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, window: int | None) -> list[Tensor]:
+def torchs_errors(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, sliding_window: int | None) -> list[Tensor]:
     """Largest error of torch's fused attention in out, dq, dk, dv, without dropout: it takes no mask of ours."""
     leaf = qkv.detach().requires_grad_()
     outs = [leaf[:0, 0]]
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         q, k, v = (tensor[None, start:end].transpose(1, 2) for tensor in leaf.unbind(1))
         position = torch.arange(end - start, device=DEVICE)
-        seen = None if window is None else (position[:, None] - position).abs() <= window
+        seen = None if sliding_window is None else (position[:, None] - position).abs() <= sliding_window
         if end > start:
             outs.append(scaled_dot_product_attention(q, k, v, attn_mask=seen)[0].transpose(0, 1))
     out = torch.cat(outs)
     dqkv = torch.autograd.grad(out, leaf, dout)[0]
-    exact = reference(qkv, cu_seqlens, dout, 0.0, window, upcast=True)
+    exact = reference(qkv, cu_seqlens, dout, 0.0, sliding_window, upcast=True)
     return [(out - exact[0]).abs().max(), *(dqkv - exact[1]).abs().amax((0, 2, 3))]
 
 
-def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=None, spread=1.0) -> None:
+def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, sliding_window=None, spread=1.0) -> None:
     """Error against fp64 at most twice torch's in the same dtype, for the output and the gradients of q, k, v.
 
     Torch's is the larger of its fused attention's and the reference's, which alone has dropout. Over few values torch
@@ -92,14 +96,14 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, window=
     """
     qkv, cu_seqlens = random_qkv(lengths, heads, d, dtype, spread), cumulative(lengths)
     dout = torch.randn(len(qkv), heads, d, generator=torch.Generator().manual_seed(1)).to(qkv)
-    arguments = (qkv, cu_seqlens, dout, dropout, window)
+    arguments = (qkv, cu_seqlens, dout, dropout, sliding_window)
     (out, dqkv), torchs, exact = body(*arguments), reference(*arguments, False), reference(*arguments, True)
     assert out.dtype == dqkv.dtype == dtype and out.shape == dout.shape and dqkv.shape == qkv.shape
     if len(qkv) == 0:
         return
     rows = [("out", out, torchs[0], exact[0])]
     rows += [(f"d{name}", dqkv[:, i], torchs[1][:, i], exact[1][:, i]) for i, name in enumerate("qkv")]
-    fused_errors = torchs_errors(qkv, cu_seqlens, dout, window)
+    fused_errors = torchs_errors(qkv, cu_seqlens, dout, sliding_window)
     allowances = rounding(qkv, dout, exact)
     for (name, ours, theirs, right), fused_error, rest in zip(rows, fused_errors, allowances, strict=True):
         # Dropout scales what is kept, and so its error.
@@ -134,7 +138,7 @@ grid = given(
     d=st.sampled_from([16, 17, 32, 64, 80, 128]),
     dtype=st.sampled_from(DTYPES),
     dropout=st.sampled_from([0.0, 0.1, 0.5]),
-    window=st.sampled_from([None, None, 0, 3, 64]),
+    sliding_window=st.sampled_from([None, None, 0, 3, 64]),
     spread=st.sampled_from([1.0, 1.0, 4.0]),
 )
 
@@ -146,8 +150,8 @@ grid = given(
 @example([0, 0], 2, 32, torch.float16, 0.1, 3, 1.0)
 @example([1, 1, 1], 1, 64, torch.bfloat16, 0.0, None, 1.0)
 @example([129, 1, 64], 1, 64, torch.bfloat16, 0.1, None, 1.0)
-def test_kernels_are_as_good_as_torch(lengths, heads, d, dtype, dropout, window, spread) -> None:
-    assert_as_good_as_torch(kernels, lengths, heads, d, dtype, dropout, window, spread)
+def test_kernels_are_as_good_as_torch(lengths, heads, d, dtype, dropout, sliding_window, spread) -> None:
+    assert_as_good_as_torch(kernels, lengths, heads, d, dtype, dropout, sliding_window, spread)
 
 
 @needs_triton
@@ -160,15 +164,15 @@ def test_kernels_take_every_dtype_and_head_size(d: int, dtype: torch.dtype) -> N
 @needs_triton
 def test_kernels_walk_a_long_sequence() -> None:
     assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16)
-    assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16, dropout=0.2, window=100)
+    assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16, dropout=0.2, sliding_window=100)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @grid
 @example([], 1, 16, torch.float32, 0.0, None, 1.0)
 @example([0, 5, 0, 3, 5], 2, 32, torch.float32, 0.1, 3, 1.0)
-def test_the_operator_is_as_good_as_torch(lengths, heads, d, dtype, dropout, window, spread) -> None:
-    assert_as_good_as_torch(operator, lengths, heads, d, dtype, dropout, window, spread)
+def test_the_operator_is_as_good_as_torch(lengths, heads, d, dtype, dropout, sliding_window, spread) -> None:
+    assert_as_good_as_torch(operator, lengths, heads, d, dtype, dropout, sliding_window, spread)
 
 
 @needs_triton
@@ -230,11 +234,11 @@ def test_kernel_masks_equal_the_hosts_bit_by_bit(rows: int, columns: int, monkey
 
 @needs_triton
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (64, 128)])
-@pytest.mark.parametrize("window", [None, 20])
-def test_tiles_of_other_shapes_give_the_same(rows: int, columns: int, window: int | None, monkeypatch) -> None:
+@pytest.mark.parametrize("sliding_window", [None, 20])
+def test_tiles_of_other_shapes_give_the_same(rows: int, columns: int, sliding_window: int | None, monkeypatch) -> None:
     shape = Launch(rows, columns, 4, 1)
     monkeypatch.setattr(attention_module, "launches_for", lambda *_: (shape,) * 3)
-    assert_as_good_as_torch(kernels, [90, 20], 1, 32, torch.float32, dropout=0.1, window=window)
+    assert_as_good_as_torch(kernels, [90, 20], 1, 32, torch.float32, dropout=0.1, sliding_window=sliding_window)
 
 
 def test_dropout_scales_by_the_rate_it_keeps() -> None:
@@ -419,7 +423,7 @@ def test_it_compiles_into_one_graph() -> None:
     qkv, cu_seqlens = random_qkv([5, 3], 2, 16, torch.float32), cumulative([5, 3])
 
     def layer(qkv: Tensor, cu_seqlens: Tensor, seed: Tensor) -> Tensor:
-        return attention(qkv * 2, cu_seqlens, dropout=0.2, seed=seed, window=2).square()
+        return attention(qkv * 2, cu_seqlens, dropout=0.2, seed=seed, sliding_window=2).square()
 
     results = []
     for function in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -449,7 +453,7 @@ def test_it_works_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch\n"
-        "import fedbert_kernels.swap\n"
+        "import fedbert_kernels.patch_modules\n"
         "from fedbert_kernels.attention import attention\n"
         "from fedbert_kernels.interpreter import HAVE_TRITON\n"
         "qkv = torch.randn(5, 3, 2, 16, requires_grad=True)\n"
@@ -516,7 +520,7 @@ def test_wrong_numbers() -> None:
         ("dropout", {"dropout": -0.1}),
         ("dropout", {"dropout": 1e-4}),
         ("dropout", {"dropout": math.nan}),
-        ("window", {"window": -1}),
+        ("sliding_window", {"sliding_window": -1}),
         ("scale", {"scale": 0.0}),
         ("scale", {"scale": math.nan}),
     ):

@@ -103,7 +103,7 @@ def test_the_table_is_used_where_it_has_the_shape() -> None:
 
 def test_shape_classes() -> None:
     assert shape_class(*SHAPE, 0, 0) == shape_class(*SHAPE, 30, 1) == "bfloat16 d64 dropout short"
-    assert shape_class(torch.float32, 80, False, True, 5120, 10) == "float32 d128 window long"
+    assert shape_class(torch.float32, 80, False, True, 5120, 10) == "float32 d128 sliding_window long"
     assert shape_class(*SHAPE, 1280, 10).endswith("medium")
 
 

@@ -1,4 +1,4 @@
-"""Module swap: every model it fits gives the values and gradients it gave before; names, refusals, dropout."""
+"""Patched modules: every model it fits gives the values and gradients it gave before; names, refusals, dropout."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 from unit.kernels.bounds import DEVICE, needs_triton, on_device  # noqa: F401
 
+from fedbert_kernels import patch_modules as module
 from fedbert_kernels import row_choice
-from fedbert_kernels import swap as module
-from fedbert_kernels.swap import swap
+from fedbert_kernels.patch_modules import patch_modules
 
 pytestmark = needs_triton
 
@@ -47,14 +47,14 @@ def _run(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("family", PER_LAYER)
-def test_a_swapped_model_gives_what_it_gave(family: str) -> None:
+def test_a_patched_model_gives_what_it_gave(family: str) -> None:
     model = _model(family).eval()
     scores, gradients = _run(model)
     names = list(model.state_dict())
-    assert swap(model) == 2 * PER_LAYER[family]
-    swapped_scores, swapped_gradients = _run(model)
-    torch.testing.assert_close(swapped_scores, scores)
-    torch.testing.assert_close(swapped_gradients, gradients)
+    assert patch_modules(model) == 2 * PER_LAYER[family]
+    patched_scores, patched_gradients = _run(model)
+    torch.testing.assert_close(patched_scores, scores)
+    torch.testing.assert_close(patched_gradients, gradients)
     assert list(model.state_dict()) == names
 
 
@@ -64,7 +64,7 @@ def test_the_fused_operators_are_what_runs(monkeypatch) -> None:
     for name in ("bias_gelu", "residual_layer_norm"):
         fused = getattr(row_choice, name)
         monkeypatch.setattr(row_choice, name, lambda *a, name=name, fused=fused: calls.append(name) or fused(*a))
-    swap(model, "triton")
+    patch_modules(model, "triton")
     _run(model)
     assert sorted(calls) == ["bias_gelu"] * 2 + ["residual_layer_norm"] * 4
 
@@ -75,7 +75,7 @@ def test_bf16_and_autocast_keep_their_dtypes() -> None:
         twin = copy.deepcopy(model) if cast else copy.deepcopy(model).bfloat16()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=cast):
             before, _ = _run(twin)
-            swap(twin)
+            patch_modules(twin)
             after, _ = _run(twin)
         assert after.dtype == before.dtype
         torch.testing.assert_close(after, before, rtol=0.05, atol=0.03)
@@ -84,7 +84,7 @@ def test_bf16_and_autocast_keep_their_dtypes() -> None:
 def test_dropout_runs_in_training_only_and_follows_torch_s_seed() -> None:
     model = _model("Bert", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.0)
     model.bert.embeddings.dropout.p = 0.0
-    swap(model)
+    patch_modules(model)
     model.eval()
     plain, _ = _run(model)
     model.train()
@@ -101,7 +101,7 @@ def test_dropout_runs_in_training_only_and_follows_torch_s_seed() -> None:
 
 def test_torch_leaves_the_model_alone() -> None:
     model = _model("Bert")
-    assert swap(model, "torch") == 0
+    assert patch_modules(model, "torch") == 0
     assert not any("forward" in vars(part) for part in model.modules())
 
 
@@ -109,21 +109,21 @@ def test_auto_leaves_a_model_alone_that_triton_cannot_run(monkeypatch) -> None:
     monkeypatch.setattr(module, "INTERPRETED", False)
     monkeypatch.setattr(module, "HAVE_TRITON", False)
     model = _model("Bert")
-    assert swap(model) == 0
+    assert patch_modules(model) == 0
     with pytest.raises(ValueError, match="needs a model on a GPU"):
-        swap(model, "triton")
+        patch_modules(model, "triton")
 
 
-def test_a_second_swap_changes_nothing() -> None:
+def test_a_second_call_changes_nothing() -> None:
     model = _model("Bert").eval()
-    assert swap(model) == swap(model, "triton")
+    assert patch_modules(model) == patch_modules(model, "triton")
     scores, _ = _run(model)
     torch.testing.assert_close(scores, _run(_model("Bert").eval())[0])
 
 
-def test_a_copy_of_a_swapped_model_uses_its_own_weights() -> None:
+def test_a_copy_of_a_patched_model_uses_its_own_weights() -> None:
     model = _model("Bert").eval()
-    swap(model)
+    patch_modules(model)
     scores, _ = _run(model)
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_copy_of_a_swapped_model_uses_its_own_weights() -> None:
 def test_another_activation_is_left_as_it_is(activation: str) -> None:
     model = _model("Bert", hidden_act=activation).eval()
     scores, _ = _run(model)
-    assert swap(model) == 6
+    assert patch_modules(model) == 6
     torch.testing.assert_close(_run(model)[0], scores)
 
 
@@ -151,7 +151,7 @@ def test_modules_that_only_look_alike_are_left_as_they_are() -> None:
         def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
             return self.dropout(self.dense(self.LayerNorm(hidden_states))) + input_tensor
 
-    assert swap(nn.Sequential(BertOutput())) == 0
+    assert patch_modules(nn.Sequential(BertOutput())) == 0
 
 
 def test_replaced_parts_are_left_as_they_are() -> None:
@@ -164,12 +164,12 @@ def test_replaced_parts_are_left_as_they_are() -> None:
     layer.output.dense = Adapted(48, 32)
     layer.attention.output.LayerNorm = nn.Identity()
     layer.intermediate.intermediate_act_fn = nn.GELU(approximate="tanh")
-    assert swap(model) == 4
+    assert patch_modules(model) == 4
 
 
 def test_the_projection_of_a_decoder_is_left_as_it_is() -> None:
     model = _model("Bert", is_decoder=True)
-    assert swap(model) == 2 * 3
+    assert patch_modules(model) == 2 * 3
 
 
 def test_attention_is_given_one_tensor_of_which_q_k_v_are_views() -> None:
@@ -184,7 +184,7 @@ def test_attention_is_given_one_tensor_of_which_q_k_v_are_views() -> None:
 
     model = _model("Bert").eval()
     model.config._attn_implementation = "watched"
-    swap(model)
+    patch_modules(model)
     ALL_ATTENTION_FUNCTIONS.register("watched", watched)
     try:
         _run(model)
@@ -202,18 +202,18 @@ def test_modernbert_has_nothing_to_replace_and_runs_as_before() -> None:
     ids = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
     model = _model("ModernBert", **ids).eval()
     scores, _ = _run(model)
-    assert swap(model, "triton") == 0
+    assert patch_modules(model, "triton") == 0
     assert _run(model)[0].equal(scores)
 
 
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match="choose auto, triton or torch"):
-        swap(nn.Linear(2, 2), "cuda")  # type: ignore[arg-type]
+        patch_modules(nn.Linear(2, 2), "cuda")  # type: ignore[arg-type]
 
 
-def test_weights_of_a_swapped_model_load_into_another() -> None:
+def test_weights_of_a_patched_model_load_into_another() -> None:
     model = _model("Roberta").eval()
-    swap(model)
+    patch_modules(model)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)

@@ -19,7 +19,7 @@ from transformers.models.bert.configuration_bert import BertConfig
 from transformers.models.bert.modeling_bert import BertLayer
 from unit.kernels.bounds import needs_triton
 
-from fedbert_kernels import compiled_rows, gelu, layer_norm, row_choice, swap
+from fedbert_kernels import compiled_rows, gelu, layer_norm, patch_modules, row_choice
 from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, choices_path, keep, kept, measure_again, training_step
 
 pytestmark = needs_triton
@@ -235,7 +235,7 @@ def layer() -> nn.Module:
     return BertLayer(config).eval()
 
 
-def test_a_swapped_layer_runs_who_was_faster_for_its_widths_and_dtype(layer, monkeypatch) -> None:
+def test_a_patched_layer_runs_who_was_faster_for_its_widths_and_dtype(layer, monkeypatch) -> None:
     """And gives what it gave, whoever it is."""
     x = torch.randn(1, 5, 32)
     expected = layer(x)
@@ -252,10 +252,10 @@ def test_a_swapped_layer_runs_who_was_faster_for_its_widths_and_dtype(layer, mon
             asked.extend(cases)
             return {case.name: ours[case.kernel] for case in asked}
 
-        monkeypatch.setattr(swap, "kept", answer)
+        monkeypatch.setattr(patch_modules, "kept", answer)
         asked.clear()
         ran.clear()
-        assert swap.swap(layer, "triton", torch.bfloat16) == 4
+        assert patch_modules.patch_modules(layer, "triton", torch.bfloat16) == 4
         assert set(asked) == {NORM, ACTIVATION}
         torch.testing.assert_close(layer(x), expected)
         prefixes = {kernel: "" if is_ours else "compiled_" for kernel, is_ours in ours.items()}
@@ -266,7 +266,9 @@ def test_a_swapped_layer_runs_who_was_faster_for_its_widths_and_dtype(layer, mon
 def test_without_a_dtype_that_of_the_parameters_counts(layer, monkeypatch) -> None:
     asked: list[RowCase] = []
     monkeypatch.setattr(
-        swap, "kept", lambda cases, _: asked.extend(cases) or dict.fromkeys((case.name for case in asked), True)
+        patch_modules,
+        "kept",
+        lambda cases, _: asked.extend(cases) or dict.fromkeys((case.name for case in asked), True),
     )
-    swap.swap(layer.half(), "triton")
+    patch_modules.patch_modules(layer.half(), "triton")
     assert {case.dtype for case in asked} == {torch.float16}

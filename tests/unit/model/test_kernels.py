@@ -97,11 +97,11 @@ def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(bod
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_swapped_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypatch, dtype) -> None:
-    from fedbert_kernels import swap
+def test_patched_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypatch, dtype) -> None:
+    from fedbert_kernels import patch_modules
 
     told: list[Any] = []
-    monkeypatch.setattr(swap, "swap", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(patch_modules, "patch_modules", lambda *arguments: told.append(arguments))
     body = body_of("bert")
     install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
     assert told == [(body, "triton", dtype)]

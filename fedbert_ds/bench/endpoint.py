@@ -17,8 +17,9 @@ from multiprocessing.connection import Connection
 import psutil
 
 from fedbert_ds.client.stream import ServerStream
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Received
+from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
+from fedbert_ds.server.network.events import Connected, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 WIDTH = 768

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.events import reply
 from fedbert_ds.server.queue.packing import assign_clients, window_shares
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
@@ -127,15 +127,6 @@ class Roster:
             raise WireError(f"{who} has no text; check its --data")
         if self.expectation.saved_windows is not None and not hello.saved_windows:
             raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
-
-
-def reply(answer: Future[pb.Welcome], outcome: pb.Welcome | WireError) -> None:
-    """Answer a Join, unless it has its answer or the client went away while it waited."""
-    with suppress(InvalidStateError):
-        if isinstance(outcome, WireError):
-            answer.set_exception(outcome)
-        else:
-            answer.set_result(outcome)
 
 
 def _listed(windows: Iterable[int]) -> str:

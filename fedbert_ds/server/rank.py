@@ -20,14 +20,22 @@ from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.strategy import exchange_after
 from fedbert_ds.federation.update_exchange import Half, UpdateExchange
 from fedbert_ds.seeding import stable_seed
-from fedbert_ds.server.admission import Seat, reply
+from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.packed_input import packed_input
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.inbox import Inbox, Shapes
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Event, JoinAsked, Received
-from fedbert_ds.server.network.endpoint_process import EndpointProcess
+from fedbert_ds.server.network.events import (
+    POLL_SECONDS,
+    Connected,
+    Disconnected,
+    Event,
+    JoinAsked,
+    RankEndpoint,
+    Received,
+    reply,
+)
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
@@ -40,8 +48,6 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 from fedbert_ds.wire.messages import Manifest, update_chunks
 
-POLL_SECONDS = 0.2
-"""How long a wait for an event lasts before clocks and flags are looked at again."""
 COMBINING_POLL_SECONDS = 0.002
 """The same while halves are being combined: no event says that they are."""
 
@@ -69,7 +75,7 @@ class RankServer:
         config: RunConfig,
         shapes: Shapes,
         engine: BodyEngine,
-        endpoint: Endpoint | EndpointProcess,
+        endpoint: RankEndpoint,
         rank_group: RankGroup,
         seats: Mapping[str, Seat],
         first_window: int,

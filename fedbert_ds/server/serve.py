@@ -27,10 +27,11 @@ from fedbert_ds.server.body.engine import BodyEngine, zero_stage
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
-from fedbert_ds.server.network.endpoint import Endpoint, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
+from fedbert_ds.server.network.events import POLL_SECONDS, JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
-from fedbert_ds.server.rank import POLL_SECONDS, RankServer
+from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup, complete_windows, ranks_of_checkpoints
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.telemetry.trace import Trace
@@ -131,9 +132,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     rank_group = RankGroup()
     clients = LocalClients(config.run.directory / "clients")
     port = config.server.port and config.server.port + rank_group.rank
-    endpoint = _endpoint(config)(
-        config.server.host, port, _tls(config), config.clients.reconnect_timeout, config.server.shared_memory
-    )
+    endpoint = _endpoint(config, port)
     decoding: Decoding | None = None
     rank: RankServer | None = None
     trace = Trace(config.run.directory / f"trace-{rank_group.rank}.json" if config.run.trace else None, rank_group.rank)
@@ -249,9 +248,7 @@ def _roster(config: RunConfig, resume: bool, tokenizer: Any, hf_config: Any) -> 
     return Roster(config.clients.expected, expectation)
 
 
-def _fill(
-    roster: Roster, config: RunConfig, endpoint: Endpoint | EndpointProcess, clients: LocalClients, stop: StopSignal
-) -> None:
+def _fill(roster: Roster, config: RunConfig, endpoint: RankEndpoint, clients: LocalClients, stop: StopSignal) -> None:
     """Wait until every expected client has joined; RunError after clients.join_timeout, naming who is there."""
     deadline = time.monotonic() + config.clients.join_timeout
     while not roster.is_complete:
@@ -351,11 +348,13 @@ def _tls(config: RunConfig) -> TlsFiles | None:
     return TlsFiles(tls.ca, tls.certificate, tls.key) if tls else None
 
 
-def _endpoint(config: RunConfig) -> type[Endpoint | EndpointProcess]:
-    """Measured with `bench ingress`: a process of its own pays where the body leaves cores idle."""
-    if config.server.network == "auto":
-        return EndpointProcess if torch.cuda.is_available() else Endpoint
-    return EndpointProcess if config.server.network == "process" else Endpoint
+def _endpoint(config: RunConfig, port: int) -> RankEndpoint:
+    """The endpoint of a rank, not yet listening; under `auto` a process of its own only beside a GPU."""
+    server = config.server
+    # Measured with `bench ingress`: a process of its own pays where the body leaves cores idle.
+    in_process = server.network == "process" or (server.network == "auto" and torch.cuda.is_available())
+    kind = EndpointProcess if in_process else Endpoint
+    return kind(server.host, port, _tls(config), config.clients.reconnect_timeout, server.shared_memory)
 
 
 def _advertised(config: RunConfig, world_size: int) -> str:

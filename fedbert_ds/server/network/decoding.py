@@ -13,13 +13,12 @@ from torch import Tensor
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.inbox import Shapes, sender
-from fedbert_ds.server.network.endpoint import Event, Received
+from fedbert_ds.server.network.events import POLL_SECONDS, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode
 
 EVENTS_AHEAD = 64
 """Decoded events that may wait for the body; beyond them they wait at the endpoint, which slows the clients down."""
-POLL_SECONDS = 0.2
 
 
 class Decoding:

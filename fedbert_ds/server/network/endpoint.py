@@ -8,13 +8,12 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 
 import grpc
 from google.protobuf.message import DecodeError
-from torch import Tensor
 
 from fedbert_ds.errors import UserError, WireError
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import JOIN, OPTIONS, TRAIN, TlsFiles, server_credentials
 from fedbert_ds.wire.conversation import (
@@ -28,48 +27,6 @@ from fedbert_ds.wire.shared_memory import SharedMemory, accept
 
 BACKLOG_BYTES = 8 << 30
 """Bytes that may wait for one client to take them, a whole half among them; beyond them it counts as lost."""
-
-
-@dataclass(frozen=True)
-class JoinAsked:
-    """A client called Join; answer by setting the future's result or a UserError."""
-
-    hello: pb.Hello
-    answer: Future[pb.Welcome]
-
-
-@dataclass(frozen=True)
-class JoinAbandoned:
-    """A client that waited in Join went away."""
-
-    hello: pb.Hello
-
-
-@dataclass(frozen=True)
-class Connected:
-    """A client opened its training stream with a valid session; told once, not when it has come back."""
-
-    client: str
-
-
-@dataclass(frozen=True)
-class Received:
-    """A message of a connected client."""
-
-    client: str
-    message: pb.ClientMessage
-    decoded: Tensor | WireError | None = None
-    """Its tensor, or what is wrong with it, where somebody has decoded it on the way."""
-
-
-@dataclass(frozen=True)
-class Disconnected:
-    """A client's stream ended, for whatever reason but `Endpoint.close`: it left, or did not come back in time."""
-
-    client: str
-
-
-Event = JoinAsked | JoinAbandoned | Connected | Received | Disconnected
 
 
 class _Stream:

@@ -22,15 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.endpoint import (
-    Connected,
-    Disconnected,
-    Endpoint,
-    Event,
-    JoinAbandoned,
-    JoinAsked,
-    Received,
-)
+from fedbert_ds.server.network.endpoint import Endpoint
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.conversation import RECONNECT_SECONDS

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fedbert_ds.server.network.endpoint import Endpoint
-from fedbert_ds.server.network.endpoint_process import EndpointProcess
+from fedbert_ds.server.network.events import RankEndpoint
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -19,7 +18,7 @@ class Outbox:
     `settle`.
     """
 
-    def __init__(self, endpoint: Endpoint | EndpointProcess) -> None:
+    def __init__(self, endpoint: RankEndpoint) -> None:
         self._endpoint = endpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
         self._counting = threading.Lock()

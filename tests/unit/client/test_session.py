@@ -19,7 +19,8 @@ from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocab
 from fedbert_ds.errors import DataError, UserError, WireError
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.endpoint import Endpoint
+from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json, update_chunks
 

@@ -13,7 +13,8 @@ from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.client import stream as stream_module
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Endpoint, Received
+from fedbert_ds.server.network.endpoint import Endpoint
+from fedbert_ds.server.network.events import Connected, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import UNREAD_BYTES
 from fedbert_ds.wire.messages import UpdateAssembler, update_chunks

@@ -21,7 +21,7 @@ from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.inbox import Shapes
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, JoinAsked, Received
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb

@@ -20,7 +20,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.contract import RankStatus
-from fedbert_ds.server.network.endpoint import Event, Received
+from fedbert_ds.server.network.events import Event, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb

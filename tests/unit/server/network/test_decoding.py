@@ -17,7 +17,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.server.inbox import Shapes
 from fedbert_ds.server.network import decoding
 from fedbert_ds.server.network.decoding import Decoding
-from fedbert_ds.server.network.endpoint import Connected, Disconnected, Event, Received
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 

@@ -24,16 +24,9 @@ from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network import endpoint_process
-from fedbert_ds.server.network.endpoint import (
-    Connected,
-    Disconnected,
-    Endpoint,
-    Event,
-    JoinAbandoned,
-    JoinAsked,
-    Received,
-)
+from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb

@@ -19,10 +19,10 @@ from fedbert_ds.bench.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.link import DelayProxy
 from fedbert_ds.bench.record import record_rows
 from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 CLIENT = "client-0"
 MBIT = 1000

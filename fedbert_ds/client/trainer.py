@@ -13,6 +13,7 @@ from torch import Tensor
 from fedbert_ds.client.state import load_state, save_state
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.shared_weights import SharedWeights
 from fedbert_ds.federation.strategy import exchange_after, exchange_codec, is_exchanged
 from fedbert_ds.model.client_half import Activations, ClientHalf
@@ -20,7 +21,7 @@ from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import ClientSettings, UpdateAssembler, update_chunks
+from fedbert_ds.wire.messages import ClientSettings
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""How client halves are kept together: summed gradients or averaged weights."""
+"""How the clients' halves of the model are kept together: strategies, updates and their averages."""

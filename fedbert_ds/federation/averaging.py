@@ -1,4 +1,4 @@
-"""Sums and weighted averages of client halves: over a rank's clients, then over ranks."""
+"""Sums and weighted averages of client updates, over the clients of a rank and then over ranks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,34 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedbert_ds.federation.client_update import ClientUpdate
+
 
 def combine(
-    halves: Sequence[tuple[Mapping[str, Tensor], float]],
+    updates: Sequence[ClientUpdate],
     shapes: Mapping[str, tuple[int, ...]],
     average: bool,
     group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, Tensor]:
-    """The sum of all ranks' halves (gradients), or their weighted average (FedAvg, McMahan et al. 2017).
+    """The sum of all ranks' updates, or their weighted average (FedAvg, McMahan et al. 2017), fp32.
 
-    `halves` are this rank's, in an order that does not depend on arrival, so that the result is the same every time.
-    Accumulates in fp64; returns fp32. With one half in all, an average returns it bit for bit.
+    `updates` are this rank's, in an order independent of arrival, so that the result repeats bit for
+    bit. Accumulates in fp64. The average of one update is that update, bit for bit; updates of weight 0
+    alone count equally.
     """
-    weights = [weight if average else 1.0 for _, weight in halves]
+    weights = [update.weight if average else 1.0 for update in updates]
     totals = torch.tensor([sum(weights), len(weights)], dtype=torch.float64)
     if group is not None:
         torch.distributed.all_reduce(totals, group=group)
     total, count = totals.tolist()
     if total == 0:
-        # Nobody counted a token (very short texts): all halves weigh the same.
-        weights, total = [1.0] * len(halves), count
+        # No client counted a token (very short texts).
+        weights, total = [1.0] * len(updates), count
     combined = {}
     for name, shape in shapes.items():
         accumulated = torch.zeros(shape, dtype=torch.float64)
-        for (tensors, _), weight in zip(halves, weights, strict=True):
-            accumulated.add_(tensors[name].to(torch.float64), alpha=weight)
+        for update, weight in zip(updates, weights, strict=True):
+            accumulated.add_(update.tensors[name].to(torch.float64), alpha=weight)
         if group is not None:
             torch.distributed.all_reduce(accumulated, group=group)
         if average and total > 0:

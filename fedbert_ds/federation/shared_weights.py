@@ -1,7 +1,7 @@
-"""Weights that all clients have in common, as of the last average: what is told of them is what changed since.
+"""The weights all clients had in common after the last average; a client sends the change since.
 
-A difference is small and rounds well where whole weights would not. What rounding takes from it is kept and added to
-the next one (error feedback, Seide et al. 2014; Karimireddy et al. 2019), so over time nothing is lost.
+A change is small and survives a coarse codec where whole weights would not. The rounding error of each
+change is added to the next one (error feedback, Seide et al. 2014; Karimireddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -11,47 +11,50 @@ from typing import Any
 
 from torch import Tensor
 
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 
 class SharedWeights:
-    """The last common weights and what rounding owes them, fp32 on the CPU; `shapes` are those that are averaged."""
+    """The last common weights and the rounding error still to be sent, fp32 on the CPU.
+
+    `shapes` are those of the averaged parameters.
+    """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], codec: str, *, compressed: bool = False) -> None:
         self._shapes = dict(shapes)
         self._codec, self._compressed = codec, compressed
         self._common: dict[str, Tensor] = {}
-        self._owed: dict[str, Tensor] = {}
+        self._error: dict[str, Tensor] = {}
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """Everybody begins with these."""
+        """Start from the weights that every client received."""
         self._common = {name: weights[name].detach().cpu().clone() for name in self._shapes}
-        self._owed = {}
+        self._error = {}
 
     def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Sequence[pb.UpdateChunk]:
-        """What changed since the last average, as chunks."""
+        """The change since the last average, as chunks."""
         wanted = {name: weights[name].detach().cpu() - self._common[name] for name in self._shapes}
-        for name, owed in self._owed.items():
-            wanted[name] += owed
+        for name, error in self._error.items():
+            wanted[name] += error
         chunks = list(update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed))
-        # What the server will make of it, by the server's own code.
-        server = UpdateAssembler(self._shapes, "this client's half", self._codec)
+        # The server's own code decodes, so that the error is exactly what the server misses.
+        server = UpdateAssembler(self._shapes, "this client's update", self._codec)
         for chunk in chunks:
-            complete = server.add(chunk)
-        assert complete is not None
-        self._owed = {name: wanted[name] - came for name, came in complete[0].items()}
+            decoded = server.add(chunk)
+        assert decoded is not None
+        self._error = {name: wanted[name] - sent for name, sent in decoded.tensors.items()}
         return chunks
 
     def apply(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The new common weights, after the average of everybody's changes."""
+        """The new common weights: the old ones plus the average of all clients' changes."""
         self._common = {name: common + average[name] for name, common in self._common.items()}
         return dict(self._common)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"common": self._common, "owed": self._owed}
+        return {"common": self._common, "owed": self._error}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As it was."""
-        self._common, self._owed = dict(state["common"]), dict(state["owed"])
+        """Restore `state_dict`'s content."""
+        self._common, self._error = dict(state["common"]), dict(state["owed"])

@@ -1,129 +1,138 @@
-"""Client halves on their way: collected from a rank's clients, decoded and combined in a thread beside the body."""
+"""The exchange of client updates on one rank: collected, decoded and combined in a thread beside the body."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
-Half = tuple[Mapping[str, Tensor], float]
-"""Tensors of a half (weights or gradients) and the weight they have in an average."""
-Combine = Callable[[list[Half], bool], dict[str, Tensor]]
-"""(this rank's halves, whether to average) -> the sum or average over all ranks; all ranks call it."""
+from fedbert_ds.federation.client_update import ClientUpdate
+
+Combine = Callable[[list[ClientUpdate], bool], dict[str, Tensor]]
+"""(this rank's updates, average or sum) -> their average or sum over all ranks, a collective call."""
 
 
 @dataclass
-class _Round:
-    """One window's exchange on this rank."""
+class _WindowUpdates:
+    """The updates of one window on this rank."""
 
     average: bool
     awaited: set[str]
+    """Clients that have not delivered."""
     is_due: bool = False
-    """The body has stepped: clients have all they need for their halves."""
-    halves: dict[str, Future[Half]] = field(default_factory=dict)
-    """Decoded, or being so."""
+    """The body has stepped, so clients can finish their updates."""
+    decoded: dict[str, Future[ClientUpdate]] = field(default_factory=dict)
+    """Delivered updates by client; decoding may still run."""
 
 
 class UpdateExchange:
-    """Windows whose halves are exchanged, one after another in the same order on every rank.
+    """Combines the updates of each window, window after window in the same order on every rank.
 
-    A window's round ends when every client it waits for has delivered or is gone. Rounds are combined in a thread,
-    since other ranks may come later and the body has something better to do than to wait for them.
+    A window is combined once each of its clients has delivered or is gone. A thread combines, because
+    other ranks may be late and the body need not wait for them.
     """
 
     def __init__(self, combine: Combine) -> None:
         self._combine = combine
-        self._rounds: dict[int, _Round] = {}
+        self._windows: dict[int, _WindowUpdates] = {}
         self._combining: tuple[int, Future[dict[str, Tensor]]] | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="half-exchange")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="update-exchange")
         self._last_progress = time.monotonic()
 
     def expect(self, window: int, clients: Iterable[str], average: bool) -> None:
-        """From now on halves of this window are taken from these clients; windows come in order."""
-        self._rounds[window] = _Round(average, set(clients))
+        """Accept updates of this window from these clients; windows come in order."""
+        self._windows[window] = _WindowUpdates(average, set(clients))
 
     def due(self, window: int) -> None:
-        """From now on silence about this window's halves counts."""
-        if window in self._rounds:
-            self._rounds[window].is_due = True
+        """Start the clock of this window's updates."""
+        if window in self._windows:
+            self._windows[window].is_due = True
             self._last_progress = time.monotonic()
 
-    def deliver(self, window: int, client: str, decode: Callable[[], Half]) -> None:
-        """A client's half has arrived whole, and is decoded in the thread.
+    def deliver(self, window: int, client: str, decode: Callable[[], ClientUpdate]) -> None:
+        """Take a client's complete update, to be decoded in the thread.
 
-        One that came too late, of a client that was passed over, is dropped.
+        An update that is not awaited, because it came after its client was suspended, is dropped.
         """
-        round_ = self._rounds.get(window)
-        if round_ is not None and client in round_.awaited:
-            round_.awaited.remove(client)
-            round_.halves[client] = self._thread.submit(decode)
+        updates = self._windows.get(window)
+        if updates is not None and client in updates.awaited:
+            updates.awaited.remove(client)
+            updates.decoded[client] = self._thread.submit(decode)
 
     def progress(self) -> None:
-        """A part of some half has come: only silence counts against a client, not a slow link."""
+        """Restart the clock: a chunk has come. Silence counts against a client, a slow link does not."""
         self._last_progress = time.monotonic()
 
     def forget(self, client: str) -> list[int]:
-        """A client is gone. What it delivered before that counts; the windows whose half of it is left out."""
-        left_out = [window for window, round_ in self._rounds.items() if client in round_.awaited]
+        """Await nothing more from a client; returns the windows combined without it.
+
+        Updates it delivered before still count.
+        """
+        left_out = [window for window, updates in self._windows.items() if client in updates.awaited]
         for window in left_out:
-            self._rounds[window].awaited.remove(client)
+            self._windows[window].awaited.remove(client)
         return left_out
 
     def take_unsound(self) -> list[tuple[str, BaseException]]:
-        """Clients whose half could not be decoded, and why; nothing of it is combined."""
+        """Remove updates that could not be decoded; returns their clients and errors."""
         unsound = []
-        for round_ in self._rounds.values():
-            for client, half in list(round_.halves.items()):
-                if half.done() and (error := half.exception()) is not None:
-                    del round_.halves[client]
+        for updates in self._windows.values():
+            for client, update in list(updates.decoded.items()):
+                if update.done() and (error := update.exception()) is not None:
+                    del updates.decoded[client]
                     unsound.append((client, error))
         return unsound
 
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
-        """(window, combined half) of a round that has ended, once; starts the next. Raises what `combine` raised."""
+        """(window, combined tensors) when the next window is combined, once; starts the window after it.
+
+        Raises what `combine` raised.
+        """
         combined = None
         if self._combining is not None and self._combining[1].done():
             window, future = self._combining
             self._combining = None
             combined = window, future.result()
-        if self._combining is None and self._rounds:
-            window, round_ = next(iter(self._rounds.items()))
-            if not round_.awaited and all(half.done() and not half.exception() for half in round_.halves.values()):
-                del self._rounds[window]
+        if self._combining is None and self._windows:
+            window, updates = next(iter(self._windows.items()))
+            if not updates.awaited and all(
+                update.done() and not update.exception() for update in updates.decoded.values()
+            ):
+                del self._windows[window]
                 # By name, so that the sum does not depend on who came first.
-                halves = [half.result() for _, half in sorted(round_.halves.items())]
-                self._combining = window, self._thread.submit(self._combine, halves, round_.average)
+                in_order = [update.result() for _, update in sorted(updates.decoded.items())]
+                self._combining = window, self._thread.submit(self._combine, in_order, updates.average)
         return combined
 
     def is_done(self, before: int) -> bool:
-        """Nothing is awaited or being combined of windows below `before`."""
-        pending = [*self._rounds, *([self._combining[0]] if self._combining is not None else [])]
+        """Every window below `before` is combined."""
+        pending = [*self._windows, *([self._combining[0]] if self._combining is not None else [])]
         return all(window >= before for window in pending)
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is awaited and nothing is being combined."""
-        return not self._rounds and self._combining is None
+        """No update is awaited and no window is being combined."""
+        return not self._windows and self._combining is None
 
     @property
     def is_combining(self) -> bool:
-        """A result is about to come, of which nobody is told but by `poll`."""
-        first = next(iter(self._rounds.values()), None)
+        """A window is being combined or about to be; only `poll` tells when it is done."""
+        first = next(iter(self._windows.values()), None)
         return self._combining is not None or (first is not None and not first.awaited)
 
     @property
     def quiet_seconds(self) -> float:
-        """Seconds since the last part of any half came."""
+        """Seconds since the last chunk."""
         return time.monotonic() - self._last_progress
 
     @property
     def late(self) -> frozenset[str]:
-        """Clients whose half is awaited and due."""
-        return frozenset(client for round_ in self._rounds.values() if round_.is_due for client in round_.awaited)
+        """Clients with an update awaited and due."""
+        return frozenset(client for updates in self._windows.values() if updates.is_due for client in updates.awaited)
 
     def close(self) -> None:
-        """Take no more; the thread ends by itself."""
+        """Accept no more updates; the thread ends by itself."""
         self._thread.shutdown(wait=False, cancel_futures=True)

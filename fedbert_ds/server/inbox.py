@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fedbert_ds.config import Codec, WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.update_exchange import Half, UpdateExchange
+from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
+from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
-from fedbert_ds.wire.messages import UpdateAssembler, checked_manifest
+from fedbert_ds.wire.messages import checked_manifest
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Inbox:
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
-        self.collected: dict[str, Half] = {}
+        self.collected: dict[str, ClientUpdate] = {}
         """Whole halves that were asked for, by client."""
         self.saved: dict[str, pb.Saved] = {}
         """Answers to the last Save, by client."""

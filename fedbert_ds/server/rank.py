@@ -17,8 +17,9 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
 from fedbert_ds.federation.strategy import exchange_after
-from fedbert_ds.federation.update_exchange import Half, UpdateExchange
+from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
@@ -46,7 +47,7 @@ from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
-from fedbert_ds.wire.messages import Manifest, update_chunks
+from fedbert_ds.wire.messages import Manifest
 
 COMBINING_POLL_SECONDS = 0.002
 """The same while halves are being combined: no event says that they are."""
@@ -450,7 +451,7 @@ class RankServer:
 
     # -- client halves --------------------------------------------------------------------------------------------
 
-    def _combined(self, halves: list[Half], average: bool) -> dict[str, Tensor]:
+    def _combined(self, halves: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
         shapes = {name: self._shapes.half[name] for name in sorted(self._shapes.exchanged)}
         return combine(halves, shapes, average=average, group=self._rank_group.update_group)
 

@@ -17,12 +17,13 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
 from fedbert_ds.errors import DataError, UserError, WireError
+from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json, update_chunks
+from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json
 
 TIMEOUT = 30.0
 ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog " * 3) for n in range(3)]

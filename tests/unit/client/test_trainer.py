@@ -20,12 +20,13 @@ from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import FederationSection, LayersCut, ModelSection, OptimizerSection, WireSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index, encode
-from fedbert_ds.wire.messages import ClientSettings, UpdateAssembler, update_chunks
+from fedbert_ds.wire.messages import ClientSettings
 
 VOCABULARY, WIDTH = 23, 8
 LENGTHS = [4, 6, 3, 5]

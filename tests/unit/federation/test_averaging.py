@@ -1,4 +1,4 @@
-"""Sums and averages of halves equal plain fp64 arithmetic, on one rank and over two."""
+"""Sums and averages of updates equal plain fp64 arithmetic, on one rank and over two."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.client_update import ClientUpdate
 
 SHAPES = {"table": (3, 4), "bias": (4,), "scale": ()}
 
 
-def half(seed: int, size: float = 1.0) -> dict[str, Tensor]:
+def tensors_of(seed: int, size: float = 1.0) -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=random) * size for name, shape in SHAPES.items()}
 
 
-def plain(halves: list[tuple[dict[str, Tensor], float]], average: bool) -> dict[str, Tensor]:
+def plain(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
     """The definition, in Python's own doubles."""
     result = {}
     for name, shape in SHAPES.items():
-        values = [tensors[name].flatten().tolist() for tensors, _ in halves]
-        weights = [weight if average else 1.0 for _, weight in halves]
+        values = [tensors[name].flatten().tolist() for tensors, _ in updates]
+        weights = [weight if average else 1.0 for _, weight in updates]
         sums = [sum(w * v for w, v in zip(weights, column, strict=True)) for column in zip(*values, strict=True)]
         divisor = sum(weights) if average else 1.0
         result[name] = torch.tensor([s / divisor for s in sums], dtype=torch.float64).view(shape)
@@ -50,10 +51,10 @@ def assert_nearest(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     size=st.sampled_from([1e-6, 1.0, 1e5]),
 )
 def test_one_rank_is_plain_arithmetic(weights: list[float], average: bool, size: float) -> None:
-    halves = [(half(seed, size), weight) for seed, weight in enumerate(weights)]
-    before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors, _ in halves]
-    assert_nearest(combine(halves, SHAPES, average, group=None), plain(halves, average))
-    for (tensors, _), old in zip(halves, before, strict=True):
+    updates = [ClientUpdate(tensors_of(seed, size), weight) for seed, weight in enumerate(weights)]
+    before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors, _ in updates]
+    assert_nearest(combine(updates, SHAPES, average, group=None), plain(updates, average))
+    for (tensors, _), old in zip(updates, before, strict=True):
         assert all(torch.equal(tensors[name], old[name]) for name in SHAPES), "arguments are left alone"
 
 
@@ -62,29 +63,29 @@ def test_one_rank_is_plain_arithmetic(weights: list[float], average: bool, size:
     weight=st.just(0.0) | st.floats(1e-3, 2.0**53),
     values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8),
 )
-def test_one_half_comes_back_bit_for_bit(weight: float, values: list[float]) -> None:
+def test_one_update_comes_back_bit_for_bit(weight: float, values: list[float]) -> None:
     tensor = torch.tensor(values)
-    combined = combine([({"it": tensor}, weight)], {"it": tensor.shape}, average=True, group=None)
+    combined = combine([ClientUpdate({"it": tensor}, weight)], {"it": tensor.shape}, average=True, group=None)
     # Only the sign of a zero may go: 0.0 + -0.0 is 0.0.
     assert torch.equal(combined["it"], tensor)
 
 
-def test_a_heavier_half_pulls_more() -> None:
-    halves = [({"it": torch.tensor([1.0])}, 3.0), ({"it": torch.tensor([5.0])}, 1.0)]
-    assert combine(halves, {"it": (1,)}, average=True, group=None)["it"].item() == 2.0
-    assert combine(halves, {"it": (1,)}, average=False, group=None)["it"].item() == 6.0
+def test_a_heavier_update_pulls_more() -> None:
+    updates = [ClientUpdate({"it": torch.tensor([1.0])}, 3.0), ClientUpdate({"it": torch.tensor([5.0])}, 1.0)]
+    assert combine(updates, {"it": (1,)}, average=True, group=None)["it"].item() == 2.0
+    assert combine(updates, {"it": (1,)}, average=False, group=None)["it"].item() == 6.0
 
 
-def test_halves_without_any_weight_weigh_the_same() -> None:
-    halves = [({"it": torch.tensor([1.0])}, 0.0), ({"it": torch.tensor([5.0])}, 0.0)]
-    assert combine(halves, {"it": (1,)}, average=True, group=None)["it"].item() == 3.0
+def test_updates_without_any_weight_weigh_the_same() -> None:
+    updates = [ClientUpdate({"it": torch.tensor([1.0])}, 0.0), ClientUpdate({"it": torch.tensor([5.0])}, 0.0)]
+    assert combine(updates, {"it": (1,)}, average=True, group=None)["it"].item() == 3.0
 
 
 def test_a_sum_is_kept_in_fp64() -> None:
-    """In fp32 the small half would be lost beside the large one."""
+    """In fp32 the small update would be lost beside the large one."""
     values = [1e6, 0.03125, -1e6]
-    halves = [({"it": torch.tensor([value])}, 1.0) for value in values]
-    assert combine(halves, {"it": (1,)}, average=False, group=None)["it"].item() == 0.03125
+    updates = [ClientUpdate({"it": torch.tensor([value])}, 1.0) for value in values]
+    assert combine(updates, {"it": (1,)}, average=False, group=None)["it"].item() == 0.03125
 
 
 def test_nobody_at_all_sums_to_nothing() -> None:
@@ -102,7 +103,7 @@ CASES: list[tuple[bool, list[list[tuple[int, float]]]]] = [
     (True, [[(4, 0.0)], [(5, 0.0), (6, 0.0)]]),
     (True, [[], []]),
 ]
-"""(average, for each rank the seeds and weights of its halves)."""
+"""(average, for each rank the seeds and weights of its updates)."""
 
 
 def _rank(rank: int, store: str, answers: Any) -> None:
@@ -112,8 +113,8 @@ def _rank(rank: int, store: str, answers: Any) -> None:
     group = torch.distributed.group.WORLD
     results = []
     for average, ranks in CASES:
-        halves = [(half(seed), weight) for seed, weight in ranks[rank]]
-        results.append({name: t.tolist() for name, t in combine(halves, SHAPES, average, group).items()})
+        updates = [ClientUpdate(tensors_of(seed), weight) for seed, weight in ranks[rank]]
+        results.append({name: t.tolist() for name, t in combine(updates, SHAPES, average, group).items()})
     answers.put((rank, results))
     torch.distributed.destroy_process_group()
 
@@ -138,16 +139,16 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[s
 
 
 @pytest.mark.parametrize("case", range(len(CASES)))
-def test_two_ranks_are_plain_arithmetic_over_all_halves(case: int, two_ranks: dict[int, list[dict[str, Any]]]) -> None:
+def test_two_ranks_are_plain_arithmetic_over_all_updates(case: int, two_ranks: dict[int, list[dict[str, Any]]]) -> None:
     average, ranks = CASES[case]
     assert two_ranks[0][case] == two_ranks[1][case], "both ranks get the same, bit for bit"
     got = {name: torch.tensor(values).view(SHAPES[name]) for name, values in two_ranks[0][case].items()}
-    everybody = [(half(seed), weight) for mine in ranks for seed, weight in mine]
+    everybody = [ClientUpdate(tensors_of(seed), weight) for mine in ranks for seed, weight in mine]
     if not everybody:
         assert not any(tensor.any() for tensor in got.values())
         return
     if not any(weight for _, weight in everybody):
-        everybody = [(tensors, 1.0) for tensors, _ in everybody]
+        everybody = [ClientUpdate(tensors, 1.0) for tensors, _ in everybody]
     assert_nearest(got, plain(everybody, average))
     if len(everybody) == 1:
         assert all(torch.equal(got[name], everybody[0][0][name]) for name in SHAPES)

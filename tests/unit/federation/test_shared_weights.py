@@ -1,4 +1,4 @@
-"""Averaged changes: clients stay equal, fp32 is an average of weights, and rounding is owed, not lost."""
+"""Averaged changes: clients stay equal, fp32 is an average of weights, rounding errors are sent later."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler, update_chunks
 from fedbert_ds.federation.shared_weights import SharedWeights
-from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 SHAPES = {"table": (6, 70), "bias": (5,)}
 
@@ -18,7 +18,7 @@ def weights(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
 
 
-def received(chunks, codec: str) -> tuple[dict[str, Tensor], float]:
+def received(chunks, codec: str) -> ClientUpdate:
     joined = UpdateAssembler(SHAPES, "it", codec)
     for chunk in chunks:
         complete = joined.add(chunk)
@@ -28,11 +28,11 @@ def received(chunks, codec: str) -> tuple[dict[str, Tensor], float]:
 
 def averaged(clients: list[SharedWeights], now: list[dict[str, Tensor]], codec: str) -> list[dict[str, Tensor]]:
     """One exchange through the server, as the wire carries it."""
-    halves = [
+    updates = [
         received(client.changes(3, own, 1.0 + place), codec)
         for place, (client, own) in enumerate(zip(clients, now, strict=True))
     ]
-    combined = combine(halves, SHAPES, average=True, group=None)
+    combined = combine(updates, SHAPES, average=True, group=None)
     down, _ = received(update_chunks(3, combined.items(), 0.0, codec), codec)
     return [client.apply(down) for client in clients]
 

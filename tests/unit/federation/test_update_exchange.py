@@ -1,4 +1,4 @@
-"""Halves of windows: combined in order, once, beside the body; who is waited for and who is late."""
+"""Updates of windows: combined in order, once, beside the body; which clients are awaited and late."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.update_exchange import Half, UpdateExchange
+from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.update_exchange import UpdateExchange
 
 
-def half(value: float, weight: float = 1.0) -> Callable[[], Half]:
-    """Decodes to a half."""
-    return lambda: ({"table": torch.full((2,), value)}, weight)
+def update(value: float, weight: float = 1.0) -> Callable[[], ClientUpdate]:
+    """Decodes to an update."""
+    return lambda: ClientUpdate({"table": torch.full((2,), value)}, weight)
 
 
-def total(halves: list[Half], average: bool) -> dict[str, Tensor]:
-    return {"table": sum((tensors["table"] for tensors, _ in halves), torch.zeros(2)), "average": torch.tensor(average)}
+def total(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+    return {
+        "table": sum((tensors["table"] for tensors, _ in updates), torch.zeros(2)),
+        "average": torch.tensor(average),
+    }
 
 
 def polled(exchange: UpdateExchange) -> tuple[int, dict[str, Tensor]]:
@@ -32,14 +36,14 @@ def polled(exchange: UpdateExchange) -> tuple[int, dict[str, Tensor]]:
     return result
 
 
-def test_a_round_ends_when_all_have_delivered() -> None:
+def test_a_window_is_combined_when_all_have_delivered() -> None:
     exchange = UpdateExchange(total)
     assert exchange.is_idle and exchange.is_done(100)
     exchange.expect(3, ["ada", "bo"], False)
-    exchange.deliver(3, "ada", half(1.0))
+    exchange.deliver(3, "ada", update(1.0))
     assert exchange.poll() is None and not exchange.is_idle and not exchange.is_combining
     assert exchange.is_done(3) and not exchange.is_done(4)
-    exchange.deliver(3, "bo", half(2.0))
+    exchange.deliver(3, "bo", update(2.0))
     window, tensors = polled(exchange)
     assert window == 3 and torch.equal(tensors["table"], torch.full((2,), 3.0)) and not tensors["average"]
     assert exchange.is_idle and exchange.is_done(4) and exchange.poll() is None
@@ -49,26 +53,26 @@ def test_windows_come_out_in_order_whichever_is_complete_first() -> None:
     exchange = UpdateExchange(total)
     for window in (0, 1):
         exchange.expect(window, ["ada", "bo"], True)
-    exchange.deliver(1, "ada", half(10.0))
-    exchange.deliver(1, "bo", half(10.0))
-    exchange.deliver(0, "ada", half(1.0))
+    exchange.deliver(1, "ada", update(10.0))
+    exchange.deliver(1, "bo", update(10.0))
+    exchange.deliver(0, "ada", update(1.0))
     assert exchange.poll() is None and not exchange.is_combining
-    exchange.deliver(0, "bo", half(1.0))
+    exchange.deliver(0, "bo", update(1.0))
     assert [polled(exchange)[0] for _ in range(2)] == [0, 1]
 
 
 def test_the_sum_does_not_depend_on_who_came_first() -> None:
     orders: list[list[float]] = []
 
-    def combine(halves: list[Half], average: bool) -> dict[str, Tensor]:
-        orders.append([weight for _, weight in halves])
+    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+        orders.append([weight for _, weight in updates])
         return {}
 
     exchange = UpdateExchange(combine)
     for window, names in enumerate((["ada", "bo"], ["bo", "ada"])):
         exchange.expect(window, names, True)
         for name in names:
-            exchange.deliver(window, name, half(1.0, weight=float(len(name))))
+            exchange.deliver(window, name, update(1.0, weight=float(len(name))))
         polled(exchange)
     assert orders == [[3.0, 2.0]] * 2
 
@@ -76,32 +80,32 @@ def test_the_sum_does_not_depend_on_who_came_first() -> None:
 def test_what_nobody_waits_for_is_dropped() -> None:
     exchange = UpdateExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
-    exchange.deliver(1, "ada", half(5.0))  # of a window that did not begin with it
-    exchange.deliver(0, "cy", half(5.0))
-    exchange.deliver(0, "ada", half(1.0))
-    exchange.deliver(0, "ada", half(5.0))
+    exchange.deliver(1, "ada", update(5.0))  # of a window that did not begin with it
+    exchange.deliver(0, "cy", update(5.0))
+    exchange.deliver(0, "ada", update(1.0))
+    exchange.deliver(0, "ada", update(5.0))
     exchange.forget("bo")
-    exchange.deliver(0, "bo", half(5.0))
+    exchange.deliver(0, "bo", update(5.0))
     assert torch.equal(polled(exchange)[1]["table"], torch.ones(2))
 
 
 def test_what_was_delivered_before_its_client_went_counts() -> None:
     exchange = UpdateExchange(total)
     exchange.expect(0, ["ada", "bo"], False)
-    exchange.deliver(0, "bo", half(2.0))
+    exchange.deliver(0, "bo", update(2.0))
     exchange.forget("bo")
-    exchange.deliver(0, "ada", half(1.0))
+    exchange.deliver(0, "ada", update(1.0))
     assert torch.equal(polled(exchange)[1]["table"], torch.full((2,), 3.0))
 
 
 def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
-    def unsound() -> Half:
+    def unsound() -> ClientUpdate:
         raise WireError("a value is not finite")
 
     exchange = UpdateExchange(total)
     for window in (0, 1):
         exchange.expect(window, ["ada", "bo"], False)
-        exchange.deliver(window, "ada", half(1.0))
+        exchange.deliver(window, "ada", update(1.0))
     exchange.deliver(0, "bo", unsound)
     told: list[tuple[str, BaseException]] = []
     deadline = time.monotonic() + 20.0
@@ -114,7 +118,7 @@ def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
     assert [polled(exchange)[0], polled(exchange)[0]] == [0, 1]
 
 
-def test_a_round_of_nobody_is_combined_too() -> None:
+def test_a_window_of_nobody_is_combined_too() -> None:
     """Other ranks wait in the collective."""
     exchange = UpdateExchange(total)
     exchange.expect(0, [], True)
@@ -124,7 +128,7 @@ def test_a_round_of_nobody_is_combined_too() -> None:
 def test_it_goes_on_beside_and_errors_come_out() -> None:
     let_go = threading.Event()
 
-    def combine(halves: list[Half], average: bool) -> dict[str, Tensor]:
+    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
         assert let_go.wait(20.0)
         raise RuntimeError("another rank is gone")
 
@@ -148,7 +152,7 @@ def test_only_silence_after_the_step_counts(monkeypatch: pytest.MonkeyPatch) -> 
     exchange.due(0)
     exchange.due(7)
     assert exchange.late == {"ada", "bo"} and exchange.quiet_seconds == 0.0
-    exchange.deliver(0, "ada", half(1.0))
+    exchange.deliver(0, "ada", update(1.0))
     now[0] = 150.0
     assert exchange.late == {"bo"} and exchange.quiet_seconds == 50.0
     exchange.progress()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.strategy import exchange_after
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import UpdateAssembler, update_chunks
 
 WIDTH = 4
 HALF = {"table": (3, WIDTH), "head": (2,)}

@@ -12,6 +12,7 @@ from unit.server.queue.simulation import queue_state
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.inbox import Inbox, Shapes
@@ -19,7 +20,6 @@ from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import Forward, Open, PipelineQueue, Plan
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
-from fedbert_ds.wire.messages import update_chunks
 
 
 @pytest.fixture

@@ -80,14 +80,16 @@ def choose_all(
     seed = torch.tensor([1, 0], device=device) if dropout else None
     options = (cu_seqlens, seed, dropout, -1 if sliding_window is None else sliding_window, d**-0.5)
     forward, backward_q, backward_kv = written
-    out, lse = launch_forward(*qkv.unbind(1), *options, forward)
+    q, k, v = qkv.unbind(1)
+    out, lse = launch_forward(q, k, v, *options, forward)
 
     def run_backward(launch_q: Launch, launch_kv: Launch) -> Tensor:
         dqkv = torch.empty_like(qkv)
-        launch_backward(dout, *qkv.unbind(1), out, lse, *dqkv.unbind(1), *options, launch_pair=(launch_q, launch_kv))
+        dq, dk, dv = dqkv.unbind(1)
+        launch_backward(dout, q, k, v, out, lse, dq, dk, dv, *options, (launch_q, launch_kv))
         return dqkv
 
-    choice = _choose(forward, lambda launch: launch_forward(*qkv.unbind(1), *options, launch)[0], measure)
+    choice = _choose(forward, lambda launch: launch_forward(q, k, v, *options, launch)[0], measure)
     choice_q = _choose(backward_q, lambda launch: run_backward(launch, backward_kv), measure)
     choice_kv = _choose(backward_kv, lambda launch: run_backward(choice_q[0], launch), measure)
     return [choice, choice_q, choice_kv]

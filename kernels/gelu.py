@@ -138,7 +138,7 @@ def launch_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor,
         _backward_kernel[(programs, column_blocks)](
             dy, x, bias if has_bias else x, dx, partial, num_rows, width, has_bias, _fast(x), ROWS, COLUMNS, num_warps=4
         )
-    return dx, partial.sum(0).to(bias.dtype if has_bias else x.dtype)
+    return dx, partial.sum(0).to(x.dtype if bias is None else bias.dtype)
 
 
 # ---- reference: the CPU's body and the tests' oracle ----

@@ -38,8 +38,8 @@ except ImportError:
         def __getitem__(self, _: Any) -> Any:
             raise ModuleNotFoundError(f"{self._name} needs Triton, which is not installed")
 
-    triton = _Absent("triton")  # type: ignore[assignment]
-    tl = _Absent("triton.language")  # type: ignore[assignment]
+    triton = _Absent("triton")
+    tl = _Absent("triton.language")
 
 jit = triton.jit
 INTERPRETED = tl.constexpr(HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))

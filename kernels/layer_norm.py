@@ -275,12 +275,12 @@ def residual_layer_norm_reference(
 ) -> Tensor:
     """What `residual_layer_norm` computes, as a plain torch model writes it; in fp64 if `upcast`. x is [T, H]."""
     if upcast:
-        x, residual, bias, weight, shift = (
-            None if part is None else part.double() for part in (x, residual, bias, weight, shift)
-        )
+        x, weight = x.double(), weight.double()
+        residual, bias, shift = (None if part is None else part.double() for part in (residual, bias, shift))
     h = x if bias is None else (x + bias).to(x.dtype)
     if dropout and seed is not None:
-        h = h * keep_mask_reference(seed, *x.shape, dropout) * (LEVELS / (LEVELS - row_drop_threshold(dropout)))
+        kept = keep_mask_reference(seed, x.shape[0], x.shape[1], dropout)
+        h = h * kept * (LEVELS / (LEVELS - row_drop_threshold(dropout)))
     h = h if residual is None else h + residual
     shift = None if shift is None else shift.to(x.dtype)
     return functional.layer_norm(h, x.shape[1:], weight.to(x.dtype), shift, epsilon)
@@ -306,7 +306,9 @@ def _forward_in_torch(x, residual, bias, weight, shift, threshold, epsilon, seed
     return y.to(x.dtype), mean.flatten(), rstd.flatten()
 
 
-def _backward_in_torch(dy, x, residual, bias, weight, shift, mean, rstd, threshold, seed) -> tuple[Tensor, ...]:
+def _backward_in_torch(
+    dy, x, residual, bias, weight, shift, mean, rstd, threshold, seed
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dx, dresidual, dbias, dweight, dshift = _empty_gradients(x, residual, bias, weight, shift, threshold)
     h, factor = _sum_in_torch(x, residual, bias, threshold, seed)
     dh, weight_sum, shift_sum = torch.ops.aten.native_layer_norm_backward(

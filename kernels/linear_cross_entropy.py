@@ -203,8 +203,8 @@ def _linear_cross_entropy_backward(
     dloss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     # Through fp32: one over the number of masked tokens is too small for fp16.
-    scaled = ((part.float() * dloss).to(part.dtype) for part in (dhidden, dweight, dbias))
-    return tuple(scaled)
+    dhidden, dweight, dbias = ((part.float() * dloss).to(part.dtype) for part in (dhidden, dweight, dbias))
+    return dhidden, dweight, dbias
 
 
 @_linear_cross_entropy.register_fake

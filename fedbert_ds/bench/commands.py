@@ -39,7 +39,7 @@ def _add_quick(parser: argparse.ArgumentParser) -> None:
 
 def _typed(kind: type[Options], options: argparse.Namespace, **more: Any) -> Options:
     """A benchmark's options: what was typed under the names of its fields, the command itself, and `more`."""
-    from fedbert_ds.bench.record import command_line
+    from fedbert_ds.telemetry.record import command_line
 
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     typed: Mapping[str, Any] = {
@@ -63,7 +63,7 @@ def _add_modes(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _modes(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.modes import ModesOptions, bench_modes
+    from benchmarks.modes.benchmark import ModesOptions, bench_modes
 
     windows = [] if options.windows is None else [f"run.windows={options.windows}"]
     bench_modes(_typed(ModesOptions, options, overrides=(*windows, *options.overrides)))
@@ -86,7 +86,7 @@ def _add_codecs(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _codecs(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.codecs import CodecsOptions, bench_codecs
+    from benchmarks.codecs.benchmark import CodecsOptions, bench_codecs
 
     bench_codecs(_typed(CodecsOptions, options))
 
@@ -118,8 +118,8 @@ def _add_pipeline(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _pipeline(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.link import links_available
-    from fedbert_ds.bench.pipeline import PipelineOptions, bench_pipeline
+    from fedbert_ds.bench.network.link import links_available
+    from fedbert_ds.bench.pipeline.benchmark import PipelineOptions, bench_pipeline
 
     links = links_available() if options.links == "auto" else options.links
     bench_pipeline(_typed(PipelineOptions, options, links=links))
@@ -133,7 +133,7 @@ def _add_ingress(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _ingress(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.ingress import IngressOptions, bench_ingress
+    from fedbert_ds.bench.network.ingress import IngressOptions, bench_ingress
 
     bench_ingress(_typed(IngressOptions, options))
 
@@ -146,7 +146,7 @@ def _add_transfers(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _transfers(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.transfers import TransfersOptions, bench_transfers
+    from fedbert_ds.bench.network.transfers import TransfersOptions, bench_transfers
 
     bench_transfers(_typed(TransfersOptions, options))
 
@@ -160,7 +160,7 @@ def _add_streams(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _streams(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.streams import StreamsOptions, bench_streams
+    from fedbert_ds.bench.network.streams import StreamsOptions, bench_streams
 
     bench_streams(_typed(StreamsOptions, options))
 
@@ -177,7 +177,7 @@ def _add_body(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _body(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.body import BodyOptions, bench_body
+    from fedbert_ds.bench.body.benchmark import BodyOptions, bench_body
 
     bench_body(_typed(BodyOptions, options))
 
@@ -193,6 +193,6 @@ def _add_kernels(benches: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _kernels(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.kernels import KernelsOptions, bench_kernels, parse_kernels
+    from fedbert_ds.bench.kernels.benchmark import KernelsOptions, bench_kernels, parse_kernels
 
     bench_kernels(_typed(KernelsOptions, options, kernels=parse_kernels(options.kernel)))

@@ -6,13 +6,13 @@ import argparse
 import json
 from typing import Any
 
-from fedbert_ds.bench.record import command_line, source_commit, write_record
 from fedbert_ds.config import load_config
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.planner.derive import Machines
 from fedbert_ds.planner.plan import as_row, draw, report, sweep
 from fedbert_ds.planner.scenario import Spread
 from fedbert_ds.planner.validate import table, validate
+from fedbert_ds.telemetry.record import command_line, source_commit, write_record
 
 
 def run_plan(options: argparse.Namespace) -> None:

@@ -31,12 +31,21 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+MODULES = {
+    "modes": "benchmarks.modes.benchmark",
+    "codecs": "benchmarks.codecs.benchmark",
+    "ingress": "fedbert_ds.bench.network.ingress",
+    "transfers": "fedbert_ds.bench.network.transfers",
+    "streams": "fedbert_ds.bench.network.streams",
+}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_options_reach_the_benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, expected = CASES[name]
     arguments = ["bench", name, "--out", "x.json", *arguments]
     given: list[Any] = []
-    module = importlib.import_module(f"fedbert_ds.bench.{name}")
+    module = importlib.import_module(MODULES.get(name, f"fedbert_ds.bench.{name}.benchmark"))
     monkeypatch.setattr(module, f"bench_{name}", given.append)
     monkeypatch.setattr("sys.argv", ["fedbert-ds", *arguments])
     main(arguments)

@@ -1,0 +1,1 @@
+"""What each wire codec costs in loss, and in bytes."""

@@ -1,0 +1,1 @@
+"""Federated modes beside centralized training on the same text."""

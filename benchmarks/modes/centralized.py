@@ -1,0 +1,180 @@
+"""Centralized training on the clients' own batches: one whole model, plain torch, no cut, no wire, no DeepSpeed.
+
+Every window takes exactly the sequences and masks that a federation's clients draw for it, so a federated run can be
+held against it window by window. As a program it trains a run file and leaves the folder a federated run leaves, less
+its checkpoints:
+
+    python -m benchmarks.modes.centralized --config FILE [section.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.bench.text import batches_of
+from fedbert_ds.config import RunConfig, dump_config, load_config
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.masking import Batch, encode
+from fedbert_ds.data.shards import read_shard
+from fedbert_ds.errors import RunError, one_line_errors
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.cut import client_skeleton
+from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.server.prepare import prepare_text
+from fedbert_ds.server.queue.packing import window_shares
+from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
+from fedbert_ds.telemetry.report import draw_loss
+
+NUM_THREADS = 1
+"""Threads of the program: fixed, for the order of floating-point sums follows from it."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One window."""
+
+    loss: float
+    """Cross-entropy in nats per masked token, before the step."""
+    tokens: int
+    masked_tokens: int
+
+
+class Centralized:
+    """Trains the whole model, a window at a time, on what every client would bring to it.
+
+    `articles` are the clients' own, by name. Gradient clipping is the federation's: the client half and the body apart.
+    Dropout is drawn from torch's generator, so only without dropout does a federated run see the same numbers.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]]) -> None:
+        self.config = config
+        self.model: Any = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed).train()
+        sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
+        self.shares = window_shares(sizes, config.window.tokens, config.window.share)
+        self.streams = {
+            client: batches_of(config, encode(shard, tokenizer, config.data.sequence_length), tokenizer, client)
+            for client, shard in articles.items()
+        }
+        self._optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)
+
+    def train_window(self, window: int) -> Trained:
+        """Draw the clients' batches of this window, accumulate their gradients and step once."""
+        batches = {client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()}
+        masked_tokens = sum(len(batch.labels) for batch in batches.values())
+        loss = sum(self.accumulate(client, window, batch, masked_tokens) for client, batch in batches.items())
+        self._clip()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.config.optimizer.learning_rate(window, self.config.run.windows)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return Trained(loss, sum(len(batch.input_ids) for batch in batches.values()), masked_tokens)
+
+    def accumulate(self, client: str, window: int, batch: Batch, masked_tokens: int) -> float:
+        """Forward and backward of one client's batch; its part of the window's mean loss.
+
+        `client` and `window` only say which batch it is, for a subclass that watches.
+        """
+        labels = torch.full_like(batch.input_ids, -100)
+        labels[batch.masked_positions] = batch.labels
+        input_ids, targets, ones = (
+            torch.nn.utils.rnn.pad_sequence(list(tokens.split(batch.lengths)), batch_first=True, padding_value=value)
+            for tokens, value in ((batch.input_ids, 0), (labels, -100), (torch.ones_like(labels), 0))
+        )
+        chosen = targets != -100
+
+        def keep_chosen(module: Any, arguments: Any, output: Any) -> Any:
+            output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
+            return output
+
+        # Masked positions alone need a score for every word piece.
+        hook = self.model.base_model.register_forward_hook(keep_chosen)
+        try:
+            logits = self.model(input_ids=input_ids, attention_mask=ones).logits[0]
+        finally:
+            hook.remove()
+        loss_sum = torch.nn.functional.cross_entropy(logits, targets[chosen], reduction="sum")
+        loss = loss_sum / max(1, masked_tokens)
+        loss.backward()
+        return loss.item()
+
+    def _clip(self) -> None:
+        largest = self.config.optimizer.gradient_clipping
+        if not largest:
+            return
+        half_names = {name for name, _ in client_skeleton(self.model.config, self.config.cut).named_parameters()}
+        half: list[Tensor] = []
+        body: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            (half if name in half_names else body).append(parameter)
+        for parameters in (half, body):
+            torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+
+def train_centralized(config: RunConfig) -> None:
+    """Train the run file from start to end and leave text, metrics.jsonl, loss.png and hf/ in run.directory."""
+    folder = config.run.directory
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder}: holds a run already; set another run.directory")
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer, _ = prepare_text(config)
+    shards = {path.parent.name: read_shard(path) for path in sorted((folder / "clients").glob("*/shard.jsonl"))}
+    trainer = Centralized(config, tokenizer, shards)
+    rows = []
+    with MetricsLog(folder / "metrics.jsonl") as log:
+        for window in range(config.run.windows):
+            started = time.monotonic()
+            trained = trainer.train_window(window)
+            rows.append(_metrics(config, window, trained, time.monotonic() - started, len(shards)))
+            log.append(rows[-1])
+            if (window + 1) % max(1, config.run.windows // 20) == 0:
+                print(f"window {window + 1}/{config.run.windows}  loss {trained.loss:.2f}", flush=True)
+    draw_loss(folder / "loss.png", rows, {})
+    trainer.model.save_pretrained(folder / "hf")
+    tokenizer.save_pretrained(folder / "hf")
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+
+
+def _metrics(config: RunConfig, window: int, trained: Trained, seconds: float, clients: int) -> WindowMetrics:
+    return WindowMetrics(
+        window=window,
+        loss=trained.loss,
+        tokens=trained.tokens,
+        masked_tokens=trained.masked_tokens,
+        lost_masked_tokens=0,
+        seconds=seconds,
+        busy_seconds=seconds,
+        wait_seconds=0.0,
+        forwards=clients,
+        backwards=clients,
+        dummy_micro_batches=0,
+        fill=0.0,
+        bytes_up=0,
+        bytes_down=0,
+        averaging_bytes_up=0,
+        averaging_bytes_down=0,
+        clients=clients,
+        learning_rate=config.optimizer.learning_rate(window, config.run.windows),
+    )
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description="Centralized training on what a federation's clients would draw.")
+    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
+    options = parser.parse_intermixed_args(arguments)
+    torch.set_num_threads(NUM_THREADS)
+    train_centralized(load_config(options.config, options.overrides))
+
+
+if __name__ == "__main__":
+    main()

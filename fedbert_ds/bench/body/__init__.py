@@ -1,0 +1,1 @@
+"""`fedbert-ds bench body`: training steps of BERT encoders, packed beside padded."""

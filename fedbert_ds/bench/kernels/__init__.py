@@ -1,0 +1,1 @@
+"""`fedbert-ds bench kernels`: each fused kernel beside the other ways to compute the same."""

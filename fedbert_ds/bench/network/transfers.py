@@ -1,0 +1,164 @@
+"""Large transfers over a limited link: `fedbert-ds bench transfers`.
+
+100 MB of activations, and a client half whose link drops in the middle.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedbert_ds.bench.network.endpoint import WIDTH, frame_of, sessions, spawn
+from fedbert_ds.bench.network.link import DelayProxy
+from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.server.network.endpoint import Endpoint
+from fedbert_ds.server.network.events import Connected, Received
+from fedbert_ds.telemetry.record import record_rows
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+CLIENT = "client-0"
+MBIT = 1000
+MESSAGE_BYTES = 2_000_000
+ACTIVATION_BYTES = 50 * MESSAGE_BYTES
+HALF_BYTES = 1_400_000_000
+OUTAGE_SECONDS = 2.0
+TRIES = 5
+"""Of the activations, which take about a second: on a machine with other work one says little."""
+PATIENCE = 600.0
+"""Seconds without anything coming after which something is broken."""
+
+
+@dataclass(frozen=True)
+class TransfersOptions:
+    """What a user asks for."""
+
+    out: Path
+    command: str
+    quick: bool = False
+
+
+def bench_transfers(options: TransfersOptions) -> None:
+    """Measure every row, print it and write the record."""
+    record_rows(options.out, options.command, _rows(options.quick), describe)
+
+
+def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
+    for _ in range(TRIES):
+        yield activations_row()
+    yield half_row(HALF_BYTES // 10 if is_quick else HALF_BYTES)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """One line of a row."""
+    line = (
+        f"{row['what']}  {row['bytes'] / 1e6:,.0f} MB at {row['mbit']} Mbit/s: {row['seconds']:.2f} s, "
+        f"{row['ratio']:.2f} times the wire's own time"
+    )
+    if row["cuts"]:
+        line += f" and {row['outage_seconds']:.0f} s down; {row['resent_bytes'] / 1e6:.1f} MB sent again"
+    return line
+
+
+def activations_row() -> dict[str, Any]:
+    """100 MB of activations from one client over a link of 1 Gbit/s, beside the link's own time for these bytes."""
+    with _Transfer("activations", ACTIVATION_BYTES) as transfer:
+        for _ in range(ACTIVATION_BYTES // MESSAGE_BYTES):
+            transfer.next_message()
+        return transfer.row()
+
+
+def half_row(half_bytes: int = HALF_BYTES) -> dict[str, Any]:
+    """A client half in chunks over a link of 1 Gbit/s that drops in the middle, and is down for two seconds."""
+    middle = half_bytes // 2
+    cut: dict[str, Any] = {"cut_bytes": (middle, middle + 1), "cuts": 1, "outage_ms": 1000 * OUTAGE_SECONDS}
+    with _Transfer("half", half_bytes, **cut) as transfer:
+        assembler = UpdateAssembler(_half_shapes(half_bytes), CLIENT)
+        while (half := assembler.add(transfer.next_message().update)) is None:
+            pass
+        row = transfer.row()
+        row["is_whole"] = all(bool((tensor == 1.0).all()) for tensor in half[0].values())
+        return row
+
+
+class _Transfer:
+    """An endpoint here, a client in a process of its own, and a link between."""
+
+    def __init__(self, what: str, num_bytes: int, **cut: Any) -> None:
+        self._what = what
+        self._num_bytes = num_bytes
+        self._ingress = Endpoint("127.0.0.1", 0, None)
+        self._link = DelayProxy(f"127.0.0.1:{self._ingress.start()}", mbit=MBIT, **cut)
+        self._ingress.admit(dict(sessions((CLIENT,))))
+        self._started = 0.0
+        self.received_bytes = 0
+
+    def __enter__(self) -> _Transfer:
+        address = self._link.__enter__()
+        self._pipe, other = spawn.Pipe()
+        arguments = (other, self._what, address, self._num_bytes)
+        self._process = spawn.Process(target=_send, args=arguments, daemon=True)
+        self._process.start()
+        assert isinstance(self._ingress.next_event(PATIENCE), Connected)
+        self._pipe.send("go")
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.join(timeout=60)
+        self._link.__exit__()
+        self._ingress.stop(grace=1.0)
+
+    def next_message(self) -> pb.ClientMessage:
+        event = self._ingress.next_event(PATIENCE)
+        assert isinstance(event, Received), event
+        self.received_bytes += self._ingress.take_bytes()[0]
+        return event.message
+
+    def row(self) -> dict[str, Any]:
+        seconds = time.monotonic() - self._started
+        counts = self._link.counts()
+        wire_seconds = self._num_bytes * 8 / (MBIT * 1e6)
+        down = OUTAGE_SECONDS * counts["cuts"]
+        return {
+            "what": self._what,
+            "bytes": self._num_bytes,
+            "mbit": MBIT,
+            "link": "proxy",
+            "seconds": round(seconds, 3),
+            "wire_seconds": round(wire_seconds, 3),
+            "ratio": round(seconds / (wire_seconds + down), 3),
+            "cuts": counts["cuts"],
+            "outage_seconds": down,
+            "crossed_bytes": counts["bytes_up"],
+            "resent_bytes": self._pipe.recv(),
+            "load": round(os.getloadavg()[0], 1),
+        }
+
+
+def _half_shapes(num_bytes: int) -> dict[str, tuple[int, ...]]:
+    return {"word_embeddings.weight": (num_bytes // 4 // WIDTH, WIDTH)}
+
+
+def _send(pipe: Connection, what: str, address: str, num_bytes: int) -> None:
+    torch.set_num_threads(1)
+    tensors = {name: torch.ones(shape) for name, shape in _half_shapes(num_bytes).items()} if what == "half" else {}
+    frame = frame_of(MESSAGE_BYTES)
+    with ServerStream(address, None, CLIENT, sessions((CLIENT,))[CLIENT], shares_memory=False) as stream:
+        pipe.recv()
+        if what == "half":
+            for chunk in update_chunks(0, tensors.items(), weight=1.0):
+                stream.send(pb.ClientMessage(update=chunk))
+        else:
+            for number in range(num_bytes // MESSAGE_BYTES):
+                stream.send(pb.ClientMessage(activations=pb.Activations(micro_batch=number, values=frame)))
+        while not stream.is_idle:
+            time.sleep(0.05)
+        pipe.send(stream.resent_bytes)

@@ -1,0 +1,1 @@
+"""`fedbert-ds bench pipeline`: how busy clients behind slow links keep the body."""

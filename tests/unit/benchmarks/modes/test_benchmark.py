@@ -1,0 +1,214 @@
+"""The bench without a run: commands, settings, what is complete, what is refused, what a failure says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.modes import benchmark as modes
+from benchmarks.modes.benchmark import CENTRALIZED, ModesOptions
+from benchmarks.modes.comparison import System
+from fedbert_ds.config import dump_config, load_config
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.errors import RunError
+from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
+
+ROOT = Path(__file__).parents[4]
+PARALLEL = System("parallel", 5)
+
+
+def metrics(window):
+    return WindowMetrics(
+        window=window,
+        loss=7.0 - window / 10,
+        tokens=900,
+        masked_tokens=140,
+        lost_masked_tokens=0,
+        seconds=0.5,
+        busy_seconds=0.4,
+        wait_seconds=0.1,
+        forwards=2,
+        backwards=2,
+        dummy_micro_batches=0,
+        fill=0.9,
+        bytes_up=900,
+        bytes_down=900,
+        averaging_bytes_up=0,
+        averaging_bytes_down=0,
+        clients=2,
+        learning_rate=1e-3,
+    )
+
+
+@pytest.fixture
+def options(tmp_path):
+    return ModesOptions(
+        data="wiki.tokens",
+        out=tmp_path / "results" / "modes.json",
+        command="fedbert-ds bench modes --quick",
+        work=tmp_path / "work",
+        quick=True,
+        overrides=("run.windows=4",),
+    )
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    """Stands for the processes: leaves what a run leaves, and remembers which ran."""
+    started = []
+
+    def run(command, log):
+        config = load_config(modes.RUN_FILE, command[command.index("--config") + 2 :])
+        folder = config.run.directory
+        started.append(folder.name)
+        folder.mkdir(parents=True)
+        log.write_text("window 4/4\n")
+        with MetricsLog(folder / "metrics.jsonl") as file:
+            for window in range(config.run.windows):
+                file.append(metrics(window))
+        write_shard(folder / "held_out.jsonl", [Article("held", "out")])
+        write_shard(folder / "clients" / "client-00" / "shard.jsonl", [Article("a", "text")])
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_text("{}")
+        facts = {"articles": 2, "held_out": 1, "shard_articles": [1], "shard_characters": [4], "sources": ["/x/y"]}
+        (folder / "text.json").write_text(json.dumps(facts))
+        weights = {"dense.weight": torch.tensor([1.0, 2.0]), "key.bias": torch.tensor([float(len(started))])}
+        (folder / "hf").mkdir()
+        save_file(weights, folder / "hf" / "model.safetensors")
+        (folder / "config.yaml").write_text(dump_config(config))
+        return 0
+
+    monkeypatch.setattr(modes, "_run", run)
+    monkeypatch.setattr(modes, "_evaluate", lambda folder, config: (6.25, 6.75))
+    handler = signal.getsignal(signal.SIGTERM)
+    yield started
+    signal.signal(signal.SIGTERM, handler)
+
+
+def test_shipped_run_file_and_every_system(options):
+    for system in (*modes.SYSTEMS, *modes.QUICK_SYSTEMS):
+        config = load_config(modes.RUN_FILE, modes.overrides_of(system, options))
+        assert config.run.directory == options.work / system.slug
+        assert config.data.source == ("wiki.tokens",)
+        assert config.run.windows == 4
+        assert config.window.order == "fixed"
+        assert config.model.dropout == 0
+        if system != CENTRALIZED:
+            assert config.federation.mode == system.name
+            assert config.federation.average_every == (system.average_every or 1)
+
+
+def test_full_size_has_ten_clients(options):
+    config = load_config(modes.RUN_FILE)
+    assert config.clients.expected == config.clients.local == 10
+    assert [system.average_every for system in modes.SYSTEMS if system.name == "parallel"] == [1, 5, 50]
+    assert config.run.windows % 50 == 0, "every system ends on an average"
+
+
+def test_federated_runs_go_through_the_launcher(options):
+    command = modes.command_of(PARALLEL, ["a.b=1"])
+    assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--nproc-per-node=2" in command
+    assert command[-4:] == [str(modes.LAUNCHER), "--config", str(modes.RUN_FILE), "a.b=1"]
+    assert modes.command_of(CENTRALIZED, [])[1:3] == ["-m", "benchmarks.modes.centralized"]
+
+
+def test_record_picture_and_table(options, runner, capsys):
+    modes.bench_modes(options)
+    assert runner == ["centralized", "synchronous", "parallel-5"]
+    record = json.loads(options.out.read_text())
+    assert record["command"] == options.command
+    assert {"commit", "machine", "versions", "settings", "ranks", "text", "final", "rows"} < set(record)
+    assert len(record["rows"]) == 3 * 4
+    assert {row["system"] for row in record["final"]} == {"centralized", "synchronous", "parallel"}
+    assert record["final"][0]["held_out_loss"] == 6.25 and record["final"][0]["unigram_loss"] == 6.75
+    assert record["text"]["articles"] == 2
+    assert record["final"][1]["largest_weight_difference"] == 0, "key biases are noise"
+    assert str(options.work) not in options.out.read_text(), "no path of this machine"
+    assert options.out.with_suffix(".png").is_file()
+    assert "| synchronous | 6.700 | 6.250 | 0.000 |" in capsys.readouterr().out
+
+
+def test_complete_runs_are_not_repeated(options, runner):
+    modes.bench_modes(options)
+    (options.work / "synchronous" / modes.RESULT).unlink()  # As if it had been interrupted.
+    runner.clear()
+    modes.bench_modes(options)
+    assert runner == ["synchronous"]
+
+
+def test_other_settings_run_anew(options, runner):
+    modes.bench_modes(options)
+    runner.clear()
+    modes.bench_modes(replace(options, overrides=("run.windows=5",)))
+    assert runner == ["centralized", "synchronous", "parallel-5"]
+    assert len(json.loads(options.out.read_text())["rows"]) == 3 * 5
+
+
+def test_a_folder_of_somebody_else_is_left_alone(options, runner):
+    stranger = options.work / "centralized" / "thesis.txt"
+    stranger.parent.mkdir(parents=True)
+    stranger.touch()
+    with pytest.raises(RunError, match="--work"):
+        modes.bench_modes(options)
+    assert stranger.exists() and not runner
+
+
+def test_runs_on_other_text_are_refused(options, runner):
+    modes.bench_modes(options)
+    write_shard(options.work / "synchronous" / "held_out.jsonl", [Article("other", "text")])
+    with pytest.raises(RunError, match="synchronous: not the shards"):
+        modes.bench_modes(options)
+
+
+def test_a_failed_run_says_what_its_log_says(options, monkeypatch, runner):
+    def run(command, log):
+        log.write_text("window 1/4\nfedbert-ds: wiki.tokens: no such file; name one\n  torch.distributed: failed\n")
+        return 1
+
+    monkeypatch.setattr(modes, "_run", run)
+    with pytest.raises(RunError, match=r"centralized: wiki\.tokens: no such file; name one \(see .*centralized\.log\)"):
+        modes.bench_modes(options)
+    assert not options.out.exists()
+
+
+def test_a_run_is_ended_with_the_bench(tmp_path):
+    program = (
+        "import signal, sys\nfrom pathlib import Path\nfrom benchmarks.modes import benchmark as modes\n"
+        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
+        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
+        "modes._run([sys.executable, '-c', child], Path(sys.argv[1]))\n"
+    )
+    log = tmp_path / "run.log"
+    bench = subprocess.Popen([sys.executable, "-c", program, str(log)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not (log.is_file() and log.read_text().strip()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        bench.terminate()
+        assert bench.wait(timeout=60) == 143
+    finally:
+        bench.kill()
+        bench.wait()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+def test_command_line_reaches_the_bench(monkeypatch):
+    from fedbert_ds import cli
+
+    given = []
+    monkeypatch.setattr(modes, "bench_modes", given.append)
+    cli.main(["bench", "modes", "--data", "f.tokens", "--out", "o.json", "--windows", "7", "--quick", "run.seed=2"])
+    assert given[0].data == "f.tokens" and given[0].out == Path("o.json") and given[0].quick
+    assert given[0].overrides == ("run.windows=7", "run.seed=2")

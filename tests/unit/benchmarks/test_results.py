@@ -1,0 +1,134 @@
+"""What is kept under benchmarks/results/ says where it comes from, and the page of reading says what it says."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.codecs.benchmark import table as codecs_table
+from benchmarks.codecs.counted import counted_table
+from benchmarks.codecs.settings import BASELINE, Setting, all_in
+from benchmarks.modes.comparison import table
+from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
+from fedbert_ds.bench.body.benchmark import table as body_table
+from fedbert_ds.bench.pipeline.report import table as pipeline_table
+from fedbert_ds.planner.validate import table as validation_table
+from fedbert_ds.planner.validate import validate
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
+README = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_every_record_is_complete_and_names_no_private_place(path):
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    assert {"command", "commit", "machine", "versions", "rows"} <= set(record)
+    assert record["rows"]
+    assert not re.search(r'["\s=](/(home|root|tmp|work|mnt|Users)/|[A-Z]:\\)', text)
+    assert path.stem in README
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("modes-")], ids=lambda p: p.name)
+def test_modes(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    final = {(row["system"], row["average_every"]): row for row in record["final"]}
+    assert set(final) == {
+        ("centralized", None), ("synchronous", None), ("parallel", 1), ("parallel", 5), ("parallel", 50),
+    }  # fmt: skip
+    assert len(record["rows"]) == len(final) * record["settings"]["run"]["windows"]
+    assert table(record["final"], "centralized") in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    assert final["synchronous", None]["largest_difference"] < 1e-6
+    assert final["synchronous", None]["largest_weight_difference"] < 1e-6
+    for row in final.values():
+        assert row["held_out_loss"] < row["unigram_loss"] - 0.3
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("staleness-")], ids=lambda p: p.name)
+def test_staleness(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    final = {(row["system"], row["staleness"]): row for row in record["final"]}
+    systems = {"centralized": [0], "synchronous": [0, 1, 2], "parallel": [0, 1]}
+    assert set(final) == {(system, staleness) for system, values in systems.items() for staleness in values}
+    assert table(record["final"], "centralized") in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    assert final["synchronous", 0]["largest_difference"] < 1e-6
+    for staleness in (1, 2):
+        stale = final["synchronous", staleness]
+        assert stale["largest_difference"] > 1e-4, "not the exact run under another name"
+        assert abs(stale["held_out_loss"] - final["centralized", 0]["held_out_loss"]) < 0.01
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("body-")], ids=lambda p: p.name)
+def test_body(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert body_table(record["rows"]) in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    beside_padded = {
+        (row["model"], row["lengths"]): row["beside_padded"] for row in record["rows"] if row["way"] == OURS
+    }
+    assert len(beside_padded) >= 3
+    for (_, lengths), ratio in beside_padded.items():
+        assert ratio >= (1.6 if lengths == SENTENCES else 1.0)
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("codecs-")], ids=lambda p: p.name)
+def test_codecs(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert codecs_table(record["summary"]) in README
+    assert path.with_suffix(".png").is_file()
+    names = vars(BASELINE)
+    summary = {Setting(**{name: row[name] for name in names}): row for row in record["summary"]}
+    # What the page claims.
+    assert summary[BASELINE]["held_out_loss"] < record["text"]["unigram_loss"] - 0.5
+    exact, coarse = summary[all_in("int8")], summary[all_in("int4_hadamard")]
+    assert exact["bytes_per_token"] <= 550 and abs(exact["cost"]) < 0.002 and exact["seeds"] >= 3
+    assert coarse["bytes_per_token"] <= 300 and coarse["cost_highest"] < 0.01 and coarse["seeds"] >= 3
+    assert summary[all_in("int4_hadamard", model="factorized")]["bytes_per_token"] <= 100
+    # On text that repeats fewer words, too.
+    assert counted_table(record["counted"]) in README
+    wikitext = {
+        (size["model"], size["cut"], size["activations"], size["gradients"]): size["up"] + size["down"]
+        for size in record["counted"][1]["sizes"]
+    }
+    assert wikitext["full", "rows", "int8", "int8"] <= 550
+    assert wikitext["full", "rows", "int4_hadamard", "int4_hadamard"] <= 300
+    assert wikitext["factorized", "rows", "int4_hadamard", "int4_hadamard"] <= 100
+
+
+@pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("pipeline-")], ids=lambda p: p.name)
+def test_pipeline(path):
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", record["commit"])
+    assert pipeline_table(record["rows"]) in README
+    assert path.with_suffix(".png").is_file()
+    # What the page claims.
+    ours = [row for row in record["rows"] if row["system"] == "ours"]
+    for row in ours:
+        assert row["dummy_share"] == 0.0
+        if row["mode"] == "parallel" or row["staleness"]:
+            assert row["utilization"] >= 0.95
+        elif path.stem == "pipeline-cpu":
+            assert row["utilization"] >= row["utilization_bound"] - 0.03
+
+
+def test_ours_is_five_times_as_fast_as_a_naive_split_trainer():
+    record = json.loads((BENCHMARKS / "results" / "pipeline-cpu-small-body.json").read_text(encoding="utf-8"))
+    speeds = {row["system"]: row["tokens_per_second"] for row in record["rows"] if not row["variant"]}
+    assert speeds["ours"] >= 5.0 * speeds["naive"]
+
+
+def test_predictions():
+    record = json.loads((BENCHMARKS / "results" / "pipeline-cpu.json").read_text(encoding="utf-8"))
+    checks = list(validate(record))
+    assert len(checks) >= 6 and all(abs(check.error) <= 0.10 for check in checks)
+    assert validation_table(checks) in README

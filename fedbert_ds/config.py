@@ -97,7 +97,18 @@ class TokenizerSection(Section):
     """Word pieces when training one."""
 
 
-class DataSection(Section):
+class SequenceSection(Section):
+    """How text becomes masked sequences, the same at every client."""
+
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Longest sequence in tokens, [CLS] and [SEP] included; sequences are not padded."""
+    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of tokens chosen for prediction (80 % [MASK], 10 % random, 10 % unchanged)."""
+    whole_word: bool = False
+    """Choose whole words instead of single word pieces."""
+
+
+class DataSection(SequenceSection):
     """Text, how it is dealt to local clients, and how it becomes masked sequences."""
 
     source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
@@ -113,12 +124,6 @@ class DataSection(Section):
     """How articles are dealt to local clients: equal counts, Dirichlet-skewed sizes, or Dirichlet-skewed topics."""
     alpha: Annotated[float, Field(gt=0.0)] = 2.0
     """Dirichlet concentration of `size` and `topic` shards; smaller is more unequal."""
-    sequence_length: Annotated[int, Field(ge=8)] = 128
-    """Longest sequence in tokens, [CLS] and [SEP] included; sequences are not padded."""
-    mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Share of tokens chosen for prediction (80 % [MASK], 10 % random, 10 % unchanged)."""
-    whole_word: bool = False
-    """Choose whole words instead of single word pieces."""
 
 
 class WindowSection(Section):

@@ -85,10 +85,10 @@ def run_client(options: ClientOptions) -> int:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     settings = parse_settings(welcome.settings)
     text = BatchStream(
-        encode(articles, tokenizer, settings.sequence_length),
+        encode(articles, tokenizer, settings.sequences.sequence_length),
         tokenizer,
-        mask_probability=settings.mask_probability,
-        whole_word=settings.whole_word,
+        mask_probability=settings.sequences.mask_probability,
+        whole_word=settings.sequences.whole_word,
         seed=settings.seed,
         client=options.name,
     )

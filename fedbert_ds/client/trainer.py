@@ -370,8 +370,8 @@ class ClientTrainer:
     def _new_assembler(self) -> UpdateAssembler:
         if self._awaits_initial_half:
             shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
-            return UpdateAssembler(shapes, "the server's half")
-        return UpdateAssembler(self._exchanged, "the server's half", self._exchange_codec)
+            return UpdateAssembler(shapes, "the server's update")
+        return UpdateAssembler(self._exchanged, "the server's update", self._exchange_codec)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
-from fedbert_ds.wire.messages import ClientSettings, cut_to_json
+from fedbert_ds.wire.messages import client_settings, cut_to_json
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -284,16 +284,8 @@ def _welcome(
     config: RunConfig, roster: Roster, start: Start, endpoints: list[str], tokenizer: bytes, model_config: str
 ) -> None:
     for client, seat in start.seats.items():
-        settings = ClientSettings(
-            seed=config.run.seed,
-            windows=config.run.windows,
-            tokens=seat.tokens,
-            sequence_length=config.data.sequence_length,
-            mask_probability=config.data.mask_probability,
-            whole_word=config.data.whole_word,
-            optimizer=config.optimizer,
-            federation=config.federation,
-            wire=config.wire,
+        settings = client_settings(
+            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
         )
         welcome = pb.Welcome(
             endpoint=endpoints[seat.rank],

@@ -6,11 +6,19 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedbert_ds.config import Cut, FederationSection, OptimizerSection, Section, WireSection
+from fedbert_ds.config import (
+    Cut,
+    FederationSection,
+    OptimizerSection,
+    RunSection,
+    Section,
+    SequenceSection,
+    WireSection,
+)
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Raised when a message changes its meaning; client and server must have the same."""
 
 
@@ -21,12 +29,30 @@ class ClientSettings(Section):
     windows: int
     tokens: int
     """Tokens this client brings to a window."""
-    sequence_length: int
-    mask_probability: float
-    whole_word: bool
+    sequences: SequenceSection
     optimizer: OptimizerSection
     federation: FederationSection
     wire: WireSection
+
+
+def client_settings(
+    run: RunSection,
+    sequences: SequenceSection,
+    optimizer: OptimizerSection,
+    federation: FederationSection,
+    wire: WireSection,
+    tokens: int,
+) -> ClientSettings:
+    """The settings of a client that brings `tokens` tokens to a window; of `data` only the sequences travel."""
+    return ClientSettings(
+        seed=run.seed,
+        windows=run.windows,
+        tokens=tokens,
+        sequences=SequenceSection(**sequences.model_dump(include=set(SequenceSection.model_fields))),
+        optimizer=optimizer,
+        federation=federation,
+        wire=wire,
+    )
 
 
 def parse_settings(text: str) -> ClientSettings:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedbert_ds.client.session import STOPPED, ClientOptions, run_client
-from fedbert_ds.config import FederationSection, LayersCut, ModelSection, OptimizerSection, WireSection
+from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
@@ -23,7 +23,7 @@ from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL, ClientSettings, cut_to_json
+from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
 TIMEOUT = 30.0
 ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog " * 3) for n in range(3)]
@@ -45,10 +45,8 @@ class Served:
         write_shard(folder / "shard.jsonl", ARTICLES)
 
     def welcome(self, **changes: Any) -> pb.Welcome:
-        settings = ClientSettings(
-            seed=1, windows=2, tokens=32, sequence_length=16, mask_probability=0.3, whole_word=False,
-            optimizer=OptimizerSection(), federation=FederationSection(), wire=WireSection(),
-        )  # fmt: skip
+        config = RunConfig(run={"windows": 2}, data={"sequence_length": 16, "mask_probability": 0.3})
+        settings = client_settings(config.run, config.data, config.optimizer, config.federation, config.wire, tokens=32)
         fields: dict[str, Any] = {
             "endpoint": f"127.0.0.1:{self.port}",
             "session": "session of ada",
@@ -179,7 +177,7 @@ def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
     served.client()
     served.let_in()
     served.ingress.send("ada", pb.ServerMessage(update=pb.UpdateChunk(name="unknown")))
-    assert "the server's half: tensor 'unknown'" in served.failed()
+    assert "the server's update: tensor 'unknown'" in served.failed()
     assert served.event(Disconnected) == Disconnected("ada")
 
 

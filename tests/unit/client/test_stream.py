@@ -170,7 +170,7 @@ def test_stop_waits_for_the_last_words(server: tuple[Endpoint, str]) -> None:
             ingress.send("ada", down(number, 1_000_000))
         ingress.close("ada", down(10))
         ingress.stop(grace=30)
-        assert [stream.receive().half.offset for _ in range(11)] == list(range(11))
+        assert [stream.receive().update.offset for _ in range(11)] == list(range(11))
 
 
 def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,4 +198,4 @@ def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], mo
         for number in range(count):
             assert ingress.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20))
         assert finished.wait(timeout=TIMEOUT)
-        assert [stream.receive().half.offset for _ in range(40)] == list(range(40))
+        assert [stream.receive().update.offset for _ in range(40)] == list(range(40))

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_ds.client.trainer import ClientTrainer
-from fedbert_ds.config import FederationSection, LayersCut, ModelSection, OptimizerSection, WireSection
+from fedbert_ds.config import (
+    FederationSection,
+    LayersCut,
+    ModelSection,
+    OptimizerSection,
+    SequenceSection,
+    WireSection,
+)
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
@@ -68,8 +75,9 @@ class Text:
 
 def settings_of(**changes: Any) -> ClientSettings:
     fields: dict[str, Any] = {
-        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "sequence_length": 8, "mask_probability": 0.4,
-        "whole_word": False, "federation": FederationSection(), "wire": WireSection(),
+        "seed": 1, "windows": 6, "tokens": sum(LENGTHS),
+        "sequences": SequenceSection(sequence_length=8, mask_probability=0.4),
+        "federation": FederationSection(), "wire": WireSection(),
         "optimizer": OptimizerSection(name="sgd", lr=0.5, schedule="constant", gradient_clipping=0.0, weight_decay=0.0),
     }  # fmt: skip
     return ClientSettings(**(fields | changes))
@@ -192,9 +200,9 @@ class Server:
     def take_half(self) -> tuple[dict[str, Tensor], float]:
         """The half (or its gradients) the trainer has sent."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.half.named_parameters()}
-        names = {message.update.name for message in self.sent if message.WhichOneof("body") == "half"}
+        names = {message.update.name for message in self.sent if message.WhichOneof("body") == "update"}
         joined = UpdateAssembler({name: shapes[name] for name in names if name}, "it")
-        while (complete := joined.add(self.take("half"))) is None:
+        while (complete := joined.add(self.take("update"))) is None:
             pass
         return complete
 

@@ -56,7 +56,7 @@ class FakeClient:
         self._unfinished: dict[int, set[int]] = {}
         self._opened: list[int] = []
         self._gradients: dict[int, Tensor] = {}
-        self._assembler = UpdateAssembler(HALF, "the server's half")
+        self._assembler = UpdateAssembler(HALF, "the server's update")
 
     def manifest(self, window: int) -> list[pb.ClientMessage]:
         if window >= self._config.run.windows:
@@ -134,7 +134,7 @@ class FakeClient:
         return self._activations_due()
 
     def _take_half(self, window: int, half: dict[str, Tensor]) -> list[pb.ClientMessage]:
-        self._assembler = UpdateAssembler(HALF, "the server's half")
+        self._assembler = UpdateAssembler(HALF, "the server's update")
         self.halves.append(half)
         if len(self.halves) == 1:
             return self.manifest(0)

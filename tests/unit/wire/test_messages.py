@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.config import FederationSection, LayersCut, OptimizerSection, WireSection
+from fedbert_ds.config import LayersCut, RunConfig, SequenceSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import (
-    ClientSettings,
     Manifest,
     checked_manifest,
+    client_settings,
     cut_to_json,
     parse_cut,
     parse_settings,
@@ -90,11 +90,29 @@ def test_a_huge_manifest_is_refused_before_it_is_read() -> None:
 
 # -- settings and cut -----------------------------------------------------------------------------------------------
 
-SETTINGS = ClientSettings(
-    seed=1, windows=10, tokens=512, sequence_length=128, mask_probability=0.15, whole_word=True,
-    optimizer=OptimizerSection(lr=3e-3, betas=(0.8, 0.99)), federation=FederationSection(mode="parallel"),
-    wire=WireSection(activations="int8"),
-)  # fmt: skip
+CONFIG = RunConfig(
+    run={"windows": 10, "seed": 3},
+    data={"sequence_length": 64, "mask_probability": 0.2, "whole_word": True, "source": ["private.txt"]},
+    optimizer={"lr": 3e-3, "betas": (0.8, 0.99)},
+    federation={"mode": "parallel"},
+    wire={"activations": "int8"},
+)
+SETTINGS = client_settings(CONFIG.run, CONFIG.data, CONFIG.optimizer, CONFIG.federation, CONFIG.wire, tokens=512)
+
+
+def test_settings_are_the_run_files() -> None:
+    assert (SETTINGS.seed, SETTINGS.windows, SETTINGS.tokens) == (3, 10, 512)
+    assert SETTINGS.sequences == SequenceSection(sequence_length=64, mask_probability=0.2, whole_word=True)
+    assert (SETTINGS.optimizer, SETTINGS.federation, SETTINGS.wire) == (
+        CONFIG.optimizer,
+        CONFIG.federation,
+        CONFIG.wire,
+    )
+
+
+def test_nothing_else_of_the_data_section_travels() -> None:
+    assert set(SETTINGS.sequences.model_dump()) == {"sequence_length", "mask_probability", "whole_word"}
+    assert "private.txt" not in SETTINGS.model_dump_json()
 
 
 def test_settings_round_trip() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-POLL_SECONDS = 0.2
+if TYPE_CHECKING:
+    POLL_SECONDS = 0.2
 """How long a wait for an event lasts before clocks and flags are looked at again."""
 
 
@@ -44,8 +43,6 @@ class Received:
 
     client: str
     message: pb.ClientMessage
-    decoded: Tensor | WireError | None = None
-    """Its tensor, or what is wrong with it, where somebody has decoded it on the way."""
 
 
 @dataclass(frozen=True)

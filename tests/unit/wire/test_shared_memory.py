@@ -152,7 +152,7 @@ with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:
 def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[SharedMemory] = []
     monkeypatch.setattr(
-        "fedbert_ds.server.network.endpoint.accept", lambda shared: opened.append(accept(shared)) or opened[-1]
+        "fedbert_ds.server.network.client_stream.accept", lambda shared: opened.append(accept(shared)) or opened[-1]
     )
     before = own_memory()
     ingress = Endpoint("127.0.0.1", 0, None, reconnect_timeout=0.1)

@@ -19,7 +19,7 @@ from unit.server.fake_client import HALF, FakeClient
 from unit.server.fakes import FakeEngine, FakeRankGroup, run_config, seats, shapes
 from unit.server.test_rank import BAD
 
-from fedbert_ds.bench.link import DelayProxy
+from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import WireError
@@ -27,6 +27,7 @@ from fedbert_ds.server.network import endpoint_process
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.socket_channel import SocketChannel
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -275,7 +276,7 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
             time.sleep(0.1)
         waits = unread + (endpoint_process.UNREAD_BYTES // len(chunk.payload) if in_process else 0)
         assert waits < taken < waits + 150 < flood, taken
-        assert endpoint.real._events.qsize() <= waits + 1
+        assert endpoint.real.num_waiting <= waits + 1
         streams("bo").send(manifest(7))
         events = [endpoint.event() for _ in range(flood + 2)]
         assert sum(isinstance(event, Received) and event.client == "ada" for event in events) == flood
@@ -469,7 +470,7 @@ def serve_fakes(
 def test_a_body_s_process_that_was_killed_is_the_end_of_what_is_asked() -> None:
     """What the child had told it, and it had not read, makes the system report a reset."""
     ours, theirs = socket.socketpair()
-    child = endpoint_process._Channel(theirs)
+    child = SocketChannel(theirs)
     child.send(["connected", "ada"])
     ours.close()
     assert child.receive() is None

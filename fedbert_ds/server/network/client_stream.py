@@ -1,0 +1,193 @@
+"""One client's messages both ways, over as many connections as it takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+
+from google.protobuf.message import DecodeError
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.conversation import ACKNOWLEDGE_SECONDS, MESSAGE_BYTES, UNREAD_BYTES, Conversation
+from fedbert_ds.wire.shared_memory import SharedMemory, accept
+
+BACKLOG_BYTES = 8 << 30
+"""Bytes that may wait for one client to take them, a whole update among them; with more it counts as lost."""
+
+DELIVERY_HEADER_BYTES = 2
+"""Tag and length of a Delivery, whose own size is below 128."""
+
+
+class ClientStream:
+    """A client's conversation with the rank, and what hangs on it: connection, shared memory, unread bytes, timer.
+
+    Belongs to the event loop: every method is called there. `on_message(stream, message, frame, num_bytes)` gets each
+    of the client's messages once and in order: parsed, as it came, and its size without the delivery; `handled` must
+    follow. `on_end(stream)` is called once. Without a connection the stream ends after `reconnect_timeout` seconds.
+    """
+
+    def __init__(
+        self,
+        client: str,
+        session: str,
+        reconnect_timeout: float,
+        shares_memory: bool,
+        on_message: Callable[[ClientStream, pb.ClientMessage, bytes, int], None],
+        on_end: Callable[[ClientStream], None],
+    ) -> None:
+        self.client = client
+        self.session = session
+        self.is_over = False
+        self._reconnect_timeout = reconnect_timeout
+        self._shares_memory = shares_memory
+        self._on_message = on_message
+        self._on_end = on_end
+        self._conversation = Conversation()
+        self._connection: object | None = None
+        """Stands for the current connection; None while there is none."""
+        self._memory: SharedMemory | None = None
+        """Shared by the client for the current connection."""
+        self._changed = asyncio.Event()
+        """Set when there is something to send, another connection, or the end."""
+        self._unread_bytes = 0
+        self._room = asyncio.Event()
+        """Set when `_unread_bytes` has fallen."""
+        self._is_closing = False
+        """The server has sent its last message; the stream ends when the client has it."""
+        self._timer: asyncio.TimerHandle | None = None
+        """Ends the stream; runs while there is no connection, and after the last message."""
+
+    def attach(self, attach: pb.Attach) -> object:
+        """Go on over a new connection; returns what stands for it. Raises WireError if it is not this conversation's.
+
+        An earlier connection is over: the client knows that sooner than the server.
+        """
+        self._conversation.resume(attach.received)
+        self._share(accept(attach.shared) if attach.HasField("shared") and self._shares_memory else None)
+        self._connection = connection = object()
+        if not self._is_closing:
+            self._stop_timer()
+        self._wake()
+        return connection
+
+    async def read(self, connection: object, frames: AsyncIterator[bytes]) -> None:
+        """Hand on the client's messages until this connection ends."""
+        try:
+            async for frame in frames:
+                message = pb.ClientMessage.FromString(frame)
+                if self._connection is not connection:
+                    return
+                self._take(message, frame)
+                if self.is_over:
+                    return
+                while self._unread_bytes > UNREAD_BYTES and not self._is_closing:
+                    self._room.clear()
+                    await self._room.wait()
+        except (DecodeError, WireError):
+            # Nothing that could be answered: the other end is no client of ours.
+            self.finish()
+        finally:
+            self._lose(connection)
+
+    async def write(self, connection: object) -> AsyncIterator[bytes]:
+        """The frames to send on this connection, until it ends or the stream is over."""
+        yield self._conversation.greeting()
+        is_late = False
+        while self._connection is connection and not self.is_over:
+            frame = self._conversation.frame(acknowledge=is_late)
+            is_late = False
+            if frame is not None:
+                yield frame
+                continue
+            if self._is_closing and self._conversation.is_idle:
+                self.finish()
+                return
+            self._changed.clear()
+            try:
+                timeout = ACKNOWLEDGE_SECONDS if self._conversation.is_untold else None
+                await asyncio.wait_for(self._changed.wait(), timeout)
+            except asyncio.TimeoutError:
+                is_late = True
+
+    def put(self, body: bytes) -> None:
+        """Queue a serialized message for the client."""
+        if self.is_over:
+            return
+        self._conversation.put(body)
+        if self._conversation.kept_bytes > BACKLOG_BYTES:
+            self.finish()
+        self._wake()
+
+    def handled(self, num_bytes: int) -> None:
+        """A message of `num_bytes` has been handled: there is room for more."""
+        self._unread_bytes -= max(num_bytes, MESSAGE_BYTES)
+        self._room.set()
+
+    def close(self) -> None:
+        """After the last message: end when the client has it, or after `reconnect_timeout` without."""
+        self._is_closing = True
+        if not self.is_over:
+            self._restart_timer()
+        self._wake()
+
+    def finish(self) -> None:
+        """End now."""
+        if self.is_over:
+            return
+        self.is_over = True
+        self._stop_timer()
+        self._on_end(self)
+        self._wake()
+
+    def _take(self, message: pb.ClientMessage, frame: bytes) -> None:
+        delivery = message.delivery
+        num_bytes = delivery.shared_bytes or len(frame) - delivery.ByteSize() - DELIVERY_HEADER_BYTES
+        is_new = self._conversation.take(delivery, num_bytes)
+        self._changed.set()
+        if not is_new:
+            return
+        if delivery.shared_bytes:
+            frame = self._read_shared(delivery)
+            message = pb.ClientMessage.FromString(frame)
+        message.ClearField("delivery")
+        if message.HasField("leave"):
+            self.finish()
+        elif not self._is_closing:
+            self._unread_bytes += max(num_bytes, MESSAGE_BYTES)
+            self._on_message(self, message, frame, num_bytes)
+
+    def _lose(self, connection: object) -> None:
+        """A connection has ended; if it was the current one, the client has a while to come back."""
+        if self._connection is not connection:
+            return
+        self._connection = None
+        self._share(None)
+        if not self.is_over and not self._is_closing:
+            self._restart_timer()
+        self._wake()
+
+    def _share(self, memory: SharedMemory | None) -> None:
+        """Send large messages through this memory, for the current connection."""
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = memory
+        self._conversation.ring = memory.outgoing if memory is not None else None
+
+    def _read_shared(self, delivery: pb.Delivery) -> bytes:
+        """The message in the client's memory; WireError when it shares none."""
+        if self._memory is None:
+            raise WireError(f"client {self.client}: a message in memory that is not shared")
+        return self._memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
+
+    def _restart_timer(self) -> None:
+        self._stop_timer()
+        self._timer = asyncio.get_running_loop().call_later(self._reconnect_timeout, self.finish)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._room.set()

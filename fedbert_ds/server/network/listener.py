@@ -1,0 +1,219 @@
+"""Listens for a rank's clients with gRPC; moves serialized messages and decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from fedbert_ds.errors import UserError, WireError
+from fedbert_ds.server.network.client_stream import ClientStream
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.channel import JOIN, OPTIONS, TRAIN, TlsFiles, server_credentials
+
+M = TypeVar("M")
+"""The event of a client's message."""
+
+
+class Listener(Generic[M]):
+    """Listens from `start` to `stop`: events come out of `next_event`, serialized messages go in through `send_body`.
+
+    Used from one thread; an event loop in another thread does the work. A client that loses its connection has
+    `reconnect_timeout` seconds to come back; messages both ways wait for it, none is lost or doubled.
+    `make_event(client, message, frame, num_bytes)` makes the event of a client's message, on the event loop: from the
+    parsed message, the bytes it came as, and its size without the delivery.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        tls: TlsFiles | None,
+        reconnect_timeout: float,
+        shares_memory: bool,
+        make_event: Callable[[str, pb.ClientMessage, bytes, int], M],
+    ) -> None:
+        self._address = f"{host}:{port}"
+        self._tls = tls
+        self._reconnect_timeout = reconnect_timeout
+        self._shares_memory = shares_memory
+        self._make_event = make_event
+        self._events: queue.SimpleQueue[tuple[Event | M, Callable[[], None] | None]] = queue.SimpleQueue()
+        """Events, each with what the event loop is to do once it was taken."""
+        self._streams: dict[str, ClientStream] = {}
+        self._closing: dict[str, ClientStream] = {}
+        self._sessions: dict[str, str] = {}
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
+        self._server: grpc.aio.Server | None = None
+
+    def start(self) -> int:
+        """Listen; returns the port. Raises WireError when the port is in use or the host is not this machine's."""
+        self._thread.start()
+        return asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(timeout=30)
+
+    def admit(self, sessions: dict[str, str]) -> None:
+        """Let these clients, and no others, open a stream, each with its session."""
+        self._sessions = dict(sessions)
+
+    def revoke(self, client: str) -> None:
+        """Let a client open no further stream."""
+        self._sessions.pop(client, None)
+
+    def next_event(self, timeout: float) -> Event | M | None:
+        """The oldest event, waiting up to `timeout` seconds for one."""
+        try:
+            event, when_taken = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+        except queue.Empty:
+            return None
+        if when_taken is not None:
+            self._loop.call_soon_threadsafe(when_taken)
+        return event
+
+    @property
+    def num_waiting(self) -> int:
+        """Events that wait for `next_event`."""
+        return self._events.qsize()
+
+    def is_connected(self, client: str) -> bool:
+        """The client has a stream, with or without a connection, and `close_body` has not closed it."""
+        return client in self._streams
+
+    def send_body(self, client: str, body: bytes) -> None:
+        """Queue a serialized ServerMessage; dropped if the client is gone."""
+        stream = self._streams.get(client)
+        if stream is not None:
+            self._loop.call_soon_threadsafe(stream.put, body)
+
+    def close_body(self, client: str, body: bytes) -> None:
+        """Send one last message, then end the client's stream."""
+        stream = self._streams.get(client)
+        if stream is not None:
+            self._loop.call_soon_threadsafe(stream.put, body)
+            # In this order: a client that comes back just now finds its stream.
+            self._closing[client] = stream
+            self._streams.pop(client, None)
+            self._loop.call_soon_threadsafe(self._close, stream)
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Let streams flush for up to `grace` seconds and stop listening. Further calls do nothing."""
+        if not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._end(grace), self._loop).result(timeout=grace + 30)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout=10)
+
+    # -- on the event loop --------------------------------------------------------------------------
+
+    async def join(self, hello: pb.Hello) -> pb.Welcome:
+        """Make a Join an event and wait for its answer; raises the answer if it is a UserError."""
+        answer: Future[pb.Welcome] = Future()
+        self._events.put((JoinAsked(hello, answer), None))
+        try:
+            return await asyncio.wrap_future(answer)
+        except asyncio.CancelledError:
+            self._events.put((JoinAbandoned(hello), None))
+            raise
+
+    def stream(self, attach: pb.Attach) -> ClientStream:
+        """The stream of a client with a valid session, opened if it has none; WireError without such a session."""
+        stream = self._streams.get(attach.client) or self._closing.get(attach.client)
+        if stream is not None and stream.session == attach.session:
+            return stream
+        if not attach.session or self._sessions.get(attach.client) != attach.session:
+            raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
+        if attach.received:
+            raise WireError(f"client {attach.client}: its session is over; it was away for too long")
+        stream = self._streams[attach.client] = ClientStream(
+            attach.client, attach.session, self._reconnect_timeout, self._shares_memory, self._hand_on, self._ended
+        )
+        self._events.put((Connected(attach.client), None))
+        return stream
+
+    def _hand_on(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
+        event = self._make_event(stream.client, message, frame, num_bytes)
+        self._events.put((event, partial(stream.handled, num_bytes)))
+
+    def _close(self, stream: ClientStream) -> None:
+        stream.close()
+        if stream.is_over:  # it ended while `close_body` ran
+            self._ended(stream)
+
+    def _ended(self, stream: ClientStream) -> None:
+        """Forget a stream; it is an event unless the server closed it."""
+        if self._closing.get(stream.client) is stream:
+            del self._closing[stream.client]
+        # Otherwise `close_body` was first, and the client may be back on another stream.
+        if self._streams.get(stream.client) is stream:
+            del self._streams[stream.client]
+            self._events.put((Disconnected(stream.client), None))
+
+    async def _listen(self) -> int:
+        self._server = grpc.aio.server(options=OPTIONS)
+        self._server.add_generic_rpc_handlers((_Servicer(self),))
+        try:
+            if self._tls is None:
+                port: int = self._server.add_insecure_port(self._address)
+            else:
+                port = self._server.add_secure_port(self._address, server_credentials(self._tls))
+        except RuntimeError as error:
+            raise WireError(
+                f"{self._address}: the port is in use or the address is not this machine's; "
+                "change server.port or server.host"
+            ) from error
+        await self._server.start()
+        return port
+
+    async def _end(self, grace: float) -> None:
+        """Wait until clients have the last messages of closed streams, then stop the server."""
+        deadline = self._loop.time() + grace
+        while self._closing and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+        if self._server is not None:
+            await self._server.stop(max(0.0, deadline - self._loop.time()))
+
+
+class _Servicer(grpc.GenericRpcHandler):
+    """Passes calls on to the listener; the one place where a UserError becomes a gRPC status."""
+
+    def __init__(self, listener: Listener[Any]) -> None:
+        self._listener = listener
+        self._handlers = {
+            JOIN: grpc.unary_unary_rpc_method_handler(self.join, pb.Hello.FromString, pb.Welcome.SerializeToString),
+            TRAIN: grpc.stream_stream_rpc_method_handler(self.train),
+        }
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        return self._handlers.get(details.method)
+
+    async def join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
+        try:
+            return await self._listener.join(request)
+        except UserError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    async def train(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        frames = aiter(frames)
+        first = pb.ClientMessage()
+        with suppress(DecodeError):
+            first = pb.ClientMessage.FromString(await anext(frames, b""))
+        try:
+            stream = self._listener.stream(first.attach)
+            connection = stream.attach(first.attach)
+        except UserError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        reader = asyncio.create_task(stream.read(connection, frames))
+        try:
+            async for frame in stream.write(connection):
+                yield frame
+        finally:
+            reader.cancel()

@@ -1,5 +1,6 @@
 # make pretrain    set up the environment, then pre-train with configs/default.yaml on this machine
 # make test        set up the environment, then lint, type-check and test
+# make compile-check   every kernel compiled without a GPU and compared with its golden table, some 4 minutes
 # make same        six short runs: losses and weights compared with the recorded ones, bit by bit
 # make setup       the environment alone        make clean    remove it, and what tools left behind
 #
@@ -39,7 +40,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test same setup clean
+.PHONY: pretrain test compile-check same setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -50,6 +51,9 @@ test: $(STAMP)
 	@ruff format --quiet --check . || { echo "make: files above are not formatted; run: ruff format ."; exit 1; }
 	@mypy --no-error-summary
 	@pytest --numprocesses auto --quiet $(ARGS)
+
+compile-check: $(STAMP)
+	@python -m fedbert_kernels.compile_check $(ARGS)
 
 same: $(STAMP)
 	@python tests/integration/recorded_runs.py $(ARGS)

@@ -1,7 +1,7 @@
-"""Compiles every kernel for every architecture and compares the counts with a golden table; needs no GPU.
+"""Compiles every kernel for every architecture and compares the counts with the golden tables; needs no GPU.
 
-    python -m fedbert_kernels.compile_check                     compare, exit status 1 on a problem
-    python -m fedbert_kernels.compile_check --update            write the table of the installed Triton release anew
+    python -m fedbert_kernels.compile_check                     compare; exit status 1 on a problem
+    python -m fedbert_kernels.compile_check --update            write the installed release's tables and digest
     python -m fedbert_kernels.compile_check --module gelu       one kernel file only (with --update too)
     python -m fedbert_kernels.compile_check --only d64          only rows with this in their name (with --update too)
 
@@ -14,22 +14,26 @@ import argparse
 import concurrent.futures
 import functools
 import importlib
-import importlib.util
-import json
 import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
 from fedbert_kernels.disassembly import measure
+from fedbert_kernels.golden_tables import (
+    GOLDEN,
+    MODULES,
+    Row,
+    Table,
+    golden_path,
+    read_table,
+    record_digest,
+    write_table,
+)
 
-MODULES = ("attention", "layer_norm", "gelu", "linear_cross_entropy", "quantize")
-"""Kernel files, in the order of the table; one not there yet is passed over."""
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "unit" / "kernels" / "golden"
 TOGETHER = 12
 """Kernels that one run of the disassembler takes."""
 KEEP_MEMORY = (
@@ -40,21 +44,20 @@ KEEP_MEMORY = (
 LOOP_GROWTH = 1.03
 """A main loop longer than this multiple of the table's fails."""
 
-Row = dict[str, Any]
-Table = dict[str, Row]
-
 
 def compile_cases(module: str) -> list[CompileCase]:
-    """The cases of one kernel file, none if the file does not exist."""
-    name = f"fedbert_kernels.{module}"
-    if importlib.util.find_spec(name) is None:
-        return []
-    cases: list[CompileCase] = importlib.import_module(name).compile_cases()
+    """The cases of one kernel file."""
+    cases: list[CompileCase] = importlib.import_module(f"fedbert_kernels.{module}").compile_cases()
     return cases
 
 
-def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, only: str = "") -> dict[str, Table]:
-    """Counts of every case with `only` in its name: {module: {"name sm_90": counts or {"error": ...}}}."""
+def measure_all(
+    modules: Iterable[str] = MODULES, workers: int | None = None, wanted: Callable[[str], bool] = lambda row: True
+) -> dict[str, Table]:
+    """Compile the cases whose row, such as "gelu_forward bf16 sm_90", is wanted.
+
+    Returns {module: {row: counts, or {"error": ...} for a case that does not compile}}.
+    """
     modules, workers = list(modules), workers or os.cpu_count() or 1
     # Spawned, not forked: the parent may hold threads of torch. Its own cache folder, so that every run compiles.
     context = multiprocessing.get_context("spawn")
@@ -76,7 +79,7 @@ def measure_all(modules: Iterable[str] = MODULES, workers: int | None = None, on
             for module in modules
             for case in compile_cases(module)
             for architecture in case.architectures
-            if only in f"{case.name} sm_{architecture}"
+            if wanted(f"{case.name} sm_{architecture}")
         ]
         jobs = _jobs(chosen)
         for (architecture, group), rows in zip(jobs, pool.map(_measure_job, jobs), strict=True):
@@ -131,25 +134,6 @@ def problems(golden: Table, measured: Table, cases: Iterable[CompileCase]) -> li
     return found
 
 
-def golden_path(module: str, folder: Path = GOLDEN) -> Path:
-    """Where the table of one kernel file for the installed Triton release lies, or would lie."""
-    import triton
-
-    return folder / f"triton-{triton.__version__}" / f"{module}.json"
-
-
-def read_table(path: Path) -> Table:
-    table: Table = json.loads(path.read_text(encoding="utf-8"))
-    return table
-
-
-def write_table(path: Path, table: Table) -> None:
-    """One row a line, so that a change of one kernel is a change of its lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table.items())
-    path.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
-
-
 def _start_worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
     os.environ.pop("TRITON_INTERPRET", None)
@@ -185,7 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--golden", type=Path, default=GOLDEN, help="folder of the tables")
     options = parser.parse_args(arguments)
     failures = 0
-    for module, table in measure_all(options.module or MODULES, options.workers, options.only).items():
+    measured = measure_all(options.module or MODULES, options.workers, lambda row: options.only in row)
+    for module, table in measured.items():
         path = golden_path(module, options.golden)
         golden = read_table(path) if path.exists() else {}
         if options.update and not any("error" in row for row in table.values()):
@@ -195,6 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
         found = problems(golden, table, compile_cases(module))
         print(f"{module}: {len(table)} compiled, {len(found)} problems", *found, sep="\n  ")
         failures += len(found)
+    if options.update and not failures and not options.module and not options.only:
+        record_digest(options.golden)
     return 1 if failures else 0
 
 

@@ -1,0 +1,100 @@
+"""The golden tables of a Triton release: what every kernel compiled to, and the sources that were compiled.
+
+A release has a folder with a table for each kernel file, {"kernel name sm_90": counts}, and a digest
+of the sources. While the sources have that digest, the tables are the measurement.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MODULES = ("attention", "layer_norm", "gelu", "linear_cross_entropy", "quantize")
+"""Kernel files, in the order of the tables."""
+SOURCES = Path(__file__).resolve().parent
+GOLDEN = SOURCES.parent / "tests" / "unit" / "kernels" / "golden"
+
+Row = dict[str, Any]
+Table = dict[str, Row]
+
+
+def golden_path(module: str, folder: Path = GOLDEN) -> Path:
+    """The table of one kernel file for the installed Triton release, whether it exists or not."""
+    return _release(folder) / f"{module}.json"
+
+
+def read_table(path: Path) -> Table:
+    table: Table = json.loads(path.read_text(encoding="utf-8"))
+    return table
+
+
+def write_table(path: Path, table: Table) -> None:
+    """One row a line, so that a change of one kernel is a change of its lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table.items())
+    path.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
+
+
+def recorded_digest(folder: Path = GOLDEN) -> str | None:
+    """Digest of the sources that the installed release's tables were measured on; None if not recorded."""
+    path = _release(folder) / "sources.sha256"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def record_digest(folder: Path = GOLDEN) -> None:
+    """Record that the installed release's tables were measured on the sources as they are now."""
+    (_release(folder) / "sources.sha256").write_text(f"{sources_digest()}\n", encoding="utf-8")
+
+
+def sources_digest(sources: Path = SOURCES) -> str:
+    """SHA-256 of all code that decides the counts of the installed release; the same in every Python.
+
+    Taken over the kernel files, the disassembly, and whatever they import from this folder. Comments,
+    docstrings and line breaks do not count.
+    """
+    trees: dict[str, ast.Module] = {}
+    unread = [*MODULES, "disassembly"]
+    while unread:
+        name = unread.pop()
+        if name not in trees and (sources / f"{name}.py").exists():
+            trees[name] = ast.parse((sources / f"{name}.py").read_text(encoding="utf-8"))
+            unread.extend(_imports(trees[name]))
+    code = {"triton": _triton_version()} | {name: _structure(tree) for name, tree in trees.items()}
+    return hashlib.sha256(json.dumps(code, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def _imports(tree: ast.Module) -> Iterator[str]:
+    """Names of modules of this package that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == __package__:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{__package__}."):
+            yield str(node.module).removeprefix(f"{__package__}.")
+
+
+def _structure(node: Any) -> Any:
+    """A syntax tree as lists and dictionaries. Fields that are empty count as absent: Pythons differ in them."""
+    if isinstance(node, ast.AST):
+        fields = {name: _structure(value) for name, value in ast.iter_fields(node)}
+        return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
+    if isinstance(node, list):
+        return [_structure(item) for item in node if not _is_docstring(item)]
+    return node
+
+
+def _is_docstring(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def _release(folder: Path) -> Path:
+    return folder / f"triton-{_triton_version()}"
+
+
+def _triton_version() -> str:
+    import triton
+
+    return str(triton.__version__)

@@ -1,4 +1,4 @@
-"""Messages on their way to a rank's clients: a thread codes them and hands them to the endpoint, beside the body."""
+"""A rank's messages to its clients, encoded and handed to the endpoint by a thread beside the body."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Outbox:
-    """Used from one thread; messages leave in the order in which they were put.
+    """Messages leave in the order of the calls. Used from one thread.
 
-    What coding them raises, a WireError for values that are not finite, is raised by a later call: at the latest by
-    `settle`.
+    An error in the thread, such as a WireError for values that are not finite, is raised by a later call, at the
+    latest by `settle`.
     """
 
     def __init__(self, endpoint: RankEndpoint) -> None:
         self._endpoint = endpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
         self._counting = threading.Lock()
-        """Held while a message is handed over and counted, so that no count is of one and not of the other."""
-        self._half_bytes = self._half_bytes_taken = 0
+        """Held while a message is sent and counted, so that `take_bytes` sees both or neither."""
+        self._update_bytes = self._update_bytes_taken = 0
         self._failure: BaseException | None = None
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
-        """A message that needs no coding."""
+        """Send a message that needs no encoding."""
         self._put(self._send, (client,), lambda: (message,))
 
     def send_coded(self, clients: Sequence[str], make: Callable[[], Iterable[pb.ServerMessage]]) -> None:
-        """Messages to each of these clients, made by the thread."""
+        """Send each of these clients the messages that `make` encodes, in the thread."""
         self._put(self._send, tuple(clients), make)
 
     def close(self, client: str, last: pb.ServerMessage) -> None:
@@ -39,29 +39,29 @@ class Outbox:
         self._put(self._endpoint.close, client, last)
 
     def check(self) -> None:
-        """Raise what coding has raised."""
+        """Raise the thread's first error, if there was one."""
         if self._failure is not None:
             raise self._failure
 
     def settle(self) -> None:
-        """Wait until the endpoint has everything that was put."""
+        """Wait until the endpoint has every message; raises as `check`."""
         self._thread.submit(lambda: None).result()
         self.check()
 
     def take_bytes(self) -> tuple[int, int, int]:
-        """Bytes since the last call: received, given out to send, and those of halves among the latter."""
+        """Bytes received, bytes sent, and the part of the latter that are client updates, since the last call."""
         with self._counting:
             up, down = self._endpoint.take_bytes()
-            halves = self._half_bytes - self._half_bytes_taken
-            self._half_bytes_taken = self._half_bytes
-        return up, down, halves
+            updates = self._update_bytes - self._update_bytes_taken
+            self._update_bytes_taken = self._update_bytes
+        return up, down, updates
 
     def _put(self, work: Callable[..., None], *arguments: Any) -> None:
         self.check()
         self._thread.submit(self._attempt, work, *arguments)
         self.check()
 
-    # -- in the thread ----------------------------------------------------------------------------------------------
+    # -- in the thread ------------------------------------------------------------------------------
 
     def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -75,4 +75,4 @@ class Outbox:
                 for client in clients:
                     self._endpoint.send(client, message)
                 if message.HasField("update"):
-                    self._half_bytes += message.ByteSize() * len(clients)
+                    self._update_bytes += message.ByteSize() * len(clients)

@@ -1,4 +1,4 @@
-"""The outbox: messages leave in order, coded beside the caller, counted with what they are; errors come out."""
+"""The outbox: messages leave in order, encoded in a thread and counted by kind; the thread's errors come out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Endpoint:
-    """What an endpoint does with messages, and which thread it was asked by."""
+    """Records messages, and the threads that sent them."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 OPEN = pb.ServerMessage(open=pb.Open(window=1))
-HALF = pb.ServerMessage(update=pb.UpdateChunk(payload=bytes(1000)))
+UPDATE = pb.ServerMessage(update=pb.UpdateChunk(payload=bytes(1000)))
 
 
 def outbox_and_endpoint() -> tuple[Outbox, Any]:
@@ -42,7 +42,7 @@ def outbox_and_endpoint() -> tuple[Outbox, Any]:
     return Outbox(endpoint), endpoint  # type: ignore[arg-type]
 
 
-def test_messages_leave_in_order_and_are_coded_elsewhere() -> None:
+def test_messages_leave_in_order_and_are_encoded_in_the_thread() -> None:
     outbox, endpoint = outbox_and_endpoint()
     let_go = threading.Event()
 
@@ -60,17 +60,17 @@ def test_messages_leave_in_order_and_are_coded_elsewhere() -> None:
     assert threading.current_thread().name not in endpoint.threads
 
 
-def test_what_halves_cost_is_told_apart_once() -> None:
+def test_bytes_of_client_updates_are_counted_apart_and_once() -> None:
     outbox, _ = outbox_and_endpoint()
     outbox.send("ada", OPEN)
-    outbox.send_coded(["ada", "bo"], lambda: [HALF, HALF])
+    outbox.send_coded(["ada", "bo"], lambda: [UPDATE, UPDATE])
     outbox.settle()
-    halves = 4 * HALF.ByteSize()
-    assert outbox.take_bytes() == (7, halves + OPEN.ByteSize(), halves)
+    updates = 4 * UPDATE.ByteSize()
+    assert outbox.take_bytes() == (7, updates + OPEN.ByteSize(), updates)
     assert outbox.take_bytes() == (7, 0, 0)
 
 
-def test_what_cannot_be_coded_comes_out_at_the_next_call() -> None:
+def test_an_error_in_the_thread_is_raised_by_the_next_call() -> None:
     outbox, endpoint = outbox_and_endpoint()
 
     let_go = threading.Event()

@@ -13,18 +13,19 @@ from fedbert_ds.wire.conversation import ACKNOWLEDGE_SECONDS, MESSAGE_BYTES, UNR
 from fedbert_ds.wire.shared_memory import SharedMemory, accept
 
 BACKLOG_BYTES = 8 << 30
-"""Bytes that may wait for one client to take them, a whole update among them; with more it counts as lost."""
+"""Bytes that may wait for one client, a whole client update among them; beyond, it is lost."""
 
 DELIVERY_HEADER_BYTES = 2
 """Tag and length of a Delivery, whose own size is below 128."""
 
 
 class ClientStream:
-    """A client's conversation with the rank, and what hangs on it: connection, shared memory, unread bytes, timer.
+    """A client's conversation with the rank: its connection, shared memory, unread bytes, timer.
 
-    Belongs to the event loop: every method is called there. `on_message(stream, message, frame, num_bytes)` gets each
-    of the client's messages once and in order: parsed, as it came, and its size without the delivery; `handled` must
-    follow. `on_end(stream)` is called once. Without a connection the stream ends after `reconnect_timeout` seconds.
+    Every method runs on the event loop. `on_message(stream, message, frame, num_bytes)` gets each
+    message of the client once and in order: parsed, as it came, and its size without the delivery;
+    `handled(num_bytes)` must follow. `on_end(stream)` is called once. Without a connection the
+    stream ends after `reconnect_timeout` seconds.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class ClientStream:
         """Ends the stream; runs while there is no connection, and after the last message."""
 
     def attach(self, attach: pb.Attach) -> object:
-        """Go on over a new connection; returns what stands for it. Raises WireError if it is not this conversation's.
+        """Continue over a new connection, in place of an earlier one; returns the connection.
 
-        An earlier connection is over: the client knows that sooner than the server.
+        The client may know before the server that a connection is lost. Raises WireError when the
+        client has received messages that this conversation did not send.
         """
         self._conversation.resume(attach.received)
         self._share(accept(attach.shared) if attach.HasField("shared") and self._shares_memory else None)
@@ -125,7 +127,7 @@ class ClientStream:
         self._room.set()
 
     def close(self) -> None:
-        """After the last message: end when the client has it, or after `reconnect_timeout` without."""
+        """End when the client has the last message, or after `reconnect_timeout` seconds."""
         self._is_closing = True
         if not self.is_over:
             self._restart_timer()
@@ -158,7 +160,7 @@ class ClientStream:
             self._on_message(self, message, frame, num_bytes)
 
     def _lose(self, connection: object) -> None:
-        """A connection has ended; if it was the current one, the client has a while to come back."""
+        """A connection has ended; the client has a while to come back if it was the current one."""
         if self._connection is not connection:
             return
         self._connection = None

@@ -35,7 +35,7 @@ class Endpoint(Listener[Received]):
             self.close_body(client, self._traffic.serialize(last))
 
     def take_bytes(self) -> tuple[int, int]:
-        """Bytes received and bytes queued to send since the last call; a message that is sent again counts once."""
+        """Bytes received and bytes queued to send since the last call."""
         return self._traffic.take()
 
     def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Received:

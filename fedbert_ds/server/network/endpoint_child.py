@@ -1,6 +1,6 @@
-"""The child of an EndpointProcess: a Listener that takes commands and tells of events over a socket pair.
+"""The child of an EndpointProcess: a Listener that takes commands and reports events over a socket.
 
-It ends when the socket does, so it outlives nobody. It imports no torch, which would take most of its start.
+It ends when the socket does, so it outlives nobody. It imports no torch: that alone takes seconds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def received_frame(client: str, message: pb.ClientMessage, frame: bytes, num_byt
 
 
 class EndpointChild:
-    """Connects a listener with the process that started it: `obey` commands, `tell` of events, in two threads."""
+    """Ties a listener to the process that started it: one thread runs `obey`, another `tell`."""
 
     def __init__(self, channel: SocketChannel, listener: Listener[ReceivedFrame]) -> None:
         self._channel = channel
@@ -81,7 +81,7 @@ class EndpointChild:
         self._is_over.set()
 
     def tell(self) -> None:
-        """Hand events on until the end."""
+        """Report events until the end."""
         while not self._is_over.is_set():
             match self._listener.next_event(POLL_SECONDS):
                 case ReceivedFrame(client, frame, num_bytes):

@@ -21,14 +21,14 @@ from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.conversation import RECONNECT_SECONDS
 
 UNREAD_BYTES = 256 << 20
-"""Received bytes of all clients that may wait in the body's process; more wait in the child, by client."""
+"""Received bytes of all clients that may wait in this process; more wait in the child."""
 
 START_SECONDS = 60.0
 """How long the child may take to listen, and to answer `admit`."""
 
 
 class EndpointProcess:
-    """A RankEndpoint that listens in a child process (`endpoint_child`), which ends when this process does."""
+    """A RankEndpoint that listens in a child process (`endpoint_child`), which outlives nobody."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class EndpointProcess:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> int:
-        """Start the child and listen; returns the port. Raises WireError when the port is in use."""
+        """Start the child, which listens; returns the port. WireError when the port is in use."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "fedbert_ds.server.network.endpoint_child", str(theirs.fileno())]
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
@@ -74,7 +74,7 @@ class EndpointProcess:
         return int(answer[0][1])
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these clients, and no others, open a stream, each with its session; returns when the child knows."""
+        """Let only these clients open a stream, each with its session; returns when it is so."""
         self._admitted.clear()
         self._command("admit", sessions)
         self._admitted.wait(START_SECONDS)
@@ -84,7 +84,7 @@ class EndpointProcess:
         self._command("revoke", client)
 
     def next_event(self, timeout: float) -> Event | None:
-        """The oldest event, waiting up to `timeout` seconds for one. Raises WireError when the child is gone."""
+        """The oldest event, waiting up to `timeout` s for one. WireError when the child is gone."""
         try:
             event, num_bytes = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
         except queue.Empty:
@@ -115,16 +115,17 @@ class EndpointProcess:
             self._command("close", client, body=self._traffic.serialize(last))
 
     def take_bytes(self) -> tuple[int, int]:
-        """Bytes received and bytes queued to send since the last call; a message that is sent again counts once."""
+        """Bytes received and bytes queued to send since the last call."""
         return self._traffic.take()
 
     def stop(self, grace: float = 5.0) -> None:
-        """Let streams flush for up to `grace` seconds and end the child. Further calls do nothing."""
+        """Let streams flush for up to `grace` seconds, end the child. Further calls do nothing."""
         process, self._process = self._process, None
         if process is None:
             return
         with self._room:
-            self._unread_bytes = -math.inf  # nobody takes events any more, and `_receive` is to see the end
+            # Nobody takes events any more, and `_receive` must read on to the end.
+            self._unread_bytes = -math.inf
             self._room.notify()
         self._command("stop", grace)
         self._commands.put(None)
@@ -139,7 +140,7 @@ class EndpointProcess:
     def _command(self, *head: Any, body: bytes = b"") -> None:
         self._commands.put((list(head), body))
 
-    # -- in threads of their own --------------------------------------------------------------------
+    # -- in threads of their own -------------------------------------------------------------------
 
     def _send(self) -> None:
         with suppress(OSError):  # the child is gone: `_receive` tells

@@ -5,13 +5,12 @@ from __future__ import annotations
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-if TYPE_CHECKING:
-    POLL_SECONDS = 0.2
+POLL_SECONDS = 0.2
 """How long a wait for an event lasts before clocks and flags are looked at again."""
 
 
@@ -47,7 +46,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Disconnected:
-    """A client's stream ended because the client left or did not reconnect in time. `close` causes no such event."""
+    """A client left or did not reconnect in time. A stream that `close` ends causes no event."""
 
     client: str
 
@@ -71,11 +70,11 @@ class RankEndpoint(Protocol):
     """
 
     def start(self) -> int:
-        """Listen; returns the port. Raises WireError when the port is in use or the host is not this machine's."""
+        """Listen; returns the port. WireError if it is in use, or the host not this machine's."""
         ...
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these clients, and no others, open a training stream, each with its session. Takes effect at once."""
+        """Let only these clients open a training stream, each with its session, from now on."""
         ...
 
     def revoke(self, client: str) -> None:
@@ -83,7 +82,7 @@ class RankEndpoint(Protocol):
         ...
 
     def next_event(self, timeout: float) -> Event | None:
-        """The oldest event, waiting up to `timeout` seconds for one. Raises WireError when the endpoint is gone."""
+        """The oldest event, waiting up to `timeout` s for one. WireError if the endpoint died."""
         ...
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
@@ -95,9 +94,12 @@ class RankEndpoint(Protocol):
         ...
 
     def take_bytes(self) -> tuple[int, int]:
-        """Bytes received and bytes queued to send since the last call; a message that is sent again counts once."""
+        """Bytes received and bytes queued to send since the last call.
+
+        A message that is sent again after a lost connection counts once.
+        """
         ...
 
     def stop(self, grace: float = 5.0) -> None:
-        """Let streams flush for up to `grace` seconds and stop listening. Further calls do nothing."""
+        """Let streams flush for up to `grace` seconds, stop listening. Further calls do nothing."""
         ...

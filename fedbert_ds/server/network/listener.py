@@ -25,12 +25,13 @@ M = TypeVar("M")
 
 
 class Listener(Generic[M]):
-    """Listens from `start` to `stop`: events come out of `next_event`, serialized messages go in through `send_body`.
+    """Listens from `start` to `stop`: `next_event` returns events, `send_body` sends messages.
 
-    Used from one thread; an event loop in another thread does the work. A client that loses its connection has
-    `reconnect_timeout` seconds to come back; messages both ways wait for it, none is lost or doubled.
-    `make_event(client, message, frame, num_bytes)` makes the event of a client's message, on the event loop: from the
-    parsed message, the bytes it came as, and its size without the delivery.
+    Used from one thread; an event loop in another thread does the work. A client that loses its
+    connection has `reconnect_timeout` seconds to come back; messages both ways wait for it, none is
+    lost or doubled. `make_event(client, message, frame, num_bytes)` makes the event of a client's
+    message, on the event loop: from the parsed message, the bytes it came as, and its size without
+    the delivery.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Listener(Generic[M]):
         self._shares_memory = shares_memory
         self._make_event = make_event
         self._events: queue.SimpleQueue[tuple[Event | M, Callable[[], None] | None]] = queue.SimpleQueue()
-        """Events, each with what the event loop is to do once it was taken."""
+        """Events, each with a function for the event loop to call when the event is taken."""
         self._streams: dict[str, ClientStream] = {}
         self._closing: dict[str, ClientStream] = {}
         self._sessions: dict[str, str] = {}
@@ -57,12 +58,12 @@ class Listener(Generic[M]):
         self._server: grpc.aio.Server | None = None
 
     def start(self) -> int:
-        """Listen; returns the port. Raises WireError when the port is in use or the host is not this machine's."""
+        """Listen; returns the port. WireError if it is in use, or the host not this machine's."""
         self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(timeout=30)
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these clients, and no others, open a stream, each with its session."""
+        """Let only these clients open a stream, each with its session."""
         self._sessions = dict(sessions)
 
     def revoke(self, client: str) -> None:
@@ -85,7 +86,7 @@ class Listener(Generic[M]):
         return self._events.qsize()
 
     def is_connected(self, client: str) -> bool:
-        """The client has a stream, with or without a connection, and `close_body` has not closed it."""
+        """The client has an open stream, even if it is between two connections."""
         return client in self._streams
 
     def send_body(self, client: str, body: bytes) -> None:
@@ -105,14 +106,14 @@ class Listener(Generic[M]):
             self._loop.call_soon_threadsafe(self._close, stream)
 
     def stop(self, grace: float = 5.0) -> None:
-        """Let streams flush for up to `grace` seconds and stop listening. Further calls do nothing."""
+        """Let streams flush for up to `grace` seconds, stop listening. Further calls do nothing."""
         if not self._thread.is_alive():
             return
         asyncio.run_coroutine_threadsafe(self._end(grace), self._loop).result(timeout=grace + 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
 
-    # -- on the event loop --------------------------------------------------------------------------
+    # -- on the event loop -------------------------------------------------------------------------
 
     async def join(self, hello: pb.Hello) -> pb.Welcome:
         """Make a Join an event and wait for its answer; raises the answer if it is a UserError."""
@@ -125,7 +126,7 @@ class Listener(Generic[M]):
             raise
 
     def stream(self, attach: pb.Attach) -> ClientStream:
-        """The stream of a client with a valid session, opened if it has none; WireError without such a session."""
+        """The stream of a client, opened if there is none; WireError if its session is wrong."""
         stream = self._streams.get(attach.client) or self._closing.get(attach.client)
         if stream is not None and stream.session == attach.session:
             return stream

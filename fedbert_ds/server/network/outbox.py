@@ -1,4 +1,4 @@
-"""A rank's messages to its clients, encoded and handed to the endpoint by a thread beside the body."""
+"""A rank's messages to its clients, encoded and sent by a thread beside the body."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 class Outbox:
     """Messages leave in the order of the calls. Used from one thread.
 
-    An error in the thread, such as a WireError for values that are not finite, is raised by a later call, at the
-    latest by `settle`.
+    An error in the thread, such as a WireError for values that are not finite, is raised by a later
+    call, at the latest by `settle`.
     """
 
     def __init__(self, endpoint: RankEndpoint) -> None:
@@ -49,7 +49,7 @@ class Outbox:
         self.check()
 
     def take_bytes(self) -> tuple[int, int, int]:
-        """Bytes received, bytes sent, and the part of the latter that are client updates, since the last call."""
+        """Bytes received, sent, and sent as client updates, since the last call."""
         with self._counting:
             up, down = self._endpoint.take_bytes()
             updates = self._update_bytes - self._update_bytes_taken
@@ -61,7 +61,7 @@ class Outbox:
         self._thread.submit(self._attempt, work, *arguments)
         self.check()
 
-    # -- in the thread ------------------------------------------------------------------------------
+    # -- in the thread -----------------------------------------------------------------------------
 
     def _attempt(self, work: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -12,7 +12,10 @@ SOCKET_BYTES = 4 << 20
 
 
 class SocketChannel:
-    """Each item is a head (a list that JSON can hold) and a body (bytes). One thread at a time sends, one receives."""
+    """Sends and receives items: a head, which is a list for JSON, and a body, which is bytes.
+
+    One thread at a time may send, and one receive.
+    """
 
     SIZES = struct.Struct("<IQ")
 
@@ -29,14 +32,15 @@ class SocketChannel:
             self._sock.sendall(body)
 
     def receive(self) -> tuple[list[Any], bytes] | None:
-        """The next item, waiting for it; None when the other side is gone or the socket's timeout is over."""
+        """The next item, waiting for it; None if the other side is gone or the socket timed out."""
         try:
             sizes = self._read(self.SIZES.size)
             if len(sizes) < self.SIZES.size:
                 return None
             head_bytes, body_bytes = self.SIZES.unpack(sizes)
             head, body = self._read(head_bytes), self._read(body_bytes)
-        except (ConnectionResetError, TimeoutError):  # killed, with something of ours unread; or silent
+        except (ConnectionResetError, TimeoutError):
+            # A reset: the other side was killed before it had read everything.
             return None
         if len(head) < head_bytes or len(body) < body_bytes:
             return None

@@ -1,4 +1,4 @@
-"""An endpoint's messages, each serialized once for all its receivers, and their bytes, each message counted once."""
+"""An endpoint's messages serialized once for all their receivers, and its bytes counted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Traffic:
-    """Bytes of messages up (from clients) and down (to clients). Up and down may be counted by different threads."""
+    """Counts bytes up (from clients) and down (to clients); one thread each may count them."""
 
     def __init__(self) -> None:
         self._message: pb.ServerMessage | None = None
@@ -19,9 +19,9 @@ class Traffic:
         self._up += num_bytes
 
     def serialize(self, message: pb.ServerMessage) -> bytes:
-        """The message, serialized and counted, for one receiver; further receivers in a row get the same bytes.
+        """The message, serialized and counted, for one receiver; the next one gets the same bytes.
 
-        It is counted here, not when it leaves: at the end of a window all its messages are counted.
+        It is counted here, not when it leaves, so that a window's end finds all its bytes counted.
         """
         if message is not self._message:
             self._message, self._body = message, message.SerializeToString()

@@ -34,14 +34,14 @@ def run_rank(jobs: list[dict]) -> None:
 
 
 def run_client(jobs: list[dict], name: str) -> None:
-    from fedbert_ds.client import session, trainer
+    from fedbert_ds.client import session
 
     torch.set_num_threads(1)
     for job in jobs:
         folder = Path(job["config"]["run"]["directory"])
         state = folder / "clients" / name
-        recorder = _Recorder(trainer.ClientTrainer)
-        session.ClientTrainer = recorder.trainer_class
+        recorder = _Recorder()
+        session.ClientTrainer = recorder.trainer
         options = session.ClientOptions(
             server=_address(folder), data=(job["data"][name],), name=name, state_folder=state, device="cpu"
         )
@@ -50,42 +50,70 @@ def run_client(jobs: list[dict], name: str) -> None:
 
 
 class _Recorder:
-    """Keeps every byte a client sends and every input gradient it gets, by (window, first sequence)."""
+    """Keeps every byte a client sends and every input gradient it gets, by (window, first sequence).
 
-    def __init__(self, base: type) -> None:
-        self.sent: list[bytes] = []
-        self.input_gradients: dict[tuple[int, int], dict] = {}
+    It sees the messages alone: those `ClientTrainer` sends, and those it is given to handle.
+    """
+
+    def __init__(self) -> None:
+        self._sent: list[bytes] = []
+        self._lengths: dict[int, list[int]] = {}
+        self._sequences: dict[tuple[int, int], tuple[int, int]] = {}
+        """First sequence, and one after the last, of each (window, micro-batch)."""
+        self._row_index: dict[tuple[int, int], torch.Tensor] = {}
+        self._input_gradients: dict[tuple[int, int], dict] = {}
+
+    def trainer(self, *arguments):
+        """A ClientTrainer of these arguments that is recorded."""
+        from fedbert_ds.client.trainer import ClientTrainer
+
         recorder = self
+        *others, send = arguments
 
-        class RecordedTrainer(base):  # type: ignore[misc, valid-type]
-            def __init__(self, *arguments, **keywords) -> None:
-                *others, send = arguments
+        class RecordedTrainer(ClientTrainer):
+            def handle(self, message) -> None:
+                recorder._record_handled(message)
+                super().handle(message)
 
-                def recording_send(message) -> None:
-                    recorder.sent.append(message.SerializeToString())
-                    send(message)
+        def recorded_send(message) -> None:
+            self._record_sent(message)
+            send(message)
 
-                super().__init__(*others, recording_send, **keywords)
-
-            def _backward(self, message) -> None:
-                from fedbert_ds.wire.codecs import decode
-
-                window, piece = self._piece(message)
-                recorder.input_gradients[window.number, piece.sequences.start] = {
-                    "sequences": (piece.sequences.start, piece.sequences.stop),
-                    "gradient": decode(
-                        message.values, piece.activations.values.shape, message.values.codec, "recorded"
-                    ),
-                    "row_index": piece.activations.row_index,
-                }
-                super()._backward(message)
-
-        self.trainer_class = RecordedTrainer
+        return RecordedTrainer(*others, recorded_send)
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.input_gradients, folder / "input_gradients.pt")
-        (folder / "sent.bin").write_bytes(b"".join(self.sent))
+        torch.save(self._input_gradients, folder / "input_gradients.pt")
+        (folder / "sent.bin").write_bytes(b"".join(self._sent))
+
+    def _record_sent(self, message) -> None:
+        from fedbert_ds.wire.codecs import decode_row_index
+
+        self._sent.append(message.SerializeToString())
+        if message.WhichOneof("body") == "manifest":
+            self._lengths[message.manifest.window] = list(message.manifest.lengths)
+        elif message.WhichOneof("body") == "activations":
+            answer = message.activations
+            place, num_rows = (answer.window, answer.micro_batch), answer.values.shape[0]
+            tokens = sum(self._lengths[answer.window][slice(*self._sequences[place])])
+            if answer.row_index or num_rows < tokens:
+                self._row_index[place] = decode_row_index(answer.row_index, tokens, num_rows, "recorded")
+
+    def _record_handled(self, message) -> None:
+        from fedbert_ds.wire.codecs import decode
+
+        if message.WhichOneof("body") == "plan":
+            for piece in message.plan.pieces:
+                span = piece.first_sequence, piece.first_sequence + piece.num_sequences
+                self._sequences[message.plan.window, piece.micro_batch] = span
+        elif message.WhichOneof("body") == "input_gradient":
+            answer = message.input_gradient
+            frame, span = answer.values, self._sequences[answer.window, answer.micro_batch]
+            self._input_gradients[answer.window, span[0]] = {
+                "sequences": span,
+                "gradient": decode(frame, tuple(frame.shape), frame.codec, "recorded"),
+                "row_index": self._row_index.get((answer.window, answer.micro_batch)),
+            }
 
 
 def _address(folder: Path) -> str:

@@ -1,0 +1,189 @@
+"""A client's replica of the client half: weights, optimizer, and its share in the exchange of updates.
+
+What is sent and what comes back is the strategy's decision; how weights move is decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.shared_weights import SharedWeights
+from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import ClientSettings
+
+
+class Replica:
+    """Steps the client half after each window, and takes over what the server combines.
+
+    Gradients accumulate in the half's parameters. Raises WireError for an update that does not fit.
+    """
+
+    def __init__(self, half: ClientHalf, settings: ClientSettings) -> None:
+        self._half = half
+        self._optimizer = build_optimizer(list(half.named_parameters()), settings.optimizer)
+        self._schedule, self._num_windows = settings.optimizer, settings.windows
+        self._staleness = settings.federation.staleness
+        self._is_compressed = settings.wire.is_compressed
+        self._strategy = strategy_of(settings.federation, settings.wire)
+        self._exchanged = {
+            name: tuple(parameter.shape)
+            for name, parameter in half.named_parameters()
+            if self._strategy.takes_part(half.parameter_scope(name))
+        }
+        self._shared: SharedWeights | None = None
+        if self._strategy.sends_changes:
+            codec = self._strategy.update_codec
+            self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed)
+        self._sent: dict[int, dict[str, Tensor]] = {}
+        """Weights as sent, by window, until their average is back."""
+        self._assembler: UpdateAssembler | None = None
+        """Joins the update that is arriving."""
+        self._masked_since_average = 0
+        self._masked_seen = self._tokens_seen = 0
+
+    def receive_initial(self, chunk: pb.UpdateChunk) -> bool:
+        """Take a chunk of the weights a new run begins with, all of the half; True for the last one."""
+        shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
+        weights = self._joined(chunk, shapes, "fp32")
+        if weights is None:
+            return False
+        self._take_over(weights, {})
+        if self._shared is not None:
+            self._shared.begin(weights)
+        return True
+
+    def receive(self, chunk: pb.UpdateChunk) -> bool:
+        """Take a chunk of a window's combined update; True for the last one, which applies the window."""
+        combined = self._joined(chunk, self._exchanged, self._strategy.update_codec)
+        if combined is None:
+            return False
+        match self._strategy.exchange_after(chunk.window):
+            case "gradients":
+                self._step_with(combined, chunk.window)
+            case "weights":
+                average = combined if self._shared is None else self._shared.apply(combined)
+                self._take_over(average, self._sent.pop(chunk.window, {}))
+            case "nothing":
+                raise WireError(f"the server sent an update of window {chunk.window}, after which none is exchanged")
+        return True
+
+    def finish_window(self, window: int, tokens: int, masked: int, all_masked: int) -> Iterable[pb.UpdateChunk]:
+        """Every gradient of a window is here: step, or not, and return the update to send, maybe empty.
+
+        `masked` are this client's masked tokens in the gradients, `all_masked` all clients' (M), by which
+        the losses were divided.
+        """
+        self._masked_since_average += masked
+        self._masked_seen += masked
+        self._tokens_seen += tokens
+        exchange = self._strategy.exchange_after(window)
+        if exchange == "gradients":
+            return self._chunks(window, self._take_gradients(), 1.0, self._strategy.update_codec)
+        # FedAvg: each client follows the mean loss of its own tokens, not its share of everybody's.
+        own_share = all_masked / max(1, masked)
+        for parameter in self._half.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(own_share)
+        self._step(window)
+        return self._exchanged_weights(window) if exchange == "weights" else ()
+
+    def whole(self, window: int) -> Iterator[pb.UpdateChunk]:
+        """All weights, exact, for the run's result before `window`."""
+        return self._chunks(window, dict(self._half.named_parameters()), float(max(1, self._masked_seen)), "fp32")
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations of the half for a token, forward and backward, at the share masked so far."""
+        return self._half.flops_per_token(self._masked_seen / max(1, self._tokens_seen))
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "half": self._half.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "masked_since_average": self._masked_since_average,
+            "masked_seen": self._masked_seen,
+            "tokens_seen": self._tokens_seen,
+            "shared": self._shared.state_dict() if self._shared is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`'s content."""
+        self._half.load_state_dict(state["half"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._masked_since_average = state["masked_since_average"]
+        self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
+        if self._shared is not None:
+            self._shared.load_state_dict(state["shared"])
+
+    def _joined(
+        self, chunk: pb.UpdateChunk, shapes: Mapping[str, tuple[int, ...]], codec: str
+    ) -> Mapping[str, Tensor] | None:
+        """The tensors of an update after its last chunk."""
+        if self._assembler is None:
+            self._assembler = UpdateAssembler(shapes, "the server's update", codec)
+        update = self._assembler.add(chunk)
+        if update is None:
+            return None
+        self._assembler = None
+        return update.tensors
+
+    def _chunks(
+        self, window: int, tensors: Mapping[str, Tensor], weight: float, codec: str
+    ) -> Iterator[pb.UpdateChunk]:
+        return update_chunks(window, tensors.items(), weight, codec, compressed=self._is_compressed)
+
+    def _exchanged_weights(self, window: int) -> Iterable[pb.UpdateChunk]:
+        weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
+        if self._staleness:
+            self._sent[window] = {name: tensor.clone() for name, tensor in weights.items()}
+        weight, self._masked_since_average = float(max(1, self._masked_since_average)), 0
+        if self._shared is not None:
+            return self._shared.changes(window, weights, weight)
+        return self._chunks(window, weights, weight, self._strategy.update_codec)
+
+    def _take_gradients(self) -> dict[str, Tensor]:
+        """Detach the gradients: with staleness the next window's accumulate before their sum is back."""
+        gradients = {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in self._half.named_parameters()
+        }
+        self._optimizer.zero_grad()
+        return gradients
+
+    def _step(self, window: int) -> None:
+        if self._schedule.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(self._half.parameters(), self._schedule.gradient_clipping)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.learning_rate(window, self._num_windows)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def _step_with(self, gradients: Mapping[str, Tensor], window: int) -> None:
+        """Step with these gradients; what has accumulated of later windows stays."""
+        parameters = dict(self._half.named_parameters())
+        later = {name: parameter.grad for name, parameter in parameters.items()}
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._step(window)
+        for name, accumulated in later.items():
+            parameters[name].grad = accumulated
+
+    @torch.no_grad()
+    def _take_over(self, weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
+        """Set weights; steps made since `sent` went into their average are kept."""
+        parameters = dict(self._half.named_parameters())
+        for name, tensor in weights.items():
+            parameter = parameters[name]
+            if name in sent:
+                parameter.add_(tensor.to(parameter.device) - sent[name])
+            else:
+                parameter.copy_(tensor)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedbert_ds.config import RunConfig
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.server.body.footprint import SHARE
 
@@ -87,6 +88,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         ),
         clients=machines.spread.clients(typical, machines.clients),
         wire=wire_bytes(config, hf_config, model),
+        strategy=strategy_of(config.federation, config.wire),
         tokens_per_window=config.window.tokens,
         tokens_per_micro_batch=config.window.tokens_per_micro_batch,
         sequence_tokens=config.data.sequence_length,
@@ -94,8 +96,6 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         clients_per_micro_batch=config.window.clients_per_micro_batch,
         micro_batches_in_flight=config.window.micro_batches_in_flight,
         affordable_in_flight=affordable_in_flight(config, hf_config, machines),
-        mode=config.federation.mode,
-        average_every=config.federation.average_every,
         staleness=config.federation.staleness,
         server_bytes_per_second=machines.network,
     )
@@ -139,7 +139,7 @@ def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
         hidden=per_token(config.wire.hidden_states, masked * piece, width.hidden),
         gradient=per_token(config.wire.gradients, masked * piece, width.hidden),
         input_gradient=per_token(config.wire.gradients, rows, width.activations),
-        half=4.0 * model.half_parameters,
+        update=4.0 * model.half_parameters,
     )
 
 

@@ -12,6 +12,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.planner.derive import Machines, Model, derive
 from fedbert_ds.planner.scenario import Scenario
 from fedbert_ds.planner.simulation import Outcome, simulate
+from fedbert_ds.telemetry.plots import COLORS, picture
 
 WINDOWS, SETTLING = 12, 4
 LOCAL_STEPS = 512
@@ -35,7 +36,8 @@ class Prediction:
     bytes_per_token_averaging: float
     bottleneck: str
     """body, network, clients or flush."""
-    depth: int
+    in_flight: int
+    """Micro-batches, at most, in the last window."""
     dummy_share: float
     days: float
     cost: float
@@ -62,8 +64,8 @@ def predict(config: RunConfig, machines: Machines, tokens: float) -> Prediction:
 def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float) -> Prediction:
     """Figures of a simulated scenario."""
     seconds = tokens / outcome.tokens_per_second
-    exchanges = 1.0 if scenario.mode == "synchronous" else 1.0 / scenario.average_every
-    averaging = 2 * scenario.wire.half * len(scenario.clients) * exchanges / scenario.tokens_per_window
+    exchanges = scenario.strategy.exchanges_per_window
+    averaging = 2 * scenario.wire.update * len(scenario.clients) * exchanges / scenario.tokens_per_window
     return Prediction(
         gpus=scenario.num_ranks,
         clients=len(scenario.clients),
@@ -72,7 +74,7 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
         bytes_per_token=scenario.wire.up + scenario.wire.down,
         bytes_per_token_averaging=averaging,
         bottleneck=bottleneck(outcome),
-        depth=outcome.windows[-1].depth,
+        in_flight=outcome.windows[-1].in_flight,
         dummy_share=outcome.dummy_share,
         days=seconds / 86400,
         cost=seconds / 3600 * scenario.num_ranks * price,
@@ -130,7 +132,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
             f"model    body {body:.1f} M parameters, {model.body_flops / 1e9:.2f} GFLOP a token; "
             f"client half {half:.1f} M",
             f"speed    {plan.tokens_per_second:,.0f} tokens/s, body busy {100 * plan.busy_share:.1f} %, "
-            f"{plan.depth} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
+            f"{plan.in_flight} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
             f"limit    {plan.bottleneck}: {advice}",
             f"wire     {plan.bytes_per_token:,.0f} bytes a token both ways, "
             f"{plan.bytes_per_token_averaging:,.0f} more to keep the halves together",
@@ -145,32 +147,24 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Curves of a sweep over clients: tokens/s, busy share, cost, coordinator time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     what = {
         "tokens_per_second": "tokens/s",
         "busy_share": "body busy",
         "cost": "cost to the budget",
         "coordinator_seconds": "coordinator, CPU s a window",
     }
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
-    for (name, label), plot in zip(what.items(), axes.flat, strict=True):
-        for gpus in sorted({row["gpus"] for row in rows}):
-            line = [row for row in rows if row["gpus"] == gpus]
-            plot.plot([r["clients"] for r in line], [r[name] for r in line], marker="o", label=f"{gpus} GPUs")
-        plot.set_xscale("log")
-        if name != "busy_share":
-            plot.set_yscale("log")
-        plot.set_xlabel("clients")
-        plot.set_ylabel(label)
-        plot.grid(alpha=0.3)
-    axes[0, 0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    with picture(path, 11, 7.5, rows=2, columns=2) as (_, panels):
+        for (name, label), axes in zip(what.items(), panels, strict=True):
+            for gpus, color in zip(sorted({row["gpus"] for row in rows}), COLORS, strict=False):
+                line = [row for row in rows if row["gpus"] == gpus]
+                clients, values = [row["clients"] for row in line], [row[name] for row in line]
+                axes.plot(clients, values, marker="o", color=color, label=f"{gpus} GPUs")
+            axes.set_xscale("log")
+            if name != "busy_share":
+                axes.set_yscale("log")
+            axes.set_xlabel("clients")
+            axes.set_ylabel(label)
+        panels[0].legend()
 
 
 def as_row(prediction: Prediction) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedbert_ds.federation.strategy import Strategy
+
 
 @dataclass(frozen=True)
 class BodyCosts:
@@ -50,8 +52,8 @@ class Wire:
     gradient: float
     """Of hidden states, up."""
     input_gradient: float
-    half: float = 0.0
-    """Bytes of a client half (or its gradients) each way, when it is exchanged."""
+    update: float = 0.0
+    """Bytes of a client update, each way."""
 
     @property
     def up(self) -> float:
@@ -71,6 +73,7 @@ class Scenario:
     body: BodyCosts
     clients: tuple[ClientCosts, ...]
     wire: Wire
+    strategy: Strategy
     tokens_per_window: int
     tokens_per_micro_batch: int
     sequence_tokens: int = 128
@@ -80,19 +83,17 @@ class Scenario:
     micro_batches_in_flight: int | Literal["auto"] = "auto"
     affordable_in_flight: int = 64
     """Micro-batches in flight that memory holds."""
-    mode: Literal["synchronous", "parallel"] = "parallel"
-    average_every: int = 1
     staleness: int = 0
     client_cores: int | None = None
     """Cores that all clients share, for clients on one machine; None: each has its own."""
     server_bytes_per_second: float = float("inf")
     """Of each rank's network, each way."""
     combine_per_byte: float = 2e-9
-    """Seconds a byte of each client's half takes the server to sum."""
+    """Seconds the server takes to combine a byte of each client's update."""
 
     def exchanges(self, window: int) -> bool:
-        """Whether halves are exchanged after this window."""
-        return self.mode == "synchronous" or (window + 1) % self.average_every == 0
+        """Whether clients exchange updates after this window."""
+        return self.strategy.exchange_after(window) != "nothing"
 
 
 @dataclass(frozen=True)

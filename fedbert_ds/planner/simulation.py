@@ -7,12 +7,13 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
+from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.planner.scenario import ClientCosts, Scenario
-from fedbert_ds.server.queue.deadlines import Deadlines
-from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Skip, Step
+from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
+from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.queue.packing import Piece, assign_clients, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
@@ -32,7 +33,8 @@ class WindowResult:
     """Mean over ranks; dummies left out."""
     dummy_micro_batches: int
     forwards: int
-    depth: int
+    in_flight: int
+    """The limit it ran with."""
 
 
 @dataclass
@@ -92,12 +94,6 @@ class _Cores:
         return min(self._pipes, key=lambda pipe: pipe.free_at).take(now, seconds)
 
 
-@dataclass
-class _ClientWindow:
-    pieces: dict[int, Piece] = field(default_factory=dict)
-    opened: list[int] = field(default_factory=list)
-
-
 class _Client:
     """The protocol of `client.trainer`, with times for tensors."""
 
@@ -110,9 +106,7 @@ class _Client:
         self.lengths = (length,) * whole + ((rest,) if rest or not whole else ())
         self.cpu = _Pipe()
         self.up, self.down = _Pipe(), _Pipe()
-        self._windows: dict[int, _ClientWindow] = {}
-        self._applied = 0
-        self._done: set[int] = set()
+        self._windows: WindowState[None, Piece] = WindowState(self._scenario.strategy, self._scenario.staleness)
 
     def receive(self, num_bytes: float, what: Callable[[], None]) -> None:
         """A message that the server sends now."""
@@ -139,55 +133,48 @@ class _Client:
         """Send the manifest of a window."""
         if window >= self._simulation.num_windows:
             return
-        self._windows[window] = _ClientWindow()
+        self._windows.announce(window, None)
         manifest = Manifest(self.name, window, self.lengths, tuple(length * 3 // 20 for length in self.lengths))
         self._send(self._simulation.now, SMALL, lambda: self.rank.queue_call(self.rank.queue.manifest, manifest))
 
     def plan(self, window: int, pieces: dict[int, Piece], next_window: int) -> None:
-        self._windows[window].pieces = pieces
+        self._windows.plan(window, pieces)
         self.announce(next_window)
 
     def open(self, window: int, micro_batch: int) -> None:
-        self._windows[window].opened.append(micro_batch)
-        self._embed_what_may_be()
+        self._windows.open(window, micro_batch)
+        self._send_activations()
 
-    def _embed_what_may_be(self) -> None:
-        for number, window in list(self._windows.items()):
-            if number <= self._applied + self._scenario.staleness:
-                while window.opened:
-                    micro_batch = window.opened.pop(0)
-                    tokens = window.pieces[micro_batch].tokens
-                    done = self._compute(self.costs.embed_per_token * tokens)
-                    report = partial(self.rank.queue_call, self.rank.queue.activations, self.name, micro_batch)
-                    self._send(done, self._scenario.wire.activations * tokens + SMALL, report)
+    def _send_activations(self) -> None:
+        for window, micro_batch in self._windows.take_sendable():
+            tokens = self._windows.piece(window, micro_batch).tokens
+            done = self._compute(self.costs.embed_per_token * tokens)
+            report = partial(self.rank.queue_call, self.rank.queue.activations, self.name, micro_batch)
+            self._send(done, self._scenario.wire.activations * tokens + SMALL, report)
 
     def head(self, window: int, micro_batch: int) -> None:
-        tokens = self._windows[window].pieces[micro_batch].tokens
+        tokens = self._windows.piece(window, micro_batch).tokens
         done = self._compute(self.costs.head_per_token * tokens)
         report = partial(self.rank.queue_call, self.rank.queue.gradient, self.name, micro_batch)
         self._send(done, self._scenario.wire.gradient * tokens + SMALL, report)
 
-    def input_gradient(self, number: int, micro_batch: int) -> None:
-        window = self._windows[number]
-        done = self._compute(self.costs.embed_per_token * window.pieces.pop(micro_batch).tokens)
-        if not window.pieces:
-            self._simulation.at(done, partial(self._trained, number))
+    def input_gradient(self, window: int, micro_batch: int) -> None:
+        tokens = self._windows.piece(window, micro_batch).tokens
+        done = self._compute(self.costs.embed_per_token * tokens)
+        if self._windows.finish(window, micro_batch):
+            self._simulation.at(done, partial(self._trained, window))
 
     def _trained(self, window: int) -> None:
         if not self._scenario.exchanges(window):
-            self.done_with(window)
+            self.apply(window)
             return
-        deliver = partial(self._simulation.half_arrived, window, self)
-        self._send(self._simulation.now, self._scenario.wire.half, deliver)
+        deliver = partial(self._simulation.update_arrived, window, self)
+        self._send(self._simulation.now, self._scenario.wire.update, deliver)
 
-    def done_with(self, window: int) -> None:
-        """Its half has taken this window's step."""
-        self._windows.pop(window, None)
-        self._done.add(window)
-        while self._applied in self._done:
-            self._done.remove(self._applied)
-            self._applied += 1
-        self._embed_what_may_be()
+    def apply(self, window: int) -> None:
+        """The client half has taken this window's step."""
+        self._windows.apply(window)
+        self._send_activations()
 
 
 class _Rank:
@@ -197,15 +184,15 @@ class _Rank:
         scenario = simulation.scenario
         self._simulation, self._scenario = simulation, scenario
         fixed = scenario.micro_batches_in_flight
-        self.depth = INITIAL_IN_FLIGHT if fixed == "auto" else fixed
-        # Nobody is late for ever here, so nobody is passed over, however slow.
-        self.deadlines = Deadlines(floor=math.inf)
+        self.in_flight = INITIAL_IN_FLIGHT if fixed == "auto" else fixed
+        # Every client answers in the end, so no deadline suspends one, however slow it is.
+        self.answer_times = AnswerTimes(floor=math.inf)
         self.queue = PipelineQueue(
-            self.depth,
+            self.in_flight,
             partial(pack, capacity=scenario.tokens_per_micro_batch, clients_together=scenario.clients_per_micro_batch),
             num_windows=simulation.num_windows,
             windows_ahead=max(1, scenario.staleness),
-            deadlines=self.deadlines,
+            deadlines=Deadlines(answer_times=self.answer_times),
         )
         self.clients: dict[str, _Client] = {}
         self.network_up, self.network_down = _Pipe(), _Pipe()
@@ -238,7 +225,7 @@ class _Rank:
             decision = self.queue.decide(self._simulation.now)
             self._simulation.coordinator_seconds += time.process_time() - started
             if decision is None:
-                if self.waits_to_start and self.queue.planned:
+                if self.waits_to_start and self.queue.schedule.is_planned:
                     self.waits_to_start = False
                     self._simulation.gather()
                 return
@@ -272,7 +259,7 @@ class _Rank:
                 self.is_free = False
                 self._simulation.step(self)
                 return False
-            case Skip() | Expire():
+            case Suspend() | Expire():
                 raise RuntimeError(f"{decision} has no place in a simulation")
 
     def _work(self, per_token: float, pieces: tuple[Piece, ...], then: Callable[[], None]) -> None:
@@ -305,8 +292,8 @@ class _Rank:
 
     def demand(self) -> Demand:
         return Demand(
-            activations_seconds=self.deadlines.farthest("activations"),
-            gradient_seconds=self.deadlines.farthest("gradient"),
+            activations_seconds=self.answer_times.farthest("activations"),
+            gradient_seconds=self.answer_times.farthest("gradient"),
             service_seconds=self.service,
             affordable=self._scenario.affordable_in_flight,
         )
@@ -324,7 +311,7 @@ class _Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
         self._gathered = self._stepped = 0
-        self._halves: dict[int, list[_Client]] = {}
+        self._updates: dict[int, list[_Client]] = {}
         self._results: list[WindowResult] = []
         self._started_at = 0.0
         share = max(1, scenario.tokens_per_window // len(scenario.clients))
@@ -375,16 +362,16 @@ class _Simulation:
 
     def _start(self) -> None:
         if self.scenario.micro_batches_in_flight == "auto":
-            depth = in_flight_limits(rank.demand() for rank in self.ranks)
+            limits = in_flight_limits(rank.demand() for rank in self.ranks)
         else:
-            depth = InFlightLimits(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
-        most = max(1, *(rank.queue.num_micro_batches for rank in self.ranks))
+            limits = InFlightLimits(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
+        most = max(1, *(rank.queue.schedule.num_micro_batches for rank in self.ranks))
         for rank in self.ranks:
-            rank.depth = depth.in_flight
+            rank.in_flight = limits.in_flight
             rank.busy, rank.tokens, rank.dummies, rank.forwards = 0.0, 0, 0, 0
-            rank.queue_call(rank.queue.start, most, self.now, *depth)
+            rank.queue_call(rank.queue.start, most, self.now, limits)
         if self.scenario.exchanges(self.window):
-            self._halves[self.window] = []
+            self._updates[self.window] = []
         for rank in self.ranks:
             rank.go_on()
 
@@ -407,7 +394,7 @@ class _Simulation:
                 busy_seconds=sum(rank.busy for rank in self.ranks) / len(self.ranks),
                 dummy_micro_batches=sum(rank.dummies for rank in self.ranks),
                 forwards=sum(rank.forwards for rank in self.ranks),
-                depth=self.ranks[0].depth,
+                in_flight=self.ranks[0].in_flight,
             )
         )
         self._started_at = self.now
@@ -418,12 +405,12 @@ class _Simulation:
         for rank in self.ranks:
             rank.go_on()
 
-    def half_arrived(self, window: int, client: _Client) -> None:
-        """A client's half is here; when all are, everybody gets what they make together."""
-        self._halves[window].append(client)
-        if len(self._halves[window]) == len(self.clients):
-            size = self.scenario.wire.half
-            summed = self.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
-            for everybody in self._halves.pop(window):
-                # `receive` reads the clock, so it is called when the sum is there.
-                self.at(summed, partial(everybody.receive, size, partial(everybody.done_with, window)))
+    def update_arrived(self, window: int, client: _Client) -> None:
+        """A client's update is here; after the last one every client receives the combined update."""
+        self._updates[window].append(client)
+        if len(self._updates[window]) == len(self.clients):
+            size = self.scenario.wire.update
+            combined = self.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
+            for receiver in self._updates.pop(window):
+                # `receive` reads the clock, so it is called when the combined update is there.
+                self.at(combined, partial(receiver.receive, size, partial(receiver.apply, window)))

@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedbert_ds.config import FederationSection, WireSection
 from fedbert_ds.errors import RunError
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Wire
 from fedbert_ds.planner.simulation import simulate
+from fedbert_ds.telemetry.tables import markdown
 
 Row = Mapping[str, Any]
 
@@ -58,10 +61,12 @@ def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
     """The scenario of `row`, with costs of clients and messages as measured in `base`, the same run without a link."""
     seconds, tokens, own = base["seconds"], base["window_tokens"], row["seconds"]
     per_piece = tokens / base["micro_batches"]
-    exchanges = row["mode"] == "synchronous"
-    half = row["bytes_per_token_averaging"] * tokens / 2 / row["clients"] if exchanges else 0.0
-    # Without a link, a synchronous window waits for nothing but the exchange: summing, framing, stepping.
-    exchange = max(0.0, seconds["wait"]) if exchanges and not row["staleness"] else 0.0
+    federation = FederationSection(mode=row["mode"], average_every=settings["federation"]["average_every"])
+    strategy = strategy_of(federation, WireSection())
+    is_every_window = strategy.exchanges_per_window == 1.0
+    update = row["bytes_per_token_averaging"] * tokens / 2 / row["clients"] if is_every_window else 0.0
+    # Without a link, a window with an exchange waits for nothing else: summing, framing, stepping.
+    exchange = max(0.0, seconds["wait"]) if is_every_window and not row["staleness"] else 0.0
     rate = row["mbit"] * 1e6 / 8 if row["mbit"] else float("inf")
     # Up: activations and gradients; how they divide matters little, for both take the same link.
     up, down = row["bytes_per_token_up"], row["bytes_per_token_down"]
@@ -83,32 +88,30 @@ def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
             ),
         )
         * row["clients"],
-        wire=Wire(up / 2, down / 2, up / 2, down / 2, half),
+        wire=Wire(up / 2, down / 2, up / 2, down / 2, update),
+        strategy=strategy,
         tokens_per_window=round(tokens),
         tokens_per_micro_batch=settings["window"]["tokens_per_micro_batch"],
         sequence_tokens=settings["data"]["sequence_length"],
-        mode=row["mode"],
-        average_every=settings["federation"]["average_every"],
         staleness=row["staleness"],
         client_cores=1,
-        combine_per_byte=exchange / (half * row["clients"]) if half else 0.0,
+        combine_per_byte=exchange / (update * row["clients"]) if update else 0.0,
     )
 
 
 def table(checks: Sequence[Check]) -> str:
     """Measured and predicted, as Markdown."""
     heads = ["run", "link", "tokens/s measured", "predicted", "error", "busy measured", "predicted"]
-    lines = [f"| {' | '.join(heads)} |", "| --- | --- |" + " --: |" * (len(heads) - 2)]
-    for check in checks:
-        row = check.row
-        cells = [
-            row["variant"] or "weights averaged rarely, rows at int8",
-            f"{row['rtt_ms']:g} ms, {row['mbit']:g} Mbit/s",
-            f"{row['tokens_per_second']:,.0f}",
+    cells = [
+        [
+            check.row["variant"] or "weights averaged rarely, rows at int8",
+            f"{check.row['rtt_ms']:g} ms, {check.row['mbit']:g} Mbit/s",
+            f"{check.row['tokens_per_second']:,.0f}",
             f"{check.tokens_per_second:,.0f}",
             f"{100 * check.error:+.1f} %",
-            f"{100 * row['utilization']:.1f} %",
+            f"{100 * check.row['utilization']:.1f} %",
             f"{100 * check.utilization:.1f} %",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for check in checks
+    ]
+    return markdown(heads, cells, words=2)

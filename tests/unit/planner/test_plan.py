@@ -27,7 +27,7 @@ def test_sizes_of_bert_base():
     assert model.body_parameters == pytest.approx(85.1e6, rel=0.01)  # 12 layers
     assert model.half_parameters == pytest.approx(24.1e6, rel=0.01)  # word table 23.4 M, head transform 0.6 M
     assert model.body_flops == pytest.approx(6 * 85e6, rel=0.08)
-    assert scenario.wire.half == 4 * model.half_parameters
+    assert scenario.wire.update == 4 * model.half_parameters
 
 
 @pytest.mark.parametrize(

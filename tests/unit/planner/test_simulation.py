@@ -8,13 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbert_ds.config import FederationSection, WireSection
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.planner.simulation import simulate
 
 BODY = BodyCosts(forward_per_token=1e-4, backward_per_token=2e-4)
 NEAR = ClientCosts(embed_per_token=0.0, head_per_token=0.0)
 LIGHT = Wire(1.0, 1.0, 1.0, 1.0)
-PLAIN = Scenario(BODY, (NEAR,) * 8, LIGHT, tokens_per_window=16384, tokens_per_micro_batch=1024, average_every=1000)
+EVERY_WINDOW = strategy_of(FederationSection(mode="synchronous"), WireSection())
+NEVER = strategy_of(FederationSection(mode="parallel", average_every=1000), WireSection())
+PLAIN = Scenario(BODY, (NEAR,) * 8, LIGHT, NEVER, tokens_per_window=16384, tokens_per_micro_batch=1024)
 
 
 def test_with_nothing_to_wait_for_the_body_sets_the_pace():
@@ -49,7 +53,7 @@ def test_round_trips_are_hidden_when_halves_are_exchanged_rarely():
 
 def test_an_exchange_after_every_window_costs_two_round_trips_and_staleness_hides_them():
     far = replace(NEAR, rtt=0.2)
-    exact = replace(PLAIN, clients=(far,) * 8, mode="synchronous")
+    exact = replace(PLAIN, clients=(far,) * 8, strategy=EVERY_WINDOW)
     seconds = 16384 * 3e-4
     # Input gradients down, halves up and down, activations up.
     assert simulate(exact).busy_share == pytest.approx(seconds / (seconds + 2 * 0.2), rel=1e-3)
@@ -104,11 +108,10 @@ def test_any_federation_trains_on_every_token_once(
         clients=Spread(spread, spread).clients(typical, clients),
         tokens_per_window=tokens,
         num_ranks=ranks,
-        mode=mode,
+        strategy=strategy_of(FederationSection(mode=mode, average_every=average_every), WireSection()),
         staleness=staleness,
-        average_every=average_every,
         clients_per_micro_batch=together,
-        wire=Wire(1.0, 1.0, 1.0, 1.0, half=1e4),
+        wire=Wire(1.0, 1.0, 1.0, 1.0, update=1e4),
         body=replace(BODY, per_micro_batch=1e-3, step=0.01, gather=0.001),
     )
     outcome = simulate(scenario, windows=5, settling=1)

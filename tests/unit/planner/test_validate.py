@@ -6,7 +6,9 @@ import copy
 
 import pytest
 
+from fedbert_ds.config import FederationSection, WireSection
 from fedbert_ds.errors import RunError
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Wire
 from fedbert_ds.planner.simulation import simulate
 from fedbert_ds.planner.validate import table, validate
@@ -27,9 +29,9 @@ def record() -> dict:
             body=BodyCosts(1e-4, 2e-4, 2e-3, 0.02, 0.001),
             clients=(ClientCosts(1e-5, 3e-5, rtt=rtt_ms / 1e3, up=rate, down=rate),) * 8,
             wire=Wire(60.0, 60.0, 60.0, 60.0),
+            strategy=strategy_of(FederationSection(mode="parallel", average_every=1000), WireSection()),
             tokens_per_window=16384,
             tokens_per_micro_batch=1024,
-            average_every=1000,
             client_cores=1,
         )
         outcome = simulate(scenario)

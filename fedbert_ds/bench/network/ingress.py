@@ -1,4 +1,4 @@
-"""What an endpoint accepts over loopback, and what that costs in processor time."""
+"""What an endpoint accepts and what that costs, over loopback: `fedbert-ds bench ingress`."""
 
 from __future__ import annotations
 
@@ -6,28 +6,42 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.network.endpoint import ClientProcess, Load, MeasuredEndpoint
+from fedbert_ds.telemetry.record import record_rows
 
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
 STREAMS = (1, 4, 16)
 TRANSPORTS = ("socket", "shared")
 PLACES = ("thread", "process")
 """Of the network: a thread of the body's process, or a process of its own."""
-Row = dict[str, Any]
 ROW_BYTES = 400_000_000
 QUICK_ROW_BYTES = 20_000_000
 
 
-def ingress_rows(is_quick: bool) -> Iterator[Row]:
-    """Rows of rates, then rows beside a busy body."""
-    num_bytes = QUICK_ROW_BYTES if is_quick else ROW_BYTES
-    yield from rate_rows(num_bytes)
-    yield from busy_rows(num_bytes)
+@dataclass(frozen=True)
+class IngressOptions:
+    """What a user asks for."""
+
+    out: Path
+    command: str
+    quick: bool = False
 
 
-def busy_rows(num_bytes: int) -> Iterator[Row]:
+def bench_ingress(options: IngressOptions) -> None:
+    """Measure every row, print it and write the record."""
+    record_rows(options.out, options.command, _rows(options.quick), describe)
+
+
+def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
+    yield from rate_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
+    yield from busy_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
+
+
+def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
     """How long a body that launches small operations is kept from it by the network beside it, both ways busy."""
     for place in PLACES:
         names = tuple(f"client-{number}" for number in range(4))
@@ -58,7 +72,7 @@ def busy_rows(num_bytes: int) -> Iterator[Row]:
             }
 
 
-def rate_rows(num_bytes: int) -> Iterator[Row]:
+def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
     """A row for each place, direction, message size, transport and number of streams; each moves `num_bytes` up."""
     runs = [
         (transport, tuple(f"client-{transport}-{streams}-{number}" for number in range(streams)))
@@ -77,7 +91,7 @@ def rate_rows(num_bytes: int) -> Iterator[Row]:
                     yield facts | _rates(endpoint, clients, load, directions=1 + is_answered)
 
 
-def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, directions: int) -> Row:
+def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, directions: int) -> dict[str, Any]:
     before = endpoint.usage()
     started = time.monotonic()
     clients.run(load)
@@ -99,7 +113,7 @@ def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, direc
     }
 
 
-def describe(row: Row) -> str:
+def describe(row: dict[str, Any]) -> str:
     """One line of a row."""
     if row["what"] == "rate":
         way = "both ways" if row["answered"] else "up       "

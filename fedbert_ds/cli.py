@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run one subcommand."""
+    options = build_parser().parse_args(arguments)
+    options.run(options)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every subcommand with its options; the parsed `run` takes them and runs it."""
     parser = argparse.ArgumentParser(prog="fedbert-ds", description="Federated split pre-training of BERT.")
     parser.add_argument("--version", action="version", version=f"fedbert-ds {__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -26,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_eval(subcommands)
     add_benches(subcommands)
     _add_plan(subcommands)
-    options = parser.parse_args(arguments)
-    options.run(options)
+    return parser
 
 
 def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -143,24 +143,6 @@ def message_bytes(batch: Batch, it: Crossing, wire: WireSection) -> tuple[int, i
     return sum(message.ByteSize() for message in up), sum(message.ByteSize() for message in down)
 
 
-def counted_table(counted: Sequence[Mapping[str, Any]]) -> str:
-    """Bytes per token both ways of every setting and text, as a Markdown table."""
-    lines = [
-        "| model | cut | activations | hidden states | gradients | "
-        + " | ".join(f"{text['source']} | not compressed" for text in counted)
-        + " |",
-        "| --- | --- | --- | --- | --- |" + " --: | --: |" * len(counted),
-    ]
-    for sizes in zip(*(text["sizes"] for text in counted), strict=True):
-        first = sizes[0]
-        figures = " | ".join(f"{size['up'] + size['down']:,.0f} | {size['not_compressed']:,.0f}" for size in sizes)
-        lines.append(
-            f"| {first['model']} | {first['cut']} | {first['activations']} | {first['hidden']} | {first['gradients']} "
-            f"| {figures} |"
-        )
-    return "\n".join(lines)
-
-
 def _section(*, is_factorized: bool) -> ModelSection:
     shape: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": WIDTH, "num_attention_heads": 12, "dropout": 0.0}
     if is_factorized:

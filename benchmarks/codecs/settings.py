@@ -1,11 +1,19 @@
-"""The ways to code what crosses that `bench codecs` compares, and the order in which it tries them."""
+"""What is compared: the ways to code what crosses, in the order in which they are tried, and the run file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fedbert_ds.config import Codec, WireSection
+from fedbert_ds.telemetry.record import SOURCE
+
+RUN_FILE = SOURCE / "configs" / "default.yaml"
+TRAINED = ("run.windows=300", "optimizer.warmup_windows=30")
+"""Over the default run file: long enough to leave the plateau of word frequencies well behind."""
+QUICK = ("run.windows=4", "tokenizer.vocab_size=500", "window.tokens=1024", "optimizer.warmup_windows=2")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,11 @@ def all_in(codec: Codec, **more: Any) -> Setting:
     return Setting(activations=codec, hidden=codec, gradients=codec, **more)
 
 
+def key_of(setting: Setting) -> str:
+    """As runs name it."""
+    return json.dumps(asdict(setting))
+
+
 BASELINE = Setting()
 MAIN = (
     BASELINE,
@@ -70,3 +83,33 @@ FURTHER = (
     all_in("bf16"),
 )
 """The most telling first, for `--minutes` may leave the last ones out."""
+
+
+@dataclass(frozen=True)
+class CodecsOptions:
+    """What a user gives the benchmark."""
+
+    out: Path
+    """The record; its picture lies beside it as .png."""
+    command: str
+    """What the user typed, for the record."""
+    data: str = "python-docs"
+    """Source of the articles; see data.source of the run file."""
+    work: Path = Path("runs/bench-codecs")
+    """Keeps the finished runs."""
+    seeds: int = 3
+    minutes: float | None = None
+    """No run is begun after so many minutes; the record holds what is finished."""
+    vocabulary: str | None = None
+    """Tokenizer of the texts whose bytes are counted, as tokenizer.path; None learns as many word pieces as BERT's."""
+    count: tuple[str, ...] = ()
+    """Further texts whose bytes are counted, as `data`."""
+    quick: bool = False
+    overrides: tuple[str, ...] = ()
+    """`section.key=value`, for every run alike."""
+
+
+def overrides_of(options: CodecsOptions) -> tuple[str, ...]:
+    """The run file's overrides; the user's come last but for the text."""
+    quick = QUICK if options.quick else ()
+    return (*TRAINED, *quick, *options.overrides, f"data.source={json.dumps([options.data])}")

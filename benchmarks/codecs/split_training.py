@@ -65,12 +65,12 @@ class SplitTrainer:
         *,
         stochastic: bool = False,
         centred: bool = False,
-        halves: Codec = "fp32",
+        updates: Codec = "fp32",
         feedback: RowFeedback | None = None,
     ) -> None:
         self.half, self.body = half.train(), body.train()
         self._wire, self._section, self._windows, self._seed = wire, optimizer, windows, seed
-        self._stochastic, self._centred, self._feedback, self._halves = stochastic, centred, feedback, halves
+        self._stochastic, self._centred, self._feedback, self._updates = stochastic, centred, feedback, updates
         self._optimizers = [build_optimizer(list(part.named_parameters()), optimizer) for part in (half, body)]
 
     def train_window(self, window: int, batch: Batch) -> Crossed:
@@ -98,7 +98,7 @@ class SplitTrainer:
         frame = encode(inputs.grad, wire.gradients, self._rounding_seed("input", window), compressed=wire.is_compressed)
         down.append(pb.ServerMessage(input_gradient=pb.InputGradient(window=window, values=frame)))
         values.backward(decode(frame, values.shape, wire.gradients, "input gradient"))
-        self._exchange_half()
+        self._exchange_update()
         self._step(window)
         down += control(window, batch)
         sizes = [sum(message.ByteSize() for message in messages) for messages in (up, down)]
@@ -130,13 +130,13 @@ class SplitTrainer:
             self._feedback.after(wanted, received, ids)
         return frame, received
 
-    def _exchange_half(self) -> None:
+    def _exchange_update(self) -> None:
         """The half's gradients go up and, as their sum, down again; their bytes are counted apart."""
         for parameter in self.half.parameters():
-            for _ in ("up", "down") if self._halves != "fp32" and parameter.dim() == 2 else ():
+            for _ in ("up", "down") if self._updates != "fp32" and parameter.dim() == 2 else ():
                 assert parameter.grad is not None
-                frame = encode(parameter.grad, self._halves)
-                parameter.grad = decode(frame, parameter.shape, self._halves, "half")
+                frame = encode(parameter.grad, self._updates)
+                parameter.grad = decode(frame, parameter.shape, self._updates, "half")
 
     def _rounding_seed(self, what: str, window: int) -> int | None:
         return stable_seed("rounding", what, self._seed, window) if self._stochastic else None

@@ -25,11 +25,13 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.data.shards import read_shard
 from fedbert_ds.errors import RunError, one_line_errors
+from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.queue.packing import window_shares
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 from fedbert_ds.telemetry.report import draw_loss
 
@@ -63,7 +65,7 @@ class Centralized:
             client: batches_of(config, encode(shard, tokenizer, config.data.sequence_length), tokenizer, client)
             for client, shard in articles.items()
         }
-        self._optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)
+        self.optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)
 
     def train_window(self, window: int) -> Trained:
         """Draw the clients' batches of this window, accumulate their gradients and step once."""
@@ -71,10 +73,10 @@ class Centralized:
         masked_tokens = sum(len(batch.labels) for batch in batches.values())
         loss = sum(self.accumulate(client, window, batch, masked_tokens) for client, batch in batches.items())
         self._clip()
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate(window, self.config.run.windows)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         return Trained(loss, sum(len(batch.input_ids) for batch in batches.values()), masked_tokens)
 
     def accumulate(self, client: str, window: int, batch: Batch, masked_tokens: int) -> float:
@@ -89,18 +91,8 @@ class Centralized:
             for tokens, value in ((batch.input_ids, 0), (labels, -100), (torch.ones_like(labels), 0))
         )
         chosen = targets != -100
-
-        def keep_chosen(module: Any, arguments: Any, output: Any) -> Any:
-            output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
-            return output
-
-        # Masked positions alone need a score for every word piece.
-        hook = self.model.base_model.register_forward_hook(keep_chosen)
-        try:
-            logits = self.model(input_ids=input_ids, attention_mask=ones).logits[0]
-        finally:
-            hook.remove()
-        loss_sum = torch.nn.functional.cross_entropy(logits, targets[chosen], reduction="sum")
+        scores = scores_at(self.model, input_ids, ones, chosen)
+        loss_sum = torch.nn.functional.cross_entropy(scores, targets[chosen], reduction="sum")
         loss = loss_sum / max(1, masked_tokens)
         loss.backward()
         return loss.item()
@@ -124,7 +116,7 @@ def train_centralized(config: RunConfig) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds a run already; set another run.directory")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, _ = prepare_text(config)
+    tokenizer, _ = prepare_text(config, RunFolder(folder))
     shards = {path.parent.name: read_shard(path) for path in sorted((folder / "clients").glob("*/shard.jsonl"))}
     trainer = Centralized(config, tokenizer, shards)
     rows = []

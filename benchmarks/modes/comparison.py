@@ -11,35 +11,15 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
+from benchmarks.modes.systems import System
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import WindowMetrics, summary
+from fedbert_ds.telemetry.plots import COLORS, PALE, REFERENCE, picture, short_ticks
 from fedbert_ds.telemetry.report import smoothed
+from fedbert_ds.telemetry.tables import markdown
 
 LAST_SHARE = 20
 """The training loss at the end is the mean over this fraction (1/20) of the windows, the last ones."""
-
-
-@dataclass(frozen=True)
-class System:
-    """A way to train: a federated mode, or centralized."""
-
-    name: str
-    average_every: int | None = None
-    """Windows between averages; None where weights are not averaged."""
-    staleness: int = 0
-    """Windows a client may begin before the exchange of earlier ones is done."""
-
-    @property
-    def label(self) -> str:
-        """For a reader."""
-        every = f", average every {self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f", staleness {self.staleness}" if self.staleness else "")
-
-    @property
-    def slug(self) -> str:
-        """For a file name."""
-        every = f"-{self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f"-stale-{self.staleness}" if self.staleness else "")
 
 
 @dataclass(frozen=True)
@@ -101,64 +81,51 @@ def final(runs: Sequence[Run], baseline: str) -> list[dict[str, Any]]:
 
 def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
     """The final rows as a Markdown table."""
-    lines = [
-        f"| system | training loss, end | held-out loss | above {baseline} | largest difference: a window's loss "
-        "| a weight, at the end | bytes per token: activations and gradients | keeping halves together |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: |",
-        f"| word frequency alone | | {final_rows[0]['unigram_loss']:.3f} | | | | | |",
-    ]
-    for row in final_rows:
+
+    def cells(row: Mapping[str, Any]) -> list[str]:
         label = System(row["system"], row["average_every"], row.get("staleness", 0)).label
-        losses = f"| {label} | {row['training_loss']:.3f} | {row['held_out_loss']:.3f} |"
+        losses = [label, f"{row['training_loss']:.3f}", f"{row['held_out_loss']:.3f}"]
         if row["system"] == baseline:
-            lines.append(f"{losses} | | | | |")
-            continue
+            return losses + [""] * 5
         halves = row["bytes_per_token_averaging"]
-        rest = row["bytes_per_token"] - halves
-        lines.append(
-            f"{losses} {_signed(row['held_out_difference'])} | {_significant(row['largest_difference'])} | "
-            f"{_significant(row['largest_weight_difference'])} | {rest:,.0f} | {halves:,.0f} |"
-        )
-    return "\n".join(lines)
+        return [
+            *losses,
+            _signed(row["held_out_difference"]),
+            _significant(row["largest_difference"]),
+            _significant(row["largest_weight_difference"]),
+            f"{row['bytes_per_token'] - halves:,.0f}",
+            f"{halves:,.0f}",
+        ]
+
+    heads = ["system", "training loss, end", "held-out loss", f"above {baseline}"]
+    heads += ["largest difference: a window's loss", "a weight, at the end"]
+    heads += ["bytes per token: activations and gradients", "client updates"]
+    word_frequency = ["word frequency alone", "", f"{final_rows[0]['unigram_loss']:.3f}"] + [""] * 5
+    return markdown(heads, [word_frequency, *map(cells, final_rows)])
 
 
 def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
     """Training loss against tokens, smoothed, a line per system; below it the difference to the baseline."""
-    # The figure is built without pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, differences = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    reference = smoothed(_find(runs, baseline).windows)
-    colors = cycle(_COLORS)
-    for run in runs:
-        tokens = list(accumulate(row.tokens for row in run.windows))
-        curve = smoothed(run.windows)
-        label = f"{run.system.label}: held out {run.held_out_loss:.2f}"
-        # Wide and pale below, so that a line that lies on it is seen to lie on it.
-        style: dict[str, Any] = {"color": "#c9c9c9", "linewidth": 5.0}
-        if run.system.name != baseline:
-            style = {"color": next(colors), "linewidth": 1.4}
-        losses.plot(tokens, curve, label=label, **style)
-        differences.plot(tokens, [mine - theirs for mine, theirs in zip(curve, reference, strict=True)], **style)
-    unigram = runs[0].unigram_loss
-    losses.axhline(
-        unigram, color="#6b6b6b", linewidth=1.0, linestyle="--", label=f"word frequency alone: held out {unigram:.2f}"
-    )
-    losses.set_ylabel("training loss, smoothed,\nnats per masked token")
-    differences.set_ylabel(f"difference to {baseline},\nnats")
-    differences.set_xlabel("tokens")
-    differences.set_xlim(left=0)
-    differences.xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes in (losses, differences):
-        axes.grid(color="#e4e4e4", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-    losses.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    reference, colors = smoothed(_find(runs, baseline).windows), cycle(COLORS)
+    with picture(path, 8, 7, rows=2, sharex=True, height_ratios=(3, 2)) as (_, (losses, differences)):
+        for run in runs:
+            tokens = list(accumulate(row.tokens for row in run.windows))
+            curve = smoothed(run.windows)
+            label = f"{run.system.label}: held out {run.held_out_loss:.2f}"
+            # Wide and pale below, so that a line that lies on it is seen to lie on it.
+            style: dict[str, Any] = {"color": PALE, "linewidth": 5.0}
+            if run.system.name != baseline:
+                style = {"color": next(colors), "linewidth": 1.4}
+            losses.plot(tokens, curve, label=label, **style)
+            differences.plot(tokens, [mine - theirs for mine, theirs in zip(curve, reference, strict=True)], **style)
+        label = f"word frequency alone: held out {runs[0].unigram_loss:.2f}"
+        losses.axhline(runs[0].unigram_loss, color=REFERENCE, linewidth=1.0, linestyle="--", label=label)
+        losses.set_ylabel("training loss, smoothed,\nnats per masked token")
+        differences.set_ylabel(f"difference to {baseline},\nnats")
+        differences.set_xlabel("tokens")
+        differences.set_xlim(left=0)
+        short_ticks(differences.xaxis)
+        losses.legend(frameon=False)
 
 
 def _final(run: Run, reference: Run) -> dict[str, Any]:
@@ -198,6 +165,3 @@ def _signed(difference: float) -> str:
 
 def _significant(difference: float) -> str:
     return f"{difference:.1e}" if difference < 0.01 else f"{difference:.2f}"
-
-
-_COLORS = ("#1f4e8c", "#4c7a34", "#c98a1b", "#b5482a", "#7a4c8c")

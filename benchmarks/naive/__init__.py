@@ -1,1 +1,1 @@
-"""Split learning as public demos do it, measured beside `fedbert-ds bench pipeline`."""
+"""Split learning as public demos do it, run beside `fedbert-ds bench pipeline`."""

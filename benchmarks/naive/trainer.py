@@ -1,4 +1,4 @@
-"""The baseline of `bench pipeline`: split learning as public demos do it.
+"""The naive trainer: split learning as public demos do it.
 
 One client at a time sends padded fp32 activations of one batch, pickled over HTTP, and waits; the server runs plain
 transformers layers, answers with all hidden states, takes the gradient back in another request and steps after every
@@ -68,8 +68,8 @@ class PaddedBody:
         return input_gradient
 
 
-def serve(body: PaddedBody, host: str) -> None:
-    """Answer POST /forward and /backward with pickled arrays until standard input ends."""
+def start_server(body: PaddedBody, host: str) -> ThreadingHTTPServer:
+    """A server, in a thread, that answers POST /forward and /backward with pickled arrays until it is shut down."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -93,8 +93,7 @@ def serve(body: PaddedBody, host: str) -> None:
 
     server = ThreadingHTTPServer((host, 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    print(f"{host}:{server.server_port}", flush=True)
-    sys.stdin.read()
+    return server
 
 
 class Client:
@@ -233,7 +232,9 @@ def main() -> None:
     tokenizer = load_tokenizer(options.tokenizer)
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
     if options.end == "serve":
-        serve(PaddedBody(model, config.optimizer.lr), options.host)
+        server = start_server(PaddedBody(model, config.optimizer.lr), options.host)
+        print(f"{options.host}:{server.server_port}", flush=True)
+        sys.stdin.read()
     else:
         wanted = options.shards, address_of(options.server), options.seconds, options.keep_connection
         print(json.dumps(train(config, model, tokenizer, *wanted)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,11 @@ from fedbert_ds.errors import RunError
 
 LONGEST_SECONDS = 1800.0
 """Of one run."""
+
+
+def exit_on_sigterm() -> None:
+    """From now on a SIGTERM unwinds this process as Ctrl-C does, so that what it has started is ended."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def environment(device: str) -> dict[str, str]:

@@ -151,10 +151,8 @@ def unigram_loss(train_token_counts: Tensor, labels: Tensor) -> float:
     return float(smoothed.sum().log() - smoothed[labels].log().mean())
 
 
-@torch.inference_mode()
-def _summed_cross_entropy(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> float:
-    """Sum over the targets [B, L] that are not -1; the head sees their hidden states only."""
-    chosen = (targets >= 0).to(model.device)
+def scores_at(model: Any, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor) -> Tensor:
+    """Scores [m, V] of any masked LM at the m positions where `chosen` [B, L] bool is true; it computes no others."""
 
     def keep_chosen(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
         output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
@@ -163,11 +161,19 @@ def _summed_cross_entropy(model: PreTrainedModel, input_ids: Tensor, attention_m
     # Every masked LM of transformers hands its encoder's last hidden state to its head, whatever the two are called.
     hook = model.base_model.register_forward_hook(keep_chosen)
     try:
-        logits = model(input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)).logits
+        scores: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits[0]
     finally:
         hook.remove()
-    labels = targets[targets >= 0].to(model.device)
-    return float(torch.nn.functional.cross_entropy(logits[0].float(), labels, reduction="none").double().sum())
+    return scores
+
+
+@torch.inference_mode()
+def _summed_cross_entropy(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, targets: Tensor) -> float:
+    """Sum over the targets [B, L] that are not -1; the head sees their hidden states only."""
+    input_ids, attention_mask, targets = (tensor.to(model.device) for tensor in (input_ids, attention_mask, targets))
+    scores = scores_at(model, input_ids, attention_mask, targets >= 0)
+    labels = targets[targets >= 0]
+    return float(torch.nn.functional.cross_entropy(scores.float(), labels, reduction="none").double().sum())
 
 
 def _padded(rows: list[Tensor], value: int) -> Tensor:

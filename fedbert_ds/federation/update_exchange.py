@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -22,8 +21,6 @@ class _WindowUpdates:
     average: bool
     awaited: set[str]
     """Clients that have not delivered."""
-    is_due: bool = False
-    """The body has stepped, so clients can finish their updates."""
     decoded: dict[str, Future[ClientUpdate]] = field(default_factory=dict)
     """Delivered updates by client; decoding may still run."""
 
@@ -40,17 +37,14 @@ class UpdateExchange:
         self._windows: dict[int, _WindowUpdates] = {}
         self._combining: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update-exchange")
-        self._last_progress = time.monotonic()
 
     def expect(self, window: int, clients: Iterable[str], average: bool) -> None:
         """Accept updates of this window from these clients; windows come in order."""
         self._windows[window] = _WindowUpdates(average, set(clients))
 
-    def due(self, window: int) -> None:
-        """Start the clock of this window's updates."""
-        if window in self._windows:
-            self._windows[window].is_due = True
-            self._last_progress = time.monotonic()
+    def awaited(self, window: int) -> frozenset[str]:
+        """Clients that have not delivered their update of this window."""
+        return frozenset(self._windows[window].awaited) if window in self._windows else frozenset()
 
     def deliver(self, window: int, client: str, decode: Callable[[], ClientUpdate]) -> None:
         """Take a client's complete update, to be decoded in the thread.
@@ -61,10 +55,6 @@ class UpdateExchange:
         if updates is not None and client in updates.awaited:
             updates.awaited.remove(client)
             updates.decoded[client] = self._thread.submit(decode)
-
-    def progress(self) -> None:
-        """Restart the clock: a chunk has come. Silence counts against a client, a slow link does not."""
-        self._last_progress = time.monotonic()
 
     def forget(self, client: str) -> list[int]:
         """Await nothing more from a client; returns the windows combined without it.
@@ -122,16 +112,6 @@ class UpdateExchange:
         """A window is being combined or about to be; only `poll` tells when it is done."""
         first = next(iter(self._windows.values()), None)
         return self._combining is not None or (first is not None and not first.awaited)
-
-    @property
-    def quiet_seconds(self) -> float:
-        """Seconds since the last chunk."""
-        return time.monotonic() - self._last_progress
-
-    @property
-    def late(self) -> frozenset[str]:
-        """Clients with an update awaited and due."""
-        return frozenset(client for updates in self._windows.values() if updates.is_due for client in updates.awaited)
 
     def close(self) -> None:
         """Accept no more updates; the thread ends by itself."""

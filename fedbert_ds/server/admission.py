@@ -1,17 +1,20 @@
-"""Who takes part: joins are checked, and when everybody is here clients are spread over ranks."""
+"""Admission to a run: joins are checked; once all clients are here, each gets a rank, a share and a welcome."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.events import reply
+from fedbert_ds.config import RunConfig, WindowSection
+from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
 from fedbert_ds.server.queue.packing import assign_clients, window_shares
+from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL
+from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
 LONGEST_NAME = 100
 """Characters of a client's name, which stands in every message about it."""
@@ -37,6 +40,14 @@ class Seat:
     session: str
     tokens: int
     """Tokens it brings to each window."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the coordinator decided when all clients had joined."""
+
+    seats: dict[str, Seat]
+    first_window: int
 
 
 @dataclass
@@ -127,6 +138,68 @@ class Roster:
             raise WireError(f"{who} has no text; check its --data")
         if self.expectation.saved_windows is not None and not hello.saved_windows:
             raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
+
+
+def fill(
+    roster: Roster,
+    next_event: Callable[[float], Event | None],
+    join_timeout: float,
+    stop: StopFlag,
+    watch: Callable[[], None],
+) -> None:
+    """Take joins until every expected client has joined.
+
+    `watch` is called while waiting and may raise: a local client process that died. Raises RunError, which
+    every waiting client hears too, after `join_timeout` seconds or a stop request; it names who is here.
+    """
+    deadline = time.monotonic() + join_timeout
+    while not roster.is_complete:
+        match next_event(POLL_SECONDS):
+            case JoinAsked(hello, answer):
+                try:
+                    roster.admit(hello, answer)
+                except WireError as refusal:
+                    print(f"refused: {refusal}", flush=True)
+            case JoinAbandoned(hello):
+                roster.withdraw(hello)
+        watch()
+        if stop.requested or time.monotonic() > deadline:
+            here = ", ".join(roster.clients) or "none"
+            reason = "stopped" if stop.requested else f"{join_timeout:.0f} s are over (clients.join_timeout)"
+            error = RunError(f"{reason} before all {roster.expected} clients joined; here: {here}")
+            roster.refuse_all(WireError(str(error)))
+            raise error
+
+
+def start_of(roster: Roster, world_size: int, window: WindowSection) -> Start:
+    """Where the run begins and who sits where. Raises WireError, which every client hears too, if nobody can begin."""
+    try:
+        first_window = roster.first_window()
+    except WireError as error:
+        roster.refuse_all(error)
+        raise
+    return Start(roster.seats(world_size, window.tokens, window.share), first_window)
+
+
+def welcome_all(
+    roster: Roster, start: Start, config: RunConfig, endpoints: Sequence[str], tokenizer: bytes, model_config: str
+) -> None:
+    """Answer every client's Join with its rank's address, its session, the model and the settings of the run."""
+    for client, seat in start.seats.items():
+        settings = client_settings(
+            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+        )
+        welcome = pb.Welcome(
+            endpoint=endpoints[seat.rank],
+            session=seat.session,
+            model_config=model_config,
+            cut=cut_to_json(config.cut),
+            settings=settings.model_dump_json(),
+            tokenizer=tokenizer,
+            window=start.first_window,
+            reconnect_timeout=config.clients.reconnect_timeout,
+        )
+        roster.welcome(client, welcome)
 
 
 def _listed(windows: Iterable[int]) -> str:

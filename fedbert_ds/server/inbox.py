@@ -1,100 +1,67 @@
-"""What clients of a rank have sent: each message is decoded and checked here, before it can meet another client's."""
+"""What clients of a rank have sent: each message is checked here, before it can meet another client's."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from fedbert_ds.config import Codec, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.contract import Arrived, Contract
+from fedbert_ds.server.network.decoding import sender
+from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index
+from fedbert_ds.wire.codecs import decode_positions, decode_row_index
 from fedbert_ds.wire.messages import checked_manifest
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """Widths and limits the wire is checked against."""
-
-    activation_width: int
-    hidden_width: int
-    longest_sequence: int
-    is_rows_cut: bool
-    half: dict[str, tuple[int, ...]]
-    """Every tensor of a client half."""
-    exchanged: frozenset[str]
-    """Names of those that are summed or averaged."""
-    exchange_codec: Codec = "fp32"
-    """How they are coded then; a half that is asked for whole is exact."""
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """A piece's activations."""
-
-    values: Tensor
-    """[tokens, width], or [rows, width] with cut: rows; fp32."""
-    row_index: Tensor | None
-    """[tokens] int64 into `values`, with cut: rows."""
-    masked_positions: Tensor
-    """[masked] int64, within the piece."""
 
 
 class Inbox:
     """Takes messages of connected clients in; `take_*` hand them on, once.
 
-    `receive` raises WireError for a message that is malformed or that nobody asked for; nothing of it is kept then.
+    `receive` raises WireError for a message that is malformed or that nobody asked for, and keeps
+    nothing of it.
     """
 
     def __init__(
-        self,
-        queue: PipelineQueue,
-        exchange: UpdateExchange,
-        shapes: Shapes,
-        wire: WireSection,
-        seats: Mapping[str, Seat],
+        self, queue: PipelineQueue, exchange: UpdateExchange, contract: Contract, tokens: Mapping[str, int]
     ) -> None:
         self._queue = queue
-        self._shapes = shapes
-        self._wire = wire
-        self._seats = seats
         self._exchange = exchange
-        self._saving = -1
-        self._collecting = -1
+        self._contract = contract
+        self._tokens = tokens
+        """Tokens that each client brings to a window."""
+        self._saving = self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self.collected: dict[str, ClientUpdate] = {}
-        """Whole halves that were asked for, by client."""
+        """Whole client models that were asked for, by client."""
         self.saved: dict[str, pb.Saved] = {}
         """Answers to the last Save, by client."""
         self.loss_sum = 0.0
         """Cross-entropies reported with this window's gradients, nats."""
         self.masked_tokens = 0
         """Masked tokens behind `loss_sum`."""
-        self.half_bytes = 0
-        """Bytes of halves received so far."""
+        self.update_bytes = 0
+        """Bytes of client updates received so far."""
 
     def begin(self) -> None:
-        """Another window runs: losses are summed anew."""
+        """Sum losses anew, for another window."""
         self.loss_sum, self.masked_tokens = 0.0, 0
 
     def expect_collected(self, window: int) -> None:
-        """Clients have been asked for their whole halves as they are before `window`."""
+        """Take whole client models as they are before `window`."""
         self._collecting = window
         self.collected.clear()
 
     def expect_saved(self, window: int) -> None:
-        """Clients have been asked to save their state before `window`."""
+        """Take answers about states that were saved before `window`."""
         self._saving = window
         self.saved.clear()
 
@@ -107,116 +74,114 @@ class Inbox:
         return self._gradients.pop((micro_batch, client))
 
     def drop(self, client: str) -> None:
-        """Forget everything of a client that is gone."""
+        """Drop what a client that is gone has sent."""
         self.drop_activations(client)
         # A gradient that was here in time still counts; the queue decides.
         self._assemblers.pop(client, None)
         self.collected.pop(client, None)
 
     def drop_activations(self, client: str) -> None:
-        """Windows go on without what a client has sent for forwards to come."""
+        """Drop a client's activations that no forward has taken."""
         self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
 
-    def receive(self, client: str, message: pb.ClientMessage, decoded: Tensor | WireError | None = None) -> bool:
+    @property
+    def is_empty(self) -> bool:
+        """No activations and no gradients wait to be taken."""
+        return not self._activations and not self._gradients
+
+    def receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None, now: float) -> bool:
         """Check a message and keep what it brings; False for a manifest that comes too late to be of use.
 
-        `decoded` is the message's tensor, or why it could not be decoded, if that was tried before.
+        `tensor` is the message's, decoded, or what is wrong with it. `now` is in seconds of a monotonic clock.
         """
         match message.WhichOneof("body"):
             case "manifest":
-                limit = self._seats[client].tokens
-                manifest = checked_manifest(client, message.manifest, self._shapes.longest_sequence, limit)
-                return self._queue.manifest(manifest)
+                longest = self._contract.longest_sequence
+                return self._queue.manifest(checked_manifest(client, message.manifest, longest, self._tokens[client]))
             case "activations":
-                self._receive_activations(client, message.activations, decoded)
+                self._receive_activations(client, message.activations, tensor)
             case "gradient":
-                self._receive_gradient(client, message.gradient, decoded)
+                self._receive_gradient(client, message.gradient, tensor)
             case "update":
-                self.half_bytes += message.ByteSize()
-                self._receive_half(client, message.update)
+                self.update_bytes += message.ByteSize()
+                self._receive_update(client, message.update, now)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:
                     raise WireError(f"client {client}: a message about a state it was not asked to save")
                 self.saved[client] = saved
+                self._queue.deadlines.answered(client, Question("saved", saved.window), now)
             case other:
                 raise WireError(f"client {client}: a message of kind {other} was not expected")
         return True
 
-    def _receive_activations(self, client: str, message: pb.Activations, decoded: Tensor | WireError | None) -> None:
-        number = message.micro_batch
-        who = sender(client, "activations", number)
-        if self._queue.was_skipped(client, number):
+    def _receive_activations(self, client: str, message: pb.Activations, tensor: Tensor | WireError | None) -> None:
+        micro_batch = message.micro_batch
+        who = sender(client, "activations", micro_batch)
+        if self._queue.was_skipped(client, micro_batch):
             return
-        piece = self._expected(client, message.window, number, "activations", who)
+        piece = self._expected(client, message.window, micro_batch, "activations", who)
         num_rows, row_index = piece.tokens, None
-        if self._shapes.is_rows_cut:
+        if self._contract.is_rows_cut:
             num_rows = message.values.shape[0] if message.values.shape else 0
             if not 0 < num_rows <= piece.tokens:
                 raise WireError(f"{who}: {num_rows} rows for {piece.tokens} tokens")
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
-        shape = (num_rows, self._shapes.activation_width)
-        values = _tensor(message.values, shape, self._wire.activations, who, decoded)
+        values = _planned(message.values, (num_rows, self._contract.activations.width), tensor, who)
         positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
-        self._queue.activations(client, number)
-        self._activations[number, client] = Arrived(values, row_index, positions)
+        self._queue.activations(client, micro_batch)
+        self._activations[micro_batch, client] = Arrived(values, row_index, positions)
 
-    def _receive_gradient(self, client: str, message: pb.Gradient, decoded: Tensor | WireError | None) -> None:
-        number = message.micro_batch
-        who = sender(client, "gradient", number)
-        if self._queue.was_skipped(client, number):
+    def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Tensor | WireError | None) -> None:
+        micro_batch = message.micro_batch
+        who = sender(client, "gradient", micro_batch)
+        if self._queue.was_skipped(client, micro_batch):
             return
-        piece = self._expected(client, message.window, number, "gradient", who)
-        shape = (piece.masked, self._shapes.hidden_width)
-        gradient = _tensor(message.hidden, shape, self._wire.gradients, who, decoded)
+        piece = self._expected(client, message.window, micro_batch, "gradient", who)
+        gradient = _planned(message.hidden, (piece.masked, self._contract.gradients.width), tensor, who)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
-        self._queue.gradient(client, number)
-        self._gradients[number, client] = gradient
+        self._queue.gradient(client, micro_batch)
+        self._gradients[micro_batch, client] = gradient
         self.loss_sum += message.loss_sum
         self.masked_tokens += piece.masked
 
     def _expected(
-        self, client: str, window: int, number: int, kind: Literal["activations", "gradient"], who: str
+        self, client: str, window: int, micro_batch: int, kind: Literal["activations", "gradient"], who: str
     ) -> Piece:
-        piece = self._queue.expected_piece(client, number, kind)
-        if window != (planned := self._queue.window_of(number)):
+        piece = self._queue.expected_piece(client, micro_batch, kind)
+        if window != (planned := self._queue.schedule.window_of(micro_batch)):
             raise WireError(f"{who}: of window {window} instead of {planned}")
         return piece
 
-    def _receive_half(self, client: str, chunk: pb.UpdateChunk) -> None:
+    def _receive_update(self, client: str, chunk: pb.UpdateChunk, now: float) -> None:
         is_whole = chunk.window == self._collecting
         if client not in self._assemblers:
             if is_whole and client in self.collected:
-                raise WireError(f"client {client}: a second half of window {chunk.window}")
-            names = self._shapes.half if is_whole else self._shapes.exchanged
-            shapes = {name: shape for name, shape in self._shapes.half.items() if name in names}
-            codec = "fp32" if is_whole else self._shapes.exchange_codec
-            self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its half", codec)
+                raise WireError(f"client {client}: a second client model of window {chunk.window}")
+            shapes = self._contract.client_model if is_whole else self._contract.exchanged
+            codec = "fp32" if is_whole else self._contract.update_codec
+            self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its update", codec)
         window, assembler = self._assemblers[client]
         if chunk.window != window:
-            raise WireError(f"client {client}: a half of window {chunk.window} inside that of window {window}")
-        self._exchange.progress()
+            raise WireError(f"client {client}: an update of window {chunk.window} inside that of window {window}")
+        question = Question("client model" if is_whole else "update", window)
         if not assembler.take(chunk):
+            self._queue.deadlines.progress(client, question, now)
             return
         del self._assemblers[client]
+        self._queue.deadlines.answered(client, question, now)
         if is_whole:
             self.collected[client] = assembler.finish()
         else:
             self._exchange.deliver(window, client, assembler.finish)
 
 
-def sender(client: str, what: str, micro_batch: int) -> str:
-    """Whose tensor it is, for an error message."""
-    return f"client {client}: {what} of micro-batch {micro_batch}"
-
-
-def _tensor(
-    frame: pb.TensorFrame, shape: tuple[int, int], codec: Codec, who: str, decoded: Tensor | WireError | None
-) -> Tensor:
-    """The tensor of a frame that must have this shape, decoded here unless it was before."""
-    if decoded is None or tuple(frame.shape) != shape:
-        return decode(frame, shape, codec, who)
-    if isinstance(decoded, WireError):
-        raise decoded
-    return decoded
+def _planned(frame: pb.TensorFrame, shape: tuple[int, int], tensor: Tensor | WireError | None, who: str) -> Tensor:
+    """The tensor of a frame, which must have the shape that the plan gives it."""
+    if tuple(frame.shape) != shape:
+        raise WireError(f"{who}: shape {frame.shape[:8]} instead of {list(shape)}")
+    if isinstance(tensor, WireError):
+        raise tensor
+    assert tensor is not None
+    return tensor

@@ -8,9 +8,9 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import RunFolder
 
 RANK_VARIABLES = (
     "RANK",
@@ -23,8 +23,6 @@ RANK_VARIABLES = (
     "CROSS_SIZE",
 )
 """A client is no rank: accelerate would wait for others if it saw these."""
-
-LOG = "log.txt"
 
 ENDED_WELL = (0, 75)
 """Exit codes of a client whose run is complete, or was stopped and saved."""
@@ -39,19 +37,18 @@ def client_name(number: int) -> str:
 class LocalClients:
     """The started processes; `check` notices one that failed, `wait` and `stop` end them."""
 
-    folder: Path
-    """clients/ of the run; each client has a folder of its own in it."""
+    folder: RunFolder
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
-    def start(self, server: str, names: Sequence[str], extra_arguments: Sequence[str] = ()) -> None:
+    def start(self, server: str, names: Sequence[str]) -> None:
         """Start a client for each name; its shard lies in its folder, and its output goes to log.txt there."""
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", "1")
         for name in names:
-            own = self.folder / name
+            shard = self.folder.shard(name)
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
-            command += ["--data", str(own / "shard.jsonl"), "--state", str(own), "--managed", *extra_arguments]
-            with (own / LOG).open("ab") as log:
+            command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
+            with self.folder.log(name).open("ab") as log:
                 self.processes[name] = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -94,7 +91,7 @@ class LocalClients:
             process.wait()
 
     def _last_words(self, name: str) -> str:
-        path = self.folder / name / LOG
+        path = self.folder.log(name)
         lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1].removeprefix("fedbert-ds: ") if lines else "without a word"
         return f"{last} (see {path})"

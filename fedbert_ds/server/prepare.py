@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.local_clients import client_name
+from fedbert_ds.server.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-HELD_OUT = "held_out.jsonl"
-TOKENIZER = "tokenizer"
-TEXT_FACTS = "text.json"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class TextFacts:
         )
 
 
-def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
+def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
     """Write shards, held-out text and tokenizer into the run's folder; rank 0 of a new run calls it.
 
     Without local clients the server reads no text, so a tokenizer must be named (ConfigError).
@@ -49,7 +47,6 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
     from fedbert_ds.data.shards import deal, hold_out, write_shard
     from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 
-    folder = config.run.directory
     name = config.tokenizer.path or config.model.checkpoint
     tokenizer = load_tokenizer(name) if name else None
     if not config.clients.local:
@@ -57,7 +54,7 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
             raise ConfigError(
                 "tokenizer.path: name a tokenizer; without local clients the server has no text to train one"
             )
-        tokenizer.save_pretrained(folder / TOKENIZER)
+        tokenizer.save_pretrained(folder.tokenizer)
         return tokenizer, None
     articles = list(
         read_articles(config.data.source, streaming=config.data.streaming, max_articles=config.data.max_articles)
@@ -66,10 +63,10 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
     shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
     if tokenizer is None:
         tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
-    write_shard(folder / HELD_OUT, held_out)
+    write_shard(folder.held_out, held_out)
     for number, shard in enumerate(shards):
-        write_shard(folder / "clients" / client_name(number) / "shard.jsonl", shard)
-    tokenizer.save_pretrained(folder / TOKENIZER)
+        write_shard(folder.shard(client_name(number)), shard)
+    tokenizer.save_pretrained(folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
         len(articles),
@@ -77,17 +74,16 @@ def prepare_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts 
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
     )
-    (folder / TEXT_FACTS).write_bytes(TypeAdapter(TextFacts).dump_json(facts))
+    write_text(folder.text_facts, TypeAdapter(TextFacts).dump_json(facts).decode())
     return tokenizer, facts
 
 
-def prepared_text(config: RunConfig) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
+def prepared_text(folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
     """What `prepare_text` wrote, for a run that resumes."""
     from fedbert_ds.data.tokenizer import load_tokenizer
 
-    folder = config.run.directory
-    tokenizer = load_tokenizer(str(folder / TOKENIZER))
-    path = folder / TEXT_FACTS
+    tokenizer = load_tokenizer(str(folder.tokenizer))
+    path = folder.text_facts
     if not path.is_file():
         return tokenizer, None
     return tokenizer, TypeAdapter(TextFacts).validate_json(path.read_bytes())

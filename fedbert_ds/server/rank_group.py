@@ -1,25 +1,19 @@
-"""What ranks say to each other beside the body's own collectives: reports between windows, finished checkpoints."""
+"""The ranks among themselves, beside the body's own collectives: small objects, barriers, sums on the CPU."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
 
-KEPT_CHECKPOINTS = 2
-COMPLETE = "complete.json"
-
 
 class RankGroup:
-    """A gloo group of all ranks, apart from the body's backend, for small Python objects and fp64 sums on the CPU.
+    """A gloo group of all ranks, apart from the body's backend.
 
-    Objects are pickled: they come from this run's own ranks only, never from a client.
+    Objects come from this run's own ranks only, never from a client.
     """
 
     def __init__(self) -> None:
@@ -44,28 +38,3 @@ class RankGroup:
     def barrier(self) -> None:
         """Wait until all ranks are here."""
         dist.barrier(group=self.group)
-
-    def complete_checkpoint(self, folder: Path, window: int) -> None:
-        """All ranks have written their parts: rank 0 marks the checkpoint complete and drops the oldest ones."""
-        self.barrier()
-        if self.rank == 0:
-            mark = folder / f"window-{window}" / COMPLETE
-            partial = mark.with_suffix(".partial")
-            partial.write_text(json.dumps({"window": window, "ranks": self.world_size}), encoding="utf-8")
-            partial.replace(mark)
-            for old in sorted(complete_windows(folder))[:-KEPT_CHECKPOINTS]:
-                # First, so that a checkpoint that is half deleted is not taken for a complete one.
-                (folder / f"window-{old}" / COMPLETE).unlink()
-                shutil.rmtree(folder / f"window-{old}")
-        self.barrier()
-
-
-def ranks_of_checkpoints(folder: Path) -> int | None:
-    """Number of ranks the complete checkpoints in `folder` were written by; None when there is none."""
-    marks = sorted(folder.glob(f"window-*/{COMPLETE}"))
-    return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
-
-
-def complete_windows(folder: Path) -> frozenset[int]:
-    """Windows whose checkpoint in `folder` is complete."""
-    return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in folder.glob(f"window-*/{COMPLETE}"))

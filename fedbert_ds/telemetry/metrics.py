@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.errors import RunError
 
 
@@ -125,11 +125,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, first_window: int = 0) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(path) if row.window < first_window] if path.is_file() else []
-        scratch = path.with_name(path.name + ".part")
-        scratch.write_text("".join(map(_line, kept)), encoding="utf-8")
-        os.replace(scratch, path)
+        write_text(path, "".join(map(_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, metrics: WindowMetrics) -> None:

@@ -8,10 +8,12 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from fedbert_ds.atomic_write import write_text
 
 SOURCE = Path(__file__).resolve().parents[2]
 """The source tree, when the package is run from one."""
@@ -26,28 +28,13 @@ def write_record(path: Path, *, command: str, commit: str | None, rows: Sequence
     record = {
         "command": command, "commit": commit, "machine": machine(), "versions": versions(), **more, "rows": list(rows),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(_readable(record), encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, _readable(record))
     return record
 
 
-def record_rows(
-    path: Path, command: str, measured: Iterable[dict[str, Any]], describe: Callable[[dict[str, Any]], str]
-) -> None:
-    """Print a line for each row as it is measured, and write the record of all."""
-    commit, rows = source_commit(), []
-    for row in measured:
-        print(describe(row), flush=True)
-        rows.append(row)
-    write_record(path, command=command, commit=commit, rows=rows)
-    print(f"record  {path}")
-
-
-def command_line() -> str:
-    """The command that runs now, as one would type it."""
-    return shlex.join(["fedbert-ds", *sys.argv[1:]])
+def command_line(program: str = "fedbert-ds") -> str:
+    """The command that runs now, as one would type it; `program` comes before its arguments."""
+    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 def source_commit() -> str | None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
 
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.telemetry.metrics import Summary, WindowMetrics, summary
+from fedbert_ds.telemetry.plots import COLORS, picture, short_ticks
 from fedbert_ds.telemetry.progress import duration, short_bytes, short_number
 
 Table = Sequence[tuple[str, str]]
@@ -26,39 +28,28 @@ def write_report(
 
     `facts` is a table of its own (model, machine, held-out loss ...); `baselines` are named losses drawn as lines.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / "loss.png"
-    draw_loss(picture, rows, baselines or {})
+    loss = folder / "loss.png"
+    draw_loss(loss, rows, baselines or {})
     page = folder / "report.html"
-    page.write_text(_page(folder.name, picture.read_bytes(), rows, facts, config_yaml), encoding="utf-8")
+    write_text(page, _page(folder.name, loss.read_bytes(), rows, facts, config_yaml))
     return page
 
 
 def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str, float]) -> None:
     """Draw the training loss against tokens: every window thin, smoothed thick, baselines as dashed lines."""
-    # The figure is built without pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
     tokens = list(accumulate(row.tokens for row in rows))
-    if len(rows) > 1:
-        axes.plot(tokens, [row.loss for row in rows], color="#9db7d5", linewidth=0.8, label="each window")
-    marker = "" if len(rows) > 1 else "o"
-    axes.plot(tokens, smoothed(rows), color="#1f4e8c", linewidth=1.8, marker=marker, label="smoothed")
-    for (name, value), color in zip(baselines.items(), cycle(_BASELINE_COLORS), strict=False):
-        axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name} {value:.2f}")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats per masked token")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(color="#e4e4e4", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    figure.savefig(path)
+    with picture(path, 8, 4) as (_, (axes,)):
+        if len(rows) > 1:
+            axes.plot(tokens, [row.loss for row in rows], color="#9db7d5", linewidth=0.8, label="each window")
+        marker = "" if len(rows) > 1 else "o"
+        axes.plot(tokens, smoothed(rows), color=COLORS[0], linewidth=1.8, marker=marker, label="smoothed")
+        for (name, value), color in zip(baselines.items(), cycle(COLORS[1:]), strict=False):
+            axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name} {value:.2f}")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss, nats per masked token")
+        axes.set_xlim(left=0)
+        short_ticks(axes.xaxis)
+        axes.legend(frameon=False)
 
 
 def smoothed(rows: Sequence[WindowMetrics]) -> list[float]:
@@ -75,8 +66,8 @@ def smoothed(rows: Sequence[WindowMetrics]) -> list[float]:
     return means
 
 
-def _page(title: str, picture: bytes, rows: Sequence[WindowMetrics], facts: Mapping[str, str], config_yaml: str) -> str:
-    image = base64.b64encode(picture).decode("ascii")
+def _page(title: str, loss: bytes, rows: Sequence[WindowMetrics], facts: Mapping[str, str], config_yaml: str) -> str:
+    image = base64.b64encode(loss).decode("ascii")
     whole = summary(rows)
     sections = [
         f'<img alt="Training loss against tokens" src="data:image/png;base64,{image}">',
@@ -116,7 +107,7 @@ def _wire(whole: Summary) -> Table:
     return [
         ("up", short_bytes(whole.bytes_per_token_up)),
         ("down", short_bytes(whole.bytes_per_token_down)),
-        ("keeping halves together", short_bytes(whole.averaging_bytes_per_token)),
+        ("client updates", short_bytes(whole.averaging_bytes_per_token)),
         ("all", short_bytes(whole.bytes_per_token)),
     ]
 
@@ -131,8 +122,6 @@ def _table(caption: str, entries: Table) -> str:
     ]
     return "\n".join(["<table>", f"<caption>{html.escape(caption)}</caption>", *lines, "</table>"])
 
-
-_BASELINE_COLORS = ("#b5482a", "#4c7a34", "#7a4c8c", "#8c7a1f")
 
 _STYLE = """
 :root { color-scheme: light; }

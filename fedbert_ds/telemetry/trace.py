@@ -40,22 +40,32 @@ class Trace:
         yield
         self.add(name, started, time.monotonic(), **details)
 
-    def add(self, name: str, started: float, ended: float, track: str = BODY, **details: Any) -> None:
-        """A span from `started` to `ended`, seconds of time.monotonic()."""
+    def add(self, name: str, started: float, ended: float, **details: Any) -> None:
+        """A span on the body's track from `started` to `ended`, seconds of time.monotonic()."""
         if self._path is None:
             return
-        if track not in self._tracks:
-            self._tracks[track] = len(self._tracks)
-            self._write({"ph": "M", "name": "thread_name", "tid": self._tracks[track], "args": {"name": track}})
-        # Round trips of a client overlap, so they are asynchronous events; the body does one thing at a time.
-        place: dict[str, Any] = {"tid": self._tracks[track], "name": name}
-        if track == BODY:
-            duration = {"dur": 1e6 * (ended - started)}
-            self._write({"ph": "X", "ts": self._microseconds(started), **duration, **place, "args": details})
+        span = {"ph": "X", "ts": self._microseconds(started), "dur": 1e6 * (ended - started)}
+        self._write({**span, "tid": self._track(BODY), "name": name, "args": details})
+
+    def begin(self, name: str, track: str, **details: Any) -> None:
+        """A span begins now on another track, where spans may overlap; `end` ends the one with the same arguments."""
+        self._mark("b", name, track, details)
+
+    def end(self, name: str, track: str, **details: Any) -> None:
+        """A span that `begin` began ends now."""
+        self._mark("e", name, track, details)
+
+    def _mark(self, phase: str, name: str, track: str, details: dict[str, Any]) -> None:
+        if self._path is None:
             return
-        identity = {"cat": track, "id": f"{track} {name} {details}"}
-        self._write({"ph": "b", "ts": self._microseconds(started), **identity, **place, "args": details})
-        self._write({"ph": "e", "ts": self._microseconds(ended), **identity, **place})
+        identity = {"cat": track, "id": f"{track} {name} {details}", "tid": self._track(track), "name": name}
+        self._write({"ph": phase, "ts": self._microseconds(time.monotonic()), **identity, "args": details})
+
+    def _track(self, name: str) -> int:
+        if name not in self._tracks:
+            self._tracks[name] = len(self._tracks)
+            self._write({"ph": "M", "name": "thread_name", "tid": self._tracks[name], "args": {"name": name}})
+        return self._tracks[name]
 
     def _microseconds(self, moment: float) -> float:
         return round(1e6 * (moment - self._origin), 1)

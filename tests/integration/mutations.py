@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest import mock
@@ -10,8 +11,9 @@ import torch
 
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue, _State
-from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.queue import priority
+from fedbert_ds.server.queue.schedule import State
+from fedbert_ds.server.run_reporter import RunReporter
 
 
 @contextmanager
@@ -23,8 +25,8 @@ def applied(name: str | None) -> Iterator[None]:
         yield
 
 
-_forward, _backward, _first = BodyEngine.forward, BodyEngine.backward, PipelineQueue._first
-_gather = RankServer._gather
+_forward, _backward = BodyEngine.forward, BodyEngine.backward
+_window = RunReporter.window
 
 
 def _without_world_size(self, micro_batch, hidden_gradient, is_last):
@@ -48,27 +50,24 @@ def _forward_keeps_graph(self, micro_batch, body_input):
     return _forward(self, micro_batch, body_input)
 
 
-def _newest_backward_first(self, state):
-    if state is not _State.GRADIENTS_READY:
-        return _first(self, state)
-    running = self._windows[0].entries.values()
-    in_flight = [entry for entry in running if entry.state in (_State.FORWARDED, _State.GRADIENTS_READY)]
-    return in_flight[-1] if in_flight and in_flight[-1].state is _State.GRADIENTS_READY else None
+def _newest_backward_first(window, is_fixed):
+    newest = max(window.in_flight, key=lambda micro_batch: micro_batch.index, default=None)
+    return newest if newest is not None and newest.state is State.GRADIENTS_READY else None
 
 
-def _stops_before_window_3(self, window):
-    # As Ctrl-C would, on one rank only.
-    if window == 3 and self._rank_group.rank == 0:
-        self._stop.requested = True
-    return _gather(self, window)
+def _stops_before_window_3(self, window, statuses, seconds):
+    # As SLURM's warning would, on one rank only, while window 2 runs.
+    if window == 1 and torch.distributed.get_rank() == 0:
+        signal.raise_signal(signal.SIGUSR1)
+    return _window(self, window, statuses, seconds)
 
 
-Patches = list[tuple[type, str, object]]
+Patches = list[tuple[object, str, object]]
 
-VARIATIONS: dict[str, Patches] = {"newest backward first": [(PipelineQueue, "_first", _newest_backward_first)]}
+VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_backward", _newest_backward_first)]}
 """Other orders than the queue's own, under which the result must stay the same."""
 
-INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RankServer, "_gather", _stops_before_window_3)]}
+INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RunReporter, "window", _stops_before_window_3)]}
 
 FAULTS: dict[str, Patches] = {
     "gradient scale off by the world size": [(BodyEngine, "backward", _without_world_size)],
@@ -77,6 +76,6 @@ FAULTS: dict[str, Patches] = {
     # DeepSpeed's stage 3 happens to be right with kept graphs as long as backwards follow the order of forwards.
     "ZeRO 3 without its re-run": [
         (BodyEngine, "forward", _forward_keeps_graph),
-        (PipelineQueue, "_first", _newest_backward_first),
+        (priority, "next_backward", _newest_backward_first),
     ],
 }

@@ -21,7 +21,9 @@ from fedbert_ds.bench.lengths import sentence_lengths
 from fedbert_ds.config import Kernels
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.kernels import check_kernels
+from fedbert_ds.telemetry.plots import COLORS, PALE, picture, short_ticks
 from fedbert_ds.telemetry.record import source_commit, write_record
+from fedbert_ds.telemetry.tables import markdown
 
 BASE = Shape("BERT-base", layers=12, hidden_size=768, heads=12)
 LARGE = Shape("BERT-large", layers=24, hidden_size=1024, heads=16)
@@ -113,11 +115,11 @@ def bench_body(options: BodyOptions) -> None:
         text=_text_facts(options.data, sentences),
         left_out=left_out,
     )
-    picture = options.out.with_suffix(".png")
-    draw(picture, rows)
+    drawn = options.out.with_suffix(".png")
+    draw(drawn, rows)
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
-    print(f"record  {options.out}\npicture {picture}", flush=True)
+    print(f"record  {options.out}\npicture {drawn}", flush=True)
 
 
 def mixes(plan: Plan, sentences: Sequence[int]) -> dict[str, list[int]]:
@@ -205,48 +207,41 @@ def _measure(
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    lines = [
-        "| model | lengths | way | real tokens/s | beside padded | MFU | tokens computed / real |",
-        "| --- | --- | --- | --: | --: | --: | --: |",
-    ]
-    lines += [
-        f"| {row['model']} | {row['lengths']} | {row['way']} | {row['tokens_per_second']:,.0f} | "
-        f"{row['beside_padded']:.2f}x | {100 * row['mfu']:.0f} % | {row['computed_tokens'] / row['tokens']:.2f} |"
+    heads = ["model", "lengths", "way", "real tokens/s", "beside padded", "MFU", "tokens computed / real"]
+    cells = [
+        [
+            row["model"],
+            row["lengths"],
+            row["way"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['beside_padded']:.2f}x",
+            f"{100 * row['mfu']:.0f} %",
+            f"{row['computed_tokens'] / row['tokens']:.2f}",
+        ]
         for row in rows
     ]
-    return "\n".join(lines)
+    return markdown(heads, cells, words=3)
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Real tokens/s: a panel for each model, a group of bars for each mix of lengths, a colour for each way."""
-    # The figure is built without pyplot: no global state, and no display is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
     models, mixes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "lengths", "way"))
-    figure = Figure(figsize=(8, 1 + 3 * len(models)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(len(models), 1, squeeze=False)[:, 0]
     width = 0.8 / len(names)
-    for axes, model in zip(panels, models, strict=True):
-        for number, name in enumerate(names):
-            chosen = [row for row in rows if row["model"] == model and row["way"] == name]
-            places = [mixes.index(row["lengths"]) + (number - (len(names) - 1) / 2) * width for row in chosen]
-            bars = axes.bar(
-                places, [row["tokens_per_second"] for row in chosen], width * 0.92, label=name, color=_COLORS[number]
-            )
-            axes.bar_label(bars, [f"{row['beside_padded']:.2f}x" for row in chosen], fontsize=7, padding=1)
-        axes.set_title(model, loc="left", fontsize=10)
-        axes.set_ylabel("real tokens/s")
-        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.set_xticks(range(len(mixes)), mixes)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    colors = dict(zip(names, (COLORS[0], PALE, *COLORS[1:]), strict=False))
+    with picture(path, 8, 1 + 3 * len(models), rows=len(models), grid="y") as (figure, panels):
+        for axes, model in zip(panels, models, strict=True):
+            for number, name in enumerate(names):
+                chosen = [row for row in rows if row["model"] == model and row["way"] == name]
+                places = [mixes.index(row["lengths"]) + (number - (len(names) - 1) / 2) * width for row in chosen]
+                heights = [row["tokens_per_second"] for row in chosen]
+                bars = axes.bar(places, heights, width * 0.92, label=name, color=colors[name])
+                axes.bar_label(bars, [f"{row['beside_padded']:.2f}x" for row in chosen], fontsize=7, padding=1)
+            axes.set_title(model, loc="left", fontsize=10)
+            axes.set_ylabel("real tokens/s")
+            short_ticks(axes.yaxis)
+            axes.set_xticks(range(len(mixes)), mixes)
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
 
 def _text_facts(source: str, sentences: Sequence[int]) -> dict[str, Any]:
@@ -258,6 +253,3 @@ def _text_facts(source: str, sentences: Sequence[int]) -> dict[str, Any]:
         "median_length": ordered[len(ordered) // 2],
         "longest": ordered[-1],
     }
-
-
-_COLORS = ("#1f4e8c", "#c9c9c9", "#c98a1b", "#8a8a8a", "#4c7a34", "#7a4c8c")

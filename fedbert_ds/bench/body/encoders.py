@@ -111,7 +111,7 @@ def packed_step(
     dtype = window.values[0].dtype
     body.to(device, dtype)
     install_kernels(body, kernels, device, whole_weights=True)
-    micro_batches = [_pack(window, chosen) for chosen in _in_order(window.lengths, budget, padded=False)]
+    micro_batches = [_pack(window, chosen) for chosen in divided(window.lengths, budget, padded=False)]
 
     def forward(values: Tensor, masked: Tensor, cu_seqlens: Tensor) -> Tensor:
         hidden: Tensor = body(values, masked, cu_seqlens)
@@ -143,7 +143,7 @@ def padded_step(
     encoder = model.bert.encoder.to(device, window.values[0].dtype)
     model.config._attn_implementation = "sdpa"
     order = sorted(range(len(window.lengths)), key=window.lengths.__getitem__) if by_length else None
-    chosen_in_turn = _in_order(window.lengths, budget, padded=True, order=order)
+    chosen_in_turn = divided(window.lengths, budget, padded=True, order=order)
     micro_batches = [_pad(window, chosen) for chosen in chosen_in_turn]
     # Each shape would be compiled anew, and the limit on that is soon met.
     called = torch.compile(encoder, dynamic=len(set(window.lengths)) > 1) if compiled else encoder
@@ -168,7 +168,7 @@ def varlen_step(shape: Shape, window: Window, budget: int, dropout: float, devic
     model = shape.model(dropout)
     encoder = model.bert.encoder.to(device, window.values[0].dtype)
     model.config._attn_implementation = VARLEN_ATTENTION
-    micro_batches = [_pack(window, chosen) for chosen in _in_order(window.lengths, budget, padded=False)]
+    micro_batches = [_pack(window, chosen) for chosen in divided(window.lengths, budget, padded=False)]
 
     def forward(values: Tensor, masked: Tensor, cu_seqlens: Tensor) -> Tensor:
         longest = int(cu_seqlens.diff().max())
@@ -267,7 +267,7 @@ def _trainer(
     return run
 
 
-def _in_order(
+def divided(
     lengths: Sequence[int], budget: int, *, padded: bool, order: Sequence[int] | None = None
 ) -> list[list[int]]:
     """Numbers of sequences, divided into micro-batches of at most `budget` tokens, with padding if `padded`."""

@@ -57,7 +57,7 @@ def attention_problem(
     device: torch.device,
     compiled: bool = True,
 ) -> Problem:
-    """The problem of one mix of lengths, with all rivals; those that torch.compile makes only if `compiled`."""
+    """The problem of one mix of lengths, with all baselines; those that torch.compile makes only if `compiled`."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, head_size, generator=generator).to(device, dtype)
     dout = torch.randn(sum(lengths), heads, head_size, generator=generator).to(device, dtype)
@@ -66,7 +66,8 @@ def attention_problem(
 
     def exact() -> tuple[Tensor, ...]:
         leaf = qkv.double().requires_grad_()
-        out = attention_reference(*leaf.unbind(1), layout.cu_seqlens)
+        q, k, v = leaf.unbind(1)
+        out = attention_reference(q, k, v, layout.cu_seqlens)
         (gradient,) = torch.autograd.grad(out, leaf, dout.double())
         return out.detach(), gradient
 
@@ -75,7 +76,7 @@ def attention_problem(
         case=case,
         dtype=dtype,
         dropout=dropout,
-        rivals=_rivals(qkv, dout, layout, device, compiled),
+        ways=_ways(qkv, dout, layout, device, compiled),
         exact=exact,
         work={FORWARD: operations, BOTH: 3.5 * operations},
         unit="TFLOP/s",
@@ -106,7 +107,7 @@ class Packed:
             first += int(lengths.sum())
 
 
-def _rivals(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, compiled: bool) -> dict[str, Build]:
+def _ways(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, compiled: bool) -> dict[str, Build]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     seed = torch.tensor([1, 2], device=device)
@@ -176,7 +177,7 @@ def _rivals(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, com
 
 
 def _separate(qkv: Tensor, dout: Tensor, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
-    """q, k and v as three leaves, so that no rival pays for packing gradients it was not asked to pack."""
+    """q, k and v as three leaves, so that no baseline pays for packing gradients it was not asked to pack."""
     inputs = tuple(part.contiguous().requires_grad_() for part in qkv.unbind(1))
     return Prepared(
         lambda: (function(*inputs),),

@@ -1,4 +1,4 @@
-"""Ways to compute the same thing: each is first checked against fp64, then all are timed side by side.
+"""Ways to compute the same thing, ours and its baselines: each is first checked against fp64, then all are timed.
 
 Knows no kernel. One that cannot run here, or is wrong, stays in the result as a row with the reason.
 """
@@ -29,7 +29,7 @@ DROPPED = 0.05
 
 
 class Unavailable(Exception):
-    """A rival that does not run here; says why."""
+    """A baseline that does not run here; says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Prepared:
 
 
 Build = Callable[[float], Prepared]
-"""Prepares a rival for a dropout probability; Unavailable, or any other error, if it cannot run."""
+"""Prepares one for a dropout probability; Unavailable, or any other error, if it cannot run."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Problem:
     case: str
     dtype: torch.dtype
     dropout: float
-    rivals: Mapping[str, Build]
+    ways: Mapping[str, Build]
     """By name; OURS is one of them."""
     exact: Callable[[], tuple[Tensor, ...]]
     """(value, *gradients of the inputs), in fp64 and without dropout."""
@@ -108,7 +108,7 @@ def installed(module: str, name: str) -> Any:
 
 
 def measure(problem: Problem, device: torch.device, peak: float, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of every rival and pass; `peak` is what the device does at most, in operations or bytes a second."""
+    """Rows of every way and pass; `peak` is what the device does at most, in operations or bytes a second."""
     rows = []
     # Or torch.compile, having seen the same function with many shapes, gives up on it.
     torch.compiler.reset()
@@ -116,10 +116,10 @@ def measure(problem: Problem, device: torch.device, peak: float, rounds: int, se
     for what, work in problem.work.items():
         calls = {name: _caller(prepared, what) for (name, passed), prepared in ready.items() if passed == what}
         timings = time_side_by_side(calls, device, rounds, seconds, launch_ahead=True) if calls else {}
-        for name in problem.rivals:
+        for name in problem.ways:
             row: dict[str, Any] = {
                 "kernel": problem.kernel, "case": problem.case, "dropout": problem.dropout,
-                "dtype": str(problem.dtype).removeprefix("torch."), **problem.facts, "pass": what, "rival": name,
+                "dtype": str(problem.dtype).removeprefix("torch."), **problem.facts, "pass": what, "way": name,
             }  # fmt: skip
             if name in timings:
                 timing, rate = timings[name], work / timings[name].median
@@ -148,12 +148,12 @@ def _caller(prepared: Prepared, what: str) -> Callable[[], Any]:
 
 
 def _check_all(problem: Problem, device: torch.device) -> tuple[dict[Key, Prepared], dict[Key, str], dict[Key, float]]:
-    """({(rival, pass): prepared} of those that run and are right, reasons of the others, errors of the first)."""
+    """({(way, pass): prepared} of those that run and are right, reasons of the others, errors of the first)."""
     exact = problem.exact()
     ready: dict[Key, Prepared] = {}
     reasons: dict[Key, str] = {}
     errors: dict[Key, float] = {}
-    for name, build in problem.rivals.items():
+    for name, build in problem.ways.items():
         for what in problem.work:
             # Who fails forward is not asked for more.
             if (name, FORWARD) in reasons:
@@ -161,7 +161,7 @@ def _check_all(problem: Problem, device: torch.device) -> tuple[dict[Key, Prepar
                 continue
             try:
                 ready[name, what], errors[name, what] = _check(problem, build, what, exact)
-            except Exception as error:  # Whatever stops a rival, the others are still to be measured.
+            except Exception as error:  # Whatever stops one, the others are still to be measured.
                 reasons[name, what] = _reason(error)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -169,7 +169,7 @@ def _check_all(problem: Problem, device: torch.device) -> tuple[dict[Key, Prepar
 
 
 def _check(problem: Problem, build: Build, what: str, exact: tuple[Tensor, ...]) -> tuple[Prepared, float]:
-    """The rival ready to be timed, and its error: of its value, or of the worst of its gradients."""
+    """The way ready to be timed, and its error: of its value, or of the worst of its gradients."""
     # First, so that one without dropout says so before anything is compiled.
     with_dropout = build(problem.dropout)
     prepared = build(0.0) if problem.dropout else with_dropout

@@ -5,7 +5,6 @@ On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,15 @@ import torch
 
 from fedbert_ds.bench.device import default_device, describe, matmul_rate, memory_bandwidth
 from fedbert_ds.bench.kernels.attention_baselines import PADDED_BATCH, attention_problem, draw_lengths
-from fedbert_ds.bench.kernels.baselines import OURS, TOLERANCES, Problem, measure
+from fedbert_ds.bench.kernels.baselines import TOLERANCES, Problem, measure
 from fedbert_ds.bench.kernels.report import draw, table
 from fedbert_ds.bench.kernels.row_baselines import (
-    COMPILED,
     codec_problems,
     gelu_problem,
     layer_norm_problem,
     loss_problem,
 )
+from fedbert_ds.bench.kernels.tuning import choose_rows, tune_launches
 from fedbert_ds.bench.lengths import article_lengths, sentence_lengths
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -86,9 +85,9 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
     commit = source_commit()
     if options.tune and not _has_triton(device):
         raise RunError("--tune needs a GPU and the triton package: elsewhere there is nothing to tune")
-    mixes = _mixes(options, sizes.tokens) if "attention" in options.kernels else {}
-    tuned = _tune(mixes, sizes, dtype, device) if options.tune else []
-    choices = _choose_rows(options.kernels, sizes, dtype, device) if options.tune else []
+    mixes = mixes_of(options, sizes.tokens) if "attention" in options.kernels else {}
+    tuned = tune_launches(mixes, sizes.heads_and_sizes, dtype, device) if options.tune else []
+    choices = choose_rows(options.kernels, sizes.widths, dtype, device) if options.tune else []
     peaks = {"TFLOP/s": matmul_rate(device, dtype), "GB/s": memory_bandwidth(device)}
     rows: list[dict[str, Any]] = []
     for problem in problems(options, sizes, mixes, dtype, device):
@@ -111,9 +110,9 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
         choices=choices,
         extras=_extras(),
     )  # fmt: skip
-    picture = options.out.with_suffix(".png")
-    draw(picture, rows)
-    print(f"\n{compares(device)}\n\n{table(rows)}\n\nrecord  {options.out}\npicture {picture}", flush=True)
+    drawn = options.out.with_suffix(".png")
+    draw(drawn, rows)
+    print(f"\n{compares(device)}\n\n{table(rows)}\n\nrecord  {options.out}\npicture {drawn}", flush=True)
 
 
 def compares(device: torch.device) -> str:
@@ -153,7 +152,7 @@ def problems(
                 yield from codec_problems(codec, rows, sizes.widths[0], dtype, device, compiled)
 
 
-def _mixes(options: KernelsOptions, tokens: int) -> dict[str, list[int]]:
+def mixes_of(options: KernelsOptions, tokens: int) -> dict[str, list[int]]:
     """{name: lengths}, each of about `tokens` tokens."""
     mixes = {f"all {length}": [length] * max(1, tokens // length) for length in (128, 512)}
     if options.quick:
@@ -163,45 +162,6 @@ def _mixes(options: KernelsOptions, tokens: int) -> dict[str, list[int]]:
         "sentences": draw_lengths(sentence_lengths(options.data), tokens),
         "articles": draw_lengths(article_lengths(options.data), tokens),
     }
-
-
-def _tune(mixes: dict[str, list[int]], sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[dict[str, Any]]:
-    from fedbert_kernels.attention_launches import shape_class
-    from fedbert_kernels.attention_tuning import tune
-
-    found: list[dict[str, Any]] = []
-    seen = set()
-    for heads, head_size in sizes.heads_and_sizes:
-        for case, lengths in mixes.items():
-            for dropout in (0.0, 0.1):
-                # Mixes of about the same average share launches: those of the first.
-                shape = shape_class(dtype, head_size, dropout > 0.0, False, sum(lengths), len(lengths))
-                if shape in seen:
-                    continue
-                seen.add(shape)
-                print(f"tuning attention, {shape}, on {case}", flush=True)
-                for name, (launch, share) in tune(lengths, heads, head_size, dtype, dropout, device).items():
-                    found.append({"shape": name, "tuned_on": case, **asdict(launch), "time_over_default": share})
-    return found
-
-
-def _choose_rows(
-    kernels: tuple[str, ...], sizes: Sizes, dtype: torch.dtype, device: torch.device
-) -> list[dict[str, Any]]:
-    """From now on runs on this card take ours or torch.compile's LayerNorm and GELU, whichever is faster now."""
-    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, is_ours_faster, measure_again
-
-    cases = [RowCase(LAYER_NORM, dtype, width, dropout) for width in sizes.widths for dropout in (0.0, 0.1)]
-    cases += [RowCase(GELU, dtype, 4 * width) for width in sizes.widths]
-    times = measure_again([case for case in cases if case.kernel in kernels], device)
-    for name, pair in times.items():
-        print(f"{name}: {'our kernel' if is_ours_faster(pair) else 'torch.compile'} runs on this card from now on")
-    return [
-        # JSON has no infinity, the time of one that does not run.
-        {"case": name, "kept": is_ours_faster(pair)}
-        | {who: time if math.isfinite(time) else None for who, time in zip((OURS, COMPILED), pair, strict=True)}
-        for name, pair in times.items()
-    ]
 
 
 def _has_triton(device: torch.device) -> bool:

@@ -1,4 +1,4 @@
-"""What lies between attention and the matrix products, the client's loss, and the wire's codecs: ours and rivals.
+"""LayerNorm, GELU, the client's loss and the wire's codecs: ours and its baselines.
 
 Work is counted in the bytes that the task itself must read and write once, whoever does it; the loss's in operations.
 """
@@ -6,6 +6,7 @@ Work is counted in the bytes that the task itself must read and write once, whoe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def layer_norm_problem(
     seed = torch.tensor([1, 2], device=device)
 
     def ours(p: float) -> Prepared:
-        return plain(lambda *parts: residual_layer_norm(*parts, dropout=p, epsilon=EPSILON, seed=seed), leaves, dy)
+        return plain(partial(residual_layer_norm, dropout=p, epsilon=EPSILON, seed=seed), leaves, dy)
 
     def in_torch(p: float) -> Callable[..., Tensor]:
         def compute(x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
@@ -69,8 +70,8 @@ def layer_norm_problem(
         case=f"width {width:,}",
         dtype=dtype,
         dropout=dropout,
-        rivals={OURS: ours, **_torchs(in_torch, leaves, dy, compiled), "Liger, dropout in torch": liger},
-        exact=_exact(lambda *parts: residual_layer_norm_reference(*parts, epsilon=EPSILON), leaves, dy),
+        ways={OURS: ours, **_torchs(in_torch, leaves, dy, compiled), "Liger, dropout in torch": liger},
+        exact=_exact(partial(residual_layer_norm_reference, epsilon=EPSILON), leaves, dy),
         work={what: times * _bytes(x) for what, times in ((FORWARD, forward), (BOTH, forward + backward))},
         unit="GB/s",
         facts={"rows": num_rows, "width": width},
@@ -91,7 +92,7 @@ def gelu_problem(num_rows: int, width: int, dtype: torch.dtype, device: torch.de
         case=f"width {width:,}",
         dtype=dtype,
         dropout=0.0,
-        rivals={OURS: lambda _: plain(bias_gelu, leaves, dy), **_torchs(in_torch, leaves, dy, compiled)},
+        ways={OURS: lambda _: plain(bias_gelu, leaves, dy), **_torchs(in_torch, leaves, dy, compiled)},
         exact=_exact(bias_gelu_reference, leaves, dy),
         work={FORWARD: 2 * _bytes(x), BOTH: 5 * _bytes(x)},
         unit="GB/s",
@@ -139,13 +140,13 @@ def loss_problem(
         case=f"{num_rows:,} rows",
         dtype=dtype,
         dropout=0.0,
-        rivals={
-            OURS: lambda _: plain(lambda *parts: linear_cross_entropy(*parts, targets), leaves, one),
+        ways={
+            OURS: lambda _: plain(partial(linear_cross_entropy, targets=targets), leaves, one),
             **_torchs(in_torch, leaves, one, compiled),
             "torch linear_cross_entropy": torchs_own,
             "Liger": liger,
         },
-        exact=_exact(lambda *parts: linear_cross_entropy_reference(*parts, targets, upcast=True), leaves, one),
+        exact=_exact(partial(linear_cross_entropy_reference, targets=targets, upcast=True), leaves, one),
         work={FORWARD: operations, BOTH: 3 * operations},
         unit="TFLOP/s",
         facts={"rows": num_rows, "width": width, "vocabulary": vocabulary},
@@ -202,14 +203,14 @@ def codec_problems(
             case=codec,
             dtype=dtype,
             dropout=0.0,
-            rivals=rivals,
+            ways=ways,
             exact=exact,
             work={FORWARD: moved},
             unit="GB/s",
             facts={"rows": num_rows, "width": width},
             tolerance=CODE_ERRORS[codec],
         )
-        for kernel, rivals in sides.items()
+        for kernel, ways in sides.items()
     ]
 
 

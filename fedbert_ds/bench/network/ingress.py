@@ -1,4 +1,4 @@
-"""What an endpoint accepts and what that costs, over loopback: `fedbert-ds bench ingress`."""
+"""What an endpoint accepts over loopback, and what that costs in processor time."""
 
 from __future__ import annotations
 
@@ -6,42 +6,28 @@ import itertools
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.network.endpoint import ClientProcess, Load, MeasuredEndpoint
-from fedbert_ds.telemetry.record import record_rows
 
 MESSAGE_BYTES = (64 << 10, 1 << 20, 4 << 20)
 STREAMS = (1, 4, 16)
 TRANSPORTS = ("socket", "shared")
 PLACES = ("thread", "process")
 """Of the network: a thread of the body's process, or a process of its own."""
+Row = dict[str, Any]
 ROW_BYTES = 400_000_000
 QUICK_ROW_BYTES = 20_000_000
 
 
-@dataclass(frozen=True)
-class IngressOptions:
-    """What a user asks for."""
-
-    out: Path
-    command: str
-    quick: bool = False
+def ingress_rows(is_quick: bool) -> Iterator[Row]:
+    """Rows of rates, then rows beside a busy body."""
+    num_bytes = QUICK_ROW_BYTES if is_quick else ROW_BYTES
+    yield from rate_rows(num_bytes)
+    yield from busy_rows(num_bytes)
 
 
-def bench_ingress(options: IngressOptions) -> None:
-    """Measure every row, print it and write the record."""
-    record_rows(options.out, options.command, _rows(options.quick), describe)
-
-
-def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
-    yield from rate_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
-    yield from busy_rows(QUICK_ROW_BYTES if is_quick else ROW_BYTES)
-
-
-def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
+def busy_rows(num_bytes: int) -> Iterator[Row]:
     """How long a body that launches small operations is kept from it by the network beside it, both ways busy."""
     for place in PLACES:
         names = tuple(f"client-{number}" for number in range(4))
@@ -72,7 +58,7 @@ def busy_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
+def rate_rows(num_bytes: int) -> Iterator[Row]:
     """A row for each place, direction, message size, transport and number of streams; each moves `num_bytes` up."""
     runs = [
         (transport, tuple(f"client-{transport}-{streams}-{number}" for number in range(streams)))
@@ -91,7 +77,7 @@ def rate_rows(num_bytes: int) -> Iterator[dict[str, Any]]:
                     yield facts | _rates(endpoint, clients, load, directions=1 + is_answered)
 
 
-def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, directions: int) -> dict[str, Any]:
+def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, directions: int) -> Row:
     before = endpoint.usage()
     started = time.monotonic()
     clients.run(load)
@@ -113,7 +99,7 @@ def _rates(endpoint: MeasuredEndpoint, clients: ClientProcess, load: Load, direc
     }
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Row) -> str:
     """One line of a row."""
     if row["what"] == "rate":
         way = "both ways" if row["answered"] else "up       "

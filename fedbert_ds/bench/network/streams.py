@@ -1,17 +1,15 @@
-"""Many client streams at one endpoint for a long time: `fedbert-ds bench streams`. Is memory flat, is anything lost?"""
+"""Many client streams at one endpoint for a long time: is memory flat, is anything lost?"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.network.endpoint import ClientProcess, Load, MeasuredEndpoint
-from fedbert_ds.telemetry.record import source_commit, write_record
 
+Row = dict[str, Any]
 PROCESSES = 4
 MESSAGE_BYTES = 16 << 10
 ANSWERS_PER_SECOND = 200
@@ -19,31 +17,7 @@ ANSWERS_PER_SECOND = 200
 SAMPLE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class StreamsOptions:
-    """What a user asks for."""
-
-    out: Path
-    command: str
-    streams: int
-    minutes: float
-
-
-def bench_streams(options: StreamsOptions) -> None:
-    """Run the streams, print a line a minute, write the record."""
-    commit = source_commit()
-    rows = []
-    said = 0.0
-    for row in stream_rows(options.streams, 60 * options.minutes):
-        rows.append(row)
-        if row["seconds"] >= said or row["is_over"]:
-            said = row["seconds"] + 60
-            print(describe(row), flush=True)
-    write_record(options.out, command=options.command, commit=commit, rows=rows)
-    print(f"record  {options.out}")
-
-
-def stream_rows(streams: int, seconds: float) -> Iterator[dict[str, Any]]:
+def stream_rows(streams: int, seconds: float) -> Iterator[Row]:
     """A row every few seconds: memory of the endpoint's process, messages so far, and how many were not the next one.
 
     The last row, `is_over`, also says what the clients sent and how many answers came to them.
@@ -74,7 +48,7 @@ def stream_rows(streams: int, seconds: float) -> Iterator[dict[str, Any]]:
         }
 
 
-def _row(streams: int, seconds: float, endpoint: MeasuredEndpoint) -> dict[str, Any]:
+def _row(streams: int, seconds: float, endpoint: MeasuredEndpoint) -> Row:
     usage = endpoint.usage()
     return {
         "what": "streams",
@@ -89,8 +63,10 @@ def _row(streams: int, seconds: float, endpoint: MeasuredEndpoint) -> dict[str, 
     }
 
 
-def describe(row: dict[str, Any]) -> str:
-    """One line of a row."""
+def describe(row: Row) -> str:
+    """One line of a row, a minute; nothing for the rows between."""
+    if row["seconds"] % 60 >= SAMPLE_SECONDS and not row["is_over"]:
+        return ""
     line = (
         f"{row['seconds']:>6.0f} s  {row['streams']} streams  {row['messages']:>8,} messages, {row['wrong']} lost or "
         f"doubled  endpoint {row['rss_mb']:.0f} MB"

@@ -1,16 +1,11 @@
-"""Large transfers over a limited link: `fedbert-ds bench transfers`.
-
-100 MB of activations, and a client half whose link drops in the middle.
-"""
+"""Large transfers over a limited link: 100 MB of activations, and a client update whose link drops in the middle."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,14 +16,14 @@ from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Received
-from fedbert_ds.telemetry.record import record_rows
 from fedbert_ds.wire import fedbert_pb2 as pb
 
+Row = dict[str, Any]
 CLIENT = "client-0"
 MBIT = 1000
 MESSAGE_BYTES = 2_000_000
 ACTIVATION_BYTES = 50 * MESSAGE_BYTES
-HALF_BYTES = 1_400_000_000
+UPDATE_BYTES = 1_400_000_000
 OUTAGE_SECONDS = 2.0
 TRIES = 5
 """Of the activations, which take about a second: on a machine with other work one says little."""
@@ -36,27 +31,14 @@ PATIENCE = 600.0
 """Seconds without anything coming after which something is broken."""
 
 
-@dataclass(frozen=True)
-class TransfersOptions:
-    """What a user asks for."""
-
-    out: Path
-    command: str
-    quick: bool = False
-
-
-def bench_transfers(options: TransfersOptions) -> None:
-    """Measure every row, print it and write the record."""
-    record_rows(options.out, options.command, _rows(options.quick), describe)
-
-
-def _rows(is_quick: bool) -> Iterator[dict[str, Any]]:
+def transfer_rows(is_quick: bool) -> Iterator[Row]:
+    """Activations several times, then a client update over a link that drops."""
     for _ in range(TRIES):
         yield activations_row()
-    yield half_row(HALF_BYTES // 10 if is_quick else HALF_BYTES)
+    yield update_row(UPDATE_BYTES // 10 if is_quick else UPDATE_BYTES)
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(row: Row) -> str:
     """One line of a row."""
     line = (
         f"{row['what']}  {row['bytes'] / 1e6:,.0f} MB at {row['mbit']} Mbit/s: {row['seconds']:.2f} s, "
@@ -67,7 +49,7 @@ def describe(row: dict[str, Any]) -> str:
     return line
 
 
-def activations_row() -> dict[str, Any]:
+def activations_row() -> Row:
     """100 MB of activations from one client over a link of 1 Gbit/s, beside the link's own time for these bytes."""
     with _Transfer("activations", ACTIVATION_BYTES) as transfer:
         for _ in range(ACTIVATION_BYTES // MESSAGE_BYTES):
@@ -75,16 +57,16 @@ def activations_row() -> dict[str, Any]:
         return transfer.row()
 
 
-def half_row(half_bytes: int = HALF_BYTES) -> dict[str, Any]:
-    """A client half in chunks over a link of 1 Gbit/s that drops in the middle, and is down for two seconds."""
-    middle = half_bytes // 2
+def update_row(num_bytes: int = UPDATE_BYTES) -> Row:
+    """A client update in chunks over a link of 1 Gbit/s that drops in the middle, and is down for two seconds."""
+    middle = num_bytes // 2
     cut: dict[str, Any] = {"cut_bytes": (middle, middle + 1), "cuts": 1, "outage_ms": 1000 * OUTAGE_SECONDS}
-    with _Transfer("half", half_bytes, **cut) as transfer:
-        assembler = UpdateAssembler(_half_shapes(half_bytes), CLIENT)
-        while (half := assembler.add(transfer.next_message().update)) is None:
+    with _Transfer("update", num_bytes, **cut) as transfer:
+        assembler = UpdateAssembler(_update_shapes(num_bytes), CLIENT)
+        while (update := assembler.add(transfer.next_message().update)) is None:
             pass
         row = transfer.row()
-        row["is_whole"] = all(bool((tensor == 1.0).all()) for tensor in half[0].values())
+        row["is_whole"] = all(bool((tensor == 1.0).all()) for tensor in update.tensors.values())
         return row
 
 
@@ -122,7 +104,7 @@ class _Transfer:
         self.received_bytes += self._ingress.take_bytes()[0]
         return event.message
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         seconds = time.monotonic() - self._started
         counts = self._link.counts()
         wire_seconds = self._num_bytes * 8 / (MBIT * 1e6)
@@ -143,17 +125,17 @@ class _Transfer:
         }
 
 
-def _half_shapes(num_bytes: int) -> dict[str, tuple[int, ...]]:
+def _update_shapes(num_bytes: int) -> dict[str, tuple[int, ...]]:
     return {"word_embeddings.weight": (num_bytes // 4 // WIDTH, WIDTH)}
 
 
 def _send(pipe: Connection, what: str, address: str, num_bytes: int) -> None:
     torch.set_num_threads(1)
-    tensors = {name: torch.ones(shape) for name, shape in _half_shapes(num_bytes).items()} if what == "half" else {}
+    tensors = {name: torch.ones(shape) for name, shape in _update_shapes(num_bytes).items()} if what == "update" else {}
     frame = frame_of(MESSAGE_BYTES)
     with ServerStream(address, None, CLIENT, sessions((CLIENT,))[CLIENT], shares_memory=False) as stream:
         pipe.recv()
-        if what == "half":
+        if what == "update":
             for chunk in update_chunks(0, tensors.items(), weight=1.0):
                 stream.send(pb.ClientMessage(update=chunk))
         else:

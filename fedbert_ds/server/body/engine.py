@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,26 +12,15 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
-from fedbert_ds.config import RunConfig
+from fedbert_ds.config import BodySection, Kernels, OptimizerSection
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.device_work import DeviceWork, upload
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
-
-OURS = {
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "gradient_accumulation_steps": "window.tokens",
-    "train_batch_size": "window.tokens",
-    "train_micro_batch_size_per_gpu": "window.tokens_per_micro_batch",
-    "optimizer": "optimizer.name",
-    "scheduler": "optimizer.schedule",
-    "bf16": "body.precision",
-    "fp16": "body.precision",
-}
-"""DeepSpeed keys whose meaning the run file owns, and the run-file key that sets each."""
 
 
 @dataclass(frozen=True)
@@ -57,44 +45,6 @@ class BodyInput:
         return BodyInput(activations, positions, self.cu_seqlens, index, self.seed)
 
 
-def deepspeed_settings(config: RunConfig) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's JSON file plus what the run file owns.
-
-    Raises ConfigError when the file is not JSON, has no usable ZeRO stage, or sets a key that the run file owns.
-    """
-    path = config.body.deepspeed
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"body.deepspeed: {path} is not a JSON object of DeepSpeed settings")
-    for key, ours in OURS.items():
-        if key in settings:
-            raise ConfigError(f"{path}: {key} belongs to the run file; remove it and set {ours} there")
-    zero = settings.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
-    if config.body.zero_stage is not None:
-        zero["stage"] = config.body.zero_stage
-    settings |= {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        # DeepSpeed clips at 1.0 when nothing is said.
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "bf16": {"enabled": config.body.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-    }
-    return settings
-
-
-def zero_stage(config: RunConfig) -> int:
-    """The ZeRO stage a run uses."""
-    return int(deepspeed_settings(config)["zero_optimization"].get("stage", 0))
-
-
 class BodyEngine:
     """Forward, backward and step of the body on this rank; holds the graphs (or, at stage 3, the inputs) in flight.
 
@@ -117,18 +67,25 @@ class BodyEngine:
         self._bytes_in_flight = 0
 
     @classmethod
-    def build(cls, body: Body, config: RunConfig, device: torch.device) -> BodyEngine:
+    def build(
+        cls,
+        body: Body,
+        section: BodySection,
+        optimizer_section: OptimizerSection,
+        kernels: Kernels,
+        device: torch.device,
+    ) -> BodyEngine:
         """Wrap a body; torch.distributed must be initialized. Every rank passes the same weights."""
-        settings = deepspeed_settings(config)
-        stage = int(settings["zero_optimization"].get("stage", 0))
+        stage = zero_stage(section)
         optimizer = build_optimizer(
             [(name, p) for name, p in body.named_parameters() if p.requires_grad],
-            config.optimizer,
+            optimizer_section,
             partitioned=stage > 0,
         )
-        dtype = torch.bfloat16 if config.body.precision == "bf16" else torch.float32
-        install_kernels(body, config.kernels, device, whole_weights=stage < 3, dtype=dtype)
+        dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
+        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype)
         body.train()
+        settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
         return cls(engine, stage, torch.distributed.get_world_size(), device)
 

@@ -1,4 +1,4 @@
-"""A rank's events with their tensors decoded already: by a thread between the endpoint and the body's own."""
+"""A rank's events with tensors in place of bytes, decoded by a thread between the endpoint and the body's thread."""
 
 from __future__ import annotations
 
@@ -6,49 +6,82 @@ import queue
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.inbox import Shapes, sender
-from fedbert_ds.server.network.events import POLL_SECONDS, Event, Received
+from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.network.events import (
+    POLL_SECONDS,
+    Connected,
+    Disconnected,
+    Event,
+    JoinAbandoned,
+    JoinAsked,
+    Received,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode
 
 EVENTS_AHEAD = 64
-"""Decoded events that may wait for the body; beyond them they wait at the endpoint, which slows the clients down."""
+"""Decoded events that may wait for the body. More wait at the endpoint, which slows clients down."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A message of a connected client and its tensor."""
+
+    client: str
+    message: pb.ClientMessage
+    tensor: Tensor | WireError | None
+    """[rows, width] fp32, or what is wrong with it; None for a message without a tensor."""
+
+
+DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Disconnected
+
+
+def decoded(event: Event, contract: Contract) -> DecodedEvent:
+    """The event with its message's tensor decoded by the contract. A bad tensor travels on as a WireError."""
+    if not isinstance(event, Received):
+        return event
+    return Decoded(event.client, event.message, _tensor(event.client, event.message, contract))
+
+
+def sender(client: str, what: str, micro_batch: int) -> str:
+    """The sender of a tensor, for an error message."""
+    return f"client {client}: {what} of micro-batch {micro_batch}"
 
 
 class Decoding:
-    """Hands events on in the order in which they come; what it decodes is checked against the plan later, by Inbox.
+    """Hands an endpoint's events on, in order and decoded, through a thread.
 
-    `source` is the endpoint's `next_event`; a piece has at most `most_tokens` tokens.
+    `source` is the endpoint's `next_event`. Once `start` is called nobody else may take events from it.
     """
 
-    def __init__(
-        self, source: Callable[[float], Event | None], shapes: Shapes, wire: WireSection, most_tokens: int
-    ) -> None:
+    def __init__(self, source: Callable[[float], Event | None], contract: Contract) -> None:
         self._source = source
-        self._shapes = shapes
-        self._wire = wire
-        self._most_tokens = most_tokens
-        self._events: queue.Queue[Event | BaseException] = queue.Queue(EVENTS_AHEAD)
+        self._contract = contract
+        self._events: queue.Queue[DecodedEvent | BaseException] = queue.Queue(EVENTS_AHEAD)
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     def start(self) -> None:
-        """From now on nobody else may take events from the source."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Take no more events; those not handed on are lost. More than once is harmless."""
+        """Take no more events; those not handed on are lost. Further calls do nothing."""
         self._is_over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
 
-    def next_event(self, timeout: float) -> Event | None:
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread still takes events."""
+        return self._thread.is_alive()
+
+    def next_event(self, timeout: float) -> DecodedEvent | None:
         """The oldest event, waiting up to `timeout` seconds for one. Raises what the source raised."""
         try:
             event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
@@ -65,34 +98,35 @@ class Decoding:
         while not self._is_over.is_set():
             try:
                 event = self._source(POLL_SECONDS)
+                if event is not None:
+                    self._hand_on(decoded(event, self._contract))
             except BaseException as error:
                 self._hand_on(error)
                 return
-            if isinstance(event, Received):
-                event = replace(event, decoded=self._decode(event.client, event.message))
-            if event is not None:
-                self._hand_on(event)
 
-    def _hand_on(self, event: Event | BaseException) -> None:
+    def _hand_on(self, event: DecodedEvent | BaseException) -> None:
         while not self._is_over.is_set():
             with suppress(queue.Full):
                 return self._events.put(event, timeout=POLL_SECONDS)
 
-    def _decode(self, client: str, message: pb.ClientMessage) -> Tensor | WireError | None:
-        """The tensor of a message, or why there is none; None if it has none, or one that no client may send."""
-        match message.WhichOneof("body"):
-            case "activations":
-                frame, number = message.activations.values, message.activations.micro_batch
-                codec, width, what = self._wire.activations, self._shapes.activation_width, "activations"
-            case "gradient":
-                frame, number = message.gradient.hidden, message.gradient.micro_batch
-                codec, width, what = self._wire.gradients, self._shapes.hidden_width, "gradient"
-            case _:
-                return None
-        shape = tuple(frame.shape)
-        if len(shape) != 2 or shape[0] > self._most_tokens or shape[1] != width:
-            return None
-        try:
-            return decode(frame, shape, codec, sender(client, what, number))
-        except WireError as error:
-            return error
+
+def _tensor(client: str, message: pb.ClientMessage, contract: Contract) -> Tensor | WireError | None:
+    match message.WhichOneof("body"):
+        case "activations":
+            frame, micro_batch = message.activations.values, message.activations.micro_batch
+            return _decode(frame, contract.activations, sender(client, "activations", micro_batch))
+        case "gradient":
+            frame, micro_batch = message.gradient.hidden, message.gradient.micro_batch
+            return _decode(frame, contract.gradients, sender(client, "gradient", micro_batch))
+    return None
+
+
+def _decode(frame: pb.TensorFrame, contract: TensorContract, who: str) -> Tensor | WireError:
+    rows = frame.shape[0] if len(frame.shape) == 2 else 0
+    if rows > contract.most_rows:
+        # Before memory is taken for it; the plan knows a smaller number still.
+        return WireError(f"{who}: {rows} rows; no piece has more than {contract.most_rows}")
+    try:
+        return decode(frame, (rows, contract.width), contract.codec, who)
+    except WireError as error:
+        return error

@@ -1,56 +1,204 @@
-"""How long a client's answer may take before a window goes on without it, learned from its own answers."""
+"""Who is late: the open questions of every client, their clocks, and the answer times learned so far."""
 
 from __future__ import annotations
 
+import heapq
+import math
 import statistics
 from collections import deque
+from typing import NamedTuple
 
 MEMORY = 64
-"""Answers of a client that are remembered."""
+"""Answers remembered of each client."""
 FEW = 8
-"""With fewer answers than this nothing is known of a client, and nobody's window goes on without it."""
+"""A client with fewer answers than this has no deadline yet."""
 FLOOR_SECONDS = 30.0
-"""No deadline is shorter: a stall of a laptop or a link is cheaper to wait for than a share of a window to lose."""
+"""No deadline is shorter: waiting out a stalled laptop or link is cheaper than losing a share of a window."""
 SPREADS = 8.0
 MULTIPLE = 4.0
 
+ABOUT_A_PIECE = frozenset({"activations", "gradient"})
+"""Kinds of questions that a window can go on without: their answer times are learned, and a slow client is suspended.
 
-class Deadlines:
-    """Deadlines from median and spread of each client's round trips.
+Every other kind is bounded by `silence_timeout` alone.
+"""
 
-    A deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), which a tail of slow answers moves
-    far less than a mean and a standard deviation would; at least `floor` seconds.
+
+class Question(NamedTuple):
+    """What a client was asked for."""
+
+    kind: str
+    """`manifest`, `activations`, `gradient`, or any other answer that the rank waits for."""
+    number: int = 0
+    """The micro-batch or window it is about."""
+
+
+class Late(NamedTuple):
+    """A client that has kept the rank waiting for too long."""
+
+    client: str
+    is_gone: bool
+    """Silent beyond `silence_timeout`; if false, slower than its own deadline for pieces."""
+
+
+class AnswerTimes:
+    """Seconds from question to answer, learned from each client's last answers.
+
+    A client's deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), at least `floor` seconds.
+    A tail of slow answers moves it far less than it would move a mean and a standard deviation.
     """
 
     def __init__(self, floor: float = FLOOR_SECONDS) -> None:
         self.floor = floor
-        """Seconds that no deadline is shorter than."""
+        """Shortest deadline, seconds."""
         self._answers: dict[str, deque[float]] = {}
-        self._of_kind: dict[tuple[str, str], deque[float]] = {}
+        self._by_kind: dict[str, dict[str, deque[float]]] = {}
 
-    def learn(self, client: str, seconds: float, what: str = "gradient") -> None:
-        """A client took so long from the question to its answer; `what` it answered with."""
+    def learn(self, client: str, kind: str, seconds: float) -> None:
+        """A client answered a question of this kind after so many seconds."""
         self._answers.setdefault(client, deque(maxlen=MEMORY)).append(seconds)
-        self._of_kind.setdefault((what, client), deque(maxlen=MEMORY)).append(seconds)
+        self._by_kind.setdefault(kind, {}).setdefault(client, deque(maxlen=MEMORY)).append(seconds)
 
     def forget(self, client: str) -> None:
-        """A client is gone; what was known of it says nothing of the others."""
+        """The client is gone; its answers say nothing about others."""
         self._answers.pop(client, None)
-        self._of_kind = {key: answers for key, answers in self._of_kind.items() if key[1] != client}
+        for answers in self._by_kind.values():
+            answers.pop(client, None)
 
     def deadline(self, client: str) -> float:
-        """Seconds a client's answer may take; infinite while little is known of it."""
+        """Seconds a client's answer may take; infinite for a client with fewer than `FEW` answers."""
         answers = self._answers.get(client, ())
         if len(answers) < FEW:
-            return float("inf")
+            return math.inf
         median = statistics.median(answers)
         spread = statistics.median(abs(seconds - median) for seconds in answers)
         return max(self.floor, MULTIPLE * (median + SPREADS * spread))
 
-    def farthest(self, what: str) -> float:
-        """The quickest answer of this kind of each client, and of these the 90th percentile: seconds, 0 without any.
+    def farthest(self, kind: str) -> float:
+        """The 90th percentile, over clients, of each one's quickest answer of this kind: seconds, 0 without any.
 
-        Its quickest answer is a client's round trip and work; what it takes more waited behind others.
+        A client's quickest answer is its round trip and its work; slower ones waited behind others.
         """
-        quickest = sorted(min(answers) for (kind, _), answers in self._of_kind.items() if kind == what)
+        quickest = sorted(min(answers) for answers in self._by_kind.get(kind, {}).values())
         return quickest[9 * (len(quickest) - 1) // 10] if quickest else 0.0
+
+
+class Deadlines:
+    """Every open question: when it was asked, how long its clock has run, and which client is late.
+
+    All times are seconds of the caller's clock. The clocks of questions stand still while the rank is busy
+    (`stop_clocks`): it can neither ask nor listen then.
+    """
+
+    def __init__(self, silence_timeout: float = math.inf, answer_times: AnswerTimes | None = None) -> None:
+        self.silence_timeout = silence_timeout
+        """Seconds a question may stay open; its client is gone then."""
+        self.answer_times = answer_times
+        """Where deadlines for pieces come from; without it no client is too slow."""
+        self._open: dict[str, dict[Question, _Clock]] = {}
+        self._by_age: list[tuple[float, str, Question]] = []
+        """A heap of all clocks, the oldest first. Entries of closed questions stay until they are old."""
+        self._old: set[str] = set()
+        """Clients whose oldest question may be older than a deadline: the only ones `late` looks at."""
+        self._last_answer: dict[str, float] = {}
+        """When each client last answered a question about a piece."""
+        self._stopped = 0.0
+
+    def stop_clocks(self, seconds: float) -> None:
+        """The rank was busy for so long: no open question ages by that time."""
+        self._stopped += seconds
+
+    def ask(self, client: str, question: Question, now: float, is_due: bool = True) -> None:
+        """Open a question; asked again, its clock starts anew.
+
+        A question that is not due is open, but its clock stands until it is asked again: a client answers for the
+        next window when it is done with the running one.
+        """
+        self._set_clock(client, question, _Clock(now, now - self._stopped if is_due else math.inf))
+
+    def progress(self, client: str, question: Question, now: float) -> None:
+        """Part of a long answer came: its clock starts anew."""
+        if (clock := self._clock(client, question)) is not None:
+            self._set_clock(client, question, _Clock(clock.asked, now - self._stopped))
+
+    def answered(self, client: str, question: Question, now: float) -> None:
+        """Close a question and learn from its answer time. Does nothing for a question that is not open."""
+        clock = self._open.get(client, {}).pop(question, None)
+        if clock is None or self.answer_times is None or question.kind not in ABOUT_A_PIECE:
+            return
+        self._last_answer[client] = now - self._stopped
+        if clock.since < math.inf:
+            self.answer_times.learn(client, question.kind, now - clock.asked)
+
+    def cancel(self, client: str, question: Question) -> None:
+        """Close a question whose answer is no longer wanted."""
+        self._open.get(client, {}).pop(question, None)
+
+    def asked_at(self, client: str, question: Question) -> float | None:
+        """When an open question was asked; None if it is not open."""
+        clock = self._clock(client, question)
+        return None if clock is None else clock.asked
+
+    def suspend(self, client: str, question: Question) -> None:
+        """Cancel a client's questions about pieces and ask this instead, open since the oldest of all its questions.
+
+        Its silence so counts on, from the first question that it left open.
+        """
+        clocks = self._open.get(client, {})
+        oldest = min((clock.since for clock in clocks.values()), default=math.inf)
+        self._open[client] = {asked: clock for asked, clock in clocks.items() if asked.kind not in ABOUT_A_PIECE}
+        self._set_clock(client, question, _Clock(oldest + self._stopped, oldest))
+
+    def forget(self, client: str) -> None:
+        """The client is gone: close its questions, drop what was learned of it."""
+        self._open.pop(client, None)
+        self._old.discard(client)
+        self._last_answer.pop(client, None)
+        if self.answer_times is not None:
+            self.answer_times.forget(client)
+
+    def late(self, now: float) -> Late | None:
+        """The first late client by name; None if nobody is. The caller then calls `forget` or `suspend` for it."""
+        now -= self._stopped
+        # No learned deadline is shorter than the floor: a younger question makes nobody late.
+        shortest = min(self.silence_timeout, self.answer_times.floor if self.answer_times else math.inf)
+        while self._by_age and now - self._by_age[0][0] > shortest:
+            since, client, question = heapq.heappop(self._by_age)
+            clock = self._clock(client, question)
+            if clock is not None and clock.since == since:
+                self._old.add(client)
+        for client in sorted(self._old):
+            waited = now - min((clock.since for clock in self._open.get(client, {}).values()), default=math.inf)
+            if waited <= shortest:
+                self._old.discard(client)
+            elif waited > self.silence_timeout:
+                return Late(client, is_gone=True)
+            elif self._is_slow(client, now):
+                return Late(client, is_gone=False)
+        return None
+
+    def _is_slow(self, client: str, now: float) -> bool:
+        if self.answer_times is None:
+            return False
+        clocks = self._open[client].items()
+        oldest = min((clock.since for asked, clock in clocks if asked.kind in ABOUT_A_PIECE), default=math.inf)
+        # Answers come one after another: a client is slow once it has given none at all for a while.
+        silent_since = max(oldest, self._last_answer.get(client, -math.inf))
+        return now - silent_since > self.answer_times.deadline(client)
+
+    def _clock(self, client: str, question: Question) -> _Clock | None:
+        return self._open.get(client, {}).get(question)
+
+    def _set_clock(self, client: str, question: Question, clock: _Clock) -> None:
+        self._open.setdefault(client, {})[question] = clock
+        if clock.since < math.inf:
+            heapq.heappush(self._by_age, (clock.since, client, question))
+
+
+class _Clock(NamedTuple):
+    """The two times of an open question."""
+
+    asked: float
+    """By the caller's clock."""
+    since: float
+    """By the clock that stands still while the rank is busy; infinite while the answer is not due."""

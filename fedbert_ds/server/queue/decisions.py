@@ -1,4 +1,4 @@
-"""What the pipeline queue decides, for the rank that carries it out."""
+"""What the pipeline queue decides and the rank carries out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Plan:
     window: int
     micro_batches: tuple[MicroBatch, ...]
     manifests: tuple[Manifest, ...]
-    """What the plan was made from."""
-    passed_over: frozenset[str]
-    """Clients that gave a manifest and were late since: they have no piece and must be told so."""
+    """The manifests that were packed."""
+    suspended: frozenset[str]
+    """Suspended clients whose manifest was here: the plan leaves them out, and they must be told so."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Run the body backward; pieces of the forward that are not named here get a zero gradient."""
+    """Run the body backward; pieces of the forward that are missing here get a zero gradient."""
 
     micro_batch: int
     pieces: tuple[Piece, ...]
@@ -48,17 +48,17 @@ class Backward:
 
 
 @dataclass(frozen=True)
-class Skip:
-    """This client is late: windows go on without these pieces of it, and without it until it is heard of again."""
+class Suspend:
+    """This client is late: its pieces are skipped, and no window waits for it until it is heard from."""
 
     client: str
-    micro_batches: tuple[tuple[int, int], ...]
+    skipped: tuple[tuple[int, int], ...]
     """(window, micro-batch) of each piece."""
 
 
 @dataclass(frozen=True)
 class Expire:
-    """This client owed an answer for too long; it has been counted as lost."""
+    """This client left a question open beyond `silence_timeout`; the queue has already counted it as lost."""
 
     client: str
 
@@ -69,7 +69,7 @@ class Step:
 
     window: int
     lost_masked_tokens: int
-    """Masked tokens of the window whose gradient is missing (zero) because their client was lost or late."""
+    """Masked tokens of the window without a gradient (zero): their client was lost or suspended."""
 
 
-Decision = Plan | Open | Forward | Backward | Skip | Expire | Step
+Decision = Plan | Open | Forward | Backward | Suspend | Expire | Step

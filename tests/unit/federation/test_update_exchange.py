@@ -1,11 +1,10 @@
-"""Updates of windows: combined in order, once, beside the body; which clients are awaited and late."""
+"""Updates of windows: combined in order, once, beside the body; which clients are awaited."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -141,19 +140,10 @@ def test_it_goes_on_beside_and_errors_come_out() -> None:
         polled(exchange)
 
 
-def test_only_silence_after_the_step_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    clock: Any = type("Clock", (), {"monotonic": staticmethod(lambda: now[0])})
-    monkeypatch.setattr("fedbert_ds.federation.update_exchange.time", clock)
+def test_who_has_not_delivered_is_awaited() -> None:
     exchange = UpdateExchange(total)
-    exchange.expect(0, ["ada", "bo"], False)
-    now[0] = 100.0
-    assert exchange.late == frozenset()
-    exchange.due(0)
-    exchange.due(7)
-    assert exchange.late == {"ada", "bo"} and exchange.quiet_seconds == 0.0
+    exchange.expect(0, ["ada", "bo", "cy"], False)
+    assert exchange.awaited(0) == {"ada", "bo", "cy"} and exchange.awaited(7) == frozenset()
     exchange.deliver(0, "ada", update(1.0))
-    now[0] = 150.0
-    assert exchange.late == {"bo"} and exchange.quiet_seconds == 50.0
-    exchange.progress()
-    assert exchange.quiet_seconds == 0.0
+    exchange.forget("cy")
+    assert exchange.awaited(0) == {"bo"}

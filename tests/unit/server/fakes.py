@@ -1,10 +1,10 @@
-"""What surrounds a rank, without DeepSpeed, processes or network: engine, rank_group, clients, an endpoint, a clock."""
+"""What surrounds a rank, without DeepSpeed, processes or network: engine, rank group, an endpoint, a clock."""
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,10 +19,15 @@ from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
-from fedbert_ds.server.contract import RankStatus
-from fedbert_ds.server.inbox import Shapes
+from fedbert_ds.server.checkpoint import Checkpoints
+from fedbert_ds.server.contract import Contract, RankStatus, TensorContract
+from fedbert_ds.server.hand_over import collect_client_model
+from fedbert_ds.server.network.decoding import DecodedEvent, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAsked, Received
+from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.rooms import build_rooms
+from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -98,7 +103,7 @@ class FakeRankGroup:
     def gather(self, mine: Any) -> list[Any]:
         return [mine]
 
-    def complete_checkpoint(self, folder: Path, window: int) -> None:
+    def barrier(self) -> None:
         pass
 
 
@@ -134,7 +139,7 @@ Latency = Callable[[str, Event], float]
 """Seconds after its last event that an event of a client arrives."""
 
 
-class FakeIngress:
+class FakeEndpoint:
     """An endpoint whose clients answer at once, or `latency` seconds later; a wait moves the clock."""
 
     def __init__(self, clock: Clock, clients: list[FakeClient], latency: Latency) -> None:
@@ -204,12 +209,55 @@ def seats(clients: list[FakeClient]) -> dict[str, Seat]:
     return {client.name: Seat(0, f"session of {client.name}", sum(client.lengths)) for client in clients}
 
 
-def shapes(config: RunConfig) -> Shapes:
-    return Shapes(WIDTH, WIDTH, config.data.sequence_length, config.cut == "rows", HALF, frozenset(HALF))
+def contract(config: RunConfig) -> Contract:
+    """Hidden states as wide as activations, and the tensors of `FakeClient`."""
+    most = config.window.tokens_per_micro_batch
+    return Contract(
+        TensorContract(config.wire.activations, WIDTH, most),
+        TensorContract(config.wire.gradients, WIDTH, most),
+        config.data.sequence_length,
+        config.cut == "rows",
+        HALF,
+        HALF,
+    )
+
+
+class Served:
+    """A rank's rooms and its window loop around a fake engine; events are decoded on the spot."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Any,
+        endpoint: Any,
+        rank_group: Any,
+        places: Mapping[str, Seat],
+        stop: StopFlag | None = None,
+    ) -> None:
+        held_to = contract(config)
+
+        def take_event(timeout: float) -> DecodedEvent | None:
+            event = endpoint.next_event(timeout)
+            return None if event is None else decoded(event, held_to)
+
+        self.rooms = build_rooms(
+            config, held_to, engine, endpoint, take_event, rank_group, places, 0,
+            stop or SimpleNamespace(requested=False), Trace(None),
+        )  # fmt: skip
+        fixed = config.window.micro_batches_in_flight
+        limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
+        self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0)
+        self.folder: Any = SimpleNamespace(checkpoints=Path("checkpoints"), mark_complete=lambda window, ranks: None)
+        self.checkpoints = Checkpoints(self.rooms, self.folder)
+
+    def train(self, statuses: list[RankStatus]) -> int:
+        """From the first connection to the end; the window it stopped before."""
+        self.server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
+        return self.server.train(lambda window, told, seconds: statuses.extend(told), self.checkpoints.save)
 
 
 class Rank:
-    """A RankServer with everything around it faked."""
+    """A rank with everything around it faked."""
 
     def __init__(
         self,
@@ -223,31 +271,25 @@ class Rank:
         device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
-        for module in ("server.rank", "federation.update_exchange"):
-            monkeypatch.setattr(f"fedbert_ds.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
+        for module in ("rank", "client_service"):
+            monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
         for module in ("federation.update_exchange", "server.network.outbox"):
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
-        self.endpoint = FakeIngress(self.clock, clients, latency)
+        self.endpoint = FakeEndpoint(self.clock, clients, latency)
         self.stop = SimpleNamespace(requested=False)
         self.statuses: list[RankStatus] = []
-        self.server = RankServer(
-            config,
-            shapes(config),
-            self.engine,  # type: ignore[arg-type]
-            self.endpoint,  # type: ignore[arg-type]
-            FakeRankGroup(),  # type: ignore[arg-type]
-            seats(clients),
-            0,
-            self.stop,
-            Trace(None),
-        )
+        self.served = Served(config, self.engine, self.endpoint, FakeRankGroup(), seats(clients), self.stop)
+        self.server = self.served.server
 
     def run(self) -> int:
         """Train to the end; the window it stopped before."""
-        self.server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-        return self.server.train(lambda window, statuses, seconds: self.statuses.extend(statuses), Path("checkpoints"))
+        return self.served.train(self.statuses)
+
+    def collect(self, window: int) -> dict[str, Tensor]:
+        """The client model for the merged checkpoint."""
+        return collect_client_model(self.served.rooms, self.server.clients, window)
 
     @property
     def problems(self) -> list[str]:

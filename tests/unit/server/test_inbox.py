@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import pytest
@@ -10,33 +11,54 @@ import torch
 from unit.server.fake_client import HALF, WIDTH
 from unit.server.queue.simulation import queue_state
 
-from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Seat
-from fedbert_ds.server.inbox import Inbox, Shapes
+from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.network.decoding import Decoded, decoded
+from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import Forward, Open, PipelineQueue, Plan
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
+
+CONTRACT = Contract(
+    TensorContract("fp32", WIDTH, 8), TensorContract("fp32", WIDTH, 8), 8, False, HALF, {"table": HALF["table"]}
+)
+
+
+class FedInbox(Inbox):
+    """An inbox with its queue and exchange in reach, fed with messages as they come from the endpoint."""
+
+    queue: PipelineQueue
+    exchange: UpdateExchange
+
+    def take(self, client: str, message: pb.ClientMessage) -> bool:
+        event = decoded(Received(client, message), CONTRACT)
+        assert isinstance(event, Decoded)
+        return self.receive(client, message, event.tensor, 0.0)
 
 
 @pytest.fixture
 def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
     queue = PipelineQueue(1, lambda manifests: [(Piece("ada", 0, 2, 6, 2),)], num_windows=1)
-    shapes = Shapes(WIDTH, WIDTH, 8, False, HALF, frozenset({"table"}))
-    exchange = UpdateExchange(lambda halves, average: {})
-    made: Any = Inbox(queue, exchange, shapes, WireSection(), {"ada": Seat(0, "s", 6)})
+    exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates]})
+    made = FedInbox(queue, exchange, CONTRACT, {"ada": 6})
     made.queue, made.exchange = queue, exchange
     queue.join("ada", 0.0)
-    made.receive("ada", pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1])))
+    made.take("ada", pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1])))
     assert isinstance(queue.decide(0.0), Plan)
     queue.start(1, 0.0)
     made.begin()
     assert isinstance(queue.decide(0.0), Open)
     return made
+
+
+def kept_by(inbox: Any) -> Any:
+    """All that an inbox holds, in words."""
+    return {name: repr(value) for name, value in vars(inbox).items()}
 
 
 def positions(*masked: int) -> bytes:
@@ -60,11 +82,11 @@ def gradient(**changes: Any) -> pb.ClientMessage:
 
 def refused(inbox: Any, message: pb.ClientMessage) -> None:
     before = queue_state(inbox.queue)
-    kept = {name: repr(value) for name, value in vars(inbox).items()}
+    kept = kept_by(inbox)
     with pytest.raises(WireError, match=r"^client ada"):
-        inbox.receive("ada", message)
+        inbox.take("ada", message)
     assert queue_state(inbox.queue) == before
-    assert {name: repr(value) for name, value in vars(inbox).items()} == kept
+    assert kept_by(inbox) == kept
 
 
 def bad_frame(rows: int, value: float) -> pb.TensorFrame:
@@ -91,7 +113,7 @@ def bad_frame(rows: int, value: float) -> pb.TensorFrame:
 def test_activations_that_are_refused_leave_no_trace(inbox: Any, changes: dict[str, Any]) -> None:
     refused(inbox, activations(**changes))
     refused(inbox, gradient())
-    inbox.receive("ada", activations())
+    inbox.take("ada", activations())
     arrived = inbox.take_activations(0, "ada")
     assert arrived.masked_positions.tolist() == [1, 4] and torch.equal(arrived.values, torch.ones(6, WIDTH))
     refused(inbox, activations())
@@ -110,45 +132,47 @@ def test_activations_that_are_refused_leave_no_trace(inbox: Any, changes: dict[s
     ids=str,
 )
 def test_gradients_that_are_refused_leave_no_trace(inbox: Any, changes: dict[str, Any]) -> None:
-    inbox.receive("ada", activations())
+    inbox.take("ada", activations())
     assert isinstance(inbox.queue.decide(0.0), Forward)
     refused(inbox, gradient(**changes))
     assert (inbox.loss_sum, inbox.masked_tokens) == (0.0, 0)
-    inbox.receive("ada", gradient())
+    inbox.take("ada", gradient())
     assert (inbox.loss_sum, inbox.masked_tokens) == (3.0, 2)
     assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
 
 
-def test_what_was_decoded_before_is_taken_only_if_it_is_what_was_planned(inbox: Any) -> None:
+def test_a_tensor_is_taken_only_if_it_is_what_was_planned(inbox: Any) -> None:
     values = torch.full((6, WIDTH), 2.0)
     with pytest.raises(WireError, match="shape"):
-        inbox.receive("ada", activations(values=encode(torch.ones(5, WIDTH), "fp32")), torch.ones(5, WIDTH))
+        inbox.receive("ada", activations(values=encode(torch.ones(5, WIDTH), "fp32")), torch.ones(5, WIDTH), 0.0)
     with pytest.raises(WireError, match="not finite"):
-        inbox.receive("ada", activations(), WireError("client ada: a value is not finite"))
-    inbox.receive("ada", activations(), values)
+        inbox.receive("ada", activations(), WireError("client ada: a value is not finite"), 0.0)
+    inbox.receive("ada", activations(), values, 0.0)
     assert inbox.take_activations(0, "ada").values is values
 
 
-def halves_of(inbox: Any, window: int) -> dict[str, Any]:
-    round_ = inbox.exchange._rounds.get(window)
-    return round_.halves if round_ is not None else {}
+def combined(inbox: Any) -> Any:
+    """What the exchange makes of window 0."""
+    deadline = time.monotonic() + 20.0
+    while (result := inbox.exchange.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return result[1]
 
 
 def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
     table, last = update_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
     inbox.exchange.expect(0, ["ada"], True)
     with pytest.raises(WireError, match="'head'"):
-        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(name="head", shape=[2])))
+        inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(name="head", shape=[2])))
     inbox.drop("ada")
-    inbox.receive("ada", pb.ClientMessage(update=table))
-    with pytest.raises(WireError, match="a half of window 1 inside that of window 0"):
-        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
-    inbox.receive("ada", pb.ClientMessage(update=last))
-    tensors, weight = halves_of(inbox, 0)["ada"].result()
-    assert tensors.keys() == {"table"} and weight == 5.0
+    inbox.take("ada", pb.ClientMessage(update=table))
+    with pytest.raises(WireError, match="an update of window 1 inside that of window 0"):
+        inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
+    inbox.take("ada", pb.ClientMessage(update=last))
     for chunk in update_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
-        inbox.receive("ada", pb.ClientMessage(update=chunk))
-    assert halves_of(inbox, 0)["ada"].result()[1] == 5.0, "a second one is not looked at"
+        inbox.take("ada", pb.ClientMessage(update=chunk))
+    assert combined(inbox) == {"weights": [5.0]}, "a second one is not looked at"
 
 
 def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> None:
@@ -156,27 +180,27 @@ def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> N
     inbox.expect_collected(1)
     whole = [("table", torch.ones(HALF["table"])), ("head", torch.ones(HALF["head"]))]
     for chunk in update_chunks(1, whole, 5.0):
-        inbox.receive("ada", pb.ClientMessage(update=chunk))
+        inbox.take("ada", pb.ClientMessage(update=chunk))
     assert inbox.collected["ada"][0].keys() == HALF.keys()
-    with pytest.raises(WireError, match="a second half of window 1"):
-        inbox.receive("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
+    with pytest.raises(WireError, match="a second client model of window 1"):
+        inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
     with pytest.raises(WireError, match="'head'"):
-        inbox.receive("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:], 5.0))))
+        inbox.take("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:], 5.0))))
 
 
 @pytest.mark.parametrize("saved", [pb.Saved(window=2), pb.Saved(window=3, flops_per_token=math.nan)])
 def test_a_state_nobody_asked_for_is_not_counted(inbox: Any, saved: pb.Saved) -> None:
     inbox.expect_saved(3)
     refused(inbox, pb.ClientMessage(saved=saved))
-    inbox.receive("ada", pb.ClientMessage(saved=pb.Saved(window=3)))
+    inbox.take("ada", pb.ClientMessage(saved=pb.Saved(window=3)))
     refused(inbox, pb.ClientMessage(saved=pb.Saved(window=3)))
     assert inbox.saved == {"ada": pb.Saved(window=3)}
 
 
 def test_what_is_lost_is_forgotten_but_for_gradients_in_time(inbox: Any) -> None:
-    inbox.receive("ada", activations())
+    inbox.take("ada", activations())
     inbox.queue.decide(0.0)
-    inbox.receive("ada", gradient())
+    inbox.take("ada", gradient())
     inbox.drop("ada")
     with pytest.raises(KeyError):
         inbox.take_activations(0, "ada")
@@ -184,18 +208,18 @@ def test_what_is_lost_is_forgotten_but_for_gradients_in_time(inbox: Any) -> None
 
 
 def test_late_answers_of_a_skipped_piece_are_ignored(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    inbox.receive("ada", activations())
+    inbox.take("ada", activations())
     inbox.drop_activations("ada")
     with pytest.raises(KeyError):
         inbox.take_activations(0, "ada")
     monkeypatch.setattr(inbox.queue, "was_skipped", lambda client, micro_batch: (client, micro_batch) == ("ada", 0))
-    assert inbox.receive("ada", activations()) and inbox.receive("ada", gradient())
-    assert not inbox._activations and not inbox._gradients
+    assert inbox.take("ada", activations()) and inbox.take("ada", gradient())
+    assert inbox.is_empty
     with pytest.raises(WireError, match="nobody asked for"):
-        inbox.receive("ada", activations(micro_batch=1))
+        inbox.take("ada", activations(micro_batch=1))
 
 
 def test_a_manifest_that_comes_too_late_is_told_apart(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox.queue, "manifest", lambda manifest: False)
     late = pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1]))
-    assert inbox.receive("ada", late) is False
+    assert inbox.take("ada", late) is False

@@ -11,7 +11,8 @@ import pytest
 
 from fedbert_ds.errors import RunError
 from fedbert_ds.server import local_clients
-from fedbert_ds.server.local_clients import LOG, RANK_VARIABLES, LocalClients, client_name
+from fedbert_ds.server.local_clients import RANK_VARIABLES, LocalClients, client_name
+from fedbert_ds.server.run_folder import RunFolder
 
 PYTHON = sys.executable
 
@@ -22,7 +23,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     running: list[LocalClients] = []
 
     def start(**programs: str) -> LocalClients:
-        clients = LocalClients(tmp_path / "clients")
+        clients = LocalClients(RunFolder(tmp_path))
         running.append(clients)
         for name, program in programs.items():
             (tmp_path / "clients" / name).mkdir(parents=True)
@@ -52,7 +53,7 @@ def test_a_failed_client_is_named_with_its_last_line(started: Callable[..., Loca
         ada="import time; time.sleep(60)",
         bo='import sys; print("first"); print("fedbert-ds: no text in x; check --data", file=sys.stderr); sys.exit(3)',
     )
-    log = tmp_path / "clients" / "bo" / LOG
+    log = RunFolder(tmp_path).log("bo")
     assert wait_for_failures(clients) == [f"bo ended: no text in x; check --data (see {log})"]
     with pytest.raises(RunError, match=r"^bo ended: no text in x; check --data"):
         clients.check()
@@ -75,7 +76,7 @@ def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: 
     clients = started(ada=program)
     (failure,) = wait_for_failures(clients)
     assert not set(failure.split()) & set(RANK_VARIABLES)
-    folder = clients.folder / "ada"
+    folder = clients.folder.clients / "ada"
     expected = ["-m", "fedbert_ds.cli", "client", "--server", "127.0.0.1:1", "--id", "ada"]
     expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed"]
     assert f" 1 {expected} (see" in failure

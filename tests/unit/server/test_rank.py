@@ -7,22 +7,18 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from unit.server.fake_client import GONE, HALF, WIDTH, Alter, FakeClient
-from unit.server.fakes import Clock, FakeEngine, FakeIngress, InlineThread, Rank, joined, run_config, seats, shapes
+from unit.server.fakes import Clock, FakeEndpoint, FakeEngine, InlineThread, Rank, Served, joined, run_config, seats
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.network.events import Event, Received
-from fedbert_ds.server.rank import RankServer
-from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
 
@@ -202,10 +198,10 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
     ),
     "manifest of nothing": (lambda: with_field("manifest", "lengths", []), "0 lengths"),
     "manifest of a long sequence": (lambda: with_field("manifest", "lengths", [9, 1, 1, 1]), "a sequence of 9 tokens"),
-    "half of another name": (lambda: with_field("half", "name", "tables"), "tensor 'tables' of shape"),
-    "half of another shape": (lambda: with_field("half", "shape", [4, 3]), "tensor 'table' of shape [4, 3]"),
+    "half of another name": (lambda: with_field("update", "name", "tables"), "tensor 'tables' of shape"),
+    "half of another shape": (lambda: with_field("update", "shape", [4, 3]), "tensor 'table' of shape [4, 3]"),
     "half that is not finite": (
-        lambda: with_field("half", "payload", struct.pack("<12f", *[math.nan] * 12)),
+        lambda: with_field("update", "payload", struct.pack("<12f", *[math.nan] * 12)),
         "holds nan",
     ),
     "half before it is asked for": (
@@ -213,11 +209,11 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
         "did not arrive whole",
     ),
     "half without end": (
-        lambda: beside("half", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),
+        lambda: beside("update", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),
         "not arrive whole",
     ),
     "a weight that is no number": (
-        lambda: beside("half", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=math.nan))),
+        lambda: beside("update", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=math.nan))),
         "a weight of nan",
     ),
     "saved without being asked": (
@@ -343,7 +339,7 @@ def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.Monkey
     """Each chunk of bo's half takes 250 s, so all of it takes longer than anybody may be silent, and others wait."""
 
     def latency(client: str, event: Event) -> float:
-        is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "half"
+        is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "update"
         return 250.0 if client == "bo" and is_half else 0.0
 
     config = run_config()
@@ -374,7 +370,7 @@ class Board:
         self._barrier.abort()
 
 
-class BoardControl:
+class BoardRankGroup:
     """Stands for torch.distributed between two threads."""
 
     world_size, group, update_group = 2, None, None
@@ -386,8 +382,8 @@ class BoardControl:
     def gather(self, mine: Any) -> list[Any]:
         return self._board.meet(self.rank, mine)
 
-    def complete_checkpoint(self, folder: Path, window: int) -> None:
-        self.gather(window)
+    def barrier(self) -> None:
+        self.gather(None)
 
 
 SECONDS_OF_WORK = 1000.0
@@ -442,12 +438,9 @@ def test_two_ranks_keep_step_whoever_fails(
 
     def serve(number: int) -> None:
         try:
-            server = RankServer(
-                config, shapes(config), engines[number], FakeIngress(Clock(), by_rank[number], lambda c, e: 0.0),
-                BoardControl(number, board), places, 0, SimpleNamespace(requested=False), Trace(None),
-            )  # type: ignore[arg-type]  # fmt: skip
-            server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
-            outcomes[number] = server.train(lambda window, statuses, seconds: tallies.extend(statuses), Path("x"))
+            endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
+            served = Served(config, engines[number], endpoint, BoardRankGroup(number, board), places)
+            outcomes[number] = served.train(tallies)
         except BaseException as error:
             outcomes[number] = error
             board.leave()
@@ -507,7 +500,7 @@ def test_a_stop_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rank.run() == 3
     assert rank.engine.saved == [3]
     assert {client.name: len(client.windows_stepped) for client in rank.clients} == {"ada": 3, "bo": 3, "cy": 3}
-    rank.server.finish("stopped", complete=False)
+    rank.served.rooms.service.finish("stopped", complete=False)
     assert all(client.finish is not None and client.finish.reason == "stopped" for client in rank.clients)
 
 
@@ -516,7 +509,7 @@ def test_checkpoints_come_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(monkeypatch, config, trio(config))
     assert rank.run() == 5
     assert rank.engine.saved == [2, 4, 5]
-    assert {name: saved.flops_per_token for name, saved in rank.server.client_figures.items()} == {
+    assert {name: saved.flops_per_token for name, saved in rank.served.checkpoints.client_figures.items()} == {
         "ada": 7.0, "bo": 7.0, "cy": 7.0,
     }  # fmt: skip
 
@@ -527,7 +520,7 @@ def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str, expec
     config = run_config(federation={"mode": mode})
     rank = Rank(monkeypatch, config, trio(config))
     window = rank.run()
-    half = rank.server.collect_half(window)
+    half = rank.collect(window)
     assert {name: tuple(tensor.shape) for name, tensor in half.items()} == HALF
     torch.testing.assert_close(half["head"], torch.full((2,), expected))
     asked = [client for client, message in rank.endpoint.sent if message.WhichOneof("body") == "update_request"]
@@ -543,9 +536,10 @@ def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_
     window = rank.run()
     early = pb.UpdateChunk(last=True, weight=5.0)
     rank.endpoint.post("bo", Received("bo", pb.ClientMessage(update=early)))
-    half = rank.server.collect_half(window)
+    half = rank.collect(window)
     assert half.keys() == HALF.keys()
-    assert rank.server._problems and "did not arrive whole" in rank.server._problems[0]
+    problems = rank.served.rooms.membership.problems
+    assert problems and "did not arrive whole" in problems[0]
 
 
 # -- windows one after another --------------------------------------------------------------------------------------
@@ -604,7 +598,7 @@ def test_a_late_client_is_passed_over_and_comes_back(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_a_half_that_does_not_come_costs_its_client_alone(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     config = run_config(clients=SOME, federation={"mode": mode}, run={"windows": 3})
-    alter: Alter = lambda number, message: [] if message.WhichOneof("body") == "half" else [message]  # noqa: E731
+    alter: Alter = lambda number, message: [] if message.WhichOneof("body") == "update" else [message]  # noqa: E731
     rank = Rank(monkeypatch, config, trio(config, alter))
     assert rank.run() == 3
     ada, bo, cy = rank.clients
@@ -621,7 +615,7 @@ def test_with_staleness_the_next_window_does_not_wait_for_halves(monkeypatch: py
         config = run_config(run={"windows": 6}, federation={"mode": "parallel", "staleness": staleness})
 
         def latency(client: str, event: Event) -> float:
-            is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "half"
+            is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "update"
             return 20.0 if client == "cy" and is_half and event.message.update.last else 0.0
 
         rank = Rank(monkeypatch, config, trio(config), latency=latency, seconds_of_work=1.0)

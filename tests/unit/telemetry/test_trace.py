@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from fedbert_ds.telemetry.trace import BODY, Trace
 
 
@@ -13,19 +15,22 @@ def test_without_a_path_nothing_happens(tmp_path: Path) -> None:
     trace = Trace(None)
     with trace.span("forward", micro_batch=1):
         pass
-    trace.add("activations", 0.0, 1.0, track="ada")
+    trace.begin("activations", "ada")
+    trace.end("activations", "ada")
     trace.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_spans_and_round_trips(tmp_path: Path) -> None:
+def test_spans_and_round_trips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trace-2.json"
     trace = Trace(path, rank=2)
-    begun = time.monotonic()
+    now = [time.monotonic()]
+    monkeypatch.setattr("fedbert_ds.telemetry.trace.time.monotonic", lambda: now[0])
     with trace.span("forward", micro_batch=7):
         pass
-    trace.add("gradient", begun + 1.0, begun + 3.0, track="ada", micro_batch=7)
-    trace.add("gradient", begun + 2.0, begun + 4.0, track="ada", micro_batch=8)
+    for what, micro_batch in ((trace.begin, 7), (trace.begin, 8), (trace.end, 7), (trace.end, 8)):
+        now[0] += 1.0
+        what("gradient", "ada", micro_batch=micro_batch)
     trace.close()
     trace.add("late", 0.0, 1.0)  # after the end: nothing
     events = [event for event in json.loads(path.read_text(encoding="utf-8")) if event]

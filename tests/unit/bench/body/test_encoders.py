@@ -6,7 +6,7 @@ import pytest
 import torch
 from unit.kernels.bounds import needs_triton
 
-from fedbert_ds.bench.body.encoders import Shape, Step, Window, _in_order, packed_step, padded_step
+from fedbert_ds.bench.body.encoders import Shape, Step, Window, divided, packed_step, padded_step
 
 CPU = torch.device("cpu")
 SHAPE = Shape("tiny", layers=2, hidden_size=32, heads=2, longest=16)
@@ -67,11 +67,11 @@ def test_16_bit_weights_follow_fp32_masters(window) -> None:
         torch.testing.assert_close(weight.float(), encoder_weights(exact)[name], atol=1e-3, rtol=0.02)
 
 
-def test_micro_batches_keep_to_their_budget() -> None:
-    assert _in_order(LENGTHS, 20, padded=False) == [[0], [1, 2], [3, 4, 5], [6]]
-    assert _in_order(LENGTHS, 20, padded=True) == [[0], [1], [2, 3, 4], [5], [6]]
-    assert _in_order(LENGTHS, 20, padded=True, order=[4, 2, 0, 3, 5, 6, 1]) == [[4, 2, 0, 3], [5], [6], [1]]
-    assert _in_order(LENGTHS, 1, padded=False) == [[index] for index in range(7)]
+def test_divided_keep_to_their_budget() -> None:
+    assert divided(LENGTHS, 20, padded=False) == [[0], [1, 2], [3, 4, 5], [6]]
+    assert divided(LENGTHS, 20, padded=True) == [[0], [1], [2, 3, 4], [5], [6]]
+    assert divided(LENGTHS, 20, padded=True, order=[4, 2, 0, 3, 5, 6, 1]) == [[4, 2, 0, 3], [5], [6], [1]]
+    assert divided(LENGTHS, 1, padded=False) == [[index] for index in range(7)]
 
 
 def test_padding_counts_as_computed_and_not_as_needed(window) -> None:

@@ -10,21 +10,37 @@ from fedbert_ds.bench.pipeline.timeline import read_trace, shares
 from fedbert_ds.telemetry.trace import Trace
 
 
+class Clock:
+    """Stands for `time` in the trace: it stands still until it is set."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 @pytest.fixture
-def trace_file(tmp_path: Path) -> Path:
-    """Three windows of one second each on a clock that begins at the trace's own."""
+def trace_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three windows of one second each."""
+    clock = Clock()
+    monkeypatch.setattr("fedbert_ds.telemetry.trace.time", clock)
     path = tmp_path / "trace-0.json"
     trace = Trace(path)
-    start = trace._origin
     for window in range(3):
-        begin = start + window
+        begin = float(window)
         trace.add("forward", begin, begin + 0.1, micro_batch=2 * window)
-        trace.add("gradient", begin + 0.1, begin + 0.1 + 0.05 * (3 - window), track="ada", micro_batch=window)
         trace.add("wait", begin + 0.1, begin + 0.4)
         trace.add("backward", begin + 0.4, begin + 0.6, micro_batch=2 * window)
-        trace.add("activations", begin + 0.2, begin + 0.5, track="bo", micro_batch=window)
         trace.add("step", begin + 0.7, begin + 0.8, window=window)
         trace.add("gather", begin + 0.8, begin + 0.85, window=window)
+        for name, track, asked, answered in (
+            ("gradient", "ada", begin + 0.1, begin + 0.1 + 0.05 * (3 - window)),
+            ("activations", "bo", begin + 0.2, begin + 0.5),
+        ):
+            clock.now = asked
+            trace.begin(name, track, micro_batch=window)
+            clock.now = answered
+            trace.end(name, track, micro_batch=window)
     trace.close()
     return path
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 from unit.server.fake_client import HALF, WIDTH
 
-from fedbert_ds.config import WireSection
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.inbox import Shapes
+from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.network import decoding
-from fedbert_ds.server.network.decoding import Decoding
+from fedbert_ds.server.network.decoding import Decoded, Decoding, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
@@ -24,7 +23,7 @@ from fedbert_ds.wire.codecs import encode
 TIMEOUT = 20.0
 
 
-SHAPES = Shapes(WIDTH, 2 * WIDTH, 8, False, HALF, frozenset(HALF))
+CONTRACT = Contract(TensorContract("int8", WIDTH, 8), TensorContract("fp32", 2 * WIDTH, 8), 8, False, HALF, HALF)
 
 
 class Source:
@@ -46,8 +45,8 @@ class Source:
 
 
 @contextmanager
-def decoded_from(source: Source, wire: WireSection | None = None) -> Iterator[Decoding]:
-    it = Decoding(source, SHAPES, wire or WireSection(activations="int8"), most_tokens=8)
+def decoded_from(source: Source) -> Iterator[Decoding]:
+    it = Decoding(source, CONTRACT)
     it.start()
     try:
         yield it
@@ -71,22 +70,29 @@ def test_events_stay_in_order_and_tensors_come_decoded() -> None:
         for event in events:
             source.events.put(event)
         got: list[Any] = [it.next_event(TIMEOUT) for _ in events]
-    assert [type(event) for event in got] == [type(event) for event in events]
-    assert [event.message for event in got if isinstance(event, Received)] == [events[k].message for k in (1, 2, 3)]
-    assert got[1].decoded.shape == (8, WIDTH) and torch.equal(got[3].decoded, torch.ones(2, 2 * WIDTH))
-    assert got[2].decoded is None
+    assert [type(event) for event in got] == [Connected, Decoded, Decoded, Decoded, Disconnected]
+    assert [event.message for event in got if isinstance(event, Decoded)] == [events[k].message for k in (1, 2, 3)]
+    assert got[1].tensor.shape == (8, WIDTH) and torch.equal(got[3].tensor, torch.ones(2, 2 * WIDTH))
+    assert got[2].tensor is None
 
 
 @pytest.mark.parametrize(
-    "event",
-    [activations(9), activations(2, width=WIDTH + 1), Received("ada", pb.ClientMessage(leave=pb.Leave()))],
+    ("event", "reason"),
+    [
+        (activations(9), "client ada: activations of micro-batch 3: 9 rows; no piece has more than 8"),
+        (activations(2, width=WIDTH + 1), "shape [2, 5] instead of [2, 4]"),
+        (activations(2, "bf16"), "codec 'bf16' instead of 'int8'"),
+    ],
+    ids=["too many rows", "another width", "another codec"],
 )
-def test_what_no_piece_can_be_is_left_to_the_inbox(event: Received) -> None:
-    """Before memory is taken for it."""
-    source = Source()
-    with decoded_from(source) as it:
-        source.events.put(event)
-        assert it.next_event(TIMEOUT) == event
+def test_what_no_piece_can_be_is_an_error_before_memory_is_taken_for_it(event: Received, reason: str) -> None:
+    made: Any = decoded(event, CONTRACT)
+    assert isinstance(made.tensor, WireError) and str(made.tensor).endswith(reason)
+
+
+def test_a_message_without_a_tensor_has_none() -> None:
+    event = Received("ada", pb.ClientMessage(leave=pb.Leave()))
+    assert decoded(event, CONTRACT) == Decoded("ada", event.message, None)
 
 
 def test_a_bad_tensor_is_an_error_that_travels_with_its_message() -> None:
@@ -97,9 +103,9 @@ def test_a_bad_tensor_is_an_error_that_travels_with_its_message() -> None:
             source.events.put(event)
         first: Any = it.next_event(TIMEOUT)
         second: Any = it.next_event(TIMEOUT)
-    assert isinstance(first.decoded, WireError)
-    assert str(first.decoded).startswith("client ada: activations of micro-batch 3: ")
-    assert torch.is_tensor(second.decoded), "others go on"
+    assert isinstance(first.tensor, WireError)
+    assert str(first.tensor).startswith("client ada: activations of micro-batch 3: ")
+    assert torch.is_tensor(second.tensor), "others go on"
 
 
 def test_the_end_of_the_source_comes_out_and_stays() -> None:
@@ -125,7 +131,7 @@ def test_what_the_body_does_not_take_is_not_read(monkeypatch: pytest.MonkeyPatch
         time.sleep(0.05)
         assert source.taken == 5, "four wait, and one is held"
         for _ in range(20):
-            assert isinstance(it.next_event(TIMEOUT), Received)
+            assert isinstance(it.next_event(TIMEOUT), Decoded)
         assert it.next_event(0) is None
 
 
@@ -136,4 +142,4 @@ def test_it_ends_while_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         source.events.put(activations(1))
     with decoded_from(source) as it:
         pass
-    assert not it._thread.is_alive()
+    assert not it.is_running

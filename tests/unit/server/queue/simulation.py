@@ -8,6 +8,7 @@ bookkeeping, and compared with every decision of the queues.
 from __future__ import annotations
 
 import math
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,18 +16,11 @@ from functools import partial
 from typing import Any, Literal
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
+from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
+from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.queue.packing import MicroBatch, Piece, pack
-from fedbert_ds.server.queue.pipeline_queue import (
-    Backward,
-    Decision,
-    Expire,
-    Forward,
-    Open,
-    PipelineQueue,
-    Plan,
-    Skip,
-    Step,
-)
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire.messages import Manifest
 
 Choose = Callable[[Sequence[Any]], Any]
@@ -36,17 +30,11 @@ Lengths = Callable[[str, int], tuple[tuple[int, ...], tuple[int, ...]]]
 MANIFEST = ("manifest", 0)
 
 
-class FixedDeadlines:
+class FixedAnswerTimes(AnswerTimes):
     """The same deadline for everybody."""
 
-    def __init__(self, seconds: float) -> None:
-        self.floor = seconds
-
-    def learn(self, client: str, seconds: float, *_: Any) -> None:
+    def learn(self, client: str, kind: str, seconds: float) -> None:
         assert 0.0 <= seconds < math.inf
-
-    def forget(self, client: str) -> None:
-        pass
 
     def deadline(self, client: str) -> float:
         return self.floor
@@ -193,10 +181,9 @@ class Federation:
                     partial(pack, capacity=capacity),
                     order,
                     lockstep_forwards,
-                    silence_timeout=timeout,
                     num_windows=num_windows,
                     windows_ahead=windows_ahead,
-                    deadlines=FixedDeadlines(deadlines) if deadlines < math.inf else None,  # type: ignore[arg-type]
+                    deadlines=Deadlines(timeout, FixedAnswerTimes(deadlines) if deadlines < math.inf else None),
                 )
             )
             for _ in range(num_ranks)
@@ -260,13 +247,13 @@ class Federation:
         assert here.queue.was_skipped(name, index)
 
     def _hear(self, rank: Rank, client: Client) -> None:
-        rank.queue.heard(client.name, self.now)
+        rank.queue.reactivate(client.name, self.now)
         if client.is_benched:
             client.is_benched = False
             client.owed.pop(MANIFEST, None)
             if client.announced is None and rank.next_window < self.num_windows:
                 client.owed[MANIFEST] = self.now
-        assert rank.queue.present == {other.name for other in rank.clients.values() if not other.is_benched}
+        assert rank.queue.active == {other.name for other in rank.clients.values() if not other.is_benched}
 
     def _may_send(self, rank: Rank, client: Client, kind: str, index: int) -> bool:
         """Activations wait until the client's half has taken the steps of earlier windows."""
@@ -284,24 +271,26 @@ class Federation:
     def gather(self, rank: int) -> None:
         """This rank's next window is planned, and it tells the others; all of them start it together."""
         here = self.ranks[rank]
-        assert here.queue.planned and not here.is_running
+        assert here.queue.schedule.is_planned and not here.is_running
         here.collectives.append("Gather")
         here.is_blocked = True
         self._complete_collectives()
 
     def _start(self) -> None:
-        counts = [rank.queue.num_micro_batches for rank in self.ranks]
+        counts = [rank.queue.schedule.num_micro_batches for rank in self.ranks]
         longest = max(1, *counts)
         for number, rank in enumerate(self.ranks):
             rank.is_alone = not any(counts[:number] + counts[number + 1 :])
             window = rank.windows[0]
-            assert rank.queue.num_micro_batches == len(window.micro_batches)
+            assert rank.queue.schedule.num_micro_batches == len(window.micro_batches)
             window.masked = sum(piece.masked for entry in window.micro_batches.values() for piece in entry.pieces)
-            assert rank.queue.masked_tokens == window.masked
+            assert rank.queue.schedule.masked_tokens == window.masked
             for _ in range(longest - len(window.micro_batches)):
                 window.micro_batches[rank.next_index] = InFlight(MicroBatch(rank.next_index, ()))
                 rank.next_index += 1
-            assert rank.queue.start(longest, self.now, self.depth, None, rank.is_alone) == tuple(window.micro_batches)
+            assert rank.queue.start(longest, self.now, InFlightLimits(self.depth, self.depth), rank.is_alone) == tuple(
+                window.micro_batches
+            )
             rank.is_running = True
             for client in rank.clients.values():
                 for (kind, index), since in client.owed.items():
@@ -322,7 +311,7 @@ class Federation:
             self.expired.append(decision.client)
             self._forget(here, decision.client)
             return decision
-        if isinstance(decision, Skip):
+        if isinstance(decision, Suspend):
             self._skipped(here, decision)
             return decision
         late = [client.name for client in here.clients.values() if self._is_late(client)]
@@ -357,11 +346,11 @@ class Federation:
         oldest = min((since for what, since in client.owed.items() if what != MANIFEST), default=math.inf)
         return max(oldest, client.last_answer)
 
-    def _skipped(self, rank: Rank, decision: Skip) -> None:
+    def _skipped(self, rank: Rank, decision: Suspend) -> None:
         client = rank.clients[decision.client]
         waited = self.now - self._oldest_answer(client)
         assert waited > self.deadlines and not client.is_benched, f"{client.name} skipped after {waited}"
-        assert decision.micro_batches == tuple(
+        assert decision.skipped == tuple(
             (window.number, entry.plan.index) for window, entry in self._drop(rank, client.name)
         )
         client.is_benched = True
@@ -370,7 +359,7 @@ class Federation:
         client.late += [what for what, since in client.owed.items() if what != MANIFEST and since < math.inf]
         client.owed = {MANIFEST: min(client.owed.values())}
         self.skipped.append(client.name)
-        assert client.name not in rank.queue.present and client.name in rank.queue.clients
+        assert client.name not in rank.queue.active and client.name in rank.queue.clients
 
     def _planned(self, rank: Rank, decision: Plan) -> None:
         assert decision.window == rank.next_window < self.num_windows
@@ -381,7 +370,7 @@ class Federation:
         assert None not in manifests.values(), "planned without a manifest of somebody who is there"
         assert {manifest.client: manifest for manifest in decision.manifests} == manifests
         told = {client.name for client in rank.clients.values() if client.announced is not None}
-        assert decision.passed_over == told - manifests.keys()
+        assert decision.suspended == told - manifests.keys()
         packed = pack([manifest for manifest in manifests.values() if manifest], self.capacity)
         assert decision.micro_batches == tuple(
             MicroBatch(rank.next_index + number, pieces) for number, pieces in enumerate(packed)
@@ -537,7 +526,7 @@ class Federation:
                 ]
                 if client.late and client.late[0][0] != client.mute:
                     actions.append(("send_late", number, client.name))
-            if rank.queue.planned and not rank.is_blocked:
+            if rank.queue.schedule.is_planned and not rank.is_blocked:
                 actions.append(("gather", number))
         return actions
 
@@ -600,16 +589,6 @@ class Federation:
         assert [queue_state(rank.queue) for rank in self.ranks] == before, "a call was refused, but changed a queue"
 
 
-def queue_state(queue: PipelineQueue) -> Any:
-    """What a queue holds, as values that can be compared."""
-    return _frozen({name: value for name, value in vars(queue).items() if name not in ("_pack", "_deadlines")})
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, dict):
-        return [(key, _frozen(item)) for key, item in value.items()]
-    if isinstance(value, list | tuple | deque):
-        return [_frozen(item) for item in value]
-    if isinstance(value, set):
-        return frozenset(value)
-    return _frozen(vars(value)) if type(value).__module__ == PipelineQueue.__module__ and vars(value) else value
+def queue_state(queue: PipelineQueue) -> bytes:
+    """All that a queue holds, to be compared with itself later."""
+    return pickle.dumps(queue)

@@ -11,11 +11,14 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.server.queue.simulation import Federation, FixedDeadlines, Lengths
+from unit.server.queue.simulation import Federation, FixedAnswerTimes, Lengths
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.queue.deadlines import Deadlines
+from fedbert_ds.server.queue.decisions import Backward, Expire, Forward, Open, Plan, Step, Suspend
+from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.pipeline_queue import Backward, Expire, Forward, Open, PipelineQueue, Plan, Skip, Step
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire.messages import Manifest
 
 CAPACITY = 12
@@ -127,7 +130,7 @@ def test_late_clients_are_passed_over_and_come_back(data: st.DataObject) -> None
     federation.run(federation.finished + 10, lambda options: options[next(turns) % len(options)])
     assert not federation.expired
     for rank in federation.ranks:
-        assert rank.queue.present == rank.clients.keys(), "who answers is waited for again"
+        assert rank.queue.active == rank.clients.keys(), "who answers is waited for again"
         assert rank.lost_masked_tokens[-1] == 0
         assert rank.last_members == rank.clients.keys()
 
@@ -287,9 +290,9 @@ def decided(queue: PipelineQueue, now: float = 0.0) -> list[str]:
     words = []
     while (decision := queue.decide(now)) is not None:
         match decision:
-            case Plan(window, _, manifests, passed_over):
+            case Plan(window, _, manifests, suspended):
                 who = "+".join(sorted(manifest.client for manifest in manifests))
-                over = f"without {'+'.join(sorted(passed_over))}" if passed_over else ""
+                over = f"without {'+'.join(sorted(suspended))}" if suspended else ""
                 words.append(" ".join(filter(None, [f"plan {window}", who, over])))
             case Open(_, index, _):
                 words.append(f"open {index}")
@@ -298,8 +301,8 @@ def decided(queue: PipelineQueue, now: float = 0.0) -> list[str]:
             case Backward(index, done, is_last):
                 clients = "+".join(piece.client for piece in done)
                 words.append(" ".join(filter(None, [f"backward {index}", clients, "last" if is_last else ""])))
-            case Skip(client, micro_batches):
-                words.append(f"skip {client} {micro_batches}")
+            case Suspend(client, skipped):
+                words.append(f"suspend {client} {skipped}")
             case Expire(client):
                 words.append(f"expire {client}")
             case Step(window, lost):
@@ -433,7 +436,7 @@ def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
         queue.join(client, 0.0)
     announce(queue, "ada", "bo")
     assert decided(queue) == ["plan 0 ada+bo", "open 0"]
-    assert queue.planned and queue.num_micro_batches == 1 and queue.masked_tokens == 2
+    assert queue.schedule.is_planned and queue.schedule.num_micro_batches == 1 and queue.schedule.masked_tokens == 2
     queue.activations("ada", 0)  # before the window starts
     assert decided(queue) == [], "a forward waits for the start"
     assert queue.start(2, 0.0) == (0, 1)  # another rank has two
@@ -463,7 +466,7 @@ def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
     assert trained(queue, "bo", 3) == ["forward 3 bo", "backward 3 bo last", "step 1 lost 0"]
     assert queue.start(1, 0.0) == (4,)
     assert trained(queue, "ada", 4) == ["forward 4 ada", "backward 4 ada last", "step 2 lost 0"]
-    assert not queue.planned
+    assert not queue.schedule.is_planned
 
 
 def test_credit_of_the_next_window_never_holds_what_the_running_one_needs() -> None:
@@ -487,7 +490,7 @@ def test_a_depth_may_change_with_a_window() -> None:
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue) == ["plan 5 ada", "open 0", "open 1"]
-    queue.start(3, 0.0, micro_batches_in_flight=2)
+    queue.start(3, 0.0, limits=InFlightLimits(2, 2))
     assert decided(queue) == ["open 2"]
     queue.activations("ada", 0)
     queue.activations("ada", 1)
@@ -601,14 +604,14 @@ def test_who_is_lost_before_the_start_is_not_counted() -> None:
     announce(queue, "ada", "bo")
     assert decided(queue) == ["plan 0 ada+bo", "open 0"]
     queue.lose("bo")
-    assert queue.masked_tokens == 2
+    assert queue.schedule.masked_tokens == 2
     queue.start(1, 0.0)
     assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
 
 
 def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
     """Whoever comes back has another batch; its old sequences are gone."""
-    queue = queue_of(1, [[pieces("ada", "bo")]], silence_timeout=10.0)
+    queue = queue_of(1, [[pieces("ada", "bo")]], deadlines=Deadlines(10.0))
     for client in ("ada", "bo"):
         queue.join(client, 0.0)
     announce(queue, "ada", "bo")
@@ -624,10 +627,12 @@ def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
 # -- late clients ---------------------------------------------------------------------------------------------------
 
 
-def late_bo(**options: Any) -> PipelineQueue:
+def late_bo(silence_timeout: float = math.inf) -> PipelineQueue:
     """ada and bo in window 0 of four, window 1 planned; bo is late, ada is not."""
     plan = [pieces("ada"), pieces("bo")]
-    queue = queue_of(2, [plan, plan, [pieces("ada")], plan], deadlines=FixedDeadlines(5.0), **options)
+    queue = queue_of(
+        2, [plan, plan, [pieces("ada")], plan], deadlines=Deadlines(silence_timeout, FixedAnswerTimes(5.0))
+    )
     for client in ("ada", "bo"):
         queue.join(client, 0.0)
     announce(queue, "ada", "bo")
@@ -644,20 +649,20 @@ def late_bo(**options: Any) -> PipelineQueue:
 def test_a_window_goes_on_without_a_late_client_and_it_comes_back() -> None:
     queue = late_bo()
     assert decided(queue, 5.5) == [
-        "skip bo ((0, 1), (1, 3))",  # of both windows
+        "suspend bo ((0, 1), (1, 3))",  # of both windows
         "forward 1",
         "backward 0 ada",
         "backward 1 last",
         "step 0 lost 2",
     ]
-    assert queue.clients == {"ada", "bo"} and queue.present == {"ada"}
+    assert queue.clients == {"ada", "bo"} and queue.active == {"ada"}
     assert queue.was_skipped("bo", 1) and queue.was_skipped("bo", 3) and not queue.was_skipped("ada", 0)
-    assert queue.masked_tokens == 2, "what was dropped before the start is not in M"
+    assert queue.schedule.masked_tokens == 2, "what was dropped before the start is not in M"
     announce(queue, "ada")
     queue.start(2, 6.0)
     assert decided(queue, 6.0)[0] == "plan 2 ada", "nobody waits for bo"
-    queue.heard("bo", 7.0)  # its answer to micro-batch 1, say
-    assert queue.present == {"ada", "bo"}
+    queue.reactivate("bo", 7.0)  # its answer to micro-batch 1, say
+    assert queue.active == {"ada", "bo"}
     assert queue.manifest(Manifest("bo", 2, (4,), (2,))) is False, "that window was planned without it"
     assert queue.next_window == 3
     announce(queue, "ada", "bo")
@@ -677,7 +682,7 @@ def test_a_late_client_that_gave_its_manifest_is_told_that_it_is_passed_over() -
 
 
 def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
-    queue = started(2, [pieces("ada", "bo"), pieces("bo")], deadlines=FixedDeadlines(5.0))
+    queue = started(2, [pieces("ada", "bo"), pieces("bo")], deadlines=Deadlines(answer_times=FixedAnswerTimes(5.0)))
     decided(queue)
     queue.activations("ada", 0)
     queue.activations("bo", 0)
@@ -686,29 +691,29 @@ def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
     assert decided(queue, 1.0) == []
     queue.gradient("ada", 0)
     assert decided(queue, 5.5) == ["backward 0 ada+bo"], "who has answered something since is not late"
-    assert decided(queue, 6.5) == ["skip bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
+    assert decided(queue, 6.5) == ["suspend bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebody(is_alone: bool) -> None:
     """A network that is down for a minute must not use up the run's windows."""
-    queue = queue_of(1, [[pieces("ada")]] * 5, deadlines=FixedDeadlines(5.0), silence_timeout=60.0)
+    queue = queue_of(1, [[pieces("ada")]] * 5, deadlines=Deadlines(60.0, FixedAnswerTimes(5.0)))
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue) == ["plan 0 ada", "open 0"]
     queue.start(1, 0.0, is_alone=is_alone)
     decisions = decided(queue, 5.5)
-    assert decisions[0] == "skip ada ((0, 0),)" and not queue.present
+    assert decisions[0] == "suspend ada ((0, 0),)" and not queue.active
     assert "step 0 lost 2" in decisions and ("plan 1" in decisions) != is_alone
     if is_alone:
-        queue.heard("ada", 9.0)
+        queue.reactivate("ada", 9.0)
         announce(queue, "ada")
         assert decided(queue, 9.0)[0] == "plan 1 ada"
 
 
 def test_a_late_client_is_silent_since_its_first_open_question() -> None:
-    queue = late_bo(silence_timeout=10.0)
-    assert decided(queue, 5.5)[0] == "skip bo ((0, 1), (1, 3))"
+    queue = late_bo(10.0)
+    assert decided(queue, 5.5)[0] == "suspend bo ((0, 1), (1, 3))"
     announce(queue, "ada")
     assert "expire bo" not in decided(queue, 10.0)
     assert decided(queue, 10.5)[-1] == "expire bo"
@@ -740,7 +745,7 @@ def test_a_window_cannot_start_inside_another_or_unplanned() -> None:
 @pytest.mark.parametrize("owed", ["manifest", "activations", "gradient"])
 def test_silence_is_measured_from_the_question(owed: str) -> None:
     """A client expires once it has owed one answer for longer than the timeout, whatever it owed before."""
-    queue = queue_of(1, [[pieces("ada")]] * 2, silence_timeout=10.0)
+    queue = queue_of(1, [[pieces("ada")]] * 2, deadlines=Deadlines(10.0))
     asked = 0.0
     queue.join("ada", asked)
     if owed != "manifest":
@@ -760,7 +765,7 @@ def test_silence_is_measured_from_the_question(owed: str) -> None:
 
 def test_no_clock_runs_for_a_window_that_has_not_started() -> None:
     """Its clients answer when they are done with the one before."""
-    queue = queue_of(1, [[pieces("ada")]], silence_timeout=10.0)
+    queue = queue_of(1, [[pieces("ada")]], deadlines=Deadlines(10.0))
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue, 0.0) == ["plan 0 ada", "open 0"]
@@ -771,7 +776,7 @@ def test_no_clock_runs_for_a_window_that_has_not_started() -> None:
 
 
 def test_the_oldest_unanswered_question_counts() -> None:
-    queue = started(1, [pieces("ada"), pieces("ada"), pieces("ada")], silence_timeout=10.0)
+    queue = started(1, [pieces("ada"), pieces("ada"), pieces("ada")], deadlines=Deadlines(10.0))
     assert decided(queue, 0.0) == ["open 0", "open 1"]
     queue.activations("ada", 0)
     assert decided(queue, 6.0) == ["forward 0 ada"]
@@ -782,14 +787,14 @@ def test_the_oldest_unanswered_question_counts() -> None:
 
 
 def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:
-    queue = queue_of(1, [[pieces("ada")]], silence_timeout=10.0)
+    queue = queue_of(1, [[pieces("ada")]], deadlines=Deadlines(10.0))
     queue.join("ada", 0.0)
     queue.join("bo", 1.0)
-    queue.stop_clocks(100.0)
+    queue.deadlines.stop_clocks(100.0)
     assert decided(queue, 110.0) == []
     assert decided(queue, 110.5) == ["expire ada"]
     announce(queue, "bo")
-    queue.stop_clocks(1.0)
+    queue.deadlines.stop_clocks(1.0)
     assert "expire bo" not in decided(queue, 1000.0)
 
 

@@ -1,0 +1,65 @@
+"""What DeepSpeed is told: the user's JSON file, and the keys that the run file owns."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from fedbert_ds.config import BodySection, OptimizerSection
+from fedbert_ds.errors import ConfigError
+
+OURS = {
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "gradient_accumulation_steps": "window.tokens",
+    "train_batch_size": "window.tokens",
+    "train_micro_batch_size_per_gpu": "window.tokens_per_micro_batch",
+    "optimizer": "optimizer.name",
+    "scheduler": "optimizer.schedule",
+    "bf16": "body.precision",
+    "fp16": "body.precision",
+}
+"""DeepSpeed keys whose meaning the run file owns, and the run-file key that sets each."""
+
+
+def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run.
+
+    Raises ConfigError when the file is not JSON, has no usable ZeRO stage, or sets a key that the run file owns.
+    """
+    settings = _read(body)
+    settings |= {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # DeepSpeed clips at 1.0 when nothing is said.
+        "gradient_clipping": optimizer.gradient_clipping,
+        "bf16": {"enabled": body.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+    }
+    return settings
+
+
+def zero_stage(body: BodySection) -> int:
+    """The ZeRO stage a run uses. Raises ConfigError as `deepspeed_settings` does."""
+    return int(_read(body)["zero_optimization"].get("stage", 0))
+
+
+def _read(body: BodySection) -> dict[str, Any]:
+    """The user's file, checked, with the run file's ZeRO stage."""
+    path = body.deepspeed
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"body.deepspeed: {path} is not a JSON object of DeepSpeed settings")
+    for key, ours in OURS.items():
+        if key in settings:
+            raise ConfigError(f"{path}: {key} belongs to the run file; remove it and set {ours} there")
+    zero = settings.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    if body.zero_stage is not None:
+        zero["stage"] = body.zero_stage
+    return settings

@@ -1,0 +1,201 @@
+"""What a rank does for its clients beside the body: events in, plans and credit out, updates handed on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+
+from torch import Tensor
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.membership import Membership
+from fedbert_ds.server.network.decoding import Decoded, DecodedEvent
+from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, reply
+from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.queue.deadlines import Question
+from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+COMBINING_POLL_SECONDS = 0.002
+"""How long a wait for an event lasts while updates are being combined: no event says that they are."""
+
+
+class ClientService:
+    """Serves the clients of one rank. `attend` does what there is to do, and waits a little if there is nothing.
+
+    `take_event(seconds)` is the rank's next event. A client that breaks the protocol is refused alone.
+    """
+
+    def __init__(
+        self,
+        queue: PipelineQueue,
+        inbox: Inbox,
+        exchange: UpdateExchange,
+        membership: Membership,
+        outbox: Outbox,
+        take_event: Callable[[float], DecodedEvent | None],
+        trace: Trace,
+        update_codec: str,
+        compressed: bool,
+    ) -> None:
+        self._queue = queue
+        self._inbox = inbox
+        self._exchange = exchange
+        self._membership = membership
+        self._outbox = outbox
+        self._take_event = take_event
+        self._trace = trace
+        self._update_codec = update_codec
+        self._compressed = compressed
+        self.plans: dict[int, Plan] = {}
+        """Windows that are planned and have not begun."""
+
+    def attend(self) -> None:
+        """While the body has nothing to do: take in what comes, plan and give credit ahead, pass updates on."""
+        self.wait()
+        self.hand_out_updates()
+        while (decision := self._queue.decide(time.monotonic())) is not None:
+            self.carry_out(decision)
+
+    def wait(self) -> None:
+        """Take one event in, waiting a little for one."""
+        self.dispatch(self.next_event(COMBINING_POLL_SECONDS if self._exchange.is_combining else POLL_SECONDS))
+
+    def take_in(self) -> None:
+        """Take in every event that is here."""
+        while self.dispatch(self.next_event(0)):
+            pass
+
+    def next_event(self, timeout: float) -> DecodedEvent | None:
+        """The next event. Raises what coding a message has raised."""
+        self._outbox.check()
+        return self._take_event(timeout)
+
+    def dispatch(self, event: DecodedEvent | None) -> bool:
+        """Take one event in; False if there was none."""
+        match event:
+            case None:
+                return False
+            case JoinAsked(hello, answer):
+                reason = f"client {hello.client[:100]}: this rank takes no joins; the run has its clients"
+                reply(answer, WireError(reason))
+            case Connected(client):
+                self._membership.join(client, time.monotonic())
+            case Disconnected(client):
+                self._membership.disconnect(client)
+            case Decoded(client, message, tensor) if self._queue.is_connected(client):
+                try:
+                    self._receive(client, message, tensor)
+                except WireError as error:
+                    self._membership.refuse(client, str(error))
+        return True
+
+    def carry_out(self, decision: Decision) -> None:
+        """Carry out a decision that leaves the body alone."""
+        match decision:
+            case Plan() as plan:
+                self.plans[plan.window] = plan
+                pieces: dict[str, list[pb.Piece]] = {manifest.client: [] for manifest in plan.manifests}
+                for micro_batch in plan.micro_batches:
+                    for piece in micro_batch.pieces:
+                        span = {"first_sequence": piece.first_sequence, "num_sequences": piece.num_sequences}
+                        pieces[piece.client].append(pb.Piece(micro_batch=micro_batch.index, **span))
+                for client in [*pieces, *sorted(plan.suspended)]:
+                    self._tell_plan(client, plan.window, pieces.get(client, []))
+            case Open(window, index, opened):
+                for piece in opened:
+                    self._trace.begin("activations", piece.client, micro_batch=index)
+                    credit = pb.Open(window=window, micro_batch=index)
+                    self._outbox.send(piece.client, pb.ServerMessage(open=credit))
+            case Suspend(client, skipped):
+                self._membership.suspend(client, skipped)
+            case Expire(client):
+                self._membership.expire(client)
+            case _:
+                raise AssertionError(f"{decision} needs a running window")
+
+    def hand_out_updates(self) -> None:
+        """Send what was combined since the last call; refuse clients whose update is not sound."""
+        for client, error in self._exchange.take_unsound():
+            if not isinstance(error, WireError):
+                raise error
+            self._membership.refuse(client, str(error))
+        if (combined := self._exchange.poll()) is not None:
+            window, tensors = combined
+            # Suspended clients too: they take up training where the others are.
+            self.send_update(sorted(self._queue.clients), tensors, window, self._update_codec)
+
+    def send_update(
+        self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
+    ) -> None:
+        """Send weights or gradients of the client model, fp32 by name, to each of these clients."""
+
+        def messages() -> Iterator[pb.ServerMessage]:
+            for chunk in update_chunks(window, tensors.items(), 0.0, codec, compressed=self._compressed):
+                yield pb.ServerMessage(update=chunk)
+
+        self._outbox.send_coded(clients, messages)
+
+    def await_answers(self, clients: Iterable[str], question: Question) -> None:
+        """From now on these clients owe an answer: one that stays silent for too long is expired."""
+        now = time.monotonic()
+        for client in clients:
+            self._queue.deadlines.ask(client, question, now)
+
+    def ask(
+        self,
+        clients: Iterable[str],
+        question: Question,
+        request: pb.ServerMessage,
+        answers: Mapping[str, object],
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Send a request to clients and attend until `answers` holds each of them that is still here.
+
+        `meanwhile` is called once all have been asked; its time does not count as their silence.
+        """
+        asked = frozenset(clients)
+        for client in sorted(asked):
+            self._outbox.send(client, request)
+        meanwhile()
+        self.await_answers(asked, question)
+        while (asked & self._queue.clients) - answers.keys():
+            self.attend()
+
+    def finish_exchanges(self) -> None:
+        """Attend until every client has, or is about to receive, what windows so far have combined."""
+        with self._trace.span("wait for halves"):
+            while not self._exchange.is_idle:
+                self.attend()
+
+    def finish(self, reason: str, complete: bool) -> None:
+        """Tell clients that the run is over; when it is not `complete` it may be resumed."""
+        self._exchange.close()
+        finish = pb.Finish(reason=reason, complete=complete)
+        for client in self._queue.clients:
+            self._outbox.close(client, pb.ServerMessage(finish=finish))
+        self._outbox.settle()
+
+    def settle(self) -> None:
+        """Hand over what is still to be sent, such as why a client was refused; what cannot be is dropped."""
+        with suppress(Exception):  # it was raised before, or another error is on its way
+            self._outbox.settle()
+
+    def _receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None) -> None:
+        now = time.monotonic()
+        self._queue.reactivate(client, now)
+        if not self._inbox.receive(client, message, tensor, now):
+            self._tell_plan(client, message.manifest.window, [])
+        kind = message.WhichOneof("body")
+        if kind in ("activations", "gradient"):
+            self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
+
+    def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
+        self._outbox.send(client, pb.ServerMessage(plan=plan))

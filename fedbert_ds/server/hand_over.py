@@ -1,0 +1,118 @@
+"""The end of a run: collect the client model, merge it with the body, save it, evaluate it, write the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.errors import RunError
+from fedbert_ds.federation.averaging import combine
+from fedbert_ds.model.checkpoint import save_merged
+from fedbert_ds.server.queue.deadlines import Question
+from fedbert_ds.server.rooms import Rooms
+from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.telemetry.metrics import read_metrics, summary
+from fedbert_ds.telemetry.progress import short_bytes
+from fedbert_ds.telemetry.report import write_report
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+ClientFigures = Sequence[pb.Saved]
+
+
+def collect_client_model(rooms: Rooms, clients: frozenset[str], window: int) -> dict[str, Tensor]:
+    """The client model before `window`, fp32 by name, on every rank; `clients` are those of all ranks.
+
+    Averages the halves that the strategy names, by masked tokens. Raises RunError, on every rank, when no
+    client is left to hand one over.
+    """
+    mine = sorted(rooms.strategy.final_clients(clients) & rooms.queue.clients)
+    collected = rooms.inbox.collected
+    rooms.inbox.expect_collected(window)
+    request = pb.ServerMessage(update_request=pb.UpdateRequest(window=window))
+    rooms.service.ask(mine, Question("client model", window), request, collected)
+    updates = [collected[client] for client in mine if client in collected]
+    if not any(rooms.rank_group.gather(len(updates))):
+        raise RunError(
+            f"no client was left to hand over its half; window {window} is saved: start the clients again and "
+            "add --resume"
+        )
+    return combine(updates, rooms.contract.client_model, average=True, group=rooms.rank_group.group)
+
+
+def hand_over(
+    rooms: Rooms,
+    config: RunConfig,
+    clients: frozenset[str],
+    window: int,
+    figures: ClientFigures,
+    model_config: Any,
+    tokenizer: Any,
+    facts: dict[str, str],
+) -> None:
+    """Save the merged model; evaluate it and write the report. All ranks call it, and clients hear of the end.
+
+    `figures` are what this rank's clients told with their last state. `facts` open the report's table. A run
+    that stopped before its last window is merged and reported, not evaluated.
+    """
+    folder = RunFolder(config.run.directory)
+    client_model = collect_client_model(rooms, clients, window)
+    body = rooms.engine.full_state()
+    is_complete = window == config.run.windows
+    reason = "the run is complete" if is_complete else f"the run was stopped and saved at window {window}"
+    rooms.service.finish(reason, is_complete)
+    all_figures = rooms.rank_group.gather([(saved.peak_memory_bytes, saved.flops_per_token) for saved in figures])
+    if rooms.rank_group.rank != 0:
+        return
+    save_merged(folder.model, model_config, client_model, body, tokenizer)
+    facts = facts | _costs(folder, [pair for pairs in all_figures for pair in pairs])
+    baselines: dict[str, float] = {}
+    if is_complete and folder.held_out.is_file():
+        baselines = _evaluate(folder, config, tokenizer, model_config.vocab_size)
+        held_out, unigram = baselines["held out, at the end"], baselines["word frequency alone"]
+        facts["held-out loss"] = f"{held_out:.3f} nats a masked token"
+        facts["word frequency alone"] = f"{unigram:.3f} nats"
+        print(
+            f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
+            f"{unigram - held_out:.2f} nats learned beyond it"
+        )
+    write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines)
+    print(f"clients {facts['client peak memory']} peak memory, {facts['client FLOP per token']} FLOP per token")
+    print(f'model   {folder.model}   a transformers checkpoint: AutoModelForMaskedLM.from_pretrained("{folder.model}")')
+    state = "complete" if is_complete else f"stopped and saved at window {window}; continue with --resume"
+    print(f"report  {folder.report}   {state}", flush=True)
+
+
+def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str, str]:
+    totals = summary(read_metrics(folder.metrics))
+    return {
+        "bytes per token": (
+            f"{short_bytes(totals.bytes_per_token_up)} up, {short_bytes(totals.bytes_per_token_down)} down, "
+            f"{short_bytes(totals.averaging_bytes_per_token)} to keep the halves together"
+        ),
+        "client peak memory": short_bytes(max((memory for memory, _ in figures), default=0)),
+        "client FLOP per token": f"{max((flops for _, flops in figures), default=0.0) / 1e6:.2f} M",
+    }
+
+
+def _evaluate(folder: RunFolder, config: RunConfig, tokenizer: Any, vocab_size: int) -> dict[str, float]:
+    """Losses on the held-out articles, nats a masked token: of word frequency alone, and of the merged model."""
+    from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.masking import encode
+    from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+
+    length = config.data.sequence_length
+    shards = sorted(str(path) for path in folder.clients.glob("*/shard.jsonl"))
+    counts = encode(read_articles(shards), tokenizer, length).token_counts(vocab_size)
+    result = evaluate_masked_lm(
+        folder.model,
+        [str(folder.held_out)],
+        seed=config.run.seed,
+        mask_probability=config.data.mask_probability,
+        sequence_length=length,
+        train_counts=counts,
+    )
+    assert result.unigram_loss is not None
+    return {"word frequency alone": result.unigram_loss, "held out, at the end": result.loss}

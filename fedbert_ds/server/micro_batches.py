@@ -1,0 +1,164 @@
+"""Micro-batches on their way through the body: forward, backward, what is in flight, results still to be sent."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fedbert_ds.config import WireSection
+from fedbert_ds.seeding import stable_seed
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import packed_input
+from fedbert_ds.server.contract import Arrived, Contract, Tally
+from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.queue.decisions import Backward, Forward
+from fedbert_ds.server.queue.packing import Piece
+from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import encode
+from fedbert_ds.wire.messages import Manifest
+
+
+@dataclass
+class InFlight:
+    """A micro-batch between its forward and its backward."""
+
+    pieces: tuple[Piece, ...]
+    values_per_piece: list[int]
+    """Rows of `activations` that each piece brought: its tokens, or its distinct rows."""
+
+
+class MicroBatches:
+    """Runs the body on one window's micro-batches at a time and sends clients what comes out.
+
+    `seed` is the run's; dropout follows from it, the rank, the window and a micro-batch's place in the
+    window. `tally` counts until somebody takes it.
+    """
+
+    def __init__(
+        self,
+        engine: BodyEngine,
+        contract: Contract,
+        wire: WireSection,
+        outbox: Outbox,
+        trace: Trace,
+        seed: int,
+        rank: int,
+    ) -> None:
+        self._engine = engine
+        self._contract = contract
+        self._wire = wire
+        self._outbox = outbox
+        self._trace = trace
+        self._seed = seed
+        self._rank = rank
+        self._window = 0
+        self._numbers: dict[int, int] = {}
+        """Micro-batches of the running window by their place in it."""
+        self._manifests: dict[str, Manifest] = {}
+        self._masked_tokens = 0
+        self._in_flight: dict[int, InFlight] = {}
+        self._pending_sends: deque[tuple[DeviceWork, Callable[[Tensor], bool]]] = deque()
+        """Results that the device makes, and what sends each; true if it had a receiver."""
+        self.tally = Tally()
+        self.service_seconds = 0.0
+        """Forward and backward of a micro-batch, mean of the last window; 0 before one has ended."""
+
+    def begin(
+        self, window: int, micro_batches: Sequence[int], manifests: Sequence[Manifest], masked_tokens: int
+    ) -> None:
+        """Start a window whose loss is a mean over `masked_tokens`, all ranks together."""
+        self._window = window
+        self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
+        self._manifests = {manifest.client: manifest for manifest in manifests}
+        self._masked_tokens = masked_tokens
+
+    def forward(self, decision: Forward, arrived: Sequence[Arrived]) -> None:
+        """Run a forward over what each piece's client sent; hidden states are sent once the device has them."""
+        micro_batch, pieces = decision.micro_batch, decision.pieces
+        # The place in the window: neither order nor the index, which counts on over windows, may change dropout.
+        seed = stable_seed("body dropout", self._seed, self._window, self._rank, self._numbers[micro_batch])
+        if pieces:
+            body_input = packed_input(pieces, arrived, self._manifests, seed)
+        else:
+            width = self._contract.activations.width
+            body_input = self._engine.dummy_input(width, self._contract.is_rows_cut, seed)
+        work = self._engine.forward(micro_batch, body_input)
+        self.tally.forwards += 1
+        self.tally.tokens += sum(piece.tokens for piece in pieces)
+        self.tally.dummy_micro_batches += not pieces
+        self._in_flight[micro_batch] = InFlight(pieces, [len(item.values) for item in arrived])
+        self._pending_sends.append((work, partial(self._send_hidden, micro_batch, pieces)))
+
+    def backward(self, decision: Backward, gradients: Mapping[str, Tensor]) -> None:
+        """Run a backward with d(loss)/d(hidden) by client, [masked, width] fp32; a piece without one gets zeros."""
+        micro_batch, width = decision.micro_batch, self._contract.gradients.width
+        flight = self._in_flight.pop(micro_batch)
+        pieces = [gradients.get(piece.client, torch.zeros(piece.masked, width)) for piece in flight.pieces]
+        hidden_gradient = torch.cat(pieces) if pieces else torch.zeros(0, width)
+        work = self._engine.backward(micro_batch, hidden_gradient, decision.is_last)
+        self.tally.backwards += 1
+        send = partial(self._send_input_gradients, micro_batch, flight, frozenset(gradients))
+        self._pending_sends.append((work, send))
+
+    @property
+    def has_pending_sends(self) -> bool:
+        """The device, or nobody yet, is at work on results that clients wait for."""
+        return bool(self._pending_sends)
+
+    def send_finished(self, wait: bool = False) -> None:
+        """Send results that the device has finished; with `wait` the oldest one, however long it takes."""
+        while self._pending_sends and (wait or self._pending_sends[0][0].is_done):
+            work, send = self._pending_sends.popleft()
+            tensor, seconds = work.result()
+            # A dummy is no work.
+            self.tally.busy_seconds += seconds if send(tensor) else 0.0
+            wait = False
+
+    def end(self) -> None:
+        """The window's backwards are done: send the rest and learn what a micro-batch takes."""
+        while self._pending_sends:
+            self.send_finished(wait=True)
+        if real := self.tally.forwards - self.tally.dummy_micro_batches:
+            self.service_seconds = self.tally.busy_seconds / real
+
+    def take_tally(self) -> Tally:
+        """What was counted since the last call."""
+        tally, self.tally = self.tally, Tally()
+        return tally
+
+    def _send_hidden(self, micro_batch: int, pieces: tuple[Piece, ...], hidden: Tensor) -> bool:
+        window, wire, masked_tokens = self._window, self._wire, self._masked_tokens
+
+        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
+            frame = encode(rows, wire.hidden_states, compressed=wire.is_compressed)
+            place = {"window": window, "micro_batch": micro_batch}
+            yield pb.ServerMessage(hidden=pb.Hidden(**place, values=frame, masked_tokens=masked_tokens))
+
+        for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
+            self._trace.begin("gradient", piece.client, micro_batch=micro_batch)
+            self._outbox.send_coded([piece.client], partial(message, rows))
+        return bool(pieces)
+
+    def _send_input_gradients(
+        self, micro_batch: int, flight: InFlight, present: frozenset[str], gradient: Tensor
+    ) -> bool:
+        if not flight.pieces:
+            return False
+        window, wire = self._window, self._wire
+
+        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
+            frame = encode(rows, wire.gradients, compressed=wire.is_compressed)
+            input_gradient = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
+            yield pb.ServerMessage(input_gradient=input_gradient)
+
+        for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
+            if piece.client in present:
+                self._outbox.send_coded([piece.client], partial(message, rows))
+        return True

@@ -1,0 +1,124 @@
+"""The rooms of one rank, wired together: the one place that knows which room needs which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from fedbert_ds.config import RunConfig
+from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.client_service import ClientService
+from fedbert_ds.server.contract import Contract
+from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.membership import Membership
+from fedbert_ds.server.micro_batches import MicroBatches
+from fedbert_ds.server.network.decoding import DecodedEvent
+from fedbert_ds.server.network.events import RankEndpoint
+from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
+from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
+from fedbert_ds.server.queue.packing import pack
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.server.stop_signal import StopFlag
+from fedbert_ds.telemetry.trace import Trace
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """What the window loop, checkpoints and the hand-over of one rank work with."""
+
+    contract: Contract
+    strategy: Strategy
+    staleness: int
+    """Windows a client may begin before the updates of earlier ones are combined."""
+    seated: frozenset[str]
+    """Clients that have their place at this rank."""
+    engine: BodyEngine
+    rank_group: RankGroup
+    stop: StopFlag
+    trace: Trace
+    queue: PipelineQueue
+    exchange: UpdateExchange
+    inbox: Inbox
+    outbox: Outbox
+    membership: Membership
+    service: ClientService
+    micro_batches: MicroBatches
+
+
+def build_rooms(
+    config: RunConfig,
+    contract: Contract,
+    engine: BodyEngine,
+    endpoint: RankEndpoint,
+    take_event: Callable[[float], DecodedEvent | None],
+    rank_group: RankGroup,
+    seats: Mapping[str, Seat],
+    first_window: int,
+    stop: StopFlag,
+    trace: Trace,
+) -> Rooms:
+    """The rooms of this rank, for the clients of `seats` that sit at it.
+
+    `take_event(seconds)` gives the endpoint's events, decoded.
+    """
+    strategy = strategy_of(config.federation, config.wire)
+    tokens = {client: seat.tokens for client, seat in seats.items() if seat.rank == rank_group.rank}
+    queue = _queue(config, engine.lockstep_forwards, first_window)
+    shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
+
+    def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+        return combine(updates, shapes, average=average, group=rank_group.update_group)
+
+    exchange = UpdateExchange(combined)
+    inbox = Inbox(queue, exchange, contract, tokens)
+    outbox = Outbox(endpoint)
+    membership = Membership(queue, exchange, inbox, outbox, endpoint.revoke)
+    service = ClientService(
+        queue, inbox, exchange, membership, outbox, take_event, trace, contract.update_codec, config.wire.is_compressed
+    )
+    return Rooms(
+        contract=contract,
+        strategy=strategy,
+        staleness=config.federation.staleness,
+        seated=frozenset(tokens),
+        engine=engine,
+        rank_group=rank_group,
+        stop=stop,
+        trace=trace,
+        queue=queue,
+        exchange=exchange,
+        inbox=inbox,
+        outbox=outbox,
+        membership=membership,
+        service=service,
+        micro_batches=MicroBatches(
+            engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
+        ),
+    )
+
+
+def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+    window = config.window
+    fixed = window.micro_batches_in_flight
+    # With a fixed order nothing may depend on the clock.
+    answer_times = None if window.order == "fixed" else AnswerTimes()
+    return PipelineQueue(
+        INITIAL_IN_FLIGHT if fixed == "auto" else fixed,
+        partial(pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch),
+        window.order,
+        lockstep_forwards,
+        first_window,
+        config.run.windows,
+        windows_ahead=max(1, config.federation.staleness),
+        deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+    )

@@ -1,0 +1,89 @@
+"""What DeepSpeed is told: the user's file, the keys the run file owns, and nothing left to a default that hurts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbert_ds.config import RunConfig, load_config, parse_config
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.server.body.settings import OURS, deepspeed_settings, zero_stage
+
+ROOT = Path(__file__).parents[4]
+
+
+def config_with(tmp_path: Path, text: str, **sections: Any) -> RunConfig:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    return parse_config({"body": {"deepspeed": str(path)} | sections.pop("body", {}), **sections}, "test")
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    return deepspeed_settings(config.body, config.optimizer)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_shipped_files_name_their_stage_and_leave_our_keys_alone(stage: int) -> None:
+    path = ROOT / "configs" / "deepspeed" / f"zero{stage}.json"
+    config = parse_config({"body": {"deepspeed": str(path)}}, "test")
+    assert zero_stage(config.body) == stage
+    assert not json.loads(path.read_text()).keys() & OURS.keys()
+
+
+def test_every_shipped_run_file_has_settings() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert zero_stage(load_config(path).body) in range(4)
+
+
+def test_the_run_file_overrides_the_stage(tmp_path: Path) -> None:
+    text = '{"zero_optimization": {"stage": 1, "reduce_bucket_size": 5}}'
+    assert zero_stage(config_with(tmp_path, text).body) == 1
+    config = config_with(tmp_path, text, body={"zero_stage": 3})
+    assert settings_of(config)["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 5}
+    assert zero_stage(config_with(tmp_path, "{}").body) == 0
+
+
+def test_one_step_a_window_and_clipping_are_always_said(tmp_path: Path) -> None:
+    """DeepSpeed would clip at 1.0, and divide gradients by accumulation steps."""
+    settings = settings_of(config_with(tmp_path, "{}", optimizer={"gradient_clipping": 0.0}))
+    assert settings["gradient_clipping"] == 0.0
+    assert settings["gradient_accumulation_steps"] == 1
+    assert settings["bf16"] == {"enabled": False}
+    bf16 = config_with(tmp_path, '{"wall_clock_breakdown": true}', body={"precision": "bf16"})
+    assert settings_of(bf16)["bf16"] == {"enabled": True}
+    assert settings_of(bf16)["wall_clock_breakdown"] is True, "the rest is the user's"
+
+
+@pytest.mark.parametrize("key", OURS)
+def test_a_key_of_the_run_file_is_refused_there(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings_of(config_with(tmp_path, json.dumps({key: 1})))
+    assert f"{key} belongs to the run file; remove it and set {OURS[key]} there" in str(caught.value)
+    section, field = OURS[key].split(".")
+    assert field in type(getattr(RunConfig(), section)).model_fields
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a readable JSON file"),
+        ("[]", "is not a JSON object of DeepSpeed settings"),
+        ("3", "is not a JSON object of DeepSpeed settings"),
+        ('{"zero_optimization": 2}', r"zero_optimization\.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": 4}}', r"zero_optimization\.stage must be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": "two"}}', r"zero_optimization\.stage must be 0, 1, 2 or 3"),
+    ],
+)
+def test_a_file_that_deepspeed_would_choke_on_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"mine\.json.* {message}|mine\.json: {message}"):
+        settings_of(config_with(tmp_path, text))
+
+
+def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    config = config_with(tmp_path, "{}")
+    config.body.deepspeed.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ConfigError, match="is not a readable JSON file"):
+        settings_of(config)

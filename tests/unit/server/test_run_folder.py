@@ -1,0 +1,184 @@
+"""A run's folder: which checkpoints count, however a run ends, and what a run that starts or resumes must find."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, RunFolder, check_folder
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def written(folder: RunFolder, window: int) -> Path:
+    """What DeepSpeed leaves before the checkpoint is complete."""
+    part = folder.checkpoint(window)
+    part.mkdir(parents=True, exist_ok=True)
+    (part / "optimizer.pt").write_bytes(b"x")
+    return part
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_counts_once_it_is_marked(folder: RunFolder) -> None:
+    assert folder.complete_windows() == frozenset() and folder.ranks_of_checkpoints() is None
+    written(folder, 5)
+    assert folder.complete_windows() == frozenset()
+    folder.mark_complete(5, ranks=3)
+    assert folder.complete_windows() == {5} and folder.ranks_of_checkpoints() == 3
+
+
+def test_the_newest_two_are_kept(folder: RunFolder) -> None:
+    for window in (9, 10, 200):
+        written(folder, window)
+        folder.mark_complete(window, 1)
+    assert folder.complete_windows() == {10, 200}, "by number, not by name"
+    assert {path.name for path in folder.checkpoints.iterdir()} == {"window-10", "window-200"}
+
+
+def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(folder: RunFolder) -> None:
+    written(folder, 1)
+    for window in (2, 3, 4):
+        written(folder, window)
+        folder.mark_complete(window, 1)
+    assert folder.complete_windows() == {3, 4}
+    assert folder.checkpoint(1).is_dir()
+
+
+def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(path: Path) -> None:
+        (path / "optimizer.pt").unlink()
+        raise KeyboardInterrupt
+
+    for window in (1, 2):
+        written(folder, window)
+        folder.mark_complete(window, 1)
+    written(folder, 3)
+    monkeypatch.setattr(shutil, "rmtree", crash)
+    with pytest.raises(KeyboardInterrupt):
+        folder.mark_complete(3, 1)
+    assert folder.complete_windows() == {2, 3}
+
+
+def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = written(folder, 1)
+
+    def full_disk(self: Path, *_: Any, **__: Any) -> None:
+        self.touch()
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        folder.mark_complete(1, 1)
+    assert not (part / COMPLETE).exists()
+    assert folder.complete_windows() == frozenset()
+
+
+# -- fit to start, fit to resume ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(folder: RunFolder) -> RunConfig:
+    """A run of 2 ranks that saved window 5; its run file."""
+    config = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}"])
+    folder.write_config(config)
+    written(folder, 5)
+    folder.mark_complete(5, ranks=2)
+    return config
+
+
+def test_a_new_run_wants_an_empty_folder(folder: RunFolder) -> None:
+    check_folder(folder, RunConfig(), resume=False, world_size=1)
+    folder.path.mkdir()
+    check_folder(folder, RunConfig(), resume=False, world_size=1)
+    (folder.path / "notes.txt").touch()
+    with pytest.raises(RunError, match="holds a run already; add --resume to continue it"):
+        check_folder(folder, RunConfig(), resume=False, world_size=1)
+
+
+def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig) -> None:
+    check_folder(folder, saved, resume=True, world_size=2)
+    with pytest.raises(RunError, match="was saved by 2 ranks, this is 4; start it with 2 ranks"):
+        check_folder(folder, saved, resume=True, world_size=4)
+    (folder.checkpoint(5) / COMPLETE).unlink()
+    with pytest.raises(RunError, match="this run saved no checkpoint"):
+        check_folder(folder, saved, resume=True, world_size=2)
+    folder.config.unlink()
+    with pytest.raises(RunError, match="no run to resume here"):
+        check_folder(folder, saved, resume=True, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("model.hidden_size=64", "model"),
+        ("cut=rows", "cut"),
+        ("tokenizer.vocab_size=99", "tokenizer"),
+        ("data.sequence_length=16", "data"),
+        ("federation.mode=parallel", "federation"),
+        ("wire.updates=int8", "wire.updates"),
+        ("run.seed=5", "run.seed"),
+        ("optimizer.name=sgd", "optimizer.name"),
+        ("body.zero_stage=3", "body.zero_stage"),
+        ("body.precision=bf16", "body.precision"),
+        ("clients.expected=9", "clients.expected"),
+        ("clients.local=1", "clients.local"),
+    ],
+)
+def test_what_must_not_change_is_named(folder: RunFolder, saved: RunConfig, override: str, key: str) -> None:
+    changed = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", override])
+    with pytest.raises(RunError, match=rf"^{key} is .* now and was .* when .* was saved; change it back"):
+        check_folder(folder, changed, resume=True, world_size=2)
+
+
+def test_every_key_that_must_not_change_is_tried_above() -> None:
+    (mark,) = (m for m in test_what_must_not_change_is_named.pytestmark if m.name == "parametrize")  # type: ignore[attr-defined]
+    assert tuple(key for _, key in mark.args[1]) == UNCHANGED
+
+
+@pytest.mark.parametrize("override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch"])
+def test_the_rest_may_change(folder: RunFolder, saved: RunConfig, override: str) -> None:
+    changed = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", override])
+    check_folder(folder, changed, resume=True, world_size=2)
+
+
+def test_a_stage_may_be_said_in_either_file(folder: RunFolder, saved: RunConfig) -> None:
+    """zero2.json names stage 2; the run file may name it instead."""
+    same = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", "body.zero_stage=2"])
+    check_folder(folder, same, resume=True, world_size=2)
+
+
+# -- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_failed_before_it_began_leaves_nothing_in_the_way(folder: RunFolder) -> None:
+    folder.path.mkdir()
+    folder.held_out.write_text("{}")
+    folder.remove_if_unused()
+    assert not folder.path.exists()
+    folder.write_config(RunConfig())
+    folder.remove_if_unused()
+    assert folder.config.is_file()
+
+
+def test_the_address_is_there_while_clients_may_come(folder: RunFolder) -> None:
+    folder.reveal_address("gpu-1:29600")
+    assert folder.address.read_text() == "gpu-1:29600\n"
+    folder.hide_address()
+    folder.hide_address()
+    assert not folder.address.exists()

@@ -18,8 +18,9 @@ from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.network.decoding import Decoded, decoded
 from fedbert_ds.server.network.events import Received
+from fedbert_ds.server.queue.decisions import Forward, Open, Plan
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.pipeline_queue import Forward, Open, PipelineQueue, Plan
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
 
@@ -40,10 +41,14 @@ class FedInbox(Inbox):
         return self.receive(client, message, event.tensor, 0.0)
 
 
+def one_micro_batch(_: Any) -> list[tuple[Piece, ...]]:
+    return [(Piece("ada", 0, 2, 6, 2),)]
+
+
 @pytest.fixture
 def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
-    queue = PipelineQueue(1, lambda manifests: [(Piece("ada", 0, 2, 6, 2),)], num_windows=1)
+    queue = PipelineQueue(1, one_micro_batch, num_windows=1)
     exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates]})
     made = FedInbox(queue, exchange, CONTRACT, {"ada": 6})
     made.queue, made.exchange = queue, exchange

@@ -110,18 +110,3 @@ def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:
         return Synchronous(wire.updates)
     scopes = federation.average_scope.split("+")
     return Parallel(wire.updates, federation.average_every, frozenset(s for s in get_args(Scope) if s in scopes))
-
-
-def exchange_after(federation: FederationSection, window: int) -> Exchange:
-    """As `Strategy.exchange_after`."""
-    return strategy_of(federation, WireSection()).exchange_after(window)
-
-
-def exchange_codec(federation: FederationSection, wire: WireSection) -> Codec:
-    """As `Strategy.update_codec`."""
-    return strategy_of(federation, wire).update_codec
-
-
-def is_exchanged(federation: FederationSection, scope: Scope) -> bool:
-    """As `Strategy.takes_part`."""
-    return strategy_of(federation, WireSection()).takes_part(scope)

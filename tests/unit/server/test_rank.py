@@ -64,21 +64,9 @@ def test_honest_clients_get_their_own_numbers_back(
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_frames_are_coded_as_the_run_file_says(monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
     config = run_config(wire={"activations": codec, "gradients": "fp32"}, run={"windows": 1})
-    seen: set[str] = set()
-
-    class Loose(FakeClient):
-        """Looks at the codec; what it costs is for the codec's own tests."""
-
-        def _gradient(self, message: pb.Hidden) -> pb.ClientMessage:
-            seen.add(message.values.codec)
-            values = torch.zeros(len(self._positions(message.micro_batch)), WIDTH)
-            self._gradients[message.micro_batch] = values
-            return pb.ClientMessage(
-                gradient=pb.Gradient(micro_batch=message.micro_batch, hidden=encode(values, "fp32"))
-            )
-
-    Rank(monkeypatch, config, [Loose(name, config) for name in ("ada", "bo", "cy")]).run()
-    assert seen == {codec}
+    rank = Rank(monkeypatch, config, trio(config))
+    rank.run()
+    assert [client.codecs for client in rank.clients] == [{codec}] * 3
 
 
 def test_synchronous_halves_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +74,7 @@ def test_synchronous_halves_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(monkeypatch, config, trio(config))
     rank.run()
     for client in rank.clients:
-        first, *summed = client.halves
+        first, *summed = client.updates
         assert not any(tensor.any() for tensor in first.values()), "the initial half"
         assert len(summed) == 2
         for half in summed:
@@ -100,7 +88,7 @@ def test_parallel_halves_are_averaged_by_weight(monkeypatch: pytest.MonkeyPatch)
     rank.run()
     expected = (3.0 * 3 + 2.0 * 2 + 2.0 * 2) / 7  # values and weights are the lengths of names
     for client in rank.clients:
-        for half in client.halves[1:]:
+        for half in client.updates[1:]:
             torch.testing.assert_close(half["table"], torch.full(HALF["table"], expected))
 
 
@@ -586,7 +574,7 @@ def test_a_late_client_is_passed_over_and_comes_back(monkeypatch: pytest.MonkeyP
     ]
     assert bo.refusal is None and 8 in bo.skipped
     for client in (ada, cy):
-        assert client.windows_stepped == list(range(windows)) and not client.passed_over
+        assert client.windows_stepped == list(range(windows)) and not client.missed
     lost = [status.tally.lost_masked_tokens for status in rank.statuses]
     assert lost[8] > 0 and sum(lost) == lost[8], "what is not planned is not lost"
     tokens = [status.tally.tokens for status in rank.statuses]

@@ -46,6 +46,8 @@ class EndpointProcess:
         self._commands: queue.SimpleQueue[tuple[list[Any], bytes] | None] = queue.SimpleQueue()
         self._joins: dict[int, JoinAsked] = {}
         self._admitted = threading.Event()
+        self._is_over = False
+        """The child is gone."""
         self._room = threading.Condition()
         self._unread_bytes: float = 0
         self._clients: set[str] = set()
@@ -77,7 +79,8 @@ class EndpointProcess:
         """Let only these clients open a stream, each with its session; returns when it is so."""
         self._admitted.clear()
         self._command("admit", sessions)
-        self._admitted.wait(START_SECONDS)
+        if not self._is_over:  # `next_event` raises then
+            self._admitted.wait(START_SECONDS)
 
     def revoke(self, client: str) -> None:
         """Let a client open no further stream."""
@@ -173,6 +176,7 @@ class EndpointProcess:
                 case "admitted", []:
                     self._admitted.set()
         self._channel.close()
+        self._is_over = True
         self._admitted.set()
         self._events.put((None, 0))
 

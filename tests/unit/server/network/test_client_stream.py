@@ -171,6 +171,7 @@ async def test_more_unread_bytes_than_allowed_stop_the_reading_until_they_are_ha
         assert len(server.messages) == 1 + handled, "two of them are more than allowed"
         server.stream.handled(server.messages[0][1])
         await server.until(lambda handled=handled: len(server.messages) == 2 + handled)
+    server.stream.handled(server.messages[0][1])
     await connection.lose()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 
+from fedbert_ds.atomic_write import atomic_write
 from fedbert_ds.data.corpus import Article, read_jsonl
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
@@ -74,12 +74,9 @@ def deal(
 
 def write_shard(path: Path, articles: Sequence[Article]) -> None:
     """Write articles as .jsonl, which `read_shard` and `read_articles` read; an existing file is replaced whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for article in articles:
             file.write(json.dumps({"title": article.title, "text": article.text}, ensure_ascii=False) + "\n")
-    os.replace(unfinished, path)
 
 
 def read_shard(path: Path) -> list[Article]:

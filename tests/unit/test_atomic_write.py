@@ -32,3 +32,15 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
     path.with_name("mark.partial").write_text("half a line, longer than what comes")
     write_text(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash in between leaves the old file."""
+    order: list[str] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: order.append("on disk"))
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda self, target: (order.append("renamed"), replace(self, target))[1])
+    write_text(tmp_path / "state.pt", "new")
+    assert order[:2] == ["on disk", "renamed"]

@@ -1,0 +1,126 @@
+"""The end of a run: whose half is taken, what lies in the folder, what is evaluated and reported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM
+from unit.server.fake_client import HALF, FakeClient
+from unit.server.fakes import Rank, run_config
+
+from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import train_wordpiece
+from fedbert_ds.errors import RunError
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.cut import split
+from fedbert_ds.server import hand_over as room
+from fedbert_ds.server.hand_over import collect_client_model, hand_over
+from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+METRICS = WindowMetrics(
+    window=0, loss=5.0, tokens=100, masked_tokens=15, lost_masked_tokens=0, seconds=1.0, busy_seconds=0.5,
+    wait_seconds=0.5, forwards=1, backwards=1, dummy_micro_batches=0, fill=1.0, bytes_up=100, bytes_down=100,
+    averaging_bytes_up=10, averaging_bytes_down=10, clients=1, learning_rate=0.1,
+)  # fmt: skip
+FACTS = {"version": "1"}
+
+
+def test_when_everybody_is_gone_the_run_says_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(clients={"minimum": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+    window = rank.run()
+    clients = rank.server.clients
+    for client in clients:
+        rank.served.rooms.membership.disconnect(client)
+    with pytest.raises(RunError, match=r"no client was left to hand over its half; window 2 is saved"):
+        collect_client_model(rank.served.rooms, clients, window)
+
+
+def test_a_client_that_stays_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(clients={"minimum": 1}, federation={"mode": "parallel"})
+
+    def silent(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        return [] if message.WhichOneof("body") == "update" and message.update.window == 2 else [message]
+
+    clients = [FakeClient("ada", config), FakeClient("bo", config, alter=silent), FakeClient("cyd", config)]
+    rank = Rank(monkeypatch, config, clients)
+    model = rank.collect(rank.run())
+    torch.testing.assert_close(model["head"], torch.full(HALF["head"], 3.0))  # ada's and cyd's; bo's would be 2
+    assert clients[1].refusal == "client bo was silent for 300 s (clients.silence_timeout)"
+
+
+class Ended:
+    """A run of a small model whose clients and engine hand over known weights."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, windows: int = 1) -> None:
+        words = ["ward", "patient", "dose", "fever", "nurse", "chart"]
+        articles = [Article(f"note {n}", " ".join(words[n % 3 :] * (n + 2))) for n in range(9)]
+        self.tokenizer = train_wordpiece(articles, 70)
+        self.config: RunConfig = parse_config(
+            {
+                "run": {"directory": str(folder), "windows": windows},
+                "model": {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
+                          "max_position_embeddings": 16},
+                "data": {"sequence_length": 16},
+            },
+            "test",
+        )  # fmt: skip
+        self.folder = RunFolder(folder)
+        write_shard(self.folder.shard("client-00"), articles[:6])
+        write_shard(self.folder.held_out, articles[6:])
+        with MetricsLog(self.folder.metrics) as log:
+            log.append(METRICS)
+        model = build_model(self.config.model, len(self.tokenizer), self.tokenizer.pad_token_id, 3)
+        self.model_config = model.config
+        self.expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        half, body = split(model, self.config.cut)
+        weights = {name: p.detach().clone() for name, p in half.named_parameters()}
+        self.finished: list[tuple[str, bool]] = []
+        self.rooms: Any = Rank(monkeypatch, run_config(), []).served.rooms
+        monkeypatch.setattr(room, "collect_client_model", lambda rooms, clients, window: weights)
+        state = {name: p.detach().clone() for name, p in body.named_parameters()}
+        monkeypatch.setattr(self.rooms.engine, "full_state", lambda: state, raising=False)
+        monkeypatch.setattr(
+            self.rooms.service, "finish", lambda reason, complete: self.finished.append((reason, complete))
+        )
+
+    def hand_over(self, window: int) -> None:
+        figures = [pb.Saved(peak_memory_bytes=600_000_000, flops_per_token=2e6), pb.Saved(peak_memory_bytes=1)]
+        hand_over(
+            self.rooms, self.config, frozenset({"ada"}), window, figures, self.model_config, self.tokenizer, FACTS
+        )
+
+
+def test_a_complete_run_is_merged_evaluated_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = Ended(tmp_path, monkeypatch)
+    ended.hand_over(window=1)
+    merged = AutoModelForMaskedLM.from_pretrained(ended.folder.model).state_dict()
+    assert merged.keys() == ended.expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in ended.expected.items())
+    assert ended.finished == [("the run is complete", True)]
+    out = capsys.readouterr().out
+    assert "held-out loss" in out and "nats learned beyond it" in out
+    assert "clients 600.0 MB peak memory, 2.00 M FLOP per token" in out
+    assert f"report  {ended.folder.report}   complete" in out
+    page = ended.folder.report.read_text()
+    assert "word frequency alone" in page and "client peak memory" in page
+
+
+def test_a_stopped_run_is_merged_and_not_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = Ended(tmp_path, monkeypatch, windows=5)
+    ended.hand_over(window=1)
+    assert ended.finished == [("the run was stopped and saved at window 1", False)]
+    assert ended.folder.model.is_dir()
+    out = capsys.readouterr().out
+    assert "held-out loss" not in out and "stopped and saved at window 1; continue with --resume" in out

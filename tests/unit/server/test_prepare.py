@@ -1,0 +1,72 @@
+"""Text that the server deals: shards, held-out articles and tokenizer in the run's folder, and read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.tokenizer import vocabulary_hash
+from fedbert_ds.errors import ConfigError
+from fedbert_ds.server.local_clients import client_name
+from fedbert_ds.server.prepare import prepare_text, prepared_text
+from fedbert_ds.server.run_folder import RunFolder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "articles.jsonl"
+    words = ["ward", "patient", "dose", "fever", "nurse", "chart"]
+    write_shard(path, [Article(f"note {n}", " ".join(words[n % 3 :] * (n + 1))) for n in range(20)])
+    return path
+
+
+def config_of(source: Path, **sections: object) -> RunConfig:
+    tree: dict[str, object] = {
+        "data": {"source": [str(source)], "held_out": 0.2},
+        "tokenizer": {"vocab_size": 70},
+        "clients": {"expected": 3, "local": 3},
+    }
+    return parse_config({**tree, **sections}, "test")
+
+
+def test_every_article_is_dealt_to_one_client_or_held_out(tmp_path: Path, source: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    tokenizer, facts = prepare_text(config_of(source), folder)
+    dealt = [[a.title for a in read_articles([str(folder.shard(client_name(n)))])] for n in range(3)]
+    held_out = [article.title for article in read_articles([str(folder.held_out)])]
+    titles = sorted([title for shard in dealt for title in shard] + held_out)
+    assert titles == sorted(f"note {n}" for n in range(20)) and len(held_out) == 4
+    assert facts is not None and facts.articles == 20 and facts.held_out == 4
+    assert facts.shard_articles == tuple(len(shard) for shard in dealt)
+    again, read = prepared_text(folder)
+    assert vocabulary_hash(again) == vocabulary_hash(tokenizer) and read == facts
+
+
+def test_the_same_seed_deals_the_same(tmp_path: Path, source: Path) -> None:
+    def held_out(name: str, seed: int) -> bytes:
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir()
+        prepare_text(config_of(source, run={"seed": seed}), folder)
+        return folder.held_out.read_bytes()
+
+    assert held_out("one", 1) == held_out("two", 1) != held_out("three", 2)
+
+
+def test_without_local_clients_a_tokenizer_must_be_named(tmp_path: Path, source: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    remote = {"expected": 3, "local": 0}
+    with pytest.raises(ConfigError, match=r"tokenizer\.path: name a tokenizer"):
+        prepare_text(config_of(source, clients=remote), folder)
+    first = RunFolder(tmp_path / "first")
+    first.path.mkdir()
+    trained, _ = prepare_text(config_of(source), first)
+    named = {"path": str(first.tokenizer)}
+    tokenizer, facts = prepare_text(config_of(source, clients=remote, tokenizer=named), folder)
+    assert facts is None and vocabulary_hash(tokenizer) == vocabulary_hash(trained)
+    assert prepared_text(folder)[1] is None

@@ -1,0 +1,101 @@
+"""What a run says while it goes on: opening lines, one line of metrics a window, warnings once, facts."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.server.contract import RankStatus, Tally
+from fedbert_ds.server.prepare import TextFacts
+from fedbert_ds.server.queue.in_flight import Demand
+from fedbert_ds.server.run_reporter import RunReporter, window_metrics
+
+ROOT = Path(__file__).parents[3]
+TEXT = TextFacts(("a.txt",), 10, 2, (6, 2), (750, 250))
+
+
+def status(problems: tuple[str, ...] = (), clients: frozenset[str] = frozenset(), **tally: Any) -> RankStatus:
+    return RankStatus(1, 1, Demand(0.0, 0.0, 0.0, 1), clients, False, problems, problems, Tally(**tally))
+
+
+def reporter_of(config: RunConfig, text: TextFacts | None = TEXT) -> RunReporter:
+    model = SimpleNamespace(model_type="bert", num_hidden_layers=2, hidden_size=128, vocab_size=4000)
+    half: Any = SimpleNamespace(num_parameters=530_000, config=model)
+    body: Any = SimpleNamespace(num_parameters=1_340_000_000)
+    return RunReporter(config, 2, text, half, body)
+
+
+def config_in(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder}", *overrides])
+
+
+def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
+    one = status(
+        clients=frozenset({"ada"}), loss_sum=30.0, tokens=90, masked_tokens=10, lost_masked_tokens=1, busy_seconds=4.0,
+        wait_seconds=1.0, forwards=2, backwards=2, bytes_up=7, averaging_bytes_down=5,
+    )  # fmt: skip
+    other = status(
+        clients=frozenset({"bo", "cy"}), loss_sum=10.0, tokens=30, masked_tokens=10, busy_seconds=2.0, forwards=2,
+        backwards=2, dummy_micro_batches=1, bytes_up=3,
+    )  # fmt: skip
+    metrics = window_metrics(7, [one, other], seconds=5.0, capacity=50, learning_rate=0.5)
+    assert (metrics.window, metrics.seconds, metrics.learning_rate) == (7, 5.0, 0.5)
+    assert metrics.loss == 2.0, "a mean over masked tokens, not over ranks"
+    assert (metrics.tokens, metrics.masked_tokens, metrics.lost_masked_tokens) == (120, 20, 1)
+    assert (metrics.busy_seconds, metrics.wait_seconds) == (3.0, 0.5), "means over ranks"
+    assert metrics.fill == 120 / (3 * 50), "dummies hold no place"
+    assert (metrics.bytes_up, metrics.averaging_bytes_down, metrics.clients) == (10, 5, 3)
+
+
+def test_a_window_of_dummies_alone_has_no_loss_and_no_fill() -> None:
+    metrics = window_metrics(0, [status(forwards=1, dummy_micro_batches=1)], 1.0, 50, 0.1)
+    assert math.isnan(metrics.loss) and metrics.fill == 0.0
+
+
+def test_windows_go_to_the_metrics_file_and_warnings_are_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = reporter_of(config_in(tmp_path))
+    reporter.window(0, [status()], 1.0)
+    assert not list(tmp_path.iterdir()), "not followed"
+    with reporter.following(first_window=0):
+        reporter.window(0, [status(("client bo disconnected",), loss_sum=8.0, masked_tokens=2)], 1.0)
+        reporter.window(1, [status(loss_sum=6.0, masked_tokens=2)], 1.0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["window"], row["loss"]) for row in rows] == [(0, 4.0), (1, 3.0)]
+    assert capsys.readouterr().out.count("warning client bo disconnected") == 1
+
+
+def test_the_opening_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter_of(config_in(tmp_path)).announce("127.0.0.1:29600")
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 ranks" in lines[0] and "ZeRO 2" in lines[0] and "4 clients, synchronous" in lines[0]
+    assert lines[1] == "text    a.txt: 10 articles, 8 for 2 clients (75, 25 %), 2 held out"
+    assert lines[2] == (
+        "model   bert 2 x 128, 4,000 word pieces; cut: embeddings; body 1.34 B parameters, client half 0.5 M"
+    )
+    assert len(lines) == 3, "all clients are local, and nothing leaves the machine"
+
+
+def test_remote_clients_are_told_how_to_join_and_plain_text_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ("clients.local=1", "server.host=0.0.0.0", "cut={layers: 1}")
+    reporter_of(config_in(tmp_path, *overrides), text=None).announce("gpu-1:29600")
+    out = capsys.readouterr().out
+    assert "clients waiting for 3: fedbert-ds client --server gpu-1:29600 --data PATH --id NAME" in out
+    assert "warning server.tls is not set: activations cross the network in the clear" in out
+    assert "cut: layers: 1" in out and "text " not in out
+
+
+def test_facts_name_what_ran(tmp_path: Path) -> None:
+    facts = reporter_of(config_in(tmp_path), text=None).facts()
+    assert facts["machine"].startswith("2 ranks, ") and facts["body"] == "1.34 B parameters, ZeRO 2, fp32"
+    assert facts["clients"] == "4, synchronous" and facts["text"] == "with the clients"
+    assert list(facts)[-1] == "training time"

@@ -120,7 +120,7 @@ def _ways(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, compi
 
     def flash(dropout: float) -> Prepared:
         needs_gpu(device)
-        return _separate(qkv, dout, lambda q, k, v: _Flash.apply(q, k, v, layout, dropout))
+        return _separate(qkv, dout, lambda q, k, v: TorchFlash.apply(q, k, v, layout, dropout))
 
     def varlen(dropout: float) -> Prepared:
         _needs_no_dropout(dropout)
@@ -239,7 +239,7 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropo
     return drop(scores.softmax(-1), dropout) @ v
 
 
-class _Flash(torch.autograd.Function):
+class TorchFlash(torch.autograd.Function):
     """The FlashAttention-2 inside torch, whose public function takes no dropout."""
 
     @staticmethod

@@ -11,33 +11,17 @@ import pytest
 from fedbert_ds.cli import main
 
 CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "modes": (
-        ["--data", "a.tokens", "--windows", "7", "--staleness", "run.seed=2"],
-        {"data": "a.tokens", "staleness": True, "overrides": ("run.windows=7", "run.seed=2")},
-    ),
-    "codecs": (
-        ["--seeds", "2", "--minutes", "5", "--vocabulary", "v", "run.seed=2"],
-        {"seeds": 2, "minutes": 5.0, "vocabulary": "v", "overrides": ("run.seed=2",)},
-    ),
     "pipeline": (
         ["--rtt", "5", "9", "--mbit", "10", "--links", "proxy", "--only", "ours", "--set", "a.b=1"],
         {"rtt_ms": (5.0, 9.0), "mbit": 10.0, "links": "proxy", "only": ("ours",), "overrides": ("a.b=1",)},
     ),
-    "ingress": (["--quick"], {"quick": True}),
-    "transfers": (["--quick"], {"quick": True}),
-    "streams": (["--streams", "9", "--minutes", "2"], {"streams": 9, "minutes": 2.0}),
+    "network": (
+        ["--quick", "--what", "streams", "--streams", "9", "--minutes", "2"],
+        {"quick": True, "what": ("streams",), "streams": 9, "minutes": 2.0},
+    ),
     "body": (["--dropout", "0.2", "--kernels", "torch"], {"dropout": 0.2, "kernels": "torch", "rounds": 7}),
     "kernels": (["--kernel", "attention", "--tune"], {"kernels": ("attention",), "tune": True}),
 }  # fmt: skip
-
-
-MODULES = {
-    "modes": "benchmarks.modes.benchmark",
-    "codecs": "benchmarks.codecs.benchmark",
-    "ingress": "fedbert_ds.bench.network.ingress",
-    "transfers": "fedbert_ds.bench.network.transfers",
-    "streams": "fedbert_ds.bench.network.streams",
-}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +29,7 @@ def test_options_reach_the_benchmark(name: str, monkeypatch: pytest.MonkeyPatch)
     arguments, expected = CASES[name]
     arguments = ["bench", name, "--out", "x.json", *arguments]
     given: list[Any] = []
-    module = importlib.import_module(MODULES.get(name, f"fedbert_ds.bench.{name}.benchmark"))
+    module = importlib.import_module(f"fedbert_ds.bench.{name}.benchmark")
     monkeypatch.setattr(module, f"bench_{name}", given.append)
     monkeypatch.setattr("sys.argv", ["fedbert-ds", *arguments])
     main(arguments)

@@ -1,4 +1,4 @@
-"""Rivals: who is right, who is wrong and why, and what a row then says; times are made up."""
+"""Baselines: who is right, who is wrong and why, and what a row then says; times are made up."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def problem(candidates, dropout: float = 0.0) -> Problem:
         case="small",
         dtype=torch.float32,
         dropout=dropout,
-        rivals=candidates,
+        ways=candidates,
         exact=lambda: (x**2, 2 * x * DY),
         work={FORWARD: 2e9, BOTH: 6e9},
         unit="GB/s",
@@ -65,13 +65,13 @@ def timings(monkeypatch):
 
 def reasons(candidates, dropout: float = 0.0) -> dict[tuple[str, str], str | None]:
     rows = measure(problem(candidates, dropout), CPU, peak=8e9, rounds=1, seconds=0.0)
-    return {(row["rival"], row["pass"]): row.get("reason") for row in rows}
+    return {(row["way"], row["pass"]): row.get("reason") for row in rows}
 
 
 def test_a_row_holds_time_rate_share_and_error() -> None:
     candidates = {OURS: lambda _: plain(square, (X,), DY), "other": lambda _: plain(square, (X,), DY)}
     rows = measure(problem(candidates), CPU, peak=8e9, rounds=1, seconds=0.0)
-    assert [(row["rival"], row["pass"]) for row in rows] == [
+    assert [(row["way"], row["pass"]) for row in rows] == [
         (OURS, FORWARD), ("other", FORWARD), (OURS, BOTH), ("other", BOTH),
     ]  # fmt: skip
     assert rows[2]["milliseconds"] == 500 and rows[2]["GB/s"] == 12 and rows[2]["share_of_peak"] == 1.5

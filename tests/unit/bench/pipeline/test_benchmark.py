@@ -38,7 +38,7 @@ def test_a_baseline_is_measured_and_recorded(tmp_path: Path, capsys: pytest.Capt
         clients=2,
         rtt_ms=(5.0, 50.0),
         only=("other",),
-        overrides=(f"data.source={tmp_path / 'text.jsonl'}", "tokenizer.vocab_size=100"),
+        overrides=(f"data.source=[{tmp_path / 'text.jsonl'}]", "tokenizer.vocab_size=100"),
     )
     bench_pipeline(options, [Baseline("other", ("",), measure)])
     record = json.loads(options.out.read_text())

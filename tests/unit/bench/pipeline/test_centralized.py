@@ -18,7 +18,7 @@ BATCHES = {
 
 
 def test_every_token_and_label_is_in_one_micro_batch() -> None:
-    config = load_config(RUN_FILE, ["window.tokens_per_micro_batch=9", "cut=embeddings"])
+    config = load_config(RUN_FILE, ["window.tokens_per_micro_batch=9", "data.sequence_length=9", "cut=embeddings"])
     section = ModelSection(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=8)
     half, _ = split(build_model(section, 60, 0, seed=1), "embeddings")
     window = micro_batches_of(config, half, BATCHES)

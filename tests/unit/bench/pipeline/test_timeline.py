@@ -32,7 +32,7 @@ def trace_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         trace.add("wait", begin + 0.1, begin + 0.4)
         trace.add("backward", begin + 0.4, begin + 0.6, micro_batch=2 * window)
         trace.add("step", begin + 0.7, begin + 0.8, window=window)
-        trace.add("gather", begin + 0.8, begin + 0.85, window=window)
+        trace.add("gather", begin + 0.81, begin + 0.86, window=window)
         for name, track, asked, answered in (
             ("gradient", "ada", begin + 0.1, begin + 0.1 + 0.05 * (3 - window)),
             ("activations", "bo", begin + 0.2, begin + 0.5),

@@ -1,16 +1,16 @@
-"""The bench on a tiny text: what is trained, what is not repeated, what the record and the table say."""
+"""The benchmark on a tiny text: what is trained, what is not repeated, what the record and the table say."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 
-from benchmarks.codecs import benchmark as codecs
-from benchmarks.codecs import counted
-from benchmarks.codecs.benchmark import CodecsOptions, rows_of, summarize, table
-from benchmarks.codecs.counted import Sizes, counted_table
-from benchmarks.codecs.settings import BASELINE, Setting, all_in
+from benchmarks.codecs import benchmark, counted, runs
+from benchmarks.codecs.report import counted_table, table
+from benchmarks.codecs.settings import BASELINE, FURTHER, MAIN, CodecsOptions, all_in
 
+RESULT = {
+    "held_out_loss": 5.0, "training_loss": 5.0, "tokens": 100, "bytes_up": 300, "bytes_down": 200, "seconds": 1.0,
+}  # fmt: skip
 TINY = (
     "model.num_hidden_layers=1",
     "run.windows=2",
@@ -18,13 +18,6 @@ TINY = (
     "window.tokens_per_micro_batch=64",
     "tokenizer.vocab_size=100",
 )
-
-
-def run_of(setting, seed, loss):
-    return {
-        "setting": json.dumps(asdict(setting)), "seed": seed, "held_out_loss": loss, "training_loss": loss,
-        "tokens": 100, "bytes_up": 300, "bytes_down": 200, "seconds": 1.0,
-    }  # fmt: skip
 
 
 @pytest.fixture
@@ -36,7 +29,7 @@ def options(tmp_path):
         (text / f"{number}.txt").write_text(f"{words} {number} " * 40)
     return CodecsOptions(
         out=tmp_path / "out" / "codecs.json",
-        command="fedbert-ds bench codecs",
+        command="python -m benchmarks.codecs",
         data=str(text),
         work=tmp_path / "work",
         seeds=2,
@@ -45,11 +38,11 @@ def options(tmp_path):
 
 
 def test_a_record_of_every_setting_and_seed(options, monkeypatch, capsys):
-    monkeypatch.setattr(codecs, "MAIN", (BASELINE, all_in("int8")))
-    monkeypatch.setattr(codecs, "FURTHER", (all_in("fp32", model="factorized", extra="unit projection"),))
+    monkeypatch.setattr(benchmark, "MAIN", (BASELINE, all_in("int8")))
+    monkeypatch.setattr(benchmark, "FURTHER", (all_in("fp32", model="factorized", extra="unit projection"),))
     monkeypatch.setattr(counted, "TOKENS", 600)
     monkeypatch.setattr(counted, "WIDTH", 192)
-    codecs.bench_codecs(options)
+    benchmark.bench_codecs(options)
     record = json.loads(options.out.read_text())
     assert [(row["model"], row["gradients"], row["seed"]) for row in record["rows"]] == [
         ("full", "fp32", 1), ("full", "int8", 1), ("full", "fp32", 2), ("full", "int8", 2),
@@ -71,42 +64,25 @@ def test_a_record_of_every_setting_and_seed(options, monkeypatch, capsys):
     def forbidden(*arguments):
         raise AssertionError("a finished run was repeated")
 
-    monkeypatch.setattr(codecs, "train", forbidden)
-    codecs.bench_codecs(options)
+    monkeypatch.setattr(runs, "train", forbidden)
+    benchmark.bench_codecs(options)
     again = json.loads(options.out.read_text())
     assert again["rows"] == record["rows"]
 
 
 def test_late_runs_are_left_out(options, monkeypatch):
-    monkeypatch.setattr(codecs, "MAIN", (BASELINE,))
-    monkeypatch.setattr(codecs, "FURTHER", (all_in("int8"),))
-    monkeypatch.setattr(codecs, "train", lambda setting, seed, config, text: run_of(setting, seed, 5.0))
+    monkeypatch.setattr(benchmark, "MAIN", (BASELINE,))
+    monkeypatch.setattr(benchmark, "FURTHER", (all_in("int8"),))
+    monkeypatch.setattr(counted, "TOKENS", 600)
+    monkeypatch.setattr(counted, "WIDTH", 192)
+    monkeypatch.setattr(runs, "train", lambda *_: RESULT)
     times = iter([0.0, 1.0, 61.0, 61.0, 61.0])
-    monkeypatch.setattr(codecs.time, "monotonic", lambda: next(times))
-    codecs.bench_codecs(CodecsOptions(**{**vars(options), "minutes": 1.0}))
+    monkeypatch.setattr(benchmark.time, "monotonic", lambda: next(times))
+    benchmark.bench_codecs(CodecsOptions(**{**vars(options), "minutes": 1.0}))
     assert len(json.loads(options.out.read_text())["rows"]) == 1
 
 
-def test_cost_is_over_fp32_of_the_same_model_and_seed():
-    factorized, coarse = Setting(model="factorized"), all_in("int8", model="factorized")
-    runs = [
-        run_of(BASELINE, 1, 5.0), run_of(BASELINE, 2, 4.0), run_of(all_in("int8"), 1, 5.05),
-        run_of(all_in("int8"), 2, 4.08), run_of(factorized, 1, 6.0), run_of(coarse, 1, 6.06),
-        run_of(all_in("bf16"), 3, 5.0),
-    ]  # fmt: skip
-    rows = rows_of(runs)
-    assert [row["cost"] and round(row["cost"], 6) for row in rows] == [0, 0, 0.01, 0.02, 0.2, 0.01, None]
-    assert (rows[0]["bytes_per_token_up"], rows[0]["bytes_per_token_down"]) == (3.0, 2.0)
-    size = Sizes(10.0, 20.0, 33.0)
-    summary = summarize(rows, {setting: size for setting in (BASELINE, all_in("int8"), all_in("bf16"))})
-    assert len(summary) == 2, "bf16 has nothing to be held against"
-    assert summary[1]["seeds"] == 2 and summary[1]["bytes_per_token"] == 30.0
-    assert summary[1]["bytes_per_token_not_compressed"] == 33.0
-    assert summary[1]["cost"] == pytest.approx(0.015)
-    assert "| +1.50 % | +1.00 to +2.00 | 2 |" in table(summary)
-
-
 def test_settings_differ():
-    settings = (*codecs.MAIN, *codecs.FURTHER)
+    settings = (*MAIN, *FURTHER)
     assert len(set(settings)) == len({setting.label for setting in settings}) == len(settings)
     assert settings[0] == BASELINE

@@ -1,4 +1,4 @@
-"""The bench without a run: commands, settings, what is complete, what is refused, what a failure says."""
+"""The benchmark without a run: commands, settings, what is complete, what is refused, what a failure says."""
 
 import json
 import os
@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.modes import benchmark as modes
-from benchmarks.modes.benchmark import CENTRALIZED, ModesOptions
-from benchmarks.modes.comparison import System
+from benchmarks.modes import runs, systems
+from benchmarks.modes.benchmark import bench_modes
+from benchmarks.modes.systems import CENTRALIZED, ModesOptions, System
 from fedbert_ds.config import dump_config, load_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
@@ -54,7 +54,7 @@ def options(tmp_path):
     return ModesOptions(
         data="wiki.tokens",
         out=tmp_path / "results" / "modes.json",
-        command="fedbert-ds bench modes --quick",
+        command="python -m benchmarks.modes --quick",
         work=tmp_path / "work",
         quick=True,
         overrides=("run.windows=4",),
@@ -67,7 +67,7 @@ def runner(monkeypatch):
     started = []
 
     def run(command, log):
-        config = load_config(modes.RUN_FILE, command[command.index("--config") + 2 :])
+        config = load_config(systems.RUN_FILE, command[command.index("--config") + 2 :])
         folder = config.run.directory
         started.append(folder.name)
         folder.mkdir(parents=True)
@@ -87,16 +87,16 @@ def runner(monkeypatch):
         (folder / "config.yaml").write_text(dump_config(config))
         return 0
 
-    monkeypatch.setattr(modes, "_run", run)
-    monkeypatch.setattr(modes, "_evaluate", lambda folder, config: (6.25, 6.75))
+    monkeypatch.setattr(runs, "run_to_end", run)
+    monkeypatch.setattr(runs, "evaluate", lambda folder, config: (6.25, 6.75))
     handler = signal.getsignal(signal.SIGTERM)
     yield started
     signal.signal(signal.SIGTERM, handler)
 
 
 def test_shipped_run_file_and_every_system(options):
-    for system in (*modes.SYSTEMS, *modes.QUICK_SYSTEMS):
-        config = load_config(modes.RUN_FILE, modes.overrides_of(system, options))
+    for system in (*systems.SYSTEMS, *systems.QUICK_SYSTEMS):
+        config = load_config(systems.RUN_FILE, systems.overrides_of(system, options))
         assert config.run.directory == options.work / system.slug
         assert config.data.source == ("wiki.tokens",)
         assert config.run.windows == 4
@@ -108,22 +108,22 @@ def test_shipped_run_file_and_every_system(options):
 
 
 def test_full_size_has_ten_clients(options):
-    config = load_config(modes.RUN_FILE)
+    config = load_config(systems.RUN_FILE)
     assert config.clients.expected == config.clients.local == 10
-    assert [system.average_every for system in modes.SYSTEMS if system.name == "parallel"] == [1, 5, 50]
+    assert [system.average_every for system in systems.SYSTEMS if system.name == "parallel"] == [1, 5, 50]
     assert config.run.windows % 50 == 0, "every system ends on an average"
 
 
 def test_federated_runs_go_through_the_launcher(options):
-    command = modes.command_of(PARALLEL, ["a.b=1"])
+    command = systems.command_of(PARALLEL, ["a.b=1"])
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in command
-    assert command[-4:] == [str(modes.LAUNCHER), "--config", str(modes.RUN_FILE), "a.b=1"]
-    assert modes.command_of(CENTRALIZED, [])[1:3] == ["-m", "benchmarks.modes.centralized"]
+    assert command[-4:] == [str(systems.LAUNCHER), "--config", str(systems.RUN_FILE), "a.b=1"]
+    assert systems.command_of(CENTRALIZED, [])[1:3] == ["-m", "benchmarks.modes.centralized"]
 
 
 def test_record_picture_and_table(options, runner, capsys):
-    modes.bench_modes(options)
+    bench_modes(options)
     assert runner == ["centralized", "synchronous", "parallel-5"]
     record = json.loads(options.out.read_text())
     assert record["command"] == options.command
@@ -139,17 +139,17 @@ def test_record_picture_and_table(options, runner, capsys):
 
 
 def test_complete_runs_are_not_repeated(options, runner):
-    modes.bench_modes(options)
-    (options.work / "synchronous" / modes.RESULT).unlink()  # As if it had been interrupted.
+    bench_modes(options)
+    (options.work / "synchronous" / runs.RESULT).unlink()  # As if it had been interrupted.
     runner.clear()
-    modes.bench_modes(options)
+    bench_modes(options)
     assert runner == ["synchronous"]
 
 
 def test_other_settings_run_anew(options, runner):
-    modes.bench_modes(options)
+    bench_modes(options)
     runner.clear()
-    modes.bench_modes(replace(options, overrides=("run.windows=5",)))
+    bench_modes(replace(options, overrides=("run.windows=5",)))
     assert runner == ["centralized", "synchronous", "parallel-5"]
     assert len(json.loads(options.out.read_text())["rows"]) == 3 * 5
 
@@ -159,15 +159,15 @@ def test_a_folder_of_somebody_else_is_left_alone(options, runner):
     stranger.parent.mkdir(parents=True)
     stranger.touch()
     with pytest.raises(RunError, match="--work"):
-        modes.bench_modes(options)
+        bench_modes(options)
     assert stranger.exists() and not runner
 
 
 def test_runs_on_other_text_are_refused(options, runner):
-    modes.bench_modes(options)
+    bench_modes(options)
     write_shard(options.work / "synchronous" / "held_out.jsonl", [Article("other", "text")])
     with pytest.raises(RunError, match="synchronous: not the shards"):
-        modes.bench_modes(options)
+        bench_modes(options)
 
 
 def test_a_failed_run_says_what_its_log_says(options, monkeypatch, runner):
@@ -175,18 +175,18 @@ def test_a_failed_run_says_what_its_log_says(options, monkeypatch, runner):
         log.write_text("window 1/4\nfedbert-ds: wiki.tokens: no such file; name one\n  torch.distributed: failed\n")
         return 1
 
-    monkeypatch.setattr(modes, "_run", run)
+    monkeypatch.setattr(runs, "run_to_end", run)
     with pytest.raises(RunError, match=r"centralized: wiki\.tokens: no such file; name one \(see .*centralized\.log\)"):
-        modes.bench_modes(options)
+        bench_modes(options)
     assert not options.out.exists()
 
 
 def test_a_run_is_ended_with_the_bench(tmp_path):
     program = (
-        "import signal, sys\nfrom pathlib import Path\nfrom benchmarks.modes import benchmark as modes\n"
+        "import signal, sys\nfrom pathlib import Path\nfrom benchmarks.modes.runs import run_to_end\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
         "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "modes._run([sys.executable, '-c', child], Path(sys.argv[1]))\n"
+        "run_to_end([sys.executable, '-c', child], Path(sys.argv[1]))\n"
     )
     log = tmp_path / "run.log"
     bench = subprocess.Popen([sys.executable, "-c", program, str(log)], cwd=ROOT)
@@ -202,13 +202,3 @@ def test_a_run_is_ended_with_the_bench(tmp_path):
         bench.wait()
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
-
-
-def test_command_line_reaches_the_bench(monkeypatch):
-    from fedbert_ds import cli
-
-    given = []
-    monkeypatch.setattr(modes, "bench_modes", given.append)
-    cli.main(["bench", "modes", "--data", "f.tokens", "--out", "o.json", "--windows", "7", "--quick", "run.seed=2"])
-    assert given[0].data == "f.tokens" and given[0].out == Path("o.json") and given[0].quick
-    assert given[0].overrides == ("run.windows=7", "run.seed=2")

@@ -69,7 +69,7 @@ def test_a_window_is_the_mean_over_all_clients_masked_tokens(tokenizer):
 def test_clipping_is_that_of_two_halves(tokenizer):
     trainer = Centralized(config(optimizer={"gradient_clipping": 1e-3}), tokenizer, ARTICLES)
     norms = []
-    step = trainer._optimizer.step
+    step = trainer.optimizer.step
 
     def watched():
         half, body = [], []
@@ -78,7 +78,7 @@ def test_clipping_is_that_of_two_halves(tokenizer):
         norms.extend(torch.stack(part).norm().item() for part in (half, body))
         step()
 
-    trainer._optimizer.step = watched
+    trainer.optimizer.step = watched
     trainer.train_window(0)
     assert norms == pytest.approx([1e-3, 1e-3], rel=1e-2)
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import threading
-from http.server import ThreadingHTTPServer
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.naive import trainer as naive
+from benchmarks.naive import trainer
 from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.config import ModelSection
 from fedbert_ds.model.checkpoint import build_model
@@ -22,27 +21,12 @@ RATE = 0.01
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch):
+def address() -> Iterator[str]:
     """A naive server in a thread of this process."""
-    started: list[ThreadingHTTPServer] = []
-
-    class Kept(ThreadingHTTPServer):
-        def __init__(self, *arguments) -> None:
-            super().__init__(*arguments)
-            started.append(self)
-
-    monkeypatch.setattr(naive, "ThreadingHTTPServer", Kept)
-    ended = threading.Event()
-    monkeypatch.setattr(naive.sys, "stdin", type("Stdin", (), {"read": lambda self: ended.wait()})())
-    thread = threading.Thread(target=naive.serve, args=(naive.PaddedBody(_model(), RATE), "127.0.0.1"))
-    thread.start()
-    while not started:
-        pass
-    yield f"127.0.0.1:{started[0].server_port}"
-    ended.set()
-    thread.join()
-    started[0].shutdown()
-    started[0].server_close()
+    server = trainer.start_server(trainer.PaddedBody(_model(), RATE), "127.0.0.1")
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 def _model():
@@ -56,7 +40,7 @@ def _model():
 def test_training_over_http_is_training(address: str, keep_connection: bool) -> None:
     whole = copy.deepcopy(_model()).train()
     optimizer = torch.optim.AdamW(whole.parameters(), lr=RATE)
-    client = naive.Client(_model(), address, RATE, keep_connection)
+    client = trainer.Client(_model(), address, RATE, keep_connection)
     ids = pad_sequence(SEQUENCES, batch_first=True)
     mask = pad_sequence([torch.ones(len(s), dtype=torch.int64) for s in SEQUENCES], batch_first=True)
     for _ in range(3):
@@ -77,7 +61,7 @@ def test_a_request_opens_a_connection_unless_it_is_kept(address: str, keep_conne
     """Two requests a batch, and one that asks how long the body was busy; counted on a link."""
     link = DelayProxy(address)
     with link as through_link:
-        client = naive.Client(_model(), through_link, RATE, keep_connection)
+        client = trainer.Client(_model(), through_link, RATE, keep_connection)
         for _ in range(2):
             client.train(SEQUENCES, LABELS)
         client.server_busy_seconds()

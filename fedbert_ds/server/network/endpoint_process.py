@@ -62,8 +62,9 @@ class EndpointProcess:
         self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         theirs.close()
         self._channel = SocketChannel(ours)
-        self._channel.send(self._start)
         ours.settimeout(START_SECONDS)
+        with suppress(OSError):  # it did not start: there is no answer
+            self._channel.send(self._start)
         answer = self._channel.receive()
         ours.settimeout(None)
         if answer is None or answer[0][0] != "port":

@@ -125,7 +125,7 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Listening) -> None:
 
 
 def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
-    """The newer connection has it; a stranger with the same name is refused long before, at Join."""
+    """The newer connection has it. A stranger of the same name is refused before, at Join."""
     first = streams("ada")
     assert endpoint.event() == Connected("ada")
     endpoint.real.send("ada", save(1))
@@ -182,7 +182,7 @@ def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: Lis
 def test_a_client_that_floods_is_slowed_down_and_others_are_served(
     streams, endpoint: Listening, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody reads: what waits is bounded by UNREAD_BYTES and gRPC's own window, not by what the client sends."""
+    """UNREAD_BYTES and gRPC's own window bound what waits while nobody takes events."""
     flood, taken = 600, 0
     chunk = pb.UpdateChunk(payload=bytes(256 << 10))
     unread = UNREAD_BYTES // len(chunk.payload)
@@ -201,7 +201,8 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
         assert endpoint.event() == Connected("ada")
         before, still = -1, 0
         deadline = time.monotonic() + TIMEOUT
-        while still < 5 and time.monotonic() < deadline:  # until the client has stood still for half a second
+        # Until the client has stood still for half a second.
+        while still < 5 and time.monotonic() < deadline:
             still = still + 1 if taken == before else 0
             before = taken
             time.sleep(0.1)

@@ -21,7 +21,7 @@ from fedbert_ds.wire.channel import TlsFiles, connect, server_credentials
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TlsFiles]:
-    """Makes TLS files with the openssl command: `sign("server")` by one authority, `sign("stranger")` by another."""
+    """Makes TLS files with openssl: `sign("stranger")` by another authority than all others."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl command: mutual TLS is not tested")
     folder = tmp_path_factory.mktemp("tls")
@@ -104,7 +104,7 @@ def test_tls_files_that_cannot_be_read_are_one_line(authority: Callable[[str], T
 def test_tls_files_that_do_not_fit_are_one_line(
     authority: Callable[[str], TlsFiles], tmp_path: Path, field: str
 ) -> None:
-    """Text that is no PEM, and the key of another certificate: the server says so, and so does the client."""
+    """Text that is no PEM, and the key of another certificate: both ends say so."""
     good, text = authority("server"), tmp_path / "text.pem"
     text.write_text("-----BEGIN CERTIFICATE-----\nnothing\n-----END CERTIFICATE-----\n")
     wrong = [text] if field == "ca" else [text, getattr(authority("client"), field)]

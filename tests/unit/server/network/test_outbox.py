@@ -1,4 +1,4 @@
-"""The outbox: messages leave in order, encoded in a thread and counted by kind; the thread's errors come out."""
+"""The outbox: order, encoding in a thread, bytes by kind, and errors of the thread."""
 
 from __future__ import annotations
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
-from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Checkpoints:
     """Writes the checkpoints of a run; all ranks call `save` for the same windows."""
 
-    def __init__(self, rooms: Rooms, folder: RunFolder) -> None:
+    def __init__(self, rooms: Rooms, folder: CheckpointFolder) -> None:
         self._rooms = rooms
         self._folder = folder
         self.client_figures: dict[str, pb.Saved] = {}
@@ -28,13 +28,13 @@ class Checkpoints:
             Question("saved", window),
             pb.ServerMessage(save=pb.Save(window=window)),
             rooms.inbox.saved,
-            meanwhile=lambda: rooms.engine.save(self._folder.checkpoints, window),
+            meanwhile=lambda: rooms.engine.save(self._folder.path, window),
         )
         self.client_figures.update(rooms.inbox.saved)
         complete(rooms.rank_group, self._folder, window)
 
 
-def complete(rank_group: RankGroup, folder: RunFolder, window: int) -> None:
+def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int) -> None:
     """Count a checkpoint when all ranks have written their parts; all ranks call it."""
     rank_group.barrier()
     if rank_group.rank == 0:

@@ -32,6 +32,37 @@ UNCHANGED = (
 
 
 @dataclass(frozen=True)
+class CheckpointFolder:
+    """DeepSpeed's checkpoints, a folder for each window; one counts once it is marked complete."""
+
+    path: Path
+
+    def of(self, window: int) -> Path:
+        """The state before `window`."""
+        return self.path / f"window-{window}"
+
+    def complete_windows(self) -> frozenset[int]:
+        """Windows that have a complete checkpoint."""
+        return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())
+
+    def num_ranks(self) -> int | None:
+        """Number of ranks that wrote the complete checkpoints; None when there is none."""
+        marks = sorted(self._marks())
+        return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
+
+    def mark_complete(self, window: int, ranks: int) -> None:
+        """Count the checkpoint of `window`, whose parts are all written, and drop all but the newest few."""
+        write_text(self.of(window) / COMPLETE, json.dumps({"window": window, "ranks": ranks}))
+        for old in sorted(self.complete_windows())[:-KEPT_CHECKPOINTS]:
+            # The mark goes first: a checkpoint that is half deleted must not count.
+            (self.of(old) / COMPLETE).unlink()
+            shutil.rmtree(self.of(old))
+
+    def _marks(self) -> list[Path]:
+        return list(self.path.glob(f"window-*/{COMPLETE}"))
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """File names below one folder; `run.directory` of the run file."""
 
@@ -48,9 +79,9 @@ class RunFolder:
         return self.path / "server.address"
 
     @property
-    def checkpoints(self) -> Path:
-        """DeepSpeed's checkpoints, a folder for each window."""
-        return self.path / "checkpoints"
+    def checkpoints(self) -> CheckpointFolder:
+        """The states that the run may resume from."""
+        return CheckpointFolder(self.path / "checkpoints")
 
     @property
     def clients(self) -> Path:
@@ -99,10 +130,6 @@ class RunFolder:
         """A rank's timeline."""
         return self.path / f"trace-{rank}.json"
 
-    def checkpoint(self, window: int) -> Path:
-        """The state before `window`."""
-        return self.checkpoints / f"window-{window}"
-
     def write_config(self, config: RunConfig) -> None:
         """Write the run file, which makes this the folder of a run."""
         write_text(self.config, dump_config(config))
@@ -120,26 +147,6 @@ class RunFolder:
         """Remove the address; a client that starts now waits for the next run's."""
         self.address.unlink(missing_ok=True)
 
-    def complete_windows(self) -> frozenset[int]:
-        """Windows that have a complete checkpoint."""
-        return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())
-
-    def ranks_of_checkpoints(self) -> int | None:
-        """Number of ranks that wrote the complete checkpoints; None when there is none."""
-        marks = sorted(self._marks())
-        return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
-
-    def mark_complete(self, window: int, ranks: int) -> None:
-        """Count the checkpoint of `window`, whose parts are all written, and drop all but the newest few."""
-        write_text(self.checkpoint(window) / COMPLETE, json.dumps({"window": window, "ranks": ranks}))
-        for old in sorted(self.complete_windows())[:-KEPT_CHECKPOINTS]:
-            # The mark goes first: a checkpoint that is half deleted must not count.
-            (self.checkpoint(old) / COMPLETE).unlink()
-            shutil.rmtree(self.checkpoint(old))
-
-    def _marks(self) -> list[Path]:
-        return list(self.checkpoints.glob(f"window-*/{COMPLETE}"))
-
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size: int) -> None:
     """Raise RunError, before anything is written, if the folder does not fit a run that starts or resumes."""
@@ -150,10 +157,10 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size:
         return
     if not folder.config.is_file():
         raise RunError(f"{path}: no run to resume here; drop --resume or set run.directory")
-    if not folder.complete_windows():
+    if not folder.checkpoints.complete_windows():
         raise RunError(f"{path}: this run saved no checkpoint; drop --resume and set another run.directory")
     check_unchanged(load_config(folder.config), config)
-    ranks = folder.ranks_of_checkpoints()
+    ranks = folder.checkpoints.num_ranks()
     if ranks != world_size:
         raise RunError(f"{path}: was saved by {ranks} ranks, this is {world_size}; start it with {ranks} ranks")
 

@@ -107,7 +107,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         )
         decoding.start()
         if start.first_window:
-            engine.load(folder.checkpoints, start.first_window)
+            engine.load(folder.checkpoints.path, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
@@ -116,7 +116,7 @@ def serve(config: RunConfig, resume: bool) -> int:
             rooms, config.run, config.clients, config.optimizer, _fixed_limits(config), start.first_window
         )
         rank.connect(_initial_weights(half, start), clients.check)
-        checkpoints = Checkpoints(rooms, folder)
+        checkpoints = Checkpoints(rooms, folder.checkpoints)
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
@@ -195,7 +195,7 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
 
 
 def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
-    saved = folder.complete_windows() if resume else None
+    saved = folder.checkpoints.complete_windows() if resume else None
     return Expectation(vocabulary_hash(tokenizer), shape_hash(model_config), cut_to_json(config.cut), saved)
 
 

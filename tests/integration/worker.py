@@ -72,7 +72,7 @@ class _Recorder:
 
         class RecordedTrainer(ClientTrainer):
             def handle(self, message) -> None:
-                recorder._record_handled(message)
+                recorder.record_handled(message)
                 super().handle(message)
 
         def recorded_send(message) -> None:
@@ -99,7 +99,7 @@ class _Recorder:
             if answer.row_index or num_rows < tokens:
                 self._row_index[place] = decode_row_index(answer.row_index, tokens, num_rows, "recorded")
 
-    def _record_handled(self, message) -> None:
+    def record_handled(self, message) -> None:
         from fedbert_ds.wire.codecs import decode
 
         if message.WhichOneof("body") == "plan":

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fedbert_ds.server.body.engine import BodyInput
-from fedbert_ds.server.inbox import Arrived
+from fedbert_ds.server.contract import Arrived
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.wire.messages import Manifest
 

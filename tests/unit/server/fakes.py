@@ -247,7 +247,7 @@ class Served:
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
         self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0)
-        self.folder: Any = SimpleNamespace(checkpoints=Path("checkpoints"), mark_complete=lambda window, ranks: None)
+        self.folder: Any = SimpleNamespace(path=Path("checkpoints"), mark_complete=lambda window, ranks: None)
         self.checkpoints = Checkpoints(self.rooms, self.folder)
 
     def train(self, statuses: list[RankStatus]) -> int:

@@ -10,14 +10,14 @@ from unit.server.fake_client import FakeClient
 from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.server.checkpoint import complete
-from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Ranks:
     """One of 3 ranks, whose barriers need nobody; `seen` is what the folder held at each."""
 
-    def __init__(self, rank: int, folder: RunFolder) -> None:
+    def __init__(self, rank: int, folder: CheckpointFolder) -> None:
         self.rank, self.world_size = rank, 3
         self.seen: list[frozenset[int]] = []
         self._folder = folder
@@ -30,12 +30,12 @@ class Ranks:
 def test_rank_0_marks_after_all_have_written_and_before_anybody_goes_on(
     tmp_path: Path, rank: int, after: set[int]
 ) -> None:
-    folder = RunFolder(tmp_path)
-    folder.checkpoint(5).mkdir(parents=True)
+    folder = CheckpointFolder(tmp_path)
+    folder.of(5).mkdir(parents=True)
     ranks: Any = Ranks(rank, folder)
     complete(ranks, folder, 5)
     assert ranks.seen == [frozenset(), after]
-    assert folder.ranks_of_checkpoints() == (3 if after else None)
+    assert folder.num_ranks() == (3 if after else None)
 
 
 def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from unit.server.fake_client import HALF, WIDTH
-from unit.server.queue.simulation import queue_state
+from unit.server.queue.federation import queue_state
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks

@@ -10,7 +10,7 @@ import pytest
 
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, RunFolder, check_folder
+from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, CheckpointFolder, RunFolder, check_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,9 +20,14 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def written(folder: RunFolder, window: int) -> Path:
+@pytest.fixture
+def checkpoints(folder: RunFolder) -> CheckpointFolder:
+    return folder.checkpoints
+
+
+def written(checkpoints: CheckpointFolder, window: int) -> Path:
     """What DeepSpeed leaves before the checkpoint is complete."""
-    part = folder.checkpoint(window)
+    part = checkpoints.of(window)
     part.mkdir(parents=True, exist_ok=True)
     (part / "optimizer.pt").write_bytes(b"x")
     return part
@@ -31,52 +36,52 @@ def written(folder: RunFolder, window: int) -> Path:
 # -- checkpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_counts_once_it_is_marked(folder: RunFolder) -> None:
-    assert folder.complete_windows() == frozenset() and folder.ranks_of_checkpoints() is None
-    written(folder, 5)
-    assert folder.complete_windows() == frozenset()
-    folder.mark_complete(5, ranks=3)
-    assert folder.complete_windows() == {5} and folder.ranks_of_checkpoints() == 3
+def test_a_checkpoint_counts_once_it_is_marked(checkpoints: CheckpointFolder) -> None:
+    assert checkpoints.complete_windows() == frozenset() and checkpoints.num_ranks() is None
+    written(checkpoints, 5)
+    assert checkpoints.complete_windows() == frozenset()
+    checkpoints.mark_complete(5, ranks=3)
+    assert checkpoints.complete_windows() == {5} and checkpoints.num_ranks() == 3
 
 
-def test_the_newest_two_are_kept(folder: RunFolder) -> None:
+def test_the_newest_two_are_kept(checkpoints: CheckpointFolder) -> None:
     for window in (9, 10, 200):
-        written(folder, window)
-        folder.mark_complete(window, 1)
-    assert folder.complete_windows() == {10, 200}, "by number, not by name"
-    assert {path.name for path in folder.checkpoints.iterdir()} == {"window-10", "window-200"}
+        written(checkpoints, window)
+        checkpoints.mark_complete(window, 1)
+    assert checkpoints.complete_windows() == {10, 200}, "by number, not by name"
+    assert {path.name for path in checkpoints.path.iterdir()} == {"window-10", "window-200"}
 
 
-def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(folder: RunFolder) -> None:
-    written(folder, 1)
+def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(checkpoints: CheckpointFolder) -> None:
+    written(checkpoints, 1)
     for window in (2, 3, 4):
-        written(folder, window)
-        folder.mark_complete(window, 1)
-    assert folder.complete_windows() == {3, 4}
-    assert folder.checkpoint(1).is_dir()
+        written(checkpoints, window)
+        checkpoints.mark_complete(window, 1)
+    assert checkpoints.complete_windows() == {3, 4}
+    assert checkpoints.of(1).is_dir()
 
 
 def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(path: Path) -> None:
         (path / "optimizer.pt").unlink()
         raise KeyboardInterrupt
 
     for window in (1, 2):
-        written(folder, window)
-        folder.mark_complete(window, 1)
-    written(folder, 3)
+        written(checkpoints, window)
+        checkpoints.mark_complete(window, 1)
+    written(checkpoints, 3)
     monkeypatch.setattr(shutil, "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
-        folder.mark_complete(3, 1)
-    assert folder.complete_windows() == {2, 3}
+        checkpoints.mark_complete(3, 1)
+    assert checkpoints.complete_windows() == {2, 3}
 
 
 def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
-    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    part = written(folder, 1)
+    part = written(checkpoints, 1)
 
     def full_disk(self: Path, *_: Any, **__: Any) -> None:
         self.touch()
@@ -84,9 +89,9 @@ def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        folder.mark_complete(1, 1)
+        checkpoints.mark_complete(1, 1)
     assert not (part / COMPLETE).exists()
-    assert folder.complete_windows() == frozenset()
+    assert checkpoints.complete_windows() == frozenset()
 
 
 # -- fit to start, fit to resume ------------------------------------------------------------------------------------
@@ -97,8 +102,8 @@ def saved(folder: RunFolder) -> RunConfig:
     """A run of 2 ranks that saved window 5; its run file."""
     config = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}"])
     folder.write_config(config)
-    written(folder, 5)
-    folder.mark_complete(5, ranks=2)
+    written(folder.checkpoints, 5)
+    folder.checkpoints.mark_complete(5, ranks=2)
     return config
 
 
@@ -115,7 +120,7 @@ def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig)
     check_folder(folder, saved, resume=True, world_size=2)
     with pytest.raises(RunError, match="was saved by 2 ranks, this is 4; start it with 2 ranks"):
         check_folder(folder, saved, resume=True, world_size=4)
-    (folder.checkpoint(5) / COMPLETE).unlink()
+    (folder.checkpoints.of(5) / COMPLETE).unlink()
     with pytest.raises(RunError, match="this run saved no checkpoint"):
         check_folder(folder, saved, resume=True, world_size=2)
     folder.config.unlink()

@@ -1,0 +1,285 @@
+"""The pipeline queue and its clients: lost at every moment, late, suspended and back, silent for too long."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from unit.server.queue.by_hand import announce, decided, pieces, queue_of, started, trained
+from unit.server.queue.federation import FixedAnswerTimes
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.queue.deadlines import Deadlines
+from fedbert_ds.server.queue.decisions import Backward
+from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.wire.messages import Manifest
+
+
+@pytest.mark.parametrize(
+    ("moment", "expected"),
+    [
+        ("opened", ["forward 0 ada", "backward 0 ada last", "step 0 lost 2"]),
+        ("activations", ["forward 0 ada", "backward 0 ada last", "step 0 lost 2"]),
+        ("forwarded", ["forward 0 ada+bo", "backward 0 ada last", "step 0 lost 2"]),
+        # A gradient that was here in time counts, and so do its masked tokens.
+        ("gradient", ["forward 0 ada+bo", "backward 0 ada+bo last", "step 0 lost 0"]),
+    ],
+)
+def test_a_client_lost_at_every_moment(moment: str, expected: list[str]) -> None:
+    queue = started(1, [pieces("ada", "bo")])
+    assert decided(queue) == ["open 0"]
+    words = []
+    for event in ("opened", "activations", "forwarded", "gradient"):
+        if event == "activations":
+            queue.activations("bo", 0)
+        elif event == "forwarded":
+            queue.activations("ada", 0)
+            words += decided(queue)
+        elif event == "gradient":
+            queue.gradient("bo", 0)
+        if event == moment:
+            break
+    queue.lose("bo")
+    if moment in ("opened", "activations"):
+        queue.activations("ada", 0)
+        words += decided(queue)
+    queue.gradient("ada", 0)
+    assert words + decided(queue) == expected
+
+
+def test_lost_after_its_gradient_pieces_keep_their_order() -> None:
+    queue = started(1, [pieces("ada", "bo")])
+    decided(queue)
+    queue.activations("ada", 0)
+    queue.activations("bo", 0)
+    decided(queue)
+    queue.gradient("ada", 0)
+    queue.lose("ada")
+    queue.gradient("bo", 0)
+    assert queue.decide(0.0) == Backward(0, pieces("ada", "bo"), is_last=True)
+
+
+def test_everybody_lost_leaves_a_window_of_dummies() -> None:
+    queue = started(2, [pieces("ada", "bo"), pieces("bo")])
+    queue.lose("ada")
+    queue.lose("bo")
+    queue.lose("bo")  # once more does nothing
+    assert decided(queue) == [
+        "open 0",
+        "open 1",
+        "forward 0",  # empty, but the other ranks count on it
+        "forward 1",
+        "backward 0",
+        "backward 1 last",
+        "step 0 lost 6",
+    ]
+
+
+def test_who_is_lost_before_the_start_is_not_counted() -> None:
+    queue = queue_of(1, [[pieces("ada", "bo")]])
+    for client in ("ada", "bo"):
+        queue.join(client, 0.0)
+    announce(queue, "ada", "bo")
+    assert decided(queue) == ["plan 0 ada+bo", "open 0"]
+    queue.lose("bo")
+    assert queue.schedule.masked_tokens == 2
+    queue.start(1, 0.0)
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+
+
+def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
+    """Whoever comes back has another batch; its old sequences are gone."""
+    queue = queue_of(1, [[pieces("ada", "bo")]], deadlines=Deadlines(10.0))
+    for client in ("ada", "bo"):
+        queue.join(client, 0.0)
+    announce(queue, "ada", "bo")
+    assert decided(queue) == ["plan 0 ada+bo", "open 0"]
+    queue.lose("bo")
+    queue.join("bo", 1.0)
+    queue.start(1, 0.0)
+    with pytest.raises(WireError, match="nobody asked for"):
+        queue.activations("bo", 0)
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+
+
+# -- late clients ---------------------------------------------------------------------------------------------------
+
+
+def late_bo(silence_timeout: float = math.inf) -> PipelineQueue:
+    """ada and bo in window 0 of four, window 1 planned; bo is late, ada is not."""
+    plan = [pieces("ada"), pieces("bo")]
+    queue = queue_of(
+        2, [plan, plan, [pieces("ada")], plan], deadlines=Deadlines(silence_timeout, FixedAnswerTimes(5.0))
+    )
+    for client in ("ada", "bo"):
+        queue.join(client, 0.0)
+    announce(queue, "ada", "bo")
+    assert decided(queue) == ["plan 0 ada+bo", "open 0", "open 1"]
+    queue.start(2, 0.0)
+    announce(queue, "ada", "bo")
+    assert decided(queue) == ["plan 1 ada+bo", "open 2", "open 3"]
+    queue.activations("ada", 0)
+    assert decided(queue, 5.0) == ["forward 0 ada"]
+    queue.gradient("ada", 0)
+    return queue
+
+
+def test_a_window_goes_on_without_a_late_client_and_it_comes_back() -> None:
+    queue = late_bo()
+    assert decided(queue, 5.5) == [
+        "suspend bo ((0, 1), (1, 3))",  # of both windows
+        "forward 1",
+        "backward 0 ada",
+        "backward 1 last",
+        "step 0 lost 2",
+    ]
+    assert queue.clients == {"ada", "bo"} and queue.active == {"ada"}
+    assert queue.was_skipped("bo", 1) and queue.was_skipped("bo", 3) and not queue.was_skipped("ada", 0)
+    assert queue.schedule.masked_tokens == 2, "what was dropped before the start is not in M"
+    announce(queue, "ada")
+    queue.start(2, 6.0)
+    assert decided(queue, 6.0)[0] == "plan 2 ada", "nobody waits for bo"
+    queue.reactivate("bo", 7.0)  # its answer to micro-batch 1, say
+    assert queue.active == {"ada", "bo"}
+    assert queue.manifest(Manifest("bo", 2, (4,), (2,))) is False, "that window was planned without it"
+    assert queue.next_window == 3
+    announce(queue, "ada", "bo")
+    assert trained(queue, "ada", 2, 7.0)[-4:] == ["step 1 lost 0", "plan 3 ada+bo", "open 5", "open 6"]
+    queue.start(1, 8.0)
+    assert trained(queue, "ada", 4, 8.0)[-1] == "step 2 lost 0"
+    queue.start(2, 9.0)
+    assert trained(queue, "ada", 5, 9.0)[-1] == "backward 5 ada"
+    assert trained(queue, "bo", 6, 9.0)[-1] == "step 3 lost 0"
+
+
+def test_a_late_client_that_gave_its_manifest_is_told_that_the_plan_leaves_it_out() -> None:
+    queue = late_bo()
+    assert decided(queue, 5.5)[-1] == "step 0 lost 2"
+    announce(queue, "ada", "bo")  # without `heard`: it came before bo was late
+    assert decided(queue, 5.5) == ["plan 2 ada without bo", "open 4"]
+
+
+def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
+    queue = started(2, [pieces("ada", "bo"), pieces("bo")], deadlines=Deadlines(answer_times=FixedAnswerTimes(5.0)))
+    decided(queue)
+    queue.activations("ada", 0)
+    queue.activations("bo", 0)
+    assert decided(queue, 1.0) == ["forward 0 ada+bo"]
+    queue.gradient("bo", 0)
+    assert decided(queue, 1.0) == []
+    queue.gradient("ada", 0)
+    assert decided(queue, 5.5) == ["backward 0 ada+bo"], "who has answered something since is not late"
+    assert decided(queue, 6.5) == ["suspend bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebody(is_alone: bool) -> None:
+    """A network that is down for a minute must not use up the run's windows."""
+    queue = queue_of(1, [[pieces("ada")]] * 5, deadlines=Deadlines(60.0, FixedAnswerTimes(5.0)))
+    queue.join("ada", 0.0)
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 0 ada", "open 0"]
+    queue.start(1, 0.0, is_alone=is_alone)
+    decisions = decided(queue, 5.5)
+    assert decisions[0] == "suspend ada ((0, 0),)" and not queue.active
+    assert "step 0 lost 2" in decisions and ("plan 1" in decisions) != is_alone
+    if is_alone:
+        queue.reactivate("ada", 9.0)
+        announce(queue, "ada")
+        assert decided(queue, 9.0)[0] == "plan 1 ada"
+
+
+def test_a_late_client_is_silent_since_its_first_open_question() -> None:
+    queue = late_bo(10.0)
+    assert decided(queue, 5.5)[0] == "suspend bo ((0, 1), (1, 3))"
+    announce(queue, "ada")
+    assert "expire bo" not in decided(queue, 10.0)
+    assert decided(queue, 10.5)[-1] == "expire bo"
+    assert queue.clients == {"ada"}
+
+
+# -- manifests and the clock ----------------------------------------------------------------------------------------
+
+
+def test_a_manifest_comes_once() -> None:
+    queue = queue_of(1, [[pieces("ada")]] * 2)
+    queue.join("ada", 0.0)
+    announce(queue, "ada")
+    with pytest.raises(WireError, match="second manifest of window 0"):
+        announce(queue, "ada")
+    assert decided(queue) == ["plan 0 ada", "open 0"]
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 1 ada", "open 1"], "one ahead of the one that has not started"
+
+
+def test_a_window_cannot_start_inside_another_or_unplanned() -> None:
+    queue = started(1, [pieces("ada")])
+    with pytest.raises(RuntimeError, match="has not stepped"):
+        queue.start(1, 0.0)
+    with pytest.raises(RuntimeError, match="not planned"):
+        queue_of(1, [[]]).start(1, 0.0)
+
+
+@pytest.mark.parametrize("owed", ["manifest", "activations", "gradient"])
+def test_silence_is_measured_from_the_question(owed: str) -> None:
+    """A client expires once it has owed one answer for longer than the timeout, whatever it owed before."""
+    queue = queue_of(1, [[pieces("ada")]] * 2, deadlines=Deadlines(10.0))
+    asked = 0.0
+    queue.join("ada", asked)
+    if owed != "manifest":
+        announce(queue, "ada")
+        asked = 1000.0
+        assert decided(queue, asked) == ["plan 0 ada", "open 0"]
+        queue.start(1, asked)
+        announce(queue, "ada")
+    if owed == "gradient":
+        queue.activations("ada", 0)
+        asked = 1009.0
+        assert decided(queue, asked) == ["plan 1 ada", "open 1", "forward 0 ada"]
+    assert "expire ada" not in decided(queue, asked + 10.0)
+    assert decided(queue, math.nextafter(asked + 10.0, math.inf))[0] == "expire ada"
+    assert queue.clients == frozenset()
+
+
+def test_no_clock_runs_for_a_window_that_has_not_started() -> None:
+    """Its clients answer when they are done with the one before."""
+    queue = queue_of(1, [[pieces("ada")]], deadlines=Deadlines(10.0))
+    queue.join("ada", 0.0)
+    announce(queue, "ada")
+    assert decided(queue, 0.0) == ["plan 0 ada", "open 0"]
+    assert decided(queue, 1000.0) == []
+    queue.start(1, 1000.0)
+    assert decided(queue, 1010.0) == []
+    assert decided(queue, 1010.5)[0] == "expire ada"
+
+
+def test_the_oldest_unanswered_question_counts() -> None:
+    queue = started(1, [pieces("ada"), pieces("ada"), pieces("ada")], deadlines=Deadlines(10.0))
+    assert decided(queue, 0.0) == ["open 0", "open 1"]
+    queue.activations("ada", 0)
+    assert decided(queue, 6.0) == ["forward 0 ada"]
+    queue.gradient("ada", 0)
+    assert decided(queue, 9.0) == ["backward 0 ada", "open 2"]
+    assert decided(queue, 10.0) == []
+    assert decided(queue, 10.5)[0] == "expire ada"  # 1 was asked for at 0, whatever came since
+
+
+def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:
+    queue = queue_of(1, [[pieces("ada")]], deadlines=Deadlines(10.0))
+    queue.join("ada", 0.0)
+    queue.join("bo", 1.0)
+    queue.deadlines.stop_clocks(100.0)
+    assert decided(queue, 110.0) == []
+    assert decided(queue, 110.5) == ["expire ada"]
+    announce(queue, "bo")
+    queue.deadlines.stop_clocks(1.0)
+    assert "expire bo" not in decided(queue, 1000.0)
+
+
+def test_a_window_begins_where_the_run_resumes() -> None:
+    queue = queue_of(1, [[]], first_window=7, num_windows=8)
+    queue.join("ada", 0.0)
+    with pytest.raises(WireError, match="manifest of window 0 instead of 7"):
+        queue.manifest(Manifest("ada", 0, (4,), (2,)))
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 7 ada"]

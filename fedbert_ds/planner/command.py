@@ -1,4 +1,4 @@
-"""What `fedbert-ds plan` does with its options: one plan, curves, or predictions beside a record."""
+"""`fedbert-ds plan`: one plan, a sweep, or predictions beside a record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from fedbert_ds.telemetry.record import command_line, source_commit, write_recor
 
 
 def run_plan(options: argparse.Namespace) -> None:
-    """Print what was asked for and write the record, if one is wanted. ConfigError for options that do not fit."""
+    """Print the plan, sweep or predictions, and write the record if `--out` is given.
+
+    Raises ConfigError for options that do not fit together.
+    """
     rows: list[dict[str, Any]] = []
     if options.validate is not None:
         try:
@@ -62,7 +65,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 
 def machines_of(options: argparse.Namespace) -> Machines:
-    """The machines that the options describe; ConfigError for what cannot be."""
+    """The machines in the options; ConfigError for numbers out of range."""
     for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")

@@ -14,9 +14,9 @@ COMPRESSED = {
     "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,
     "int4_hadamard": 0.86,
 }  # fmt: skip
-"""What compression leaves of each codec's bytes, as `fedbert-ds bench codecs` counts them."""
+"""Share of each codec's bytes left after compression, as `benchmarks/codecs` counted them."""
 VOCABULARY = 30_522
-"""BERT's, for a run file that trains its own word pieces."""
+"""BERT's, for a run file that names a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,22 @@ class Machines:
 
     gpus: int = 1
     gpu_flops: float = 989e12
-    """Dense bf16 FLOP/s of one, as its maker says (H100 SXM: 989 T)."""
+    """Dense bf16 FLOP/s of one GPU by its data sheet (H100 SXM: 989 T)."""
     efficiency: float = 0.4
-    """Share of that which the body reaches; `fedbert-ds bench body` measures it."""
+    """Share of `gpu_flops` the body reaches; `fedbert-ds bench body` measures it."""
     gpu_memory: float = 80e9
     """Bytes."""
     gpu_bandwidth: float = 3.35e12
-    """Bytes/s of its memory: what a step is bound by."""
+    """Bytes/s of its memory, the bound of an optimizer step."""
     between_gpus: float = 200e9
     """Bytes/s a GPU moves in the ranks' collectives."""
     network: float = 25e9 / 8
     """Bytes/s of one rank's network to clients, each way."""
     price: float = 2.5
-    """Of a GPU and hour."""
+    """Of one GPU for an hour."""
     clients: int = 16
     client_flops: float = 100e9
-    """FLOP/s that a client reaches: a laptop's CPU."""
+    """FLOP/s of a client: a laptop's CPU."""
     rtt: float = 0.05
     """Seconds."""
     up: float = 100e6 / 8
@@ -52,7 +52,7 @@ class Machines:
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a model and its halves."""
+    """Sizes of the body and the client half."""
 
     body_parameters: int
     half_parameters: int
@@ -64,7 +64,7 @@ class Model:
 
 
 def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
-    """The scenario of a run file on these machines. ModelError when the model cannot be had."""
+    """The scenario of a run file on these machines; ModelError if there is no such model."""
     hf_config = _hf_config(config)
     model = _model(config, hf_config)
     rate = machines.gpu_flops * machines.efficiency
@@ -117,7 +117,7 @@ def affordable_in_flight(config: RunConfig, hf_config: Any, machines: Machines) 
 
 
 def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
-    """Bytes per token in each direction, by the wire's own formats and what compression leaves of them."""
+    """Bytes a token in each direction, by the wire's formats and compression."""
     from fedbert_ds.model.architecture import widths
     from fedbert_ds.wire.codecs import frame_bytes
 
@@ -144,7 +144,7 @@ def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
 
 
 def distinct_rows(tokens: int) -> int:
-    """Distinct word pieces in so many tokens of English: Heaps' law, fitted to WikiText with BERT's vocabulary."""
+    """Distinct word pieces among `tokens` tokens of English: Heaps' law, fitted to WikiText with BERT's vocabulary."""
     return max(1, min(tokens, round(1.89 * tokens**0.761)))
 
 
@@ -174,7 +174,7 @@ def _model(config: RunConfig, hf_config: Any) -> Model:
         body_parameters=body.num_parameters,
         half_parameters=half.num_parameters,
         body_flops=body.flops_per_token(share, config.data.sequence_length),
-        # A look-up is bound by memory: as many operations as its width, forward and backward, stand for that.
+        # A look-up is bound by memory; 20 operations a value stand for that, forward and backward.
         embed_flops=embed + 20.0 * half.widths.activations,
         head_flops=half.flops_per_token(share) - embed,
     )

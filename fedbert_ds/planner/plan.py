@@ -1,4 +1,4 @@
-"""What a federation would reach, what holds it back, what it costs, and whether another kind would serve better."""
+"""A plan: tokens/s of a federation, its bottleneck and cost, beside training of whole models at the clients."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ WINDOWS, SETTLING = 12, 4
 LOCAL_STEPS = 512
 """Steps between averages of whole models, as published systems take (DiLoCo and its kin: 100 to 500)."""
 BUSY = 0.9
-"""A body that is busier than this is what holds the rest back."""
+"""A body busier than this is the bottleneck."""
 BUSIEST = 0.6
-"""So are links or clients, if the body is not; some of their time always goes into the ends of windows."""
+"""So are links or clients busier than this; they always idle at the ends of windows."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a scenario gives."""
+    """Figures of a scenario."""
 
     gpus: int
     clients: int
@@ -47,7 +47,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The other kind: every client trains the whole model, and models are averaged (DiLoCo)."""
+    """The alternative without a server body: clients train whole models, which are averaged (DiLoCo)."""
 
     tokens_per_second: float
     bytes_per_token: float
@@ -56,7 +56,7 @@ class WholeModel:
 
 
 def predict(config: RunConfig, machines: Machines, tokens: float) -> Prediction:
-    """Simulate a run file on machines until `tokens` are trained on."""
+    """Simulate a run file on these machines; days and cost are those of `tokens` tokens."""
     scenario, _ = derive(config, machines)
     return predicted(scenario, simulate(scenario, WINDOWS, SETTLING), tokens, machines.price)
 
@@ -83,7 +83,7 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
 
 
 def bottleneck(outcome: Outcome) -> str:
-    """What holds the federation back; `flush`: nothing is busy, windows wait for round trips and exchanges."""
+    """The bottleneck; `flush`: nothing is busy, windows wait for round trips and exchanges."""
     if outcome.busy_share >= BUSY:
         return "body"
     busiest = max((outcome.link_busy_share, "network"), (outcome.client_busy_share, "clients"))
@@ -91,7 +91,7 @@ def bottleneck(outcome: Outcome) -> str:
 
 
 def whole_model(config: RunConfig, machines: Machines, model: Model) -> WholeModel:
-    """What the same clients would do without a server body, averaging whole models every LOCAL_STEPS steps."""
+    """The same clients without a server body, averaging whole models every LOCAL_STEPS steps."""
     parameters = model.body_parameters + model.half_parameters
     flops = model.body_flops + model.embed_flops + model.head_flops
     tokens_per_step = config.window.tokens / machines.clients
@@ -103,7 +103,7 @@ def whole_model(config: RunConfig, machines: Machines, model: Model) -> WholeMod
 
 
 def sweep(config: RunConfig, machines: Machines, tokens: float, tokens_per_client: int) -> Iterator[Prediction]:
-    """Curves to 10,000 clients and 64 GPUs; every client brings `tokens_per_client` to a window, and so it grows."""
+    """Predictions up to 10,000 clients and 64 GPUs; each client brings `tokens_per_client` to a window."""
     for gpus in (1, 8, 64):
         for clients in (10, 30, 100, 300, 1000, 3000, 10_000):
             if clients < gpus:
@@ -135,7 +135,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
             f"{plan.in_flight} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
             f"limit    {plan.bottleneck}: {advice}",
             f"wire     {plan.bytes_per_token:,.0f} bytes a token both ways, "
-            f"{plan.bytes_per_token_averaging:,.0f} more to keep the halves together",
+            f"{plan.bytes_per_token_averaging:,.0f} more for client updates",
             f"budget   {tokens:,.0f} tokens: {plan.days:.1f} days, {plan.cost:,.0f} at {machines.price:g} a GPU hour",
             f"other    whole models averaged every {LOCAL_STEPS} steps: {other.tokens_per_second:,.0f} tokens/s, "
             f"{other.bytes_per_token:,.0f} bytes a token, {other.gigabytes:.1f} GB on every client"

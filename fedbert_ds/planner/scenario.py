@@ -1,4 +1,4 @@
-"""What a plan is made for: body, clients and links as numbers, measured on a run or derived from a run file."""
+"""What a plan is made for: body, clients and links as numbers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from fedbert_ds.federation.strategy import Strategy
 
 @dataclass(frozen=True)
 class BodyCosts:
-    """Seconds of one rank's body, and bytes and FLOPs that follow from the model."""
+    """Seconds that one rank's body takes."""
 
     forward_per_token: float
     """Seconds a token."""
     backward_per_token: float
     """Seconds a token."""
     per_micro_batch: float = 0.0
-    """Seconds a micro-batch costs beside its computation: receiving, packing, sending. Not counted as busy."""
+    """Seconds a micro-batch takes beside its computation: receiving, packing, sending. Not counted as busy."""
     step: float = 0.0
     """Seconds of the optimizer's step, collectives included."""
     gather: float = 0.0
-    """Seconds in which ranks agree on the next window."""
+    """Seconds the ranks take to agree on the next window."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class ClientCosts:
     """One client's machine and link."""
 
     embed_per_token: float
-    """Seconds a token, forward of its half; the backward is taken to cost the same."""
+    """Seconds a token, forward of the embeddings; the backward counts the same."""
     head_per_token: float
-    """Seconds a token, head and loss, forward and backward, averaged over masked and other tokens."""
+    """Seconds a token, head and loss, forward and backward; a mean over masked and other tokens."""
     per_message: float = 0.0
-    """Seconds a message costs at the client beside its tokens."""
+    """Seconds a message takes at the client beside its tokens."""
     rtt: float = 0.0
     """Seconds of a round trip."""
     up: float = float("inf")
@@ -45,7 +45,7 @@ class ClientCosts:
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that cross, per token unless said otherwise."""
+    """Bytes a token on the wire, unless said otherwise."""
 
     activations: float
     hidden: float
@@ -57,12 +57,12 @@ class Wire:
 
     @property
     def up(self) -> float:
-        """Bytes a token to the server, exchanges left out."""
+        """Bytes a token to the server, without updates."""
         return self.activations + self.gradient
 
     @property
     def down(self) -> float:
-        """Bytes a token from the server, exchanges left out."""
+        """Bytes a token from the server, without updates."""
         return self.hidden + self.input_gradient
 
 
@@ -85,7 +85,7 @@ class Scenario:
     """Micro-batches in flight that memory holds."""
     staleness: int = 0
     client_cores: int | None = None
-    """Cores that all clients share, for clients on one machine; None: each has its own."""
+    """Cores that all clients share, if they run on one machine; None: each client has its own."""
     server_bytes_per_second: float = float("inf")
     """Of each rank's network, each way."""
     combine_per_byte: float = 2e-9
@@ -98,12 +98,12 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Spread:
-    """How unequal clients are: log-normal factors around the given costs."""
+    """How unequal clients are: log-normal factors on typical costs."""
 
     speed: float = 0.0
     """Standard deviation of the logarithm of a client's seconds."""
     link: float = 0.0
-    """The same of its round trip and, inverted, of its rates."""
+    """Standard deviation of the logarithm of a client's round trip, and of one over its rates."""
     seed: int = field(default=0)
 
     def clients(self, typical: ClientCosts, count: int) -> tuple[ClientCosts, ...]:

@@ -1,9 +1,7 @@
-"""A federation on a discrete-event clock: real pipeline queues, and clients, links and bodies that only take time."""
+"""A federation on a discrete-event clock: real pipeline queues; clients, links and bodies take time alone."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from fedbert_ds.client.window_state import WindowState
+from fedbert_ds.planner.clock import Clock, Cores, Pipe
 from fedbert_ds.planner.scenario import ClientCosts, Scenario
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
@@ -25,12 +24,12 @@ SMALL = 200
 
 @dataclass
 class WindowResult:
-    """One window, from the start of the last to its own."""
+    """One window, from the previous window's step to its own."""
 
     seconds: float
     tokens: int
     busy_seconds: float
-    """Mean over ranks; dummies left out."""
+    """Mean over ranks, without dummies."""
     dummy_micro_batches: int
     forwards: int
     in_flight: int
@@ -39,95 +38,72 @@ class WindowResult:
 
 @dataclass
 class Outcome:
-    """What a simulation found, without its first windows."""
+    """Figures of a simulation, its first windows left out."""
 
     windows: list[WindowResult]
     client_busy_share: float
-    """Of the busiest client's time, computing."""
+    """Share of its time that the busiest client computes."""
     link_busy_share: float
-    """Of the busiest client's link, the busier direction."""
+    """Share of its time that the busiest client's link carries something, in its busier direction."""
     coordinator_seconds: float
-    """CPU seconds that the queues' own code took a window, all ranks together; measured, not simulated."""
+    """CPU seconds a window of all queues' own code; measured, not simulated."""
+    events: int = 0
+    """Events on the clock, of all windows; the same on every machine."""
 
     @property
     def tokens_per_second(self) -> float:
-        """All ranks together."""
+        """Of all ranks together."""
         return sum(w.tokens for w in self.windows) / sum(w.seconds for w in self.windows)
 
     @property
     def busy_share(self) -> float:
-        """Of the bodies' time."""
+        """Share of their time that the bodies compute."""
         return sum(w.busy_seconds for w in self.windows) / sum(w.seconds for w in self.windows)
 
     @property
     def dummy_share(self) -> float:
-        """Of forwards."""
+        """Dummies among the forwards."""
         return sum(w.dummy_micro_batches for w in self.windows) / sum(w.forwards for w in self.windows)
 
 
 def simulate(scenario: Scenario, windows: int = 10, settling: int = 3) -> Outcome:
-    """Run so many windows and keep all but the first `settling`."""
+    """Run `windows` windows; the outcome leaves out the first `settling`."""
     return _Simulation(scenario, windows).run(settling)
 
 
-class _Pipe:
-    """Something that serves one after another: a link's direction, a CPU."""
-
-    def __init__(self) -> None:
-        self.free_at = 0.0
-        self.busy = 0.0
-
-    def take(self, now: float, seconds: float) -> float:
-        """When a piece of work that arrives now and takes so long is done."""
-        self.free_at = max(now, self.free_at) + seconds
-        self.busy += seconds
-        return self.free_at
-
-
-class _Cores:
-    """Several CPUs behind one queue."""
-
-    def __init__(self, count: int) -> None:
-        self._pipes = [_Pipe() for _ in range(count)]
-
-    def take(self, now: float, seconds: float) -> float:
-        return min(self._pipes, key=lambda pipe: pipe.free_at).take(now, seconds)
-
-
 class _Client:
-    """The protocol of `client.trainer`, with times for tensors."""
+    """A client: `client.trainer`'s protocol, with times in place of tensors."""
 
     def __init__(self, name: str, costs: ClientCosts, tokens: int, rank: _Rank, simulation: _Simulation) -> None:
         self.name, self.costs, self.rank = name, costs, rank
-        self._simulation = simulation
+        self._simulation, self._clock = simulation, simulation.clock
         self._scenario = simulation.scenario
         length = self._scenario.sequence_tokens
         whole, rest = divmod(tokens, length)
         self.lengths = (length,) * whole + ((rest,) if rest or not whole else ())
-        self.cpu = _Pipe()
-        self.up, self.down = _Pipe(), _Pipe()
+        self.cpu = Pipe()
+        self.up, self.down = Pipe(), Pipe()
         self._windows: WindowState[None, Piece] = WindowState(self._scenario.strategy, self._scenario.staleness)
 
     def receive(self, num_bytes: float, what: Callable[[], None]) -> None:
-        """A message that the server sends now."""
-        now = self._simulation.now
-        left = self.rank.network_down.take(now, num_bytes / self._scenario.server_bytes_per_second)
-        self._simulation.at(self.down.take(left, num_bytes / self.costs.down) + self.costs.rtt / 2, what)
+        """The server sends a message now; `what` happens when it is here."""
+        left = self.rank.network_down.take(self._clock.now, num_bytes / self._scenario.server_bytes_per_second)
+        self._clock.at(self.down.take(left, num_bytes / self.costs.down) + self.costs.rtt / 2, what)
 
     def _send(self, when: float, num_bytes: float, what: Callable[[], None]) -> None:
         arrived = self.up.take(when, num_bytes / self.costs.up) + self.costs.rtt / 2
-        # The server's network is taken when the message is there, in the order of arrivals.
-        self._simulation.at(arrived, partial(self.rank.take_in, num_bytes, what))
+        # Messages take the server's network in the order of their arrival there.
+        self._clock.at(arrived, partial(self.rank.take_in, num_bytes, what))
 
     def _compute(self, seconds: float) -> float:
         seconds += self.costs.per_message
         self.cpu.busy += seconds
         if self._simulation.cores is not None:
-            started = max(self._simulation.now, self.cpu.free_at)
+            started = max(self._clock.now, self.cpu.free_at)
             self.cpu.free_at = self._simulation.cores.take(started, seconds)
             return self.cpu.free_at
         self.cpu.busy -= seconds
-        return self.cpu.take(self._simulation.now, seconds)
+        return self.cpu.take(self._clock.now, seconds)
 
     def announce(self, window: int) -> None:
         """Send the manifest of a window."""
@@ -135,7 +111,7 @@ class _Client:
             return
         self._windows.announce(window, None)
         manifest = Manifest(self.name, window, self.lengths, tuple(length * 3 // 20 for length in self.lengths))
-        self._send(self._simulation.now, SMALL, lambda: self.rank.queue_call(self.rank.queue.manifest, manifest))
+        self._send(self._clock.now, SMALL, lambda: self.rank.queue_call(self.rank.queue.manifest, manifest))
 
     def plan(self, window: int, pieces: dict[int, Piece], next_window: int) -> None:
         self._windows.plan(window, pieces)
@@ -162,14 +138,14 @@ class _Client:
         tokens = self._windows.piece(window, micro_batch).tokens
         done = self._compute(self.costs.embed_per_token * tokens)
         if self._windows.finish(window, micro_batch):
-            self._simulation.at(done, partial(self._trained, window))
+            self._clock.at(done, partial(self._trained, window))
 
     def _trained(self, window: int) -> None:
         if not self._scenario.exchanges(window):
             self.apply(window)
             return
         deliver = partial(self._simulation.update_arrived, window, self)
-        self._send(self._simulation.now, self._scenario.wire.update, deliver)
+        self._send(self._clock.now, self._scenario.wire.update, deliver)
 
     def apply(self, window: int) -> None:
         """The client half has taken this window's step."""
@@ -178,11 +154,11 @@ class _Client:
 
 
 class _Rank:
-    """The loop of `server.rank`, with times for the body."""
+    """A rank: `server.rank`'s loop, with times in place of the body."""
 
     def __init__(self, simulation: _Simulation) -> None:
         scenario = simulation.scenario
-        self._simulation, self._scenario = simulation, scenario
+        self._simulation, self._scenario, self._clock = simulation, scenario, simulation.clock
         fixed = scenario.micro_batches_in_flight
         self.in_flight = INITIAL_IN_FLIGHT if fixed == "auto" else fixed
         # Every client answers in the end, so no deadline suspends one, however slow it is.
@@ -195,14 +171,14 @@ class _Rank:
             deadlines=Deadlines(answer_times=self.answer_times),
         )
         self.clients: dict[str, _Client] = {}
-        self.network_up, self.network_down = _Pipe(), _Pipe()
+        self.network_up, self.network_down = Pipe(), Pipe()
         self.is_free = True
         self.waits_to_start = True
         self.busy = self.service = 0.0
         self.tokens = self.dummies = self.forwards = 0
 
     def queue_call(self, call: Callable[..., object], *arguments: object) -> None:
-        """Report something to the queue, on the coordinator's own clock."""
+        """Call the queue and count its CPU time."""
         started = time.process_time()
         call(*arguments)
         self._simulation.coordinator_seconds += time.process_time() - started
@@ -210,19 +186,19 @@ class _Rank:
     def take_in(self, num_bytes: float, what: Callable[[], None]) -> None:
         """A client's message reaches the server's network."""
         seconds = num_bytes / self._scenario.server_bytes_per_second
-        self._simulation.at(self.network_up.take(self._simulation.now, seconds), partial(self.event, what))
+        self._clock.at(self.network_up.take(self._clock.now, seconds), partial(self.event, what))
 
     def event(self, what: Callable[[], None]) -> None:
-        """Something has arrived."""
+        """A message has arrived."""
         what()
         if self.is_free:
             self.go_on()
 
     def go_on(self) -> None:
-        """Decide until there is work that takes time, or nothing to do."""
+        """Carry out decisions until one takes time, or there is none."""
         while True:
             started = time.process_time()
-            decision = self.queue.decide(self._simulation.now)
+            decision = self.queue.decide(self._clock.now)
             self._simulation.coordinator_seconds += time.process_time() - started
             if decision is None:
                 if self.waits_to_start and self.queue.schedule.is_planned:
@@ -233,7 +209,7 @@ class _Rank:
                 return
 
     def _carry_out(self, decision: Decision) -> bool:
-        """Whether the rank is still free."""
+        """True if the rank is still free."""
         match decision:
             case Plan(window, micro_batches, manifests, _):
                 pieces: dict[str, dict[int, Piece]] = {manifest.client: {} for manifest in manifests}
@@ -267,7 +243,7 @@ class _Rank:
         seconds = per_token * tokens
         self.is_free = False
         self.busy += seconds
-        self._simulation.at(self._simulation.now + seconds + self._scenario.body.per_micro_batch / 2, then)
+        self._clock.at(self._clock.now + seconds + self._scenario.body.per_micro_batch / 2, then)
 
     def _forwarded(self, forward: Forward) -> None:
         window = self._simulation.window
@@ -300,16 +276,16 @@ class _Rank:
 
 
 class _Simulation:
+    """The clock, the ranks and their clients, and what ranks do together."""
+
     def __init__(self, scenario: Scenario, windows: int) -> None:
         self.scenario = scenario
         self.num_windows = windows
-        self.now = 0.0
+        self.clock = Clock()
         self.window = 0
         self.coordinator_seconds = 0.0
-        self.cores = _Cores(scenario.client_cores) if scenario.client_cores else None
+        self.cores = Cores(scenario.client_cores) if scenario.client_cores else None
         self.ranks = [_Rank(self) for _ in range(scenario.num_ranks)]
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
         self._gathered = self._stepped = 0
         self._updates: dict[int, list[_Client]] = {}
         self._results: list[WindowResult] = []
@@ -324,41 +300,37 @@ class _Simulation:
             rank.queue_call(rank.queue.join, name, 0.0)
             self.clients.append(client)
 
-    def at(self, when: float, what: Callable[[], None]) -> None:
-        """Something happens then."""
-        heapq.heappush(self._events, (when, next(self._count), what))
-
     def run(self, settling: int) -> Outcome:
+        """All windows; figures of those after the first `settling`."""
         for client in self.clients:
             client.announce(0)
         for rank in self.ranks:
             rank.go_on()
         busy_before: list[tuple[float, float, float]] = []
         settled_at = 0.0
-        while self._events and len(self._results) < self.num_windows:
-            self.now, _, what = heapq.heappop(self._events)
-            what()
+        while len(self._results) < self.num_windows:
+            if not self.clock.advance():
+                raise RuntimeError(f"nothing more can happen in window {self.window}")
             if len(self._results) == settling and not busy_before:
-                settled_at = self.now
+                settled_at = self.clock.now
                 busy_before = [(c.cpu.busy, c.up.busy, c.down.busy) for c in self.clients]
                 self.coordinator_seconds = 0.0
-        if len(self._results) < self.num_windows:
-            raise RuntimeError(f"nothing more can happen in window {self.window}")
-        elapsed = self.now - settled_at
+        elapsed = self.clock.now - settled_at
         pairs = list(zip(self.clients, busy_before, strict=True))
         return Outcome(
             windows=self._results[settling:],
             client_busy_share=max(client.cpu.busy - cpu for client, (cpu, _, _) in pairs) / elapsed,
             link_busy_share=max(max(c.up.busy - up, c.down.busy - down) for c, (_, up, down) in pairs) / elapsed,
             coordinator_seconds=self.coordinator_seconds / (self.num_windows - settling),
+            events=self.clock.events,
         )
 
     def gather(self) -> None:
-        """A rank is ready for the next window; it starts when all are."""
+        """A rank is ready for the next window, which starts when all ranks are."""
         self._gathered += 1
         if self._gathered == len(self.ranks):
             self._gathered = 0
-            self.at(self.now + self.scenario.body.gather, self._start)
+            self.clock.at(self.clock.now + self.scenario.body.gather, self._start)
 
     def _start(self) -> None:
         if self.scenario.micro_batches_in_flight == "auto":
@@ -369,18 +341,18 @@ class _Simulation:
         for rank in self.ranks:
             rank.in_flight = limits.in_flight
             rank.busy, rank.tokens, rank.dummies, rank.forwards = 0.0, 0, 0, 0
-            rank.queue_call(rank.queue.start, most, self.now, limits)
+            rank.queue_call(rank.queue.start, most, self.clock.now, limits)
         if self.scenario.exchanges(self.window):
             self._updates[self.window] = []
         for rank in self.ranks:
             rank.go_on()
 
     def step(self, rank: _Rank) -> None:
-        """A rank has done all its micro-batches; the optimizer steps when all have."""
+        """A rank is through with its micro-batches; the optimizer steps when all ranks are."""
         self._stepped += 1
         if self._stepped == len(self.ranks):
             self._stepped = 0
-            self.at(self.now + self.scenario.body.step, self._after_step)
+            self.clock.at(self.clock.now + self.scenario.body.step, self._after_step)
 
     def _after_step(self) -> None:
         for rank in self.ranks:
@@ -389,7 +361,7 @@ class _Simulation:
             rank.busy += self.scenario.body.step
         self._results.append(
             WindowResult(
-                seconds=self.now - self._started_at,
+                seconds=self.clock.now - self._started_at,
                 tokens=sum(rank.tokens for rank in self.ranks),
                 busy_seconds=sum(rank.busy for rank in self.ranks) / len(self.ranks),
                 dummy_micro_batches=sum(rank.dummies for rank in self.ranks),
@@ -397,7 +369,7 @@ class _Simulation:
                 in_flight=self.ranks[0].in_flight,
             )
         )
-        self._started_at = self.now
+        self._started_at = self.clock.now
         self.window += 1
         for rank in self.ranks:
             rank.is_free = True
@@ -410,7 +382,7 @@ class _Simulation:
         self._updates[window].append(client)
         if len(self._updates[window]) == len(self.clients):
             size = self.scenario.wire.update
-            combined = self.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
+            combined = self.clock.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
             for receiver in self._updates.pop(window):
                 # `receive` reads the clock, so it is called when the combined update is there.
-                self.at(combined, partial(receiver.receive, size, partial(receiver.apply, window)))
+                self.clock.at(combined, partial(receiver.receive, size, partial(receiver.apply, window)))

@@ -1,9 +1,13 @@
 """Predictions held against a record of `fedbert-ds bench pipeline`.
 
-How fast the body computes is taken from the run itself, since a machine is not equally fast all the time; what messages
-and exchanges cost from the same run without a link; and what a client's work takes from all runs without a link that
-code what crosses alike: its quickest answer there, for others waited behind clients on the same processor. Predicted is
-what the queue makes of it over a link: what is hidden of round trips, rates and exchanges, and what is waited for.
+Costs come from the record:
+
+    the body's speed                     the run itself, since a machine's speed varies from run to run
+    messages and exchanges               the same run without a link
+    a client's embeddings and head       its quickest answer in the runs without a link and with the same codecs;
+                                         slower answers waited behind clients on the same processor
+
+The prediction is what the queue hides, over a link, of round trips, rates and exchanges.
 """
 
 from __future__ import annotations
@@ -32,12 +36,12 @@ class Check:
 
     @property
     def error(self) -> float:
-        """Of the predicted tokens/s, relative to the measured."""
+        """Relative error of the predicted tokens/s."""
         return self.tokens_per_second / self.row["tokens_per_second"] - 1.0
 
 
 def validate(record: Mapping[str, Any]) -> Iterator[Check]:
-    """Predict every run of ours over a link. RunError when the record has none without a link to learn costs from."""
+    """Predict every run of ours over a link; RunError if the record has no run without a link."""
     ours = [row for row in record["rows"] if row["system"] == "ours"]
     bases = {row["variant"]: row for row in ours if row["rtt_ms"] == 0}
     if not bases:
@@ -58,7 +62,7 @@ def _coding(row: Row) -> tuple[Any, Any]:
 
 
 def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
-    """The scenario of `row`, with costs of clients and messages as measured in `base`, the same run without a link."""
+    """The scenario of `row`, with the costs of clients and messages in `base`, the same run without a link."""
     seconds, tokens, own = base["seconds"], base["window_tokens"], row["seconds"]
     per_piece = tokens / base["micro_batches"]
     federation = FederationSection(mode=row["mode"], average_every=settings["federation"]["average_every"])
@@ -68,7 +72,7 @@ def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
     # Without a link, a window with an exchange waits for nothing else: summing, framing, stepping.
     exchange = max(0.0, seconds["wait"]) if is_every_window and not row["staleness"] else 0.0
     rate = row["mbit"] * 1e6 / 8 if row["mbit"] else float("inf")
-    # Up: activations and gradients; how they divide matters little, for both take the same link.
+    # Activations and gradients share the link, so halving what went up matters little.
     up, down = row["bytes_per_token_up"], row["bytes_per_token_down"]
     return Scenario(
         body=BodyCosts(

@@ -122,13 +122,8 @@ def test_any_federation_trains_on_every_token_once(
 
 def test_the_queues_own_cost_grows_with_micro_batches_alone():
     """Counted, not timed: events of a window are a fixed number for each client and micro-batch."""
-    from fedbert_ds.planner import simulation
-
     counts = {}
     for clients in (10, 1000):
-        sim = simulation._Simulation(
-            replace(PLAIN, clients=(NEAR,) * clients, tokens_per_window=1024 * clients), windows=3
-        )
-        sim.run(1)
-        counts[clients] = next(sim._count) / clients
+        grown = replace(PLAIN, clients=(NEAR,) * clients, tokens_per_window=1024 * clients)
+        counts[clients] = simulate(grown, windows=3, settling=1).events / clients
     assert counts[1000] == pytest.approx(counts[10], rel=0.1)

@@ -33,8 +33,8 @@ class Served:
     """An endpoint, what it tells clients of the run, and a client under test in a thread of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.ingress = Endpoint("127.0.0.1", 0, None)
-        self.port = self.ingress.start()
+        self.endpoint = Endpoint("127.0.0.1", 0, None)
+        self.port = self.endpoint.start()
         self.folder = folder
         self.tokenizer = train_wordpiece(ARTICLES, 64)
         section = ModelSection(hidden_size=8, num_attention_heads=2, max_position_embeddings=16, dropout=0.0)
@@ -88,28 +88,28 @@ class Served:
         return str(error)
 
     def event(self, kind: type) -> Any:
-        event = self.ingress.next_event(TIMEOUT)
+        event = self.endpoint.next_event(TIMEOUT)
         assert isinstance(event, kind), event
         return event
 
     def let_in(self, **changes: Any) -> pb.Hello:
         """Answer the client's Join and wait for its stream."""
         asked = self.event(JoinAsked)
-        self.ingress.admit({"ada": "session of ada"})
+        self.endpoint.admit({"ada": "session of ada"})
         asked.answer.set_result(self.welcome(**changes))
         self.event(Connected)
         return asked.hello
 
     def give_half(self) -> None:
         for chunk in update_chunks(0, self.half.items(), 0.0):
-            self.ingress.send("ada", pb.ServerMessage(update=chunk))
+            self.endpoint.send("ada", pb.ServerMessage(update=chunk))
 
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
     started = Served(tmp_path)
     yield started
-    started.ingress.stop(grace=0.1)
+    started.endpoint.stop(grace=0.1)
 
 
 def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None:
@@ -142,7 +142,7 @@ def test_the_end_of_a_run_is_an_exit_code(
     served.give_half()
     received = served.event(Received)
     assert received.message.manifest.window == 0 and sum(received.message.manifest.lengths) <= 32
-    served.ingress.close("ada", pb.ServerMessage(finish=pb.Finish(reason="the run is over", complete=complete)))
+    served.endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason="the run is over", complete=complete)))
     assert served.ended() == code
     printed = capfd.readouterr().out.splitlines()
     assert printed[0] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
@@ -162,21 +162,21 @@ def test_a_server_that_goes_wrong_is_one_line(served: Served, last: pb.ServerMes
     served.let_in()
     served.give_half()
     served.event(Received)
-    served.ingress.close("ada", last)
+    served.endpoint.close("ada", last)
     assert message in served.failed()
 
 
 def test_a_server_that_dies_is_one_line(served: Served) -> None:
     served.client()
     served.let_in(reconnect_timeout=0.3)
-    served.ingress.stop(grace=0.0)
+    served.endpoint.stop(grace=0.0)
     assert f"127.0.0.1:{served.port}: connection lost (" in served.failed()
 
 
 def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
     served.client()
     served.let_in()
-    served.ingress.send("ada", pb.ServerMessage(update=pb.UpdateChunk(name="unknown")))
+    served.endpoint.send("ada", pb.ServerMessage(update=pb.UpdateChunk(name="unknown")))
     assert "the server's update: tensor 'unknown'" in served.failed()
     assert served.event(Disconnected) == Disconnected("ada")
 
@@ -216,4 +216,4 @@ def test_no_text_is_one_line_before_anything_is_sent(served: Served) -> None:
     served.client(data=(str(served.folder / "empty.jsonl"),))
     error = served.ended()
     assert isinstance(error, DataError) and "empty.jsonl" in str(error)
-    assert served.ingress.next_event(0.1) is None
+    assert served.endpoint.next_event(0.1) is None

@@ -22,18 +22,24 @@ from fedbert_ds.wire.conversation import UNREAD_BYTES
 TIMEOUT = 60.0
 
 
-def endpoint(reconnect_timeout: float = TIMEOUT) -> tuple[Endpoint, str]:
-    ingress = Endpoint("127.0.0.1", 0, None, reconnect_timeout)
-    port = ingress.start()
-    ingress.admit({"ada": "session of ada"})
-    return ingress, f"127.0.0.1:{port}"
+def started(reconnect_timeout: float = TIMEOUT) -> tuple[Endpoint, str]:
+    endpoint = Endpoint("127.0.0.1", 0, None, reconnect_timeout)
+    port = endpoint.start()
+    endpoint.admit({"ada": "session of ada"})
+    return endpoint, f"127.0.0.1:{port}"
+
+
+@pytest.fixture(autouse=True)
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over loopback a lost connection is dialled again sooner than over the internet."""
+    monkeypatch.setattr(stream_module, "BACKOFF_SECONDS", (0.01, 1.0))
 
 
 @pytest.fixture
 def server() -> Iterator[tuple[Endpoint, str]]:
-    ingress, address = endpoint()
-    yield ingress, address
-    ingress.stop(grace=0.1)
+    endpoint, address = started()
+    yield endpoint, address
+    endpoint.stop(grace=0.1)
 
 
 def stream_to(address: str, reconnect_timeout: float = TIMEOUT, shares_memory: bool = False) -> ServerStream:
@@ -54,16 +60,16 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
     server: tuple[Endpoint, str], seed: int, shares_memory: bool
 ) -> None:
     """Sizes from nothing to beyond the smallest piece between two cuts, both ways at once."""
-    ingress, address = server
+    endpoint, address = server
     chance = random.Random(seed)
     sizes = [chance.choice([0, 10, 1_000, 50_000, 300_000]) for _ in range(120)]
     # What lies in shared memory does not cross the link.
     cut_bytes = (1_000, 10_000) if shares_memory else (1_000, 1_500_000)
     proxy = DelayProxy(address, cut_bytes=cut_bytes, cuts=12, seed=seed)
     with proxy as through, stream_to(through, shares_memory=shares_memory) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         for number, size in enumerate(sizes):
-            ingress.send("ada", down(number, size))
+            endpoint.send("ada", down(number, size))
 
         def talk() -> None:
             for number, size in enumerate(sizes):
@@ -72,109 +78,109 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
         talker = threading.Thread(target=talk, daemon=True)
         talker.start()
         for number, size in enumerate(sizes):
-            assert ingress.next_event(TIMEOUT) == Received("ada", up(number, size))
+            assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, size))
             assert stream.receive() == down(number, size)
         talker.join(timeout=TIMEOUT)
         assert proxy.counts()["cuts"] > 3
-    assert ingress.next_event(TIMEOUT) == Disconnected("ada")
-    assert ingress.next_event(0) is None
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+    assert endpoint.next_event(0) is None
 
 
-def test_a_half_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Endpoint, str]) -> None:
-    """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the half."""
-    ingress, address = server
-    half = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
+def test_an_update_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Endpoint, str]) -> None:
+    """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the update."""
+    endpoint, address = server
+    update = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
     proxy = DelayProxy(address, mbit=2_000, cut_bytes=(14_000_000, 16_000_000), cuts=1)
     with proxy as through, stream_to(through) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
 
         def talk() -> None:
-            for chunk in update_chunks(0, half.items(), weight=5.0):
+            for chunk in update_chunks(0, update.items(), weight=5.0):
                 stream.send(pb.ClientMessage(update=chunk))
 
         talker = threading.Thread(target=talk, daemon=True)
         talker.start()
-        assembler = UpdateAssembler({name: tuple(tensor.shape) for name, tensor in half.items()}, "ada")
+        assembler = UpdateAssembler({name: tuple(tensor.shape) for name, tensor in update.items()}, "ada")
         complete = None
         while complete is None:
-            event = ingress.next_event(TIMEOUT)
+            event = endpoint.next_event(TIMEOUT)
             assert isinstance(event, Received), event
             complete = assembler.add(event.message.update)
         talker.join(timeout=TIMEOUT)
         tensors, weight = complete
-        assert weight == 5.0 and all(torch.equal(tensors[name], half[name]) for name in half)
+        assert weight == 5.0 and all(torch.equal(tensors[name], update[name]) for name in update)
         assert proxy.counts()["cuts"] == 1
         assert 0 < stream.resent_bytes < 14_000_000
 
 
 def test_who_does_not_come_back_is_told_after_the_grace_and_refused_then() -> None:
-    ingress, address = endpoint(reconnect_timeout=0.3)
+    endpoint, address = started(reconnect_timeout=0.3)
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
-        ingress.send("ada", down(1))
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        endpoint.send("ada", down(1))
         assert stream.receive() == down(1)
         proxy.drop(outage_ms=3_600_000)
-        assert ingress.next_event(TIMEOUT) == Disconnected("ada")
+        assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
         proxy.drop(outage_ms=0)
         with pytest.raises(WireError, match="its session is over; it was away for too long"):
             stream.receive()
-    ingress.stop(grace=0.1)
+    endpoint.stop(grace=0.1)
 
 
 def test_a_link_that_stays_down_is_one_line(server: tuple[Endpoint, str]) -> None:
-    ingress, address = server
+    endpoint, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through, reconnect_timeout=0.3) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         proxy.drop(outage_ms=3_600_000)
         with pytest.raises(WireError, match=r"connection lost \(unavailable: .*; start this client again"):
             stream.receive()
         stream.send(up(1))  # lost, and no wait for ever
-    assert ingress.next_event(0) is None, "the server still waits for it"
+    assert endpoint.next_event(0) is None, "the server still waits for it"
 
 
 def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Endpoint, str]) -> None:
-    ingress, address = server
+    endpoint, address = server
     with stream_to(address) as stream:
         for number in range(50):
             stream.send(up(number, 10_000))
-    assert ingress.next_event(TIMEOUT) == Connected("ada")
+    assert endpoint.next_event(TIMEOUT) == Connected("ada")
     for number in range(50):
-        assert ingress.next_event(TIMEOUT) == Received("ada", up(number, 10_000))
-    assert ingress.next_event(TIMEOUT) == Disconnected("ada")
+        assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 10_000))
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
 
 
 def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Endpoint, str]) -> None:
-    ingress, address = server
+    endpoint, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         proxy.drop(outage_ms=300)
-        ingress.send("ada", down(1))
-        ingress.close("ada", pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
-        ingress.revoke("ada")
+        endpoint.send("ada", down(1))
+        endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
+        endpoint.revoke("ada")
         assert stream.receive() == down(1)
         assert stream.receive().finish.reason == "done"
         with pytest.raises(WireError, match="the server ended the stream"):
             stream.receive()
-    assert ingress.next_event(0) is None
-    ingress.stop(grace=0.1)
+    assert endpoint.next_event(0) is None
+    endpoint.stop(grace=0.1)
 
 
 def test_stop_waits_for_the_last_words(server: tuple[Endpoint, str]) -> None:
-    ingress, address = server
+    endpoint, address = server
     with stream_to(address) as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         for number in range(10):
-            ingress.send("ada", down(number, 1_000_000))
-        ingress.close("ada", down(10))
-        ingress.stop(grace=30)
+            endpoint.send("ada", down(number, 1_000_000))
+        endpoint.close("ada", down(10))
+        endpoint.stop(grace=30)
         assert [stream.receive().update.offset for _ in range(11)] == list(range(11))
 
 
 def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    ingress, address = server
+    endpoint, address = server
     monkeypatch.setattr(stream_module, "KEPT_BYTES", 4 << 20)
     sent = 0
     count = (UNREAD_BYTES + (24 << 20)) >> 20
@@ -189,13 +195,13 @@ def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], mo
 
     with stream_to(address) as stream:
         threading.Thread(target=talk, daemon=True).start()
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         assert not finished.wait(timeout=1.0), "more was taken from the client than may be under way"
         assert sent <= (UNREAD_BYTES >> 20) + 8
         # A message that comes meanwhile is not stuck behind what waits.
         for number in range(40):
-            ingress.send("ada", down(number, 1 << 20))
+            endpoint.send("ada", down(number, 1 << 20))
         for number in range(count):
-            assert ingress.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20))
+            assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20))
         assert finished.wait(timeout=TIMEOUT)
         assert [stream.receive().update.offset for _ in range(40)] == list(range(40))

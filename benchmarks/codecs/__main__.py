@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure."""
-    bench_codecs(typed(CodecsOptions, build_parser().parse_intermixed_args(arguments), PROGRAM))
+    bench_codecs(typed(CodecsOptions, build_parser().parse_args(arguments), PROGRAM))
 
 
 if __name__ == "__main__":

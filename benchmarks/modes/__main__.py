@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
 @one_line_errors
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and measure."""
-    options = build_parser().parse_intermixed_args(arguments)
+    options = build_parser().parse_args(arguments)
     windows = [] if options.windows is None else [f"run.windows={options.windows}"]
     bench_modes(typed(ModesOptions, options, PROGRAM, overrides=(*windows, *options.overrides)))
 

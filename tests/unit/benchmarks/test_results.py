@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.codecs.benchmark import table as codecs_table
-from benchmarks.codecs.counted import counted_table
+from benchmarks.codecs.report import counted_table
+from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
 from benchmarks.modes.comparison import table
 from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
@@ -121,6 +121,16 @@ def test_pipeline(path):
             assert row["utilization"] >= row["utilization_bound"] - 0.03
 
 
+def test_the_short_table_of_links_is_the_record() -> None:
+    record = json.loads((BENCHMARKS / "results" / "pipeline-cpu.json").read_text(encoding="utf-8"))
+    lines = [line.strip("| ").split(" | ") for line in pipeline_table(record["rows"]).splitlines()]
+    rows = {(cells[0], cells[1]): dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]}
+    for link, name in (("0 ms", "none"), ("50 ms, 100 Mbit/s", "50 ms"), ("200 ms, 100 Mbit/s", "200 ms")):
+        ours = [rows["ours", link][head] for head in ("tokens/s", "of centralized", "times naive", "body busy")]
+        busy = [rows[system, link]["body busy"] for system in ("ours, synchronous", "naive")]
+        assert f"| {' | '.join([name, *ours, *busy])} |" in README
+
+
 def test_ours_is_five_times_as_fast_as_a_naive_split_trainer():
     record = json.loads((BENCHMARKS / "results" / "pipeline-cpu-small-body.json").read_text(encoding="utf-8"))
     speeds = {row["system"]: row["tokens_per_second"] for row in record["rows"] if not row["variant"]}
@@ -132,3 +142,31 @@ def test_predictions():
     checks = list(validate(record))
     assert len(checks) >= 6 and all(abs(check.error) <= 0.10 for check in checks)
     assert validation_table(checks) in README
+
+
+def rows(name):
+    return json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def test_nothing_was_lost_and_a_process_makes_the_body_wait_less():
+    assert all(row["wrong"] == 0 for row in rows("ingress"))
+    busy = {row["ingress"]: row for row in rows("ingress") if row["what"] == "busy"}
+    assert busy["process"]["blocked_seconds_per_gb"] < busy["thread"]["blocked_seconds_per_gb"] / 4
+
+
+def test_100_mb_take_the_wires_own_time_and_an_update_goes_on_after_a_drop():
+    activations = [row for row in rows("transfers") if row["what"] == "activations"]
+    assert len(activations) == 5 and all(row["bytes"] == 100_000_000 and row["ratio"] < 1.2 for row in activations)
+    # Older records call it a half.
+    (update,) = [row for row in rows("transfers") if row["what"] in ("update", "half")]
+    assert update["bytes"] == 1_400_000_000 and update["cuts"] == 1 and update["is_whole"]
+    assert update["resent_bytes"] < 0.01 * update["bytes"]
+
+
+def test_256_streams_for_10_minutes():
+    last = rows("streams")[-1]
+    assert last["streams"] == 256 and last["seconds"] >= 600
+    assert last["messages"] == last["answers"] and last["wrong"] == last["wrong_answers"] == 0
+    memory = [row["rss_mb"] for row in rows("streams") if row["seconds"] > 60]
+    half = len(memory) // 2
+    assert abs(sum(memory[half:]) / len(memory[half:]) - sum(memory[:half]) / half) < 10

@@ -1,0 +1,96 @@
+"""Every command on the pages of reading parses with the real parsers, and its overrides load; every record has one."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.codecs.__main__ import build_parser as codecs_parser
+from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
+from benchmarks.modes.__main__ import build_parser as modes_parser
+from benchmarks.modes.systems import RUN_FILE as MODES_RUN_FILE
+from benchmarks.naive.__main__ import build_parser as naive_parser
+from fedbert_ds.bench.pipeline.settings import RUN_FILE as PIPELINE_RUN_FILE
+from fedbert_ds.cli import build_parser as installed_parser
+from fedbert_ds.config import load_config
+
+ROOT = Path(__file__).parents[3]
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md"))
+RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] = {
+    "fedbert-ds": (installed_parser, None),
+    "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
+    "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
+    "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
+}
+"""How each program parses its options, and the run file that its overrides change."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command on a page."""
+
+    page: str
+    program: str
+    arguments: tuple[str, ...]
+
+    def parse(self) -> argparse.Namespace:
+        """SystemExit(2), with the parser's words on standard error, for options that do not exist."""
+        return PROGRAMS[self.program][0]().parse_args(self.arguments)
+
+    def __str__(self) -> str:
+        return shlex.join([self.page, self.program, *self.arguments])
+
+
+def commands(pages: Sequence[Path]) -> Iterator[Command]:
+    """Lines of code blocks and spans of code that begin with a program's name."""
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        spans = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+        for line in (*(line for block in blocks for line in block.splitlines()), *(" ".join(s.split()) for s in spans)):
+            for program in PROGRAMS:
+                if line == program or line.startswith(f"{program} "):
+                    yield Command(page.name, program, tuple(shlex.split(line[len(program) :], comments=True)))
+
+
+COMMANDS = list(commands(PAGES))
+COMPLETE = [command for command in COMMANDS if any(argument.startswith("--") for argument in command.arguments)]
+MENTIONS = [command for command in COMMANDS if command not in COMPLETE]
+
+
+def test_pages_have_commands() -> None:
+    assert len(COMPLETE) >= 15 and {command.program for command in COMPLETE} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("command", COMPLETE, ids=str)
+def test_options_exist(command: Command) -> None:
+    options = command.parse()
+    overrides: list[Any] = getattr(options, "overrides", [])
+    run_file = PROGRAMS[command.program][1] or getattr(options, "config", None)
+    if getattr(options, "bench", None) == "pipeline":
+        run_file = PIPELINE_RUN_FILE
+    if run_file is not None and (ROOT / run_file).is_file():
+        load_config(ROOT / run_file, overrides)
+    else:
+        assert not overrides, "which run file they change is not known here"
+
+
+@pytest.mark.parametrize("command", MENTIONS, ids=str)
+def test_what_is_mentioned_exists(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        Command(command.page, command.program, (*command.arguments, "--help")).parse()
+    assert exit_.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
+def test_every_record_has_a_command(record: Path) -> None:
+    out = record.relative_to(ROOT)
+    assert any(getattr(command.parse(), "out", None) == out for command in COMPLETE if "--out" in command.arguments)

@@ -41,7 +41,7 @@ def _run(config: RunConfig, resume: bool, rank: int) -> None:
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
     if rank == 0:
-        from fedbert_ds.server.serve import check_before_start
+        from fedbert_ds.server.before_start import check_before_start
 
         check_before_start(config, resume)
     initialize()

@@ -19,7 +19,6 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
-from fedbert_ds.model.kernels import check_kernels
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Roster, Start, fill, start_of, welcome_all
 from fedbert_ds.server.body.engine import BodyEngine
@@ -36,7 +35,7 @@ from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms, build_rooms
-from fedbert_ds.server.run_folder import RunFolder, check_folder
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.telemetry.trace import Trace
@@ -53,12 +52,6 @@ class Prepared:
 
     tokenizer: bytes
     facts: TextFacts | None
-
-
-def check_before_start(config: RunConfig, resume: bool) -> None:
-    """Everything that can be wrong with the device and the run's folder; a UserError before anything is written."""
-    check_kernels(config.kernels, _device())
-    check_folder(RunFolder(config.run.directory), config, resume, int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def serve(config: RunConfig, resume: bool) -> int:

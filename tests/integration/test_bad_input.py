@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -109,13 +110,28 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
         folder, "one-client", run={"windows": 2}, clients={"expected": 1, "join_timeout": 280}, window={"tokens": 200}
     )
     with _running(folder, tree) as (server, address):
-        _expect_failure(_client(folder, address, data="empty.jsonl"), "empty.jsonl")
-        _expect_failure(_client(folder, address, "--tokenizer", str(other)), "another vocabulary than the run")
-        _expect_failure(_client(folder, address, "--model", str(folder / "other-model")), "another model than the run")
-        _expect_failure(_client(folder, address, "--cut", "rows"), "insists on cut")
-        _expect_failure(_client(folder, address, protocol=99), f"speaks protocol 99, this server {PROTOCOL}")
-        finished = _client(folder, address)
-        assert finished.returncode == 0, finished.stderr
+        outcomes = _clients(
+            folder,
+            [
+                _options(folder, address, data="empty.jsonl"),
+                _options(folder, address, "--tokenizer", str(other)),
+                _options(folder, address, "--model", str(folder / "other-model")),
+                _options(folder, address, "--cut", "rows"),
+                _options(folder, address),
+                _options(folder, address),
+            ],
+            protocols={4: 99},
+        )
+        expected = [
+            "empty.jsonl",
+            "another vocabulary than the run",
+            "another model than the run",
+            "insists on cut",
+            f"speaks protocol 99, this server {PROTOCOL}",
+        ]
+        for outcome, part in zip(outcomes, expected, strict=False):
+            _expect_one_line(outcome["exit"], outcome["stderr"], part)
+        assert outcomes[-1]["exit"] == 0, outcomes[-1]["stderr"]
         assert server.wait(timeout=60) == 0
 
 
@@ -158,13 +174,42 @@ def _running(folder: Path, tree: dict) -> Iterator[tuple[subprocess.Popen, str]]
         server.wait()
 
 
-def _client(
-    folder: Path, server: str, *arguments: str, data: str = "ada.jsonl", protocol: int | None = None
-) -> subprocess.CompletedProcess:
-    change = f"import fedbert_ds.client.session as session; session.PROTOCOL = {protocol}; " if protocol else ""
-    start = f"{change}from fedbert_ds.cli import main; main()"
+def _options(folder: Path, server: str, *arguments: str, data: str = "ada.jsonl") -> list[str]:
     options = ["--server", server, "--data", str(folder / data), "--id", "ada", "--state", str(folder / "state-ada")]
-    command = [sys.executable, "-c", start, "client", *options, *arguments]
+    return ["client", *options, *arguments]
+
+
+CLIENTS = """
+import contextlib, io, json, sys
+import fedbert_ds.client.session as session
+from fedbert_ds.cli import main
+protocol = session.PROTOCOL
+outcomes = []
+for number, (arguments, changed) in enumerate(json.loads(sys.argv[1])):
+    session.PROTOCOL = changed or protocol
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main(arguments)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+    outcomes.append({"exit": code, "stderr": said.getvalue()})
+print(json.dumps(outcomes))
+"""
+"""Client commands one after another in one process, which imports torch once: exit code and stderr of each."""
+
+
+def _clients(folder: Path, commands: list[list[str]], protocols: dict[int, int]) -> list[dict]:
+    work = [(command, protocols.get(number)) for number, command in enumerate(commands)]
+    command = [sys.executable, "-c", CLIENTS, json.dumps(work)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def _client(folder: Path, server: str, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "fedbert_ds.cli", *_options(folder, server, *arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
 
 
@@ -175,12 +220,16 @@ def _environment() -> dict[str, str]:
 
 def _expect_failure(process: subprocess.CompletedProcess, *parts: str) -> None:
     """One line of ours, with every part, no traceback, a non-zero exit, and no process of the run left."""
-    ours = [line for line in process.stderr.splitlines() if line.startswith("fedbert-ds: ")]
-    assert process.returncode not in (0, None), process.stdout
-    assert len(ours) == 1 and "Traceback" not in process.stderr, process.stderr
-    for part in parts:
-        assert part in ours[0], ours[0]
+    _expect_one_line(process.returncode, process.stderr, *parts)
     command = process.args
     marks = [value for option, value in itertools.pairwise(command) if option in ("--config", "--state")]
     left = [p for p in psutil.process_iter(["cmdline"]) if any(mark in (p.info["cmdline"] or []) for mark in marks)]
     assert left == []
+
+
+def _expect_one_line(exit_code: int | None, stderr: str, *parts: str) -> None:
+    ours = [line for line in stderr.splitlines() if line.startswith("fedbert-ds: ")]
+    assert exit_code not in (0, None), stderr
+    assert len(ours) == 1 and "Traceback" not in stderr, stderr
+    for part in parts:
+        assert part in ours[0], ours[0]

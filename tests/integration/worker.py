@@ -21,8 +21,9 @@ def run_rank(jobs: list[dict]) -> None:
     from integration import mutations
 
     from fedbert_ds.config import parse_config
+    from fedbert_ds.server.before_start import check_before_start
     from fedbert_ds.server.body.distributed import initialize, shut_down
-    from fedbert_ds.server.serve import check_before_start, serve
+    from fedbert_ds.server.serve import serve
 
     initialize()
     for number, job in enumerate(jobs):

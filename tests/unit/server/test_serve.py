@@ -1,20 +1,18 @@
-"""What a rank decides before it serves: what clients may send, where its network runs, whether it may start."""
+"""What a rank decides before it serves: what clients may send, and where its network runs."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fedbert_ds.config import RunConfig, parse_config
-from fedbert_ds.errors import RunError
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.server.contract import TensorContract
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
-from fedbert_ds.server.serve import build_contract, build_endpoint, check_before_start
+from fedbert_ds.server.serve import build_contract, build_endpoint
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 16}
 
@@ -74,11 +72,3 @@ def test_the_network_has_a_process_of_its_own_beside_a_gpu(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     config = config_with(server={"network": network, "port": 0})
     assert type(build_endpoint(config.server, rank=0, reconnect_timeout=1.0)) is kind
-
-
-def test_what_cannot_run_is_said_before_anything_is_written(tmp_path: Path) -> None:
-    config = config_with(run={"directory": str(tmp_path / "run")})
-    check_before_start(config, resume=False)
-    with pytest.raises(RunError, match="no run to resume here"):
-        check_before_start(config, resume=True)
-    assert not list(tmp_path.iterdir())

@@ -317,11 +317,8 @@ class Oracle:
 
     def _burdens(self) -> dict[str, int]:
         """Pieces each client owes, and activations of it that no forward has taken yet; nothing if it owes nothing."""
-        complete = (
-            entry
-            for _, entry in self.micro_batches
-            if entry.forwarded is None and entry.left.keys() <= entry.activations
-        )
+        entries = [entry for _, entry in self.micro_batches if entry.forwarded is None]
+        complete = [entry for entry in entries if entry.left.keys() <= entry.activations]
         lying = Counter(client for entry in complete for client in entry.left)
         owed = {name: len(client.owed_pieces) for name, client in self.clients.items()}
         return {name: count + lying[name] if count else 0 for name, count in owed.items()}

@@ -40,6 +40,6 @@ def test_ranks_agree_on_the_deepest_that_all_can_afford() -> None:
 
 
 def test_memory_and_buffers_have_an_end() -> None:
-    depth = in_flight_limits([demand(activations=1000.0, gradient=1000.0, service=0.001)])
-    assert depth == InFlightLimits(MOST_IN_FLIGHT, MOST_AHEAD)
+    limits = in_flight_limits([demand(activations=1000.0, gradient=1000.0, service=0.001)])
+    assert limits == InFlightLimits(MOST_IN_FLIGHT, MOST_AHEAD)
     assert in_flight_limits([demand(affordable=0)]).in_flight == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from unit.server.queue.by_hand import announce, decided, pieces, queue_of, started, trained
 
+from fedbert_ds.errors import WireError
 from fedbert_ds.server.queue.decisions import Backward, Forward, Open
 from fedbert_ds.server.queue.in_flight import InFlightLimits
+from fedbert_ds.wire.messages import Manifest
 
 
 def test_order_of_arrival() -> None:
@@ -185,6 +188,34 @@ def test_limits_may_change_with_a_window() -> None:
     queue.activations("ada", 0)
     queue.activations("ada", 1)
     assert decided(queue) == ["forward 0 ada", "forward 1 ada"]
+
+
+def test_a_manifest_comes_once() -> None:
+    queue = queue_of(1, [[pieces("ada")]] * 2)
+    queue.join("ada", 0.0)
+    announce(queue, "ada")
+    with pytest.raises(WireError, match="second manifest of window 0"):
+        announce(queue, "ada")
+    assert decided(queue) == ["plan 0 ada", "open 0"]
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 1 ada", "open 1"], "one ahead of the one that has not started"
+
+
+def test_a_window_cannot_start_inside_another_or_unplanned() -> None:
+    queue = started(1, [pieces("ada")])
+    with pytest.raises(RuntimeError, match="has not stepped"):
+        queue.start(1, 0.0)
+    with pytest.raises(RuntimeError, match="not planned"):
+        queue_of(1, [[]]).start(1, 0.0)
+
+
+def test_a_window_begins_where_the_run_resumes() -> None:
+    queue = queue_of(1, [[]], first_window=7, num_windows=8)
+    queue.join("ada", 0.0)
+    with pytest.raises(WireError, match="manifest of window 0 instead of 7"):
+        queue.manifest(Manifest("ada", 0, (4,), (2,)))
+    announce(queue, "ada")
+    assert decided(queue) == ["plan 7 ada"]
 
 
 # -- fixed orders ---------------------------------------------------------------------------------------------------

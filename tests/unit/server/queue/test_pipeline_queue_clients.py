@@ -198,26 +198,7 @@ def test_a_late_client_is_silent_since_its_first_open_question() -> None:
     assert queue.clients == {"ada"}
 
 
-# -- manifests and the clock ----------------------------------------------------------------------------------------
-
-
-def test_a_manifest_comes_once() -> None:
-    queue = queue_of(1, [[pieces("ada")]] * 2)
-    queue.join("ada", 0.0)
-    announce(queue, "ada")
-    with pytest.raises(WireError, match="second manifest of window 0"):
-        announce(queue, "ada")
-    assert decided(queue) == ["plan 0 ada", "open 0"]
-    announce(queue, "ada")
-    assert decided(queue) == ["plan 1 ada", "open 1"], "one ahead of the one that has not started"
-
-
-def test_a_window_cannot_start_inside_another_or_unplanned() -> None:
-    queue = started(1, [pieces("ada")])
-    with pytest.raises(RuntimeError, match="has not stepped"):
-        queue.start(1, 0.0)
-    with pytest.raises(RuntimeError, match="not planned"):
-        queue_of(1, [[]]).start(1, 0.0)
+# -- silence ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("owed", ["manifest", "activations", "gradient"])
@@ -274,12 +255,3 @@ def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:
     announce(queue, "bo")
     queue.deadlines.stop_clocks(1.0)
     assert "expire bo" not in decided(queue, 1000.0)
-
-
-def test_a_window_begins_where_the_run_resumes() -> None:
-    queue = queue_of(1, [[]], first_window=7, num_windows=8)
-    queue.join("ada", 0.0)
-    with pytest.raises(WireError, match="manifest of window 0 instead of 7"):
-        queue.manifest(Manifest("ada", 0, (4,), (2,)))
-    announce(queue, "ada")
-    assert decided(queue) == ["plan 7 ada"]

@@ -1,0 +1,36 @@
+"""What is wrong with a run is said before anything is written, and before torch is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.errors import ConfigError, RunError
+from fedbert_ds.server.before_start import check_before_start
+
+
+def config_in(folder: Path, text: str = "{}") -> RunConfig:
+    path = folder / "deepspeed.json"
+    path.write_text(text)
+    return parse_config({"run": {"directory": str(folder / "run")}, "body": {"deepspeed": str(path)}}, "test")
+
+
+def test_a_run_that_fits_is_let_through_and_nothing_is_written(tmp_path: Path) -> None:
+    check_before_start(config_in(tmp_path), resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["deepspeed.json"]
+
+
+def test_a_folder_and_a_deepspeed_file_that_do_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run to resume here"):
+        check_before_start(config_in(tmp_path), resume=True)
+    with pytest.raises(ConfigError, match="gradient_clipping belongs to the run file"):
+        check_before_start(config_in(tmp_path, '{"gradient_clipping": 1.0}'), resume=False)
+
+
+def test_a_mistake_does_not_wait_for_torch() -> None:
+    program = "import sys, fedbert_ds.server.before_start as it; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

@@ -1,0 +1,45 @@
+"""Every file that a page names is there, and lines of prose are short enough to be read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md",
+         ROOT / "kernels" / "README.md"]  # fmt: skip
+PROSE_COLUMNS = 100
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    local = [link.partition("#")[0] for link in links if "://" not in link and not link.startswith("#")]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_path_in_the_architecture_is_there() -> None:
+    """Also those that are not links: `folder/file.py`, and the rooms of the drawing."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"[a-z_]+(?:/[a-z_]+)*(?:\.py|\.proto|/)(?![a-z_])", text))
+    places = (ROOT, ROOT / "fedbert_ds", ROOT / "fedbert_ds" / "server", ROOT / "docs")
+    assert len(paths) > 40
+    assert sorted(path for path in paths if not any((place / path).exists() for place in places)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_prose_wraps(page: Path) -> None:
+    long, in_code = [], False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if line.startswith("```"):
+            in_code = not in_code
+        # Tables, code, pictures and links of their own cannot be wrapped.
+        elif not in_code and len(line) > PROSE_COLUMNS and not re.match(r"\s*(\||!\[|<|- \[|\d+\. \[)", line):
+            long.append(number)
+    assert long == []

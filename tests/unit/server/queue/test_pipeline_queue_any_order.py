@@ -22,11 +22,9 @@ from fedbert_ds.wire.messages import Manifest
 CAPACITY = 12
 NAMES = ("ada", "bo", "cy", "di", "ed", "flo")
 
-SEQUENCES = st.lists(
-    st.integers(1, CAPACITY).flatmap(lambda length: st.tuples(st.just(length), st.integers(0, length))),
-    min_size=1,
-    max_size=6,
-)
+# Drawn as one choice each: drawing manifests was half of these tests' time.
+SEQUENCE = st.sampled_from([(tokens, masked) for tokens in range(1, CAPACITY + 1) for masked in range(tokens + 1)])
+SEQUENCES = st.lists(SEQUENCE, min_size=1, max_size=6)
 
 
 def drawn_lengths(data: st.DataObject) -> Lengths:

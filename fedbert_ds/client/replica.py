@@ -1,6 +1,6 @@
-"""A client's replica of the client half: weights, optimizer, and its share in the exchange of updates.
+"""A client's replica of the client half: its weights, its optimizer, its updates.
 
-What is sent and what comes back is the strategy's decision; how weights move is decided here.
+The strategy decides what is exchanged; the arithmetic of it is here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedbert_ds.wire.messages import ClientSettings
 
 
 class Replica:
-    """Steps the client half after each window, and takes over what the server combines.
+    """Steps the client half after each window and applies combined updates.
 
     Gradients accumulate in the half's parameters. Raises WireError for an update that does not fit.
     """
@@ -44,14 +44,14 @@ class Replica:
             codec = self._strategy.update_codec
             self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed)
         self._sent: dict[int, dict[str, Tensor]] = {}
-        """Weights as sent, by window, until their average is back."""
+        """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
-        """Joins the update that is arriving."""
+        """Of the update that is arriving."""
         self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
 
     def receive_initial(self, chunk: pb.UpdateChunk) -> bool:
-        """Take a chunk of the weights a new run begins with, all of the half; True for the last one."""
+        """Take a chunk of a new run's initial weights, of the whole half; True for the last one."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
         weights = self._joined(chunk, shapes, "fp32")
         if weights is None:
@@ -62,7 +62,7 @@ class Replica:
         return True
 
     def receive(self, chunk: pb.UpdateChunk) -> bool:
-        """Take a chunk of a window's combined update; True for the last one, which applies the window."""
+        """Take a chunk of a window's combined update; True once the update is applied."""
         combined = self._joined(chunk, self._exchanged, self._strategy.update_codec)
         if combined is None:
             return False
@@ -77,10 +77,11 @@ class Replica:
         return True
 
     def finish_window(self, window: int, tokens: int, masked: int, all_masked: int) -> Iterable[pb.UpdateChunk]:
-        """Every gradient of a window is here: step, or not, and return the update to send, maybe empty.
+        """Use the gradients of a window, now complete; returns the chunks to send, if any.
 
-        `masked` are this client's masked tokens in the gradients, `all_masked` all clients' (M), by which
-        the losses were divided.
+        `masked` counts this client's masked tokens in the gradients; `all_masked` is M, all
+        clients' masked tokens, the divisor of the losses. The half steps, unless gradients are
+        exchanged.
         """
         self._masked_since_average += masked
         self._masked_seen += masked
@@ -88,7 +89,7 @@ class Replica:
         exchange = self._strategy.exchange_after(window)
         if exchange == "gradients":
             return self._chunks(window, self._take_gradients(), 1.0, self._strategy.update_codec)
-        # FedAvg: each client follows the mean loss of its own tokens, not its share of everybody's.
+        # FedAvg: each client follows the mean loss over its own tokens, not over all clients'.
         own_share = all_masked / max(1, masked)
         for parameter in self._half.parameters():
             if parameter.grad is not None:
@@ -101,7 +102,10 @@ class Replica:
         return self._chunks(window, dict(self._half.named_parameters()), float(max(1, self._masked_seen)), "fp32")
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of the half for a token, forward and backward, at the share masked so far."""
+        """Floating-point operations of the half per token, forward and backward.
+
+        The share of masked tokens is the one seen so far.
+        """
         return self._half.flops_per_token(self._masked_seen / max(1, self._tokens_seen))
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +131,7 @@ class Replica:
     def _joined(
         self, chunk: pb.UpdateChunk, shapes: Mapping[str, tuple[int, ...]], codec: str
     ) -> Mapping[str, Tensor] | None:
-        """The tensors of an update after its last chunk."""
+        """The tensors of an update, after its last chunk."""
         if self._assembler is None:
             self._assembler = UpdateAssembler(shapes, "the server's update", codec)
         update = self._assembler.add(chunk)
@@ -151,7 +155,10 @@ class Replica:
         return self._chunks(window, weights, weight, self._strategy.update_codec)
 
     def _take_gradients(self) -> dict[str, Tensor]:
-        """Detach the gradients: with staleness the next window's accumulate before their sum is back."""
+        """Take the gradients out of the half.
+
+        With staleness the next window's gradients accumulate before the sum of these is back.
+        """
         gradients = {
             name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for name, parameter in self._half.named_parameters()
@@ -168,7 +175,7 @@ class Replica:
         self._optimizer.zero_grad()
 
     def _step_with(self, gradients: Mapping[str, Tensor], window: int) -> None:
-        """Step with these gradients; what has accumulated of later windows stays."""
+        """Step with these gradients; those accumulated of later windows stay."""
         parameters = dict(self._half.named_parameters())
         later = {name: parameter.grad for name, parameter in parameters.items()}
         for name, gradient in gradients.items():
@@ -179,7 +186,7 @@ class Replica:
 
     @torch.no_grad()
     def _take_over(self, weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
-        """Set weights; steps made since `sent` went into their average are kept."""
+        """Set weights; the steps since `sent` was sent stay."""
         parameters = dict(self._half.named_parameters())
         for name, tensor in weights.items():
             parameter = parameters[name]

@@ -33,35 +33,35 @@ class ClientOptions:
     server: str
     """host:port of the coordinator."""
     data: tuple[str, ...]
-    """Files, folders or hub names; see data.source of the run file."""
+    """Files, folders or hub names, as `data.source` of the run file."""
     name: str
     state_folder: Path
     tokenizer: str | None = None
     """Hub name or folder; None takes the server's."""
     model: str | None = None
-    """Hub name or folder whose shape the run's model must have; None takes any."""
+    """Hub name or folder of a model of the shape that the run must have; None takes any."""
     cut: Cut | None = None
-    """The cut the run must have, if the user will send nothing else; None takes any."""
+    """The cut that the run must have; None takes any."""
     tls: TlsFiles | None = None
     device: str | None = None
-    """`cpu`, `cuda`, `cuda:1`, ...; None lets accelerate choose."""
+    """`cpu`, `cuda`, `cuda:1`, ...; None: accelerate chooses."""
     join_timeout: float = 3600.0
     """Seconds to wait for the other clients."""
     connect_timeout: float = 60.0
     """Seconds to reach the server at all."""
     managed: bool = False
-    """Started by a launcher, which ends this client through the server: signals are left to it."""
+    """A launcher started this client and ends it through the server; signals are ignored."""
 
 
 STOPPED = 75
-"""Exit code of a client whose run was stopped and can be resumed (EX_TEMPFAIL of sysexits.h: try again later)."""
+"""Exit code of a client whose run was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
 def run_client(options: ClientOptions) -> int:
     """Take part in a run from join to finish; returns the exit code, 0 or STOPPED.
 
-    Raises DataError for text that is missing or empty, WireError when the server cannot be reached or refuses, and
-    RunError for a state that cannot be read.
+    Raises DataError for missing or empty text, WireError for a server that cannot be reached or
+    refuses, RunError for a state that cannot be read.
     """
     if options.managed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,7 +14,7 @@ KEPT_STATES = 2
 
 
 def save_state(folder: Path, window: int, state: dict[str, Any]) -> None:
-    """Write the state before `window`, whole or not at all; then delete all but the newest KEPT_STATES."""
+    """Write the state before `window`, whole or not at all; keep the newest KEPT_STATES."""
     with atomic_write(_path(folder, window)) as partial:
         torch.save(state, partial)
     for old in sorted(saved_windows(folder))[:-KEPT_STATES]:
@@ -22,7 +22,10 @@ def save_state(folder: Path, window: int, state: dict[str, Any]) -> None:
 
 
 def load_state(folder: Path, window: int) -> dict[str, Any]:
-    """The state before `window`, on the CPU; RunError if it is missing or damaged. Runs no code from the file."""
+    """The state before `window`, on the CPU; RunError if it is missing or damaged.
+
+    Code in the file does not run.
+    """
     path = _path(folder, window)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)

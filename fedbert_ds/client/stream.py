@@ -1,4 +1,4 @@
-"""A client's conversation with its rank, kept up over lost connections by a thread that dials again."""
+"""A client's conversation with its rank; a thread dials again when a connection is lost."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from fedbert_ds.wire.conversation import (
 from fedbert_ds.wire.shared_memory import SharedMemory, is_this_machine, offer
 
 KEPT_BYTES = 64 << 20
-"""Bytes sent and not acknowledged, beyond which `send` waits."""
+"""Unacknowledged bytes beyond which `send` waits."""
 
 BACKOFF_SECONDS = (0.1, 5.0)
-"""Wait before the first try to connect again, doubled up to the last; each times 0.5 to 1.5 by chance."""
+"""First and longest wait before dialling again; it doubles, times 0.5 to 1.5 at random."""
 
 FINAL = (
     grpc.StatusCode.FAILED_PRECONDITION,
@@ -37,17 +37,17 @@ FINAL = (
     grpc.StatusCode.PERMISSION_DENIED,
     grpc.StatusCode.UNAUTHENTICATED,
 )
-"""What a server says that will not change by asking again; anything else is a lost connection."""
+"""Refusals that dialling again does not change; any other code is a lost connection."""
 
 LEAVE_SECONDS = 5.0
-"""How long leaving may take, for the server to hear of it."""
+"""Longest wait for the goodbye to reach the server."""
 
 
 class ServerStream:
     """Messages to and from the rank at `address`, each once and in order. Use as context manager.
 
-    Lost connections are dialled again for `reconnect_timeout` seconds and show here only as waiting. `send` and
-    `receive` belong to one thread.
+    A lost connection is dialled again for `reconnect_timeout` seconds, while `send` and `receive`
+    wait. Both belong to one thread.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class ServerStream:
         self._reconnect_timeout = reconnect_timeout
         self._shares_memory = shares_memory and is_this_machine(address)
         self._memory: SharedMemory | None = None
-        """What this connection has offered; large messages go through it once the server has opened it."""
+        """Offered on this connection; the server may have opened it for large messages."""
         self._conversation = Conversation()
         self._changed = threading.Condition()
         self._unread: deque[tuple[pb.ServerMessage, int]] = deque()
         self._unread_bytes = 0
         self._connection = 0
-        """Counts connections; a generator of another one has nothing more to say."""
+        """Number of this connection; the generator of an older one ends."""
         self._attached = False
         """The server has answered on this connection."""
         self._waits_to_send = False
@@ -86,7 +86,7 @@ class ServerStream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Say goodbye after what was sent, and wait a little until that has come; then hang up."""
+        """Say goodbye after the messages sent, wait up to LEAVE_SECONDS for that, hang up."""
         with self._changed:
             self._left = True
             if self._ended is None:
@@ -98,16 +98,16 @@ class ServerStream:
 
     @property
     def resent_bytes(self) -> int:
-        """Bytes of messages that were sent again, so far."""
+        """Bytes of messages sent more than once, so far."""
         return self._conversation.resent_bytes
 
     @property
     def is_idle(self) -> bool:
-        """The server has everything that was sent."""
+        """The server has acknowledged every message."""
         return self._conversation.is_idle
 
     def send(self, message: pb.ClientMessage) -> None:
-        """Queue a message; waits while too much is under way. After the end, what is sent is lost."""
+        """Queue a message; waits while KEPT_BYTES are unacknowledged. Dropped after the end."""
         body = message.SerializeToString()
         with self._changed:
             self._waits_to_send = True
@@ -119,7 +119,7 @@ class ServerStream:
             self._changed.notify_all()
 
     def receive(self) -> pb.ServerMessage:
-        """The next message, waiting for it; WireError when there will be none: why the stream ended."""
+        """Wait for the next message; WireError with the reason once the stream has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._unread or self._ended is not None)
             if not self._unread:
@@ -130,7 +130,7 @@ class ServerStream:
             self._changed.notify_all()
             return message
 
-    # -- in the stream's thread, and gRPC's ------------------------------------------------------------------------
+    # -- in the stream's thread, and gRPC's --------------------------------------------------------
 
     def _run(self) -> None:
         first, longest = BACKOFF_SECONDS
@@ -159,7 +159,7 @@ class ServerStream:
         return time.monotonic() - lost_at > patience
 
     def _talk(self) -> grpc.RpcError | None:
-        """One connection to its end; None when the server ended the stream in good order."""
+        """One connection, to its end; None if the server ended the stream in good order."""
         attach = pb.Attach(client=self._client, session=self._session, received=self._conversation.received)
         if self._shares_memory and (offered := offer()) is not None:
             self._memory, shared = offered
@@ -180,7 +180,7 @@ class ServerStream:
         return None
 
     def _frames(self, connection: int, attach: pb.Attach) -> Iterator[bytes]:
-        """What goes out on a connection: attach, and once the server has answered, whatever there is to say."""
+        """Frames of a connection: attach; after the answer, messages and acknowledgements."""
         yield pb.ClientMessage(attach=attach).SerializeToString()
         while True:
             with self._changed:
@@ -215,7 +215,7 @@ class ServerStream:
                 self._unread.append((message, num_bytes))
                 self._unread_bytes += num_bytes
             self._changed.notify_all()
-            # Not while `send` waits: what it waits for is read here.
+            # Reads on while `send` waits, because the acknowledgements it waits for come here.
             self._changed.wait_for(
                 lambda: self._unread_bytes < UNREAD_BYTES or self._waits_to_send or self._left,
             )

@@ -25,7 +25,7 @@ from fedbert_ds.wire.messages import ClientSettings
 
 @dataclass
 class _Window:
-    """What a client trains on in one window."""
+    """The text of one window, and counts of its masked tokens."""
 
     batch: Batch
     cursor: dict[str, int]
@@ -33,7 +33,7 @@ class _Window:
     all_masked: int = 1
     """M: masked tokens of all clients."""
     masked: int = 0
-    """Masked tokens whose loss is in the gradients; skipped pieces have none."""
+    """This client's masked tokens with their loss in the gradients; skipped pieces have none."""
 
 
 @dataclass
@@ -77,14 +77,14 @@ class ClientTrainer:
         self._next_window = first_window
         self._awaits_initial = first_window == 0
         self.finish: pb.Finish | None = None
-        """The server's last message, once it is here."""
+        """The server's last message, once it has come."""
         if first_window:
             state = load_state(state_folder, first_window)
             self._replica.load_state_dict(state)
             self._text.load_state_dict(state["cursor"])
 
     def begin(self) -> None:
-        """Announce the first window of a resumed run; a new run waits for the server's initial weights."""
+        """Announce the first window of a resumed run; a new run waits for its initial weights."""
         if not self._awaits_initial:
             self._announce()
 
@@ -117,10 +117,10 @@ class ClientTrainer:
                 raise WireError(f"the server sent a message of kind {other}, which this version does not know")
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of the half for a token, forward and backward, at the share masked so far."""
+        """Floating-point operations of the client half per token, forward and backward."""
         return self._replica.flops_per_token()
 
-    # -- a window -------------------------------------------------------------------------------------------------
+    # -- a window ----------------------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Draw the next window's batch and send its sizes."""
@@ -139,7 +139,7 @@ class ClientTrainer:
             raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
         if plan.pieces:
             self._windows.plan(plan.window, _cut(self._windows.content(plan.window).batch, plan.pieces))
-        # The next batch is drawn now, while the server works on this one: its manifest is there when it is needed.
+        # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
         if not plan.pieces:
@@ -150,7 +150,7 @@ class ClientTrainer:
         """Send the pieces that have credit, of windows the half is recent enough for."""
         for window, micro_batch in self._windows.take_sendable():
             piece = self._windows.piece(window, micro_batch)
-            # With staleness the half may step before the gradient is back, so the graph is built again then.
+            # With staleness the half may step before the gradient is back: no graph is kept.
             with torch.set_grad_enabled(not self._staleness):
                 piece.activations = self._embed(window, piece)
             values, row_index = piece.activations.values, piece.activations.row_index
@@ -165,7 +165,7 @@ class ClientTrainer:
             self._send(pb.ClientMessage(activations=message))
 
     def _embed(self, window: int, piece: _Piece) -> Activations:
-        # Dropout of this piece follows from its place alone, so the order of messages does not matter.
+        # Dropout depends on the piece's place alone, not on the order of messages.
         seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
         torch.manual_seed(seed)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
@@ -210,7 +210,7 @@ class ClientTrainer:
         self._windows.apply(window)
         self._send_activations()
 
-    # -- updates and checkpoints ----------------------------------------------------------------------------------
+    # -- updates and checkpoints -------------------------------------------------------------------
 
     def _send_update(self, chunks: Iterable[pb.UpdateChunk]) -> None:
         for chunk in chunks:
@@ -236,7 +236,7 @@ class ClientTrainer:
 
 
 def _bounds(batch: Batch) -> tuple[list[int], list[int]]:
-    """Where each sequence begins, and the last ends: in the batch's tokens, and in its masked positions."""
+    """[sequences + 1] bounds of the sequences, in the batch's tokens and masked positions."""
     tokens = torch.tensor([0, *batch.lengths]).cumsum(0)
     return tokens.tolist(), torch.searchsorted(batch.masked_positions, tokens).tolist()
 

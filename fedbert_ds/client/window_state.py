@@ -1,15 +1,15 @@
 """Where a client stands: windows announced, pieces pending, credit given, windows applied.
 
-Pure bookkeeping, without torch, protobuf or clock; the client, the planner's simulation and the tests of
-the server share it. A window goes through these states at its client:
+Pure bookkeeping, without torch, protobuf or clock. The client, the planner's simulation and the
+tests of the server share it. The states of a window at its client:
 
     announced    its manifest is sent
-    planned      the server has cut it into pieces, one a micro-batch; each is pending until it is done
+    planned      the server has cut it into pieces, one a micro-batch; a piece is pending until done
     trained      no piece is pending
     applied      the client half has taken its step; after an exchange, with the combined update
 
-A piece may be sent once the server has given credit for it and the client half is recent enough: every
-window before the piece's, less `staleness` windows, is applied.
+A piece may be sent when the server has given credit for it and the client half is recent enough: at
+most `staleness` windows before the piece's are not applied.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _Window(Generic[Content, Piece]):
     pending: dict[int, Piece] = field(default_factory=dict)
     """Pieces that are not done, by micro-batch."""
     credit: list[int] = field(default_factory=list)
-    """Micro-batches the server has asked for and that are not sent, in the order of asking."""
+    """Micro-batches opened and not sent, in the order of opening."""
 
 
 class WindowState(Generic[Content, Piece]):
-    """The windows of one client; `Content` and `Piece` are what the caller keeps with each window and piece.
+    """The windows of one client, each with a `Content`, and their pieces, each a `Piece`.
 
-    Raises WireError where the server asks for a window or piece that this client does not have.
+    Both are the caller's. Raises WireError for a window or piece that this client does not have.
     """
 
     def __init__(self, strategy: Strategy, staleness: int, first_window: int = 0) -> None:
@@ -56,11 +56,11 @@ class WindowState(Generic[Content, Piece]):
         self._windows[window] = _Window(content)
 
     def content(self, window: int) -> Content:
-        """What was announced of a window that is not applied."""
+        """The content of a window that is announced and not applied."""
         return self._window(window).content
 
     def first_content(self, window: int) -> Content | None:
-        """What was announced of the first window from `window` on; None if nothing was."""
+        """The content of the first window from `window` on; None if none is announced."""
         later = [number for number in self._windows if number >= window]
         return self._windows[min(later)].content if later else None
 
@@ -69,10 +69,10 @@ class WindowState(Generic[Content, Piece]):
         self._window(window).pending.update(pieces)
 
     def miss(self, first: int, next_window: int) -> None:
-        """The windows from `first` up to `next_window` run without this client, which was suspended.
+        """This client was suspended: windows `first` to `next_window` - 1 run without it.
 
-        A window without an exchange is over for it. Combined updates go to every client, so a window
-        with one is applied when its update is here, which may be before this call.
+        Windows without an exchange are over for it. Combined updates go to every client, so a
+        window with an exchange is applied when its update comes, before or after this call.
         """
         for window in range(first, next_window):
             if self._strategy.exchange_after(window) == "nothing":
@@ -100,21 +100,21 @@ class WindowState(Generic[Content, Piece]):
         return pending[micro_batch]
 
     def finish(self, window: int, micro_batch: int) -> bool:
-        """A piece has its gradient; True if that was the last one, so that the window is trained."""
+        """A piece has its gradient; True if no other is pending: the window is trained."""
         self.piece(window, micro_batch)
         return self._drop(window, [micro_batch])
 
     def skip(self, window: int, micro_batches: Iterable[int]) -> bool:
         """The server goes on without these pieces; True if the window is trained by that.
 
-        Windows and pieces that are done already are ignored.
+        Windows and pieces already done are ignored.
         """
         state = self._windows.get(window)
         left_out = [] if state is None else [number for number in micro_batches if number in state.pending]
         return bool(left_out) and self._drop(window, left_out)
 
     def apply(self, window: int) -> None:
-        """The client half has taken a window's step, with the combined update if there is an exchange."""
+        """The client half has taken a window's step."""
         self._windows.pop(window, None)
         if window >= self._applied:
             self._applied_ahead.add(window)

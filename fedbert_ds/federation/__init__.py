@@ -1,1 +1,1 @@
-"""How the clients' halves of the model are kept together: strategies, updates and their averages."""
+"""How client halves are kept together: strategies, client updates and their averages."""

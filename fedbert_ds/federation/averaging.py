@@ -18,9 +18,9 @@ def combine(
 ) -> dict[str, Tensor]:
     """The sum of all ranks' updates, or their weighted average (FedAvg, McMahan et al. 2017), fp32.
 
-    `updates` are this rank's, in an order independent of arrival, so that the result repeats bit for
-    bit. Accumulates in fp64. The average of one update is that update, bit for bit; updates of weight 0
-    alone count equally.
+    `updates` are this rank's, in an order independent of arrival, so that the result repeats bit
+    for bit. Accumulates in fp64. The average of one update is that update, bit for bit; updates of
+    weight 0 alone count equally.
     """
     weights = [update.weight if average else 1.0 for update in updates]
     totals = torch.tensor([sum(weights), len(weights)], dtype=torch.float64)

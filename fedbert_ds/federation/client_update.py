@@ -1,4 +1,4 @@
-"""A client update on the wire: tensors of the client half as chunks, and chunks joined and checked again."""
+"""A client update on the wire: tensors of the client half to chunks, and back, checked."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def update_chunks(
     *,
     compressed: bool = False,
 ) -> Iterator[pb.UpdateChunk]:
-    """An update as chunks of at most CHUNK_BYTES bytes; a last chunk without a tensor carries `weight`.
+    """An update as chunks of at most CHUNK_BYTES; a last chunk, without a tensor, has `weight`.
 
-    Matrices are coded, their scales after the payload; all other tensors travel as fp32. Rows of zeros, the
-    words no sequence held, are left out: the tensor's first chunk says which rows come. With
-    `compressed` each tensor is one zstd frame, cut into chunks.
+    Matrices are coded, their scales after the payload; all other tensors travel as fp32. Rows of
+    zeros, the words no sequence held, are left out: the tensor's first chunk says which rows come.
+    With `compressed` each tensor is one zstd frame, cut into chunks.
     """
     for name, tensor in tensors:
         shape, rows = tensor.shape, b""
@@ -123,7 +123,7 @@ class UpdateAssembler:
         return torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0]).astype(bool))
 
     def finish(self) -> ClientUpdate:
-        """Decode the update after its last chunk, all tensors fp32. WireError for values that are not sane."""
+        """The update, fp32, after its last chunk; WireError for values that are not sane."""
         tensors = {}
         for name, shape in self._shapes.items():
             sent = self._decode(name, self._sent_shape(name, shape), self._content(name, shape))

@@ -1,7 +1,7 @@
 """The weights all clients had in common after the last average; a client sends the change since.
 
-A change is small and survives a coarse codec where whole weights would not. The rounding error of each
-change is added to the next one (error feedback, Seide et al. 2014; Karimireddy et al. 2019).
+A change is small and survives a coarse codec where whole weights would not. The rounding error of
+each change is added to the next one (error feedback, Seide et al. 2014; Karimireddy et al. 2019).
 """
 
 from __future__ import annotations

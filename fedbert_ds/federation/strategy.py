@@ -1,6 +1,6 @@
-"""The rules of each federated mode, as pure functions; both sides of the wire and the planner ask them.
+"""The rules of each federated mode, pure; clients, server and planner ask the same object.
 
-A strategy says what clients send after a window, how the server combines it and what a client does with the result:
+A strategy says what clients send after a window, how it is combined and what clients do with that:
 
     exchange       a client sends                     the server    a client then
     "gradients"    its share of the whole gradient    sums          steps with the sum
@@ -43,15 +43,15 @@ class Strategy(Protocol):
         """What every client sends after window `window` (0-based), and gets back combined."""
 
     def takes_part(self, scope: Scope) -> bool:
-        """Whether parameters of this scope are exchanged; the others stay personal to their client."""
+        """Parameters of this scope are exchanged; all others stay personal to their client."""
 
     def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """The clients, of those connected to any rank, whose averaged halves are the run's result."""
+        """Those of all connected clients whose averaged halves are the run's result."""
 
 
 @dataclass(frozen=True)
 class Synchronous:
-    """Gradients are summed after every window, so that all clients take the step of centralized training."""
+    """Gradients are summed every window: each client takes the step of centralized training."""
 
     update_codec: Codec
     sends_changes = False
@@ -73,7 +73,10 @@ class Synchronous:
 
 @dataclass(frozen=True)
 class Parallel:
-    """Clients step alone; their weights are averaged every `average_every` windows (FedAvg, McMahan et al. 2017)."""
+    """Clients step alone; weights are averaged every `average_every` windows.
+
+    FedAvg, McMahan et al. 2017.
+    """
 
     update_codec: Codec
     average_every: int

@@ -1,4 +1,4 @@
-"""The exchange of client updates on one rank: collected, decoded and combined in a thread beside the body."""
+"""Client updates on one rank: collected, decoded and combined in a thread beside the body."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fedbert_ds.federation.client_update import ClientUpdate
 
 Combine = Callable[[list[ClientUpdate], bool], dict[str, Tensor]]
-"""(this rank's updates, average or sum) -> their average or sum over all ranks, a collective call."""
+"""(this rank's updates, whether to average) -> average or sum over all ranks, collectively."""
 
 
 @dataclass
@@ -28,8 +28,8 @@ class _WindowUpdates:
 class UpdateExchange:
     """Combines the updates of each window, window after window in the same order on every rank.
 
-    A window is combined once each of its clients has delivered or is gone. A thread combines, because
-    other ranks may be late and the body need not wait for them.
+    A window is combined once each of its clients has delivered or is gone. A thread combines,
+    because other ranks may be late and the body need not wait for them.
     """
 
     def __init__(self, combine: Combine) -> None:
@@ -77,7 +77,7 @@ class UpdateExchange:
         return unsound
 
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
-        """(window, combined tensors) when the next window is combined, once; starts the window after it.
+        """(window, combined tensors) once the next window is combined; starts the one after it.
 
         Raises what `combine` raised.
         """

@@ -1,4 +1,4 @@
-"""A scenario from a run file and a description of the machines: floating-point operations, bytes and rates."""
+"""A scenario from a run file and the machines: floating-point operations, bytes and rates."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
 def affordable_in_flight(config: RunConfig, hf_config: Any, machines: Machines) -> int:
     """Micro-batches whose graphs a GPU holds.
 
-    In bf16 a layer keeps 34 H bytes a token, with attention that keeps no scores, or 2 H with activation checkpointing
-    (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section 4).
+    In bf16 a layer keeps 34 H bytes a token, with attention that keeps no scores, or 2 H with
+    activation checkpointing (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
+    Transformer Models", section 4).
     """
     values = 2 if config.body.activation_checkpointing else 34
     bytes_per_token = values * hf_config.hidden_size * hf_config.num_hidden_layers
@@ -144,7 +145,10 @@ def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
 
 
 def distinct_rows(tokens: int) -> int:
-    """Distinct word pieces among `tokens` tokens of English: Heaps' law, fitted to WikiText with BERT's vocabulary."""
+    """Distinct word pieces among `tokens` tokens of English.
+
+    Heaps' law, fitted to WikiText with BERT's vocabulary.
+    """
     return max(1, min(tokens, round(1.89 * tokens**0.761)))
 
 

@@ -1,4 +1,4 @@
-"""A plan: tokens/s of a federation, its bottleneck and cost, beside training of whole models at the clients."""
+"""A plan: speed, bottleneck and cost of a federation, beside whole models at the clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedbert_ds.telemetry.plots import COLORS, picture
 
 WINDOWS, SETTLING = 12, 4
 LOCAL_STEPS = 512
-"""Steps between averages of whole models, as published systems take (DiLoCo and its kin: 100 to 500)."""
+"""Steps between averages of whole models, as in DiLoCo and its kin (100 to 500)."""
 BUSY = 0.9
 """A body busier than this is the bottleneck."""
 BUSIEST = 0.6
@@ -47,7 +47,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class WholeModel:
-    """The alternative without a server body: clients train whole models, which are averaged (DiLoCo)."""
+    """The alternative without a server body: averages of whole models (DiLoCo)."""
 
     tokens_per_second: float
     bytes_per_token: float
@@ -103,7 +103,7 @@ def whole_model(config: RunConfig, machines: Machines, model: Model) -> WholeMod
 
 
 def sweep(config: RunConfig, machines: Machines, tokens: float, tokens_per_client: int) -> Iterator[Prediction]:
-    """Predictions up to 10,000 clients and 64 GPUs; each client brings `tokens_per_client` to a window."""
+    """Predictions up to 10,000 clients and 64 GPUs, with `tokens_per_client` a window."""
     for gpus in (1, 8, 64):
         for clients in (10, 30, 100, 300, 1000, 3000, 10_000):
             if clients < gpus:

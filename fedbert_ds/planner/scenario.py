@@ -18,7 +18,7 @@ class BodyCosts:
     backward_per_token: float
     """Seconds a token."""
     per_micro_batch: float = 0.0
-    """Seconds a micro-batch takes beside its computation: receiving, packing, sending. Not counted as busy."""
+    """Seconds a micro-batch takes to be received, packed and sent; not counted as busy."""
     step: float = 0.0
     """Seconds of the optimizer's step, collectives included."""
     gather: float = 0.0

@@ -1,4 +1,4 @@
-"""A federation on a discrete-event clock: real pipeline queues; clients, links and bodies take time alone."""
+"""A federation on a discrete-event clock: real queues; clients, links and bodies as times."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Outcome:
     client_busy_share: float
     """Share of its time that the busiest client computes."""
     link_busy_share: float
-    """Share of its time that the busiest client's link carries something, in its busier direction."""
+    """Share of its time that the busiest client's link carries bytes, in its busier direction."""
     coordinator_seconds: float
     """CPU seconds a window of all queues' own code; measured, not simulated."""
     events: int = 0
@@ -378,7 +378,7 @@ class _Simulation:
             rank.go_on()
 
     def update_arrived(self, window: int, client: _Client) -> None:
-        """A client's update is here; after the last one every client receives the combined update."""
+        """A client's update is here; after the last one all clients get the combined update."""
         self._updates[window].append(client)
         if len(self._updates[window]) == len(self.clients):
             size = self.scenario.wire.update

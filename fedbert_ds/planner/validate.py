@@ -2,10 +2,10 @@
 
 Costs come from the record:
 
-    the body's speed                     the run itself, since a machine's speed varies from run to run
-    messages and exchanges               the same run without a link
-    a client's embeddings and head       its quickest answer in the runs without a link and with the same codecs;
-                                         slower answers waited behind clients on the same processor
+    the body's speed          the run itself: a machine's speed varies from run to run
+    messages and exchanges    the same run without a link
+    embeddings and head       the quickest answer of the runs without a link and the same codecs:
+                              slower answers waited behind clients on the same processor
 
 The prediction is what the queue hides, over a link, of round trips, rates and exchanges.
 """
@@ -62,7 +62,7 @@ def _coding(row: Row) -> tuple[Any, Any]:
 
 
 def scenario_of(row: Row, base: Row, settings: Mapping[str, Any]) -> Scenario:
-    """The scenario of `row`, with the costs of clients and messages in `base`, the same run without a link."""
+    """The scenario of `row`, with the costs of `base`, the same run without a link."""
     seconds, tokens, own = base["seconds"], base["window_tokens"], row["seconds"]
     per_piece = tokens / base["micro_batches"]
     federation = FederationSection(mode=row["mode"], average_every=settings["federation"]["average_every"])

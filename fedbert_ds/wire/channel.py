@@ -12,38 +12,38 @@ import grpc
 from fedbert_ds.errors import WireError
 
 MAX_MESSAGE_BYTES = 256 << 20
-"""Above the largest piece of a micro-batch; weights travel in chunks of 1 MB."""
+"""Above the largest piece of a micro-batch; client updates travel in chunks of 1 MB."""
 
 OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    # A link that goes dark is noticed by either side: 20 s after TCP acknowledges nothing of what was sent, and where
-    # nothing is sent there is a ping every 30 s.
+    # Either side notices a dead link: 20 s after TCP stops acknowledging; an idle link is pinged
+    # every 30 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # The other side's answer takes longer than TCP's: it waits behind the 2 MB or so that buffers of a slow link hold.
-    # With gRPC's own minute, a message of 3 MB never gets through 0.3 Mbit/s: its connection is taken for dead.
+    # A ping's answer waits behind some 2 MB in the buffers of a slow link. With gRPC's default of a
+    # minute a connection of 0.3 Mbit/s counts as dead before a message of 3 MB is through.
     ("grpc.http2.ping_timeout_ms", 150_000),
     ("grpc.http2.settings_timeout", 150_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-    # After minutes without a message gRPC would take our own keepalive for abuse and hang up.
+    # By default gRPC hangs up after some minutes of keepalive without messages.
     ("grpc.http2.max_ping_strikes", 0),
-    # Two servers must not share a port unnoticed.
+    # A second server on the same port must fail.
     ("grpc.so_reuseport", 0),
 ]
 
 
 CLIENT_OPTIONS: list[tuple[str, Any]] = [
     *OPTIONS,
-    # Who dials again has waited already: no connection is shared with a channel that failed, nor its waiting time.
+    # ServerStream waits itself before it dials again: channels share no connection, no backoff.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
 ]
 
 JOIN = "/fedbert.Federation/Join"
 TRAIN = "/fedbert.Federation/Train"
-"""The two calls of the service; messages of Train are serialized by us, since what is kept to be resent is bytes."""
+"""The calls of the service. Train carries bytes: messages are kept serialized, to be sent again."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TlsFiles:
     key: Path
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Contents of ca, certificate and key; WireError for files that cannot be read or do not belong together."""
+        """Contents of ca, certificate and key; WireError if unreadable or no match."""
         contents = []
         for path in (self.ca, self.certificate, self.key):
             try:
@@ -63,7 +63,7 @@ class TlsFiles:
             except OSError as error:
                 raise WireError(f"{path}: cannot be read: {error.strerror}; check the TLS files") from error
         try:
-            # gRPC itself would only say that nobody answers, or that the port cannot be opened.
+            # gRPC would report an unreachable server or a port that cannot be opened.
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.load_verify_locations(self.ca)
             context.load_cert_chain(self.certificate, self.key, password="")
@@ -76,13 +76,13 @@ class TlsFiles:
 
 
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
-    """Server credentials that demand a certificate of every client, signed by the same authority."""
+    """Server credentials; every client needs a certificate of the same authority."""
     ca, certificate, key = tls.read()
     return grpc.ssl_server_credentials([(key, certificate)], root_certificates=ca, require_client_auth=True)
 
 
 def connect(address: str, tls: TlsFiles | None) -> grpc.Channel:
-    """A channel to host:port, encrypted when TLS files are given."""
+    """A channel to host:port, encrypted if TLS files are given."""
     if tls is None:
         return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
     ca, certificate, key = tls.read()

@@ -1,6 +1,6 @@
-"""Tensor frames: a tensor as codec, shape and bytes, and back; nothing is decoded that was not expected.
+"""Tensor frames: a tensor as codec, shape and bytes, and back; only an expected frame is decoded.
 
-What rounds and scales is `fedbert_kernels.quantize`, on the tensor's own device; framing and checks are here.
+`fedbert_kernels.quantize` rounds and scales, on the tensor's device; framing and checks are here.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
 
 LARGEST_VALUE = 1e6
-"""Above any activation or gradient of a sane run; larger ones could overflow what clients share: a micro-batch."""
+"""Above any value of a sane run; larger ones could overflow a micro-batch shared by clients."""
 
 UNSCALED = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Codecs that are a dtype; the others, `CODECS`, are codes with scales."""
+"""Codecs without scales: a dtype each. `CODECS` are the codecs with scales."""
 NAMES = (*UNSCALED, *CODECS)
 
 
 def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: bool = False) -> TensorFrame:
     """Frame a tensor [rows, width] of any float dtype, on any device.
 
-    `fp32` is exact for fp32 input, the others round to nearest even. With `seed` codes with scales are rounded up or
-    down at random, unbiased; the same seed gives the same bytes. `compressed` makes the bytes fewer and changes
-    nothing else. Raises WireError for values that are not finite: rounding would hide them.
+    `fp32` is exact for fp32 input; the others round to nearest even. With `seed`, codecs with
+    scales round up or down at random, unbiased; one seed gives the same bytes each time.
+    `compressed` compresses without loss. Raises WireError for values that are not finite, which
+    rounding would hide.
     """
     values = tensor.detach()
     if codec in UNSCALED:
@@ -40,7 +41,7 @@ def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: b
         values = values if values.dtype in FLOATS else values.to(torch.float32)
         random = None if seed is None else torch.tensor([seed, 0], device=values.device)
         payload, scales = quantize(values, codec, seed=random)
-        checked = scales  # infinite where a value was not finite
+        checked = scales  # infinite for a value that is not finite
     else:
         raise WireError(f"codec {codec!r} is unknown; choose one of {', '.join(NAMES)}")
     if not torch.isfinite(checked).all():
@@ -58,10 +59,10 @@ def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: b
 def decode(
     frame: TensorFrame, shape: Sequence[int], codec: str, what: str, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """The fp32 tensor of `shape`, [rows, width], in a frame of `codec`; it crosses to `device` still coded.
+    """The fp32 tensor of `shape`, [rows, width], in a frame of `codec`; it moves to `device` coded.
 
-    Raises WireError naming `what` when shape, codec, size or finiteness are not as expected; sizes are compared
-    before any memory is taken.
+    Raises WireError naming `what` for another shape, codec or size, and for values that are not
+    finite or beyond LARGEST_VALUE. Sizes are compared before memory is allocated.
     """
     if len(frame.shape) != len(shape) or tuple(frame.shape) != tuple(shape):
         raise WireError(f"{what}: shape {frame.shape[:8]} instead of {list(shape)}")
@@ -70,7 +71,7 @@ def decode(
     rows, width = shape
     payload_bytes, scale_bytes = frame_bytes(rows, width, codec)
     payload_type, scale_type = frame_dtypes(codec)
-    # Fields are read once: every access copies them.
+    # Every access to a field copies it.
     coded = _content(frame.payload, frame.compressed, payload_bytes, payload_type, what)
     coded_scales = _content(frame.scales, frame.compressed, scale_bytes, scale_type, f"{what}: scales")
     if codec in UNSCALED:
@@ -90,7 +91,7 @@ def decode(
 
 
 def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
-    """Bytes of payload and of scales in a frame of a tensor [rows, width], before they are compressed."""
+    """Bytes of payload and scales in the frame of a tensor [rows, width], uncompressed."""
     if codec in UNSCALED:
         return rows * width * UNSCALED[codec].itemsize, 0
     form = CODECS[codec]
@@ -99,12 +100,12 @@ def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
 
 
 def frame_dtypes(codec: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of payload and scales; of the latter also where there are none."""
+    """Dtypes of payload and scales; codecs without scales name one, too."""
     return (UNSCALED[codec], torch.float32) if codec in UNSCALED else (CODECS[codec].payload, CODECS[codec].scale_dtype)
 
 
 def encode_row_index(row_index: Tensor, num_rows: int) -> bytes:
-    """Row numbers [tokens], each below `num_rows`, in as few bits as `num_rows` needs."""
+    """Row numbers [tokens], each below `num_rows`, in the fewest whole bits."""
     numbers = row_index.cpu().numpy()
     return np.packbits((numbers[:, None] >> _shifts(num_rows)) & 1).tobytes()
 
@@ -123,14 +124,14 @@ def decode_row_index(payload: bytes, num_tokens: int, num_rows: int, what: str) 
 
 
 def encode_positions(positions: Tensor, num_tokens: int) -> bytes:
-    """Which of `num_tokens` tokens are meant, one bit each: less than any list when about one in seven is."""
+    """Positions among `num_tokens` tokens, one bit a token: less than a list at 15 % masked."""
     chosen = np.zeros(num_tokens, dtype=np.uint8)
     chosen[positions.cpu().numpy()] = 1
     return np.packbits(chosen).tobytes()
 
 
 def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: str) -> Tensor:
-    """The positions [num_positions] int64, ascending and below `num_tokens`; raises WireError for another number."""
+    """The positions [num_positions] int64, ascending; WireError for another number of them."""
     if len(payload) != _whole_bytes(num_tokens):
         raise WireError(f"{what}: {len(payload)} bytes of masked positions instead of {_whole_bytes(num_tokens)}")
     positions = np.flatnonzero(np.unpackbits(np.frombuffer(payload, np.uint8), count=num_tokens))
@@ -140,7 +141,7 @@ def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: 
 
 
 def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> bytes:
-    """A frame's payload or scales as they were before they were compressed, if they were."""
+    """A frame's payload or scales, decompressed if they were compressed."""
     if compressed:
         return decompress(field, num_bytes, dtype.itemsize, what)
     if len(field) != num_bytes:
@@ -149,7 +150,7 @@ def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype,
 
 
 def _shifts(num_rows: int) -> np.ndarray:
-    """Places of a row number's bits, the highest first; none where there is one row."""
+    """Places of a row number's bits, highest first; none for one row."""
     return np.arange((num_rows - 1).bit_length())[::-1]
 
 
@@ -164,5 +165,5 @@ def _bytes(tensor: Tensor) -> bytes:
 def _tensor(payload: bytes, dtype: torch.dtype) -> Tensor:
     if not payload:
         return torch.empty(0, dtype=dtype)
-    # bytearray: torch refuses to share memory it might write to.
+    # torch shares only memory it may write to.
     return torch.frombuffer(bytearray(payload), dtype=dtype)

@@ -1,7 +1,8 @@
-"""Lossless compression of coded tensors: zstd's entropy coder takes out what codes leave unused of their bytes.
+"""Lossless compression of coded tensors with zstd.
 
-Codes of a scale for many values are far from equally frequent, and exponents of floats still less so; hardly any string
-of bytes comes twice. So what pays is zstd's Huffman stage, and its search for repetitions is set to the cheapest.
+Some codes are far more frequent than others, and exponents of floats still more so; strings of
+bytes hardly ever repeat. zstd's Huffman stage does the work; its search for repetitions is set to
+the cheapest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, has
 
 
 class _Contexts(threading.local):
-    """zstd's, which are costly to make and serve one thread each."""
+    """zstd's contexts: costly to make, and for one thread each."""
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
@@ -28,21 +29,25 @@ _contexts = _Contexts()
 
 
 def compress(content: bytes, itemsize: int) -> bytes:
-    """One zstd frame of the values in `content`, each of `itemsize` bytes: first all first bytes, then all second ones.
+    """One zstd frame of values of `itemsize` bytes: all first bytes, then all second ones, ...
 
-    Apart from each other, bytes with an exponent in them are not diluted by those of random fractions.
+    Bytes with an exponent compress better apart from the random bytes of fractions.
     """
     planes = np.frombuffer(content, np.uint8).reshape(-1, itemsize).T
     return _contexts.compressor.compress(np.ascontiguousarray(planes).data)
 
 
 def largest_frame(num_bytes: int) -> int:
-    """Bytes that `compress` may need for so many: what cannot be compressed becomes a little longer."""
+    """Most bytes `compress` may need for `num_bytes`: random bytes grow a little."""
     return num_bytes + num_bytes // 128 + 1024
 
 
 def decompress(frame: bytes, num_bytes: int, itemsize: int, what: str) -> bytes:
-    """What `compress` was given; WireError naming `what` unless it is `num_bytes`, before memory for more is taken."""
+    """The content of `compress`'s frame, `num_bytes` long.
+
+    Raises WireError naming `what` for another length, before memory is allocated, and for a damaged
+    frame.
+    """
     try:
         promised = zstandard.get_frame_parameters(frame).content_size
         if promised != num_bytes:

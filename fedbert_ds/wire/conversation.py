@@ -1,6 +1,6 @@
-"""One end of a conversation that outlives its connections: what to send, what to send again, what came before already.
+"""One end of a conversation across connections: messages to send, to send again, already received.
 
-Pure bookkeeping, the same at both ends: no network, no thread and no clock inside.
+Pure bookkeeping, the same at both ends, without network, thread or clock.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.shared_memory import LEAST_BYTES, Ring
 
 ACKNOWLEDGE_BYTES = 1 << 20
-"""Received bytes after which the other side is told at once, so that it need not keep them."""
+"""Received bytes acknowledged at once, so that the other side need not keep more."""
 
 ACKNOWLEDGE_SECONDS = 0.2
-"""How long a received message may go untold while there is nothing to send that could tell it on the way."""
+"""Longest wait before a received message is acknowledged, if no message carries it earlier."""
 
 UNREAD_BYTES = 16 << 20
-"""Received bytes that may wait to be handled; beyond them the connection is not read, which slows the other side."""
+"""Received bytes waiting to be handled, beyond which a connection is not read."""
 
 MESSAGE_BYTES = 256
-"""What a message counts at least, so that empty ones cannot pile up either."""
+"""Least size a message counts with, so that empty messages cannot pile up."""
 
 RECONNECT_SECONDS = 60.0
-"""How long a lost connection may take to come back, when the run file says nothing else."""
+"""Default time for a lost connection to come back."""
 
 
 class Conversation:
-    """Numbers messages, keeps them until they are acknowledged, and lets each of the other side's pass once, in order.
+    """Numbers messages, keeps them until acknowledged, passes each received one once, in order.
 
-    A *body* is a serialized ClientMessage or ServerMessage; a *frame* is a body with its Delivery, which is appended:
-    concatenated protobuf messages are one message.
+    A *body* is a serialized ClientMessage or ServerMessage. A *frame* is a body with its Delivery
+    appended: concatenated protobuf messages are one message.
     """
 
     def __init__(self) -> None:
@@ -41,25 +41,25 @@ class Conversation:
         self._received = self._told = 0
         self._untold_bytes = 0
         self.ring: Ring | None = None
-        """Where large bodies go on this connection, instead of into their frames."""
+        """Shared memory for large bodies on this connection."""
         self.kept_bytes = 0
-        """Of all bodies that the other side has not acknowledged, sent or not."""
+        """Bytes of all unacknowledged bodies, sent or not."""
         self.resent_bytes = 0
-        """Of bodies that were sent more than once, so far."""
+        """Bytes of bodies sent more than once, so far."""
 
     @property
     def received(self) -> int:
-        """Messages of the other side that have come, all in order."""
+        """Messages received so far, all in order."""
         return self._received
 
     @property
     def is_untold(self) -> bool:
-        """Messages have come which the other side does not know to have come."""
+        """There are received messages to acknowledge."""
         return self._told < self._received
 
     @property
     def is_idle(self) -> bool:
-        """Everything that was put has been acknowledged."""
+        """Every message is acknowledged."""
         return self._acknowledged == self._put
 
     def put(self, body: bytes) -> None:
@@ -69,10 +69,9 @@ class Conversation:
         self.kept_bytes += _size(body)
 
     def frame(self, acknowledge: bool = False) -> bytes | None:
-        """The next frame to write; None if there is nothing to say.
+        """The next frame to send, or None.
 
-        With `acknowledge`, a frame that says no more than what came counts as something to say; after much has come
-        it does anyway.
+        With `acknowledge`, or after ACKNOWLEDGE_BYTES, it may be an acknowledgement alone.
         """
         if self._unsent:
             number, body = self._unsent.popleft()
@@ -87,14 +86,14 @@ class Conversation:
         return None
 
     def greeting(self) -> bytes:
-        """The frame that answers an Attach: how much has come, and whether there is shared memory."""
+        """The answer to an Attach: messages received, and whether shared memory is open."""
         attached = pb.ServerMessage(attached=pb.Attached(shared=self.ring is not None))
         return attached.SerializeToString() + self._delivery(0)
 
     def take(self, delivery: pb.Delivery, num_bytes: int) -> bool:
-        """Take note of a frame that came; whether its message is one to handle: numbered, and new.
+        """Record a received frame; True if it holds a new message to handle.
 
-        Raises WireError for a number that is not the next, or an acknowledgement of what was never sent.
+        Raises WireError for a gap in the numbers or an acknowledgement of a message never sent.
         """
         self.acknowledge(delivery.received)
         if delivery.sequence == 0 or delivery.sequence <= self._received:
@@ -106,9 +105,9 @@ class Conversation:
         return True
 
     def acknowledge(self, received: int) -> None:
-        """Forget messages that the other side has; WireError if it cannot have them."""
+        """Drop acknowledged messages; WireError for messages never sent."""
         if received < self._acknowledged:
-            return  # From before a later frame; nothing new.
+            return  # older than the last one
         sent = self._unacknowledged[-1][0] if self._unacknowledged else self._acknowledged
         if received > sent:
             raise WireError(f"message {received} was acknowledged, {sent} were sent")
@@ -119,10 +118,10 @@ class Conversation:
         self._acknowledged = received
 
     def resume(self, received: int) -> None:
-        """A new connection, on whose other end `received` messages have come: what was sent after them goes again.
+        """Begin a new connection: messages after the first `received` are sent again.
 
-        It has no ring until one is set.
-        Raises WireError when that cannot be: the other side is not the one that this conversation was with.
+        It has no ring until one is set. Raises WireError if fewer messages were received than had
+        been acknowledged: the other side is not the one of this conversation.
         """
         if received < self._acknowledged:
             raise WireError(f"{received} messages were received, {self._acknowledged} had been acknowledged")

@@ -1,4 +1,4 @@
-"""The wire contract as typed, checked data, shared by both sides."""
+"""Settings, cut and manifest as typed, checked data, shared by both sides of the wire."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 PROTOCOL = 4
-"""Raised when a message changes its meaning; client and server must have the same."""
+"""Raised when a message changes its meaning; client and server must agree."""
 
 
 class ClientSettings(Section):
-    """What the server tells every client of the run, in `Welcome.settings`."""
+    """The run as a client needs to know it, in `Welcome.settings`."""
 
     seed: int
     windows: int
@@ -43,7 +43,10 @@ def client_settings(
     wire: WireSection,
     tokens: int,
 ) -> ClientSettings:
-    """The settings of a client that brings `tokens` tokens to a window; of `data` only the sequences travel."""
+    """The settings of a client with `tokens` tokens a window.
+
+    `sequences` may be the run file's `data`; nothing else of it travels.
+    """
     return ClientSettings(
         seed=run.seed,
         windows=run.windows,
@@ -56,7 +59,7 @@ def client_settings(
 
 
 def parse_settings(text: str) -> ClientSettings:
-    """Settings from a Welcome; WireError when they are not what this version knows."""
+    """Settings from a Welcome; WireError if this version does not know them."""
     try:
         return ClientSettings.model_validate_json(text)
     except ValidationError as error:
@@ -69,7 +72,7 @@ def cut_to_json(cut: Cut) -> str:
 
 
 def parse_cut(text: str) -> Cut:
-    """The `cut` of a Welcome; WireError when it is not one this version knows."""
+    """The `cut` of a Welcome; WireError if this version does not know it."""
     try:
         return TypeAdapter(Cut).validate_json(text)
     except ValidationError as error:
@@ -78,7 +81,7 @@ def parse_cut(text: str) -> Cut:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Sizes a client brings to one window: tokens and masked tokens of each sequence."""
+    """A client's sequences in one window: tokens and masked tokens of each."""
 
     client: str
     window: int
@@ -87,12 +90,13 @@ class Manifest:
 
 
 def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_tokens: int) -> Manifest:
-    """The manifest in a message; WireError when sizes are impossible.
+    """The manifest in a message; WireError for impossible sizes.
 
-    `max_sequence` is the longest sequence the position table holds, `max_tokens` what this client was told to bring.
+    `max_sequence` is the length of the position table, `max_tokens` this client's share of a
+    window, both in tokens.
     """
     who = f"client {client}: manifest of window {message.window}"
-    # One sequence may overshoot the share: a client always brings at least one.
+    # A client always brings at least one sequence, which may be longer than its share.
     limit = max(max_tokens, max_sequence)
     count = len(message.lengths)
     if not 0 < count <= limit or count != len(message.masked):

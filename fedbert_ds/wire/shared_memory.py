@@ -1,7 +1,7 @@
-"""Memory that a client shares with a rank on its own machine: large messages go through it, their order by the socket.
+"""Memory shared by a client and a rank on one machine, for large bodies.
 
-The memory has no name that could outlive anybody: a memfd, which the server opens through the client's /proc entry and
-which is gone with the last of the two processes. So nothing needs cleaning up, however either of them ends.
+The memory is a memfd; the server opens it through the client's /proc entry. It disappears with the
+last of the two processes, however they end.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 RING_BYTES = 16 << 20
-"""Of each direction; what does not fit goes by the socket."""
+"""For each direction; messages that do not fit go through the socket."""
 
 LEAST_BYTES = 32 << 10
-"""Messages from this size on are worth it."""
+"""Smallest message that goes through memory."""
 
 
 class Ring:
-    """One direction: bodies lie one after another and are freed in order. Writer and reader each have their own."""
+    """One direction: bodies one after another, freed in order. Each side holds a Ring."""
 
     def __init__(self, descriptor: int, base: int) -> None:
         self._descriptor = descriptor
         self._base = base
         self._taken: deque[tuple[int, int]] = deque()
-        """Number and start of each message not yet freed."""
+        """Number and start of each message in use."""
         self._head = 0
 
     def write(self, number: int, body: bytes) -> int | None:
-        """Put message `number` here; where it lies, or None when there is no room."""
+        """Write message `number`; returns its start, or None without room."""
         start = self._room(len(body))
         if start is None or os.pwrite(self._descriptor, body, self._base + start) != len(body):
             return None
@@ -43,12 +43,12 @@ class Ring:
         return start
 
     def free(self, received: int) -> None:
-        """The other side has read all messages up to this one."""
+        """Free the messages up to number `received`: the other side has read them."""
         while self._taken and self._taken[0][0] <= received:
             self._taken.popleft()
 
     def read(self, start: int, num_bytes: int) -> bytes:
-        """A message of the other side; WireError for one that does not lie here."""
+        """A message of the other side; WireError for a place outside the memory."""
         if not 0 < num_bytes <= RING_BYTES - start:
             raise WireError(f"{num_bytes} shared bytes at {start} of {RING_BYTES}")
         # Not mapped: a client that shortens its file must not kill the server.
@@ -69,7 +69,7 @@ class Ring:
 
 
 class SharedMemory:
-    """Both directions, as one side has them open: it writes into `outgoing` and reads from `incoming`."""
+    """Both directions at one side, which writes into `outgoing` and reads from `incoming`."""
 
     def __init__(self, descriptor: int, is_server: bool) -> None:
         self._descriptor = descriptor
@@ -77,12 +77,12 @@ class SharedMemory:
         self.outgoing, self.incoming = (down, up) if is_server else (up, down)
 
     def close(self) -> None:
-        """Nothing may be written or read from now on."""
+        """Close it; no reads or writes may follow."""
         os.close(self._descriptor)
 
 
 def offer() -> tuple[SharedMemory, pb.Shared] | None:
-    """New memory of a client, and how its server finds it; None where the system has no such thing."""
+    """New memory of a client, and its place for the server; None on a system without memfd."""
     if not hasattr(os, "memfd_create"):
         return None
     name = f"fedbert-{secrets.token_hex(16)}"
@@ -95,9 +95,9 @@ def offer() -> tuple[SharedMemory, pb.Shared] | None:
 
 
 def accept(shared: pb.Shared) -> SharedMemory | None:
-    """The memory a client offers; None unless it is really that: then the client is elsewhere, or may not be trusted.
+    """The memory a client offers; None if it is not there: the client runs elsewhere, or lies.
 
-    Only what carries the client's random name is opened, so that no other file can be meant.
+    Only a memfd of the client's random name is opened, never another file.
     """
     path = f"/proc/{shared.process}/fd/{shared.descriptor}"
     try:
@@ -114,14 +114,14 @@ def accept(shared: pb.Shared) -> SharedMemory | None:
 
 
 def is_this_machine(address: str) -> bool:
-    """Whether host:port is one of this machine's own addresses, reached without a proxy."""
+    """Whether host:port is an address of this machine, reached without a proxy."""
     if any(name in getproxies() for name in ("grpc", "https", "http")):
         return False
     host = address.rpartition(":")[0].strip("[]")
     try:
         for family, kind, _, _, where in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as probe:
-                probe.bind(where)  # only an own address can be bound
+                probe.bind(where)  # fails for an address of another machine
                 return True
     except OSError:
         pass

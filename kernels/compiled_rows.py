@@ -52,10 +52,11 @@ def _by_compiler(
         return function(*rows, *parameters, **numbers)
     for tensor in flat:
         torch._dynamo.maybe_mark_dynamic(tensor, 0)
-    return _compiled(function, **numbers)(*flat, *parameters).view(shape)
+    return compiled(function, **numbers)(*flat, *parameters).view(shape)
 
 
 @functools.cache
-def _compiled(function: Callable[..., Tensor], **numbers: float) -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Tensor], **numbers: float) -> Callable[..., Tensor]:
+    """The function as torch.compile makes it for these numbers, kept for as long as the process runs."""
     # Nothing varies but what is marked: torch.compile would make variables of numbers and widths that it saw changing.
     return torch.compile(lambda *tensors: function(*tensors, **numbers), dynamic=False)

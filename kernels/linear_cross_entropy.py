@@ -128,7 +128,7 @@ def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
     return max(1, budget // (max(1, vocabulary) * hidden.element_size()))
 
 
-def _sum_over_chunks(
+def sum_over_chunks(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -195,7 +195,7 @@ def _linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if targets.device.type == "cpu":
         _check_targets(targets, weight.shape[0], ignore_index)
-    return _sum_over_chunks(hidden, weight, bias, targets, ignore_index, with_gradient, chunk_rows)
+    return sum_over_chunks(hidden, weight, bias, targets, ignore_index, with_gradient, chunk_rows)
 
 
 @torch.library.custom_op("fedbert_kernels::linear_cross_entropy_backward", mutates_args=())

@@ -80,7 +80,7 @@ def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
         with _alone(choices_path(index)):
             known = _read(choices_path(index))
             missing = {name: case for name, case in wanted.items() if name not in known}
-            known |= keep({name: _measure(case, index) for name, case in missing.items()}, index)
+            known |= keep({name: measure(case, index) for name, case in missing.items()}, index)
     return {name: known[name] for name in wanted}
 
 
@@ -88,7 +88,7 @@ def measure_again(cases: Iterable[RowCase], device: torch.device) -> dict[str, T
     """{name of a case: milliseconds}, whatever was measured before; later runs on this card go by these."""
     index = card_index(device)
     with _alone(choices_path(index)):
-        times = {case.name: _measure(case, index) for case in cases}
+        times = {case.name: measure(case, index) for case in cases}
         keep(times, index)
     return times
 
@@ -121,7 +121,8 @@ def choices_path(index: int) -> Path:
     return table.with_name(f"{table.stem}-torch-{torch.__version__.split('+')[0]}-rows.json")
 
 
-def _measure(case: RowCase, index: int) -> Times:
+def measure(case: RowCase, index: int) -> Times:
+    """Time both on the card with this index; torch's random numbers go on as if nothing had been drawn."""
     # A log's default level shows it: half a minute of silence before a run starts would look like a hang.
     logger.warning("measuring %s beside torch.compile's, once for this card and these releases", case.name)
     with torch.cuda.device(index), torch.random.fork_rng(devices=[index]):

@@ -41,7 +41,17 @@ def check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
     For a tensor on a GPU this waits for the device, once for each tensor; not while a CUDA graph is being captured.
     """
     if not _capturing(cu_seqlens):
-        _remember(cu_seqlens, ("bounds", num_tokens), lambda: _check_bounds(cu_seqlens, num_tokens))
+        _remember(cu_seqlens, ("bounds", num_tokens), lambda: read_bounds(cu_seqlens, num_tokens))
+
+
+def read_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """The check of `check_bounds`, not remembered: each call on a GPU waits for the device."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens must begin at 0 and end at {num_tokens} tokens, got {bounds[0]} to {bounds[-1]}")
+    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must never fall, but sequence {index} goes from {start} to {end}")
 
 
 def vouch_for_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -78,15 +88,6 @@ def _remember(cu_seqlens: Tensor, what: Any, build: Callable[[], Result]) -> Res
 
 def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens must begin at 0 and end at {num_tokens} tokens, got {bounds[0]} to {bounds[-1]}")
-    for index, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if end < start:
-            raise ValueError(f"cu_seqlens must never fall, but sequence {index} goes from {start} to {end}")
 
 
 def _work_items(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:

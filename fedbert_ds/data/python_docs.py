@@ -11,9 +11,9 @@ from pathlib import Path
 SHORTEST_ARTICLE = 150
 """Characters below which a docstring is a remark, not an article."""
 
-# Tests hold little prose; the others are missing from some distributions or versions of Python.
-_SKIPPED_FOLDERS = frozenset(
-    {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo"}
+# Tests hold little prose, topics are read apart; the others are missing from some distributions or versions of Python.
+_SKIPPED = frozenset(
+    {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 )
 
 
@@ -27,14 +27,23 @@ def python_documentation() -> Iterator[tuple[str, str]]:
     for title, text in _topics(library / "pydoc_data" / "topics.py"):
         if len(text) >= SHORTEST_ARTICLE:
             yield title, text
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
+    for path in _sources(library):
         parts = path.relative_to(library).with_suffix("").parts
-        if _SKIPPED_FOLDERS.intersection(parts) or parts[0] == "pydoc_data":
-            continue
         module = ".".join(part for part in parts if part != "__init__")
         for title, text in _module_articles(path, module):
             if len(text) >= SHORTEST_ARTICLE:
                 yield title, text
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """Source files of a folder and its folders, by name; those of skipped names are not looked into."""
+    for path in sorted(folder.iterdir()):
+        if path.name.removesuffix(".py") in _SKIPPED:
+            continue
+        if path.is_dir():
+            yield from _sources(path)
+        elif path.suffix == ".py":
+            yield path
 
 
 def _topics(path: Path) -> Iterator[tuple[str, str]]:
@@ -51,9 +60,17 @@ def _module_articles(path: Path, module: str) -> Iterator[tuple[str, str]]:
     if tree is None:
         return
     yield module, "\n\n".join(_docstrings(tree))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            yield f"{module}.{node.name}", "\n\n".join(_docstrings(node))
+    for node in _classes(tree):
+        yield f"{module}.{node.name}", "\n\n".join(_docstrings(node))
+
+
+def _classes(tree: ast.Module) -> Iterator[ast.ClassDef]:
+    """Every class, outer ones first. As `ast.walk`, which looks into expressions too: many nodes and no class."""
+    level: list[ast.AST] = [tree]
+    while level:
+        children = [child for node in level for child in ast.iter_child_nodes(node)]
+        level = [child for child in children if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))]
+        yield from (node for node in level if isinstance(node, ast.ClassDef))
 
 
 def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:

@@ -72,9 +72,9 @@ def test_every_token_is_in_one_sequence_in_order(
     assert [token for sequence in sequences for token in sequence[1:-1]] == [token for ids in expected for token in ids]
     # An article of n tokens makes ceil(n / room) sequences: none is shared and none is cut short before the last.
     assert text.num_sequences == sum(-(-len(ids) // (sequence_length - 2)) for ids in expected)
-    counts = text.token_counts(len(any_tokenizer))
+    counts = text.token_counts(len(any_tokenizer)).tolist()
     assert Counter(token for ids in expected for token in ids) == {
-        token: int(count) for token, count in enumerate(counts) if count
+        token: count for token, count in enumerate(counts) if count
     }
 
 

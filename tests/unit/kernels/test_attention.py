@@ -364,8 +364,8 @@ def test_what_is_known_of_bounds_follows_their_changes() -> None:
 
 def test_the_operator_looks_at_bounds_once(monkeypatch) -> None:
     looks = []
-    check = sequences._check_bounds
-    monkeypatch.setattr(sequences, "_check_bounds", lambda *arguments: looks.append(check(*arguments)))
+    read = sequences.read_bounds
+    monkeypatch.setattr(sequences, "read_bounds", lambda *arguments: looks.append(read(*arguments)))
     cu_seqlens = cumulative([3, 5])
     for _ in range(2):
         qkv = random_qkv([3, 5], 1, 16, torch.float32).requires_grad_()

@@ -29,10 +29,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch):
     """Counts what torch.compile made; what it makes of it is left out, as that needs a C++ compiler."""
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
-    compiled_rows._compiled.cache_clear()
+    compiled_rows.compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     yield counter
-    compiled_rows._compiled.cache_clear()
+    compiled_rows.compiled.cache_clear()
 
 
 def draw(*sizes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -82,8 +82,8 @@ def test_an_input_need_not_be_contiguous(body) -> None:
 
 def test_the_operator_obeys_the_rules_of_torch_library(body) -> None:
     x, bias = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-    torch.library.opcheck(gelu._bias_gelu, (x, bias))
-    torch.library.opcheck(gelu._bias_gelu_backward, (x.detach(), x.detach(), None))
+    torch.library.opcheck(torch.ops.fedbert_kernels.bias_gelu.default, (x, bias))
+    torch.library.opcheck(torch.ops.fedbert_kernels.bias_gelu_backward.default, (x.detach(), x.detach(), None))
 
 
 @pytest.mark.parametrize(

@@ -195,10 +195,11 @@ def test_leading_dimensions_and_strides_do_not_matter(body) -> None:
 def test_the_operator_obeys_the_rules_of_torch_library(body, threshold: int) -> None:
     (x, residual, bias, weight, shift), dy = _draw(5, 24)
     leaves = [part.requires_grad_() for part in (x, residual, bias, weight, shift)]
-    torch.library.opcheck(layer_norm._residual_layer_norm, (*leaves, threshold, 1e-12, SEED))
+    operators = torch.ops.fedbert_kernels
+    torch.library.opcheck(operators.residual_layer_norm.default, (*leaves, threshold, 1e-12, SEED))
     values = [leaf.detach() for leaf in leaves]
-    statistics = layer_norm._residual_layer_norm(*values, threshold, 1e-12, SEED)[1:]
-    torch.library.opcheck(layer_norm._residual_layer_norm_backward, (dy, *values, *statistics, threshold, SEED))
+    statistics = operators.residual_layer_norm(*values, threshold, 1e-12, SEED)[1:]
+    torch.library.opcheck(operators.residual_layer_norm_backward.default, (dy, *values, *statistics, threshold, SEED))
 
 
 @pytest.mark.parametrize(

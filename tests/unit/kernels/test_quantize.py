@@ -197,9 +197,10 @@ def test_a_row_that_is_not_there_is_refused_where_looking_is_free(monkeypatch) -
 def test_the_operators_obey_the_rules_of_torch_library(body) -> None:
     x, rows = torch.randn(3, 70), torch.tensor([2, 0])
     for codec in ("int8", "int4_hadamard"):
-        torch.library.opcheck(module._quantize, (x, codec, rows, SEED))
+        torch.library.opcheck(torch.ops.fedbert_kernels.quantize.default, (x, codec, rows, SEED))
         payload, scales = quantize(x, codec)
-        torch.library.opcheck(module._dequantize, (payload, scales, codec, 70, torch.bfloat16, rows))
+        arguments = (payload, scales, codec, 70, torch.bfloat16, rows)
+        torch.library.opcheck(torch.ops.fedbert_kernels.dequantize.default, arguments)
 
 
 @pytest.mark.parametrize(

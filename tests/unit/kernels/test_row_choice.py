@@ -47,7 +47,7 @@ def timed(card: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured
         measured: Measured = []
         by_kernel = {GELU: times.get("gelu"), LAYER_NORM: times.get("norm")}
         monkeypatch.setattr(
-            row_choice, "_measure", lambda case, index: measured.append(case.name) or by_kernel[case.kernel]
+            row_choice, "measure", lambda case, index: measured.append(case.name) or by_kernel[case.kernel]
         )
         return measured
 
@@ -119,7 +119,7 @@ def test_processes_that_start_together_measure_once(tmp_path: Path) -> None:
         "    Path(sys.argv[1], sys.argv[2]).touch()\n"
         "    time.sleep(1.0)\n"
         "    return 1.0, float(sys.argv[2])\n"
-        "m._measure = measure\n"
+        "m.measure = measure\n"
         "print(m.kept([m.RowCase(m.GELU, torch.float32, 8)], torch.device('cuda', 0)))\n"
     )
     marks = tmp_path / "marks"
@@ -201,7 +201,7 @@ def test_a_measurement_times_both_and_leaves_torch_s_random_numbers_alone(monkey
     # Without a GPU there is only the CPU's generator to leave alone.
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices, fork=torch.random.fork_rng: fork(devices=[]))
     before = torch.get_rng_state()
-    assert row_choice._measure(ACTIVATION, 0) == (3.0, math.inf)
+    assert row_choice.measure(ACTIVATION, 0) == (3.0, math.inf)
     assert ran == ["torch.bfloat16"]
     assert torch.equal(torch.get_rng_state(), before)
     assert "torch.compile's does not run here: no C compiler" in caplog.text and "much more" not in caplog.text

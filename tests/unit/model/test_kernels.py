@@ -60,12 +60,13 @@ def test_the_same_hidden_states_and_gradients(body_of, architecture, cut, whole_
 
 
 def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch) -> None:
+    """Two layers, since the second finds what the first remembered of the bounds."""
     # On a CPU the operator has a body in torch; here it gives way to the kernels, interpreted.
     from fedbert_kernels import attention as module
 
     monkeypatch.setattr(module.attention_torch, "forward", module.launch_forward)
     monkeypatch.setattr(module.attention_torch, "backward", module.launch_backward)
-    body, packed = body_of("bert"), pack(LENGTHS)
+    body, packed = body_of("bert", num_hidden_layers=2), pack([7, 1, 7])
     expected = run(body, packed)
     for whole_weights in (False, True):
         install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
@@ -87,7 +88,7 @@ def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(bod
         raise AssertionError("on a GPU, this waits for the device")
 
     monkeypatch.setattr(module, "attention", watched)
-    monkeypatch.setattr(sequences, "_check_bounds", look)
+    monkeypatch.setattr(sequences, "read_bounds", look)
     packed = pack(LENGTHS)
     for whole_weights in (True, False):
         body = body_of("bert")

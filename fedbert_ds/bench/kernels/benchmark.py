@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from fedbert_ds.bench.device import default_device, describe, matmul_rate, memory_bandwidth
-from fedbert_ds.bench.kernels.attention_baselines import PADDED_BATCH, attention_problem, draw_lengths
-from fedbert_ds.bench.kernels.baselines import TOLERANCES, Problem, measure
+from fedbert_ds.bench.kernels.attention import PADDED_BATCH, attention_problem, draw_lengths
+from fedbert_ds.bench.kernels.problem import TOLERANCES, Problem, measure
 from fedbert_ds.bench.kernels.report import draw, table
-from fedbert_ds.bench.kernels.row_baselines import (
+from fedbert_ds.bench.kernels.rows import (
     codec_problems,
     gelu_problem,
     layer_norm_problem,

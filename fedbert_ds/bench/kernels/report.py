@@ -7,7 +7,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.bench.kernels.baselines import BOTH, FORWARD, OURS
+from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS
 from fedbert_ds.telemetry.plots import COLORS, PALE, picture
 from fedbert_ds.telemetry.tables import markdown
 

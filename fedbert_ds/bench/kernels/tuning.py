@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.bench.kernels.baselines import OURS
-from fedbert_ds.bench.kernels.row_baselines import COMPILED
+from fedbert_ds.bench.kernels.problem import OURS
+from fedbert_ds.bench.kernels.rows import COMPILED
 
 
 def tune_launches(

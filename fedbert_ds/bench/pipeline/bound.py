@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from fedbert_ds.bench.pipeline.settings import Link
-from fedbert_ds.bench.pipeline.timeline import Shares
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.telemetry.timeline import Shares
 
 REPEATS = 5
 

@@ -13,11 +13,11 @@ from typing import Any
 from fedbert_ds.bench.pipeline.bound import exchange_work, window_end_seconds
 from fedbert_ds.bench.pipeline.reach import reach
 from fedbert_ds.bench.pipeline.settings import RUN_FILE, Run
-from fedbert_ds.bench.pipeline.timeline import read_trace, shares
 from fedbert_ds.bench.process import LONGEST_SECONDS, running, tell
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.record import SOURCE
+from fedbert_ds.telemetry.timeline import read_trace, shares
 
 LAUNCHER = SOURCE / "launchers" / "pretrain.py"
 SETTLING_WINDOWS = 3

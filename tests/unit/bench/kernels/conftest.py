@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fedbert_ds.bench.kernels.baselines import Problem, measure
+from fedbert_ds.bench.kernels.problem import Problem, measure
 
 Outcomes = dict[tuple[str, str], str | None]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from fedbert_ds.bench.device import Timing
-from fedbert_ds.bench.kernels import baselines
 from fedbert_ds.bench.kernels import benchmark as kernels
-from fedbert_ds.bench.kernels.baselines import OURS
+from fedbert_ds.bench.kernels import problem as baselines
 from fedbert_ds.bench.kernels.benchmark import KernelsOptions, bench_kernels, compares, parse_kernels
+from fedbert_ds.bench.kernels.problem import OURS
 from fedbert_ds.bench.kernels.report import table
-from fedbert_ds.bench.kernels.row_baselines import gelu_problem
+from fedbert_ds.bench.kernels.rows import gelu_problem
 from fedbert_ds.errors import RunError
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fedbert_ds.bench.kernels.baselines import BOTH, FORWARD, OURS
+from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS
 from fedbert_ds.bench.kernels.report import draw, table
 
 RECORDS = Path(__file__).parents[4] / "benchmarks" / "results"

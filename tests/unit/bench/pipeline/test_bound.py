@@ -7,8 +7,8 @@ import pytest
 from fedbert_ds.bench.pipeline import bound
 from fedbert_ds.bench.pipeline.bound import ExchangeWork, exchange_work, quickest, window_end_seconds
 from fedbert_ds.bench.pipeline.settings import RUN_FILE, Link
-from fedbert_ds.bench.pipeline.timeline import Shares
 from fedbert_ds.config import load_config
+from fedbert_ds.telemetry.timeline import Shares
 
 
 class Vocabulary:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.bench.device import Timing
-from fedbert_ds.bench.kernels import baselines
-from fedbert_ds.bench.kernels.baselines import (
+from fedbert_ds.bench.kernels import problem as baselines
+from fedbert_ds.bench.kernels.problem import (
     BOTH,
     FORWARD,
     OURS,

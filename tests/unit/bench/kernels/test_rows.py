@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedbert_ds.bench.kernels.baselines import BOTH, FORWARD, OURS
-from fedbert_ds.bench.kernels.row_baselines import codec_problems, gelu_problem, layer_norm_problem, loss_problem
+from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS
+from fedbert_ds.bench.kernels.rows import codec_problems, gelu_problem, layer_norm_problem, loss_problem
 from fedbert_kernels.quantize import CODECS
 
 CPU = torch.device("cpu")

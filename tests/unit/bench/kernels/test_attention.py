@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedbert_ds.bench.kernels import attention_baselines
-from fedbert_ds.bench.kernels.attention_baselines import Packed, attention_problem, draw_lengths
-from fedbert_ds.bench.kernels.baselines import BOTH, FORWARD, OURS
+from fedbert_ds.bench.kernels import attention as attention_baselines
+from fedbert_ds.bench.kernels.attention import Packed, attention_problem, draw_lengths
+from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS
 
 CPU = torch.device("cpu")
 GPU_ONLY = {"FlashAttention-2 in torch", "torch varlen_attn", "cuDNN, padded"}

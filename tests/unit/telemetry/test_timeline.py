@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.bench.pipeline.timeline import read_trace, shares
+from fedbert_ds.telemetry.timeline import read_trace, shares
 from fedbert_ds.telemetry.trace import Trace
 
 

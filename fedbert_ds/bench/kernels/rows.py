@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedbert_ds.bench.kernels.baselines import (
+from fedbert_ds.bench.kernels.problem import (
     BOTH,
     FORWARD,
     OURS,

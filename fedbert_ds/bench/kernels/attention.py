@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedbert_ds.bench.kernels.baselines import (
+from fedbert_ds.bench.kernels.problem import (
     BOTH,
     FORWARD,
     OURS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.admission import Start
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
@@ -62,18 +62,17 @@ def build_rooms(
     endpoint: RankEndpoint,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
-    seats: Mapping[str, Seat],
-    first_window: int,
+    start: Start,
     stop: StopFlag,
     trace: Trace,
 ) -> Rooms:
-    """The rooms of this rank, for the clients of `seats` that sit at it.
+    """The rooms of this rank, for the clients that `start` seats here.
 
     `take_event(seconds)` gives the endpoint's events, decoded.
     """
     strategy = strategy_of(config.federation, config.wire)
-    tokens = {client: seat.tokens for client, seat in seats.items() if seat.rank == rank_group.rank}
-    queue = _queue(config, engine.lockstep_forwards, first_window)
+    tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
+    queue = _queue(config, engine.lockstep_forwards, start.first_window)
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:

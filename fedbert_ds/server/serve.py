@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,17 +59,17 @@ def serve(config: RunConfig, resume: bool) -> int:
 
     A UserError is raised on the rank it concerns; the launcher then ends the others.
     """
-    stop = StopSignal()
-    ranks = RankGroup()
+    ranks, stop = RankGroup(), StopSignal()
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
-    decoding: Decoding | None = None
-    rooms: Rooms | None = None
-    try:
+    with ExitStack() as at_end:  # what is entered last ends first
+        at_end.callback(trace.close)
+        at_end.callback(clients.stop)
+        at_end.callback(endpoint.stop)
         port = endpoint.start()
-        endpoints = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}")
+        addresses = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}")
         prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None)
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)
@@ -78,60 +78,42 @@ def serve(config: RunConfig, resume: bool) -> int:
         engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
         roster = Roster(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
         if ranks.rank == 0:
-            folder.reveal_address(endpoints[0])
-            reporter.announce(endpoints[0])
+            at_end.callback(folder.hide_address)
+            folder.reveal_address(addresses[0])
+            reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(roster, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
         start = ranks.broadcast(start_of(roster, ranks.world_size, config.window) if ranks.rank == 0 else None)
-        endpoint.admit({name: seat.session for name, seat in start.seats.items() if seat.rank == ranks.rank})
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        rooms = build_rooms(
-            config,
-            contract,
-            engine,
-            endpoint,
-            decoding.next_event,
-            ranks,
-            start.seats,
-            start.first_window,
-            stop,
-            trace,
-        )
+        rooms = build_rooms(config, contract, engine, endpoint, decoding.next_event, ranks, start, stop, trace)
+        at_end.callback(decoding.stop)
+        at_end.callback(rooms.service.settle)
+        endpoint.admit({client: start.seats[client].session for client in rooms.seated})
         decoding.start()
         if start.first_window:
             engine.load(folder.checkpoints.path, start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
-            welcome_all(roster, start, config, endpoints, prepared.tokenizer, config_to_json(model_config))
-        rank = RankServer(
-            rooms, config.run, config.clients, config.optimizer, _fixed_limits(config), start.first_window
-        )
+            welcome_all(roster, start, config, addresses, prepared.tokenizer, config_to_json(model_config))
+        limits = _fixed_limits(config)
+        rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
         rank.connect(_initial_weights(half, start), clients.check)
         checkpoints = Checkpoints(rooms, folder.checkpoints)
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
-            # Clients end in the hand-over; one that is started again must not find this run's address.
+            # Clients end in the hand-over; one that is started again must not find this address.
             folder.hide_address()
         figures = list(checkpoints.client_figures.values())
         hand_over(rooms, config, rank.clients, window, figures, model_config, tokenizer, reporter.facts())
         clients.wait(seconds=30)
-        # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still writing.
+        # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still
+        # writing.
         ranks.barrier()
         # Rank 0 speaks for the run; launchers take any other code of any rank for a crash.
         return INTERRUPTED if ranks.rank == 0 and window < config.run.windows else 0
-    finally:
-        if ranks.rank == 0:
-            folder.hide_address()
-        if rooms is not None:
-            rooms.service.settle()
-        if decoding is not None:
-            decoding.stop()
-        endpoint.stop()
-        clients.stop()
-        trace.close()
 
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:

@@ -16,7 +16,7 @@ from torch import Tensor
 from unit.server.fake_client import HALF, WIDTH, FakeClient
 
 from fedbert_ds.config import RunConfig, parse_config
-from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.admission import Seat, Start
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.checkpoint import Checkpoints
@@ -241,7 +241,7 @@ class Served:
             return None if event is None else decoded(event, held_to)
 
         self.rooms = build_rooms(
-            config, held_to, engine, endpoint, take_event, rank_group, places, 0,
+            config, held_to, engine, endpoint, take_event, rank_group, Start(dict(places), 0),
             stop or SimpleNamespace(requested=False), Trace(None),
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from fedbert_ds.server.queue.decisions import Backward, Expire, Forward, Open, Plan, Step, Suspend
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.schedule import PlannedMicroBatch, Schedule, State
 from fedbert_ds.wire.messages import Manifest
 
 
@@ -81,3 +82,30 @@ def trained(queue: PipelineQueue, client: str, index: int, now: float = 0.0) -> 
     words = decided(queue, now)
     queue.gradient(client, index)
     return words + decided(queue, now)
+
+
+def scheduled(*micro_batches: str, num_micro_batches: int = 0) -> Schedule:
+    """A schedule whose only window runs: `ada+bo` is a micro-batch that both have a piece in; dummies fill it up."""
+    schedule = Schedule()
+    schedule.plan(0, [pieces(*clients.split("+")) for clients in micro_batches])
+    schedule.start(num_micro_batches)
+    return schedule
+
+
+def bring(schedule: Schedule, index: int, state: State) -> PlannedMicroBatch:
+    """Take a micro-batch through its states up to this one; clients answer as it needs."""
+    window = next(window for window in schedule.windows if index in window.micro_batches)
+    micro_batch = window.micro_batches[index]
+    while micro_batch.state < state:
+        match micro_batch.state:
+            case State.PLANNED:
+                schedule.open(window, micro_batch)
+            case State.OPEN:
+                schedule.answer(min(micro_batch.awaited), index, "activations")
+            case State.READY:
+                schedule.forward(micro_batch)
+            case State.FORWARDED:
+                schedule.answer(min(micro_batch.awaited), index, "gradient")
+            case _:
+                schedule.backward(micro_batch)
+    return micro_batch

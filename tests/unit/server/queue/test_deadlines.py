@@ -1,10 +1,20 @@
-"""Deadlines: none while little is known, then from median and spread, and never below the floor."""
+"""Who is late: answer times and their deadlines, then each rule for open questions alone."""
 
 from __future__ import annotations
 
 import math
 
-from fedbert_ds.server.queue.deadlines import FEW, MEMORY, MULTIPLE, SPREADS, AnswerTimes
+import pytest
+
+from fedbert_ds.server.queue.deadlines import FEW, MEMORY, MULTIPLE, SPREADS, AnswerTimes, Deadlines, Late, Question
+
+MANIFEST = Question("manifest")
+GRADIENT = Question("gradient", 3)
+ACTIVATIONS = Question("activations", 4)
+SAVED = Question("saved", 7)
+
+
+# -- answer times -----------------------------------------------------------------------------------------------------
 
 
 def taught(times: AnswerTimes, client: str, *seconds: float) -> AnswerTimes:
@@ -44,3 +54,197 @@ def test_the_farthest_is_the_quickest_answer_of_nearly_the_farthest_client() -> 
         taught(times, f"c{number}", 50.0, float(number + 1))
     assert times.farthest("gradient") == 9.0
     assert times.farthest("activations") == 0.0
+
+
+def test_a_forgotten_client_has_no_part_in_the_farthest() -> None:
+    times = taught(taught(AnswerTimes(floor=1.0), "ada", *[9.0] * FEW), "bo", 2.0)
+    assert times.farthest("gradient") == 2.0, "of two, the 90th percentile is the nearer one"
+    times.forget("bo")
+    assert times.farthest("gradient") == 9.0
+    times.forget("ada")
+    assert times.farthest("gradient") == 0.0 and times.deadline("ada") == math.inf
+
+
+# -- silence ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_is_gone_once_any_question_is_open_for_longer_than_the_silence_timeout() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 100.0)
+    assert deadlines.late(110.0) is None
+    assert deadlines.late(math.nextafter(110.0, math.inf)) == Late("ada", is_gone=True)
+
+
+def test_without_a_silence_timeout_nobody_is_late() -> None:
+    deadlines = Deadlines()
+    deadlines.ask("ada", GRADIENT, 0.0)
+    assert deadlines.late(1e9) is None
+
+
+@pytest.mark.parametrize("close", ["answered", "cancel"])
+def test_a_closed_question_makes_nobody_late(close: str) -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    if close == "answered":
+        deadlines.answered("ada", SAVED, 5.0)
+    else:
+        deadlines.cancel("ada", SAVED)
+    assert deadlines.asked_at("ada", SAVED) is None
+    assert deadlines.late(1000.0) is None
+
+
+def test_the_oldest_open_question_counts() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.ask("ada", GRADIENT, 4.0)
+    deadlines.answered("ada", SAVED, 6.0)
+    assert deadlines.late(14.0) is None
+    assert deadlines.late(14.5) == Late("ada", is_gone=True)
+
+
+def test_a_question_asked_again_is_as_old_as_the_last_time() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.ask("ada", SAVED, 8.0)
+    assert deadlines.asked_at("ada", SAVED) == 8.0
+    assert deadlines.late(18.0) is None
+    assert deadlines.late(18.5) == Late("ada", is_gone=True)
+
+
+def test_each_part_of_a_long_answer_starts_its_clock_anew() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    update = Question("update", 2)
+    deadlines.ask("ada", update, 0.0)
+    for now in (9.0, 18.0, 27.0):
+        assert deadlines.late(now) is None
+        deadlines.progress("ada", update, now)
+    assert deadlines.asked_at("ada", update) == 0.0, "it was asked once"
+    assert deadlines.late(37.0) is None
+    assert deadlines.late(37.5) == Late("ada", is_gone=True)
+
+
+def test_progress_of_a_question_that_is_not_open_opens_none() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.progress("ada", SAVED, 0.0)
+    assert deadlines.asked_at("ada", SAVED) is None
+    assert deadlines.late(1000.0) is None
+
+
+def test_clocks_stand_still_while_the_rank_is_busy() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.stop_clocks(100.0)
+    deadlines.ask("bo", SAVED, 101.0)
+    assert deadlines.late(110.0) is None
+    assert deadlines.late(110.5) == Late("ada", is_gone=True)
+    deadlines.forget("ada")
+    assert deadlines.late(111.0) is None, "what was asked afterwards does not profit"
+    assert deadlines.late(111.5) == Late("bo", is_gone=True)
+
+
+def test_no_clock_runs_before_an_answer_is_due() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", ACTIVATIONS, 0.0, is_due=False)
+    assert deadlines.asked_at("ada", ACTIVATIONS) == 0.0
+    assert deadlines.late(1000.0) is None
+    deadlines.ask("ada", ACTIVATIONS, 1000.0)
+    assert deadlines.late(1010.5) == Late("ada", is_gone=True)
+
+
+def test_a_client_that_is_gone_owes_nothing_and_is_a_stranger_when_it_comes_back() -> None:
+    deadlines = Deadlines(silence_timeout=10.0, answer_times=taught(AnswerTimes(floor=1.0), "ada", *[1.0] * FEW))
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.forget("ada")
+    assert deadlines.late(100.0) is None
+    deadlines.answered("ada", SAVED, 100.0)
+    deadlines.ask("ada", GRADIENT, 100.0)
+    assert deadlines.late(109.0) is None, "its deadline is forgotten too"
+
+
+def test_late_clients_come_one_by_one_in_the_order_of_names() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    for client in ("cy", "ada", "bo"):
+        deadlines.ask(client, SAVED, 0.0)
+    deadlines.answered("bo", SAVED, 1.0)
+    found = []
+    while (late := deadlines.late(11.0)) is not None:
+        found.append(late.client)
+        deadlines.forget(late.client)
+    assert found == ["ada", "cy"]
+
+
+# -- slow clients -----------------------------------------------------------------------------------------------------
+
+
+def with_deadline(seconds: float, *clients: str, silence_timeout: float = math.inf) -> Deadlines:
+    """These clients answer at once and always: the floor is their deadline."""
+    times = AnswerTimes(floor=seconds)
+    for client in clients:
+        taught(times, client, *[0.0] * FEW)
+    return Deadlines(silence_timeout, times)
+
+
+@pytest.mark.parametrize("question", [GRADIENT, ACTIVATIONS])
+def test_a_client_is_slow_once_a_piece_takes_longer_than_its_deadline(question: Question) -> None:
+    deadlines = with_deadline(5.0, "ada")
+    deadlines.ask("ada", question, 0.0)
+    deadlines.ask("bo", question, 0.0)
+    assert deadlines.late(5.0) is None
+    assert deadlines.late(5.5) == Late("ada", is_gone=False), "and nothing is known of bo"
+
+
+def test_nobody_is_slow_with_what_is_no_piece() -> None:
+    deadlines = with_deadline(5.0, "ada")
+    for question in (MANIFEST, SAVED, Question("update", 1)):
+        deadlines.ask("ada", question, 0.0)
+    assert deadlines.late(1000.0) is None
+
+
+def test_who_answered_another_piece_since_is_not_slow() -> None:
+    """Answers come one after another."""
+    deadlines = with_deadline(5.0, "ada")
+    deadlines.ask("ada", GRADIENT, 0.0)
+    deadlines.ask("ada", ACTIVATIONS, 0.0)
+    deadlines.answered("ada", ACTIVATIONS, 4.0)
+    assert deadlines.late(9.0) is None
+    assert deadlines.late(9.5) == Late("ada", is_gone=False)
+
+
+def test_an_answer_that_was_not_due_shows_that_a_client_is_there_but_teaches_nothing() -> None:
+    deadlines = with_deadline(5.0, "ada")
+    deadlines.ask("ada", GRADIENT, 0.0)
+    deadlines.ask("ada", ACTIVATIONS, 0.0, is_due=False)
+    deadlines.answered("ada", ACTIVATIONS, 4.0)
+    assert deadlines.late(9.0) is None
+    assert deadlines.answer_times is not None and deadlines.answer_times.farthest("activations") == 0.0
+
+
+def test_answer_times_are_learned_by_the_callers_clock_and_of_pieces_alone() -> None:
+    times = AnswerTimes()
+    deadlines = Deadlines(answer_times=times)
+    deadlines.ask("ada", GRADIENT, 10.0)
+    deadlines.ask("ada", SAVED, 10.0)
+    deadlines.stop_clocks(2.0)
+    deadlines.answered("ada", GRADIENT, 13.0)
+    deadlines.answered("ada", SAVED, 13.0)
+    assert times.farthest("gradient") == 3.0, "what the rank was busy with is part of the round trip"
+    assert times.farthest("saved") == 0.0
+
+
+def test_a_client_that_is_slow_and_gone_is_gone() -> None:
+    deadlines = with_deadline(5.0, "ada", silence_timeout=10.0)
+    deadlines.ask("ada", GRADIENT, 0.0)
+    assert deadlines.late(10.5) == Late("ada", is_gone=True)
+
+
+def test_a_suspended_client_owes_no_piece_but_its_silence_goes_on() -> None:
+    deadlines = with_deadline(5.0, "ada", silence_timeout=10.0)
+    deadlines.ask("ada", GRADIENT, 0.0)
+    deadlines.ask("ada", SAVED, 3.0)
+    assert deadlines.late(5.5) == Late("ada", is_gone=False)
+    deadlines.suspend("ada", MANIFEST)
+    assert deadlines.asked_at("ada", GRADIENT) is None
+    assert deadlines.asked_at("ada", SAVED) == 3.0, "a window cannot go on without this"
+    assert deadlines.asked_at("ada", MANIFEST) == 0.0
+    assert deadlines.late(10.0) is None
+    assert deadlines.late(10.5) == Late("ada", is_gone=True)

@@ -155,7 +155,7 @@ def test_a_window_goes_on_without_a_late_client_and_it_comes_back() -> None:
 def test_a_late_client_that_gave_its_manifest_is_told_that_the_plan_leaves_it_out() -> None:
     queue = late_bo()
     assert decided(queue, 5.5)[-1] == "step 0 lost 2"
-    announce(queue, "ada", "bo")  # without `heard`: it came before bo was late
+    announce(queue, "ada", "bo")  # without `reactivate`: it came before bo was late
     assert decided(queue, 5.5) == ["plan 2 ada without bo", "open 4"]
 
 

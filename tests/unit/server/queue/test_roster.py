@@ -1,0 +1,115 @@
+"""Clients of a rank and their manifests: who is waited for, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.server.queue.roster import Roster
+from fedbert_ds.wire.messages import Manifest
+
+
+def manifest(client: str, window: int = 0) -> Manifest:
+    return Manifest(client, window, (4,), (2,))
+
+
+def roster_of(*clients: str, **options: int) -> Roster:
+    roster = Roster(**options)
+    for client in clients:
+        roster.add(client)
+    return roster
+
+
+def test_a_window_is_complete_once_every_active_client_announced() -> None:
+    roster = roster_of("ada", "bo")
+    assert roster.clients == roster.active == {"ada", "bo"}
+    assert not roster.is_complete and roster.owes_manifest("ada")
+    assert roster.announce(manifest("bo"))
+    assert not roster.is_complete
+    assert roster.announce(manifest("ada"))
+    assert roster.is_complete and not roster.owes_manifest("ada")
+    assert roster.close() == ((manifest("bo"), manifest("ada")), frozenset())
+    assert roster.next_window == 1 and not roster.is_complete and roster.owes_manifest("ada")
+
+
+def test_nobody_is_waited_for_who_is_gone_or_suspended() -> None:
+    roster = roster_of("ada", "bo", "cy")
+    roster.announce(manifest("ada"))
+    roster.remove("bo")
+    assert not roster.is_connected("bo") and not roster.is_complete
+    roster.suspend("cy")
+    assert roster.is_complete and roster.active == {"ada"} and roster.clients == {"ada", "cy"}
+    assert roster.close() == ((manifest("ada"),), frozenset())
+
+
+def test_a_suspended_client_that_announced_is_left_out_and_named() -> None:
+    roster = roster_of("ada", "bo")
+    for client in ("ada", "bo"):
+        roster.announce(manifest(client))
+    roster.suspend("bo")
+    assert roster.close() == ((manifest("ada"),), {"bo"})
+
+
+def test_a_client_that_is_heard_from_is_waited_for_again() -> None:
+    roster = roster_of("ada", "bo")
+    roster.announce(manifest("ada"))
+    roster.suspend("bo")
+    assert roster.reactivate("bo") and not roster.reactivate("bo")
+    assert not roster.is_complete and roster.active == {"ada", "bo"}
+    roster.announce(manifest("bo"))
+    roster.suspend("bo")
+    assert roster.reactivate("bo")
+    assert roster.is_complete, "its manifest is still here"
+
+
+def test_a_manifest_of_a_window_that_left_its_client_out_is_not_taken() -> None:
+    roster = roster_of("ada", "bo")
+    roster.announce(manifest("ada"))
+    roster.suspend("bo")
+    roster.close()
+    roster.reactivate("bo")
+    assert roster.announce(manifest("bo", window=0)) is False
+    assert roster.announce(manifest("bo", window=1)) is True
+    roster.announce(manifest("ada", window=1))
+    roster.close()
+    with pytest.raises(WireError, match="manifest of window 1 instead of 2"):
+        roster.announce(manifest("bo", window=1))
+
+
+def test_what_is_refused() -> None:
+    roster = roster_of("ada", first_window=3)
+    with pytest.raises(WireError, match="already connected"):
+        roster.add("ada")
+    for call in (roster.require, lambda client: roster.announce(manifest(client, 3))):
+        with pytest.raises(WireError, match="nobody is not connected"):
+            call("nobody")
+    with pytest.raises(WireError, match="manifest of window 2 instead of 3"):
+        roster.announce(manifest("ada", 2))
+    roster.announce(manifest("ada", 3))
+    with pytest.raises(WireError, match="second manifest of window 3"):
+        roster.announce(manifest("ada", 3))
+
+
+def test_a_name_that_comes_back_has_announced_nothing() -> None:
+    roster = roster_of("ada")
+    roster.announce(manifest("ada"))
+    roster.suspend("ada")
+    roster.remove("ada")
+    roster.add("ada")
+    assert roster.active == {"ada"} and not roster.is_complete
+
+
+def test_a_rank_is_deserted_when_all_its_clients_are_suspended() -> None:
+    roster = roster_of("ada", "bo")
+    assert not Roster().is_deserted and not roster.is_deserted
+    roster.suspend("ada")
+    assert not roster.is_deserted
+    roster.suspend("bo")
+    assert roster.is_deserted and roster.is_complete
+
+
+def test_after_the_last_window_no_manifest_is_wanted() -> None:
+    roster = roster_of("ada", num_windows=1)
+    roster.announce(manifest("ada"))
+    roster.close()
+    assert roster.is_over and not roster.is_complete and not roster.owes_manifest("ada")

@@ -45,10 +45,7 @@ def add_benches(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     body.set_defaults(run=_body)
 
     kernels = benches.add_parser("kernels", help="each fused kernel beside the other ways to compute the same")
-    add_out(kernels, "the record; a .png lies beside it")
-    kernels.add_argument("--data", default="python-docs", metavar="SOURCE", help="text of the real mixes of lengths")
-    kernels.add_argument("--kernel", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
-    kernels.add_argument("--tune", action="store_true", help="first find this card's fastest launches, and keep them")
+    add_kernels_options(kernels)
     kernels.set_defaults(run=_kernels)
 
 
@@ -82,6 +79,14 @@ def add_pipeline_options(parser: argparse.ArgumentParser, baselines: Sequence[st
     parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="section.key=value", help="for all")
 
 
+def add_kernels_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench kernels`, for programs with more baselines too."""
+    add_out(parser, "the record; a .png lies beside it")
+    parser.add_argument("--data", default="python-docs", metavar="SOURCE", help="text of the real mixes of lengths")
+    parser.add_argument("--kernel", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    parser.add_argument("--tune", action="store_true", help="first find this card's fastest launches, and keep them")
+
+
 def typed(kind: type[Options], options: argparse.Namespace, program: str = "fedbert-ds", **more: Any) -> Options:
     """A benchmark's options: what was typed under the names of its fields, the command itself, and `more`."""
     from fedbert_ds.telemetry.record import command_line
@@ -98,6 +103,13 @@ def pipeline_options(options: argparse.Namespace, program: str = "fedbert-ds") -
 
     links = links_available() if options.links == "auto" else options.links
     return typed(PipelineOptions, options, program, links=links)
+
+
+def kernels_options(options: argparse.Namespace, program: str = "fedbert-ds") -> Any:
+    """The KernelsOptions that were typed; RunError for a kernel that does not exist."""
+    from fedbert_ds.bench.kernels.benchmark import KernelsOptions, parse_kernels
+
+    return typed(KernelsOptions, options, program, kernels=parse_kernels(options.kernel))
 
 
 def _pipeline(options: argparse.Namespace) -> None:
@@ -119,6 +131,6 @@ def _body(options: argparse.Namespace) -> None:
 
 
 def _kernels(options: argparse.Namespace) -> None:
-    from fedbert_ds.bench.kernels.benchmark import KernelsOptions, bench_kernels, parse_kernels
+    from fedbert_ds.bench.kernels.benchmark import bench_kernels
 
-    bench_kernels(typed(KernelsOptions, options, kernels=parse_kernels(options.kernel)))
+    bench_kernels(kernels_options(options))

@@ -1,7 +1,4 @@
-"""Attention over sequences of any lengths: ours, and every other way that torch and flash-attn have to compute it.
-
-Each gets its inputs as it likes them best, laid out beforehand: packed, or padded in batches.
-"""
+"""Attention over sequences of any lengths: ours, and torch's own on padded batches, which are laid out beforehand."""
 
 from __future__ import annotations
 
@@ -9,27 +6,13 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 
-from fedbert_ds.bench.kernels.problem import (
-    BOTH,
-    FORWARD,
-    OURS,
-    Build,
-    Prepared,
-    Problem,
-    Unavailable,
-    installed,
-    needs_compiler,
-    needs_gpu,
-    plain,
-)
+from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS, Build, Prepared, Problem, needs_compiler, plain
 from fedbert_kernels.attention import attention, attention_reference
 
 PADDED_BATCH = 64
@@ -57,7 +40,7 @@ def attention_problem(
     device: torch.device,
     compiled: bool = True,
 ) -> Problem:
-    """The problem of one mix of lengths, with all baselines; those that torch.compile makes only if `compiled`."""
+    """The problem of one mix of lengths, with inputs qkv, dout and layout; torch.compile's way only if `compiled`."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, head_size, generator=generator).to(device, dtype)
     dout = torch.randn(sum(lengths), heads, head_size, generator=generator).to(device, dtype)
@@ -81,6 +64,7 @@ def attention_problem(
         work={FORWARD: operations, BOTH: 3.5 * operations},
         unit="TFLOP/s",
         facts={"tokens": sum(lengths), "sequences": len(lengths), "heads": heads, "head_size": head_size},
+        inputs={"qkv": qkv, "dout": dout, "layout": layout},
     )
 
 
@@ -108,86 +92,22 @@ class Packed:
 
 
 def _ways(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, compiled: bool) -> dict[str, Build]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
     seed = torch.tensor([1, 2], device=device)
 
     def ours(dropout: float) -> Prepared:
         return plain(lambda leaf: attention(leaf, layout.cu_seqlens, dropout=dropout, seed=seed), (qkv,), dout)
 
-    def padded(dropout: float) -> Prepared:
-        return _padded(qkv, dout, layout, functools.partial(_sdpa, dropout=dropout))
-
-    def flash(dropout: float) -> Prepared:
-        needs_gpu(device)
-        return _separate(qkv, dout, lambda q, k, v: TorchFlash.apply(q, k, v, layout, dropout))
-
-    def varlen(dropout: float) -> Prepared:
-        _needs_no_dropout(dropout)
-        needs_gpu(device)
-        function = installed("torch.nn.attention.varlen", "varlen_attn")
-        bounds = (layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest)
-        return _separate(qkv, dout, lambda q, k, v: function(q, k, v, *bounds))
-
-    def cudnn(dropout: float) -> Prepared:
-        needs_gpu(device)
-        backend = functools.partial(sdpa_kernel, SDPBackend.CUDNN_ATTENTION)
-        return _padded(qkv, dout, layout, functools.partial(_sdpa, dropout=dropout, backend=backend))
-
-    def flex(dropout: float) -> Prepared:
-        _needs_no_dropout(dropout)
-        needs_compiler(compiled)
-        return _flex(qkv, dout, layout, device)
+    def in_batches(dropout: float) -> Prepared:
+        return padded(qkv, dout, layout, functools.partial(sdpa, dropout=dropout))
 
     def compiled_plain(dropout: float) -> Prepared:
         needs_compiler(compiled)
-        return _padded(qkv, dout, layout, torch.compile(functools.partial(_plain_attention, dropout=dropout)))
+        return padded(qkv, dout, layout, torch.compile(functools.partial(_plain_attention, dropout=dropout)))
 
-    def flash_attn(dropout: float) -> Prepared:
-        function = installed("flash_attn", "flash_attn_varlen_qkvpacked_func")
-        needs_gpu(device)
-        return plain(lambda leaf: function(leaf, layout.cu_seqlens, layout.longest, dropout_p=dropout), (qkv,), dout)
-
-    def flash_attn_3(dropout: float) -> Prepared:
-        _needs_no_dropout(dropout)
-        function = installed("flash_attn_interface", "flash_attn_varlen_func")
-        needs_gpu(device)
-
-        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            result = function(q, k, v, layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest)
-            out: Tensor = result[0] if isinstance(result, tuple) else result
-            return out
-
-        return _separate(qkv, dout, call)
-
-    return {
-        OURS: ours,
-        "SDPA, padded": padded,
-        "FlashAttention-2 in torch": flash,
-        "torch varlen_attn": varlen,
-        "cuDNN, padded": cudnn,
-        "FlexAttention": flex,
-        "torch.compile, padded": compiled_plain,
-        "flash-attn": flash_attn,
-        "flash-attn 3": flash_attn_3,
-    }
+    return {OURS: ours, "SDPA, padded": in_batches, "torch.compile, padded": compiled_plain}
 
 
-# ---- layouts ----
-
-
-def _separate(qkv: Tensor, dout: Tensor, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
-    """q, k and v as three leaves, so that no baseline pays for packing gradients it was not asked to pack."""
-    inputs = tuple(part.contiguous().requires_grad_() for part in qkv.unbind(1))
-    return Prepared(
-        lambda: (function(*inputs),),
-        inputs,
-        (dout,),
-        unpack_gradients=lambda gradients: (torch.stack(gradients, 1),),
-    )
-
-
-def _padded(qkv: Tensor, dout: Tensor, layout: Packed, function: Callable[..., Tensor]) -> Prepared:
+def padded(qkv: Tensor, dout: Tensor, layout: Packed, function: Callable[..., Tensor]) -> Prepared:
     """Batches of `function(q, k, v, mask)` of [count, heads, longest, d] each; mask is None if there is no padding."""
     inputs: list[Tensor] = []
     masks: list[Tensor | None] = []
@@ -217,19 +137,9 @@ def _padded(qkv: Tensor, dout: Tensor, layout: Packed, function: Callable[..., T
     )
 
 
-# ---- what they call ----
-
-
-def _sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    backend: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Tensor:
-    with backend():
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """torch's scaled_dot_product_attention of [count, heads, longest, d] each."""
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
 def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -237,50 +147,3 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropo
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return drop(scores.softmax(-1), dropout) @ v
-
-
-class TorchFlash(torch.autograd.Function):
-    """The FlashAttention-2 inside torch, whose public function takes no dropout."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Packed, dropout: float) -> Tensor:
-        ctx.shape = (layout.cu_seqlens, layout.cu_seqlens, layout.longest, layout.longest, dropout, False)
-        out, lse, random_state, unused, _ = torch.ops.aten._flash_attention_forward(q, k, v, *ctx.shape, False)
-        ctx.save_for_backward(q, k, v, out, lse, random_state, unused)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        *saved, random_state, unused = ctx.saved_tensors
-        found = torch.ops.aten._flash_attention_backward(gradients[0], *saved, *ctx.shape, random_state, unused)
-        return *found, None, None
-
-
-def _flex(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device) -> Prepared:
-    """All sequences as one, with a block mask that keeps them apart; the mask is made beforehand."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    num_tokens = sum(layout.lengths)
-    lengths = torch.tensor(layout.lengths, device=device)
-    sequence = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
-
-    def same_sequence(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return sequence[row] == sequence[column]
-
-    mask = create_block_mask(same_sequence, None, None, num_tokens, num_tokens, str(device), _compile=True)
-    function: Callable[..., Any] = torch.compile(flex_attention)
-    detached = tuple(part.transpose(0, 1)[None].detach() for part in qkv.unbind(1))
-    inputs = tuple(part.detach().requires_grad_() for part in detached)
-    return Prepared(
-        # On a CPU it refuses leaves even where no gradient is asked for.
-        lambda: (function(*(inputs if torch.is_grad_enabled() else detached), block_mask=mask),),
-        inputs,
-        (dout.transpose(0, 1)[None],),
-        lambda outputs: outputs[0][0].transpose(0, 1),
-        lambda found: (torch.stack([gradient[0].transpose(0, 1) for gradient in found], 1),),
-    )
-
-
-def _needs_no_dropout(dropout: float) -> None:
-    if dropout:
-        raise Unavailable("has no dropout")

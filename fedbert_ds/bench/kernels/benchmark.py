@@ -5,8 +5,8 @@ On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from fedbert_ds.bench.device import default_device, describe, matmul_rate, memory_bandwidth
 from fedbert_ds.bench.kernels.attention import PADDED_BATCH, attention_problem, draw_lengths
-from fedbert_ds.bench.kernels.problem import TOLERANCES, Problem, measure
+from fedbert_ds.bench.kernels.problem import TOLERANCES, Build, Problem, measure
 from fedbert_ds.bench.kernels.report import draw, table
 from fedbert_ds.bench.kernels.rows import (
     codec_problems,
@@ -65,15 +65,20 @@ class Sizes:
     """Of one measurement."""
 
 
+Further = Callable[[Problem, bool], Mapping[str, Build]]
+
 GPU = Sizes(32_768, ((12, 64), (8, 128)), (768, 1024), 30_522, rounds=7, seconds=0.05)
 QUICK_GPU = Sizes(8_192, ((12, 64),), (768,), 30_522, rounds=3, seconds=0.01)
 CPU = Sizes(4_096, ((4, 64),), (256,), 30_522, rounds=5, seconds=0.1)
 QUICK_CPU = Sizes(512, ((2, 64),), (256,), 2_000, rounds=3, seconds=0.01)
 
 
-def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -> None:
+def bench_kernels(
+    options: KernelsOptions, device: torch.device | None = None, more: Further = lambda problem, compiled: {}
+) -> None:
     """Measure, then write record and picture and print the table.
 
+    `more` names further ways to compute a problem, those that torch.compile makes only if its second argument is true.
     RunError if tuning is asked for where no kernel of Triton's runs; DataError for a text that cannot be read.
     """
     device = device or default_device()
@@ -93,6 +98,7 @@ def bench_kernels(options: KernelsOptions, device: torch.device | None = None) -
     for problem in problems(options, sizes, mixes, dtype, device):
         dropout = f", dropout {problem.dropout}" if problem.dropout else ""
         print(f"{problem.kernel}, {problem.case}{dropout}", flush=True)
+        problem = replace(problem, ways={**problem.ways, **more(problem, not options.quick)})
         rows += measure(problem, device, peaks[problem.unit], sizes.rounds, sizes.seconds)
     write_record(
         options.out,

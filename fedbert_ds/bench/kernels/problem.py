@@ -5,7 +5,6 @@ Knows no kernel. One that cannot run here, or is wrong, stays in the result as a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,6 +78,8 @@ class Problem:
     facts: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float | None = None
     """Instead of the dtype's."""
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    """What further ways compute with; not in the record."""
 
 
 def plain(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], gradient: Tensor) -> Prepared:
@@ -87,24 +88,10 @@ def plain(function: Callable[..., Tensor], leaves: tuple[Tensor, ...], gradient:
     return Prepared(lambda: (function(*inputs),), inputs, (gradient,))
 
 
-def needs_gpu(device: torch.device) -> None:
-    """Unavailable on a CPU."""
-    if device.type != "cuda":
-        raise Unavailable("needs a GPU")
-
-
 def needs_compiler(compiled: bool) -> None:
     """Unavailable if torch.compile is not wanted."""
     if not compiled:
         raise Unavailable("left out by --quick: compiling takes longer than all else")
-
-
-def installed(module: str, name: str) -> Any:
-    """What a package that may be missing calls `name`; Unavailable without it."""
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        raise Unavailable("not installed") from None
 
 
 def measure(problem: Problem, device: torch.device, peak: float, rounds: int, seconds: float) -> list[dict[str, Any]]:

@@ -19,7 +19,6 @@ from fedbert_ds.bench.kernels.problem import (
     Build,
     Prepared,
     Problem,
-    installed,
     needs_compiler,
     plain,
 )
@@ -53,15 +52,6 @@ def layer_norm_problem(
 
         return compute
 
-    def liger(p: float) -> Prepared:
-        norm = installed("liger_kernel.ops.layer_norm", "LigerLayerNormFunction")
-
-        def compute(x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
-            y: Tensor = norm.apply(residual + functional.dropout(x + bias, p), weight, shift, EPSILON)
-            return y
-
-        return plain(compute, leaves, dy)
-
     # Forward reads x and the residual and writes y; backward reads dy and both again, and writes a gradient for each,
     # which are the same one without dropout.
     forward, backward = 3, 5 if dropout else 4
@@ -70,11 +60,12 @@ def layer_norm_problem(
         case=f"width {width:,}",
         dtype=dtype,
         dropout=dropout,
-        ways={OURS: ours, **_torchs(in_torch, leaves, dy, compiled), "Liger, dropout in torch": liger},
+        ways={OURS: ours, **_torchs(in_torch, leaves, dy, compiled)},
         exact=_exact(partial(residual_layer_norm_reference, epsilon=EPSILON), leaves, dy),
         work={what: times * _bytes(x) for what, times in ((FORWARD, forward), (BOTH, forward + backward))},
         unit="GB/s",
         facts={"rows": num_rows, "width": width},
+        inputs={"leaves": leaves, "dy": dy},
     )
 
 
@@ -120,20 +111,6 @@ def loss_problem(
 
         return compute
 
-    def torchs_own(_: float) -> Prepared:
-        function = installed("torch.nn.functional", "linear_cross_entropy")
-        return plain(
-            lambda hidden, weight, bias: function(hidden, weight, targets, linear_bias=bias, reduction="sum"),
-            leaves,
-            one,
-        )
-
-    def liger(_: float) -> Prepared:
-        function = installed("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
-        return plain(
-            lambda hidden, weight, bias: function(hidden, weight, targets, bias=bias, reduction="sum"), leaves, one
-        )
-
     operations = 2.0 * num_rows * width * vocabulary
     return Problem(
         kernel="linear + cross-entropy",
@@ -143,13 +120,12 @@ def loss_problem(
         ways={
             OURS: lambda _: plain(partial(linear_cross_entropy, targets=targets), leaves, one),
             **_torchs(in_torch, leaves, one, compiled),
-            "torch linear_cross_entropy": torchs_own,
-            "Liger": liger,
         },
         exact=_exact(partial(linear_cross_entropy_reference, targets=targets, upcast=True), leaves, one),
         work={FORWARD: operations, BOTH: 3 * operations},
         unit="TFLOP/s",
         facts={"rows": num_rows, "width": width, "vocabulary": vocabulary},
+        inputs={"leaves": leaves, "targets": targets},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ import pytest
 
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
+from benchmarks.kernels.__main__ import build_parser as kernels_parser
 from benchmarks.modes.__main__ import build_parser as modes_parser
 from benchmarks.modes.systems import RUN_FILE as MODES_RUN_FILE
 from benchmarks.naive.__main__ import build_parser as naive_parser
@@ -28,6 +30,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "fedbert-ds": (installed_parser, None),
     "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
     "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
+    "python -m benchmarks.kernels": (kernels_parser, None),
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
 }
 """How each program parses its options, and the run file that its overrides change."""
@@ -85,9 +88,10 @@ def test_options_exist(command: Command) -> None:
 
 @pytest.mark.parametrize("command", MENTIONS, ids=str)
 def test_what_is_mentioned_exists(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        Command(command.page, command.program, (*command.arguments, "--help")).parse()
-    assert exit_.value.code == 0, capsys.readouterr().err
+    for arguments in itertools.product(*(argument.split("|") for argument in command.arguments)):
+        with pytest.raises(SystemExit) as exit_:
+            Command(command.page, command.program, (*arguments, "--help")).parse()
+        assert exit_.value.code == 0, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import torch
 
 from fedbert_ds.bench.device import Timing
 from fedbert_ds.bench.kernels import benchmark as kernels
-from fedbert_ds.bench.kernels import problem as baselines
+from fedbert_ds.bench.kernels import problem as ways
 from fedbert_ds.bench.kernels.benchmark import KernelsOptions, bench_kernels, compares, parse_kernels
 from fedbert_ds.bench.kernels.problem import OURS
 from fedbert_ds.bench.kernels.report import table
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 def quick(monkeypatch) -> None:
     """Everything is checked and nothing timed."""
     monkeypatch.setattr(
-        baselines, "time_side_by_side", lambda calls, *_, **__: dict.fromkeys(calls, Timing(1e-3, 5e-4, 2e-3))
+        ways, "time_side_by_side", lambda calls, *_, **__: dict.fromkeys(calls, Timing(1e-3, 5e-4, 2e-3))
     )
     monkeypatch.setattr(kernels, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(kernels, "memory_bandwidth", lambda *_: 1e10)
@@ -72,6 +72,19 @@ def test_a_record_names_the_text_and_no_folder(quick, tmp_path, monkeypatch) -> 
     out = tmp_path / "x.json"
     bench_kernels(KernelsOptions(out, "", data="/some/where/wiki.tokens", kernels=("GELU",)), CPU)
     assert json.loads(out.read_text())["settings"]["data"] == "wiki.tokens" and "/some" not in out.read_text()
+
+
+def test_further_baselines_are_measured_beside_ours(quick, tmp_path) -> None:
+    out = tmp_path / "gelu.json"
+    asked = []
+
+    def more(problem, compiled):
+        asked.append((problem.kernel, compiled))
+        return {"another": problem.ways["torch"]}
+
+    bench_kernels(KernelsOptions(out, "", kernels=("GELU",), quick=True), CPU, more)
+    assert asked == [("GELU", False)]
+    assert {row["way"] for row in json.loads(out.read_text())["rows"]} == {OURS, "torch", "torch.compile", "another"}
 
 
 def test_one_kernel_alone(quick, tmp_path) -> None:

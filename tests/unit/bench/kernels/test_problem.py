@@ -1,11 +1,11 @@
-"""Baselines: who is right, who is wrong and why, and what a row then says; times are made up."""
+"""Ways to compute: who is right, who is wrong and why, and what a row then says; times are made up."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from fedbert_ds.bench.device import Timing
-from fedbert_ds.bench.kernels import problem as baselines
+from fedbert_ds.bench.kernels import problem as module
 from fedbert_ds.bench.kernels.problem import (
     BOTH,
     FORWARD,
@@ -14,7 +14,6 @@ from fedbert_ds.bench.kernels.problem import (
     Problem,
     Unavailable,
     measure,
-    needs_gpu,
     plain,
 )
 
@@ -59,7 +58,7 @@ def timings(monkeypatch):
         timed.append(list(candidates))
         return {name: Timing(0.5 if name == OURS else 1.0, 0.4, 2.0) for name in candidates}
 
-    monkeypatch.setattr(baselines, "time_side_by_side", time_side_by_side)
+    monkeypatch.setattr(module, "time_side_by_side", time_side_by_side)
     return timed
 
 
@@ -84,8 +83,7 @@ def test_who_cannot_run_is_a_row_with_the_reason_and_is_not_timed(timings) -> No
         raise RuntimeError("CUDA error: no kernel image\nand a page of more")
 
     def on_gpu(_: float) -> Prepared:
-        needs_gpu(CPU)
-        raise AssertionError
+        raise Unavailable("needs a GPU")
 
     found = reasons({OURS: lambda _: plain(square, (X,), DY), "broken": broken, "on a GPU": on_gpu})
     assert found["broken", FORWARD] == found["broken", BOTH] == "RuntimeError: CUDA error: no kernel image"

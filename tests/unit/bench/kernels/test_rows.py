@@ -1,4 +1,4 @@
-"""LayerNorm, GELU, the loss and the codecs: on a CPU every baseline that runs there is right."""
+"""LayerNorm, GELU, the loss and the codecs: ours and torch's own are right."""
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 def test_layer_norm(outcomes, dropout: float) -> None:
     found = outcomes(layer_norm_problem(16, 48, torch.float32, dropout, CPU, compiled=False))
     assert {found[name, what] for name in (OURS, "torch") for what in (FORWARD, BOTH)} == {None}
-    assert found["Liger, dropout in torch", FORWARD] in (None, "not installed")
 
 
 def test_gelu_and_loss(outcomes) -> None:
@@ -26,13 +25,6 @@ def test_gelu_and_loss(outcomes) -> None:
     ):
         found = outcomes(problem)
         assert {found[name, what] for name in (OURS, "torch") for what in (FORWARD, BOTH)} == {None}
-
-
-def test_the_client_s_loss_has_torch_s_own_operator_beside_it(outcomes) -> None:
-    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
-        pytest.skip("this torch has none")
-    found = outcomes(loss_problem(10, 16, 70, torch.float32, CPU, compiled=False))
-    assert found["torch linear_cross_entropy", BOTH] is None
 
 
 @pytest.mark.parametrize("codec", list(CODECS))

@@ -1,0 +1,1 @@
+"""Each fused kernel beside more baselines than `fedbert-ds bench kernels` has."""

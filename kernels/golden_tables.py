@@ -50,21 +50,28 @@ def record_digest(folder: Path = GOLDEN) -> None:
     (_release(folder) / "sources.sha256").write_text(f"{sources_digest()}\n", encoding="utf-8")
 
 
-def sources_digest(sources: Path = SOURCES) -> str:
-    """SHA-256 of all code that decides the counts of the installed release; the same in every Python.
+def sources_digest(folder: Path = SOURCES) -> str:
+    """SHA-256 of the code of `compiled_sources` and of Triton's release; the same in every Python.
 
-    Taken over the kernel files, the disassembly, and whatever they import from this folder. Comments,
-    docstrings and line breaks do not count.
+    Comments, docstrings and line breaks do not count.
     """
+    code = {name: _structure(tree) for name, tree in compiled_sources(folder).items()}
+    text = json.dumps({"triton": _triton_version(), "code": code}, sort_keys=True, default=repr)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def compiled_sources(folder: Path = SOURCES) -> dict[str, ast.Module]:
+    """Every file that decides a count: kernel files, the disassembly, and what they import from here."""
     trees: dict[str, ast.Module] = {}
     unread = [*MODULES, "disassembly"]
     while unread:
         name = unread.pop()
-        if name not in trees and (sources / f"{name}.py").exists():
-            trees[name] = ast.parse((sources / f"{name}.py").read_text(encoding="utf-8"))
+        path = folder / f"{name}.py"
+        # A name that is not a file's is that of something in a file.
+        if name not in trees and path.exists():
+            trees[name] = ast.parse(path.read_text(encoding="utf-8"))
             unread.extend(_imports(trees[name]))
-    code = {"triton": _triton_version()} | {name: _structure(tree) for name, tree in trees.items()}
-    return hashlib.sha256(json.dumps(code, sort_keys=True, default=repr).encode()).hexdigest()
+    return trees
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:

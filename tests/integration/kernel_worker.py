@@ -1,16 +1,17 @@
-"""A rank that trains the same body in torch and with Triton's kernels, interpreted, at ZeRO stages 2 and 3.
+"""Two ranks that train the same body in torch and with Triton's kernels, interpreted, at ZeRO stages 2 and 3.
 
 At stage 2 also as on a card where torch.compile's LayerNorm and GELU were faster.
 
-    python kernel_worker.py FOLDER      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
+    python kernel_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
 
-Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and the input gradients of all micro-batches.
-Runs as a process of its own, for whether kernels are interpreted is decided when they are imported.
+Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and input gradients of all micro-batches.
+Runs outside the tests' process: whether kernels are interpreted is decided when they are imported.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 from functools import partial
@@ -23,16 +24,33 @@ LENGTHS = ([5, 9], [1, 3])
 
 
 def main(folder: Path) -> None:
+    """Both ranks: this process, and a copy of it made once everything is imported, which takes longer than training."""
+    import deepspeed  # noqa: F401
+    import transformers.models.bert.modeling_bert  # noqa: F401
+
+    import fedbert_ds.model.checkpoint
+    import fedbert_ds.model.cut
+    import fedbert_ds.server.body.engine  # noqa: F401
+    import fedbert_kernels.patch_modules  # noqa: F401
+
+    other = multiprocessing.get_context("fork").Process(target=run_rank, args=(1, folder), daemon=True)
+    other.start()
+    run_rank(0, folder)
+    other.join()
+    sys.exit(other.exitcode)
+
+
+def run_rank(rank: int, folder: Path) -> None:
     """Train and write, run after run."""
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     # On a CPU attention has a body in torch; here it gives way to the kernels, interpreted.
     from fedbert_kernels import attention
 
     attention.attention_torch.forward = attention.launch_forward
     attention.attention_torch.backward = attention.launch_backward
     initialize()
-    rank = torch.distributed.get_rank()
     for stage in (2, 3):
         # At stage 3, weights as small as these are partitioned and released too.
         settings = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}

@@ -158,13 +158,13 @@ def test_kernels_are_as_good_as_torch(lengths, heads, d, dtype, dropout, sliding
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("d", [16, 24, 64, 128])
 def test_kernels_take_every_dtype_and_head_size(d: int, dtype: torch.dtype) -> None:
-    assert_as_good_as_torch(kernels, [70, 1, 33], 1, d, dtype, dropout=0.1)
+    assert_as_good_as_torch(kernels, [70, 1], 1, d, dtype, dropout=0.1)
 
 
 @needs_triton
 def test_kernels_walk_a_long_sequence() -> None:
-    assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16)
-    assert_as_good_as_torch(kernels, [5, 400], 1, 16, torch.float16, dropout=0.2, sliding_window=100)
+    assert_as_good_as_torch(kernels, [5, 300], 1, 16, torch.float16)
+    assert_as_good_as_torch(kernels, [5, 300], 1, 16, torch.float16, dropout=0.2, sliding_window=100)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from fedbert_kernels.golden_tables import (
-    SOURCES,
+    MODULES,
+    compiled_sources,
     golden_path,
     read_table,
     record_digest,
@@ -21,55 +21,89 @@ from fedbert_kernels.interpreter import HAVE_TRITON
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 
 
-@pytest.fixture(scope="module")
-def digest() -> str:
-    return sources_digest()
+KERNEL = '''"""A kernel."""
+
+from fedbert_kernels import launches
+from fedbert_kernels.philox import keep_mask
+
+WARPS = 4
+"""Of a block."""
+
+
+def kernel(x):
+    """Doubles what is kept."""
+    return 2 * keep_mask(x)  # both halves
+'''
 
 
 @pytest.fixture
-def sources(tmp_path) -> Path:
-    """A copy of the kernels to be edited."""
-    for path in SOURCES.glob("*.py"):
-        shutil.copy(path, tmp_path)
+def folder(tmp_path) -> Path:
+    """A kernel, two files that it imports, and one that nobody imports."""
+    sources = {
+        "gelu": KERNEL,
+        "launches": "from fedbert_kernels.launch import Launch\n\nDEFAULT = Launch(64)\n",
+        "launch": "def Launch(rows):\n    return rows\n",
+        "philox": "ROUNDS = 7\n",
+        "compile_check": "TOGETHER = 12\n",
+    }
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
     return tmp_path
 
 
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text(encoding="utf-8")
+def digest_after(folder: Path, name: str, old: str, new: str) -> str:
+    path = folder / f"{name}.py"
+    text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    path.write_text(text.replace(old, new))
+    return sources_digest(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("gelu", "num_warps=4", "num_warps=8"),
-        ("layer_norm", "FORWARD_VALUES, BACKWARD_VALUES = 2048, 1024", "FORWARD_VALUES, BACKWARD_VALUES = 2048, 2048"),
-        # Imported by kernel files, or by what they import.
-        ("attention_kernels", "tl.exp2(scores - lse[:, None])", "tl.exp2(scores - lse[:, None] + 1)"),
-        ("attention_launches", "Launch(128, 64, 8, 2)", "Launch(128, 64, 4, 2)"),
-        ("philox", "tl.static_range(7)", "tl.static_range(10)"),
-        ("interpreter", "return x.to(DTYPE)", "return x.to(DTYPE) + 0"),
-        ("disassembly", "INSTRUCTION_BYTES = 16", "INSTRUCTION_BYTES = 8"),
-        ("compile_case", "ARCHITECTURES = (80, 90, 100)", "ARCHITECTURES = (80, 90)"),
+        ("gelu", "WARPS = 4", "WARPS = 8"),
+        ("gelu", "return 2 * keep_mask(x)", "return keep_mask(x) * 2"),
+        ("gelu", "def kernel(x)", "def kernel(y)"),
+        ("philox", "7", "10"),
+        ("launches", "64", "128"),
+        ("launch", "return rows", "return rows + 0"),
     ],
 )
-def test_other_code_is_another_digest(name: str, old: str, new: str, sources, digest) -> None:
-    edit(sources / f"{name}.py", old, new)
-    assert sources_digest(sources) != digest
+def test_other_code_is_another_digest(name: str, old: str, new: str, folder) -> None:
+    before = sources_digest(folder)
+    assert digest_after(folder, name, old, new) != before
 
 
-def test_comments_docstrings_and_line_breaks_do_not_count(sources, digest) -> None:
-    edit(sources / "gelu.py", "# ---- kernels ----", "# Other words.\n\n\n")
-    edit(sources / "gelu.py", '"""', '"""Other words. ')
-    edit(sources / "gelu.py", "def _fast(x: Tensor) -> bool:", "def _fast(\n    x: Tensor,\n) -> bool:\n    'New.'")
-    assert sources_digest(sources) == digest
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("gelu", "# both halves", "# left and right"),
+        ("gelu", '"""A kernel."""', '"""Another title.\n\nAnd more."""'),
+        ("gelu", "Of a block.", "Of each block."),
+        ("gelu", '    """Doubles what is kept."""\n', ""),
+        ("gelu", "def kernel(x)", "def kernel(\n    x,\n)"),
+        ("compile_check", "12", "6"),
+    ],
+)
+def test_comments_docstrings_line_breaks_and_other_files_do_not_count(name: str, old: str, new: str, folder) -> None:
+    before = sources_digest(folder)
+    assert digest_after(folder, name, old, new) == before
 
 
-def test_files_that_no_kernel_imports_do_not_count(sources, digest) -> None:
-    edit(sources / "patch_modules.py", 'PROJECTION = "projection"', 'PROJECTION = "other"')
-    edit(sources / "compile_check.py", "TOGETHER = 12", "TOGETHER = 6")
-    assert sources_digest(sources) == digest
+def test_another_release_of_triton_is_another_digest(folder, monkeypatch) -> None:
+    import triton
+
+    before = sources_digest(folder)
+    monkeypatch.setattr(triton, "__version__", "0.0.0")
+    assert sources_digest(folder) != before
+
+
+def test_files_of_this_package_that_count() -> None:
+    counting = set(compiled_sources())
+    assert counting >= {*MODULES, "attention_kernels", "attention_launches", "compile_case", "disassembly"}
+    assert counting >= {"interpreter", "launch", "philox", "row_philox"}
+    assert not counting & {"attention_tuning", "compile_check", "compiled_rows", "patch_modules", "row_choice"}
 
 
 def test_tables_and_digest_come_back(tmp_path) -> None:

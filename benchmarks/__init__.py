@@ -1,1 +1,1 @@
-"""Benchmarks for researchers, run from the repository's root as `python -m benchmarks.NAME`; not installed."""
+"""Benchmarks for researchers: `python -m benchmarks.NAME` in the repository's root."""

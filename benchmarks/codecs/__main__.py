@@ -1,4 +1,4 @@
-"""What each wire codec costs in loss at equal tokens, and in bytes: python -m benchmarks.codecs."""
+"""What each wire codec costs in loss at equal tokens, and in bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What each codec costs in loss at equal tokens, and in bytes, beside fp32.
 
-Real client halves and real frames in one process (`split_training`); a run that is complete already is not repeated.
+Real client halves and real frames in one process (`split_training`); a run that is complete already
+is not repeated.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fedbert_ds.telemetry.record import source_commit, write_record
 
 
 def bench_codecs(options: CodecsOptions) -> None:
-    """Train what is not finished, then write record and picture and print the table; one thread, on the CPU.
+    """Train what is not finished, then write record and picture and print the table; one thread, on
+    the CPU.
 
     Raises a UserError when the settings or the text are wrong.
     """

@@ -1,7 +1,9 @@
-"""Bytes per token of each codec: whole encoded messages of real text, at BERT-base's width, with what a model makes.
+"""Bytes per token of each codec: whole encoded messages of real text, at BERT-base's width, with
+what a model makes.
 
-Compression makes bytes depend on the values, so these are a model's: of one layer, freshly drawn, after one forward
-and backward pass. A trained model's values have heavier tails and compress a little more.
+Compression makes bytes depend on the values, so these are a model's: of one layer, freshly drawn,
+after one forward and backward pass. A trained model's values have heavier tails and compress a
+little more.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ class Counted:
 def counted(
     source: str, articles: Sequence[Article], vocabulary: str | None, settings: Sequence[Setting], *, quick: bool
 ) -> Counted:
-    """Bytes of these settings for one message of the articles; `vocabulary` None learns word pieces from them."""
+    """Bytes of these settings for one message of the articles; `vocabulary` None learns word pieces
+    from them."""
     tokenizer = load_tokenizer(vocabulary) if vocabulary else train_wordpiece(articles, VOCABULARY)
     text = encode(articles, tokenizer, LENGTH)
     stream = BatchStream(text, tokenizer, mask_probability=0.15, whole_word=False, seed=SEED, client="count")
@@ -124,7 +127,8 @@ def crossing(half: ClientHalf, body: Body, batch: Batch) -> Crossing:
 
 
 def message_bytes(batch: Batch, it: Crossing, wire: WireSection) -> tuple[int, int]:
-    """Bytes up and down of one window of this batch in one message, encoded in full, control messages included."""
+    """Bytes up and down of one window of this batch in one message, encoded in full, control
+    messages included."""
 
     def frame(tensor: Tensor, codec: str) -> pb.TensorFrame:
         return codecs.encode(tensor, codec, compressed=wire.is_compressed)

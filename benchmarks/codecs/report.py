@@ -20,7 +20,7 @@ HEADS = ("model", "cut", "activations", "hidden states", "gradients")
 
 
 def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per run; `cost` is its held-out loss over that of fp32 with the same model and seed, less 1."""
+    """One row per run; `cost` is its held-out loss over fp32's, same model and seed, less 1."""
     losses = {(run["setting"], run["seed"]): run["held_out_loss"] for run in runs}
     rows = []
     for run in runs:
@@ -46,7 +46,8 @@ def rows_of(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], sizes: Mapping[Setting, Sizes]) -> list[dict[str, Any]]:
-    """One row per setting that has a run: bytes as counted at width 768, cost in the mean and its range over seeds."""
+    """One row per setting that has a run: bytes as counted at width 768, cost in the mean and its
+    range over seeds."""
     summary = []
     for setting, size in sizes.items():
         mine = [row for row in rows if all(row[name] == value for name, value in asdict(setting).items())]

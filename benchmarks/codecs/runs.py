@@ -1,4 +1,4 @@
-"""Training runs that are made once: a run that is complete with the same settings is read, not repeated."""
+"""Training runs, each made once: a run complete with the same settings is read, not repeated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT_SEED = 1
 
 
 class Text:
-    """Articles held out and to train on, as sequences, and the word pieces learned from the latter."""
+    """Articles to hold out and to train on, as sequences, and the word pieces of the latter."""
 
     def __init__(self, config: RunConfig, quick: bool) -> None:
         limit = QUICK_ARTICLES if quick else config.data.max_articles
@@ -64,7 +64,7 @@ class Text:
 def finished(
     setting: Setting, seed: int, config: RunConfig, text: Text, work: Path, *, begin: bool
 ) -> dict[str, Any] | None:
-    """The run: read if it is complete with these very settings, else made, or None when none is to begin."""
+    """The run: read if complete with these settings, else made, or None unless `begin`."""
     slug = "-".join(
         [setting.model, setting.cut, *setting.codecs, setting.extra.replace(" ", "_") or "plain", f"{seed}"]
     )
@@ -89,7 +89,8 @@ def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[st
     started, windows = time.monotonic(), config.run.windows
     section = config.model
     if setting.model == "factorized":
-        # A quarter of the width, but no less than the columns that share a scale: padded groups would look too exact.
+        # A quarter of the width, but no less than the columns that share a scale: padded groups
+        # would look too exact.
         size = min(section.hidden_size, max(GROUP, section.hidden_size // 4))
         section = section.model_copy(update={"architecture": "electra", "embedding_size": size})
     model: Any = build_model(section, len(text.tokenizer), text.tokenizer.pad_token_id, seed)

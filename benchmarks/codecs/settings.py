@@ -1,4 +1,4 @@
-"""What is compared: the ways to code what crosses, in the order in which they are tried, and the run file."""
+"""What is compared, in which order: codecs of activations, hidden states and gradients."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Setting:
     hidden: Codec = "fp32"
     gradients: Codec = "fp32"
     extra: Literal["", "stochastic", "row feedback", "centred", "int8 halves", "unit projection"] = ""
-    """Gradients rounded at random; errors of table rows fed back; the mean of a message's hidden states sent apart;
-    gradients of the client half summed in int8; a factorized model's E -> H drawn with unit gain."""
+    """Gradients rounded at random; errors of table rows fed back; the mean of a message's hidden
+    states sent apart; gradients of the client half summed in int8; a factorized model's E -> H
+    drawn with unit gain."""
 
     @property
     def wire(self) -> WireSection:
-        """As a run file says it; lossless compression costs no loss, so what is trained goes without."""
+        """As in a run file, without compression, which changes no value."""
         codecs = {"activations": self.activations, "hidden": self.hidden, "gradients": self.gradients}
         return WireSection(**codecs, compression="none")
 
@@ -101,7 +102,7 @@ class CodecsOptions:
     minutes: float | None = None
     """No run is begun after so many minutes; the record holds what is finished."""
     vocabulary: str | None = None
-    """Tokenizer of the texts whose bytes are counted, as tokenizer.path; None learns as many word pieces as BERT's."""
+    """Tokenizer to count bytes with, as tokenizer.path; None learns one of BERT's size."""
     count: tuple[str, ...] = ()
     """Further texts whose bytes are counted, as `data`."""
     quick: bool = False

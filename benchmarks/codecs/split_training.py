@@ -1,6 +1,7 @@
-"""A client half and a body in one process, with the wire's own frames between them: no network, no DeepSpeed.
+"""A client half and a body in one process, the wire's own frames between: no network, no DeepSpeed.
 
-A synchronous run equals centralized training, so one client and one message a window show what codecs do to learning.
+A synchronous run equals centralized training, so one client and one message a window show what
+codecs do to learning.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ class Crossed:
 
 
 class RowFeedback:
-    """Error feedback for rows of the word table: what rounding took from a row is added when the row is next sent.
+    """Error feedback for the word table: a row's rounding error is added when it is next sent.
 
-    Only the client can keep it, for only it knows which row is which. Tokens and hidden states have no such identity.
+    Only the client can keep it, for only it knows which row is which. Tokens and hidden states have
+    no such identity.
     """
 
     def __init__(self, vocabulary: int, width: int) -> None:
@@ -52,7 +54,7 @@ class RowFeedback:
 
 
 class SplitTrainer:
-    """Trains both halves, each with its own optimizer and clipping, as client and server do; on the CPU."""
+    """Trains client half and body, each with its own optimizer and clipping, on the CPU."""
 
     def __init__(
         self,
@@ -84,7 +86,8 @@ class SplitTrainer:
         inputs = received.requires_grad_()
         index = None if row_index is None else row_index.long()
         hidden = self.body(inputs, batch.masked_positions, cu_seqlens_of(batch.lengths), index)
-        # What all hidden states share is most of them: sent apart, it leaves the codec less to round.
+        # What all hidden states share is most of them: sent apart, it leaves the codec less to
+        # round.
         shared = hidden.detach().mean(dim=0) * float(self._centred)
         frame = encode(hidden - shared, wire.hidden_states, compressed=wire.is_compressed)
         down = [pb.ServerMessage(hidden=pb.Hidden(window=window, values=frame, masked_tokens=masked))]
@@ -106,7 +109,7 @@ class SplitTrainer:
 
     @torch.no_grad()
     def loss(self, batches: Sequence[Batch]) -> float:
-        """Nats per masked token of the model itself, without codecs: what a user of the checkpoint gets."""
+        """Nats per masked token of the model without codecs, as a user gets it."""
         self.half.eval(), self.body.eval()
         total = 0.0
         for batch in batches:
@@ -131,7 +134,7 @@ class SplitTrainer:
         return frame, received
 
     def _exchange_update(self) -> None:
-        """The half's gradients go up and, as their sum, down again; their bytes are counted apart."""
+        """The half's gradients go up and their sum comes down; bytes are counted elsewhere."""
         for parameter in self.half.parameters():
             for _ in ("up", "down") if self._updates != "fp32" and parameter.dim() == 2 else ():
                 assert parameter.grad is not None

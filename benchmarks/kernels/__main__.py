@@ -1,4 +1,4 @@
-"""`fedbert-ds bench kernels` with other libraries' kernels beside ours: python -m benchmarks.kernels."""
+"""`fedbert-ds bench kernels` with other libraries' kernels beside ours."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def attention_baselines(problem: Problem, compiled: bool = True) -> dict[str, Bu
 
 
 def _separate(qkv: Tensor, dout: Tensor, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Prepared:
-    """q, k and v as three leaves, so that no baseline pays for packing gradients it was not asked to pack."""
+    """q, k and v as three leaves: no baseline pays for packing gradients."""
     inputs = tuple(part.contiguous().requires_grad_() for part in qkv.unbind(1))
     return Prepared(
         lambda: (function(*inputs),),
@@ -103,7 +103,7 @@ class TorchFlash(torch.autograd.Function):
 
 
 def _flex(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device) -> Prepared:
-    """All sequences as one, with a block mask that keeps them apart; the mask is made beforehand."""
+    """All sequences as one, kept apart by a block mask that is made beforehand."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     num_tokens = sum(layout.lengths)

@@ -1,4 +1,4 @@
-"""Federated modes and centralized training on the same text, side by side: python -m benchmarks.modes."""
+"""Federated modes and centralized training on the same text, side by side."""
 
 from __future__ import annotations
 

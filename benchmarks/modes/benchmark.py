@@ -1,7 +1,7 @@
 """Every federated mode and centralized training on the same text, run after run.
 
-Each federated run is the real launcher with its ranks and client processes; centralized training is a process of plain
-torch. All run on the CPU, and a run that is complete already is not repeated.
+Each federated run is the real launcher with its ranks and client processes; centralized training is
+a process of plain torch. All run on the CPU, and a run that is complete already is not repeated.
 """
 
 from __future__ import annotations

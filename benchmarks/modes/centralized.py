@@ -1,8 +1,8 @@
-"""Centralized training on the clients' own batches: one whole model, plain torch, no cut, no wire, no DeepSpeed.
+"""Centralized training on the clients' own batches: one whole model in plain torch.
 
-Every window takes exactly the sequences and masks that a federation's clients draw for it, so a federated run can be
-held against it window by window. As a program it trains a run file and leaves the folder a federated run leaves, less
-its checkpoints:
+Every window takes exactly the sequences and masks that a federation's clients draw for it, so a
+federated run can be held against it window by window. As a program it trains a run file and leaves
+the folder a federated run leaves, less its checkpoints:
 
     python -m benchmarks.modes.centralized --config FILE [section.key=value ...]
 """
@@ -52,8 +52,9 @@ class Trained:
 class Centralized:
     """Trains the whole model, a window at a time, on what every client would bring to it.
 
-    `articles` are the clients' own, by name. Gradient clipping is the federation's: the client half and the body apart.
-    Dropout is drawn from torch's generator, so only without dropout does a federated run see the same numbers.
+    `articles` are the clients' own, by name. Gradient clipping is the federation's: the client half
+    and the body apart. Dropout is drawn from torch's generator, so only without dropout does a
+    federated run see the same numbers.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]]) -> None:
@@ -111,7 +112,7 @@ class Centralized:
 
 
 def train_centralized(config: RunConfig) -> None:
-    """Train the run file from start to end and leave text, metrics.jsonl, loss.png and hf/ in run.directory."""
+    """Train the run file to its end; text, metrics.jsonl, loss.png and hf/ are in run.directory."""
     folder = config.run.directory
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds a run already; set another run.directory")

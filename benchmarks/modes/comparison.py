@@ -1,4 +1,4 @@
-"""Runs of several systems on the same batches, side by side: rows, final figures, a table and a picture.
+"""Runs of several systems on the same batches as rows, final figures, a table and a picture.
 
 Knows nothing of how the runs were made.
 """
@@ -19,7 +19,7 @@ from fedbert_ds.telemetry.report import smoothed
 from fedbert_ds.telemetry.tables import markdown
 
 LAST_SHARE = 20
-"""The training loss at the end is the mean over this fraction (1/20) of the windows, the last ones."""
+"""The training loss at the end is the mean of the last 1/20 of the windows."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Run:
     """From the start of its processes to the end of the last, start-up included."""
     commit: str | None
     weight_difference: float = 0.0
-    """Largest difference of a weight of the final model to the baseline's, attention key biases apart."""
+    """Largest difference of a final weight to the baseline's, attention key biases apart."""
 
 
 def check_same_batches(runs: Sequence[Run]) -> None:
-    """RunError unless every run had the same windows: tokens and masked tokens of each, and the held-out text."""
+    """RunError unless all runs had the same tokens, masked tokens and held-out text."""
     first = runs[0]
     for run in runs[1:]:
         if run.unigram_loss != first.unigram_loss:
@@ -58,7 +58,7 @@ def check_same_batches(runs: Sequence[Run]) -> None:
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row per system and window; `tokens` are all those trained on so far, this window's included."""
+    """One row per system and window; `tokens` are those trained on so far, with this window's."""
     return [
         {
             "system": run.system.name,
@@ -105,7 +105,7 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
 
 
 def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
-    """Training loss against tokens, smoothed, a line per system; below it the difference to the baseline."""
+    """Smoothed training loss against tokens, a line a system; below, the difference to baseline."""
     reference, colors = smoothed(_find(runs, baseline).windows), cycle(COLORS)
     with picture(path, 8, 7, rows=2, sharex=True, height_ratios=(3, 2)) as (_, (losses, differences)):
         for run in runs:

@@ -27,7 +27,7 @@ LONGEST_SECONDS = 6 * 3600.0
 
 
 def finished(system: System, config: RunConfig, options: ModesOptions, commit: str | None, reference: Path) -> Run:
-    """The system's run: read if it is complete with these very settings, else made; `reference` is complete."""
+    """The run: read if complete with these settings, else made. `reference` is complete."""
     folder = config.run.directory
     result = _read_result(folder, config)
     if result is None:
@@ -47,7 +47,7 @@ def finished(system: System, config: RunConfig, options: ModesOptions, commit: s
 
 
 def run_to_end(command: Sequence[str], log: Path) -> int:
-    """Run a command to its end and return its exit code; whatever ends this process ends the command first."""
+    """Run a command to its end and return its exit code; it ends before this process does."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -68,7 +68,7 @@ def run_to_end(command: Sequence[str], log: Path) -> int:
 
 
 def evaluate(folder: Path, config: RunConfig) -> tuple[float, float]:
-    """(loss of the final model, loss of word frequency alone) on the held-out articles: the same targets for all."""
+    """Losses on the held-out articles: (final model, word frequency alone), same targets."""
     import torch
 
     from fedbert_ds.data.corpus import read_articles
@@ -147,7 +147,7 @@ def _fingerprint(config: RunConfig) -> str:
 
 
 def _clear(folder: Path) -> None:
-    """Remove a run that is incomplete or has other settings; RunError for a folder this benchmark did not make."""
+    """Remove an incomplete or different run; RunError for a folder this benchmark did not make."""
     if not folder.exists():
         return
     if not folder.with_name(f"{folder.name}.log").is_file():
@@ -156,7 +156,8 @@ def _clear(folder: Path) -> None:
 
 
 def _weight_difference(folder: Path, reference: Path) -> float:
-    """Largest difference of a weight; key biases apart: their true gradient is zero, and Adam steps on noise."""
+    """Largest difference of a weight, key biases apart: their true gradient is zero, so Adam steps
+    on noise."""
     from safetensors.torch import load_file
 
     mine, theirs = (load_file(path / "model.safetensors") for path in (folder, reference))

@@ -93,7 +93,7 @@ class ModesOptions:
 
 
 def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
-    """The run file's overrides for one system; the user's come last but for where the run lies and its mode."""
+    """The run file's overrides for one system; the user's come before text, folder and mode."""
     mode = () if system == CENTRALIZED else (f"federation.mode={system.name}",)
     every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
     stale = (f"federation.staleness={system.staleness}",) if system.staleness else ()

@@ -1,4 +1,4 @@
-"""`fedbert-ds bench pipeline` with the naive trainer beside ours: python -m benchmarks.naive --out FILE.json."""
+"""`fedbert-ds bench pipeline` with the naive trainer beside ours."""
 
 from __future__ import annotations
 

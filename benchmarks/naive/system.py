@@ -1,4 +1,4 @@
-"""The naive trainer as a system of `bench pipeline`: its two ends in processes of their own, a link between."""
+"""The naive trainer as a baseline of `bench pipeline`: two processes, a link between them."""
 
 from __future__ import annotations
 

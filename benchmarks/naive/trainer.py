@@ -1,15 +1,18 @@
 """The naive trainer: split learning as public demos do it.
 
-One client at a time sends padded fp32 activations of one batch, pickled over HTTP, and waits; the server runs plain
-transformers layers, answers with all hidden states, takes the gradient back in another request and steps after every
-batch. Each request opens a connection, as `requests.post` does; `--keep-connection` is kinder. Kind to both: sequences
-are padded to the longest of their batch only.
+One client at a time sends padded fp32 activations of one batch, pickled over HTTP, and waits; the
+server runs plain transformers layers, answers with all hidden states, takes the gradient back in
+another request and steps after every batch. Each request opens a connection, as `requests.post`
+does; `--keep-connection` is kinder. Kind to both: sequences are padded to the longest of their
+batch only.
 
-    python -m benchmarks.naive.trainer serve --config FILE --tokenizer FOLDER    prints its address, ends with its input
-    python -m benchmarks.naive.trainer train --config FILE --tokenizer FOLDER --shards FOLDER --server HOST:PORT
+    python -m benchmarks.naive.trainer serve --config FILE --tokenizer FOLDER
+    python -m benchmarks.naive.trainer train --config FILE --tokenizer FOLDER --shards FOLDER
+        --server HOST:PORT
 
-`train` prints one line of JSON. Pickle is part of what is measured: serve listens on the loopback, or on a link that
-the benchmark has made, and to nobody else.
+`serve` prints its address and ends with its input; `train` prints one line of JSON. Pickle is part
+of what is measured: serve listens on the loopback, or on a link that the benchmark has made, and to
+nobody else.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ class PaddedBody:
         self.busy_seconds = 0.0
 
     def forward(self, activations: Tensor, mask: Tensor) -> Tensor:
-        """Hidden states [B, S, H] of activations [B, S, H] and mask [B, S], 1 for a token and 0 for padding."""
+        """Hidden states [B, S, H] of activations [B, S, H]; mask [B, S] is 0 for padding."""
         started = time.monotonic()
         self._activations = activations.to(self._device).requires_grad_()
         bias = (1.0 - mask.to(self._device)[:, None, None, :]) * torch.finfo(torch.float32).min
@@ -69,7 +72,7 @@ class PaddedBody:
 
 
 def start_server(body: PaddedBody, host: str) -> ThreadingHTTPServer:
-    """A server, in a thread, that answers POST /forward and /backward with pickled arrays until it is shut down."""
+    """A server in a thread that answers POST /forward and /backward with pickled arrays."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -108,7 +111,7 @@ class Client:
         self.bytes_up = self.bytes_down = 0
 
     def train(self, sequences: list[Tensor], labels: Tensor) -> float:
-        """One batch of token ids [length] each; `labels` [B, S], -100 where nothing is asked. Its loss."""
+        """Train on a batch of token ids [length] each; `labels` [B, S] or -100. Its loss."""
         input_ids = pad_sequence(sequences, batch_first=True)
         mask = pad_sequence([torch.ones(len(sequence)) for sequence in sequences], batch_first=True)
         activations = self._embeddings(input_ids=input_ids)
@@ -195,7 +198,7 @@ def train(
 
 
 def _batches(batch: Any, tokens: int) -> list[tuple[list[Tensor], Tensor]]:
-    """A client's window in batches of at most `tokens` tokens, labels padded as the sequences are."""
+    """A client's window in batches of at most `tokens` tokens, labels padded like sequences."""
     labels = torch.full_like(batch.input_ids, -100)
     labels[batch.masked_positions] = batch.labels
     groups: list[list[int]] = [[]]

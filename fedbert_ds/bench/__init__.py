@@ -1,1 +1,1 @@
-"""Measurements, each a `fedbert-ds bench NAME` that writes a record: what was run, on what, and the figures."""
+"""`fedbert-ds bench NAME`: measurements for a user's own machine; each writes a record."""

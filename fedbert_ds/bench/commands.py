@@ -1,4 +1,4 @@
-"""The options of every `fedbert-ds bench NAME`; what they run is imported only when it is asked for."""
+"""The options of every `fedbert-ds bench NAME`; the benchmark itself is imported when it runs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def add_kernels_options(parser: argparse.ArgumentParser) -> None:
 
 
 def typed(kind: type[Options], options: argparse.Namespace, program: str = "fedbert-ds", **more: Any) -> Options:
-    """A benchmark's options: what was typed under the names of its fields, the command itself, and `more`."""
+    """A benchmark's options: typed values by field name, the command itself, and `more`."""
     from fedbert_ds.telemetry.record import command_line
 
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]

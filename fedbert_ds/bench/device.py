@@ -1,4 +1,4 @@
-"""The device under a benchmark: what it can do at most, and times of several candidates side by side."""
+"""The device under a benchmark: its peak rates, and times of several candidates side by side."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 Call = Callable[[], Any]
 CALLS_AHEAD = 64
-"""Most calls that a host launches ahead: a device's queue holds some thousand kernels, and a call has up to ten."""
+"""Most calls launched ahead: a device's queue holds some thousand kernels, a call up to ten."""
 CYCLES_AHEAD = 100_000_000
-"""Of the device, some 60 ms: what a host needs to launch these calls, one in up to a millisecond."""
+"""Of the device, some 60 ms: time for the host to launch the calls, a millisecond each."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,12 @@ def time_side_by_side(
     seconds: float = 0.1,
     launch_ahead: bool = False,
 ) -> dict[str, Timing]:
-    """Time the candidates in turn, `rounds` times over, so that whatever slows the machine slows all of them.
+    """Time the candidates in turn, `rounds` times over: a slow machine then slows all of them.
 
-    Each is called once to warm up. One measurement is as many calls as take about `seconds`, at least one, and every
-    round begins with another candidate. With `launch_ahead`, a GPU waits until the host has launched the calls (at most
-    `CALLS_AHEAD`): the time of small kernels is then the device's, as it is in a model that keeps it busy.
+    Each is called once to warm up. One measurement is as many calls as take about `seconds`, at
+    least one, and every round begins with another candidate. With `launch_ahead`, a GPU waits until
+    the host has launched the calls (at most `CALLS_AHEAD`): the time of small kernels is then the
+    device's, as it is in a model that keeps it busy.
     """
     names = list(candidates)
     ahead = launch_ahead and device.type == "cuda"
@@ -71,7 +72,7 @@ def time_side_by_side(
 
 
 def matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Call, float]:
-    """A product of square matrices, large enough to saturate the device, and its floating-point operations."""
+    """A product of square matrices that saturates the device, and its floating-point operations."""
     size = size or (8192 if device.type == "cuda" else 1024)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return lambda: left @ right, 2.0 * size**3
@@ -84,7 +85,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = Non
 
 
 def memory_bandwidth(device: torch.device, size: int | None = None) -> float:
-    """Bytes/s that a copy larger than any cache reads and writes together, the median of several."""
+    """Bytes/s, read and written, of a copy larger than any cache; the median of several."""
     size = size or ((2 << 30) if device.type == "cuda" else (256 << 20))
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -93,7 +94,7 @@ def memory_bandwidth(device: torch.device, size: int | None = None) -> float:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Most bytes that tensors took during a call, those that were there before left out; None but on CUDA."""
+    """Peak bytes of tensors that a call adds to those already there; None except on CUDA."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

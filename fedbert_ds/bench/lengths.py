@@ -17,9 +17,10 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-
 
 
 def sentence_lengths(source: str, longest: int = 512) -> list[int]:
-    """Tokens of every sentence, [CLS] and [SEP] included, in the order of the text; longer ones are cut in pieces.
+    """Tokens of every sentence in order, [CLS] and [SEP] included; longer ones are cut in pieces.
 
-    `source` is one of `data.source`'s (`python-docs`, a file, a folder, `hub:NAME`). DataError if it cannot be read.
+    `source` is one of `data.source`'s (`python-docs`, a file, a folder, `hub:NAME`). DataError if
+    it cannot be read.
     """
     articles = list(read_articles([source]))
     return _lengths(
@@ -28,13 +29,13 @@ def sentence_lengths(source: str, longest: int = 512) -> list[int]:
 
 
 def article_lengths(source: str, longest: int = 512) -> list[int]:
-    """As `sentence_lengths`, of whole articles: most tokens are in pieces of `longest`, each article ends in a rest."""
+    """As `sentence_lengths`, of whole articles: pieces of `longest`, and a rest of each article."""
     articles = list(read_articles([source]))
     return _lengths(articles, articles, longest)
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text, each on one line: split at blank lines, and at `.`, `!` or `?` before a capital."""
+    """Sentences, each on one line: split at blank lines, `.`, `!` or `?` before a capital."""
     for paragraph in _PARAGRAPH_END.split(text):
         for sentence in _SENTENCE_END.split(" ".join(paragraph.split())):
             if sentence:

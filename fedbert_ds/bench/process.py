@@ -18,12 +18,12 @@ LONGEST_SECONDS = 1800.0
 
 
 def exit_on_sigterm() -> None:
-    """From now on a SIGTERM unwinds this process as Ctrl-C does, so that what it has started is ended."""
+    """From now on SIGTERM unwinds this process as Ctrl-C does and so ends its child processes."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def environment(device: str) -> dict[str, str]:
-    """Of a process whose body or clients run on this device; GPUs are hidden from what runs on the CPU."""
+    """Environment of a process on this device; a process on the CPU sees no GPU."""
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
     return os.environ | {"OMP_NUM_THREADS": "1"} | hidden
 
@@ -69,7 +69,7 @@ def running(
 
 
 def tell(process: subprocess.Popen[str], line: str) -> None:
-    """Write a line to a process of `running`; one that has ended already is for its waiter to notice."""
+    """Write a line to a process of `running`; nothing happens if it has ended."""
     assert process.stdin is not None
     with suppress(BrokenPipeError):
         process.stdin.write(f"{line}\n")
@@ -77,12 +77,12 @@ def tell(process: subprocess.Popen[str], line: str) -> None:
 
 
 def address_of(server: str) -> str:
-    """In a program that is started beside its server: the given address, or for "-" the line that it is told."""
+    """The address given to a program, or for "-" the first line of its standard input."""
     return sys.stdin.readline().strip() if server == "-" else server
 
 
 def last_line(process: subprocess.Popen[str], log: Path, told: str = "") -> str:
-    """The last line that a process prints until it ends, once it has been told this; RunError names the log if none."""
+    """Tell a process this; the last line that it prints. RunError names the log if none."""
     try:
         printed, _ = process.communicate(told, timeout=LONGEST_SECONDS)
     except subprocess.TimeoutExpired:

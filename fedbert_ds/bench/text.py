@@ -1,4 +1,4 @@
-"""Text for benchmarks that start clients themselves: equal shards and a tokenizer, made once in a work folder."""
+"""Text for benchmarks that start clients: equal shards and a tokenizer, made once in a folder."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class MaskedLMResult:
     perplexity: float
     """exp(loss)."""
     unigram_loss: float | None
-    """The same targets predicted from the training text's token frequencies alone; None without train_counts."""
+    """Loss by the training text's token frequencies alone; None without train_counts."""
     masked_tokens: int
     """Tokens predicted."""
     sequences: int
@@ -55,14 +55,16 @@ def evaluate_masked_lm(
 ) -> MaskedLMResult:
     """Evaluate any Hugging Face masked-LM checkpoint that has a fast tokenizer.
 
-    `articles_or_paths` are articles, or sources as in `data.source`. `sequence_length` None takes the model's limit,
-    at most 512. `max_sequences` reads that many, spread evenly over the text. `train_counts` [V] counts the training
-    text's tokens. `device` None takes a GPU when there is one. The masks follow from `seed` and the text alone, so the
-    same checkpoint gives the same number each time, and `batch_size` changes no more than rounding.
+    `articles_or_paths` are articles, or sources as in `data.source`. `sequence_length` None takes
+    the model's limit, at most 512. `max_sequences` reads that many, spread evenly over the text.
+    `train_counts` [V] counts the training text's tokens. `device` None takes a GPU when there is
+    one. The masks follow from `seed` and the text alone, so the same checkpoint gives the same
+    number each time, and `batch_size` changes no more than rounding.
 
-    Warns when the checkpoint holds an encoder only, for its head is then newly initialized. Raises ModelError when it
-    is no masked-LM checkpoint, has no tokenizer, or does not fit its tokenizer or `sequence_length`, and DataError when
-    the text cannot be read or is too short to mask a token.
+    Warns when the checkpoint holds an encoder only, for its head is then newly initialized. Raises
+    ModelError when it is no masked-LM checkpoint, has no tokenizer, or does not fit its tokenizer
+    or `sequence_length`, and DataError when the text cannot be read or is too short to mask a
+    token.
     """
     name = str(model_name_or_folder)
     model: Any = _load_model(name, seed)
@@ -101,11 +103,12 @@ def masked_lm_loss(
     max_sequences: int | None = None,
     train_counts: Tensor | None = None,
 ) -> MaskedLMResult:
-    """What `evaluate_masked_lm` measures, for a model in memory, where it is; its training mode is restored.
+    """As `evaluate_masked_lm`, for a model in memory, on its device; its training mode is restored.
 
     Raises DataError when the text is too short to mask a token.
     """
-    # The whole text is masked, whatever is read of it, so that neither max_sequences nor batch_size changes a mask.
+    # The whole text is masked, whatever is read of it, so that neither max_sequences nor batch_size
+    # changes a mask.
     input_ids, positions, labels = (
         torch.from_numpy(array)
         for array in Masker(tokenizer, mask_probability=mask_probability).mask(
@@ -117,7 +120,8 @@ def masked_lm_loss(
     sequences = torch.arange(text.num_sequences)
     if max_sequences is not None and max_sequences < len(sequences):
         sequences = torch.linspace(0, len(sequences) - 1, max_sequences).round().long()
-    sequences = sequences[text.lengths[sequences].argsort(stable=True)]  # like lengths together: less padding
+    # Like lengths together: less padding.
+    sequences = sequences[text.lengths[sequences].argsort(stable=True)]
 
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     total, labels_read = 0.0, []
@@ -146,19 +150,20 @@ def masked_lm_loss(
 
 
 def unigram_loss(train_token_counts: Tensor, labels: Tensor) -> float:
-    """Mean cross-entropy, in nats, of labels [m] under the add-one-smoothed distribution of train_token_counts [V]."""
+    """Mean cross-entropy, nats, of labels [m] under add-one-smoothed train_token_counts [V]."""
     smoothed = train_token_counts.double() + 1.0
     return float(smoothed.sum().log() - smoothed[labels].log().mean())
 
 
 def scores_at(model: Any, input_ids: Tensor, attention_mask: Tensor, chosen: Tensor) -> Tensor:
-    """Scores [m, V] of any masked LM at the m positions where `chosen` [B, L] bool is true; it computes no others."""
+    """Scores [m, V] of any masked LM at the m positions where `chosen` [B, L] bool is true."""
 
     def keep_chosen(module: torch.nn.Module, arguments: Any, output: Any) -> Any:
         output["last_hidden_state"] = output["last_hidden_state"][chosen].unsqueeze(0)
         return output
 
-    # Every masked LM of transformers hands its encoder's last hidden state to its head, whatever the two are called.
+    # Every masked LM of transformers hands its encoder's last hidden state to its head, whatever
+    # the two are called.
     hook = model.base_model.register_forward_hook(keep_chosen)
     try:
         scores: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits[0]
@@ -207,9 +212,8 @@ def _load_model(name: str, seed: int) -> PreTrainedModel:
                 output_loading_info=True,
                 dtype=torch.float32,
             )
-    except (
-        Exception
-    ) as error:  # hub, network, JSON and safetensors errors share no base; all mean the name or its files
+    # Hub, network, JSON and safetensors errors share no base; all mean the name or its files.
+    except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{name}: cannot be loaded as a masked-LM checkpoint ({reason})") from error
     missing = sorted(report["missing_keys"])
@@ -226,7 +230,7 @@ def _load_model(name: str, seed: int) -> PreTrainedModel:
 
 
 def _position_limit(model: PreTrainedModel) -> int:
-    """Longest sequence the position table holds; RoBERTa's kind spends its first rows on padding."""
+    """Longest sequence of the position table; RoBERTa's kind spends its first rows on padding."""
     limit = getattr(model.config, "max_position_embeddings", None) or LONGEST_SEQUENCE
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
@@ -236,7 +240,7 @@ def _position_limit(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bar and no table of missing weights from transformers: one line of ours says it."""
+    """No progress bar and no table of missing weights from transformers: our own line says it."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

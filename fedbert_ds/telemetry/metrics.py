@@ -1,4 +1,4 @@
-"""What each window cost and gained: one JSON line per window, read back for reports and resumed runs.
+"""A run's metrics: one JSON line per window, read back for reports and resumed runs.
 
 Knows nothing of how the figures are measured; whoever runs the window fills in a WindowMetrics.
 """
@@ -66,7 +66,7 @@ class WindowMetrics:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a stretch of windows. Shares lie between 0 and 1; a stretch without windows is all zeros."""
+    """Figures of consecutive windows. Shares lie between 0 and 1; without windows all are zero."""
 
     windows: int
     tokens: int
@@ -121,7 +121,7 @@ def summary(rows: Sequence[WindowMetrics]) -> Summary:
 class MetricsLog:
     """Appends windows to a file, one JSON line each, on disk before `append` returns.
 
-    Lines of windows from `first_window` on belong to a run that is being repeated: they are dropped at the start.
+    It drops lines from `first_window` on: those windows run again.
     """
 
     def __init__(self, path: Path, first_window: int = 0) -> None:
@@ -148,7 +148,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[WindowMetrics]:
-    """Read a file that MetricsLog wrote. A last line cut short by a crash is left out; other damage is a RunError."""
+    """Read MetricsLog's file, less a last line cut short by a crash; RunError for other damage."""
     if not path.is_file():
         raise RunError(f"{path}: no such metrics file")
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -30,7 +30,7 @@ def picture(
     grid: Literal["both", "x", "y"] = "both",
     **subplots: Any,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of `width` x `height` inches and its panels, row by row; a PNG when the block ends well.
+    """Yield a figure of `width` x `height` inches and its panels, row by row; then write the PNG.
 
     `subplots` go to matplotlib's `Figure.subplots`.
     """

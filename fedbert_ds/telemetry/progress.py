@@ -22,7 +22,7 @@ BAR_WIDTH = 12
 
 
 class Progress:
-    """Shows each finished window on `stream`; a context manager, since a live line must be closed."""
+    """Shows each finished window on `stream`; use as a context manager."""
 
     def __init__(
         self, total_windows: int, clients_expected: int, stream: TextIO, clock: Callable[[], float] = time.monotonic

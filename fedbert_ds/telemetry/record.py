@@ -1,4 +1,4 @@
-"""The file every benchmark writes: the command, the commit, the machine, the versions, and one line per row."""
+"""The file every benchmark writes: command, commit, machine, versions, and one line per row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 
 def write_record(path: Path, *, command: str, commit: str | None, rows: Sequence[Row], **more: Any) -> dict[str, Any]:
-    """Write {command, commit, machine, versions, ...more, rows} as JSON, whole or not at all; returns it."""
+    """Write and return {command, commit, machine, versions, ...more, rows} as JSON."""
     record = {
         "command": command, "commit": commit, "machine": machine(), "versions": versions(), **more, "rows": list(rows),
     }  # fmt: skip
@@ -38,7 +38,7 @@ def command_line(program: str = "fedbert-ds") -> str:
 
 
 def source_commit() -> str | None:
-    """The commit of the source tree, with `-dirty` when tracked files differ from it; None outside a git checkout."""
+    """The source tree's commit, `-dirty` if tracked files differ; None outside a git checkout."""
     git = ["git", "-C", str(SOURCE)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
@@ -50,7 +50,7 @@ def source_commit() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What ran it: processor, cores this process may use, memory, operating system. No names of hosts or users."""
+    """Processor, usable cores, memory, operating system; no names of hosts or users."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

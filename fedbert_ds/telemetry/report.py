@@ -1,4 +1,4 @@
-"""A run on one page: the loss as a picture, and the figures that say whether the body was kept busy."""
+"""A run on one page: a picture of the loss, and figures of progress, body and wire."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_report(
 ) -> Path:
     """Write loss.png and report.html into `folder`; returns the page's path.
 
-    `facts` is a table of its own (model, machine, held-out loss ...); `baselines` are named losses drawn as lines.
+    `facts` become a table (model, machine, held-out loss ...), `baselines` named lines.
     """
     loss = folder / "loss.png"
     draw_loss(loss, rows, baselines or {})
@@ -36,7 +36,7 @@ def write_report(
 
 
 def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str, float]) -> None:
-    """Draw the training loss against tokens: every window thin, smoothed thick, baselines as dashed lines."""
+    """Training loss against tokens: each window thin, smoothed thick, baselines dashed."""
     tokens = list(accumulate(row.tokens for row in rows))
     with picture(path, 8, 4) as (_, (axes,)):
         if len(rows) > 1:
@@ -53,7 +53,7 @@ def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str,
 
 
 def smoothed(rows: Sequence[WindowMetrics]) -> list[float]:
-    """Mean loss, by masked tokens, of the windows around each one: a fortieth of the run to either side."""
+    """Mean loss by masked tokens around each window: a fortieth of the run to either side."""
     reach = len(rows) // 40
     weights = [row.masked_tokens if math.isfinite(row.loss) else 0 for row in rows]
     mass = [0, *accumulate(weights)]

@@ -6,6 +6,6 @@ from collections.abc import Iterable, Sequence
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
-    """A table of these rows; the first `words` columns hold words, the others numbers, aligned right."""
+    """A table of these rows; the first `words` columns align left, the others right."""
     rules = ["---"] * words + ["--:"] * (len(heads) - words)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rules, *rows))

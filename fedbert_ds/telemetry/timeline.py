@@ -1,4 +1,4 @@
-"""What a rank's timeline says of where its time went: a reader of the files that `telemetry.trace` writes."""
+"""Where a rank's time went, read from the timeline that `telemetry.trace` writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Shares:
-    """Seconds of a stretch of windows on one rank; what is in none of them went into messages and decisions."""
+    """Seconds of consecutive windows on one rank; the rest went into messages and decisions."""
 
     seconds: float
     forward: float

@@ -1,4 +1,4 @@
-"""A timeline of one rank in Chrome's trace format: open the file in https://ui.perfetto.dev or chrome://tracing."""
+"""A rank's timeline in Chrome's trace format: open it in https://ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BODY = "body"
 class Trace:
     """Writes spans as they end; without a path it does nothing.
 
-    The file is a JSON array that viewers also read when it was cut short: a run that dies leaves a timeline.
+    Viewers read the JSON array even if it is cut short: a run that dies leaves a timeline.
     """
 
     def __init__(self, path: Path | None, rank: int = 0) -> None:
@@ -48,7 +48,7 @@ class Trace:
         self._write({**span, "tid": self._track(BODY), "name": name, "args": details})
 
     def begin(self, name: str, track: str, **details: Any) -> None:
-        """A span begins now on another track, where spans may overlap; `end` ends the one with the same arguments."""
+        """Begin a span on another track, where spans may overlap; `end` ends it, same arguments."""
         self._mark("b", name, track, details)
 
     def end(self, name: str, track: str, **details: Any) -> None:

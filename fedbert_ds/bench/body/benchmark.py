@@ -1,8 +1,8 @@
-"""`fedbert-ds bench body`: training steps of BERT encoders, packed as the body does it, beside plain transformers.
+"""`fedbert-ds bench body`: training steps of BERT encoders, packed beside plain transformers.
 
-Forward, backward and optimizer step of one window of sequences, all of one length or the sentences of a text, on a GPU
-(BERT-base and BERT-large, bf16) or a CPU (a small BERT, fp32). The ways take turns in one process, and with them a
-dense matrix product, whose rate is what model FLOPs are held against.
+A step is forward, backward and optimizer step of one window: sequences of one length, or sentences
+of a text. A GPU trains BERT-base and BERT-large in bf16, a CPU a small BERT in fp32. The ways take
+turns in one process with a dense matrix product, whose rate divides the model's FLOP/s (MFU).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ QUICK_PLAN = Plan((TINY,), torch.float32, (32,), 1024, 512, 64)
 
 
 def bench_body(options: BodyOptions) -> None:
-    """Measure, write record and picture, print the table. A UserError for text or kernels that cannot be had."""
+    """Measure, write record and picture, print the table. UserError without text or kernels."""
     device = default_device()
     check_kernels(options.kernels, device)
     if not 0.0 <= options.dropout < 1.0:
@@ -123,7 +123,7 @@ def bench_body(options: BodyOptions) -> None:
 
 
 def mixes(plan: Plan, sentences: Sequence[int]) -> dict[str, list[int]]:
-    """Lengths of a window's sequences, by name of the mix: all equal, or sentences drawn from the text."""
+    """{name of a mix: lengths of a window's sequences}: all equal, or sentences of the text."""
     mixes = {f"all {length}": [length] * (plan.window // length) for length in plan.equal_lengths}
     drawn = random.Random(1).sample(list(sentences), len(sentences))
     mixes[SENTENCES] = []
@@ -224,7 +224,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Real tokens/s: a panel for each model, a group of bars for each mix of lengths, a colour for each way."""
+    """Real tokens/s: a panel a model, a group of bars a mix of lengths, a colour a way."""
     models, mixes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in ("model", "lengths", "way"))
     width = 0.8 / len(names)
     colors = dict(zip(names, (COLORS[0], PALE, *COLORS[1:]), strict=False))

@@ -1,7 +1,8 @@
-"""Training steps of one encoder on the same window of sequences: packed as the body does, and as transformers does.
+"""Training steps of one encoder on the same window of sequences: packed, and as transformers does.
 
-A step is forward and backward of every micro-batch and one optimizer step. Its input are activations of tokens, and its
-loss is given by the gradient of the hidden states of masked positions, so neither embeddings nor head take part.
+A step is forward and backward of every micro-batch and one optimizer step. Activations of tokens
+are given, and the gradient of the hidden states at masked positions, so embeddings and head take no
+part.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Shape:
     longest: int = 512
 
     def model(self, dropout: float) -> Any:
-        """A BERT with few word pieces, for its embeddings and head are not used; the same weights every time."""
+        """A BERT with the same weights every time and few word pieces: its ends are unused."""
         section = ModelSection(
             num_hidden_layers=self.layers,
             hidden_size=self.hidden_size,
@@ -106,7 +107,7 @@ class Step:
 def packed_step(
     shape: Shape, window: Window, budget: int, dropout: float, kernels: Kernels, device: torch.device
 ) -> Step:
-    """The body: micro-batches of at most `budget` tokens, nothing padded, the last feed-forward where masked only."""
+    """The body: micro-batches of at most `budget` tokens, no padding."""
     _, body = split(shape.model(dropout), "embeddings")
     dtype = window.values[0].dtype
     body.to(device, dtype)
@@ -135,7 +136,7 @@ def padded_step(
     by_length: bool = False,
     compiled: bool = False,
 ) -> Step:
-    """transformers' encoder with SDPA on batches padded to their longest, at most `budget` tokens with padding.
+    """transformers' encoder with SDPA on batches padded to their longest, `budget` tokens at most.
 
     `by_length` puts sequences of like length together, as transformers' `group_by_length` does.
     """
@@ -164,7 +165,7 @@ def padded_step(
 
 
 def varlen_step(shape: Shape, window: Window, budget: int, dropout: float, device: torch.device) -> Step:
-    """transformers' encoder on packed sequences with a FlashAttention of others; see `varlen_attention`."""
+    """transformers' encoder on packed sequences with `varlen_attention`."""
     model = shape.model(dropout)
     encoder = model.bert.encoder.to(device, window.values[0].dtype)
     model.config._attn_implementation = VARLEN_ATTENTION
@@ -204,7 +205,7 @@ def varlen_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """flash-attn's attention where that package is installed, else torch's own, which has no dropout; on CUDA only."""
+    """flash-attn's attention if installed, else torch's, without dropout; CUDA only."""
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     bounds, longest = cu_seq_lens_q, max_length_q
     attended: Any
@@ -225,7 +226,7 @@ ALL_ATTENTION_FUNCTIONS.register(VARLEN_ATTENTION, varlen_attention)
 
 
 class _MasterWeights:
-    """AdamW on fp32 copies of 16-bit weights, as DeepSpeed steps them; on the weights themselves if they are fp32."""
+    """AdamW as DeepSpeed steps: on fp32 copies of 16-bit weights, on fp32 weights themselves."""
 
     def __init__(self, module: nn.Module) -> None:
         self._weights = dict(module.named_parameters())
@@ -254,12 +255,13 @@ class _MasterWeights:
 def _trainer(
     module: nn.Module, forward: Callable[..., Tensor], micro_batches: Sequence[tuple[Tensor, Tensor, Any, Tensor]]
 ) -> Callable[[], None]:
-    """Steps on micro-batches of (values, masked positions, what else `forward` takes, gradient of its result)."""
+    """Steps on micro-batches: (values, masked positions, more for `forward`, result's gradient)."""
     optimizer = _MasterWeights(module)
 
     def run() -> None:
         for values, masked, more, gradient in micro_batches:
-            # The input's gradient is part of the work: it goes back to the clients, or into the embeddings.
+            # The input's gradient is part of the work: it goes back to the clients, or into the
+            # embeddings.
             hidden = forward(values.detach().requires_grad_(), masked, more)
             hidden.backward(gradient)
         optimizer.step()
@@ -270,7 +272,7 @@ def _trainer(
 def divided(
     lengths: Sequence[int], budget: int, *, padded: bool, order: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Numbers of sequences, divided into micro-batches of at most `budget` tokens, with padding if `padded`."""
+    """Numbers of sequences in micro-batches of `budget` tokens at most, padding included or not."""
     micro_batches: list[list[int]] = [[]]
     for index in order if order is not None else range(len(lengths)):
         chosen = [lengths[other] for other in (*micro_batches[-1], index)]
@@ -281,7 +283,7 @@ def divided(
 
 
 def _pack(window: Window, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values [T, H], masked positions [m] in it, cu_seqlens [n + 1] int32 on the CPU, gradient [m, H]."""
+    """Values [T, H], masked positions [m], cu_seqlens [n + 1] int32 on the CPU, gradient [m, H]."""
     bounds = [0, *accumulate(window.lengths[index] for index in chosen)]
     masked = [window.masked[index] + start for index, start in zip(chosen, bounds, strict=False)]
     return (
@@ -293,7 +295,7 @@ def _pack(window: Window, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def _pad(window: Window, chosen: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Values [n, longest, H], masked positions [m] in the flattened batch, which tokens are real, gradient [m, H]."""
+    """Values [n, longest, H], masked positions [m] in the flat batch, real tokens, gradient."""
     values = pad_sequence([window.values[index] for index in chosen], batch_first=True)
     longest = values.shape[1]
     real = pad_sequence([torch.ones(window.lengths[index], dtype=torch.long) for index in chosen], batch_first=True)

@@ -1,4 +1,4 @@
-"""Attention over sequences of any lengths: ours, and torch's own on padded batches, which are laid out beforehand."""
+"""Attention over sequences of any lengths: ours packed, torch's own on padded batches."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedbert_ds.bench.kernels.problem import BOTH, FORWARD, OURS, Build, Prepare
 from fedbert_kernels.attention import attention, attention_reference
 
 PADDED_BATCH = 64
-"""Sequences that are padded together, to the longest of them, when lengths differ; all of them when they are equal."""
+"""Sequences padded together when lengths differ; all of them when lengths are equal."""
 
 
 def draw_lengths(lengths: Sequence[int], num_tokens: int, seed: int = 0) -> list[int]:
-    """A random sample of real lengths with at most `num_tokens` tokens in all, and nearly as many."""
+    """A random sample of real lengths, at most `num_tokens` tokens in all and nearly as many."""
     drawn, left = [], num_tokens
     for length in random.Random(seed).choices(lengths, k=num_tokens):
         if length > left:
@@ -40,7 +40,7 @@ def attention_problem(
     device: torch.device,
     compiled: bool = True,
 ) -> Problem:
-    """The problem of one mix of lengths, with inputs qkv, dout and layout; torch.compile's way only if `compiled`."""
+    """The problem of one mix of lengths; its inputs are qkv, dout and layout."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, head_size, generator=generator).to(device, dtype)
     dout = torch.randn(sum(lengths), heads, head_size, generator=generator).to(device, dtype)
@@ -78,7 +78,7 @@ class Packed:
         self.cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
     def batches(self) -> Iterator[tuple[int, Tensor]]:
-        """(tokens before it, [count, longest] bool: which places hold tokens) of each padded batch."""
+        """(tokens before it, [count, longest] bool: places with tokens) of each padded batch."""
         size = len(self.lengths) if self.equal else PADDED_BATCH
         first = 0
         for number in range(0, len(self.lengths), size):
@@ -108,7 +108,7 @@ def _ways(qkv: Tensor, dout: Tensor, layout: Packed, device: torch.device, compi
 
 
 def padded(qkv: Tensor, dout: Tensor, layout: Packed, function: Callable[..., Tensor]) -> Prepared:
-    """Batches of `function(q, k, v, mask)` of [count, heads, longest, d] each; mask is None if there is no padding."""
+    """`function(q, k, v, mask)` on batches [count, heads, longest, d]; no padding, no mask."""
     inputs: list[Tensor] = []
     masks: list[Tensor | None] = []
     gradients: list[Tensor] = []

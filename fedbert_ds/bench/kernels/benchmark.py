@@ -1,6 +1,7 @@
-"""`fedbert-ds bench kernels`: every fused kernel beside the other ways to compute the same, on a GPU or a CPU.
+"""`fedbert-ds bench kernels`: every fused kernel beside torch's own operators.
 
-On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in plain torch, and the record says so.
+On a GPU ours are Triton's; on a CPU they are the same operators' CPU bodies, in plain torch, and
+the record says so.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fedbert_ds.telemetry.record import source_commit, write_record
 KERNELS = ("attention", "layer norm", "GELU", "linear + cross-entropy", "codecs")
 CODECS = ("int8", "int8_group", "fp8_e4m3", "int4_hadamard")
 QUICK_SENTENCES = (24, 11, 35, 8, 19, 42, 27, 14, 6, 31, 22, 17, 53, 9, 28, 12, 20, 38, 15, 25)
-"""Lengths like the sentences of the Python documentation, for `quick`: to count the real ones takes longer than all."""
+"""Lengths as of Python's documentation, for `quick`: counting real ones takes longest of all."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class KernelsOptions:
     """Text of the real mixes of lengths; see data.source of the run file."""
     kernels: tuple[str, ...] = KERNELS
     tune: bool = False
-    """First time launch shapes of attention on this card, and LayerNorm and GELU beside torch.compile's, and keep the
-    fastest for all later runs."""
+    """First time attention's launch shapes, LayerNorm and GELU on this card; later runs take the
+    fastest."""
     quick: bool = False
 
 
@@ -78,8 +79,9 @@ def bench_kernels(
 ) -> None:
     """Measure, then write record and picture and print the table.
 
-    `more` names further ways to compute a problem, those that torch.compile makes only if its second argument is true.
-    RunError if tuning is asked for where no kernel of Triton's runs; DataError for a text that cannot be read.
+    `more` names further ways to compute a problem, those that torch.compile makes only if its
+    second argument is true. RunError if tuning is asked for where no kernel of Triton's runs;
+    DataError for a text that cannot be read.
     """
     device = device or default_device()
     on_gpu = device.type == "cuda"

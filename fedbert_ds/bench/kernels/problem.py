@@ -1,6 +1,6 @@
-"""Ways to compute the same thing, ours and its baselines: each is first checked against fp64, then all are timed.
+"""Ways to compute the same thing: each is checked against fp64, then all are timed in turn.
 
-Knows no kernel. One that cannot run here, or is wrong, stays in the result as a row with the reason.
+Knows no kernel. A way that cannot run or is wrong stays in the result as a row with the reason.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from fedbert_ds.bench.device import peak_memory, time_side_by_side
 OURS = "ours"
 FORWARD, BOTH = "forward", "forward + backward"
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
-"""Largest error a result may have, over the largest exact value: rounding and no more. Mistakes are far larger."""
+"""Largest error over the largest exact value: rounding and no more. Mistakes are far larger."""
 UNBIASED = 0.05
-"""With a dropout mask of its own, a result is right on average: its projection on the exact one is 1, this much off."""
+"""With its own dropout mask a result is right on average: its projection on the exact one is 1,
+this much off."""
 STANDARD_ERRORS = 5.0
 """The same beyond that: how far masks of so few rows may be off by chance."""
 
 DROPPED = 0.05
-"""With dropout, the largest difference to the exact result without it is at least this, over the largest value."""
+"""With dropout a result differs from the exact one without it by at least this, over the largest
+value."""
 
 
 class Unavailable(Exception):
@@ -95,7 +97,7 @@ def needs_compiler(compiled: bool) -> None:
 
 
 def measure(problem: Problem, device: torch.device, peak: float, rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Rows of every way and pass; `peak` is what the device does at most, in operations or bytes a second."""
+    """Rows of every way and pass; `peak` is the device's, in operations or bytes a second."""
     rows = []
     # Or torch.compile, having seen the same function with many shapes, gives up on it.
     torch.compiler.reset()
@@ -135,7 +137,7 @@ def _caller(prepared: Prepared, what: str) -> Callable[[], Any]:
 
 
 def _check_all(problem: Problem, device: torch.device) -> tuple[dict[Key, Prepared], dict[Key, str], dict[Key, float]]:
-    """({(way, pass): prepared} of those that run and are right, reasons of the others, errors of the first)."""
+    """({(way, pass): prepared} that run and are right, their errors, and reasons of the others)."""
     exact = problem.exact()
     ready: dict[Key, Prepared] = {}
     reasons: dict[Key, str] = {}

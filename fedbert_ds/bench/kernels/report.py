@@ -64,7 +64,7 @@ def title(group: Group) -> tuple[str, str]:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """A panel for each kernel; in it a group of bars for each case, a bar for each way: its rate."""
+    """Rates: a panel a kernel, a group of bars a case, a bar a way."""
     cases: dict[str, list[tuple[str, list[Row]]]] = {}
     for group, members in groups(rows).items():
         kernel, case = title(group)

@@ -1,6 +1,6 @@
 """LayerNorm, GELU, the client's loss and the wire's codecs: ours and its baselines.
 
-Work is counted in the bytes that the task itself must read and write once, whoever does it; the loss's in operations.
+Work is the bytes that the task must read and write once; of the loss, its operations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedbert_kernels.quantize import CODECS, dequantize, dequantize_reference, q
 EAGER, COMPILED = "torch", "torch.compile"
 EPSILON = 1e-12
 CODE_ERRORS = {"int8": 0.01, "int8_group": 0.01, "fp8_e4m3": 0.07, "fp8_e5m2": 0.13, "int4_hadamard": 0.15}
-"""Of each codec, over the largest value: one code to the side, which is what rounding in another order may cost."""
+"""Of each codec, over the largest value: one code, the cost of rounding in another order."""
 
 
 def layer_norm_problem(
@@ -52,8 +52,8 @@ def layer_norm_problem(
 
         return compute
 
-    # Forward reads x and the residual and writes y; backward reads dy and both again, and writes a gradient for each,
-    # which are the same one without dropout.
+    # Forward reads x and the residual and writes y; backward reads dy and both again, and writes a
+    # gradient for each, which are the same one without dropout.
     forward, backward = 3, 5 if dropout else 4
     return Problem(
         kernel="layer norm",
@@ -94,7 +94,7 @@ def gelu_problem(num_rows: int, width: int, dtype: torch.dtype, device: torch.de
 def loss_problem(
     num_rows: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, compiled: bool = True
 ) -> Problem:
-    """Cross-entropy of hidden [num_rows, width] @ weight [vocabulary, width]^T + bias, summed over rows."""
+    """Summed cross-entropy of hidden [num_rows, width] @ weight [vocabulary, width]^T + bias."""
     leaves = (
         _draw(device, dtype, num_rows, width, seed=0),
         _draw(device, dtype, vocabulary, width, seed=1) * width**-0.5,

@@ -18,7 +18,7 @@ def tune_launches(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Time launch shapes of attention on this card and keep the fastest for later runs; a row for each kernel."""
+    """Time attention's launch shapes on this card; later runs take the fastest. A row a kernel."""
     from fedbert_kernels.attention_launches import shape_class
     from fedbert_kernels.attention_tuning import tune
 
@@ -41,7 +41,7 @@ def tune_launches(
 def choose_rows(
     kernels: tuple[str, ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> list[dict[str, Any]]:
-    """From now on runs on this card take ours or torch.compile's LayerNorm and GELU, whichever is faster now."""
+    """Time ours and torch.compile's LayerNorm and GELU; later runs on this card take the faster."""
     from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, is_ours_faster, measure_again
 
     cases = [RowCase(LAYER_NORM, dtype, width, dropout) for width in widths for dropout in (0.0, 0.1)]

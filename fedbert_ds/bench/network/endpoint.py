@@ -1,7 +1,7 @@
-"""A rank's endpoint and its clients in processes of their own, for benchmarks: the real classes, without a model.
+"""A rank's real endpoint and real clients in processes of their own, without a model.
 
-The endpoint checks that every client's messages come once and in order, and answers each with hidden states as large as
-it is told; clients check the same of the answers.
+The endpoint checks that every client's messages come once and in order and answers each with hidden
+states of a given size; clients check the same of the answers.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class Usage:
     body_seconds: float = 0.0
     """That a busy body worked, wall clock."""
     blocked_seconds: float = 0.0
-    """Of those, neither on a core nor waiting for one: it waited for another thread to let go of Python's lock."""
+    """Of those, neither on a core nor waiting for one: it waited for Python's lock."""
     child_seconds: float = 0.0
     """CPU seconds of the endpoint's own process, if it has one."""
     rss_bytes: int = field(default_factory=lambda: _rss_bytes())
     messages: int = 0
     num_bytes: int = 0
     wrong: int = 0
-    """Messages that were not the next one of their client: lost, doubled or out of order before them."""
+    """Messages that were not their client's next: lost, doubled or out of order."""
     lost_clients: int = 0
 
 
@@ -81,8 +81,9 @@ class Load:
 class MeasuredEndpoint:
     """A body's process with an endpoint.
 
-    `answer_bytes` sizes the answers; `in_process` gives the network a process of its own; with `busy` the body is not
-    idle between messages, but issues small operations one after another, as one that launches kernels does.
+    `answer_bytes` sizes the answers; `in_process` gives the network a process of its own; with
+    `busy` the body is not idle between messages, but issues small operations one after another, as
+    one that launches kernels does.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class MeasuredEndpoint:
 
 
 class ClientProcess:
-    """Clients in a process of their own, one thread each; `run` gives them work, `result` waits for its end."""
+    """Clients in one process, a thread each; `run` gives them work, `result` awaits it."""
 
     def __init__(self) -> None:
         self._pipe, other = spawn.Pipe()
@@ -143,7 +144,7 @@ def sessions(clients: tuple[str, ...]) -> Mapping[str, str]:
     return {client: f"session of {client}" for client in clients}
 
 
-# -- in the endpoint's process --------------------------------------------------------------------------------------
+# -- in the endpoint's process ---
 
 
 def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_process: bool, busy: bool) -> None:
@@ -210,7 +211,7 @@ def _running_seconds() -> float:
     return (int(on_core) + int(in_queue)) / 1e9
 
 
-# -- in a client process --------------------------------------------------------------------------------------------
+# -- in a client process ---
 
 
 def _take_part(pipe: Connection) -> None:

@@ -28,7 +28,7 @@ def ingress_rows(is_quick: bool) -> Iterator[Row]:
 
 
 def busy_rows(num_bytes: int) -> Iterator[Row]:
-    """How long a body that launches small operations is kept from it by the network beside it, both ways busy."""
+    """Time that a body launching small operations is blocked by the network, busy both ways."""
     for place in PLACES:
         names = tuple(f"client-{number}" for number in range(4))
         with (
@@ -59,7 +59,7 @@ def busy_rows(num_bytes: int) -> Iterator[Row]:
 
 
 def rate_rows(num_bytes: int) -> Iterator[Row]:
-    """A row for each place, direction, message size, transport and number of streams; each moves `num_bytes` up."""
+    """Rows by place, direction, message size, transport and streams; each moves `num_bytes`."""
     runs = [
         (transport, tuple(f"client-{transport}-{streams}-{number}" for number in range(streams)))
         for transport, streams in itertools.product(TRANSPORTS, STREAMS)

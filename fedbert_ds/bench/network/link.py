@@ -1,15 +1,17 @@
-"""Network links to measure over: a TCP proxy, in a process of its own, that delays, limits and cuts what crosses it.
+"""Network links to measure over: a TCP proxy in its own process that delays, limits and cuts.
 
     with DelayProxy("127.0.0.1:29600", delay_ms=25, mbit=100) as address:
         ...                                                         # connect to `address` instead
 
-Without a target it speaks HTTP CONNECT, which gRPC follows when its environment says `http_proxy`: then a client
-reaches every address through its link, those that it is only told later (its rank's endpoint) too:
+Without a target it speaks HTTP CONNECT, which gRPC follows when its environment says `http_proxy`:
+then a client reaches every address through its link, those that it is only told later (its rank's
+endpoint) too:
 
     with DelayProxy(delay_ms=25, mbit=100) as address:
         subprocess.Popen(client, env=os.environ | through(address))
 
-What it does not imitate: TCP's own slow start and losses, since each side speaks TCP with the proxy on this machine.
+What it does not imitate: TCP's own slow start and losses, since each side speaks TCP with the proxy
+on this machine.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ UNLIMITED_QUEUE_BYTES = 64 << 20
 
 
 def links_available() -> Literal["netem", "proxy"]:
-    """`netem` when this process may make network namespaces and the kernel can delay packets in them, else `proxy`."""
+    """`netem` if this process may make namespaces and the kernel has netem, else `proxy`."""
     if not (hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")):
         return "proxy"
     name = f"fedbert-probe-{os.getpid()}"
@@ -70,12 +72,12 @@ class _Settings:
 
 
 class DelayProxy:
-    """A link between this machine and itself; each connection through it is a link of its own. Use as context manager.
+    """A link from this machine to itself, one for each connection; use as a context manager.
 
-    `target` is host:port, None for HTTP CONNECT. `delay_ms` is one way, half a round trip; `mbit` megabits per second
-    each way, None for no limit. With `cut_bytes` (least, most) every connection is cut after a random number of bytes,
-    both ways counted, until there were `cuts` of them; a cut lasts `outage_ms`, in which new connections are closed at
-    once.
+    `target` is host:port, None for HTTP CONNECT. `delay_ms` is one way, half a round trip; `mbit`
+    megabits per second each way, None for no limit. With `cut_bytes` (least, most) every connection
+    is cut after a random number of bytes, both ways counted, until there were `cuts` of them; a cut
+    lasts `outage_ms`, in which new connections are closed at once.
     """
 
     def __init__(
@@ -104,7 +106,8 @@ class DelayProxy:
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
             assert self._process.stdin is not None and self._process.stdout is not None
-            self._process.stdin.close()  # it ends with its input, so it does not outlive this process either
+            # It ends with its input, so it does not outlive this process either.
+            self._process.stdin.close()
             self._process.wait(timeout=30)
             self._process.stdout.close()
 
@@ -132,11 +135,11 @@ class DelayProxy:
         return json.loads(line)
 
 
-# -- in the proxy's process -----------------------------------------------------------------------------------------
+# -- in the proxy's process ---
 
 
 class _Side(asyncio.BufferedProtocol):
-    """One socket of a connection: what it receives is written to the other one when the link would have carried it."""
+    """One socket of a connection: its bytes go to the other when the link would deliver them."""
 
     transport: asyncio.Transport
     other: _Side
@@ -294,7 +297,7 @@ class _Relay:
             up.carry(rest)
 
     async def _asked(self, client: socket.socket) -> tuple[str, bytes]:
-        """The address a client wants, from its CONNECT, and what it has sent already beyond that."""
+        """The address in a client's CONNECT, and the bytes that came after it."""
         head = b""
         while b"\r\n\r\n" not in head and len(head) < 8192:
             data = await self.loop.sock_recv(client, 4096)

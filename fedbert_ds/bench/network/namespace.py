@@ -1,4 +1,4 @@
-"""A network namespace behind a link that the kernel itself delays and limits (tc netem): for root, on Linux.
+"""A network namespace behind a link that the kernel delays and limits (tc netem): root on Linux.
 
     with Namespace(delay_ms=25, mbit=800) as there:
         subprocess.Popen([*there.enter, "program", ...])      # reaches this machine as `there.host`
@@ -28,7 +28,7 @@ class There:
 
 
 class Namespace:
-    """Made on entering, and gone with all its links on leaving. Raises what `ip` and `tc` raise when they fail."""
+    """Exists with its links inside the block. CalledProcessError when `ip` or `tc` fails."""
 
     def __init__(self, delay_ms: float, mbit: float | None) -> None:
         self._name = f"fedbert-{os.getpid()}"

@@ -18,7 +18,7 @@ SAMPLE_SECONDS = 5.0
 
 
 def stream_rows(streams: int, seconds: float) -> Iterator[Row]:
-    """A row every few seconds: memory of the endpoint's process, messages so far, and how many were not the next one.
+    """A row every few seconds: the endpoint's memory, messages so far, and how many were wrong.
 
     The last row, `is_over`, also says what the clients sent and how many answers came to them.
     """

@@ -1,4 +1,4 @@
-"""Large transfers over a limited link: 100 MB of activations, and a client update whose link drops in the middle."""
+"""Large transfers over a limited link: activations, and a client update whose link drops midway."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def describe(row: Row) -> str:
 
 
 def activations_row() -> Row:
-    """100 MB of activations from one client over a link of 1 Gbit/s, beside the link's own time for these bytes."""
+    """100 MB of activations over a link of 1 Gbit/s, beside the link's own time for these bytes."""
     with _Transfer("activations", ACTIVATION_BYTES) as transfer:
         for _ in range(ACTIVATION_BYTES // MESSAGE_BYTES):
             transfer.next_message()
@@ -58,7 +58,7 @@ def activations_row() -> Row:
 
 
 def update_row(num_bytes: int = UPDATE_BYTES) -> Row:
-    """A client update in chunks over a link of 1 Gbit/s that drops in the middle, and is down for two seconds."""
+    """A client update over a link of 1 Gbit/s that drops midway and is down for two seconds."""
     middle = num_bytes // 2
     cut: dict[str, Any] = {"cut_bytes": (middle, middle + 1), "cuts": 1, "outage_ms": 1000 * OUTAGE_SECONDS}
     with _Transfer("update", num_bytes, **cut) as transfer:

@@ -1,7 +1,7 @@
 """`fedbert-ds bench pipeline`: how busy clients behind slow links keep the body.
 
 Systems take turns over the same text, body and links:
-  centralized   the whole model in one process, its body under DeepSpeed; and that body alone, the ceiling of all
+  centralized   the whole model in one process, its body under DeepSpeed; and that body alone
   ours          the real launcher with one rank, and real clients behind the links
 """
 
@@ -34,7 +34,7 @@ LINKS = {"proxy": "a proxy that delays and limits", "netem": "the kernel's netem
 
 
 def bench_pipeline(options: PipelineOptions, baselines: Sequence[Baseline] = ()) -> None:
-    """Run every setting, print a row as each ends, write record and picture. UserError names a log when one fails."""
+    """Run and print every setting, write record and picture. UserError names a failed run's log."""
     if not LAUNCHER.is_file():
         raise RunError("bench pipeline runs launchers/pretrain.py: it needs the source tree, installed with pip -e")
     import torch

@@ -1,4 +1,4 @@
-"""How long the body must stay idle in a window: two round trips, and an exchange that is waited for."""
+"""The body's least idle time in a window: two round trips, and an exchange if one is waited for."""
 
 from __future__ import annotations
 
@@ -34,23 +34,24 @@ class ExchangeWork:
 def window_end_seconds(
     spent: Shares, config: RunConfig, link: Link, update_bytes: float, measure_work: Callable[[], ExchangeWork]
 ) -> float:
-    """Least time that a window's end costs: two round trips, a client's work, and an exchange that is waited for.
+    """Least time of a window's end: two round trips, a client's work, an exchange if waited for.
 
-    `update_bytes` cross a client's link for one exchange, both ways counted. `measure_work` takes seconds, so it is
-    called only where the exchange is waited for.
+    `update_bytes` cross a client's link for one exchange, both ways counted. `measure_work` takes
+    seconds, so it is called only where the exchange is waited for.
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
     if strategy_of(config.federation, config.wire).exchanges_per_window == 1.0 and not config.federation.staleness:
         work = measure_work()
-        # Nothing of the next window can be computed before updates have crossed the link both ways. Clients share a
-        # processor here: all of them have sent before there is a sum, and one has taken it before there is a forward.
+        # Nothing of the next window can be computed before updates have crossed the link both ways.
+        # Clients share a processor here: all of them have sent before there is a sum, and one has
+        # taken it before there is a forward.
         seconds += link.seconds(update_bytes) + config.clients.expected * work.send + work.take
     return seconds
 
 
 def exchange_work(config: RunConfig, tokenizer: Any) -> ExchangeWork:
-    """The quickest of several tries each, on one thread, so that it is a least cost; gradients are random numbers."""
+    """Least cost: the quickest of several tries each, on one thread, with random gradients."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,11 +1,12 @@
-"""Centralized training for `bench pipeline`: the same body under the same DeepSpeed engine, with nothing to wait for.
+"""Centralized training for `bench pipeline`: the same body under DeepSpeed, waiting for nothing.
 
     python -m fedbert_ds.bench.pipeline.centralized --config FILE --shards FOLDER --tokenizer FOLDER
         [--whole] [section.key=value ...]
 
-Trains on the windows that clients with these shards would bring, packed as the server packs them. With --whole the
-embeddings and the head are trained too, in this process: what DeepSpeed alone would do with the pooled text. Without it
-activations and gradients are made up beforehand: a ceiling. Prints one line of JSON.
+Trains on the windows that clients with these shards would bring, packed as the server packs them.
+With --whole the embeddings and the head are trained too, in this process: what DeepSpeed alone
+would do with the pooled text. Without it activations and gradients are made up beforehand: a
+ceiling. Prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class MicroBatch:
 
 
 def train_body(engine: BodyEngine, half: ClientHalf | None, window: list[MicroBatch]) -> None:
-    """Forward and backward of a window's micro-batches, through embeddings and head too where `half` is given."""
+    """Forward and backward of a window, through embeddings and head too if `half` is given."""
     num_masked = sum(len(micro_batch.labels) for micro_batch in window)
     for index, micro_batch in enumerate(window):
         is_last = index + 1 == len(window)

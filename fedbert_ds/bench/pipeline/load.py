@@ -1,8 +1,8 @@
-"""Load for a server: many real clients in one process, each in a thread with its own text, half and connection.
+"""Many real clients in one process, each in a thread with its own text, half and connection.
 
     python -m fedbert_ds.bench.pipeline.load --server HOST:PORT --shards FOLDER --state FOLDER
 
-They run the code of `fedbert-ds client`; one process for all saves the memory and the start of many.
+They run the code of `fedbert-ds client`; one process saves the memory and the start of many.
 """
 
 from __future__ import annotations

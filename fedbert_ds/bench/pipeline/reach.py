@@ -1,4 +1,4 @@
-"""How clients reach their server over a link: directly, through a proxy, or out of a network namespace."""
+"""How clients reach their server: directly, through a proxy, or out of a network namespace."""
 
 from __future__ import annotations
 

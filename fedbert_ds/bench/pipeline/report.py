@@ -1,4 +1,4 @@
-"""What `bench pipeline` tells of its rows: a line as each ends, a table beside what it is compared with, a picture."""
+"""Rows of `bench pipeline` as a sentence, a table and a picture."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def sentence(row: Row) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown, tokens/s also as a share of centralized and a multiple of each baseline over the same link.
+    """The rows as Markdown, with ratios to centralized and to each baseline over the same link.
 
-    Where one of these was measured twice, before and after ours, their mean counts.
+    The mean counts where one of these was measured twice, before and after ours.
     """
     baselines = [name for name in dict.fromkeys(row["system"] for row in rows) if name not in (OURS, CENTRALIZED)]
     centralized, others = _speeds(rows, CENTRALIZED), [_speeds(rows, name) for name in baselines]

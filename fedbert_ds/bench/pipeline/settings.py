@@ -1,4 +1,4 @@
-"""What `bench pipeline` runs: systems, links and overrides of its run file, in the order in which they run."""
+"""What `bench pipeline` runs, in which order: systems, links and overrides of its run file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("synchronous", ("federation.mode=synchronous", "wire.updates=int8")),
     ("synchronous, staleness 1", ("federation.mode=synchronous", "wire.updates=int8", "federation.staleness=1")),
 )
-"""Of ours: weights averaged rarely, rows at int8; an expensive wire; and client updates after every window."""
+"""Of ours: rare averages with rows at int8; an expensive wire; client updates every window."""
 BODY_ALONE = "body alone"
-"""Variant of centralized: embeddings and head take no time, activations and gradients are at hand."""
+"""Variant of centralized: no embeddings, no head; activations and gradients are at hand."""
 QUICK = (
     "run.windows=6",
     "model.num_hidden_layers=2",
@@ -46,7 +46,7 @@ class Link:
         return f"{self.rtt_ms:g}ms" + (f"-{self.mbit:g}mbit" if self.mbit else "")
 
     def seconds(self, num_bytes: float) -> float:
-        """Least time of an exchange of `num_bytes`, both ways counted, whose way back waits for its way there."""
+        """Least time of an exchange: one round trip, and `num_bytes`, both ways counted."""
         return self.rtt_ms / 1000 + (num_bytes * 8 / (self.mbit * 1e6) if self.mbit else 0.0)
 
 

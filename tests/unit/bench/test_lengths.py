@@ -1,4 +1,5 @@
-"""Sentences are found in prose, wrapped or not, and their lengths are those a client's encoding gives."""
+"""Sentences are found in prose, wrapped or not, and their lengths are those a client's encoding
+gives."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""Every command on the pages of reading parses with the real parsers, and its overrides load; every record has one."""
+"""Every command on the pages of reading parses with the real parsers, and its overrides load; every
+record has one."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ class Command:
     arguments: tuple[str, ...]
 
     def parse(self) -> argparse.Namespace:
-        """SystemExit(2), with the parser's words on standard error, for options that do not exist."""
+        """SystemExit(2), with the parser's words on standard error, for options that do not
+        exist."""
         return PROGRAMS[self.program][0]().parse_args(self.arguments)
 
     def __str__(self) -> str:

@@ -1,4 +1,5 @@
-"""What is kept under benchmarks/results/ says where it comes from, and the page of reading says what it says."""
+"""What is kept under benchmarks/results/ says where it comes from, and the page of reading says
+what it says."""
 
 import json
 import re

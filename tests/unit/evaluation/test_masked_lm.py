@@ -1,4 +1,5 @@
-"""The loss is the one a plain full-logits computation gives, the same each time, and mistakes are one line."""
+"""The loss is the one a plain full-logits computation gives, the same each time, and mistakes are
+one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The body's benchmark: what it measures, what it leaves out, what it writes, and what it refuses."""
+"""The body's benchmark: what it measures, what it leaves out, what it writes, and what it
+refuses."""
 
 import json
 

@@ -36,7 +36,8 @@ def test_all_ways_take_the_same_step(window, budget: int) -> None:
     expected = encoder_weights(steps["padded"])
     for step in steps.values():
         weights = encoder_weights(step)
-        # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any other.
+        # The gradient of a key's bias is zero but for rounding, which Adam makes as large as any
+        # other.
         compared = [name for name in expected if not name.endswith("key.bias")]
         torch.testing.assert_close(
             [weights[name] for name in compared], [expected[name] for name in compared], atol=2e-5, rtol=0

@@ -1,4 +1,5 @@
-"""bench kernels as a whole, with made-up times: record and picture; what --tune and --kernel refuse."""
+"""bench kernels as a whole, with made-up times: record and picture; what --tune and --kernel
+refuse."""
 
 import json
 

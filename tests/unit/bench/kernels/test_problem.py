@@ -1,4 +1,5 @@
-"""Ways to compute: who is right, who is wrong and why, and what a row then says; times are made up."""
+"""Ways to compute: who is right, who is wrong and why, and what a row then says; times are made
+up."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Links to measure over: bytes arrive whole, in order, not before delay and rate allow; cuts happen where asked."""
+"""Links to measure over: bytes arrive whole, in order, not before delay and rate allow; cuts happen
+where asked."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def test_bytes_arrive_whole_and_not_too_early(echo: str, delay_ms: float, mbit: 
     with DelayProxy(echo, delay_ms=delay_ms, mbit=mbit) as address, dial(address) as connection:
         started = time.monotonic()
         assert round_trip(connection, payload) == payload
-        # A floor, which a slow machine does not break: two ways of delay, and the bytes at the link's rate.
+        # A floor, which a slow machine does not break: two ways of delay, and the bytes at the
+        # link's rate.
         assert time.monotonic() - started >= 2 * delay_ms / 1000 + (len(payload) * 8 / (mbit * 1e6) if mbit else 0)
 
 

@@ -1,4 +1,5 @@
-"""Links by the kernel: what is asked of `ip` and `tc`, that nothing stays behind, and where it can be, a round trip."""
+"""Links by the kernel: what is asked of `ip` and `tc`, that nothing stays behind, and where it can
+be, a round trip."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ WINDOWS = SETTLING_WINDOWS + 2
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Windows of 2 s: 1.5 s forward and backward, 0.5 s wait; a client's answers take 0.1 and 0.2 s."""
+    """Windows of 2 s: 1.5 s forward and backward, 0.5 s wait; a client's answers take 0.1 and 0.2
+    s."""
     options = PipelineOptions(tmp_path / "out.json", "", work=tmp_path)
     made = Run(Setting("ours", Link(50.0, 100.0)), options, shards=tmp_path, tokenizer=tmp_path)
     with MetricsLog(made.folder / "metrics.jsonl") as log:

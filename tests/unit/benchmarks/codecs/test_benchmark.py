@@ -1,4 +1,5 @@
-"""The benchmark on a tiny text: what is trained, what is not repeated, what the record and the table say."""
+"""The benchmark on a tiny text: what is trained, what is not repeated, what the record and the
+table say."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""Halves with frames between them: centralized training in fp32, deterministic in every codec, bytes as counted."""
+"""Halves with frames between them: centralized training in fp32, deterministic in every codec,
+bytes as counted."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""On a CPU attention's further baselines say why they do not run; their calls fit torch's signatures."""
+"""On a CPU attention's further baselines say why they do not run; their calls fit torch's
+signatures."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The benchmark without a run: commands, settings, what is complete, what is refused, what a failure says."""
+"""The benchmark without a run: commands, settings, what is complete, what is refused, what a
+failure says."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Centralized training learns, repeats itself bit for bit, leaves a run folder, and clips the halves apart."""
+"""Centralized training learns, repeats itself bit for bit, leaves a run folder, and clips the
+halves apart."""
 
 import json
 

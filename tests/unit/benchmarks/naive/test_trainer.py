@@ -1,4 +1,5 @@
-"""The baseline trains what it says: over its HTTP and pickle it equals the same model trained in one piece."""
+"""The baseline trains what it says: over its HTTP and pickle it equals the same model trained in
+one piece."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
 """Bidirectional attention over packed sequences of any lengths, with dropout and a sliding window.
 
-Nothing is padded and nothing depends on the longest sequence: a kernel's grid runs over real tiles (`sequences.py`).
-Backward is two kernels, one for dQ and one for dK and dV, which each sum in a fixed order: the same input always gives
-the same bits. Both draw the dropout mask anew (`philox.py`), so no mask is stored.
+Nothing is padded, and the work does not depend on the longest sequence: a kernel's grid runs over
+the tiles that exist (`sequences.py`). Backward is two kernels, one for dQ, one for dK and dV. Each
+sums in a fixed order, so the same input always gives the same bits. Both draw the dropout mask
+again (`philox.py`); no mask is stored.
 
-On a CPU, and on a GPU without Triton, the same operators run torch's own attention over sequences of equal length.
+On a CPU, and on a GPU without Triton, the same operators run torch's attention over sequences of
+equal length.
 """
 
 from collections.abc import Callable
@@ -48,7 +50,10 @@ def launch_forward(
     scale: float,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, heads, d] and lse [heads, T] fp32 (log2 units) of q, k, v [T, heads, d] whose last stride is 1."""
+    """out [T, heads, d] and lse [heads, T] fp32 (log2 units); launches the forward kernel.
+
+    q, k, v are [T, heads, d] whose last stride is 1.
+    """
     num_tokens, heads, d = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((heads, num_tokens), dtype=torch.float32)
@@ -100,7 +105,7 @@ def launch_backward(
     scale: float,
     launch_pair: tuple[Launch, Launch] | None = None,
 ) -> None:
-    """Writes the gradients into dq, dk, dv: [T, heads, d] whose heads are d apart, of any token stride."""
+    """Write the gradients into dq, dk, dv [T, heads, d], whose heads are d apart."""
     num_tokens, heads, d = q.shape
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
@@ -164,9 +169,9 @@ def _constants(
         "DROPOUT": dropout,
         "SLIDING_WINDOW": sliding_window,
         "HIDE_ZERO": launch.hide_zero,
-        # Twice the code, which fp32's is not worth.
+        # Peeling doubles the code, which fp32 does not repay.
         "PEEL": not sliding_window and dtype != torch.float32,
-        # Three products of tf32 make one of nearly fp32 on tensor cores; 16-bit operands are not touched by this.
+        # Three tf32 products make one of nearly fp32 on tensor cores; 16-bit operands ignore this.
         "PRECISION": "tf32x3",
     }
 
@@ -227,7 +232,7 @@ def _attention_packed_backward(dout, qkv, out, lse, cu_seqlens, *options):
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """The tensor, copied only if the elements of a row are not neighbours."""
+    """The tensor itself, or a copy if the elements of a row are not neighbours."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -286,11 +291,12 @@ def attention(
 ) -> Tensor:
     """Bidirectional attention within each packed sequence: [T, heads, d], differentiable.
 
-    `inputs` is qkv [T, 3, heads, d] (its gradient comes packed as well) or (q, k, v), each [T, heads, d]; `cu_seqlens`
-    [n + 1] int32 says that sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]. `dropout` of the probabilities is
-    rounded to a multiple of 1/256, and the rest scaled by the rate really kept; the mask follows from `seed`, [2] int64
-    (seed, offset), of which the low 32 bits of the offset count: give every layer and step its own offset. None draws
-    one from torch's generator. `sliding_window` is the number of positions a token sees on either side; None means
+    `inputs` is qkv [T, 3, heads, d], whose gradient comes packed as well, or (q, k, v), each [T,
+    heads, d]. `cu_seqlens` is [n + 1] int32: sequence i is tokens cu_seqlens[i] to cu_seqlens[i +
+    1]. `dropout` of the probabilities is rounded to a multiple of 1/256; kept ones are scaled by
+    the rounded rate. The mask follows from `seed`, [2] int64 (seed, offset), and None draws a seed
+    from torch's generator. Only the low 32 bits of the offset count: give every layer and step its
+    own. `sliding_window` is the number of positions that a token sees on either side; None means
     all. `scale` of the scores is 1 / sqrt(d) unless given.
 
     ValueError for shapes, dtypes, devices or sequence bounds that do not fit together.
@@ -318,7 +324,7 @@ def _check(
     sliding_window: int | None,
     scale: float | None,
 ) -> int:
-    """The head size; ValueError unless the arguments of `attention` fit together, sequence bounds aside."""
+    """The head size; ValueError unless the arguments of `attention` fit (sequence bounds aside)."""
     if len(tensors) not in (1, 3):
         raise ValueError(f"inputs must be qkv or (q, k, v), got {len(tensors)} tensors")
     first = tensors[0]
@@ -350,11 +356,13 @@ def _check(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel in every dtype and head size; with dropout and with a sliding window where most depends on it."""
+    """Every kernel in every dtype and head size; dropout and a sliding window at bf16 alone."""
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    # (head size, dtype, dropout, sliding_window); fp16 and bf16 compile to the same but for one opcode. 96 pads to 128.
+    # (head size, dtype, dropout, sliding_window). fp16 and bf16 differ in one opcode; 96 pads to
+    # 128.
     variants = [(d, dtype, False, False) for dtype in names for d in (16, 32, 64, 96, 128)]
-    # Compiling takes three times as long with dropout, so it takes the place of the plain kernel at 128.
+    # A kernel with dropout takes three times as long to compile, so at 128 it replaces the plain
+    # one.
     variants.remove((128, torch.bfloat16, False, False))
     variants += [(d, torch.bfloat16, True, False) for d in (64, 128)]
     variants += [(64, torch.bfloat16, True, True)]
@@ -392,7 +400,7 @@ def _compile_case(
         options=launch.options,
         divisible_by_16=tuple(argument for argument in arguments if argument.endswith("stride")),
         architectures=(architecture,),
-        # Of the padded sizes a few registers may go to memory.
+        # Padded sizes may spill a few registers.
         spill_free=constants["D"] == constants["PADDED_D"],
         tensor_cores=True,
     )

@@ -1,8 +1,8 @@
-"""The Triton kernels of attention over packed sequences: forward, dQ, and dK with dV; launched by `attention.py`.
+"""The Triton kernels of packed attention: forward, dQ, and dK with dV; launched by `attention.py`.
 
-A program takes one tile of rows of one sequence and head, and walks over the tiles of the other side. Scores are in
-log2 units, since exp2 is what the hardware has; factors common to all terms wait for the end; the dropout mask is drawn
-where it is needed.
+A program takes one tile of rows of one sequence and head, and walks over the tiles of the other
+side. Scores are in log2 units, because the hardware has exp2. Factors common to all terms are
+applied at the end. The dropout mask is drawn where it is needed.
 """
 
 from fedbert_kernels.interpreter import dot, jit, narrow, tl
@@ -13,7 +13,7 @@ from fedbert_kernels.philox import keep_mask, load_seed
 def _load_rows(
     base, stride, first, end, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """[ROWS, COLUMNS] of rows first to first + ROWS, zero from row `end` (unless WHOLE) and from column D."""
+    """Rows first to first + ROWS; 0 from row `end` (unless WHOLE) and from column D."""
     rows = first + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     pointers = base + rows * stride + columns
@@ -110,7 +110,7 @@ def _forward_step(
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     reference = new_largest
     if SLIDING_WINDOW:
-        # A row may see nothing of a tile at the sliding window's edge; -inf less -inf would be NaN.
+        # At the window's edge a row may see nothing of a tile; -inf minus -inf would be NaN.
         reference = tl.where(new_largest == float("-inf"), 0.0, new_largest)
     p = tl.exp2(scores - reference[:, None])
     shrink = tl.exp2(largest - reference)
@@ -152,7 +152,7 @@ def attention_forward_kernel(
     DROPOUT: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -277,7 +277,10 @@ def _score_gradient(
     NEED_P: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """[ROWS, COLUMNS] each: probabilities after dropout if NEED_P, and the scores' gradient; both times keep."""
+    """The scores' gradient, and with NEED_P the probabilities after dropout; both times keep.
+
+    [ROWS, COLUMNS] each.
+    """
     scores = _scores(
         q,
         k,
@@ -297,7 +300,7 @@ def _score_gradient(
     if DROPOUT:
         kept = keep_mask(first_row, first_column, stream, offset, key_low, key_high, threshold, ROWS, COLUMNS)
         if NEED_P:
-            # The gradient as below, with the one selection that the probabilities need anyway.
+            # The same gradient as below, with the one selection that the probabilities need anyway.
             kept_p = tl.where(kept, p, zero)
             return kept_p, kept_p * dp - p * delta[:, None]
         else:
@@ -342,7 +345,7 @@ def attention_backward_q_kernel(
     DROPOUT: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads
@@ -484,7 +487,7 @@ def _backward_kv_step(
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Rows past the end read as zero everywhere, so they add zero and need no mask; columns past it are never stored.
+    # Rows past the end read as 0 and add 0, so they need no mask; columns past it are never stored.
     q = _load_rows(q_base, q_stride, first_row, length, D, ROWS, PADDED_D, WHOLE)
     dout = _load_rows(dout_base, dout_stride, first_row, length, D, ROWS, PADDED_D, WHOLE)
     rows = first_row + tl.arange(0, ROWS)
@@ -494,7 +497,7 @@ def _backward_kv_step(
     else:
         lse = tl.load(lse_base + rows, mask=rows < length, other=0.0)
         delta = tl.load(delta_base + rows, mask=rows < length, other=0.0)
-    # Scores as [rows, columns] and not transposed: the dropout mask's groups follow that orientation.
+    # Scores are [rows, columns], not transposed: the dropout mask's groups have that orientation.
     p, ds = _score_gradient(
         q,
         k,
@@ -562,7 +565,7 @@ def attention_backward_kv_kernel(
     DROPOUT: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr,
     HIDE_ZERO: tl.constexpr,  # see Launch
-    PEEL: tl.constexpr,  # run the last, partial tile after the loop, which then needs no masks; not with SLIDING_WINDOW
+    PEEL: tl.constexpr,  # run the last, partial tile after the loop; not with SLIDING_WINDOW
     PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0) // heads

@@ -1,7 +1,8 @@
-"""Attention over packed sequences in torch: a plain reference, and the body that runs where Triton's kernels do not.
+"""Attention over packed sequences in torch: the reference, and the body without Triton.
 
-The body batches sequences of equal length, so nothing is padded. Without dropout it calls the attention that torch has
-for CPUs; with dropout it computes scores in chunks and draws the same mask as the kernels, bit by bit.
+The body batches sequences of equal length, so nothing is padded. Without dropout it calls torch's
+own attention for CPUs. With dropout it computes scores in chunks and draws the kernels' mask, bit
+by bit.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fedbert_kernels.philox import drop_threshold, dropped_bytes, keep_factor, k
 from fedbert_kernels.sequences import EqualLengths, equal_lengths
 
 CHUNK = 1 << 22
-"""Scores computed at once: 16 MiB in fp32, of which a step holds a few, and no more for a longer batch."""
+"""Scores computed at once: 16 MiB in fp32, of which a step holds a few."""
 
 
 def attention_reference(
@@ -32,7 +33,7 @@ def attention_reference(
     scale: float | None = None,
     upcast: bool = False,
 ) -> Tensor:
-    """out [T, heads, d] of q, k, v [T, heads, d], one sequence at a time, differentiable by autograd.
+    """out [T, heads, d] of q, k, v [T, heads, d], one sequence at a time, for autograd.
 
     Computes in the dtype of its arguments, or with `upcast` in fp64 throughout.
     """
@@ -54,9 +55,9 @@ def attention_reference(
 
 
 def dropout_mask(seed: Tensor, cu_seqlens: Tensor, heads: int, dropout: float) -> list[Tensor]:
-    """The dropout mask of each sequence, [heads, length, length] bool: True where a probability is kept.
+    """Each sequence's dropout mask, [heads, length, length] bool: True where a probability is kept.
 
-    A mask depends on `seed` ([2] int64: seed and offset), the head, and the place of the first token in the pack.
+    It depends on `seed` ([2] int64: seed and offset), the head, and the sequence's first token.
     """
     starts = cu_seqlens[:-1].long()
     streams = starts[:, None] * heads + torch.arange(heads, device=starts.device)
@@ -77,7 +78,10 @@ def forward(
     sliding_window: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """out [T, heads, d] and lse [heads, T] fp32: for `backward` only, in natural units and sorted by length."""
+    """out [T, heads, d] and lse [heads, T] fp32.
+
+    lse is for `backward` only: in natural units, and sorted by length.
+    """
     order = equal_lengths(cu_seqlens)
     out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], len(q)), dtype=torch.float32)
     for group in _groups(order, (q, k, v), (out,), lse, seed, dropout):
@@ -109,9 +113,9 @@ def backward(
     sliding_window: int,
     scale: float,
 ) -> None:
-    """Writes the gradients into dq, dk, dv [T, heads, d], of any strides."""
+    """Write the gradients into dq, dk, dv [T, heads, d], of any strides."""
     order = equal_lengths(cu_seqlens)
-    # Gradients go where they belong at once, unless the tokens were sorted.
+    # Gradients go straight to their place, unless the tokens were sorted.
     sorted_gradients = (dq, dk, dv) if order.order is None else tuple(torch.empty_like(dq) for _ in range(3))
     for group in _groups(order, (q, k, v, out, dout), sorted_gradients, lse, seed, dropout):
         qs, ks, vs, outs, douts = group.inputs
@@ -137,11 +141,11 @@ class _Group:
     inputs: tuple[Tensor, ...]
     """[count, heads, length, d] each."""
     outputs: tuple[Tensor, ...]
-    """The same, views to be written."""
+    """Views to write to, of the same shape."""
     lse: Tensor
     """[count, heads, length] fp32, a view."""
     dropped: Tensor
-    """[count * heads, ...] uint8: `dropped_bytes` of each score matrix, empty without dropout."""
+    """[count * heads, ...] uint8: `dropped_bytes` of each score matrix; empty without dropout."""
 
 
 def _groups(
@@ -152,7 +156,10 @@ def _groups(
     seed: Tensor | None,
     dropout: float,
 ) -> Iterator[_Group]:
-    """Views of [T, heads, d] tensors and of lse [heads, T]; `outputs` and `lse` are in sorted order."""
+    """Views of [T, heads, d] tensors and of lse [heads, T].
+
+    `outputs` and `lse` are in sorted order.
+    """
     if order.order is not None:
         inputs = tuple(tensor.index_select(0, order.order) for tensor in inputs)
     first = 0
@@ -170,14 +177,15 @@ def _groups(
 
 
 def _dropped(order: EqualLengths, heads: int, seed: Tensor | None, dropout: float) -> Iterator[Tensor]:
-    """`dropped_bytes` of the score matrices of each group, [count * heads, ...], empty without dropout."""
+    """`dropped_bytes` of each group, [count * heads, ...]; empty without dropout."""
     for blocks, run in itertools.groupby(zip(order.groups, order.starts, strict=True), _blocks):
         starts = [starts for _, starts in run]
         if seed is None or dropout == 0.0:
             yield from (first.new_empty(len(first) * heads, 0) for first in starts)
             continue
-        # The mask of a length is the corner of a longer one's: groups with as many blocks of 64 share the many small
-        # operations of a draw. Drawn in pieces, since these take a hundred times the bits' memory.
+        # A short sequence's mask is the corner of a longer one's, so groups with the same number of
+        # 64-wide blocks share the many small operations of a draw. A draw takes a hundred times the
+        # memory of its bits, hence the pieces.
         streams = (torch.cat(starts)[:, None] * heads + torch.arange(heads, device=starts[0].device)).flatten()
         pieces = _chunks(64 * blocks, streams)
         bits = torch.cat([dropped_bytes(piece, 64 * blocks, seed, drop_threshold(dropout)) for (piece,) in pieces])
@@ -213,7 +221,7 @@ def _explicit_backward(group: _Group, dropout: float, sliding_window: int, scale
     gradients = []
     for dropped, *tensors in _chunks(group.length, group.dropped, *flat):
         q, k, v, _, dout = (tensor.float() for tensor in tensors)
-        # Anew from the scores, and not from lse: the difference of two large numbers would cost digits.
+        # From the scores, not from lse: subtracting two large numbers would cost digits.
         p = _scores(q, k, sliding_window, scale).softmax(-1)
         dp = dout @ v.mT
         kept_p = p
@@ -221,7 +229,7 @@ def _explicit_backward(group: _Group, dropout: float, sliding_window: int, scale
             factor = keep_factor(dropped, group.length, drop_threshold(dropout))
             dp.mul_(factor)
             kept_p = factor.mul_(p)
-        # From the scores too: `out` is rounded, and what is left of the difference may be small.
+        # From the scores too: `out` is rounded, and the difference may be small.
         delta = torch.linalg.vecdot(p, dp).unsqueeze(-1)
         ds = dp.sub_(delta).mul_(p).mul_(scale)
         gradients.append((ds @ k, ds.mT @ q, kept_p.mT @ dout))
@@ -229,7 +237,7 @@ def _explicit_backward(group: _Group, dropout: float, sliding_window: int, scale
 
 
 def _chunks(length: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors cut along their first axis, that of score matrices, so that a piece has CHUNK scores or is one."""
+    """Cut the tensors along axis 0, that of score matrices, into pieces of CHUNK scores."""
     size = max(1, CHUNK // length**2)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
@@ -248,7 +256,7 @@ def _inside_sliding_window(length: int, sliding_window: int, device: torch.devic
 
 
 def _sliding_window_bias(length: int, sliding_window: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """[length, length] 0 inside the sliding window and -inf outside; None if every position sees every other."""
+    """[length, length] 0 inside the sliding window, -inf outside; None if it covers everything."""
     if sliding_window < 0 or sliding_window >= length - 1:
         return None
     outside = ~_inside_sliding_window(length, sliding_window, device)

@@ -1,4 +1,4 @@
-"""Times launch shapes of the attention kernels on this card and keeps the fastest of each; needs a GPU."""
+"""Times launch shapes of the attention kernels on this card and keeps the fastest; needs a GPU."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from fedbert_kernels.attention_launches import (
 from fedbert_kernels.launch import Launch, fastest, write_table
 
 TOLERANCE = 0.02
-"""Largest difference to the default launch's result, over its largest value: rounding in another order, and no more."""
+"""Largest difference to the default launch's result over its largest value: rounding only."""
 
 Measure = Callable[[Callable[[], object]], float]
 
 
 def candidates(default: Launch) -> Iterator[Launch]:
-    """Launches worth a try where `default` is the written one; the first is `default` itself."""
+    """Launches to try in place of `default`, which comes first."""
     yield default
     for rows, columns, warps, stages in itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)):
-        # Fewer than 8 rows a warp leave tensor cores idle, and more than 64 scores a thread spill.
+        # Fewer than 8 rows a warp leave tensor cores idle; more than 64 scores a thread spill.
         if rows >= 8 * warps and rows * columns <= 64 * 32 * warps:
             yield replace(default, rows=rows, columns=columns, warps=warps, stages=stages)
 
@@ -46,9 +46,10 @@ def tune(
     device: torch.device,
     sliding_window: int | None = None,
 ) -> dict[str, tuple[Launch, float]]:
-    """{kernel and shape class: (launch to use, its time over the written one's)} for sequences of these lengths.
+    """{kernel and shape class: (fastest launch, its share of the written one's time)}.
 
-    Writes them into the card's file, and from now on this process uses them.
+    For sequences of these lengths. Also writes them into the card's file; this process uses them
+    from now on.
     """
     index = card_index(device)
     shape = shape_class(dtype, d, dropout > 0.0, sliding_window is not None, sum(lengths), len(lengths))
@@ -72,7 +73,10 @@ def choose_all(
     measure: Measure,
     device: str = "cuda",
 ) -> list[tuple[Launch, float]]:
-    """(launch, its time over the written one's) of each kernel; a backward kernel is timed together with the other."""
+    """(fastest launch, its share of the written one's time) of each kernel.
+
+    A backward kernel is timed together with the other one.
+    """
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(sum(lengths), 3, heads, d, generator=generator).to(device, dtype)
     dout = torch.randn(sum(lengths), heads, d, generator=generator).to(device, dtype)
@@ -100,7 +104,7 @@ def _choose(default: Launch, run: Callable[[Launch], Tensor], measure: Measure) 
 
     def seconds(launch: Launch) -> float:
         result = run(launch).float()
-        # Not NaN-blind: a comparison with NaN is false.
+        # Catches NaN, for which every comparison is false.
         if not bool((result - expected).abs().max() <= TOLERANCE * expected.abs().max()):
             raise ValueError(f"{launch}: not the default's result")
         return measure(lambda: run(launch))
@@ -109,7 +113,7 @@ def _choose(default: Launch, run: Callable[[Launch], Tensor], measure: Measure) 
 
 
 def _device_time(call: Callable[[], object]) -> float:
-    """Milliseconds of a call: the median of many, with cold caches."""
+    """Milliseconds of a call: median of many, with cold caches."""
     from triton.testing import do_bench
 
     time: float = do_bench(call, return_mode="median")

@@ -1,4 +1,4 @@
-"""One specialization of a kernel, described well enough to be compiled without a GPU."""
+"""One specialization of a kernel, described well enough to compile without a GPU."""
 
 from __future__ import annotations
 
@@ -7,25 +7,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
-"""Compute capabilities that every kernel compiles for: Ampere, Hopper, Blackwell."""
+"""Compute capabilities that every kernel is compiled for: Ampere, Hopper, Blackwell."""
 
 
 @dataclass(frozen=True)
 class CompileCase:
-    """A kernel with its argument types, constants and launch options; each kernel file has `compile_cases()`."""
+    """A kernel with its argument types, constants and launch options.
+
+    Each kernel file lists its own in `compile_cases()`.
+    """
 
     name: str
-    """Stable, and with an architecture unique: it names the row of the golden table, `attention_forward bf16 d64`."""
+    """Stable. With an architecture it names a golden table's row: `attention_forward bf16 d64`."""
     kernel: Any
     """The `triton.jit` function."""
     signature: Mapping[str, str]
-    """Type of each argument that is not a constant, by name: `*bf16`, `*i32`, `i32`, `fp32`, as Triton spells them."""
+    """Type of each argument that is not a constant, as Triton spells it: `*bf16`, `i32`, `fp32`."""
     constants: Mapping[str, Any]
     """Value of each `tl.constexpr` argument, by name."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Launch options: num_warps, num_stages, enable_fp_fusion, ..., the same as the launch function passes."""
+    """Launch options as the launch function passes them: num_warps, num_stages, ..."""
     divisible_by_16: tuple[str, ...] = ()
-    """Integer arguments that are multiples of 16 in practice; pointers are always taken to be aligned."""
+    """Integer arguments that are multiples of 16 in practice; pointers always count as aligned."""
     architectures: tuple[int, ...] = ARCHITECTURES
     spill_free: bool = True
     """Whether a register spill fails the check."""

@@ -1,6 +1,7 @@
-"""LayerNorm and GELU with what stands around them, by torch.compile: the kernels' baselines and stand-ins.
+"""LayerNorm and GELU by torch.compile: the kernels' baselines and stand-ins.
 
-One compilation serves any number of rows; widths are constants in it, as they are in the kernels.
+Bias, dropout and residual are compiled with them. One compilation serves any number of rows; widths
+are constants, as in the kernels.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from torch.nn import functional
 
 
 def compiled_bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU, erf form, of x [..., N] + bias [N], in x's dtype: what `gelu.bias_gelu` computes."""
+    """GELU (erf form) of x [..., N] + bias [N], in x's dtype: the same as `gelu.bias_gelu`."""
     return _by_compiler(_bias_gelu, (x,), (bias,))
 
 
 def compiled_residual_layer_norm(
     x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor | None, dropout: float, epsilon: float
 ) -> Tensor:
-    """LayerNorm of residual + dropout(x + bias): what `layer_norm.residual_layer_norm` computes.
+    """LayerNorm of residual + dropout(x + bias): the same as `layer_norm.residual_layer_norm`.
 
-    x and residual are [..., W] in one dtype, which the result has too; the others are [W]. Dropout draws from torch's
-    generator, as the kernel does, but other numbers.
+    x, residual and the result are [..., W] in one dtype; the others are [W]. Dropout follows
+    torch's generator, as the kernel does, with other numbers.
     """
     parameters = (bias, weight, shift)
     return _by_compiler(_residual_layer_norm, (x, residual), parameters, dropout=dropout, epsilon=epsilon)
@@ -47,7 +48,7 @@ def _by_compiler(
 ) -> Tensor:
     shape = rows[0].shape
     flat = [tensor.reshape(-1, shape[-1]) for tensor in rows]
-    # Whoever compiles the whole model fuses this too. No row, and a single one, would each be compiled for nothing.
+    # A model compiled as a whole fuses this too. Zero rows, and one, would each be compiled apart.
     if torch.compiler.is_compiling() or len(flat[0]) < 2:
         return function(*rows, *parameters, **numbers)
     for tensor in flat:
@@ -57,6 +58,6 @@ def _by_compiler(
 
 @functools.cache
 def compiled(function: Callable[..., Tensor], **numbers: float) -> Callable[..., Tensor]:
-    """The function as torch.compile makes it for these numbers, kept for as long as the process runs."""
-    # Nothing varies but what is marked: torch.compile would make variables of numbers and widths that it saw changing.
+    """The function compiled for these numbers, once a process."""
+    # Only marked sizes vary: by default torch.compile makes variables of numbers it saw change.
     return torch.compile(lambda *tensors: function(*tensors, **numbers), dynamic=False)

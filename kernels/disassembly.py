@@ -1,6 +1,6 @@
-"""Compiles a kernel for a GPU that is not there and counts what the disassembly holds.
+"""Compiles a kernel for an absent GPU and counts the instructions of its disassembly.
 
-The counts are exact and repeatable for one Triton release; they say nothing about time.
+The counts are exact and repeatable for one Triton release. They say nothing about time.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ CLASSES = (
     ("integer", re.compile(r"^(I|LOP|PLOP|SHF|SEL|PRMT|LEA|VIADD|VIMNMX|BFE|BFI|BREV|FLO|POPC|SGXT|MOV|R2P|P2R|CS2R)")),
     ("uniform", re.compile(r"^(U|R2U|S2U)")),
 )
-"""Instruction classes, first match wins; what matches none (barriers, branches, waits) is "control"."""
+"""Instruction classes, first match wins; the rest (barriers, branches, waits) is "control"."""
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)$")
 _TARGET = re.compile(r"\b0x([0-9a-f]+)\s*;?\s*$")
 INSTRUCTION_BYTES = 16
 
 Code = list[tuple[str, int | None]]
-"""(opcode, number of the instruction that it names by address, as a branch does) of each instruction."""
+"""(opcode, index of the instruction that its last operand addresses) of each instruction."""
 
 
 def measure(cases: Sequence[CompileCase], architecture: int) -> list[dict[str, Any]]:
-    """Registers, spills, shared memory, tensor-core instructions and inner loop; {"error": ...} if it won't compile.
+    """Registers, spills, shared memory, tensor-core instructions and main loop of each case.
 
-    Several at once, because to start the disassembler takes longer than to run it.
+    {"error": ...} for a case that does not compile. Takes several cases: the disassembler starts
+    more slowly than it runs.
     """
     rows: list[dict[str, Any]] = []
     texts: list[bytes] = []
     for case in cases:
         try:
             compiled = compile_without_gpu(case, architecture)
-        except Exception as error:  # A compiler error of any kind is a result here: it becomes a failing row.
+        except Exception as error:  # Any compiler error becomes a failing row.
             rows.append({"error": f"{type(error).__name__}: {str(error).strip()[:300]}"})
             continue
         cubin = compiled.asm["cubin"]
@@ -116,10 +117,10 @@ def _registers(cubin: bytes) -> int:
 
 
 def _text_section(cubin: bytes) -> bytes:
-    """The machine code of the one kernel in an ELF file of 64 bits."""
+    """The machine code of the one kernel in a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", cubin, 0x28)
     size, number, names = struct.unpack_from("<HHH", cubin, 0x3A)
-    # Of a header: the name's place, and where the section lies and how long it is.
+    # A section header's name, offset and length.
     headers = [struct.unpack_from("<I20xQQ", cubin, table + size * index) for index in range(number)]
     for name, offset, length in headers:
         if cubin.startswith(b".text.", headers[names][1] + name):
@@ -128,7 +129,7 @@ def _text_section(cubin: bytes) -> bytes:
 
 
 def _disassemble(texts: Sequence[bytes], architecture: int) -> list[Code]:
-    """One program each, of one run over all of them laid end to end."""
+    """The programs in one run of the disassembler, laid end to end."""
     if not texts:
         return []
     processor = f"SM{architecture}{'a' if architecture >= 90 else ''}"
@@ -145,23 +146,23 @@ def _disassemble(texts: Sequence[bytes], architecture: int) -> list[Code]:
 
 
 def _target(operands: str, first: int) -> int | None:
-    """The instruction whose address ends the operands, counted from the instruction `first`."""
+    """The instruction that the last operand addresses, counted from instruction `first`."""
     address = _TARGET.search(operands)
     return int(address[1], 16) // INSTRUCTION_BYTES - first if address else None
 
 
 def _main_loop(code: Code) -> Code:
-    """The innermost loop with most tensor-core instructions, else the longest innermost loop, else everything.
+    """The innermost loop with most tensor-core instructions, else the longest one, else everything.
 
-    Spin loops on barriers split a loop's body in the listing, hence "most" and not "first". Their slow paths lie behind
-    the kernel's end and jump back into its middle: those are no loops.
+    "Most" and not "first", because spin loops on barriers split a loop's body in the listing. Their
+    slow paths come after the kernel's end and jump back into its middle; those are no loops.
     """
     end_of_kernel = max((index for index, (opcode, _) in enumerate(code) if opcode == "EXIT"), default=0)
     bounds = []
     for index, (opcode, target) in enumerate(code[:end_of_kernel]):
         if opcode.startswith("BRA") and target is not None and target <= index:
             bounds.append((target, index + 1))
-    # A loop that holds another with tensor-core instructions is an outer loop; waiting loops do not count as inner.
+    # A loop around one with tensor-core instructions is an outer loop; spin loops do not count.
     loops = [code[start:end] for start, end in bounds]
     weights = [sum(_tensor_instructions(loop).values()) for loop in loops]
     innermost = [

@@ -1,7 +1,8 @@
-"""Bias + GELU (erf form, as BERT's) in one pass, and its backward; the matrix product before it is not in here.
+"""Bias + GELU (erf form, as BERT's) in one pass, and its backward.
 
-Backward recomputes from the pre-activation, so nothing is saved but the input. The bias gradient is summed in two
-stages in a fixed order: the same input always gives the same bits.
+The matrix product before it is torch's. Backward recomputes from the pre-activation, so only the
+input is saved. The bias gradient is summed in two stages in a fixed order: the same input always
+gives the same bits.
 """
 
 import torch
@@ -20,9 +21,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 def _normal(h, FAST: tl.constexpr):
     """Cumulative distribution and density of the standard normal at h, in fp32.
 
-    FAST is Abramowitz and Stegun's 7.1.26, off by at most 1e-7. With erf a 16-bit kernel waits for instructions, not
-    for memory; this takes a third fewer in backward. It shares the density's exponential, and for negative h keeps the
-    relative precision that one plus erf loses.
+    FAST is Abramowitz and Stegun's formula 7.1.26, off by at most 1e-7. With erf, a 16-bit kernel
+    waits for instructions rather than memory; this takes a third fewer in backward. It shares the
+    density's exponential, and for negative h it keeps the relative precision that 1 + erf loses.
     """
     exponential = tl.exp2(h * h * -0.7213475204444817)
     if FAST:
@@ -66,7 +67,7 @@ def _backward_kernel(
     x_ptr,  # [num_rows, width]
     bias_ptr,  # [width]; unused without HAS_BIAS
     dx_ptr,  # [num_rows, width]
-    partial_ptr,  # [programs, width] fp32: each program's share of the bias gradient; unused without HAS_BIAS
+    partial_ptr,  # [programs, width] fp32: shares of the bias gradient; unused without HAS_BIAS
     num_rows,
     width,
     HAS_BIAS: tl.constexpr,
@@ -97,17 +98,17 @@ def _backward_kernel(
 # ---- launch functions ----
 
 COLUMNS = 1024
-"""A block of columns: 8 a thread with 4 warps, which is one 128-bit load of 16-bit values."""
+"""Columns of a block: 8 a thread with 4 warps, one 128-bit load of 16-bit values."""
 
 ROWS = 32 if INTERPRETED else 2
-"""Rows of a block; the interpreter's time goes with the number of blocks."""
+"""Rows of a block; the interpreter's time grows with the number of blocks."""
 
 PROGRAMS = 2048
-"""Programs of backward over all blocks of columns. A constant, so that every card sums in the same order."""
+"""Programs of backward over all blocks of columns; a constant, so that every card sums alike."""
 
 
 def _fast(x: Tensor) -> bool:
-    # fp32 moves twice the bytes, which hide erf, and 1e-7 would show.
+    # fp32 moves twice the bytes, which hide the cost of erf, and would show an error of 1e-7.
     return x.dtype != torch.float32
 
 

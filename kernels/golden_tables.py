@@ -1,7 +1,7 @@
-"""The golden tables of a Triton release: what every kernel compiled to, and the sources that were compiled.
+"""The golden tables of a Triton release: counts of every kernel, and a digest of their sources.
 
-A release has a folder with a table for each kernel file, {"kernel name sm_90": counts}, and a digest
-of the sources. While the sources have that digest, the tables are the measurement.
+A release has a folder: a table for each kernel file, {"kernel name sm_90": counts}, and a digest of
+the sources. While the sources have that digest, the tables are the measurement.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Table = dict[str, Row]
 
 
 def golden_path(module: str, folder: Path = GOLDEN) -> Path:
-    """The table of one kernel file for the installed Triton release, whether it exists or not."""
+    """The table of one kernel file for the installed Triton release; it need not exist."""
     return _release(folder) / f"{module}.json"
 
 
@@ -33,20 +33,20 @@ def read_table(path: Path) -> Table:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """One row a line, so that a change of one kernel is a change of its lines."""
+    """One row a line, so that a changed kernel is a changed line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f"  {json.dumps(key)}: {json.dumps(row)}" for key, row in table.items())
     path.write_text(f"{{\n{rows}\n}}\n", encoding="utf-8")
 
 
 def recorded_digest(folder: Path = GOLDEN) -> str | None:
-    """Digest of the sources that the installed release's tables were measured on; None if not recorded."""
+    """Digest of the sources that the installed release's tables are of; None if not recorded."""
     path = _release(folder) / "sources.sha256"
     return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
 
 def record_digest(folder: Path = GOLDEN) -> None:
-    """Record that the installed release's tables were measured on the sources as they are now."""
+    """Record that the installed release's tables are of the sources as they are now."""
     (_release(folder) / "sources.sha256").write_text(f"{sources_digest()}\n", encoding="utf-8")
 
 
@@ -61,13 +61,13 @@ def sources_digest(folder: Path = SOURCES) -> str:
 
 
 def compiled_sources(folder: Path = SOURCES) -> dict[str, ast.Module]:
-    """Every file that decides a count: kernel files, the disassembly, and what they import from here."""
+    """Files that decide the counts: kernels, the disassembly, and their imports from here."""
     trees: dict[str, ast.Module] = {}
     unread = [*MODULES, "disassembly"]
     while unread:
         name = unread.pop()
         path = folder / f"{name}.py"
-        # A name that is not a file's is that of something in a file.
+        # A name without a file is a function or constant of one.
         if name not in trees and path.exists():
             trees[name] = ast.parse(path.read_text(encoding="utf-8"))
             unread.extend(_imports(trees[name]))
@@ -75,7 +75,7 @@ def compiled_sources(folder: Path = SOURCES) -> dict[str, ast.Module]:
 
 
 def _imports(tree: ast.Module) -> Iterator[str]:
-    """Names of modules of this package that a module imports."""
+    """Modules of this package that a module imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module == __package__:
             yield from (alias.name for alias in node.names)
@@ -84,7 +84,10 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _structure(node: Any) -> Any:
-    """A syntax tree as lists and dictionaries. Fields that are empty count as absent: Pythons differ in them."""
+    """A syntax tree as lists and dictionaries.
+
+    Empty fields count as absent, because Python's releases differ in them.
+    """
     if isinstance(node, ast.AST):
         fields = {name: _structure(value) for name, value in ast.iter_fields(node)}
         return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]

@@ -1,6 +1,7 @@
-"""Triton if it is installed, a stand-in for its decorator if not, and what it and its interpreter need done for them.
+"""Triton, or a stand-in where it is not installed; and corrections for its interpreter.
 
-Kernel files take `triton` and `tl` from here: they then import everywhere, and only launching a kernel needs Triton.
+Kernel files take `triton` and `tl` from here, so that they import everywhere. Only a launch needs
+Triton.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ except ImportError:
     HAVE_TRITON = False
 
     class _Absent:
-        """Lets a kernel's definition be read without Triton: decorators return their function, names exist."""
+        """Lets kernels be defined without Triton: decorators return their function, names exist."""
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -43,11 +44,11 @@ except ImportError:
 
 jit = triton.jit
 INTERPRETED = tl.constexpr(HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on"))
-"""Whether kernels run in Triton's interpreter: decided, as Triton does, when the kernels are imported."""
+"""Whether kernels run in Triton's interpreter; fixed at import, as in Triton itself."""
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether a kernel can take this tensor: on a GPU with Triton installed, or anywhere in the interpreter."""
+    """Whether a kernel can take this tensor: on a GPU with Triton, or in the interpreter."""
     return bool(INTERPRETED) or (HAVE_TRITON and tensor.is_cuda)
 
 
@@ -55,7 +56,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def on_its_device(launch: Function) -> Function:
-    """Lets a launch function run on the device of its first argument: Triton takes the current one, whatever it is."""
+    """Run a launch function on its first argument's device; Triton takes the current one."""
 
     @functools.wraps(launch)
     def launch_there(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
@@ -67,7 +68,10 @@ def on_its_device(launch: Function) -> Function:
 
 @jit
 def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
-    """a @ b + accumulator in fp32. The interpreter multiplies the bit patterns of bf16: there, operands widen first."""
+    """a @ b + accumulator in fp32.
+
+    The interpreter would multiply the bit patterns of bf16, so there operands are widened first.
+    """
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
     else:
@@ -76,7 +80,10 @@ def dot(a, b, accumulator, INPUT_PRECISION: tl.constexpr):
 
 @jit
 def narrow(x, DTYPE: tl.constexpr):
-    """fp32 x in the float type DTYPE, to nearest even. The interpreter cuts bf16 off: there, x is rounded first."""
+    """fp32 x in the float type DTYPE, rounded to nearest even.
+
+    The interpreter would truncate to bf16, so there x is rounded first.
+    """
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536

@@ -1,8 +1,9 @@
-"""LayerNorm(residual + dropout(x + bias)) in one pass, and its backward; not the matrix product before it.
+"""LayerNorm(residual + dropout(x + bias)) in one pass, and its backward.
 
-Backward recomputes the sum from x and the residual, both of which are kept for other reasons, rather than from a third
-tensor: the same bytes move, and it is not rounded in between. It draws the dropout mask again from the seed. Gradients
-of the parameters are summed in two stages in a fixed order: the same input always gives the same bits.
+The matrix product before it is torch's. Backward recomputes the sum from x and the residual, which
+are kept for other reasons: it moves no more bytes than a saved sum would, and rounds nothing in
+between. The dropout mask is drawn again from the seed. Gradients of the parameters are summed in
+two stages in a fixed order: the same input always gives the same bits.
 """
 
 import torch
@@ -15,7 +16,7 @@ from fedbert_kernels.row_philox import LEVELS, random_16, random_16_reference, r
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_WIDTH = 8192
-"""A row is held in the registers of one program."""
+"""A row must fit the registers of one program."""
 
 # ---- kernels ----
 
@@ -33,7 +34,7 @@ def _sum_of_branches(
     HAS_RESIDUAL: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """residual + dropout(x + bias) in fp32, and which elements dropout keeps."""
+    """residual + dropout(x + bias) in fp32, and the mask of kept elements."""
     h = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32) + bias[None, :]
     keep = inside
     if THRESHOLD > 0:
@@ -106,8 +107,8 @@ def _backward_kernel(
     mean_ptr,  # [num_rows] fp32
     rstd_ptr,  # [num_rows] fp32
     dx_ptr,  # [num_rows, width]
-    dresidual_ptr,  # [num_rows, width]; written only where it differs from dx: with a residual and dropout
-    partial_ptr,  # [programs, 3, width] fp32: each program's share of the gradients of weight, shift and bias
+    dresidual_ptr,  # [num_rows, width]; written only with a residual and dropout, else dx
+    partial_ptr,  # [programs, 3, width] fp32: a program's share of weight, shift and bias gradients
     num_rows,
     width,
     THRESHOLD: tl.constexpr,
@@ -135,7 +136,7 @@ def _backward_kernel(
         rstd = tl.load(rstd_ptr + rows, mask=row_inside, other=0.0)
         dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         normalized = (h - mean[:, None]) * rstd[:, None]
-        # Outside, dy is 0, so neither sum below nor those of the parameters need a mask.
+        # Outside, dy is 0, so none of the sums below needs a mask.
         dnormalized = dy * weight[None, :]
         along = tl.sum(dnormalized * normalized, axis=1) / width
         average = tl.sum(dnormalized, axis=1) / width
@@ -159,13 +160,13 @@ def _backward_kernel(
 # ---- launch functions ----
 
 FORWARD_VALUES, BACKWARD_VALUES = 2048, 1024
-"""Values of a block: 16 a thread, which share the parameters, but 8 where the parameters' sums take registers."""
+"""Values of a block: 16 a thread; 8 in backward, where the parameters' sums take registers."""
 PROGRAMS = 528
-"""Programs of backward: four for each multiprocessor of the largest card. A constant, so every card sums alike."""
+"""Programs of backward: four a multiprocessor of the largest card; constant, so all sum alike."""
 
 
 def _tile(width: int, values: int) -> dict[str, int]:
-    """Rows and columns of a block of about `values` values, and warps."""
+    """Rows and columns of a block of about `values` values, and its warps."""
     columns = 1 << (width - 1).bit_length()
     rows = max(1, (8192 if INTERPRETED else values) // columns)
     return {"ROWS": rows, "COLUMNS": columns, "num_warps": min(16, max(4, columns // 256))}
@@ -209,7 +210,10 @@ def launch_backward(
     threshold: int,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, bias, weight and shift, by the kernel; see `_empty_gradients` for which are empty."""
+    """Gradients of x, residual, bias, weight and shift, by the kernel.
+
+    `_empty_gradients` says which are empty.
+    """
     num_rows, width = x.shape
     dx, dresidual, dbias, dweight, dshift = _empty_gradients(x, residual, bias, weight, shift, threshold)
     tile = _tile(width, BACKWARD_VALUES)
@@ -243,7 +247,10 @@ def _empty_outputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _empty_gradients(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, weight: Tensor, shift: Tensor | None, threshold: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of x, residual, bias, weight and shift; empty for what is absent, and for a residual whose gradient is x's."""
+    """Unfilled gradients of x, residual, bias, weight and shift.
+
+    Empty for absent parts, and for a residual whose gradient is x's.
+    """
     separate = residual is not None and threshold > 0
     return (
         torch.empty_like(x),
@@ -273,7 +280,7 @@ def residual_layer_norm_reference(
     seed: Tensor | None = None,
     upcast: bool = False,
 ) -> Tensor:
-    """What `residual_layer_norm` computes, as a plain torch model writes it; in fp64 if `upcast`. x is [T, H]."""
+    """The same as `residual_layer_norm` in plain torch, in fp64 if `upcast`; x is [T, H]."""
     if upcast:
         x, weight = x.double(), weight.double()
         residual, bias, shift = (None if part is None else part.double() for part in (residual, bias, shift))
@@ -289,7 +296,7 @@ def residual_layer_norm_reference(
 def _sum_in_torch(
     x: Tensor, residual: Tensor | None, bias: Tensor | None, threshold: int, seed: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """residual + dropout(x + bias) in fp32, and what each element of x is multiplied by (None without dropout)."""
+    """residual + dropout(x + bias) in fp32, and dropout's factor of each x (None without)."""
     h = x.float() if bias is None else x.float() + bias
     factor = None
     if threshold and seed is not None:
@@ -403,12 +410,14 @@ def residual_layer_norm(
     epsilon: float = 1e-12,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(residual + dropout(x + bias)) * weight + shift, of x's shape [..., H] and dtype; statistics in fp32.
+    """LayerNorm(residual + dropout(x + bias)) * weight + shift, of x's shape [..., H] and dtype.
 
-    The parameters [H] are each of x's dtype or fp32. The dropout mask follows from `seed`, [2] int64 (seed, offset), of
-    which the low 32 bits of the offset count; the same pair gives the same mask on every device. None draws one from
-    torch's generator, so that activation checkpointing draws it again. The probability is rounded to a multiple of
-    1 / 65536, and the scale is that of the rounded one. ValueError if shapes, dtypes or devices do not fit.
+    Statistics are in fp32. The parameters [H] are each of x's dtype or fp32. The dropout mask
+    follows from `seed`, [2] int64 (seed, offset), of which the low 32 bits of the offset count; the
+    same pair gives the same mask on every device. None draws a seed from torch's generator, so
+    activation checkpointing draws the same one again. The drop probability is rounded to a multiple
+    of 1 / 65536, and kept values are scaled by the rounded rate. ValueError if shapes, dtypes or
+    devices do not fit.
     """
     _check(x, residual, bias, weight, shift, seed)
     threshold = row_drop_threshold(dropout)
@@ -455,7 +464,7 @@ def _check(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels in each dtype at BERT's widths, which share their tiles, and at the largest; without dropout too."""
+    """Both kernels in each dtype at BERT's widths (one tile) and the largest; one has no dropout."""
     tenth = row_drop_threshold(0.1)
     drawn = [("bf16", 768, tenth), ("bf16", 768, 0), ("bf16", LARGEST_WIDTH, tenth)]
     drawn += [("fp16", 1024, tenth), ("fp32", 1024, tenth)]
@@ -478,7 +487,7 @@ def _compile_cases_of(dtype: str, width: int, threshold: int) -> list[CompileCas
         signature = {argument: types[argument] for argument in kernel.arg_names if argument in types}
         constants = {argument: value for argument, value in {**flags, **tile}.items() if argument in kernel.arg_names}
         label = f"layer_norm_{name} {dtype} h{width}{' dropout' if threshold else ''}"
-        # Three sums of 16 values a thread at the largest width: some 30 spilled words a row, beside 80 KB read.
+        # At the largest width, three sums of 16 values a thread spill 30 words a row of 80 KB.
         spill_free = width < LARGEST_WIDTH
         cases.append(CompileCase(label, kernel, signature, constants, options, ("width",), spill_free=spill_free))
     return cases

@@ -1,8 +1,9 @@
-"""Linear layer + cross-entropy, summed over rows, which never holds [rows, vocabulary].
+"""Linear layer + cross-entropy, summed over rows, without a tensor [rows, vocabulary].
 
-Scores exist for one chunk of rows at a time, in one buffer: torch multiplies into it, a kernel turns the scores into
-their gradient in place, and torch multiplies it back into the gradients of hidden states, weight and bias. So the
-gradients are made in forward; backward only scales them. The kernel does not compute the matrix products.
+Scores exist for one chunk of rows at a time, in one buffer: torch multiplies into it, a kernel
+turns the scores into their gradient in place, and torch multiplies that into the gradients of
+hidden states, weight and bias. The gradients are thus made in forward; backward only scales them.
+Matrix products are torch's.
 """
 
 import torch
@@ -20,7 +21,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 @jit
 def _cross_entropy_kernel(
     scores_ptr,  # [num_rows, width], which become the gradient of the loss
-    bias_ptr,  # [width] fp32, minus infinity beyond the vocabulary: there, probability and gradient come out as 0
+    bias_ptr,  # [width] fp32, minus infinity beyond the vocabulary: a gradient of 0 there
     targets_ptr,  # [num_rows] int64
     losses_ptr,  # [num_rows] fp32
     width,
@@ -33,7 +34,7 @@ def _cross_entropy_kernel(
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index
     known = (target >= 0) & (target < width)
-    # Read before the first reduction: its barrier keeps the second loop's stores behind this load.
+    # Loaded before the first reduction, whose barrier keeps the second loop's stores behind it.
     target_score = tl.load(scores_ptr + target, mask=known, other=float("nan")).to(tl.float32)
     target_score += tl.load(bias_ptr + target, mask=known, other=0.0)
 
@@ -46,7 +47,7 @@ def _cross_entropy_kernel(
         new_largest = tl.maximum(largest, tl.max(scores, axis=0))
         total = total * tl.exp(largest - new_largest) + tl.sum(tl.exp(scores - new_largest), axis=0)
         largest = new_largest
-    # The largest and the logarithm are not added up: the difference is small, and keeps digits the sum rounds away.
+    # Not largest + log(total) - target_score: the difference is small and keeps digits.
     tl.store(losses_ptr + row, tl.where(ignored, 0.0, tl.log(total) - (target_score - largest)))
 
     if WITH_GRADIENT:
@@ -65,16 +66,16 @@ def _cross_entropy_kernel(
 COLUMNS = 4096
 NUM_WARPS = 8
 ALIGNMENT = 64
-"""Rows of scores are a multiple of this: a vocabulary like 30,522 would leave rows unaligned, and products slow."""
+"""Score rows are a multiple of this: with 30,522 they would be unaligned, and products slow."""
 
 
 @on_its_device
 def launch_cross_entropy(
     scores: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> Tensor:
-    """Losses [rows] fp32 of scores [rows, width] + bias [width], by the kernel; scores become their gradient in place.
+    """Losses [rows] fp32 of scores [rows, width] + bias [width], by the kernel.
 
-    The bias is fp32, and minus infinity beyond the vocabulary.
+    Scores become their gradient in place. The bias is fp32, minus infinity beyond the vocabulary.
     """
     losses = scores.new_empty(len(scores), dtype=torch.float32)
     _cross_entropy_kernel[(len(scores),)](
@@ -89,7 +90,7 @@ def launch_cross_entropy(
 def cross_entropy_in_place(
     scores: Tensor, bias: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
 ) -> Tensor:
-    """What `launch_cross_entropy` computes, in torch."""
+    """The same as `launch_cross_entropy`, in torch."""
     log_probabilities = (scores.float() + bias).log_softmax(1)
     kept = targets != ignore_index
     rows, columns = kept.nonzero().squeeze(1), targets[kept]
@@ -110,7 +111,7 @@ def linear_cross_entropy_reference(
     ignore_index: int = -100,
     upcast: bool = False,
 ) -> Tensor:
-    """What `linear_cross_entropy` computes, holding all scores; in fp64 if `upcast`."""
+    """The same as `linear_cross_entropy`, with all scores in memory; in fp64 if `upcast`."""
     if upcast:
         hidden, weight, bias = hidden.double(), weight.double(), None if bias is None else bias.double()
     scores = functional.linear(hidden, weight)
@@ -123,7 +124,7 @@ def linear_cross_entropy_reference(
 
 
 def _chunk_rows(hidden: Tensor, vocabulary: int) -> int:
-    """Rows of a chunk: a buffer of at most 128 MB on a device, 16 MB (near a cache's size) on a CPU."""
+    """Rows of a chunk: at most 128 MB on a device, 16 MB (about a cache) on a CPU."""
     budget = (128 << 20) if hidden.is_cuda else (16 << 20)
     return max(1, budget // (max(1, vocabulary) * hidden.element_size()))
 
@@ -137,17 +138,17 @@ def sum_over_chunks(
     with_gradient: bool,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss and the gradients of hidden [m, D], weight [V, D] and bias [V]; empty ones without gradient."""
+    """Loss, and the gradients of hidden [m, D], weight [V, D] and bias [V]; empty if not wanted."""
     vocabulary = weight.shape[0]
     cross_entropy = launch_cross_entropy if runs_triton(hidden) else cross_entropy_in_place
     width = -(-vocabulary // ALIGNMENT) * ALIGNMENT
-    # Zeros, because the products leave out what is beyond the vocabulary.
+    # Zeros, because the products leave out columns beyond the vocabulary.
     buffer = hidden.new_zeros(min(chunk_rows, len(hidden)), width)
     padded_bias = torch.full((width,), -torch.inf, device=hidden.device)
     padded_bias[:vocabulary] = 0.0 if bias is None else bias
     dhidden, dweight, dbias = _empty_gradients(hidden, weight, bias, with_gradient)
     losses = hidden.new_zeros(len(hidden), dtype=torch.float32)
-    # Sums over chunks are kept in fp32: bf16 would lose what later chunks add.
+    # Sums over chunks are in fp32: bf16 would lose what later chunks add.
     weight_sum = torch.zeros_like(dweight, dtype=torch.float32)
     bias_sum = torch.zeros_like(dbias, dtype=torch.float32)
     for first in range(0, len(hidden), chunk_rows):
@@ -202,7 +203,7 @@ def _linear_cross_entropy(
 def _linear_cross_entropy_backward(
     dloss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Through fp32: one over the number of masked tokens is too small for fp16.
+    # Through fp32: 1 / number of masked tokens is too small for fp16.
     dhidden, dweight, dbias = ((part.float() * dloss).to(part.dtype) for part in (dhidden, dweight, dbias))
     return dhidden, dweight, dbias
 
@@ -243,11 +244,12 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Sum of cross-entropies in nats (fp32 scalar) of hidden [m, D] @ weight [V, D]^T + bias [V]; m may be 0.
+    """Sum of cross-entropies in nats (fp32 scalar) of hidden [m, D] @ weight [V, D]^T + bias [V].
 
-    `targets` is [m] int64; rows whose target is `ignore_index` count nothing. A chunk has `chunk_rows` rows, by default
-    as many as fit a fixed buffer. ValueError if shapes, dtypes or devices do not fit. A target outside the vocabulary
-    is a ValueError on a CPU; elsewhere the loss is not finite, because looking would stall the device.
+    m may be 0. `targets` is [m] int64; a row whose target is `ignore_index` adds nothing. A chunk
+    has `chunk_rows` rows, by default as many as fit a fixed buffer. ValueError if shapes, dtypes or
+    devices do not fit. A target outside the vocabulary is a ValueError on a CPU. Elsewhere, where a
+    check would wait for the device, it makes the loss NaN or infinite.
     """
     _check(hidden, weight, bias, targets)
     if chunk_rows is None:

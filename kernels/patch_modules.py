@@ -1,11 +1,13 @@
 """Puts fused kernels into a Hugging Face encoder, module by module, without a copy of its layers.
 
-What is replaced is the `forward` of the small modules around the matrix products: of BERT's `SelfAttention` (one
-product for q, k and v), `SelfOutput` and `Output` (residual, dropout, LayerNorm) and `Intermediate` (bias, GELU),
-wherever another model's module runs the very same code (RoBERTa, ELECTRA, MPNet and many more). Weights stay where
-they are, and state dicts keep their names. Submodules are no longer called, only read: hooks on a `dense` or
-`LayerNorm` of a replaced module do not run, so weights must be whole when it does (ZeRO stages 0 to 2, not 3).
-Attention itself is not patched here; it has transformers' own interface.
+It replaces the `forward` of BERT's `SelfAttention` (one product for q, k and v), `SelfOutput` and
+`Output` (residual, dropout, LayerNorm) and `Intermediate` (bias, GELU). Modules of other models
+that run the same code are patched too: RoBERTa, ELECTRA, MPNet and many more. Weights stay where
+they are, and state dicts keep their names.
+
+Submodules are no longer called, only read. Hooks on the `dense` or `LayerNorm` of a patched module
+do not run, so its weights must be whole: ZeRO stages 0 to 2, not 3. Attention itself is not
+patched; it has transformers' own interface.
 """
 
 import inspect
@@ -27,15 +29,16 @@ PROJECTION = "projection"
 
 
 def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None) -> int:
-    """Let the modules of `model` that the fused kernels can stand for run them; returns how many.
+    """Let the modules of `model` run the fused kernels where one fits; returns their number.
 
-    `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's interpreter: ValueError
-    otherwise. `auto` is `triton` where it can be, and `torch` elsewhere. A second call changes nothing more. 0 also
-    comes from a model without such modules, like ModernBERT: its norms come first and its GELU is gated.
+    `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's
+    interpreter: ValueError otherwise. `auto` is `triton` where that can run, else `torch`. A second
+    call changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
+    gated GELU.
 
-    Where torch.compile's LayerNorm or GELU is as fast on this card, that runs in place of ours (`row_choice`). The
-    first call on a card measures it, for the widths and dropout of this model and for `dtype`, in which it will run;
-    if that is None, its parameters'.
+    Where torch.compile's LayerNorm or GELU is as fast on this card, it runs in place of ours
+    (`row_choice`). The first call on a card measures both, for this model's widths and dropout and
+    for `dtype`, in which it will run (None: the parameters' dtype).
     """
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
@@ -64,7 +67,7 @@ def _can_run_triton(model: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module) -> str | None:
-    """Which of the three a module is whose own forward can be replaced: PROJECTION, LAYER_NORM or GELU."""
+    """The kind of a module that can be patched: PROJECTION, LAYER_NORM or GELU."""
     from transformers.models.bert.modeling_bert import (
         BertIntermediate,
         BertOutput,
@@ -95,7 +98,7 @@ def _row_case(kind: str, module: Any, dtype: torch.dtype | None) -> RowCase:
 
 
 def _runs_code_of(module: nn.Module, model: type[nn.Module]) -> bool:
-    """Whether two classes' forward are the same instructions over the same names."""
+    """Whether two classes' forward have the same instructions over the same names."""
     return _instructions(type(module)) == _instructions(model)
 
 
@@ -117,8 +120,9 @@ def _one_projection(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.bert.modeling_bert import eager_attention_forward
 
-    # Putting the weights together copies 3 x width x width entries, where the product reads and writes 4 x tokens x
-    # width: little. It saves two readings of the input, and the sum of three gradients of it.
+    # The joined weight is a copy of 3 x width x width entries, little beside the 4 x tokens x width
+    # that the product reads and writes. It saves two readings of the input and the sum of its three
+    # gradients.
     parts = (self.query, self.key, self.value)
     weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
     qkv = functional.linear(hidden_states, weight, bias).unflatten(-1, (3, -1, self.attention_head_size))
@@ -135,7 +139,7 @@ def _dense_dropout_residual_norm(
     residual_layer_norm: Callable[..., Tensor], self: Any, hidden_states: Tensor, input_tensor: Tensor
 ) -> Tensor:
     x = functional.linear(hidden_states, self.dense.weight)
-    # They differ under autocast, where the residual stream is fp32.
+    # The dtypes differ under autocast, where the residual stream is fp32.
     dtype = torch.promote_types(x.dtype, input_tensor.dtype)
     dropout = self.dropout.p if self.dropout.training else 0.0
     norm = self.LayerNorm
@@ -149,4 +153,4 @@ def _dense_gelu(bias_gelu: Callable[..., Tensor], self: Any, hidden_states: Tens
 
 
 _AROUND: dict[str, Callable[..., Any]] = {LAYER_NORM: _dense_dropout_residual_norm, GELU: _dense_gelu}
-"""What runs a module's parts, given who computes its LayerNorm or GELU."""
+"""A module's new forward, given the operator for its LayerNorm or GELU."""

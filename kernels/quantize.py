@@ -1,9 +1,9 @@
 """Wire codecs on the device: int8, fp8 and int4 with scales, each fused with a gather of rows.
 
-Kernels and their torch references agree bit for bit. Every codec is symmetric: scale = largest magnitude / largest
-code, payload = value / scale rounded to nearest even, or stochastically from a seed. fp8 codes are built from integers,
-not by the card's conversion, so that any card can make and read them. No bytes are framed here; a message's layout is
-the wire's business.
+Kernels and their torch references agree bit for bit. Every codec is symmetric: scale = largest
+magnitude / largest code, payload = value / scale rounded to nearest even, or stochastically from a
+seed. fp8 codes are built from integers rather than by the card's conversion, so any card can make
+and read them. Framing is the wire's business.
 """
 
 from dataclasses import dataclass
@@ -19,24 +19,24 @@ from fedbert_kernels.row_philox import random_16, random_16_reference
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 GROUP = 64
-"""Columns that share a scale, and a Hadamard rotation, in the grouped codecs; the last group is padded with zeros."""
+"""Columns that share a scale and a rotation in grouped codecs; zeros fill the last group."""
 LARGEST_WIDTH = 8192
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How values become codes; a codec's name is the key in CODECS."""
+    """How values become codes; its name is the key in CODECS."""
 
     payload: torch.dtype
     largest: float
-    """Magnitude that the largest of a scale's values is mapped to."""
+    """Magnitude that a scale's largest value is mapped to."""
     grouped: bool
-    """One bf16 scale for every GROUP columns; otherwise one fp32 scale for a row."""
+    """One bf16 scale for every GROUP columns; otherwise one fp32 scale a row."""
     mantissa_bits: int = 0
     """Of an fp8 code; 0 for integer codes."""
     exponent_bias: int = 0
     rotated: bool = False
-    """Hadamard rotation of each group, two codes a byte: the even column in the low half."""
+    """Hadamard rotation of each group, and two codes a byte: the even column in the low half."""
 
     def num_scales(self, width: int) -> int:
         """Scales of a row of `width` columns."""
@@ -65,7 +65,10 @@ CODECS = {
 
 @jit
 def _rotate(x, GROUPS: tl.constexpr):
-    """x [GROUPS, 64] times the Hadamard matrix of order 64, not scaled: six rounds of sums and differences."""
+    """x [GROUPS, 64] times the Hadamard matrix of order 64, not scaled.
+
+    Six rounds of sums and differences.
+    """
     for stage in tl.static_range(6):
         pairs = tl.reshape(x, [GROUPS, 32 >> stage, 2, 1 << stage])
         low, high = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
@@ -75,12 +78,15 @@ def _rotate(x, GROUPS: tl.constexpr):
 
 @jit
 def _round(x, random, STOCHASTIC: tl.constexpr):
-    """x, of magnitude below 2**22, to a whole number: to nearest even, or up with the probability of its fraction."""
+    """x, of magnitude below 2**22, rounded to a whole number.
+
+    To nearest even; if STOCHASTIC, up with the probability of its fraction.
+    """
     if STOCHASTIC:
         whole = tl.floor(x)
         return whole + tl.where(random < x - whole, 1.0, 0.0)
     else:
-        # Adding 1.5 * 2**23 leaves no bits for a fraction, so the addition itself rounds to nearest even.
+        # 1.5 * 2**23 leaves no bits for a fraction, so the addition rounds to nearest even.
         return (x + 12582912.0) - 12582912.0
 
 
@@ -88,11 +94,11 @@ def _round(x, random, STOCHASTIC: tl.constexpr):
 def _fp8_code(x, random, MANTISSA_BITS: tl.constexpr, BIAS: tl.constexpr, STOCHASTIC: tl.constexpr):
     """The fp8 code of x, as int32; x is within the format's range."""
     bits = x.to(tl.int32, bitcast=True)
-    # The exponent of the code; 1 is shared by the smallest normal numbers and the subnormals below them.
+    # Exponent of the code; 1 is also that of the subnormal numbers.
     exponent = tl.maximum(((bits >> 23) & 0xFF) - (127 - BIAS), 1)
     steps_per_unit = ((127 + BIAS + MANTISSA_BITS - exponent) << 23).to(tl.float32, bitcast=True)
     steps = _round(tl.abs(x) * steps_per_unit, random, STOCHASTIC).to(tl.int32)
-    # Steps count the hidden one, 2**MANTISSA_BITS, so a carry into the next exponent falls out of the addition.
+    # Steps include the hidden one, 2**MANTISSA_BITS: a carry goes into the exponent by itself.
     return (((exponent - 1) << MANTISSA_BITS) + steps) | ((bits >> 24) & 0x80)
 
 
@@ -136,7 +142,7 @@ def _quantize_kernel(
     x = tl.load(x_ptr + row * width + columns, mask=columns < tl.where(known, width, 0), other=0.0).to(tl.float32)
     if ROTATED:
         x = _rotate(x, GROUPS) * 0.125
-    # A comparison loses a NaN; as infinity it reaches the scale, where the receiver sees it.
+    # A comparison loses a NaN. As infinity it reaches the scale, where the receiver sees it.
     largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
     scale = tl.div_rn(largest, tl.full([GROUPS], LARGEST, tl.float32))
     if scales_ptr.dtype.element_ty == tl.bfloat16:
@@ -195,7 +201,8 @@ def _dequantize_kernel(
     if ROTATED:
         places = groups[:, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
         codes = tl.load(payload_ptr + places, mask=places < payload_inside, other=0).to(tl.int32)
-        # Sign extension of four bits. Rotating whole numbers is exact; the one rounding is the scale's product below.
+        # Sign extension of four bits. Whole numbers rotate exactly; only the scale's product
+        # rounds.
         codes = tl.join(((codes & 15) ^ 8) - 8, ((codes >> 4) ^ 8) - 8)
         value = _rotate(tl.reshape(codes, [GROUPS, COLUMNS]).to(tl.float32), GROUPS) * 0.125
     else:
@@ -233,7 +240,7 @@ def _format(codec: Codec) -> dict[str, int | bool]:
 
 @on_its_device
 def launch_quantize(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Payload and scales of x [R, N], or of the rows of x listed in `rows`, by the kernel."""
+    """Payload and scales of x [R, N], or of its rows listed in `rows`, by the kernel."""
     payload, scales = _empty_payload(x, codec, rows)
     if payload.numel():
         _quantize_kernel[(len(payload),)](
@@ -248,7 +255,7 @@ def launch_quantize(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor |
 def launch_dequantize(
     payload: Tensor, scales: Tensor, codec: Codec, width: int, dtype: torch.dtype, rows: Tensor | None
 ) -> Tensor:
-    """Values [R, width] of payload and scales, or of the rows of them listed in `rows`, by the kernel."""
+    """Values [R, width] of payload and scales, or of their rows listed in `rows`, by the kernel."""
     y = payload.new_empty(len(payload if rows is None else rows), width, dtype=dtype)
     if y.numel():
         _dequantize_kernel[(len(y),)](
@@ -272,7 +279,10 @@ def _as_integers(payload: Tensor) -> Tensor:
 
 
 def rotate_reference(x: Tensor) -> Tensor:
-    """x [..., 64] times the Hadamard matrix of order 64, not scaled, in the kernel's order of additions."""
+    """x [..., 64] times the Hadamard matrix of order 64, not scaled.
+
+    Additions are in the kernel's order.
+    """
     shape = x.shape
     for stage in range(6):
         low, high = x.reshape(-1, 32 >> stage, 2, 1 << stage).unbind(2)
@@ -297,7 +307,10 @@ def _round_to_fp8(x: Tensor, codec: Codec, random: Tensor | None) -> Tensor:
 
 
 def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What `launch_quantize` computes, in torch; in place where it can be: new memory costs more than arithmetic."""
+    """The same as `launch_quantize`, in torch.
+
+    In place where possible: new memory costs more than arithmetic.
+    """
     num_scales, columns = codec.num_scales(x.shape[1]), GROUP if codec.grouped else x.shape[1]
     selected = (x if rows is None else x[rows]).float()
     padding = num_scales * columns - x.shape[1]
@@ -326,7 +339,7 @@ def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tenso
 def dequantize_reference(
     payload: Tensor, scales: Tensor, codec: Codec, width: int, dtype: torch.dtype, rows: Tensor | None
 ) -> Tensor:
-    """What `launch_dequantize` computes, in torch."""
+    """The same as `launch_dequantize`, in torch."""
     if rows is not None:
         payload, scales = payload[rows], scales[rows]
     if codec.rotated:
@@ -375,11 +388,12 @@ def _(payload, scales, codec, width, dtype, rows):
 
 
 def quantize(x: Tensor, codec: str, rows: Tensor | None = None, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Payload and scales of x [R, N] in a codec of CODECS, or of the rows of x that `rows` [M] int64 lists.
+    """Payload and scales of x [R, N], or of its rows listed in `rows` [M] int64.
 
-    With `seed` ([2] int64: seed and offset) rounding is stochastic, and unbiased.
-    A value that is not finite makes its scale infinite. ValueError if shapes, dtypes or devices do not fit. A row
-    number outside x is a ValueError on a CPU; elsewhere it gives a scale of NaN: looking would stall the device.
+    `codec` is a key of CODECS. With `seed` ([2] int64: seed and offset) rounding is stochastic and
+    unbiased. A value that is not finite makes its scale infinite. ValueError if shapes, dtypes or
+    devices do not fit. A row number outside x is a ValueError on a CPU. Elsewhere, where a check
+    would wait for the device, it gives a scale of NaN.
     """
     _check_codec("quantize", codec)
     if x.dim() != 2 or x.dtype not in FLOATS or not 0 < x.shape[1] <= LARGEST_WIDTH:
@@ -402,10 +416,10 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     rows: Tensor | None = None,
 ) -> Tensor:
-    """Values [R, width] of what `quantize` returned, in fp32, fp16 or bf16, or of the rows that `rows` [M] int64 lists.
+    """Values [R, width] of what `quantize` returned, or of its rows listed in `rows` [M] int64.
 
-    ValueError if shapes, dtypes or devices do not fit. A row number outside the payload is a ValueError on a CPU;
-    elsewhere it gives NaN.
+    `dtype` is fp32, fp16 or bf16. ValueError if shapes, dtypes or devices do not fit. A row number
+    outside the payload is a ValueError on a CPU; elsewhere it gives NaN.
     """
     _check_codec("dequantize", codec)
     form = CODECS[codec]
@@ -450,7 +464,7 @@ def _check_rows(name: str, rows: Tensor | None, num_rows: int) -> None:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels of each codec at width 768; int8 in each dtype, and with stochastic rounding."""
+    """Both kernels of each codec at width 768; int8 in each dtype; two with stochastic rounding."""
     drawn = [(name, "bf16", False) for name in CODECS]
     drawn += [("int8", "fp16", False), ("int8", "fp32", False), ("int8", "bf16", True), ("fp8_e4m3", "bf16", True)]
     return [case for name, dtype, stochastic in drawn for case in _compile_cases_of(name, dtype, stochastic)]

@@ -1,8 +1,8 @@
-"""Whether LayerNorm and GELU are ours or torch.compile's on a card: ours where they were measured faster, only there.
+"""Chooses LayerNorm and GELU for a card: our kernels where measured faster than torch.compile's.
 
-The bytes that both must move are the same for everybody, so a compiler may well be as good; it depends on the card, the
-width and the releases. So both are timed there once, before a run starts, and the outcome is kept in a file
-under ~/.cache (or $XDG_CACHE_HOME). `fedbert-ds bench kernels --tune` measures again.
+Both move the same bytes, so a compiler may be as good; the outcome depends on card, width and
+releases. Both are therefore timed once on a card, before a run starts, and the choice is kept in a
+file under ~/.cache (or $XDG_CACHE_HOME). `fedbert-ds bench kernels --tune` measures again.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from fedbert_kernels.layer_norm import residual_layer_norm
 
 LAYER_NORM, GELU = "layer norm", "GELU"
 BYTES = 256 << 20
-"""Of each tensor: no cache holds it, and it keeps the card busy for longer than a host takes to launch the kernels."""
+"""Of each tensor: larger than any cache, and longer work than the host's launches take."""
 LONGEST_WAIT = 300.0
-"""Seconds for another process to measure: one that hangs, or locks of a file system that do, must not stop the rest."""
+"""Seconds for another process to measure: one that hangs, or a stuck lock, must not stop a run."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowCase:
-    """What is measured as one."""
+    """One measurement's kernel, dtype, width and dropout."""
 
     kernel: str
     """LAYER_NORM or GELU."""
     dtype: torch.dtype
     width: int
     dropout: float = 0.0
-    """Drop probability in training; any but 0 costs the same."""
+    """Drop probability in training; every one but 0 costs the same."""
 
     @property
     def name(self) -> str:
-        """What measurements are kept by."""
+        """Key of its measurement."""
         dropout = " dropout" if self.dropout else ""
         return f"{self.kernel} {str(self.dtype).removeprefix('torch.')} {self.width}{dropout}"
 
 
 Times = tuple[float, float]
-"""Milliseconds of (ours, torch.compile's), forward and backward; infinite for one that does not run."""
+"""Milliseconds (ours, torch.compile's) of forward and backward; infinite if one does not run."""
 
 
 def operator(kernel: str, ours: bool) -> Callable[..., Tensor]:
-    """What computes LAYER_NORM or GELU: our kernel, or torch.compile's."""
+    """The function that computes LAYER_NORM or GELU: our kernel, or torch.compile's."""
     if kernel == GELU:
         return bias_gelu if ours else compiled_bias_gelu
     return residual_layer_norm if ours else compiled_residual_layer_norm
 
 
 def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
-    """{name of a case: whether our kernel is faster than torch.compile on this card}, measured now if nobody has yet.
+    """{name of a case: whether our kernel runs on this card}, measured now if not yet known.
 
-    Processes of a machine measure one at a time, and the later ones read what the first wrote: all must compute the
-    same. Off a GPU nothing is measured and the answer is yes.
+    A machine's processes measure one at a time, and later ones read the first one's result: all
+    must compute the same. Without a GPU nothing is measured, and the answer is True.
     """
     wanted = {case.name: case for case in cases}
     if device.type != "cuda":
@@ -85,7 +85,7 @@ def kept(cases: Iterable[RowCase], device: torch.device) -> dict[str, bool]:
 
 
 def measure_again(cases: Iterable[RowCase], device: torch.device) -> dict[str, Times]:
-    """{name of a case: milliseconds}, whatever was measured before; later runs on this card go by these."""
+    """Measure these cases anew: {name: milliseconds}. Later runs on this card go by them."""
     index = card_index(device)
     with _alone(choices_path(index)):
         times = {case.name: measure(case, index) for case in cases}
@@ -94,10 +94,10 @@ def measure_again(cases: Iterable[RowCase], device: torch.device) -> dict[str, T
 
 
 def keep(times: Mapping[str, Times], index: int) -> dict[str, bool]:
-    """Write down, for the card with this index, whose kernel runs from now on; {name: whether ours}.
+    """Record which kernels run on the card with this index from now on: {name: whether ours}.
 
-    Ours must be clearly faster, at most `GAIN` of the time: what is as good without being ours is better. One that did
-    not run is not written down, as it may run tomorrow.
+    Ours must take at most `GAIN` of the time; a tie goes to torch.compile. A case that did not run
+    is not recorded, as it may run tomorrow.
     """
     ours = {name: is_ours_faster(pair) for name, pair in times.items()}
     path = choices_path(index)
@@ -110,20 +110,20 @@ def keep(times: Mapping[str, Times], index: int) -> dict[str, bool]:
 
 
 def is_ours_faster(times: Times) -> bool:
-    """Clearly, and it runs."""
+    """Whether ours runs and is clearly faster."""
     ours, compiled = times
     return ours < math.inf and ours <= GAIN * compiled
 
 
 def choices_path(index: int) -> Path:
-    """Where the choices for a card lie, or would lie; another release of torch may compile better."""
+    """File of a card's choices; each release of torch has its own, as it may compile better."""
     table = table_path(torch.cuda.get_device_name(index), capability(index), triton.__version__)
     return table.with_name(f"{table.stem}-torch-{torch.__version__.split('+')[0]}-rows.json")
 
 
 def measure(case: RowCase, index: int) -> Times:
-    """Time both on the card with this index; torch's random numbers go on as if nothing had been drawn."""
-    # A log's default level shows it: half a minute of silence before a run starts would look like a hang.
+    """Time both on the card with this index; leaves torch's generators as they were."""
+    # A warning, to be shown by default: half a minute of silence would look like a hang.
     logger.warning("measuring %s beside torch.compile's, once for this card and these releases", case.name)
     with torch.cuda.device(index), torch.random.fork_rng(devices=[index]):
         times = _milliseconds(case, ours=True), _milliseconds(case, ours=False)
@@ -132,12 +132,12 @@ def measure(case: RowCase, index: int) -> Times:
 
 
 def _milliseconds(case: RowCase, ours: bool) -> float:
-    """Of forward and backward; infinite if that does not run here."""
+    """Forward and backward of one; infinite if it does not run here."""
     from triton.testing import do_bench
 
     try:
         milliseconds: float = do_bench(training_step(case, ours, "cuda"), return_mode="median")
-    except Exception as error:  # Compilers and drivers fail in many ways, and none of them makes this one usable.
+    except Exception as error:  # Compilers and drivers fail in many ways; all mean: it cannot run.
         name, reason = "our kernel" if ours else "torch.compile's", str(error).strip().partition("\n")[0]
         logger.warning("%s: %s does not run here: %s", case.name, name, reason)
         return math.inf
@@ -145,7 +145,7 @@ def _milliseconds(case: RowCase, ours: bool) -> float:
 
 
 def training_step(case: RowCase, ours: bool, device: str, num_bytes: int = BYTES) -> Callable[[], tuple[Tensor, ...]]:
-    """A call of forward and backward over tensors of `num_bytes`; returns the gradients of all inputs."""
+    """A call of forward and backward over tensors of `num_bytes`; it returns all gradients."""
     compute = operator(case.kernel, ours)
     num_rows = num_bytes // (case.width * case.dtype.itemsize)
     num_large, num_parameters, numbers = (2, 3, (case.dropout, 1e-12)) if case.kernel == LAYER_NORM else (1, 1, ())
@@ -157,7 +157,7 @@ def training_step(case: RowCase, ours: bool, device: str, num_bytes: int = BYTES
 
 @contextlib.contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Keeps the machine's other processes out; each is on its own where no lock can be had."""
+    """Hold the machine's lock; without one where a lock cannot be had."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, NotImplementedError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +166,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, bool]:
-    """Empty where nobody has measured, or other kernels were measured."""
+    """The card's choices; empty if nothing was measured, or other kernels were."""
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["kernels"] != _digest():

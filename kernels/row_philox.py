@@ -1,7 +1,8 @@
-"""Random 16-bit numbers for kernels that go row by row: eight neighbouring columns share one call of Philox.
+"""Random 16-bit numbers for kernels that go row by row: eight columns share one call of Philox.
 
-Eight columns are what one thread of such a kernel holds of 16-bit values, so the compiler makes each call once. As in
-`philox`, the result depends on seed, offset, row and column only, and the torch twin gives the same bits.
+A thread of such a kernel holds eight neighbouring columns of 16-bit values, so the compiler makes
+each call once. As in `philox`, the result depends only on seed, offset, row and column, and the
+torch twin gives the same bits.
 """
 
 import torch
@@ -11,9 +12,9 @@ from fedbert_kernels.interpreter import jit, tl
 from fedbert_kernels.philox import load_seed, philox, philox_reference
 
 LEVELS = 65536
-"""Numbers are below this; drop probabilities are multiples of one over it."""
+"""Numbers are below this; drop probabilities are multiples of 1 / LEVELS."""
 
-# Attention numbers its score matrices upwards from 0 in the same word of the counter.
+# In this word of the counter, attention numbers its score matrices upwards from 0.
 _STREAM = 0xFFFFFFFF
 
 
@@ -31,9 +32,9 @@ def random_16(
     rows,
     columns,  # broadcasts against rows
 ):
-    """int32 numbers from 0 to 65535, one for each pair of row and column."""
+    """int32 numbers from 0 to 65535, one for each row and column."""
     key_low, key_high, offset = load_seed(seed_ptr)
-    # The column's place in its group of eight picks a word and a half of it; the rest is the counter.
+    # A column's place in its group of eight picks a word and a half of it; the rest is counter.
     row_counter = rows.to(tl.uint32)
     stream = tl.full(row_counter.shape, 0xFFFFFFFF, tl.uint32)
     r0, r1, r2, r3 = philox(row_counter, (columns >> 3).to(tl.uint32), stream, offset, key_low, key_high)
@@ -43,7 +44,7 @@ def random_16(
 
 
 def random_16_reference(seed: Tensor, num_rows: int, width: int) -> Tensor:
-    """What `random_16` gives for rows 0 to num_rows - 1 and columns 0 to width - 1, [num_rows, width] int64."""
+    """`random_16` of rows 0 to num_rows - 1 and columns 0 to width - 1, [num_rows, width] int64."""
     rows = torch.arange(num_rows, device=seed.device)[:, None] & 0xFFFFFFFF
     calls = torch.arange(-(-width // 8), device=seed.device)[None, :]
     stream, offset = torch.full_like(rows, _STREAM), seed[1] & 0xFFFFFFFF

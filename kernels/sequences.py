@@ -1,7 +1,8 @@
-"""Packed sequences turned into work: checked bounds, tiles for kernels, batches of equal length for SDPA.
+"""Packed sequences as work: checked bounds, tiles for kernels, batches of equal length for SDPA.
 
-All of it depends on `cu_seqlens` alone ([n + 1] int32: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]) and is
-remembered for as long as that tensor lives unchanged, since every layer of a step asks for the same.
+All of it follows from `cu_seqlens` ([n + 1] int32: sequence i is tokens cu_seqlens[i] to
+cu_seqlens[i + 1]). Results are remembered while that tensor lives unchanged, since every layer of a
+step asks for the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 Result = TypeVar("Result")
 
 _known: Any = WeakIdKeyDictionary()
-"""{cu_seqlens: (its version, {what was asked: the answer})}."""
+"""{cu_seqlens: (its version, {question: answer})}."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class EqualLengths:
     starts: tuple[Tensor, ...]
     """[count] int64 of each group: the first token of each sequence in the pack."""
     order: Tensor | None
-    """[T] int64: tokens sorted by group; None if they already lie so."""
+    """[T] int64: tokens sorted by group; None if they already are."""
     restore: Tensor | None
     """[T] int64: the inverse of `order`."""
 
@@ -38,7 +39,8 @@ class EqualLengths:
 def check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
     """ValueError unless cu_seqlens begins at 0, never falls and ends at `num_tokens`.
 
-    For a tensor on a GPU this waits for the device, once for each tensor; not while a CUDA graph is being captured.
+    For a tensor on a GPU the first check waits for the device. Skipped while a CUDA graph is
+    captured.
     """
     if not _capturing(cu_seqlens):
         _remember(cu_seqlens, ("bounds", num_tokens), lambda: read_bounds(cu_seqlens, num_tokens))
@@ -55,14 +57,15 @@ def read_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
 
 
 def vouch_for_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Take the bounds as checked: for a caller that knew them before they went to a GPU, so that nothing waits."""
+    """Take the bounds as checked, for a caller that checked them before they went to a GPU."""
     _remember(cu_seqlens, ("bounds", num_tokens), lambda: None)
 
 
 def work_items(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
-    """[items, 4] int32 on the device: (first token, length, first row, 0) of each tile of `rows` rows, longest first.
+    """(first token, length, first row, 0) of each tile of `rows` rows, longest sequence first.
 
-    The number of items is an upper bound that needs no look at the values; those past the real ones have length 0.
+    [items, 4] int32 on the device of `cu_seqlens`. The number of items is an upper bound found
+    without reading the values; items beyond the last tile have length 0.
     """
     return _remember(cu_seqlens, ("items", num_tokens, rows), lambda: _work_items(cu_seqlens, num_tokens, rows))
 
@@ -73,7 +76,7 @@ def equal_lengths(cu_seqlens: Tensor) -> EqualLengths:
 
 
 def _remember(cu_seqlens: Tensor, what: Any, build: Callable[[], Result]) -> Result:
-    # Inference tensors have no version to tell a change by; a captured graph must compute anew at each replay.
+    # Inference tensors have no version to show a change; a captured graph must compute anew.
     if cu_seqlens.is_inference() or _capturing(cu_seqlens):
         return build()
     version, answers = _known.get(cu_seqlens, (None, {}))
@@ -95,7 +98,7 @@ def _work_items(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:
     most = num_tokens // rows + num_sequences
     if most == 0 or num_sequences == 0:
         return cu_seqlens.new_zeros((0, 4))
-    # Clamped, since bounds go unchecked while a graph is captured: a wrong answer then, but no wild access.
+    # Clamped, since bounds are unchecked while a graph is captured: a wrong answer, no wild access.
     bounds = cu_seqlens.long().clamp(0, num_tokens)
     lengths, order = bounds.diff().clamp(min=0).sort(descending=True, stable=True)
     tiles = (lengths + rows - 1) // rows

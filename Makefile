@@ -1,17 +1,17 @@
 # make pretrain    set up the environment, then pre-train with configs/default.yaml on this machine
 # make test        set up the environment, then lint, type-check and test
-# make compile-check   every kernel compiled without a GPU and compared with its golden table, some 4 minutes
-# make same        six short runs: losses and weights compared with the recorded ones, bit by bit
+# make compile-check   compile every kernel without a GPU and compare golden tables, some 4 minutes
+# make same        six short runs: compare losses and weights with the recorded ones, bit by bit
 # make setup       the environment alone        make clean    remove it, and what tools left behind
 #
-# make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"     another run file, overrides, resuming
+# make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"    another run file, overrides, resume
 
 VENV ?= .venv
-# The one switch: `cuda` installs PyTorch's ordinary builds, `cpu` the pinned set of constraints.txt.
+# `cuda` installs PyTorch's ordinary builds, `cpu` the pinned versions of constraints.txt.
 DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
-# An interpreter from 3.10 to 3.13; empty takes the newest on the path.
+# An interpreter from 3.10 to 3.13. Empty takes the newest on the path.
 PYTHON ?=
-# More arguments for pip, such as another index.
+# More arguments for pip, such as an index.
 PIP_FLAGS ?=
 CONFIG ?= configs/default.yaml
 ARGS ?=
@@ -25,13 +25,13 @@ EXTRAS := server,data,dev
 PINS := --constraint constraints.txt
 RANKS ?= 2
 export DS_ACCELERATOR := cpu
-# Ranks and clients share the cores; threads of each on top only get in each other's way.
+# Ranks and clients share the cores: more threads only compete for them.
 export OMP_NUM_THREADS ?= 1
 endif
-# The deepspeed launcher follows CUDA_VISIBLE_DEVICES only when no number is given.
+# The deepspeed launcher follows CUDA_VISIBLE_DEVICES only without --num_gpus.
 NUM_GPUS := $(if $(CUDA_VISIBLE_DEVICES),,--num_gpus $(RANKS))
 
-# The launcher's own choice is always the same one, so two runs on a machine would collide.
+# The launcher always picks the same port, so two runs on a machine would collide.
 FREE_PORT := 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 
 BIN := $(abspath $(VENV))/bin

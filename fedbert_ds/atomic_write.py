@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: to one side, synced, then renamed."""
+"""Files written whole or not at all: written beside their place, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it takes the place of `path` when the block ends well.
+    """Yield a path beside `path` to write to. It replaces `path` when the block ends without error.
 
-    After an error inside the block `path` is what it was. A file of a process that was killed ends in `.partial`; the
-    next write replaces it. Raises OSError as the file system does.
+    After an error inside the block `path` is unchanged. A killed process leaves a file that ends in
+    `.partial`, and the next write replaces it. Raises OSError as the file system does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -29,7 +29,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all."""
+    """Write UTF-8 text whole or not at all. Raises as `atomic_write`."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 

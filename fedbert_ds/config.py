@@ -1,4 +1,4 @@
-"""One typed schema for the run file; an unknown key is an error that names the nearest key."""
+"""The run file's typed schema. An unknown key is an error that names the nearest known key."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Kernels = Literal["auto", "triton", "torch"]
 
 
 class Section(BaseModel):
-    """Base of every section: closed (no unknown keys), immutable, fields documented by the string under them."""
+    """Base of every section: no unknown keys, immutable. The string under a field documents it."""
 
-    # JSON, in which a resolved run file is kept, has no infinity.
+    # Resolved run files pass through JSON, which has no infinity.
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -30,13 +30,14 @@ class RunSection(Section):
     """Where a run writes, how long it lasts, and its seed."""
 
     directory: Path = Path("runs/default")
-    """Folder the run writes: config.yaml, metrics.jsonl, report.html, loss.png, checkpoints/, hf/, clients/."""
+    """Folder that the run writes: config.yaml, metrics.jsonl, report.html, loss.png, checkpoints/,
+    hf/, clients/."""
     windows: Positive = 600
     """Number of windows; one window is one optimizer step of the body."""
     seed: int = 1
     """Seeds initial weights, shards, masking, sequence order and dropout."""
     save_every: Positive = 200
-    """Windows between checkpoints; the last window is always saved."""
+    """Windows between checkpoints. The last window is always saved."""
     trace: bool = False
     """Write a timeline of every rank, `trace-RANK.json`, for https://ui.perfetto.dev."""
 
@@ -45,26 +46,27 @@ class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
     checkpoint: str | None = None
-    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa or ELECTRA); null starts from scratch."""
+    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa or ELECTRA). null starts from
+    scratch."""
     architecture: Literal["bert", "roberta", "electra"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
-    """Transformer layers, client's and server's together."""
+    """Transformer layers of client and server together."""
     hidden_size: Positive = 128
     """Width H of the transformer layers."""
     embedding_size: Positive | None = None
-    """Width E of the embeddings (ELECTRA only); null means hidden_size."""
+    """Width E of the embeddings (ELECTRA only). null means hidden_size."""
     num_attention_heads: Positive = 2
     """Attention heads; must divide hidden_size."""
     intermediate_size: Positive | None = None
-    """Width of the feed-forward layer; null means 4 x hidden_size."""
+    """Width of the feed-forward layer. null means 4 x hidden_size."""
     max_position_embeddings: Positive = 128
-    """Longest sequence, in tokens, the position table holds."""
+    """Longest sequence that the position table holds, in tokens."""
     initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
-    """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow models learn sooner
-    with 0.02 x sqrt(768 / hidden_size)."""
+    """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow
+    models learn sooner with 0.02 x sqrt(768 / hidden_size)."""
     dropout: Probability = 0.1
-    """Dropout of hidden states and of attention probabilities, from scratch or from a checkpoint."""
+    """Dropout of hidden states and attention probabilities, from scratch or from a checkpoint."""
 
     @model_validator(mode="after")
     def _shape(self) -> ModelSection:
@@ -82,67 +84,69 @@ class LayersCut(Section):
     """The cut that leaves the first `layers` encoder layers with the client."""
 
     layers: Positive
-    """Encoder layers the client holds beside the embeddings."""
+    """Encoder layers that the client holds besides the embeddings."""
 
 
 Cut = Literal["embeddings", "rows"] | LayersCut
 
 
 class TokenizerSection(Section):
-    """The vocabulary: named, or trained by the server on the text it can read (local runs)."""
+    """The vocabulary: named, or trained by the server on text that it can read (local runs)."""
 
     path: str | None = None
-    """Hub name or folder of a tokenizer; null trains WordPiece on data.source."""
+    """Hub name or folder of a tokenizer. null trains WordPiece on data.source."""
     vocab_size: Positive = 4000
-    """Word pieces when training one."""
+    """Word pieces of a trained tokenizer."""
 
 
 class SequenceSection(Section):
     """How text becomes masked sequences, the same at every client."""
 
     sequence_length: Annotated[int, Field(ge=8)] = 128
-    """Longest sequence in tokens, [CLS] and [SEP] included; sequences are not padded."""
+    """Longest sequence in tokens, with [CLS] and [SEP]. Sequences are not padded."""
     mask_probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """Share of tokens chosen for prediction (80 % [MASK], 10 % random, 10 % unchanged)."""
+    """Share of tokens to predict (80 % [MASK], 10 % random, 10 % unchanged)."""
     whole_word: bool = False
-    """Choose whole words instead of single word pieces."""
+    """Mask whole words instead of single word pieces."""
 
 
 class DataSection(SequenceSection):
-    """Text, how it is dealt to local clients, and how it becomes masked sequences."""
+    """Text, its shards for local clients, and how it becomes masked sequences."""
 
     source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
-    """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files or folders, or hub
-    names `hub:NAME[:CONFIG][:SPLIT]`."""
+    """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files
+    or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
     streaming: bool = False
     """Stream hub data sets instead of downloading them whole."""
     max_articles: Positive | None = None
-    """Read at most this many articles; needed with streaming of unbounded sets."""
+    """Read at most this many articles. Needed to stream unbounded sets."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of articles kept from every client and used for the final loss."""
+    """Share of articles that no client gets; they give the final held-out loss."""
     shards: Literal["equal", "size", "topic"] = "size"
-    """How articles are dealt to local clients: equal counts, Dirichlet-skewed sizes, or Dirichlet-skewed topics."""
+    """Shards of local clients: equal article counts, Dirichlet-skewed sizes, or Dirichlet-skewed
+    topics."""
     alpha: Annotated[float, Field(gt=0.0)] = 2.0
-    """Dirichlet concentration of `size` and `topic` shards; smaller is more unequal."""
+    """Dirichlet concentration of `size` and `topic` shards. Smaller is more unequal."""
 
 
 class WindowSection(Section):
-    """One optimizer step: how many tokens, how packed, in which order."""
+    """One optimizer step of the body: its tokens, their packing, the order of micro-batches."""
 
     tokens: Positive = 8192
-    """Tokens of one window, over all clients."""
+    """Tokens of one window, all clients together."""
     tokens_per_micro_batch: Positive = 2048
-    """A micro-batch packs sequences of any clients up to this many tokens."""
+    """Most tokens of a micro-batch, which packs sequences of any clients."""
     micro_batches_in_flight: Positive | Literal["auto"] = "auto"
-    """Forwards a rank holds until their gradients are back; `auto` takes as many as hide the clients' measured answers,
-    as far as memory reaches."""
+    """Most micro-batches of a rank between forward and backward. `auto` takes enough to hide the
+    measured answer times of clients, as far as memory reaches."""
     clients_per_micro_batch: Positive = 1
-    """1 keeps a client's sequences together, for the fewest bytes; more lets so many clients work on a micro-batch side
-    by side, for slow clients and few micro-batches in flight."""
+    """1 keeps a client's sequences together and sends the fewest bytes. More lets that many clients
+    work on a micro-batch side by side, for slow clients and few micro-batches in flight."""
     share: Literal["data", "equal"] = "data"
-    """A client's part of `tokens`: in proportion to its shard, or the same for each."""
+    """A client's part of `tokens`: in proportion to its shard, or equal."""
     order: Literal["arrival", "fixed"] = "arrival"
-    """`arrival` runs what is complete first; `fixed` follows the plan alone and is bit-identical between runs."""
+    """`arrival` runs whichever micro-batch is complete first. `fixed` follows the plan alone and is
+    bit-identical between runs."""
 
 
 class OptimizerSection(Section):
@@ -153,17 +157,17 @@ class OptimizerSection(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    """Decoupled weight decay of matrices; biases and LayerNorm weights are never decayed."""
+    """Decoupled weight decay of matrices. Biases and LayerNorm weights are never decayed."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Decay rates of the moment estimates."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest gradient norm, of the body and of each client half apart; 0 turns clipping off."""
+    """Largest gradient norm, of the body and of each client half apart. 0 turns clipping off."""
     schedule: Literal["linear", "polynomial", "constant"] = "linear"
     """Decay after warm-up, to zero one window after the last."""
     warmup_windows: Annotated[int, Field(ge=0)] = 0
-    """Windows over which the learning rate rises linearly to `lr`."""
+    """Windows in which the learning rate rises linearly to `lr`."""
     power: Annotated[float, Field(gt=0.0)] = 2.0
     """Exponent of the polynomial schedule."""
 
@@ -178,48 +182,49 @@ class OptimizerSection(Section):
 
 
 class BodySection(Section):
-    """The server's half under DeepSpeed."""
+    """The body under DeepSpeed."""
 
     deepspeed: Path = Path("deepspeed/zero2.json")
     """DeepSpeed JSON file, relative to the run file."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """Overrides the ZeRO stage of the DeepSpeed file; null keeps it."""
+    """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision of the body; master weights are fp32 either way."""
+    """Compute precision of the body. Master weights are fp32 either way."""
     activation_checkpointing: bool = False
     """Recompute layer activations in backward instead of keeping them."""
 
 
 class FederationSection(Section):
-    """How the client halves are kept together."""
+    """How client halves are kept in step."""
 
     mode: Literal["synchronous", "parallel"] = "synchronous"
-    """`synchronous` sums the halves' gradients every window (equals centralized training); `parallel` averages their
-    weights (FedAvg)."""
+    """`synchronous` sums the gradients of client halves every window (equals centralized training).
+    `parallel` averages their weights (FedAvg)."""
     average_every: Positive = 1
     """Windows between averages in `parallel` mode."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
-    """Parts averaged in `parallel` mode; the rest stays personal to its client."""
+    """Parts averaged in `parallel` mode. The rest stays personal to each client."""
     staleness: Annotated[int, Field(ge=0, le=8)] = 0
-    """Windows whose exchange of client halves a client need not wait for before it begins the next; 0 is exact, more
-    hides exchanges over slow links."""
+    """Windows that a client may begin before its half has taken earlier client updates. 0 is exact;
+    more hides exchanges over slow links."""
 
 
 class ClientsSection(Section):
     """Who takes part."""
 
     expected: Positive = 4
-    """Clients the run waits for before its first window."""
+    """Clients that must join before the first window."""
     minimum: Positive | None = None
-    """The run goes on while at least this many are connected; null means `expected`."""
+    """The run ends when fewer clients are left. null means `expected`."""
     local: Annotated[int, Field(ge=0)] = 4
-    """Client processes the launcher starts on this machine."""
+    """Client processes that the launcher starts on this machine."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait for `expected` clients at the start, or for `minimum` when some are lost."""
+    """Seconds to wait at the start for `expected` clients to join, then for their streams."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
-    """Seconds a client may owe an answer before it is counted as lost."""
+    """Seconds that a client may owe an answer. After that it is gone."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
-    """Seconds a client that lost its connection has to come back and go on where it was; then it is counted as lost."""
+    """Seconds for a client that lost its connection to come back and go on where it was. After that
+    it is gone."""
 
     @model_validator(mode="after")
     def _counts(self) -> ClientsSection:
@@ -231,12 +236,12 @@ class ClientsSection(Section):
 
     @property
     def required(self) -> int:
-        """Clients without which the run stops."""
+        """Fewest clients with which the run goes on."""
         return self.minimum if self.minimum is not None else self.expected
 
 
 class TlsSection(Section):
-    """Files of mutual TLS, PEM; all three or none."""
+    """PEM files of mutual TLS: all three or none."""
 
     ca: Path
     """Certificate of the authority that signed both sides."""
@@ -250,42 +255,47 @@ class ServerSection(Section):
     """Where clients find the server."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for remote clients."""
+    """Address to listen on. 0.0.0.0 for remote clients."""
     port: Annotated[int, Field(ge=0, le=65535)] = 29600
-    """The coordinator's port; rank r listens on port + r. 0 picks free ports."""
+    """The coordinator's port. Rank r listens on port + r. 0 picks free ports."""
     advertise: str | None = None
-    """Host name clients are told for rank endpoints; null uses `host`, or each node's name on several nodes."""
+    """Host name under which clients reach the ranks. null uses `host`, or each node's name on
+    several nodes."""
     tls: TlsSection | None = None
-    """Mutual TLS; null is plaintext, for loopback and trusted networks only."""
+    """Mutual TLS. null is plaintext, for loopback and trusted networks only."""
     network: Literal["auto", "thread", "process"] = "auto"
-    """Where a rank's network runs: beside the body in its process, or in one of its own, which costs more CPU time but
-    does not make the body wait; `auto` is a process where there are GPUs."""
+    """Where a rank's network runs. `thread`: in the body's process. `process`: in one of its own,
+    which costs more CPU time and does not make the body wait. `auto`: a process where there are
+    GPUs."""
     shared_memory: bool = True
-    """Clients on this machine pass large messages through memory instead of sockets."""
+    """Clients on this machine pass large messages through shared memory instead of sockets."""
 
 
 class WireSection(Section):
-    """How activations and gradients are coded on the wire.
+    """Codecs of activations, gradients and client updates.
 
-    fp32 is exact. int8 and fp8 keep one scale a row, int8_group and int4_hadamard one for every 64 columns;
-    int4_hadamard rotates each of these groups first, so that no single value sets the scale.
+    - fp32 is exact.
+    - int8 and fp8 keep one scale a row.
+    - int8_group and int4_hadamard keep one scale for every 64 columns.
+    - int4_hadamard rotates each of these groups first, so that no single value sets the scale.
     """
 
     activations: Codec = "fp32"
     """Codec of activations, up."""
     hidden: Codec | None = None
-    """Codec of hidden states, down; null means as activations."""
+    """Codec of hidden states, down. null means as activations."""
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
     updates: Codec = "fp32"
-    """Codec of the matrices of what client halves exchange, up and down: gradients in `synchronous` mode; in `parallel`
-    mode weights if it is fp32, else what changed in them since the last average."""
+    """Codec of the matrices in client updates, up and down. `synchronous` mode sends gradients.
+    `parallel` mode sends weights under fp32, and else their change since the last average."""
     compression: Literal["zstd", "none"] = "zstd"
-    """Lossless, of all of these: an eighth of int4 and int8, a third of bf16; costs both ends a second per GB or so."""
+    """Lossless, of all of these. Saves an eighth of int4 and int8 and a third of bf16; costs both
+    ends about a second per GB."""
 
     @property
     def is_compressed(self) -> bool:
-        """Tensors are compressed after they are coded."""
+        """Whether coded tensors are compressed."""
         return self.compression != "none"
 
     @property
@@ -295,7 +305,7 @@ class WireSection(Section):
 
 
 def _cut(value: Any) -> Any:
-    # A plain mapping error of the union would name all three alternatives; one sentence is kinder.
+    # Pydantic's error for the union would list all three alternatives; one sentence is kinder.
     if value in ("embeddings", "rows") or isinstance(value, LayersCut):
         return value
     if isinstance(value, dict) and set(value) == {"layers"}:
@@ -316,9 +326,9 @@ class RunConfig(Section):
     optimizer: OptimizerSection = OptimizerSection()
     body: BodySection = BodySection()
     kernels: Kernels = "auto"
-    """What computes the body's attention and the small operations between its matrix products: `triton` (fused kernels
-    for CUDA), `torch`, or `auto`, which is `triton` on a GPU where that package is installed and `torch` elsewhere. At
-    ZeRO stage 3 only attention is fused."""
+    """Kernels of the body's attention and of the small operations between its matrix products:
+    `triton` (fused, for CUDA), `torch`, or `auto`. `auto` is `triton` on a GPU where that package
+    is installed, and `torch` elsewhere. At ZeRO stage 3 only attention is fused."""
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()
@@ -352,8 +362,9 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
-    Relative paths inside the file that point at files beside it (body.deepspeed) are resolved against its folder.
-    Raises ConfigError, one line, for a missing file, bad YAML, an unknown key or a bad value.
+    A relative body.deepspeed is looked up in the run file's folder first, then in the working
+    folder. Raises ConfigError, one line, for a missing file, bad YAML, an unknown key or a bad
+    value.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such run file; give one with --config")
@@ -376,7 +387,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
-    """Validate a mapping; `origin` is named in the one-line ConfigError."""
+    """Validate a mapping. Raises ConfigError: one line that begins with `origin`."""
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -384,7 +395,7 @@ def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML; `load_config` reads it back to an equal object."""
+    """The resolved configuration as YAML. `load_config` reads an equal object back."""
     return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
 
 
@@ -405,7 +416,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> str:
-    # A key that is missing is often one that is misspelt, so the latter is named first.
+    # A missing key is often a misspelt one, so an unknown key is named first.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = [str(part) for part in first["loc"] if part not in ("LayersCut",)]
     name = ".".join(location)

@@ -1,4 +1,4 @@
-"""What a user can mend: each error is one line that names what to change, and an exit code."""
+"""Errors that a user can mend: one line that says what to change, and an exit code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 
 class UserError(Exception):
-    """A mistake in input, configuration or environment that the user can mend; its text is one line."""
+    """A mistake in input, configuration or environment that the user can mend, in one line."""
 
     exit_code = 1
 
@@ -41,19 +41,20 @@ class WireError(UserError):
 
 
 class RunError(UserError):
-    """The run directory or the run itself cannot go on."""
+    """The run cannot go on, or its directory does not fit."""
 
     exit_code = 6
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Print the error as one line on standard error and leave with its exit code."""
+    """Print the error as one line on standard error and raise SystemExit with its exit code."""
     print(f"fedbert-ds: {error}", file=sys.stderr, flush=True)
     raise SystemExit(error.exit_code)
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an entry point: a UserError becomes one line and an exit code; a bug keeps its traceback."""
+    """Decorate an entry point: a UserError becomes one line and an exit code. A bug keeps its
+    traceback."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:

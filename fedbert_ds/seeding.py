@@ -1,4 +1,4 @@
-"""Stateless randomness: a seed follows from a purpose and numbers, never from what was drawn before."""
+"""Stateless randomness: a seed depends on a purpose and numbers, never on earlier draws."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import numpy as np
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on `parts` alone, equal on every machine and in every process.
+    """A 63-bit seed from `parts` alone, equal on every machine and in every process.
 
-    The first part names the purpose, so that one run seed never gives two purposes the same numbers.
+    The first part names the purpose, so two purposes never share numbers under one run seed. The
+    seed is the head of SHA-256 over the parts.
     """
     return int.from_bytes(_digest(parts)[:8], "big") >> 1
 
 
 def generator(*parts: int | str) -> np.random.Generator:
-    """A fresh numpy generator that depends on `parts` alone, as `stable_seed` does."""
+    """A fresh numpy generator from `parts` alone, as `stable_seed`."""
     return np.random.default_rng(int.from_bytes(_digest(parts), "big"))
 
 

@@ -1,8 +1,9 @@
-"""What `deepspeed`, `torchrun` and `srun` start once for every rank of the server side.
+"""One rank of the server side. `deepspeed`, `torchrun` and `srun` start this file once per rank.
 
-    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml [section.key=value ...] [--resume]
+    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml \\
+        [section.key=value ...] [--resume]
 
-Started plainly, without a launcher, it is a run of one rank.
+Without a launcher it is a run of one rank.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from fedbert_ds.errors import UserError, exit_with
 
 
 def main() -> None:
-    """Check everything that can be checked, then run this rank."""
+    """Parse the command line, check the run (rank 0), then run this rank.
+
+    A UserError is one line on standard error and its exit code.
+    """
     parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")
@@ -32,7 +36,7 @@ def main() -> None:
         _run(config, options.resume, rank)
     except UserError as error:
         if rank != 0:
-            # What is wrong on every rank is said by rank 0, and the launcher ends this one meanwhile.
+            # Rank 0 reports a mistake that all ranks share; the launcher ends this one meanwhile.
             time.sleep(5)
         exit_with(error)
 

@@ -98,7 +98,7 @@ def typed(kind: type[Options], options: argparse.Namespace, program: str = "fedb
 
 def pipeline_options(options: argparse.Namespace, program: str = "fedbert-ds") -> Any:
     """The PipelineOptions that were typed, `--links auto` decided."""
-    from fedbert_ds.bench.network.link import links_available
+    from fedbert_ds.bench.network.namespace import links_available
     from fedbert_ds.bench.pipeline.settings import PipelineOptions
 
     links = links_available() if options.links == "auto" else options.links

@@ -9,12 +9,34 @@ All that runs in it shares the one link, so `mbit` is for all of them together.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from dataclasses import dataclass
-
-from fedbert_ds.bench.network.link import run_tool
+from typing import Literal
 
 LIMIT = 1_000_000
 """Packets that the link may hold: more than its rate times its delay, so that none is dropped."""
+
+
+def run_tool(*command: str) -> None:
+    """Run `ip` or `tc`; CalledProcessError when it fails."""
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+
+
+def links_available() -> Literal["netem", "proxy"]:
+    """`netem` if this process may make namespaces and the kernel has netem, else `proxy`."""
+    if not (hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("ip") and shutil.which("tc")):
+        return "proxy"
+    name = f"fedbert-probe-{os.getpid()}"
+    try:
+        run_tool("ip", "netns", "add", name)
+        try:
+            run_tool("ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")
+        finally:
+            run_tool("ip", "netns", "delete", name)
+    except (OSError, subprocess.SubprocessError):
+        return "proxy"
+    return "netem"
 
 
 @dataclass(frozen=True)

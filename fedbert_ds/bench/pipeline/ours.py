@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from fedbert_ds.bench.pipeline.bound import exchange_work, window_end_seconds
@@ -15,6 +14,7 @@ from fedbert_ds.bench.pipeline.reach import reach
 from fedbert_ds.bench.pipeline.settings import RUN_FILE, Run
 from fedbert_ds.bench.process import LONGEST_SECONDS, running, tell
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.record import SOURCE
 from fedbert_ds.telemetry.timeline import read_trace, shares
@@ -46,16 +46,16 @@ def train(run: Run) -> None:
         command = [*way.enter, sys.executable, "-m", "fedbert_ds.bench.pipeline.load", "--server", "-"]
         command += ["--shards", str(run.shards), "--state", str(state), "--device", options.client_device]
         clients = resources.enter_context(running(command, run.clients_log, options.client_device, way.environment))
-        tell(clients, _address(run.folder, server, run.log))
+        tell(clients, _address(run, server))
         _wait(server, clients, run)
 
 
 def row_of(run: Run) -> dict[str, Any]:
     """The row of a finished run, from its metrics and its timeline."""
     config = run.config
-    windows = read_metrics(run.folder / "metrics.jsonl")[SETTLING_WINDOWS:]
+    windows = read_metrics(RunFolder(run.folder).metrics)[SETTLING_WINDOWS:]
     whole = summary(windows)
-    spent = shares(read_trace(run.folder / "trace-0.json"), windows[0].window, windows[-1].window)
+    spent = shares(read_trace(RunFolder(run.folder).trace(0)), windows[0].window, windows[-1].window)
     update_bytes = whole.averaging_bytes_per_token * whole.tokens / len(windows) / config.clients.expected
     end = window_end_seconds(spent, config, run.setting.link, update_bytes, lambda: _exchange_work(run))
     busy_seconds = whole.busy_share * whole.seconds
@@ -90,11 +90,11 @@ def _exchange_work(run: Run) -> Any:
     return exchange_work(run.config, load_tokenizer(str(run.tokenizer)))
 
 
-def _address(folder: Path, server: subprocess.Popen[str], log: Path) -> str:
-    path, deadline = folder / "server.address", time.monotonic() + START_SECONDS
+def _address(run: Run, server: subprocess.Popen[str]) -> str:
+    path, deadline = RunFolder(run.folder).address, time.monotonic() + START_SECONDS
     while not path.is_file():
         if server.poll() is not None or time.monotonic() > deadline:
-            raise RunError(f"the server did not start (see {log})")
+            raise RunError(f"the server did not start (see {run.log})")
         time.sleep(0.05)
     return path.read_text().strip()
 

@@ -8,8 +8,7 @@ import subprocess
 import pytest
 
 from fedbert_ds.bench.network import namespace
-from fedbert_ds.bench.network.link import links_available
-from fedbert_ds.bench.network.namespace import Namespace
+from fedbert_ds.bench.network.namespace import Namespace, links_available
 
 
 @pytest.fixture
@@ -52,3 +51,7 @@ def test_a_round_trip_takes_twice_the_delay() -> None:
     with Namespace(delay_ms=20, mbit=None) as there:
         ping = subprocess.run([*there.enter, "ping", "-c", "3", there.host], capture_output=True, text=True, check=True)
     assert 40.0 <= float(ping.stdout.rsplit("= ", 1)[1].split("/")[0]) < 60.0
+
+
+def test_it_says_which_links_there_are() -> None:
+    assert links_available() in ("netem", "proxy")

@@ -1,4 +1,4 @@
-"""Who is late: the open questions of every client, their clocks, and the answer times learned so far."""
+"""Who is late: every client's open questions, their clocks, and the answer times learned."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ MEMORY = 64
 FEW = 8
 """A client with fewer answers than this has no deadline yet."""
 FLOOR_SECONDS = 30.0
-"""No deadline is shorter: waiting out a stalled laptop or link is cheaper than losing a share of a window."""
+"""No deadline is shorter: waiting for a stalled laptop costs less than a share of a window."""
 SPREADS = 8.0
 MULTIPLE = 4.0
 
 ABOUT_A_PIECE = frozenset({"activations", "gradient"})
-"""Kinds of questions that a window can go on without: their answer times are learned, and a slow client is suspended.
+"""Kinds of questions that a window can go on without.
 
-Every other kind is bounded by `silence_timeout` alone.
+Their answer times are learned, and a client that is slow with them is suspended. Every other kind
+is bounded by `silence_timeout` alone.
 """
 
 
@@ -44,8 +45,9 @@ class Late(NamedTuple):
 class AnswerTimes:
     """Seconds from question to answer, learned from each client's last answers.
 
-    A client's deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), at least `floor` seconds.
-    A tail of slow answers moves it far less than it would move a mean and a standard deviation.
+    A client's deadline is `MULTIPLE` times (median + `SPREADS` x median absolute deviation), at
+    least `floor` seconds. A tail of slow answers moves it far less than it would move a mean and a
+    standard deviation.
     """
 
     def __init__(self, floor: float = FLOOR_SECONDS) -> None:
@@ -66,7 +68,7 @@ class AnswerTimes:
             answers.pop(client, None)
 
     def deadline(self, client: str) -> float:
-        """Seconds a client's answer may take; infinite for a client with fewer than `FEW` answers."""
+        """Seconds a client's answer may take; infinite while it gave fewer than `FEW` answers."""
         answers = self._answers.get(client, ())
         if len(answers) < FEW:
             return math.inf
@@ -75,7 +77,7 @@ class AnswerTimes:
         return max(self.floor, MULTIPLE * (median + SPREADS * spread))
 
     def farthest(self, kind: str) -> float:
-        """The 90th percentile, over clients, of each one's quickest answer of this kind: seconds, 0 without any.
+        """Seconds to the far clients: 90th percentile of each client's quickest answer; 0 if none.
 
         A client's quickest answer is its round trip and its work; slower ones waited behind others.
         """
@@ -86,8 +88,8 @@ class AnswerTimes:
 class Deadlines:
     """Every open question: when it was asked, how long its clock has run, and which client is late.
 
-    All times are seconds of the caller's clock. The clocks of questions stand still while the rank is busy
-    (`stop_clocks`): it can neither ask nor listen then.
+    All times are seconds of the caller's clock. The clocks of questions stand still while the rank
+    is busy (`stop_clocks`): it can neither ask nor listen then.
     """
 
     def __init__(self, silence_timeout: float = math.inf, answer_times: AnswerTimes | None = None) -> None:
@@ -97,9 +99,9 @@ class Deadlines:
         """Where deadlines for pieces come from; without it no client is too slow."""
         self._open: dict[str, dict[Question, _Clock]] = {}
         self._by_age: list[tuple[float, str, Question]] = []
-        """A heap of all clocks, the oldest first. Entries of closed questions stay until they are old."""
+        """A heap of all clocks, the oldest first; closed questions stay until they are old."""
         self._old: set[str] = set()
-        """Clients whose oldest question may be older than a deadline: the only ones `late` looks at."""
+        """Clients with a question older than any deadline may be: `late` looks at these only."""
         self._last_answer: dict[str, float] = {}
         """When each client last answered a question about a piece."""
         self._stopped = 0.0
@@ -111,8 +113,8 @@ class Deadlines:
     def ask(self, client: str, question: Question, now: float, is_due: bool = True) -> None:
         """Open a question; asked again, its clock starts anew.
 
-        A question that is not due is open, but its clock stands until it is asked again: a client answers for the
-        next window when it is done with the running one.
+        A question that is not due is open, but its clock stands until it is asked again: a client
+        answers for the next window when it is done with the running one.
         """
         self._set_clock(client, question, _Clock(now, now - self._stopped if is_due else math.inf))
 
@@ -122,7 +124,7 @@ class Deadlines:
             self._set_clock(client, question, _Clock(clock.asked, now - self._stopped))
 
     def answered(self, client: str, question: Question, now: float) -> None:
-        """Close a question and learn from its answer time. Does nothing for a question that is not open."""
+        """Close a question and learn from its answer time. Does nothing if it is not open."""
         clock = self._open.get(client, {}).pop(question, None)
         if clock is None or self.answer_times is None or question.kind not in ABOUT_A_PIECE:
             return
@@ -140,9 +142,9 @@ class Deadlines:
         return None if clock is None else clock.asked
 
     def suspend(self, client: str, question: Question) -> None:
-        """Cancel a client's questions about pieces and ask this instead, open since the oldest of all its questions.
+        """Cancel a client's questions about pieces and ask this one instead.
 
-        Its silence so counts on, from the first question that it left open.
+        It counts as open since the client's oldest question, so its silence goes on.
         """
         clocks = self._open.get(client, {})
         oldest = min((clock.since for clock in clocks.values()), default=math.inf)
@@ -158,7 +160,7 @@ class Deadlines:
             self.answer_times.forget(client)
 
     def late(self, now: float) -> Late | None:
-        """The first late client by name; None if nobody is. The caller then calls `forget` or `suspend` for it."""
+        """The first late client by name, or None. The caller must `forget` or `suspend` it."""
         now -= self._stopped
         # No learned deadline is shorter than the floor: a younger question makes nobody late.
         shortest = min(self.silence_timeout, self.answer_times.floor if self.answer_times else math.inf)
@@ -182,7 +184,7 @@ class Deadlines:
             return False
         clocks = self._open[client].items()
         oldest = min((clock.since for asked, clock in clocks if asked.kind in ABOUT_A_PIECE), default=math.inf)
-        # Answers come one after another: a client is slow once it has given none at all for a while.
+        # Answers come one after another: a client is slow once none at all came for a while.
         silent_since = max(oldest, self._last_answer.get(client, -math.inf))
         return now - silent_since > self.answer_times.deadline(client)
 
@@ -201,4 +203,4 @@ class _Clock(NamedTuple):
     asked: float
     """By the caller's clock."""
     since: float
-    """By the clock that stands still while the rank is busy; infinite while the answer is not due."""
+    """By the clock that stands still while the rank is busy; infinite if not due yet."""

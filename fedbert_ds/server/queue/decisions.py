@@ -10,14 +10,14 @@ from fedbert_ds.wire.messages import Manifest
 
 @dataclass(frozen=True)
 class Plan:
-    """All manifests of a window are here: tell clients their pieces, and that the next manifest is wanted."""
+    """All manifests of a window are here: tell clients their pieces, ask for the next manifest."""
 
     window: int
     micro_batches: tuple[MicroBatch, ...]
     manifests: tuple[Manifest, ...]
     """The manifests that were packed."""
     suspended: frozenset[str]
-    """Suspended clients whose manifest was here: the plan leaves them out, and they must be told so."""
+    """Suspended clients that sent a manifest: they have no piece and must be told so."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Suspend:
-    """This client is late: its pieces are skipped, and no window waits for it until it is heard from."""
+    """This client is late: its pieces are skipped, and no window waits for it until it answers."""
 
     client: str
     skipped: tuple[tuple[int, int], ...]
@@ -58,7 +58,7 @@ class Suspend:
 
 @dataclass(frozen=True)
 class Expire:
-    """This client left a question open beyond `silence_timeout`; the queue has already counted it as lost."""
+    """This client was silent beyond `silence_timeout`; the queue has already dropped it."""
 
     client: str
 

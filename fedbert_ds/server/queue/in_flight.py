@@ -1,4 +1,4 @@
-"""How many micro-batches a rank keeps under way: enough to hide its clients' answers, no more than memory holds."""
+"""How many micro-batches a rank keeps under way: enough to hide round trips, if memory allows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ INITIAL_IN_FLIGHT = 4
 """Before anything is measured."""
 MOST_IN_FLIGHT = 256
 MOST_AHEAD = 256
-"""Micro-batches of activations that may be buffered: some 50 MB each at 16,000 tokens and BERT-base's width."""
+"""Buffered micro-batches: some 50 MB of activations each at 16,000 tokens, BERT-base."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class InFlightLimits(NamedTuple):
 
 
 def in_flight_limits(demands: Iterable[Demand]) -> InFlightLimits:
-    """By Little's law `answer / service` micro-batches are away at any time.
+    """Limits that hide the round trips of every rank, within the memory of each.
 
-    After a window's last forward only backwards are left, two thirds of the service time each, and their gradients must
+    By Little's law `answer / service` micro-batches are away at any time. After a window's last
+    forward only backwards are left, two thirds of the service time each, and their gradients must
     be back already: hence half as many again in flight.
     """
     in_flight, ahead, affordable = 1, 1, MOST_IN_FLIGHT

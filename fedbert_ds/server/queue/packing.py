@@ -1,4 +1,4 @@
-"""A rank's part of a window: manifests in, micro-batches out; who brings how much, to which rank. Arithmetic only."""
+"""A rank's part of a window: manifests in, micro-batches out. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward of the body takes; without pieces it is a dummy that keeps ranks in lockstep."""
+    """What one forward of the body takes; a dummy, for lockstep, if it has no pieces."""
 
     index: int
     """Unique among all windows of its rank."""
@@ -36,13 +36,14 @@ class MicroBatch:
 def pack(manifests: Iterable[Manifest], capacity: int, clients_together: int = 1) -> list[tuple[Piece, ...]]:
     """Pack the sequences of a rank's clients into micro-batches of at most `capacity` tokens.
 
-    Sequences are taken in the order of client names. Packing is next-fit: a sequence that does not fit opens a new
-    micro-batch, so a client's sequences stay together, a slow client holds up only its own micro-batches and the two
-    it shares, and clients early in the plan are done with the window early. Raises ValueError when a sequence is longer
-    than a micro-batch.
+    Sequences are taken in the order of client names. Packing is next-fit: a sequence that does not
+    fit opens a new micro-batch, so a client's sequences stay together, a slow client holds up only
+    its own micro-batches and the two it shares, and clients early in the plan are done with the
+    window early. Raises ValueError when a sequence is longer than a micro-batch.
 
-    With `clients_together` above 1 so many clients share each micro-batch in about equal parts, and work on it side by
-    side: more of them are busy at a time, with shorter answers, for more bytes where rows are sent once a message.
+    With `clients_together` above 1 so many clients share each micro-batch in about equal parts, and
+    work on it side by side: more of them are busy at a time, with shorter answers, for more bytes
+    where rows are sent once a message.
     """
     ordered = sorted(manifests, key=lambda manifest: manifest.client)
     if clients_together == 1:
@@ -101,7 +102,7 @@ def _pack_side_by_side(manifests: Sequence[Manifest], capacity: int) -> list[tup
 
 
 def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]:
-    """Spread clients over ranks by their tokens a window: heaviest first, each to the lightest rank (LPT)."""
+    """Spread clients over ranks: most tokens first, each to the lightest rank (LPT)."""
     loads = [0] * world_size
     ranks = {}
     for client in sorted(shares, key=lambda name: (-shares[name], name)):
@@ -112,7 +113,7 @@ def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]
 
 
 def window_shares(shard_sizes: Mapping[str, int], window_tokens: int, share: str) -> dict[str, int]:
-    """Tokens each client brings to a window: in proportion to its shard (`data`) or the same (`equal`); at least 1."""
+    """Tokens a window of each client: by its shard (`data`) or the same (`equal`); at least 1."""
     if share == "equal":
         return {client: max(1, window_tokens // len(shard_sizes)) for client in shard_sizes}
     total = sum(shard_sizes.values())

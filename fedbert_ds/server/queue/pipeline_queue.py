@@ -1,22 +1,25 @@
 """The pipeline queue of one rank: events in, decisions out.
 
-It knows nothing of tensors, networks, threads or the wall clock. The rank reports what happened (a client joined or was
-lost, a manifest, activations or a gradient arrived, a window started, time passed) and carries out what `decide`
-returns. The books behind it have rooms of their own: `roster` (clients and manifests), `schedule` (planned windows and
-states of micro-batches), `deadlines` (open questions); `priority` says whose turn it is.
+It knows nothing of tensors, networks, threads or the wall clock. The rank reports what happened (a
+client joined or was lost, a manifest, activations or a gradient arrived, a window started, time
+passed) and carries out what `decide` returns. The books behind it have rooms of their own: `roster`
+(clients and manifests), `schedule` (planned windows and states of micro-batches), `deadlines` (open
+questions); `priority` says whose turn it is.
 
-The body never waits for what could have been asked before. While one window runs the next is planned, from manifests
-that clients send ahead, and gets credit as soon as the running one has all of its own. Only forwards wait for the step.
+The body never waits for what could have been asked before. While one window runs the next is
+planned, from manifests that clients send ahead, and gets credit as soon as the running one has all
+of its own. Only forwards wait for the step.
 
-A decision takes time in proportion to the micro-batches in flight, not to clients or the size of a window: one rank
-serves thousands.
+A decision takes time in proportion to the micro-batches in flight, not to clients or the size of a
+window: one rank serves thousands.
 
-Bounds: at most `in_flight` micro-batches are FORWARDED or GRADIENTS_READY (graphs the body holds) and at most `ahead`
-more are past PLANNED (activations buffered beside them). Dummies hold no memory and do not count.
+Bounds: at most `in_flight` micro-batches are FORWARDED or GRADIENTS_READY (the body holds their
+graphs), and at most `ahead` more are past PLANNED (their activations are buffered). Dummies hold no
+memory and do not count. `schedule` has the states.
 
-Lockstep: every rank emits as many forwards and backwards a window as the longest plan has micro-batches, whoever is
-lost. With `lockstep_forwards` (ZeRO stage 3, whose forwards gather parameters too) forwards and backwards follow one
-fixed pattern, agreed without a message.
+Lockstep: every rank emits as many forwards and backwards a window as the longest plan has
+micro-batches, whoever is lost. With `lockstep_forwards` (ZeRO stage 3, whose forwards gather
+parameters too) forwards and backwards follow one fixed pattern, agreed without a message.
 """
 
 from __future__ import annotations
@@ -44,9 +47,9 @@ MANIFEST = Question("manifest")
 class PipelineQueue:
     """The scheduling state of one rank over all windows.
 
-    Every method that reports an event raises WireError when the event is against the protocol (a manifest twice,
-    activations without credit, an unknown client); the queue is then unchanged and the caller drops that client with
-    `lose`.
+    Every method that reports an event raises WireError when the event is against the protocol (a
+    manifest twice, activations without credit, an unknown client); the queue is then unchanged and
+    the caller drops that client with `lose`.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class PipelineQueue:
         deadlines: Deadlines | None = None,
     ) -> None:
         self.deadlines = deadlines or Deadlines()
-        """Open questions of all clients; the rank asks its own through it, and `decide` says whose client expired."""
+        """Open questions of all clients, the rank's own too; `decide` says who expired."""
         self.schedule = Schedule()
         """Planned windows, for the rank to read."""
         self._roster = Roster(first_window, num_windows)
@@ -74,10 +77,10 @@ class PipelineQueue:
         self._due: list[priority.Operation] = []
         """With lockstep, the operations left in the running window; the next one is last."""
         self._answers: list[tuple[str, Question]] = []
-        """What came since the last decision, which learns from it."""
+        """Answers since the last decision; the next one closes their questions."""
         self._skipped: defaultdict[str, set[int]] = defaultdict(set)
 
-    # -- who is here ------------------------------------------------------------------------------------------------
+    # -- who is here -------------------------------------------------------------------------------
 
     @property
     def clients(self) -> frozenset[str]:
@@ -98,7 +101,7 @@ class PipelineQueue:
         """Whether it is one of `clients`."""
         return self._roster.is_connected(client)
 
-    # -- events -----------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     def join(self, client: str, now: float) -> None:
         """A client is here; its manifest of the next window that is not planned yet is awaited."""
@@ -107,7 +110,7 @@ class PipelineQueue:
             self.deadlines.ask(client, MANIFEST, now)
 
     def lose(self, client: str) -> None:
-        """A client is gone: its pieces are dropped and accounted for, its questions closed. Once more does nothing."""
+        """A client is gone: its pieces count as lost, its questions are closed."""
         if not self._roster.is_connected(client):
             return
         self._roster.remove(client)
@@ -123,9 +126,10 @@ class PipelineQueue:
                 self.deadlines.ask(client, MANIFEST, now)
 
     def manifest(self, manifest: Manifest) -> bool:
-        """A client says what it brings to the next window; it may say so while others still run.
+        """A client announces what it brings to the next window, while others may still run.
 
-        False if that window was planned without it, because it was suspended: it must be told which is next.
+        False if that window was planned without it, because it was suspended: it must be told
+        which window is next.
         """
         if not self._roster.announce(manifest):
             return False
@@ -133,11 +137,11 @@ class PipelineQueue:
         return True
 
     def activations(self, client: str, micro_batch: int) -> Piece:
-        """A client's activations of a micro-batch are here, checked; returns the piece they belong to."""
+        """A client's activations of a micro-batch are here, checked; returns their piece."""
         return self._answer(client, micro_batch, "activations")
 
     def gradient(self, client: str, micro_batch: int) -> Piece:
-        """A client's gradient of a micro-batch's hidden states is here, checked; returns its piece."""
+        """A client's gradient of its hidden states is here, checked; returns its piece."""
         return self._answer(client, micro_batch, "gradient")
 
     def _answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
@@ -147,22 +151,22 @@ class PipelineQueue:
         return piece
 
     def expected_piece(self, client: str, micro_batch: int, kind: Kind) -> Piece:
-        """The piece a message of this kind would belong to, to check it before it is reported; WireError if none."""
+        """The piece that such a message belongs to, to check it first; WireError if none."""
         self._roster.require(client)
         return self.schedule.awaited(client, micro_batch, kind).pieces[client]
 
     def was_skipped(self, client: str, micro_batch: int) -> bool:
-        """Whether this piece was skipped because its client was suspended; what still comes of it is to be ignored."""
+        """Whether this piece was skipped: what still comes of it is to be ignored."""
         return micro_batch in self._skipped.get(client, ())
 
     def start(
         self, num_micro_batches: int, now: float, limits: InFlightLimits | None = None, is_alone: bool = False
     ) -> tuple[int, ...]:
-        """Begin the oldest planned window, with dummies up to `num_micro_batches`; returns its micro-batches.
+        """Begin the oldest planned window with this many micro-batches; returns their indices.
 
-        `limits` hold from now on; by default they stay. `is_alone` says that no other rank has pieces in this window:
-        when all of this rank's clients are suspended, too, no window is planned without them, for none would be left
-        to train on.
+        Dummies fill it up to `num_micro_batches`. `limits` hold from now on; by default they stay.
+        `is_alone` says that no other rank has pieces in this window. If all of this rank's clients
+        are suspended then, no window is planned without them: nobody would train in it.
         """
         window = self.schedule.start(num_micro_batches)
         self._limits = limits or self._limits
@@ -174,7 +178,7 @@ class PipelineQueue:
             self._due = priority.lockstep_pattern(len(window.micro_batches), self._limits.in_flight)[::-1]
         return tuple(window.micro_batches)
 
-    # -- decisions --------------------------------------------------------------------------------------------------
+    # -- decisions ---------------------------------------------------------------------------------
 
     def decide(self, now: float) -> Decision | None:
         """The next thing to do, already counted as done; None: wait for an event."""

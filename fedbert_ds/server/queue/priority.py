@@ -1,6 +1,6 @@
 """Whose turn it is: the micro-batch that gets credit next, and the one that the body computes next.
 
-Pure functions of windows and limits. Ties go to the plan's order or to the older answer, never to chance.
+Pure functions of windows and limits. The plan's order or the older answer breaks every tie.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from fedbert_ds.server.queue.schedule import PlannedMicroBatch, State, Window
 Operation = type[Forward] | type[Backward]
 
 
-# -- credit -----------------------------------------------------------------------------------------------------------
+# -- credit ----------------------------------------------------------------------------------------
 
 
 def next_to_open(
     windows: Collection[Window], limits: InFlightLimits, is_fixed: bool
 ) -> tuple[Window, PlannedMicroBatch] | None:
-    """The micro-batch that gets credit next, and its window; None while there is no room, or nobody may have more.
+    """The micro-batch that gets credit next, and its window; None if no more credit is due now.
 
-    A window gets all its credit before the next one gets any. Clients answer for the next window when they are done
-    with this one, so the next window must never hold the places that this one needs.
+    A window gets all its credit before the next one gets any. Clients answer for the next window
+    when they are done with this one, so the next window must never hold the places that this one
+    needs.
     """
     window = next((window for window in windows if window.wants_credit), None)
     if window is None:
@@ -38,7 +39,7 @@ def next_to_open(
     if micro_batch is None:
         return None
     if not micro_batch.pieces:
-        # It holds no memory, so it takes none of those places; each window has as many again for these.
+        # It holds no memory and takes none of those places: each window has as many for dummies.
         is_full = sum(not other.holds_memory for other in window.live.values()) >= sum(limits)
     return None if is_full else (window, micro_batch)
 
@@ -51,10 +52,10 @@ def _first_in_plan(window: Window) -> PlannedMicroBatch | None:
 def _first_fair(
     window: Window, live: Collection[PlannedMicroBatch], limits: InFlightLimits
 ) -> PlannedMicroBatch | None:
-    """The first in the plan whose clients all have less than their fair share of credit; then those without pieces.
+    """The first whose clients all hold less than a fair share of credit, else one without pieces.
 
-    In the order of the plan clients finish the window one after another and go on to the next one. The fair share keeps
-    one slow client from holding all credit.
+    In the order of the plan clients finish the window one after another and go on to the next one.
+    The fair share keeps one slow client from holding all credit.
     """
     share = fair_share(limits, len(window.planned_of))
     taken = credit_taken(live)
@@ -73,25 +74,25 @@ def fair_share(limits: InFlightLimits, num_clients: int) -> int:
 
 
 def credit_taken(live: Collection[PlannedMicroBatch]) -> Counter[str]:
-    """Credit each client holds: answers it owes, and, if it owes any, activations of it that wait for a forward."""
+    """Credit each client holds: answers it owes; if any, also activations that are READY."""
     taken = Counter(client for micro_batch in live for client in micro_batch.awaited)
     ready = [micro_batch for micro_batch in live if micro_batch.state is State.READY]
     taken.update([client for micro_batch in ready for client in micro_batch.pieces if client in taken])
     return taken
 
 
-# -- computing --------------------------------------------------------------------------------------------------------
+# -- computing -------------------------------------------------------------------------------------
 
 
-def next_to_compute(window: Window, in_flight: int, is_fixed: bool, due: Operation | None) -> PlannedMicroBatch | None:
+def next_to_compute(window: Window, limit: int, is_fixed: bool, due: Operation | None) -> PlannedMicroBatch | None:
     """The READY or GRADIENTS_READY micro-batch that the body computes next; None if it must wait.
 
-    Forwards go first while there is room. The gradients that come back meanwhile make a stock of work that covers the
-    round trip after the window's last forward. Dummies only fill waiting time. With lockstep, only the operation that
-    is `due` may go.
+    Forwards go first while there is room. The gradients that come back meanwhile make a stock of
+    work that covers the round trip after the window's last forward. Dummies only fill waiting time.
+    With lockstep, only the operation that is `due` may go. At most `limit` are in flight.
     """
     if due is None:
-        candidates = [next_forward(window, in_flight), next_backward(window, is_fixed)]
+        candidates = [next_forward(window, limit), next_backward(window, is_fixed)]
     elif due is Forward:
         candidates = [next_lockstep_forward(window, is_fixed)]
     else:
@@ -100,42 +101,42 @@ def next_to_compute(window: Window, in_flight: int, is_fixed: bool, due: Operati
     return min(ready, key=lambda micro_batch: micro_batch.is_dummy, default=None)
 
 
-def next_forward(window: Window, in_flight: int) -> PlannedMicroBatch | None:
-    """The oldest READY one, if fewer than `in_flight` are in flight; the last place is not for `blockers`."""
-    flying = window.in_flight
-    if len(flying) >= in_flight:
+def next_forward(window: Window, limit: int) -> PlannedMicroBatch | None:
+    """The oldest READY one, if `limit` allows; the last place in flight is not for `blockers`."""
+    in_flight = window.in_flight
+    if len(in_flight) >= limit:
         return None
     ready = _in_state(window, State.READY)
-    blocking = blockers(flying) if len(flying) == in_flight - 1 else set()
+    blocking = blockers(in_flight) if len(in_flight) == limit - 1 else set()
     if blocking and _others_wait(window, blocking):
         ready = [micro_batch for micro_batch in ready if not blocking & micro_batch.pieces.keys()]
     return _oldest(ready)
 
 
 def next_lockstep_forward(window: Window, is_fixed: bool) -> PlannedMicroBatch | None:
-    """The oldest READY one; with a fixed order the first of the plan that is not forwarded, once it is READY."""
+    """The oldest READY one; in a fixed order the plan's next one, once it is READY."""
     if is_fixed:
         return _first_opened(window, State.OPEN, State.READY)
     return _oldest(_in_state(window, State.READY))
 
 
 def next_backward(window: Window, is_fixed: bool) -> PlannedMicroBatch | None:
-    """The oldest GRADIENTS_READY one; with a fixed order the first forwarded, once its gradients are here."""
+    """The oldest GRADIENTS_READY one; in a fixed order the first forwarded, once it is."""
     if is_fixed:
         return _first_opened(window, State.FORWARDED, State.GRADIENTS_READY)
     return _oldest(_in_state(window, State.GRADIENTS_READY))
 
 
-def blockers(flying: Sequence[PlannedMicroBatch]) -> set[str]:
+def blockers(in_flight: Sequence[PlannedMicroBatch]) -> set[str]:
     """Clients whose gradient every micro-batch in flight waits for.
 
     One more of theirs in flight would stop the body until they answer.
     """
-    return set.intersection(*(micro_batch.awaited for micro_batch in flying)) if flying else set()
+    return set.intersection(*(micro_batch.awaited for micro_batch in in_flight)) if in_flight else set()
 
 
 def lockstep_pattern(num_micro_batches: int, in_flight: int) -> list[Operation]:
-    """Operations of a window in one order for all ranks: fill to `in_flight`, then backward and forward in turn."""
+    """One order of operations for all ranks: fill to `in_flight`, then backward and forward."""
     fill = min(in_flight, num_micro_batches)
     steady: list[Operation] = [Backward, Forward] * (num_micro_batches - fill)
     return [Forward] * fill + steady + [Backward] * fill
@@ -157,6 +158,6 @@ def _oldest(ready: Iterable[PlannedMicroBatch]) -> PlannedMicroBatch | None:
 
 
 def _first_opened(window: Window, before: State, ready: State) -> PlannedMicroBatch | None:
-    """The one that was opened first, of those in one of two states, if it is in the second: nothing overtakes it."""
+    """The first opened of those in the two states, if it is `ready`: nothing overtakes it."""
     first = next((micro_batch for micro_batch in window.live.values() if micro_batch.state in (before, ready)), None)
     return first if first is not None and first.state is ready else None

@@ -9,7 +9,7 @@ from fedbert_ds.wire.messages import Manifest
 
 
 class Roster:
-    """Who takes part in the next window that is not planned yet. It is complete once every active client announced.
+    """Who takes part in the next window to plan. It is complete once every active client announced.
 
     A suspended client is connected, but no window waits for it.
     """
@@ -91,7 +91,7 @@ class Roster:
         return True
 
     def announce(self, manifest: Manifest) -> bool:
-        """Take a manifest of the next window in; False if a window was planned meanwhile, without this client.
+        """Take a manifest in; False if its window was planned without this client meanwhile.
 
         WireError for a client that is not connected, a second manifest, or one of another window.
         """
@@ -109,7 +109,7 @@ class Roster:
         return True
 
     def close(self) -> tuple[tuple[Manifest, ...], frozenset[str]]:
-        """Go on to the next window: this one's manifests of active clients, and suspended clients that sent one too."""
+        """Go on to the next window; this one's manifests, and suspended clients that sent one."""
         manifests = tuple(manifest for client, manifest in self._manifests.items() if client not in self._suspended)
         suspended = frozenset(self._suspended & self._manifests.keys())
         self._manifests = {}

@@ -2,7 +2,8 @@
 
     PLANNED -> OPEN -> READY -> FORWARDED -> GRADIENTS_READY -> DONE
 
-OPEN is the credit that lets clients send activations, READY has all of them, GRADIENTS_READY all gradients.
+OPEN: clients have credit to send activations. READY: all of these are here.
+GRADIENTS_READY: all gradients are here.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Window:
         self.planned_of: Counter[str] = Counter()
         """How many of these each client has a piece in."""
         self.empty: deque[PlannedMicroBatch] = deque()
-        """PLANNED ones without pieces: dummies, and those whose clients are all gone or suspended."""
+        """PLANNED ones without pieces: dummies, and those that lost all their clients."""
         self.live: dict[int, PlannedMicroBatch] = {}
         """OPEN to GRADIENTS_READY, in the order they were opened."""
         self.num_done = 0
@@ -126,7 +127,7 @@ class Window:
         micro_batch.awaited = set(micro_batch.pieces)
 
     def drop(self, micro_batch: PlannedMicroBatch, client: str) -> Piece | None:
-        """Go on without this client's piece, unless its gradient is here: that counts. The piece, if it had one."""
+        """Drop this client's piece and return it. A piece whose gradient is here stays."""
         if client not in micro_batch.pieces or micro_batch.state is State.DONE:
             return None
         is_forwarded = micro_batch.state in (State.FORWARDED, State.GRADIENTS_READY)
@@ -168,7 +169,7 @@ class Schedule:
 
     @property
     def masked_tokens(self) -> int:
-        """Masked tokens of the window to start, of clients that still take part; 0 if it is not planned."""
+        """Masked tokens of the window to start, dropped pieces left out; 0 if it is not planned."""
         micro_batches = self.windows[0].micro_batches.values() if self.is_planned else ()
         return sum(piece.masked for micro_batch in micro_batches for piece in micro_batch.pieces.values())
 
@@ -201,7 +202,7 @@ class Schedule:
         return window
 
     def window_of(self, micro_batch: int) -> int | None:
-        """The window that holds this micro-batch; None if it is not planned, or its window has ended."""
+        """The window of this micro-batch; None if it is not planned, or its window has ended."""
         return next((window.number for window in self.windows if micro_batch in window.micro_batches), None)
 
     def awaited(self, client: str, micro_batch: int, kind: Kind) -> PlannedMicroBatch:
@@ -233,7 +234,7 @@ class Schedule:
         return micro_batch.forwarded
 
     def backward(self, micro_batch: PlannedMicroBatch) -> tuple[Piece, ...]:
-        """GRADIENTS_READY -> DONE, in the running window; returns the pieces that have a gradient."""
+        """GRADIENTS_READY -> DONE in the running window; returns the pieces with a gradient."""
         window = self.windows[0]
         micro_batch.state = State.DONE
         del window.live[micro_batch.index]
@@ -246,7 +247,7 @@ class Schedule:
         return self.windows.popleft()
 
     def drop(self, client: str) -> tuple[tuple[int, int], ...]:
-        """Let all windows go on without this client, but for gradients that are here; (window, micro-batch) of each."""
+        """Windows go on without this client; (window, micro-batch) of each dropped piece."""
         dropped = []
         for window in self.windows:
             for micro_batch in window.micro_batches.values():

@@ -52,7 +52,9 @@ def started(
 
 
 def decided(queue: PipelineQueue, now: float = 0.0) -> list[str]:
-    """Decisions until the queue waits, in short: `open 0`, `forward 0 ada+bo`, `backward 0 ada last`."""
+    """Decisions until the queue waits, in short: `open 0`, `forward 0 ada+bo`, `backward 0 ada
+    last`.
+    """
     words = []
     while (decision := queue.decide(now)) is not None:
         match decision:
@@ -85,7 +87,9 @@ def trained(queue: PipelineQueue, client: str, index: int, now: float = 0.0) -> 
 
 
 def scheduled(*micro_batches: str, num_micro_batches: int = 0) -> Schedule:
-    """A schedule whose only window runs: `ada+bo` is a micro-batch that both have a piece in; dummies fill it up."""
+    """A schedule whose only window runs: `ada+bo` is a micro-batch that both have a piece in;
+    dummies fill it up.
+    """
     schedule = Schedule()
     schedule.plan(0, [pieces(*clients.split("+")) for clients in micro_batches])
     schedule.start(num_micro_batches)

@@ -1,7 +1,9 @@
-"""A federation without tensors, network or threads: queues of several ranks, their clients and their collectives.
+"""A federation without tensors, network or threads: queues of several ranks, their clients and
+their collectives.
 
-`Federation` plays both the ranks' loop and the clients. A `choose` function says which of the possible things happens
-next, so that any order of arrivals can be played. An oracle checks every decision of every rank.
+`Federation` plays both the ranks' loop and the clients. A `choose` function says which of the
+possible things happens next, so that any order of arrivals can be played. An oracle checks every
+decision of every rank.
 """
 
 from __future__ import annotations
@@ -83,7 +85,9 @@ class Rank:
 
 
 class Federation:
-    """Ranks, clients, a clock; `possible` lists what may happen next and `do` makes one of these happen."""
+    """Ranks, clients, a clock; `possible` lists what may happen next and `do` makes one of these
+    happen.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class Federation:
         self.expired: list[str] = []
         self.suspended: list[str] = []
 
-    # -- what a client does -----------------------------------------------------------------------------------------
+    # -- what a client does ------------------------------------------------------------------------
 
     def join(self, rank: int, name: str, mute: str | None = None) -> None:
         here = self.ranks[rank]
@@ -156,10 +160,12 @@ class Federation:
         earlier = (window for window in rank.oracle.windows if window.number < before)
         return not any(entry.waits_for(name) for window in earlier for entry in window.micro_batches.values())
 
-    # -- what ranks do ----------------------------------------------------------------------------------------------
+    # -- what ranks do -----------------------------------------------------------------------------
 
     def gather(self, rank: int) -> None:
-        """This rank's next window is planned, and it tells the others; all of them start it together."""
+        """This rank's next window is planned, and it tells the others; all of them start it
+        together.
+        """
         here = self.ranks[rank]
         assert here.queue.schedule.is_planned and not here.oracle.is_running
         self._issue(here, "Gather")
@@ -178,7 +184,9 @@ class Federation:
         return decision
 
     def _issue(self, rank: Rank, kind: str) -> None:
-        """An operation of all ranks ends when the last of them has issued it; all must have issued the same."""
+        """An operation of all ranks ends when the last of them has issued it; all must have issued
+        the same.
+        """
         rank.collectives.append(kind)
         rank.is_blocked = True
         place = len(rank.collectives) - 1
@@ -195,7 +203,7 @@ class Federation:
             for number, each in enumerate(self.ranks):
                 each.start(max(1, *counts), not any(counts[:number] + counts[number + 1 :]), self.now)
 
-    # -- what may happen --------------------------------------------------------------------------------------------
+    # -- what may happen ---------------------------------------------------------------------------
 
     def possible(self) -> list[tuple[Any, ...]]:
         """Arrivals and steps of ranks; each is a method's name and its arguments."""
@@ -224,7 +232,9 @@ class Federation:
         return decided
 
     def run(self, windows: int, choose: Choose = lambda options: options[0]) -> None:
-        """Go on until so many windows are finished; an AssertionError when nothing can happen before that."""
+        """Go on until so many windows are finished; an AssertionError when nothing can happen
+        before that.
+        """
         jumps = 0
         while self.finished < windows:
             if self.decide_all():

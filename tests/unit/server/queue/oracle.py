@@ -1,6 +1,8 @@
-"""What must hold of a rank's queue, kept a second time by plain bookkeeping and compared with each decision.
+"""What must hold of a rank's queue, kept a second time by plain bookkeeping and compared with each
+decision.
 
-The books know nothing of the queue's own: they hold what a rank and its clients can see from outside.
+The books know nothing of the queue's own: they hold what a rank and its clients can see from
+outside.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class ClientBook:
     announced: Manifest | None = None
     """A manifest of a window that is not planned yet."""
     owed: dict[tuple[str, int], float] = field(default_factory=dict)
-    """What it was asked for and has not sent, with the time its clock began; infinite while its window does not run."""
+    """What it was asked for and has not sent, with the time its clock began; infinite while its
+    window does not run.
+    """
     is_suspended: bool = False
     is_left_out: bool = False
     """A window was planned without it."""
@@ -58,7 +62,9 @@ class ClientBook:
     has_answered: bool = False
     """An answer has come since the last decision."""
     skipped: list[tuple[str, int]] = field(default_factory=list)
-    """Pieces it was asked for before it was suspended, in order: it may still send them, and nobody wants them."""
+    """Pieces it was asked for before it was suspended, in order: it may still send them, and nobody
+    wants them.
+    """
 
     @property
     def owed_pieces(self) -> dict[tuple[str, int], float]:
@@ -116,7 +122,9 @@ class WindowBook:
 
 
 class Oracle:
-    """The books of one rank. Events go in as they happen; `check` raises AssertionError for a wrong decision."""
+    """The books of one rank. Events go in as they happen; `check` raises AssertionError for a wrong
+    decision.
+    """
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
@@ -148,7 +156,7 @@ class Oracle:
         window = next(window for window in self.windows if index in window.micro_batches)
         return window, window.micro_batches[index]
 
-    # -- events -----------------------------------------------------------------------------------------------------
+    # -- events ------------------------------------------------------------------------------------
 
     def join(self, name: str, now: float) -> None:
         client = self.clients[name] = ClientBook(name, self.wanted_manifest)
@@ -207,7 +215,7 @@ class Oracle:
                     client.owed[kind, index] = now
         return tuple(window.micro_batches)
 
-    # -- decisions --------------------------------------------------------------------------------------------------
+    # -- decisions ---------------------------------------------------------------------------------
 
     def look(self, now: float) -> None:
         """The queue is about to decide: answers that came before count from now."""
@@ -256,7 +264,8 @@ class Oracle:
         assert decision.skipped == tuple((window.number, entry.plan.index) for window, entry in dropped)
         client.is_suspended = True
         client.suspensions += 1
-        # A client that is not ready for a piece does not send it after it heard that the piece is skipped.
+        # A client that is not ready for a piece does not send it after it heard that the piece is
+        # skipped.
         client.skipped += [what for what, since in client.owed_pieces.items() if since < math.inf]
         client.owed = {MANIFEST: min(client.owed.values())}
 
@@ -316,7 +325,9 @@ class Oracle:
             self.clients[piece.client].owed["activations", decision.micro_batch] = now if is_due else math.inf
 
     def _burdens(self) -> dict[str, int]:
-        """Pieces each client owes, and activations of it that no forward has taken yet; nothing if it owes nothing."""
+        """Pieces each client owes, and activations of it that no forward has taken yet; nothing if
+        it owes nothing.
+        """
         entries = [entry for _, entry in self.micro_batches if entry.forwarded is None]
         complete = [entry for entry in entries if entry.left.keys() <= entry.activations]
         lying = Counter(client for entry in complete for client in entry.left)
@@ -357,7 +368,9 @@ class Oracle:
         self.is_running = False
 
     def _check_survivors(self, window: WindowBook) -> None:
-        """Every sequence of a client that stayed, and was not suspended, was forwarded once and backwarded once."""
+        """Every sequence of a client that stayed, and was not suspended, was forwarded once and
+        backwarded once.
+        """
         for client, suspensions_before in window.members.values():
             if self.clients.get(client.name) is not client or client.suspensions > suspensions_before:
                 continue
@@ -379,7 +392,9 @@ class Oracle:
                 assert sum(piece.masked for piece in done) == sum(masked)
 
     def _drop(self, name: str) -> list[tuple[WindowBook, MicroBatchBook]]:
-        """Micro-batches that go on without this client from now on; a gradient that was here in time still counts."""
+        """Micro-batches that go on without this client from now on; a gradient that was here in
+        time still counts.
+        """
         dropped = [
             (window, entry)
             for window, entry in self.micro_batches

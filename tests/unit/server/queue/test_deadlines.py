@@ -14,7 +14,7 @@ ACTIVATIONS = Question("activations", 4)
 SAVED = Question("saved", 7)
 
 
-# -- answer times -----------------------------------------------------------------------------------------------------
+# -- answer times ----------------------------------------------------------------------------------
 
 
 def taught(times: AnswerTimes, client: str, *seconds: float) -> AnswerTimes:
@@ -65,7 +65,7 @@ def test_a_forgotten_client_has_no_part_in_the_farthest() -> None:
     assert times.farthest("gradient") == 0.0 and times.deadline("ada") == math.inf
 
 
-# -- silence ----------------------------------------------------------------------------------------------------------
+# -- silence ---------------------------------------------------------------------------------------
 
 
 def test_a_client_is_gone_once_any_question_is_open_for_longer_than_the_silence_timeout() -> None:
@@ -173,7 +173,7 @@ def test_late_clients_come_one_by_one_in_the_order_of_names() -> None:
     assert found == ["ada", "cy"]
 
 
-# -- slow clients -----------------------------------------------------------------------------------------------------
+# -- slow clients ----------------------------------------------------------------------------------
 
 
 def with_deadline(seconds: float, *clients: str, silence_timeout: float = math.inf) -> Deadlines:

@@ -93,13 +93,16 @@ SHARES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(
 @settings(max_examples=60, deadline=None)
 @given(shares=SHARES, world_size=st.integers(1, 6))
 def test_ranks_are_balanced(shares: dict[str, int], world_size: int) -> None:
-    """Every client has a rank, and no two ranks differ by more than one client could mend (heaviest first, LPT)."""
+    """Every client has a rank, and no two ranks differ by more than one client could mend (heaviest
+    first, LPT).
+    """
     ranks = assign_clients(shares, world_size)
     assert ranks.keys() == shares.keys()
     loads = [sum(shares[c] for c, rank in ranks.items() if rank == number) for number in range(world_size)]
     for number, load in enumerate(loads):
         if mine := [shares[client] for client, rank in ranks.items() if rank == number]:
-            # The last, so the lightest, of a rank's clients went there because it was the lightest rank then.
+            # The last, so the lightest, of a rank's clients went there because it was the lightest
+            # rank then.
             assert load - min(mine) <= min(loads)
     best_possible = max(max(shares.values()), -(-sum(shares.values()) // world_size))
     assert max(loads) <= (4 / 3) * best_possible + max(shares.values())

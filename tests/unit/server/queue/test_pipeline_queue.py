@@ -1,4 +1,6 @@
-"""The pipeline queue: exact orders of small windows, by arrival, with windows ahead, in a fixed order, in lockstep."""
+"""The pipeline queue: exact orders of small windows, by arrival, with windows ahead, in a fixed
+order, in lockstep.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,7 @@ def test_the_last_place_in_flight_is_not_for_blockers() -> None:
     assert decided(queue) == ["backward 2 bo", "forward 1 ada"]  # nobody else is left
 
 
-# -- windows ahead --------------------------------------------------------------------------------------------------
+# -- windows ahead ---------------------------------------------------------------------------------
 
 
 def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
@@ -163,7 +165,9 @@ def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
 
 
 def test_credit_of_the_next_window_never_holds_what_the_running_one_needs() -> None:
-    """bo answers for window 1 only when it is done with window 0, in which it shares a micro-batch with ada."""
+    """bo answers for window 1 only when it is done with window 0, in which it shares a micro-batch
+    with ada.
+    """
     queue = queue_of(1, [[pieces("ada"), pieces("ada", "bo")], [pieces("ada"), pieces("ada", "bo"), pieces("bo")]])
     for client in ("ada", "bo"):
         queue.join(client, 0.0)
@@ -218,7 +222,7 @@ def test_a_window_begins_where_the_run_resumes() -> None:
     assert decided(queue) == ["plan 7 ada"]
 
 
-# -- fixed orders ---------------------------------------------------------------------------------------------------
+# -- fixed orders ----------------------------------------------------------------------------------
 
 
 def test_fixed_order_waits_for_the_oldest() -> None:

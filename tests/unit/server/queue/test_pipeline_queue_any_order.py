@@ -1,4 +1,6 @@
-"""The pipeline queue in any order of arrivals: what holds whoever joins, leaves, is late or falls silent, and when."""
+"""The pipeline queue in any order of arrivals: what holds whoever joins, leaves, is late or falls
+silent, and when.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def drawn_lengths(data: st.DataObject) -> Lengths:
 
 @functools.cache
 def below(count: int) -> st.SearchStrategy[int]:
-    """Made once each: a choice is drawn for every event, and making its strategy took as long as drawing it."""
+    """Made once each: a choice is drawn for every event, and making its strategy took as long as
+    drawing it.
+    """
     return st.integers(0, count - 1)
 
 
@@ -71,7 +75,9 @@ ANY_ORDER = settings(max_examples=100, deadline=None, suppress_health_check=list
 @ANY_ORDER
 @given(data=st.data())
 def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
-    """Whoever joins, leaves, is late or falls silent, and when: the oracle compares each decision with its books."""
+    """Whoever joins, leaves, is late or falls silent, and when: the oracle compares each decision
+    with its books.
+    """
     choose = chooser(data)
     timeout = 10.0
     windows = data.draw(st.integers(1, 4), label="windows")
@@ -115,7 +121,9 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
 @ANY_ORDER
 @given(data=st.data())
 def test_late_clients_are_suspended_and_come_back(data: st.DataObject) -> None:
-    """Clients that fall behind again and again stop nobody, and whoever is there at the end takes part again."""
+    """Clients that fall behind again and again stop nobody, and whoever is there at the end takes
+    part again.
+    """
     choose = chooser(data)
     federation = drawn_federation(data, drawn_lengths(data), order="arrival", deadline=3.0)
     num_ranks = len(federation.ranks)
@@ -141,7 +149,9 @@ def test_late_clients_are_suspended_and_come_back(data: st.DataObject) -> None:
 @settings(ANY_ORDER, max_examples=25)
 @given(data=st.data())
 def test_what_is_against_the_protocol_is_refused_at_any_time(data: st.DataObject) -> None:
-    """Every call that is out of place is a WireError and changes nothing, and the window ends as if it had not been."""
+    """Every call that is out of place is a WireError and changes nothing, and the window ends as if
+    it had not been.
+    """
     choose = chooser(data)
     federation = drawn_federation(data, drawn_lengths(data), num_ranks=data.draw(st.integers(1, 2)))
     for number, name in enumerate(NAMES[: data.draw(st.integers(1, 4))]):
@@ -200,7 +210,9 @@ def test_without_losses_nothing_is_lost(data: st.DataObject) -> None:
 @ANY_ORDER
 @given(data=st.data())
 def test_fixed_order_follows_the_manifests_alone(data: st.DataObject) -> None:
-    """Two runs with the same manifests and other arrivals compute the same things in the same order."""
+    """Two runs with the same manifests and other arrivals compute the same things in the same
+    order.
+    """
     lengths = drawn_lengths(data)
     options = {
         "num_ranks": data.draw(st.integers(1, 3)),
@@ -218,7 +230,9 @@ def test_fixed_order_follows_the_manifests_alone(data: st.DataObject) -> None:
 
 
 def _without_numbers(windows: list[list[Any]]) -> list[list[Any]]:
-    """Micro-batches by their place in the window: with more windows planned ahead, dummies have other numbers."""
+    """Micro-batches by their place in the window: with more windows planned ahead, dummies have
+    other numbers.
+    """
     placed = []
     for decisions in windows:
         numbers = sorted(made.micro_batch for made in decisions if isinstance(made, Forward))
@@ -249,12 +263,15 @@ def test_a_client_that_never_answers_expires_and_the_window_ends(order, lockstep
 @ANY_ORDER
 @given(data=st.data())
 def test_arrival_order_does_not_wait_for_a_slow_client(mute: str, data: st.DataObject) -> None:
-    """All that a silent client has no part in is backwarded before it expires, however much text it announced."""
+    """All that a silent client has no part in is backwarded before it expires, however much text it
+    announced.
+    """
     # With one graph at a time, somebody who does not give its gradient stops all others.
     in_flight = data.draw(st.integers(1 if mute == "activations" else 2, 4), label="micro-batches in flight")
     lengths = drawn_lengths(data)
     if mute == "gradient":
-        # With nobody sharing its micro-batches: who shares some may be taken for the slow one for a while.
+        # With nobody sharing its micro-batches: who shares some may be taken for the slow one for a
+        # while.
         counts = data.draw(st.lists(st.integers(1, 6), min_size=len(NAMES), max_size=len(NAMES)), label="sequences")
         counted = dict(zip(NAMES, counts, strict=True))
         lengths = lambda client, window: ((CAPACITY,) * counted[client], (1,) * counted[client])  # noqa: E731

@@ -1,4 +1,6 @@
-"""The pipeline queue and its clients: lost at every moment, late, suspended and back, silent for too long."""
+"""The pipeline queue and its clients: lost at every moment, late, suspended and back, silent for
+too long.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +104,7 @@ def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
     assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
 
 
-# -- late clients ---------------------------------------------------------------------------------------------------
+# -- late clients ----------------------------------------------------------------------------------
 
 
 def late_bo(silence_timeout: float = math.inf) -> PipelineQueue:
@@ -198,12 +200,14 @@ def test_a_late_client_is_silent_since_its_first_open_question() -> None:
     assert queue.clients == {"ada"}
 
 
-# -- silence ----------------------------------------------------------------------------------------------------------
+# -- silence ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("owed", ["manifest", "activations", "gradient"])
 def test_silence_is_measured_from_the_question(owed: str) -> None:
-    """A client expires once it has owed one answer for longer than the timeout, whatever it owed before."""
+    """A client expires once it has owed one answer for longer than the timeout, whatever it owed
+    before.
+    """
     queue = queue_of(1, [[pieces("ada")]] * 2, deadlines=Deadlines(10.0))
     asked = 0.0
     queue.join("ada", asked)

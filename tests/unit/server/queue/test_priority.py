@@ -35,7 +35,7 @@ def opened(schedule: Schedule, limits: InFlightLimits = WIDE, is_fixed: bool = F
     return indices
 
 
-# -- credit -----------------------------------------------------------------------------------------------------------
+# -- credit ----------------------------------------------------------------------------------------
 
 
 def test_a_fair_share_is_all_credit_by_the_clients_that_want_some_rounded_up() -> None:
@@ -114,7 +114,7 @@ def test_a_fixed_order_does_not_let_what_lost_its_clients_go_ahead_of_its_place(
     assert opened(schedule, is_fixed=True) == [0, 1, 2]
 
 
-# -- computing --------------------------------------------------------------------------------------------------------
+# -- computing -------------------------------------------------------------------------------------
 
 
 def test_the_oldest_answers_are_forwarded_first_and_dummies_last() -> None:

@@ -1,4 +1,4 @@
-"""Articles from text: Python's own documentation, files and folders, or data sets of the Hugging Face hub."""
+"""Articles from Python's documentation, files, folders, or data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -30,28 +30,30 @@ class Article:
 def read_articles(
     source: Sequence[str], *, streaming: bool = False, max_articles: int | None = None
 ) -> Iterator[Article]:
-    """Articles of all sources, one source after another, in the same order on every run; blank ones are skipped.
+    """Articles of all sources in order, the same on every run; blank ones are skipped.
 
     A source is one of
-      `python-docs`                   the documentation that comes with Python;
-      a file                          .txt (one article), .jsonl (key `text`, optional `title`, one article a line),
-                                      .parquet (column `text`, optional `title`), .tokens or .raw (WikiText);
-      a folder                        every such file under it, by name;
-      `hub:NAME[:CONFIG][:SPLIT]`     a data set of the hub, or a folder that `datasets` can read. A lone second part is
-                                      a split when it is called like one (train, validation, test ...), else a
-                                      configuration; the split is `train` where none is named. `streaming` reads it
-                                      without downloading it whole.
-    Rows of WikiText (one row a line) are joined to the articles they came from.
+      `python-docs`                  the documentation that comes with Python;
+      a file                         .txt (one article), .jsonl (key `text`, optional `title`, one
+                                     article a line), .parquet (column `text`, optional `title`),
+                                     .tokens or .raw (WikiText);
+      a folder                       every such file under it, by name;
+      `hub:NAME[:CONFIG][:SPLIT]`    a data set of the hub, or a folder that `datasets` can read. A
+                                     lone second part is a split if named like one (train, test,
+                                     validation, ...), else a configuration. The split is `train`
+                                     by default. `streaming` needs no complete download.
+    Rows of WikiText (one row a line) are joined into articles.
 
-    Raises DataError: at once for a missing file, an unknown suffix or an empty folder; while reading for text that is
-    not UTF-8, lines that are not JSON, no `text` column, a source without any text, or a package that is not installed.
+    DataError at once for a missing file, an unknown suffix or an empty folder. While reading,
+    DataError for text that is not UTF-8, lines that are not JSON, a missing `text` column, a source
+    without text, or a package that is not installed.
     """
     readers = [(name, _reader(name, streaming)) for name in source]
     return itertools.islice(_all_articles(readers), max_articles)
 
 
 def read_jsonl(path: Path) -> Iterator[Article]:
-    """Articles of a .jsonl file, one a line. Raises DataError for a line that is not an object with a string `text`."""
+    """Articles of a .jsonl file, one a line; DataError for a line without a string `text`."""
     for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
@@ -76,7 +78,7 @@ def _all_articles(readers: list[tuple[str, Callable[[], Iterator[Article]]]]) ->
 
 
 def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Article]]:
-    """What reads the source; whatever can be found wrong without reading is found here."""
+    """The reader of a source; mistakes that show without reading are raised here."""
     if name == "python-docs":
         return lambda: (Article(title, text) for title, text in python_documentation())
     if name.startswith("hub:"):
@@ -131,15 +133,15 @@ def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             rows = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
-    except Exception as error:  # datasets, hub, network and file errors share no base; all mean the name
+    except Exception as error:  # datasets, hub, network and file errors share no base
         raise DataError(f"{source}: cannot load it: {error}; the form is hub:NAME[:CONFIG][:SPLIT]") from error
-    # The first row is asked, for a streamed set may not know its columns.
+    # The first row tells, since a streamed set may not know its columns.
     _require_text_column(source, list(next(iter(rows), {"text": ""})))
     yield from _articles_of_rows(rows, name.rsplit("/", 1)[-1])
 
 
 def parse_hub_name(source: str) -> tuple[str, str | None, str]:
-    """(name, configuration, split) of `hub:NAME[:CONFIG][:SPLIT]`; raises DataError for another form."""
+    """(name, configuration, split) of `hub:NAME[:CONFIG][:SPLIT]`; DataError for another form."""
     # A split may be sliced, train[:1%], so a colon inside brackets does not separate.
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))
     if not name or len(rest) > 2 or "" in rest:
@@ -157,7 +159,7 @@ def _require_text_column(source: str, names: Sequence[str]) -> None:
 
 
 def _articles_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Article]:
-    """An article a row, or WikiText's articles when the first row with text is a WikiText title line."""
+    """An article a row, or WikiText's if the first row with text is a WikiText title."""
     numbered = (
         (number, row)
         for number, row in enumerate(rows, start=1)
@@ -184,7 +186,7 @@ def _is_title(line: str) -> bool:
 
 
 def _wikitext_articles(lines: Iterable[str]) -> Iterator[Article]:
-    """Articles of WikiText's lines; ` = Title = ` opens one, and what stands before the first title is one too."""
+    """Articles of WikiText's lines: ` = Title = ` opens one; those before the first do too."""
     title, paragraphs = "", list[str]()
     for line in lines:
         if _is_title(line):

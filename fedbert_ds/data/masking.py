@@ -1,4 +1,4 @@
-"""Articles to packed masked-LM batches: encode once, then shuffle and mask statelessly from seeds and a cursor."""
+"""Articles to packed masked-LM batches: encoded once, shuffled and masked by seeds and a cursor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class EncodedText:
     tokens: Tensor
     """[N] int32: token ids of all sequences."""
     offsets: Tensor
-    """[S + 1] int64: sequence i is tokens[offsets[i]:offsets[i + 1]]; its first and last token are special."""
+    """[S + 1] int64: sequence i is tokens[offsets[i]:offsets[i + 1]]; both its ends are special."""
     word_starts: Tensor
     """[N] bool: true where a word begins; special tokens are words of their own."""
 
@@ -50,7 +50,7 @@ class EncodedText:
         return self.offsets.diff()
 
     def token_counts(self, vocab_size: int) -> Tensor:
-        """[vocab_size] int64: how often each token occurs in the text, the [CLS] and [SEP] put around it left out."""
+        """[vocab_size] int64: occurrences of each token; the added [CLS] and [SEP] do not count."""
         counts = torch.bincount(self.tokens, minlength=vocab_size)
         for ends in (self.offsets[:-1], self.offsets[1:] - 1):
             counts -= torch.bincount(self.tokens[ends], minlength=vocab_size)
@@ -66,19 +66,19 @@ class Batch:
     lengths: list[int]
     """Tokens of each sequence, in order; their sum is T."""
     masked_positions: Tensor
-    """[m] int64, ascending: which of the T tokens are to be predicted; m may be 0 when the text is very short."""
+    """[m] int64, ascending: positions to predict; m may be 0 for a very short text."""
     labels: Tensor
     """[m] int64: the original ids there."""
 
 
 def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> EncodedText:
-    """Tokenize articles and cut each into consecutive sequences of at most `sequence_length` tokens.
+    """Tokenize articles and cut each into sequences of at most `sequence_length` tokens.
 
-    [CLS] and [SEP] are among them. A sequence never holds text of two articles, and every token of the text is in
-    exactly one sequence. Text that looks like a special token ("[MASK]") is text.
+    [CLS] and [SEP] are among them. A sequence never holds text of two articles, and every token of
+    the text is in exactly one sequence. Text that looks like a special token ("[MASK]") is text.
 
-    Raises DataError for a sequence_length below 3, for a tokenizer without special tokens for both ends, and for
-    articles without any token.
+    DataError for a sequence_length below 3, for a tokenizer without special tokens for both ends,
+    and for articles without any token.
     """
     if sequence_length < 3:
         raise DataError(f"data.sequence_length {sequence_length} has no room for text; use 3 or more")
@@ -104,11 +104,11 @@ def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequ
 class Masker:
     """Chooses tokens to predict and hides them: 80 % become [MASK], 10 % a random token, 10 % stay.
 
-    Equal in distribution to transformers' DataCollatorForLanguageModeling. With `whole_word`, each word is chosen with
-    `mask_probability` and all its tokens with it; the 80/10/10 is then drawn for each token, as BERT's authors did
-    (transformers' collator turns all of them into [MASK] instead).
+    Equal in distribution to transformers' DataCollatorForLanguageModeling. With `whole_word`, each
+    word is chosen with `mask_probability`, with all its tokens; the 80/10/10 is then drawn for each
+    token, as BERT's authors did (transformers' collator turns all of them into [MASK]).
 
-    Raises DataError for a tokenizer without a mask token.
+    DataError for a tokenizer without a mask token.
     """
 
     def __init__(
@@ -125,7 +125,10 @@ class Masker:
     def mask(
         self, tokens: np.ndarray, word_starts: np.ndarray, random: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Mask tokens [T] (word_starts [T] bool): input_ids [T], positions [m] ascending, labels [m], all int64."""
+        """Mask tokens [T] (word_starts [T] bool).
+
+        Returns input_ids [T], positions [m] ascending and labels [m], all int64.
+        """
         if self.whole_word:
             chosen_words = random.random(int(word_starts.sum())) < self.mask_probability
             chosen = chosen_words[np.cumsum(word_starts) - 1]
@@ -144,9 +147,9 @@ class Masker:
 class BatchStream:
     """An endless stream of batches over one client's text.
 
-    Which sequences come next follows from the cursor and the epoch's shuffle (seed, client, epoch); how they are masked
-    from (seed, client, window). Nothing else is remembered, so two integers resume a stream, and the same seeds give
-    bit-identical batches.
+    The cursor and the epoch's shuffle (seed, client, epoch) decide which sequences come next;
+    (seed, client, window) decides how they are masked. Nothing else is remembered: two integers
+    resume a stream, and the same seeds give bit-identical batches.
     """
 
     def __init__(
@@ -169,14 +172,15 @@ class BatchStream:
 
     @property
     def epoch(self) -> int:
-        """How often the whole text has been gone through."""
+        """Complete passes over the text."""
         return self._epoch
 
     def next_batch(self, window: int, max_tokens: int) -> Batch:
         """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
 
-        One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a batch when the text
-        ends there, so a text shorter than `max_tokens` is repeated, each time masked anew.
+        One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a
+        batch where the text ends, so a text shorter than `max_tokens` is repeated, masked anew each
+        time.
         """
         offsets = self.text.offsets
         pieces: list[slice] = []
@@ -210,7 +214,7 @@ class BatchStream:
         return {"epoch": self._epoch, "position": self._position, "sequences": self.text.num_sequences}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue where `state_dict` was taken. Raises DataError when the text is not the one it was taken from."""
+        """Continue from a `state_dict`; DataError if the text is another one."""
         if state["sequences"] != self.text.num_sequences:
             raise DataError(
                 f"the shard has {self.text.num_sequences} sequences, but {state['sequences']} when the run was saved; "
@@ -251,7 +255,7 @@ def _token_arrays(
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that neither truncates nor pads (a saved one may) nor takes "[MASK]" in text for the mask token."""
+    """A copy that neither truncates nor pads, and takes "[MASK]" in text for text."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())

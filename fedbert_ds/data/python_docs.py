@@ -1,4 +1,4 @@
-"""The documentation that comes with every Python, as articles: read from source files, nothing is imported."""
+"""Python's own documentation as articles, read from source files; nothing is imported."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 SHORTEST_ARTICLE = 150
 """Characters below which a docstring is a remark, not an article."""
 
-# Tests hold little prose, topics are read apart; the others are missing from some distributions or versions of Python.
+# Tests hold little prose, topics are read apart; some releases of Python lack the others.
 _SKIPPED = frozenset(
     {"__pycache__", "test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "turtledemo", "pydoc_data"}
 )
 
 
 def python_documentation() -> Iterator[tuple[str, str]]:
-    """Yield (title, text) of the standard library's documentation, in an order that is the same on every run.
+    """Yield (title, text) of the standard library's documentation, in the same order on every run.
 
-    The language reference's topics come first, then one article for each module (its docstring and its functions')
-    and one for each class (its docstring and its methods'). Articles below SHORTEST_ARTICLE characters are left out.
+    The language reference's topics come first, then one article for each module (its docstring and
+    its functions') and each class (its docstring and its methods'). Articles below SHORTEST_ARTICLE
+    characters are left out.
     """
     library = Path(sysconfig.get_path("stdlib"))
     for title, text in _topics(library / "pydoc_data" / "topics.py"):
@@ -36,7 +37,7 @@ def python_documentation() -> Iterator[tuple[str, str]]:
 
 
 def _sources(folder: Path) -> Iterator[Path]:
-    """Source files of a folder and its folders, by name; those of skipped names are not looked into."""
+    """Source files under a folder, by name, without those of skipped names."""
     for path in sorted(folder.iterdir()):
         if path.name.removesuffix(".py") in _SKIPPED:
             continue
@@ -65,7 +66,10 @@ def _module_articles(path: Path, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _classes(tree: ast.Module) -> Iterator[ast.ClassDef]:
-    """Every class, outer ones first. As `ast.walk`, which looks into expressions too: many nodes and no class."""
+    """Every class, outer ones first.
+
+    The order of `ast.walk`, which also visits expressions: many nodes and no class.
+    """
     level: list[ast.AST] = [tree]
     while level:
         children = [child for node in level for child in ast.iter_child_nodes(node)]
@@ -85,7 +89,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def _parse(path: Path) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old sources are not this program's news
+            warnings.simplefilter("ignore")  # old sources have invalid escapes
             return ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return None  # a damaged or template file in the library costs its own article only

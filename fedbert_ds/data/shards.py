@@ -23,9 +23,9 @@ _ROUNDS = 15
 
 
 def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list[Article], list[Article]]:
-    """Split into (train, held_out), both in the order of `articles`; at least one article on each side.
+    """Split into (train, held_out), both in the order of `articles`; neither is empty.
 
-    Raises DataError for fewer than two articles.
+    DataError for fewer than two articles.
     """
     if len(articles) < 2:
         raise DataError(
@@ -40,13 +40,14 @@ def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list
 def deal(
     articles: Sequence[Article], num_clients: int, how: Literal["equal", "size", "topic"], alpha: float, seed: int
 ) -> list[list[Article]]:
-    """Deal every article to exactly one of `num_clients` shards, none of them empty, as `seed` says.
+    """Deal every article to exactly one of `num_clients` shards by `seed`; none is empty.
 
-    `equal`: counts that differ by at most one. `size`: counts in Dirichlet(alpha) proportions. `topic`: articles are
-    clustered by their words, and each cluster is dealt in its own Dirichlet(alpha) proportions over the clients
-    (Yurochkin et al. 2019), so that clients differ in what they write about; smaller alpha, greater difference.
+    `equal`: counts that differ by at most one. `size`: counts in Dirichlet(alpha) proportions.
+    `topic`: articles are clustered by their words, and each cluster is dealt in its own
+    Dirichlet(alpha) proportions over the clients (Yurochkin et al. 2019), so that clients differ in
+    subject; the smaller alpha, the more.
 
-    Raises DataError for fewer articles than clients.
+    DataError for fewer articles than clients.
     """
     if len(articles) < num_clients:
         raise DataError(
@@ -73,14 +74,14 @@ def deal(
 
 
 def write_shard(path: Path, articles: Sequence[Article]) -> None:
-    """Write articles as .jsonl, which `read_shard` and `read_articles` read; an existing file is replaced whole."""
+    """Write articles as .jsonl, for `read_shard` and `read_articles`; replaces a file whole."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for article in articles:
             file.write(json.dumps({"title": article.title, "text": article.text}, ensure_ascii=False) + "\n")
 
 
 def read_shard(path: Path) -> list[Article]:
-    """The articles `write_shard` wrote. Raises DataError for a missing or empty file or one that is not .jsonl text."""
+    """The articles that `write_shard` wrote; DataError for a missing, empty or malformed file."""
     if not path.is_file():
         raise DataError(f"{path}: no such shard; name the client's .jsonl file")
     articles = list(read_jsonl(path))
@@ -106,7 +107,7 @@ def _topics(texts: Sequence[str], random: np.random.Generator) -> np.ndarray:
 
 
 def _word_features(texts: Sequence[str]) -> np.ndarray:
-    """Unit rows [N, _NUM_FEATURES] float32: log-counts of a text's first words, less the average text."""
+    """Unit rows [N, _NUM_FEATURES] float32: log-counts of a text's first words, less the mean's."""
     features = np.zeros((len(texts), _NUM_FEATURES), dtype=np.float32)
     for row, text in zip(features, texts, strict=True):
         words = re.findall(r"\w+", text[: 10 * _WORDS_READ].lower())[:_WORDS_READ]

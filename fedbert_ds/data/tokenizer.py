@@ -24,7 +24,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "voc
 def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a lower-casing BERT tokenizer of at most `vocab_size` word pieces; [PAD] is id 0.
 
-    The same articles give the same vocabulary in every process. Raises DataError for no text or fewer than 64 pieces.
+    The same articles give the same vocabulary in every process. DataError for no text or fewer than
+    64 pieces.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import BertTokenizer
@@ -38,8 +39,9 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
     alphabet, continuing = _alphabet(learner, texts, largest=(vocab_size - len(SPECIAL_TOKENS)) // 4)
     if not alphabet:
         raise DataError("no text to train a tokenizer on; add text to data.source or name one in tokenizer.path")
-    # The trainer numbers `##x` pieces in the order of a hash map that differs between processes, and breaks ties by
-    # number. Special tokens are numbered first and in order, so naming the pieces there fixes the vocabulary.
+    # The trainer numbers `##x` pieces in the order of a hash map, which differs between processes,
+    # and breaks ties by number. Special tokens are numbered first and in order, so naming the
+    # pieces there fixes the vocabulary.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in continuing)],
@@ -49,7 +51,7 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
     )
     learner.train_from_iterator(texts, trainer)
 
-    # A new tokenizer around the vocabulary, in which the `##x` pieces are not special.
+    # A new tokenizer around the vocabulary, whose `##x` pieces are not special.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
     tokenizer.decoder = decoders.WordPiece(prefix="##")
@@ -62,7 +64,7 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
     """The fast tokenizer of a folder (read without any network) or of a hub name.
 
-    Raises DataError when there is none or it has no fast form.
+    DataError when there is none or it has no fast form.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -75,7 +77,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder or name_or_folder), local_files_only=folder is not None, trust_remote_code=False
         )
-    except Exception as error:  # hub, network, JSON and tokenizer errors share no base; all mean the name or its files
+    except Exception as error:  # hub, network, JSON and tokenizer errors share no base
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{name_or_folder}: no tokenizer there ({reason}); name a folder or hub name") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -84,7 +86,7 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
 
 
 def local_folder(name_or_folder: str) -> Path | None:
-    """The folder meant, existing or not; None for what can only be a hub name (`NAME` or `OWNER/NAME`)."""
+    """The folder meant, existing or not; None for a name of the hub (`NAME` or `OWNER/NAME`)."""
     path = Path(name_or_folder).expanduser()
     is_path = path.is_dir() or path.is_absolute() or name_or_folder.startswith(".") or len(path.parts) > 2
     return path if is_path else None
@@ -96,7 +98,7 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def tokenizer_to_bytes(tokenizer: PreTrainedTokenizerFast) -> bytes:
-    """One JSON document that `tokenizer_from_bytes` turns into a tokenizer that encodes and decodes the same."""
+    """One JSON document, from which `tokenizer_from_bytes` makes an equal tokenizer."""
     document = {
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": tokenizer.special_tokens_map,
@@ -108,7 +110,7 @@ def tokenizer_to_bytes(tokenizer: PreTrainedTokenizerFast) -> bytes:
 
 
 def tokenizer_from_bytes(data: bytes) -> PreTrainedTokenizerFast:
-    """The tokenizer of `tokenizer_to_bytes`; it is data, never executed. Raises DataError if malformed."""
+    """The tokenizer of `tokenizer_to_bytes`; data only, never executed. DataError if malformed."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -126,7 +128,7 @@ def tokenizer_from_bytes(data: bytes) -> PreTrainedTokenizerFast:
 
 
 def _checked_special_tokens(tokens: dict[str, Any]) -> dict[str, Any]:
-    """The special-token map, if it maps names of tokens to a token or a list of tokens and nothing else."""
+    """The special-token map; ValueError unless it maps names to a token or a list of tokens."""
     for name, value in tokens.items():
         texts = value if isinstance(value, list) else [value]
         if not name.endswith(("_token", "_tokens")) or not all(isinstance(text, str) for text in texts):
@@ -135,7 +137,7 @@ def _checked_special_tokens(tokens: dict[str, Any]) -> dict[str, Any]:
 
 
 def _alphabet(tokenizer: Tokenizer, texts: Iterable[str], largest: int) -> tuple[list[str], list[str]]:
-    """The `largest` most frequent characters, sorted, and those of them that occur inside a word."""
+    """The `largest` most frequent characters, sorted, and those of them that occur inside words."""
     runs: Counter[str] = Counter()
     for text in texts:
         runs.update(tokenizer.normalizer.normalize_str(text).split())

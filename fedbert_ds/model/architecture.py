@@ -1,4 +1,4 @@
-"""Where the three supported Hugging Face masked-LM models keep their parts, and how wide what crosses the cut is."""
+"""Where the three supported Hugging Face masked LMs keep their parts, and the widths at the cut."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Architecture:
     decoder: str
     """The last layer of `head`, one row of weights and one of bias for each word piece."""
     body_head: str | None = None
-    """A projection of hidden states that comes before `head` and is the body's (ELECTRA's H -> E)."""
+    """Projection of hidden states before `head` that belongs to the body (ELECTRA's H -> E)."""
 
 
 ARCHITECTURES = {
@@ -38,9 +38,9 @@ class Widths(NamedTuple):
     """Widths of the two tensors that cross the cut."""
 
     activations: int
-    """W: up, and its gradient down."""
+    """W: of activations up, and of their gradient down."""
     hidden: int
-    """W_out: hidden states of masked positions down, and their gradient up."""
+    """W_out: of masked positions' hidden states down, and of their gradient up."""
 
 
 def architecture(hf_config: Any) -> Architecture:
@@ -52,7 +52,10 @@ def architecture(hf_config: Any) -> Architecture:
 
 
 def widths(hf_config: Any, cut: Cut) -> Widths:
-    """Widths of activations and hidden states, from the config alone (what a manifest is checked against)."""
+    """Widths of activations and hidden states, from the config alone.
+
+    Manifests are checked against them.
+    """
     factorized = architecture(hf_config).body_head is not None
     embedding = hf_config.embedding_size if factorized else hf_config.hidden_size
     return Widths(
@@ -62,7 +65,10 @@ def widths(hf_config: Any, cut: Cut) -> Widths:
 
 
 def position_offset(hf_config: Any) -> int:
-    """Index of a sequence's first row in the position table: RoBERTa leaves the first pad_token_id + 1 rows unused."""
+    """Index of a sequence's first row in the position table.
+
+    RoBERTa leaves the first pad_token_id + 1 rows unused.
+    """
     return hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
 
 
@@ -72,5 +78,8 @@ def longest_sequence(hf_config: Any) -> int:
 
 
 def linear_parameters(module: nn.Module) -> int:
-    """Entries of the matrices that multiply each row a module is given; embedding tables are looked up, not counted."""
+    """Entries of the matrices that multiply every row a module is given.
+
+    Embedding tables do not count: they are looked up.
+    """
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))

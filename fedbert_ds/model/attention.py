@@ -1,7 +1,7 @@
-"""Attention over packed sequences, registered with transformers so that its own layers run on `[1, T, H]`.
+"""Attention over packed sequences, registered with transformers: its layers then run on [1, T, H].
 
-Sequences lie one after another with no padding; a `Packing` says where each begins and is passed through the encoder
-as the keyword argument `packing`.
+Sequences follow one another without padding. A `Packing` says where each begins; it passes through
+the encoder as the keyword argument `packing`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PACKED_ATTENTION = "fedbert_packed"
 
 @dataclass(frozen=True)
 class Packing:
-    """Where T packed tokens divide into n sequences; computed once per micro-batch, used by every layer."""
+    """How T packed tokens divide into n sequences; made once a micro-batch, used by every layer."""
 
     cu_seqlens: Tensor
     """[n + 1] int32: sequence i is tokens cu_seqlens[i] to cu_seqlens[i + 1]."""
@@ -31,11 +31,11 @@ class Packing:
     max_length: int
     """Length of the longest sequence."""
     triton: bool
-    """Whether attention is the Triton kernel, which takes sequences as they lie; else torch's, by groups."""
+    """Whether attention is the Triton kernel, which needs no groups; else torch's, by groups."""
     groups: tuple[tuple[int, int], ...] = ()
     """(length, count) of sequences that are attended as one batch, in the order of `order`."""
     order: Tensor | None = None
-    """[T] int64: tokens sorted so that sequences of equal length are neighbours; None if they already are."""
+    """[T] int64: tokens sorted so that equal lengths are neighbours; None if they already are."""
     restore: Tensor | None = None
     """[T] int64: the inverse of `order`."""
 
@@ -47,7 +47,7 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"sequence lengths must be positive and at least one, got {list(lengths)}")
         num_tokens, longest = sum(lengths), max(lengths)
-        # All that has T entries is made on the device: a copy of it would wait for what the device does.
+        # Tensors of T entries are made on the device: a copy would wait for its work.
         counts = torch.tensor(lengths, dtype=torch.int64).to(device)
         ends = counts.cumsum(0)
         starts = ends - counts
@@ -73,9 +73,10 @@ class Packing:
     def from_cu_seqlens(
         cls, cu_seqlens: Tensor, num_tokens: int, device: torch.device | str = "cpu", *, triton: bool = False
     ) -> Packing:
-        """Pack by cumulative lengths, [n + 1] of any integer type, best on the CPU (a GPU tensor costs a sync).
+        """Pack by cumulative lengths, [n + 1] of any integer type.
 
-        ValueError unless they begin at 0, strictly increase, and end at `num_tokens`.
+        Best on the CPU: a GPU tensor costs a wait. ValueError unless they begin at 0, strictly
+        increase, and end at `num_tokens`.
         """
         bounds = cu_seqlens.tolist()
         if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
@@ -100,13 +101,14 @@ def packed_attention(
     qkv: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Bidirectional attention within each sequence; the signature is transformers' attention interface.
+    """Bidirectional attention within each sequence, as transformers' attention interface.
 
-    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is padded. `sliding_window`
-    is as ModernBERT has it: positions a token sees on either side, itself counted. `qkv` [1, T, 3, heads, d], where
-    given, is the one tensor that the three are views of. Returns [1, T, heads, d] and no attention weights.
+    `query`, `key`, `value` are [1, heads, T, d]; `attention_mask` is unused, since nothing is
+    padded. `sliding_window` is ModernBERT's: positions that a token sees on either side, itself
+    counted. `qkv` [1, T, 3, heads, d], where given, is the tensor that the three are views of.
+    Returns [1, T, heads, d] and no attention weights.
     """
-    # transformers counts the token itself, the operators do not.
+    # transformers counts the token itself; the operators do not.
     each_side = None if sliding_window is None else sliding_window - 1
     by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
     if not packing.triton:
@@ -136,15 +138,15 @@ def grouped_attention(
     scaling: float | None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Torch's SDPA over sequences of equal length batched together; [T, heads, d] each, and returned.
+    """Torch's SDPA over batches of sequences of equal length; [T, heads, d] each, and the result.
 
-    Tokens move only if equal lengths are scattered over the micro-batch (`packing.order`). A token sees
+    Tokens move only if equal lengths are not neighbours (`packing.order`). A token sees
     `sliding_window` positions on either side, or all.
     """
     tensors = [query, key, value]
     if packing.order is not None:
         tensors = [tensor.index_select(0, packing.order) for tensor in tensors]
-    # split, not slices: its backward writes each gradient once instead of summing zero-padded copies per group.
+    # split, not slices: its backward writes each gradient once, without sums of padded copies.
     sizes = [length * count for length, count in packing.groups]
     parts_of = [tensor.split(sizes) if len(sizes) > 1 else (tensor,) for tensor in tensors]
     pieces = []

@@ -1,4 +1,4 @@
-"""The server's half: transformer layers over packed sequences, returning hidden states of masked positions only."""
+"""The server's half: transformer layers over packed sequences, masked positions' states out."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
 
 
 class Body(nn.Module):
-    """The layers of a masked LM whose embeddings and head are elsewhere; made by `cut.split` or `cut.body_skeleton`.
+    """The encoder layers of a masked LM, without embeddings and head.
 
-    Its parameters keep the names they have in the Hugging Face checkpoint.
+    Made by `cut.split` or `cut.body_skeleton`. Parameters keep their names of the Hugging Face
+    checkpoint.
     """
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
@@ -35,7 +36,7 @@ class Body(nn.Module):
         self.config._attn_implementation = PACKED_ATTENTION
         self.cut = cut
         self.triton = False
-        """Whether attention is the Triton kernel; `kernels.install` sets it."""
+        """Whether attention is the Triton kernel; `kernels.install_kernels` sets it."""
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
@@ -51,16 +52,18 @@ class Body(nn.Module):
     ) -> Tensor:
         """Hidden states of masked positions, [m, W_out], in the body's dtype; m may be 0.
 
-        `activations` is [T, W], or with the cut `rows` [R, W] and `row_index` [T] int64 into it; any floating dtype.
-        The gradients of equal rows are summed in fp32 (or wider). `masked_positions` is [m] int64 into T.
-        `cu_seqlens` is [n + 1] int32, on the CPU for speed. ValueError if these do not fit each other.
+        `activations` is [T, W]; with the cut `rows` it is [R, W], and `row_index` [T] int64 points
+        into it. Any floating dtype. Gradients of equal rows are summed in fp32 or wider.
+        `masked_positions` is [m] int64 into T. `cu_seqlens` is [n + 1] int32, best on the CPU.
+        ValueError if these do not fit.
         """
         base: Any = self.get_submodule(self._parts.base)
         dtype = next(self.parameters()).dtype
         if self.cut == "rows":
             if row_index is None:
                 raise ValueError("the cut `rows` needs row_index, one row of the activations per token")
-            # Embedding, not indexing: the backward is the word table's own, fp32 sums in a fixed order.
+            # Embedding, not indexing: its backward sums in fp32 in a fixed order, as the word
+            # table's does.
             summed_in = torch.promote_types(activations.dtype, torch.float32)
             activations = functional.embedding(row_index, activations.to(summed_in))
         packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, triton=self.triton)
@@ -82,7 +85,7 @@ class Body(nn.Module):
         return selected
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only each layer's input in forward and recompute the layer in backward, with the same dropout."""
+        """Keep only each layer's input in forward; backward recomputes, with the same dropout."""
         base: Any = self.get_submodule(self._parts.base)
         for layer in base.encoder.layer:
             layer.gradient_checkpointing = True
@@ -90,7 +93,7 @@ class Body(nn.Module):
 
     @property
     def widths(self) -> Widths:
-        """Widths of the activations it takes and of the hidden states it returns."""
+        """Widths of the activations it takes and the hidden states it returns."""
         return widths(self.config, self.cut)
 
     @property
@@ -99,10 +102,10 @@ class Body(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, mask_share: float, sequence_length: float) -> float:
-        """Floating-point operations of forward and backward per token, with attention over `sequence_length` tokens.
+        """Floating-point operations of forward and backward per token.
 
-        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for the scores and
-        their use. The last layer's feed-forward runs for masked positions only.
+        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for
+        the scores and their use. The last layer's feed-forward runs for masked positions only.
         """
         base: Any = self.get_submodule(self._parts.base)
         layers = self.config.num_hidden_layers - (self.cut.layers if isinstance(self.cut, LayersCut) else 0)
@@ -115,6 +118,6 @@ class Body(nn.Module):
 
 
 def _keep_masked_positions(module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
-    """After the last layer's attention no token meets another, so what follows is needed at masked positions only."""
+    """A hook after the last attention: only masked positions go on, as tokens no longer meet."""
     attended, *rest = output
     return attended.index_select(1, keywords["masked_positions"]), *rest

@@ -1,4 +1,4 @@
-"""Hugging Face models in and out: from scratch or a checkpoint, as JSON for the wire, and the merged folder."""
+"""Hugging Face models in and out: new or from a checkpoint, as JSON, and as a merged folder."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
-    """A masked LM in fp32, from scratch or from `section.checkpoint`; what is new is drawn from `seed` alone.
+    """A masked LM in fp32, new or from `section.checkpoint`; `seed` alone decides new weights.
 
-    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new head. ModelError, one
-    line, if the checkpoint is not found, is of another architecture, lacks weights of the encoder, or has fewer words
-    than `vocab_size`.
+    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new
+    head. ModelError, one line, if the checkpoint is not found, has another architecture, lacks
+    weights of the encoder, or has fewer words than `vocab_size`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -49,7 +49,7 @@ def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed:
 
 
 def shape_hash(hf_config: Any) -> str:
-    """16 hex digits, equal exactly if two sides mean the same network."""
+    """16 hexadecimal digits, equal exactly if two sides mean the same network."""
     shape = {
         "architecture": hf_config.model_type,
         "hidden_size": hf_config.hidden_size,
@@ -69,14 +69,14 @@ def shape_hash(hf_config: Any) -> str:
 
 
 def config_to_json(hf_config: Any) -> str:
-    """A transformers config as JSON, without the path it was read from; `config_from_json` reads it back."""
+    """A transformers config as JSON, without the path it was read from; see `config_from_json`."""
     fields = hf_config.to_dict()
     fields.pop("_name_or_path", None)
     return json.dumps(fields, sort_keys=True)
 
 
 def config_from_json(text: str) -> Any:
-    """The transformers config that `config_to_json` wrote; ModelError if it is none, or of an unsupported one."""
+    """The config that `config_to_json` wrote; ModelError if it is none or not supported."""
     try:
         fields = json.loads(text)
         model_type = fields["model_type"]
@@ -97,8 +97,8 @@ def save_merged(
 ) -> None:
     """Write the merged model and its tokenizer as an ordinary Hugging Face folder.
 
-    It is written beside `folder` and renamed, so a reader finds the old folder or the new one, whole, or, for the
-    instant between two renames, none. ModelError if the halves do not fit (see `merge`).
+    It is written beside `folder` and renamed: a reader finds the old folder or the new one, whole,
+    or none between two renames. ModelError if the halves do not fit (see `merge`).
     """
     model = merge(hf_config, client_state, body_state)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def save_merged(
 
 
 def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
-    """The transformers config of a model that starts from scratch; ModelError for a shape that cannot be."""
+    """The config of a new model; ModelError for an impossible shape."""
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_token_id,
@@ -188,7 +188,7 @@ def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTra
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    # Loading reports and progress bars; what they would say is checked and said above in one line.
+    # Silences loading reports and progress bars; the lines above check and say the same.
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

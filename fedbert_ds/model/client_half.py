@@ -26,7 +26,7 @@ from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
 
 @dataclass(frozen=True)
 class Activations:
-    """What a client sends up for T tokens; `values` keeps its graph, for `values.backward(gradient)`."""
+    """A client's output for T tokens; `values` keeps its graph, for `values.backward(gradient)`."""
 
     values: Tensor
     """[T, W]; with the cut `rows` [R, W], each distinct row of the word table once."""
@@ -37,8 +37,8 @@ class Activations:
 class ClientHalf(nn.Module):
     """A masked LM without its body; made by `cut.split` or `cut.client_skeleton`.
 
-    Its parameters keep the names they have in the Hugging Face checkpoint. Tied tensors (the decoder is the word
-    table) are one parameter, and appear once in `state_dict()`, under the name of the table.
+    Parameters keep their names of the Hugging Face checkpoint. Tied tensors (the decoder is the
+    word table) are one parameter and appear once in `state_dict()`, under the table's name.
     """
 
     def __init__(self, model: PreTrainedModel, cut: Cut) -> None:
@@ -53,10 +53,10 @@ class ClientHalf(nn.Module):
         self.tie()
 
     def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
-        """Activations of packed tokens: `input_ids` is [T] int64, and `lengths`, of the sequences in it, sums to T.
+        """Activations of packed tokens: `input_ids` [T] int64, in sequences of `lengths`.
 
-        Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is longer than the
-        position table.
+        Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is
+        longer than the position table.
         """
         if sum(lengths) != input_ids.shape[0]:
             raise ValueError(f"lengths sum to {sum(lengths)}, but there are {input_ids.shape[0]} tokens")
@@ -85,12 +85,12 @@ class ClientHalf(nn.Module):
     def head_backward(
         self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512, fused: bool | None = None
     ) -> tuple[float, Tensor]:
-        """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in this half's dtype; m may be 0.
+        """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in its dtype.
 
-        `hidden` is [m, W_out], any floating dtype; `labels` [m] int64. Parameters' gradients of scale * sum
-        accumulate. Scores of all positions never exist at once: `fused` (by default on a GPU) takes decoder and loss as
-        one operator, which keeps a fixed buffer; otherwise each chunk of `chunk_size` positions is forwarded and
-        backwarded before the next.
+        `hidden` is [m, W_out], any floating dtype; `labels` is [m] int64; m may be 0. Parameters'
+        gradients of scale * sum accumulate. Scores of all positions never exist at once. `fused`
+        (default on a GPU) runs decoder and loss as one operator with a fixed buffer. Otherwise each
+        chunk of `chunk_size` positions goes forward and backward before the next.
         """
         hidden = hidden.detach().to(next(self.parameters()).dtype)
         if hidden.is_cuda if fused is None else fused:
@@ -130,7 +130,7 @@ class ClientHalf(nn.Module):
 
     @property
     def widths(self) -> Widths:
-        """Widths of the activations it makes and of the hidden states its head takes."""
+        """Widths of the activations it makes and the hidden states its head takes."""
         return widths(self.config, self.cut)
 
     @property
@@ -139,13 +139,14 @@ class ClientHalf(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def parameter_scope(self, name: str) -> Literal["embeddings", "head"]:
-        """Which part of the half a parameter belongs to; a tied table and lower layers count as embeddings."""
+        """A parameter's part of the half; tied tables and lower layers count as embeddings."""
         return "head" if self._ties.get(name, name).startswith(f"{self._parts.head}.") else "embeddings"
 
     def flops_per_token(self, mask_share: float) -> float:
-        """Floating-point operations of forward and backward per token when `mask_share` of tokens reach the head.
+        """Floating-point operations of forward and backward per token.
 
-        Matrix products only, 6 per matrix entry; attention scores of lower layers are left out.
+        `mask_share` of the tokens reach the head. Matrix products only, 6 per matrix entry;
+        attention scores of lower layers are left out.
         """
         base, head = self.get_submodule(self._parts.base), self.get_submodule(self._parts.head)
         return 6.0 * (linear_parameters(base) + mask_share * linear_parameters(head))
@@ -158,14 +159,14 @@ class ClientHalf(nn.Module):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's; tied tensors may be given once or under all their names, and stay tied."""
+        """As torch's; tied tensors may come once or under all their names, and stay tied."""
         tied = {alias: state_dict[source] for alias, source in self._ties.items() if source in state_dict}
         result = super().load_state_dict({**state_dict, **tied}, strict=strict, assign=assign)
         self.tie()
         return result
 
     def tie(self) -> None:
-        """Make tied tensors one parameter again, after something replaced parameters."""
+        """Make tied tensors one parameter again, after parameters were replaced."""
         for alias, source in self._ties.items():
             module_name, _, parameter_name = alias.rpartition(".")
             setattr(self.get_submodule(module_name), parameter_name, self.get_parameter(source))
@@ -173,7 +174,7 @@ class ClientHalf(nn.Module):
 
 @contextmanager
 def _passing_on(module: nn.Module) -> Iterator[None]:
-    """Inside, the module returns what it is given. RoBERTa's head calls its decoder itself, and so must be let."""
+    """Let the module return its input: RoBERTa's head calls its decoder itself."""
     module.forward = lambda given: given
     try:
         yield
@@ -182,9 +183,10 @@ def _passing_on(module: nn.Module) -> Iterator[None]:
 
 
 def _distinct_by_first_appearance(input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct ids [R] in the order they first appear, and each token's number among them [T]; both int64.
+    """Distinct ids [R] in order of first appearance, and each token's index among them [T]; int64.
 
-    torch.unique sorts: on the wire that would tell which of two rows has the larger id, and ids go by frequency.
+    torch.unique sorts. On the wire, order would tell which of two rows has the larger id, and ids
+    go by frequency.
     """
     ids, inverse = input_ids.unique(return_inverse=True)
     tokens = torch.arange(len(input_ids), device=input_ids.device)
@@ -194,5 +196,5 @@ def _distinct_by_first_appearance(input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(losses: Sequence[Tensor]) -> float:
-    # One transfer for all chunks, and fp64 on the CPU, since not every device has it.
+    # One transfer for all chunks. fp64 on the CPU, as not every device has it.
     return torch.cat(list(losses)).cpu().double().sum().item()

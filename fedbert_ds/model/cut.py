@@ -1,7 +1,8 @@
 """Divides a Hugging Face masked LM into client half and body, and joins the halves again.
 
-A half is the model itself with the other half's modules taken out, so that nothing is renamed and no layer is copied.
-It is built on torch's meta device, where a module costs no memory, and only what stays is given storage.
+A half is the model itself without the other half's modules: nothing is renamed and no layer is
+copied. It is built on torch's meta device, where modules take no memory, and only its own tensors
+are allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fedbert_ds.model.client_half import ClientHalf
 
 
 class Elsewhere(nn.Module):
-    """Stands for an encoder layer that the other half holds, so that indices and names stay."""
+    """Stands for an encoder layer of the other half, so that indices and names stay."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Pass hidden states on as they are."""
@@ -45,7 +46,7 @@ def split(model: PreTrainedModel, cut: Cut) -> tuple[ClientHalf, Body]:
 
 
 def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The whole model, fp32 on the CPU, from the states of its halves; bit-exact and tied as the config says.
+    """The whole model, fp32 on the CPU, from its halves' states; bit-exact and tied as configured.
 
     ModelError if tensors are missing, left over, in both halves, or of another shape.
     """
@@ -65,7 +66,7 @@ def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mappin
 
 
 def client_skeleton(hf_config: Any, cut: Cut) -> ClientHalf:
-    """A client half on the CPU whose weights are yet to be loaded; the body is never allocated."""
+    """A client half on the CPU, weights yet to be loaded; the body is never allocated."""
     half = _client_on_meta(hf_config, cut)
     half.to_empty(device="cpu")
     half.tie()
@@ -74,7 +75,7 @@ def client_skeleton(hf_config: Any, cut: Cut) -> ClientHalf:
 
 
 def body_skeleton(hf_config: Any, cut: Cut) -> Body:
-    """A body on the CPU whose weights are yet to be loaded; the client's half is never allocated."""
+    """A body on the CPU, weights yet to be loaded; the client half is never allocated."""
     half = _body_on_meta(hf_config, cut)
     half.to_empty(device="cpu")
     _fill_buffers(half)
@@ -83,7 +84,7 @@ def body_skeleton(hf_config: Any, cut: Cut) -> Body:
 
 def _on_meta(hf_config: Any) -> PreTrainedModel:
     hf_config = copy.deepcopy(hf_config)
-    # A half's config names packed attention; a whole model takes transformers' default.
+    # A half's config names packed attention; a whole model has transformers' default.
     hf_config._attn_implementation = None
     with torch.device("meta"):
         return AutoModelForMaskedLM.from_config(hf_config, dtype=torch.float32)
@@ -132,7 +133,7 @@ def _check_layers(hf_config: Any, cut: LayersCut) -> None:
 
 
 def _fill_buffers(module: nn.Module) -> None:
-    # Buffers that transformers computes in constructors and keeps out of state dicts: on meta they have no content.
+    # Buffers that constructors compute and state dicts leave out: on meta they have no content.
     for part in module.modules():
         positions = getattr(part, "position_ids", None)
         if isinstance(positions, Tensor):

@@ -1,4 +1,4 @@
-"""Whether the body runs Triton kernels or torch: what the run file's `kernels` comes to on a device."""
+"""Whether the body runs Triton kernels or torch: the run file's `kernels` applied to a device."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ def check_kernels(kernels: Kernels, device: torch.device) -> None:
 def install_kernels(
     body: Body, kernels: Kernels, device: torch.device, *, whole_weights: bool, dtype: torch.dtype | None = None
 ) -> None:
-    """Let a body on `device`, which runs in `dtype` (if None, its parameters'), run the kernels of its choice.
+    """Let a body on `device` run the kernels that the run file chooses.
 
-    On a GPU, the first call times LayerNorm and GELU beside torch.compile's and keeps the outcome for later ones.
+    `dtype` is that in which it will run (None: its parameters'). On a GPU, the first call times
+    LayerNorm and GELU beside torch.compile's and keeps the outcome for later ones.
 
-    `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does not: there, weights are
-    gathered by hooks of modules, which a patched module reads without calling them. It would lean on DeepSpeed's
-    fallback for weights read elsewhere, so attention alone is fused.
+    `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does
+    not: hooks of modules gather weights there, and a patched module reads its parts without calling
+    them. It would lean on DeepSpeed's fallback for weights read elsewhere, so attention alone is
+    fused.
 
-    ConfigError if Triton is asked for where it cannot run, or for a head size that its attention does not take.
+    ConfigError if Triton is asked for where it cannot run, or for a head size that its attention
+    does not take.
     """
     if not _runs_triton(kernels, device):
         return
-    # Imported here, for Triton takes a second that torch's users need not wait.
+    # Imported here: Triton takes a second, which torch's users need not wait.
     from fedbert_kernels.attention import HEAD_SIZES
     from fedbert_kernels.patch_modules import patch_modules
 
@@ -56,7 +59,7 @@ def _runs_triton(kernels: Kernels, device: torch.device) -> bool:
         return HAVE_TRITON
     if not HAVE_TRITON:
         raise ConfigError("kernels: triton needs the triton package; pip install triton, or set kernels: auto")
-    # Triton's interpreter runs kernels on a CPU, far slower than torch: for whoever asks, as tests do.
+    # Triton's interpreter runs kernels on a CPU, far more slowly than torch; tests ask for it.
     if device.type != "cuda" and not INTERPRETED:
         raise ConfigError("kernels: triton needs a GPU, and there is none here; set kernels: auto")
     return True

@@ -1,4 +1,4 @@
-"""AdamW, SGD and LAMB from the run file's section, with no decay of biases and LayerNorm."""
+"""AdamW, SGD and LAMB from the run file's section; biases and LayerNorm do not decay."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ Named = Iterable[tuple[str, nn.Parameter]]
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", algorithm 2).
+    """LAMB: You et al. 2020, "Large Batch Optimization for Deep Learning", algorithm 2.
 
-    With Adam's bias-corrected direction r and decay d, a parameter w moves by lr * ratio * (r + d * w), where ratio is
-    ||w|| / ||r + d * w||, or 1 if either norm is 0. As in the authors' code, parameters without decay take ratio 1
-    unless their group says `adapt: True`. The paper bounds phi(||w||); here the ratio itself is clamped to at most
-    `max_trust_ratio`, which is reached only when the update has become that many times smaller than the weights.
+    With Adam's bias-corrected direction r and decay d, a parameter w moves by lr * ratio * (r + d *
+    w), where ratio is ||w|| / ||r + d * w||, or 1 if either norm is 0. As in the authors' code,
+    parameters without decay take ratio 1 unless their group says `adapt: True`. The paper bounds
+    phi(||w||). Here the ratio itself is at most `max_trust_ratio`, reached only when the update is
+    that many times smaller than the weights.
 
-    Under DeepSpeed's ZeRO a rank holds a slice of each parameter group, flattened. Give each parameter its own group
-    and say `partitioned=True`: each step then sums the squared norms over `process_group`, one all-reduce for all
-    groups, and the ratio is that of the whole parameter. Every rank must step the same groups in the same order.
+    Under DeepSpeed's ZeRO a rank holds a slice of each flattened parameter group. Give each
+    parameter its own group and say `partitioned=True`: each step then sums the squared norms over
+    `process_group`, one all-reduce for all groups, and the ratio is that of the whole parameter.
+    Every rank must step the same groups in the same order.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def _direction(self, group: dict[str, Any], parameter: Tensor) -> Tensor:
-        """Adam's direction plus decay, fp32 or wider, in the parameter's shape; zeros if it has no gradient."""
+        """Adam's direction plus decay, fp32 or wider; 0 without a gradient."""
         working = torch.promote_types(parameter.dtype, torch.float32)
         if parameter.grad is None:
             return torch.zeros_like(parameter, dtype=working)
@@ -83,7 +85,10 @@ class Lamb(torch.optim.Optimizer):
         return direction.add_(parameter.to(working), alpha=group["weight_decay"])
 
     def _trust_ratios(self, members: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
-        """One ratio per member, from the squared norms of weights and updates, [2, members] fp32 or wider."""
+        """One ratio for each member, [members].
+
+        From the squared norms of weights and updates, [2, members] fp32 or wider.
+        """
         squares = torch.stack(
             [
                 torch.stack(
@@ -111,9 +116,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a body or a client half; learning-rate schedules are the caller's.
 
-    Biases and LayerNorm weights are not decayed. AdamW and SGD get two groups (one may be absent), LAMB one parameter
-    per group. `partitioned` says that the parameters will be slices of ZeRO groups over `process_group` (LAMB's norms
-    need it). NVIDIA apex, where installed, takes AdamW and whole-parameter LAMB on CUDA.
+    Biases and LayerNorm weights do not decay. AdamW and SGD get two groups (one may be absent),
+    LAMB one parameter a group. `partitioned` says that the parameters will be slices of ZeRO groups
+    over `process_group`, which LAMB's norms need to know. NVIDIA apex, where installed, runs AdamW
+    and whole-parameter LAMB on CUDA.
     """
     named = list(named_parameters)
     on_cuda = all(parameter.is_cuda for _, parameter in named)
@@ -129,8 +135,8 @@ def build_optimizer(
             for name, parameter in named
         ]
         if apex is not None and not partitioned and section.weight_decay > 0:
-            # apex adapts exactly the groups that are decayed, which is what `adapt` says here if anything is decayed.
-            # Gradients are clipped by the caller; apex would clip them once more.
+            # apex adapts exactly the groups that decay, as `adapt` says here if any decays. The
+            # caller clips gradients; apex would clip them once more.
             return apex.FusedLAMB(groups, **common, max_grad_norm=math.inf)
         return Lamb(groups, **common, partitioned=partitioned, process_group=process_group)
     decayed = [parameter for name, parameter in named if is_decayed(name)]
@@ -149,12 +155,12 @@ def build_optimizer(
 
 
 def is_decayed(name: str) -> bool:
-    """Whether weight decay applies to a parameter, by its Hugging Face name: not to biases and LayerNorm weights."""
+    """Whether a parameter decays, by its Hugging Face name: biases and LayerNorm weights do not."""
     return not (name.endswith("bias") or "layernorm" in name.lower().replace("_", ""))
 
 
 def _nvidia_apex() -> Any:
-    # An unrelated package on PyPI is also called apex; only NVIDIA's has fused optimizers.
+    # PyPI's apex is another project; only NVIDIA's has fused optimizers.
     try:
         from apex import optimizers
     except ImportError:

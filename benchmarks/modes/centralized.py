@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.text import batches_of
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.corpus import Article
@@ -117,11 +118,12 @@ def train_centralized(config: RunConfig) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds a run already; set another run.directory")
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, _ = prepare_text(config, RunFolder(folder))
-    shards = {path.parent.name: read_shard(path) for path in sorted((folder / "clients").glob("*/shard.jsonl"))}
+    run = RunFolder(folder)
+    tokenizer, _ = prepare_text(config, run)
+    shards = {path.parent.name: read_shard(path) for path in sorted(run.clients.glob("*/shard.jsonl"))}
     trainer = Centralized(config, tokenizer, shards)
     rows = []
-    with MetricsLog(folder / "metrics.jsonl") as log:
+    with MetricsLog(run.metrics) as log:
         for window in range(config.run.windows):
             started = time.monotonic()
             trained = trainer.train_window(window)
@@ -130,9 +132,9 @@ def train_centralized(config: RunConfig) -> None:
             if (window + 1) % max(1, config.run.windows // 20) == 0:
                 print(f"window {window + 1}/{config.run.windows}  loss {trained.loss:.2f}", flush=True)
     draw_loss(folder / "loss.png", rows, {})
-    trainer.model.save_pretrained(folder / "hf")
-    tokenizer.save_pretrained(folder / "hf")
-    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    trainer.model.save_pretrained(run.model)
+    tokenizer.save_pretrained(run.model)
+    write_text(run.config, dump_config(config))
 
 
 def _metrics(config: RunConfig, window: int, trained: Trained, seconds: float, clients: int) -> WindowMetrics:

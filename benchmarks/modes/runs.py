@@ -17,6 +17,7 @@ from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.process import end, environment
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import read_metrics
 from fedbert_ds.telemetry.progress import duration
 
@@ -37,12 +38,12 @@ def finished(system: System, config: RunConfig, options: ModesOptions, commit: s
         print(f"{system.label}: complete already", flush=True)
     return Run(
         system=system,
-        windows=read_metrics(folder / "metrics.jsonl"),
+        windows=read_metrics(RunFolder(folder).metrics),
         held_out_loss=result["held_out_loss"],
         unigram_loss=result["unigram_loss"],
         seconds=result["seconds"],
         commit=result["commit"],
-        weight_difference=_weight_difference(folder / "hf", reference / "hf"),
+        weight_difference=_weight_difference(RunFolder(folder).model, RunFolder(reference).model),
     )
 
 
@@ -77,12 +78,12 @@ def evaluate(folder: Path, config: RunConfig) -> tuple[float, float]:
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
     torch.set_num_threads(1)
-    length = config.data.sequence_length
-    tokenizer = load_tokenizer(str(folder / "hf"))
+    length, model = config.data.sequence_length, RunFolder(folder).model
+    tokenizer = load_tokenizer(str(model))
     shards = [str(path) for path in _shards(folder)]
     result = evaluate_masked_lm(
-        folder / "hf",
-        [str(folder / "held_out.jsonl")],
+        model,
+        [str(RunFolder(folder).held_out)],
         seed=config.run.seed,
         mask_probability=config.data.mask_probability,
         sequence_length=length,
@@ -103,7 +104,7 @@ def check_same_text(folders: Sequence[Path]) -> None:
 
 def text_facts(folder: Path) -> dict[str, Any]:
     """How the text was dealt, and a digest of it, for a reader who has the same text."""
-    facts = json.loads((folder / "text.json").read_text(encoding="utf-8"))
+    facts = json.loads(RunFolder(folder).text_facts.read_text(encoding="utf-8"))
     names = ("articles", "held_out", "shard_articles", "shard_characters")
     return {name: facts[name] for name in names} | {"sha256": _text_digest(folder)}
 
@@ -166,14 +167,14 @@ def _weight_difference(folder: Path, reference: Path) -> float:
 
 
 def _text_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in (folder / "held_out.jsonl", *_shards(folder), folder / "tokenizer" / "tokenizer.json"):
+    digest, run = hashlib.sha256(), RunFolder(folder)
+    for path in (run.held_out, *_shards(folder), run.tokenizer / "tokenizer.json"):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
 def _shards(folder: Path) -> list[Path]:
-    return sorted((folder / "clients").glob("*/shard.jsonl"))
+    return sorted(RunFolder(folder).clients.glob("*/shard.jsonl"))
 
 
 def _last_words(log: Path) -> str:

@@ -1,6 +1,8 @@
 """The process of a link: a TCP proxy that delays, limits and cuts what crosses it.
 
-python -m fedbert_ds.bench.network.proxy JSON     prints its address, answers requests, ends with its input
+    python -m fedbert_ds.bench.network.proxy JSON
+
+It prints its address, answers requests, and ends with its input.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One client for every shard, all in one process; a client that fails does not take the others along."""
+"""One client for every shard, all in one process; one that fails does not stop the others."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Two ranks that train the same body in torch and with Triton's kernels, interpreted, at ZeRO stages 2 and 3.
+"""Two ranks train the same body in torch and with Triton's kernels, interpreted, at ZeRO 2 and 3.
 
 At stage 2 also as on a card where torch.compile's LayerNorm and GELU were faster.
 
     python kernel_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
 
-Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and input gradients of all micro-batches.
-Runs outside the tests' process: whether kernels are interpreted is decided when they are imported.
+Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and input gradients of all
+micro-batches. Runs outside the tests' process, because kernels are interpreted or not from their
+import on.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LENGTHS = ([5, 9], [1, 3])
 
 
 def main(folder: Path) -> None:
-    """Both ranks: this process, and a copy of it made once everything is imported, which takes longer than training."""
+    """Both ranks: this process, and a fork of it after its imports, the longest part."""
     import deepspeed  # noqa: F401
     import transformers.models.bert.modeling_bert  # noqa: F401
 
@@ -65,7 +66,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def beaten_by_torch_compile() -> None:
-    """From now on no LayerNorm or GELU of ours is kept, and torch.compile does all but make machine code."""
+    """From now on our LayerNorm and GELU are not kept; torch.compile makes all but machine code."""
     from fedbert_kernels import compiled_rows, gelu, layer_norm, patch_modules
 
     def refuse(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Under DeepSpeed, at ZeRO stages 2 and 3, a body with Triton kernels trains as one without, torch.compile's or not."""
+"""Under DeepSpeed at ZeRO stages 2 and 3, a body with fused kernels trains as one in torch."""
 
 from __future__ import annotations
 
@@ -51,5 +51,5 @@ def test_weights_and_input_gradients_are_the_same(folder, stage: int, kernels: s
     )
     torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(plain, first, atol=1e-4, rtol=1e-4)
-    # The same mathematics in another order: were it the same to the last bit, the kernels did not run.
+    # The same mathematics in another order: equality to the last bit would mean no kernel ran.
     assert any(not torch.equal(fused[name], plain[name]) for name in plain)

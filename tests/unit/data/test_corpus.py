@@ -1,4 +1,4 @@
-"""Every kind of source gives its articles, and a mistake in one is a single line that says what to change."""
+"""Every kind of source gives its articles; a mistake in one is a line that says what to change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding keeps every token, batches follow from seeds and a cursor, and masking is transformers' in distribution."""
+"""Encoding keeps every token, batches follow seeds and a cursor, masking is transformers'."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def equal(one: Batch, other: Batch) -> bool:
     )
 
 
-# --- encode ---------------------------------------------------------------------------------------------------------
+# ---- encode ----
 
 
 @SHARED_FIXTURES
@@ -70,7 +70,7 @@ def test_every_token_is_in_one_sequence_in_order(
         assert 3 <= len(sequence) <= sequence_length
         assert (sequence[0], sequence[-1]) == (any_tokenizer.cls_token_id, any_tokenizer.sep_token_id)
     assert [token for sequence in sequences for token in sequence[1:-1]] == [token for ids in expected for token in ids]
-    # An article of n tokens makes ceil(n / room) sequences: none is shared and none is cut short before the last.
+    # An article of n tokens makes ceil(n / room) sequences: none shared, none short but the last.
     assert text.num_sequences == sum(-(-len(ids) // (sequence_length - 2)) for ids in expected)
     counts = text.token_counts(len(any_tokenizer)).tolist()
     assert Counter(token for ids in expected for token in ids) == {
@@ -126,7 +126,7 @@ def test_tokenizers_that_cannot_serve() -> None:
         stream(encode(text, maskless, 8), maskless)
 
 
-# --- batches --------------------------------------------------------------------------------------------------------
+# ---- batches ----
 
 
 @SHARED_FIXTURES
@@ -246,11 +246,11 @@ def test_masks_are_these_on_every_machine() -> None:
     assert generator("shuffle", 1, 0, 0).permutation(8).tolist() == [2, 6, 4, 5, 1, 0, 7, 3]
 
 
-# --- the distribution of masks --------------------------------------------------------------------------------------
+# ---- the distribution of masks ----
 
 
 def assert_fits(observed: np.ndarray, expected: np.ndarray) -> None:
-    """Pearson's chi-square of counts against expected counts, at five standard deviations of the statistic."""
+    """Pearson's chi-square of counts against expected counts, at five standard deviations."""
     degrees = observed.size - 1
     statistic = float(((observed - expected) ** 2 / expected).sum())
     assert statistic < degrees + 5 * np.sqrt(2 * degrees), (statistic, observed, expected)
@@ -365,7 +365,8 @@ def test_whole_words_are_chosen_as_often_as_transformers_chooses_them(
 ) -> None:
     from transformers import DataCollatorForLanguageModeling
 
-    # Without punctuation, where the two cut words differently: transformers joins "don't", BERT's pieces do not.
+    # Without punctuation, which the two cut differently: transformers joins "don't", BERT's pieces
+    # do not.
     plain = [Article("", article.text.partition(".")[0]) for article in articles]
     text = encode(plain, wordpiece, 10_000)
     words = np.cumsum(text.word_starts.numpy()) - 1

@@ -71,7 +71,7 @@ def test_topic_shards_differ_in_words() -> None:
     ]
 
     def purity(alpha: float) -> float:
-        """Share of articles that are of their shard's commonest topic, over ten seeds; 1/3 if mixed evenly."""
+        """Share of articles of a shard's commonest topic, over ten seeds; 1/3 is an even mix."""
         shards = [shard for seed in range(10) for shard in deal(articles, 3, "topic", alpha, seed)]
         largest = [Counter(article.title for article in shard).most_common(1)[0][1] for shard in shards]
         return sum(largest) / (10 * len(articles))

@@ -1,4 +1,4 @@
-"""A trained vocabulary is BERT's kind and the same everywhere; a tokenizer survives the way as bytes."""
+"""A trained vocabulary is BERT's kind and the same everywhere; tokenizers travel as bytes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What kernel tests share: where they run, both bodies of an operator, and what "as good as torch" means.
+"""What kernel tests share: their device, both bodies of an operator, and "as good as torch".
 
-As good as torch is a kernel whose error against fp64 is at most twice torch's in the same dtype.
+A kernel is as good as torch if its error against fp64 is at most twice torch's in the same dtype.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def on_device() -> Iterator[None]:
 
 
 def bodies_of(module: ModuleType):
-    """A fixture that runs a test with either body of a kernel file's operators: the kernel, and the CPU's in torch."""
+    """A fixture that runs a test with either body of a file's operators: kernel, and torch's."""
 
     @pytest.fixture(params=[pytest.param("kernel", marks=needs_triton), "torch"])
     def body(request, monkeypatch) -> None:
@@ -40,7 +40,7 @@ def bodies_of(module: ModuleType):
 def values_and_gradients(
     compute: Callable[..., Tensor], parts: Sequence[Tensor | None], dy: Tensor, fp64: bool = False
 ) -> list[Tensor]:
-    """[y, gradient of each part that is not None] for an incoming gradient dy; all in fp64 if asked."""
+    """[y, gradient of each part that is not None] for an incoming gradient dy; in fp64 if asked."""
     leaves = [None if part is None else part.detach() for part in parts]
     if fp64:
         leaves = [None if leaf is None else leaf.double() for leaf in leaves]
@@ -56,10 +56,11 @@ def assert_as_good_as_torch(
     dy: Tensor,
     terms: float = 0.0,
 ) -> None:
-    """`ours` and `torchs`, functions of `parts`, against `torchs` in fp64: values and all gradients.
+    """Compare `ours` and `torchs`, functions of `parts`, with fp64: values and gradients.
 
-    Half a unit in the last place of the largest value is always allowed: rounding the exact result costs as much, and
-    over few values torch may be lucky. Where results are sums that may cancel, `terms` says how large their terms are.
+    Half a unit in the last place of the largest value is always allowed: rounding the exact result
+    costs as much, and over few values torch may be lucky. For sums that may cancel, `terms` is the
+    size of their terms.
     """
     results = (
         values_and_gradients(ours, parts, dy),

@@ -1,4 +1,4 @@
-"""Packed attention: kernels and CPU body against fp64, dropout masks, bounds and schedules, operators, bad input."""
+"""Packed attention: kernels and CPU body against fp64, masks, bounds, operators, errors."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def reference(
 
 
 def torchs_errors(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, sliding_window: int | None) -> list[Tensor]:
-    """Largest error of torch's fused attention in out, dq, dk, dv, without dropout: it takes no mask of ours."""
+    """Largest error of torch's fused attention in out, dq, dk, dv, without dropout."""
     leaf = qkv.detach().requires_grad_()
     outs = [leaf[:0, 0]]
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
@@ -88,11 +88,11 @@ def torchs_errors(qkv: Tensor, cu_seqlens: Tensor, dout: Tensor, sliding_window:
 
 
 def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, sliding_window=None, spread=1.0) -> None:
-    """Error against fp64 at most twice torch's in the same dtype, for the output and the gradients of q, k, v.
+    """Error against fp64 at most twice torch's in the same dtype: output, gradients of q, k, v.
 
-    Torch's is the larger of its fused attention's and the reference's, which alone has dropout. Over few values torch
-    may be lucky, so what rounding alone may cost is always allowed, see `rounding`, and below 16 tokens three times as
-    much as above.
+    Torch's is the larger of its fused attention's and the reference's, which alone has dropout.
+    Over few values torch may be lucky: the cost of rounding alone is always allowed (see
+    `rounding`), and below 16 tokens three times as much as above.
     """
     qkv, cu_seqlens = random_qkv(lengths, heads, d, dtype, spread), cumulative(lengths)
     dout = torch.randn(len(qkv), heads, d, generator=torch.Generator().manual_seed(1)).to(qkv)
@@ -116,10 +116,10 @@ def assert_as_good_as_torch(body, lengths, heads, d, dtype, dropout=0.0, sliding
 
 
 def rounding(qkv: Tensor, dout: Tensor, exact: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """What out, dq, dk, dv may be off however good the algorithm: their own last place, and two more for dq and dk.
+    """Errors of out, dq, dk, dv that no algorithm avoids: their last place; two more for dq, dk.
 
-    These are sums of probability * (dout · v - dout · out), where products are sums of d terms in fp32 and
-    `out` has been rounded to its dtype, in every fused attention.
+    These are sums of probability * (dout · v - dout · out), where products are sums of d terms in
+    fp32 and `out` has been rounded to its dtype, in every fused attention.
     """
     out, dqkv = exact
     own = [0.5 * torch.finfo(qkv.dtype).eps * values.abs().max() for values in (out, *dqkv.unbind(1))]
@@ -180,14 +180,14 @@ def test_the_operator_is_as_good_as_torch(lengths, heads, d, dtype, dropout, sli
 @pytest.mark.parametrize("body", [kernels, operator])
 @pytest.mark.parametrize("norm", [200, 1000])
 def test_scores_of_thousands_stay_finite(norm: int, body, dtype: torch.dtype) -> None:
-    """One-hot attention: every token sees itself alone, so out is v, dv is dout, and nothing reaches q and k."""
+    """One-hot attention: a token sees itself alone. out is v, dv is dout, dq and dk are 0."""
     lengths = [65, 3]
     qkv = torch.randn(sum(lengths), 3, 1, 64, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     qkv[:, 1] = qkv[:, 0] = torch.nn.functional.normalize(qkv[:, 0], dim=-1) * norm
     dout = torch.ones_like(qkv[:, 0])
     out, dqkv = body(qkv, cumulative(lengths), dout, 0.0, None)
     torch.testing.assert_close(out, qkv[:, 2])
-    # The backward computes scores anew, and what fp32 rounds off a score is the relative error of its exponential.
+    # Backward computes scores anew; a score's fp32 rounding is its exponential's relative error.
     rounding = 6 * torch.finfo(torch.float32).eps * norm**2 / 64**0.5
     torch.testing.assert_close(dqkv[:, 2], dout, rtol=max(rounding, 2 * torch.finfo(dtype).eps), atol=0)
     assert dqkv.isfinite().all()
@@ -302,7 +302,7 @@ def test_philox_gives_the_published_words(monkeypatch) -> None:
 
 @pytest.mark.parametrize(("position", "bits"), [(0, 20), (1, 13), (2, 24), (3, 13)])
 def test_any_bit_of_the_counter_turns_half_of_the_words_bits(position: int, bits: int, monkeypatch) -> None:
-    """Offset, column, stream and row; rows and columns enter late, so this is where too few rounds show."""
+    """Offset, column, stream and row; rows and columns enter last, where too few rounds show."""
     from fedbert_kernels import philox
 
     generator = torch.Generator().manual_seed(0)

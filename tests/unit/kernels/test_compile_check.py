@@ -1,7 +1,7 @@
-"""What every kernel compiles to on every architecture, without a GPU: the golden tables of a Triton release.
+"""Every kernel's counts on every architecture, without a GPU: a Triton release's golden tables.
 
-`make compile-check` compiles all of it. While the sources are those that the tables were measured on,
-the tables are the measurement, and only a sample is compiled here.
+`make compile-check` compiles all of it. While the sources are those that the tables were measured
+on, the tables are the measurement, and only a sample is compiled here.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SAMPLE = {
     "quantize fp8_e4m3 bf16 stochastic sm_90",
     "dequantize int4_hadamard bf16 sm_100",
 }
-"""Rows that are compiled on every run: every kernel once, every architecture three times or more."""
+"""Rows compiled on every run: every kernel once, every architecture three times or more."""
 
 
 def compiled_now(rows: set[str] | None = None) -> dict[str, dict]:
-    """{module: {row: counts}} of these rows or of all, from a process in which kernels are not interpreted."""
+    """{module: {row: counts}} of these rows or all, from a process without the interpreter."""
     program = (
         "import json, sys\n"
         "from fedbert_kernels.compile_check import measure_all\n"
@@ -68,7 +68,7 @@ def tables() -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def measured(tables) -> dict[str, dict]:
     """{module: {row: counts}} of these sources."""
-    # The tables of triton-3.6.0 were written before digests were: there, all is compiled on every run.
+    # The tables of triton-3.6.0 are older than digests: with that release, every run compiles all.
     return tables if recorded_digest() else compiled_now()
 
 

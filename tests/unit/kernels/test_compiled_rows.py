@@ -1,4 +1,4 @@
-"""LayerNorm and GELU by torch.compile: what the kernels' references give, one compilation, and torch's seed."""
+"""LayerNorm and GELU by torch.compile: the references' values, one compilation, torch's seed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EPSILON = 1e-12
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch):
-    """Counts what torch.compile made; what it makes of it is left out, as that needs a C++ compiler."""
+    """Counts graphs that torch.compile captures, without machine code and its C++ compiler."""
     counter = CompileCounterWithBackend("aot_eager")
     torch.compiler.reset()
     compiled_rows.compiled.cache_clear()

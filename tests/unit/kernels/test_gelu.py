@@ -1,4 +1,4 @@
-"""Bias + GELU: values and gradients against fp64, extreme inputs, repeatability, the operator, bad input."""
+"""Bias + GELU: values and gradients against fp64, extremes, repeatability, the operator, errors."""
 
 from __future__ import annotations
 

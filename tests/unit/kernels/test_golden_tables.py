@@ -1,4 +1,4 @@
-"""The digest of the kernels' sources changes with code that decides a count, and with nothing else."""
+"""The digest of the kernels' sources changes with code that decides a count, and nothing else."""
 
 from __future__ import annotations
 

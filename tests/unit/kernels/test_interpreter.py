@@ -1,4 +1,4 @@
-"""With several GPUs, every kernel is launched on the one that its tensors are on, not on the current one."""
+"""With several GPUs, every kernel is launched on its tensors' device, not on the current one."""
 
 from __future__ import annotations
 

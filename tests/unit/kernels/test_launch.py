@@ -1,4 +1,4 @@
-"""Tuned launches: which candidate wins, what a file is trusted for, and what the attention kernels then use."""
+"""Tuned launches: the candidate that wins, files that are trusted, launches that attention uses."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Residual + dropout + bias + LayerNorm: values and gradients against fp64, masks, the operator, bad input."""
+"""Residual + dropout + bias + LayerNorm: values, gradients, masks, the operator, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear + cross-entropy: loss and gradients against fp64 over chunks, extreme scores, operator, memory, bad input."""
+"""Linear + cross-entropy: loss and gradients over chunks, extremes, operator, memory, errors."""
 
 from __future__ import annotations
 

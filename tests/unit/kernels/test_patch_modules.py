@@ -1,4 +1,4 @@
-"""Patched modules: every model it fits gives the values and gradients it gave before; names, refusals, dropout."""
+"""Patched modules: values and gradients as before in every model; names, refusals, dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wire codecs on the device: kernel and reference bit for bit, independent oracles, rounding statistics, bad input."""
+"""Wire codecs on the device: kernel and reference bit for bit, oracles, rounding, errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.i
 
 SEED = torch.tensor([0x123456789ABCDEF, 42], device=DEVICE)
 WORST = {"int8": 0.5 / 127, "int8_group": 0.504 / 127, "fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3, "int4_hadamard": 0.504 / 7}
-"""Largest error of a value, in units of its scale's largest value (of the rotated group for int4)."""
+"""A value's largest error, in units of its scale's largest value (int4: of the rotated group's)."""
 
 
 body = bodies_of(module)
@@ -71,13 +71,13 @@ def test_a_value_returns_within_its_codec_s_step(body, codec: str) -> None:
         largest = x.abs().amax(2, keepdim=True)
     else:
         largest = x.abs().amax(1, keepdim=True)
-    # The pad of a rotated group comes back as rounding noise, which dequantize cuts off; so one more step there.
+    # A rotated group's padding comes back as noise, which dequantize cuts off; so one more step.
     slack = 2.0 if CODECS[codec].rotated else 1.001
     assert ((x - values).abs() <= slack * WORST[codec] * largest).all()
 
 
 def test_int8_is_what_the_wire_s_own_codec_makes(body) -> None:
-    """One fp32 scale a row, largest magnitude / 127, and values divided by it, rounded to nearest even."""
+    """One fp32 scale a row, largest magnitude / 127; values over it, rounded to nearest even."""
     torch.manual_seed(1)
     x = torch.randn(9, 100)
     x[3] = 0.0
@@ -90,7 +90,7 @@ def test_int8_is_what_the_wire_s_own_codec_makes(body) -> None:
 @needs_triton
 @pytest.mark.parametrize(("codec", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2)])
 def test_every_fp8_code_is_made_and_read_as_torch_does(codec: str, dtype: torch.dtype) -> None:
-    """All finite codes: their values quantize to themselves; the halfway points between them round to even."""
+    """The values of all finite codes quantize to themselves; halfway points round to even."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype)
     codes = codes[torch.isfinite(codes.float())]
     between = codes.float().sort().values

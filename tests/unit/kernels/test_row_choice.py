@@ -1,4 +1,4 @@
-"""Whether LayerNorm and GELU are ours or torch.compile's on a card: what was measured there decides, nothing else."""
+"""LayerNorm and GELU on a card are ours or torch.compile's by its measurements alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def timed(card: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Measured]:
-    """Sets what a measurement would give, by kernel; the list it returns tells which cases were measured."""
+    """Sets a measurement's result by kernel; the list it returns names the measured cases."""
 
     def set_times(**times: tuple[float, float]) -> Measured:
         measured: Measured = []

@@ -1,4 +1,4 @@
-"""The SLURM scripts without a cluster: what they would run, what they refuse, and what shellcheck says."""
+"""The SLURM scripts without a cluster: what they run and refuse, and shellcheck's verdict."""
 
 import os
 import shutil

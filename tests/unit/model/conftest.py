@@ -16,7 +16,7 @@ CUTS = {"embeddings": "embeddings", "rows": "rows", "layers": LayersCut(layers=1
 
 @pytest.fixture
 def small_model() -> Callable[..., Any]:
-    """Builds a three-layer model, 16 wide (ELECTRA's embeddings 8), without dropout unless asked."""
+    """Builds a three-layer model, 16 wide (ELECTRA's embeddings 8), by default without dropout."""
 
     def build(architecture: str, **changes: Any) -> Any:
         fields: dict[str, Any] = {

@@ -39,7 +39,10 @@ def pack(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Pac
 
 
 def padded_logits(model: Any, packed: Packed) -> Tensor:
-    """What the whole model says at the masked positions, run on a padded batch with an attention mask; [m, V]."""
+    """The whole model's scores at the masked positions, [m, V].
+
+    Run on a padded batch with an attention mask.
+    """
     longest = max(packed.lengths)
     rows = packed.input_ids.split(packed.lengths)
     # Any id but padding's: RoBERTa skips padding when it counts positions, as it should.

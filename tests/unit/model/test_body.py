@@ -1,4 +1,4 @@
-"""The body: exact sums of equal rows, recomputation that changes nothing, and a dummy that reaches every parameter."""
+"""The body: exact sums of equal rows, recomputation, and a dummy for every parameter."""
 
 from __future__ import annotations
 

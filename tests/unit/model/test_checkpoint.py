@@ -1,4 +1,4 @@
-"""Building from scratch and from folders, the config on the wire, and the folder that is written."""
+"""Models from scratch and from folders, the config on the wire, and the folder that is written."""
 
 from __future__ import annotations
 

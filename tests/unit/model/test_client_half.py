@@ -160,8 +160,8 @@ def test_scopes_divide_the_half(small_model) -> None:
 
 def test_operations_are_counted_from_matrices(small_model) -> None:
     client, body = split(small_model("electra"), "embeddings")
-    # The head is the 8 x 61 table. The body projects 8 -> 16 and has 3 layers of 12 x 16 x 16; where masked, the last
-    # layer's 8 x 16 x 16 of feed-forward and 16 -> 8.
+    # The head is the 8 x 61 table. The body projects 8 -> 16 and has 3 layers of 12 x 16 x 16;
+    # where masked, the last layer's 8 x 16 x 16 of feed-forward and 16 -> 8.
     assert client.flops_per_token(0.5) == 6 * 0.5 * 8 * VOCABULARY
     layers = 3 * (12 * 16 * 16 + 2 * 16 * 10) - 8 * 16 * 16
     assert body.flops_per_token(0.5, sequence_length=10) == 6 * (8 * 16 + layers + 0.5 * (8 * 16 * 16 + 16 * 8))

@@ -1,4 +1,4 @@
-"""Splitting changes nothing: same weights back, same scores, same loss, same gradients as the whole model."""
+"""Splitting changes nothing: weights, scores, loss and gradients are those of the whole model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LENGTHS = [5, 1, 7, 5, 2, 1]
 
 
 def through_the_cut(client: Any, body: Any, packed: Packed, scale: float) -> float:
-    """One step across the cut as client and server take it; leaves gradients everywhere and returns the loss."""
+    """One step across the cut as client and server take it; returns the loss, leaves gradients."""
     activations = client.embed(packed.input_ids, packed.lengths)
     received = activations.values.detach().requires_grad_()
     row_index = None if activations.row_index is None else activations.row_index.long()
@@ -67,7 +67,7 @@ def assert_same_step(model: Any, cut: Any, packed: Packed, whole: Step, toleranc
     actual = {name: parameter.grad for half in (client, body) for name, parameter in half.named_parameters()}
     assert actual.keys() == whole.gradients.keys()
     for name, gradient in whole.gradients.items():
-        # What torch.testing.assert_close asks; that takes seconds for a vocabulary of 30,522. NaN is not at most 0.
+        # As torch.testing.assert_close, which takes seconds for 30,522 words. NaN is not at most 0.
         beyond = (actual[name] - gradient).abs_().sub_(tolerance).sub_(gradient.abs(), alpha=tolerance).max()
         assert beyond <= 0, f"{name}: {float(beyond)} beyond the tolerance"
 

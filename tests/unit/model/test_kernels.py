@@ -1,4 +1,4 @@
-"""A body with Triton kernels is the body without them; where they run, where they do not, and what is refused."""
+"""A body with Triton kernels equals the body without; where they run and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LENGTHS = [7, 1, 16, 7]
 
 @pytest.fixture
 def body_of(small_model):
-    """Builds a body with heads of 16, the smallest that the kernels take, on the device that runs them."""
+    """Builds a body with heads of 16, the kernels' smallest, on the device that runs them."""
 
     def build(architecture: str, cut: Any = "embeddings", **changes: Any) -> Any:
         # Far from the small weights of a start, so that attention has something to say.

@@ -9,12 +9,15 @@ from fedbert_ds.config import ServerSection
 
 
 def listening_port(server: ServerSection, rank: int) -> int:
-    """The port a rank listens on; 0 takes a free one."""
+    """The port that a rank listens on: `server.port` + rank, or 0 for a free one."""
     return server.port and server.port + rank
 
 
 def advertised_host(server: ServerSection, world_size: int) -> str:
-    """The host that clients are told for this rank's endpoint."""
+    """The host of this rank's endpoint, as clients outside reach it.
+
+    `server.advertise`, or this node's name on several nodes and behind 0.0.0.0, or `server.host`.
+    """
     if server.advertise:
         return server.advertise
     on_several_nodes = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
@@ -24,5 +27,5 @@ def advertised_host(server: ServerSection, world_size: int) -> str:
 
 
 def local_host(server: ServerSection) -> str:
-    """The host at which processes of this machine reach the endpoint."""
+    """The host of the endpoint, as processes on this machine reach it."""
     return "127.0.0.1" if server.host == "0.0.0.0" else server.host

@@ -1,4 +1,4 @@
-"""Admission to a run: joins are checked; once all clients are here, each gets a rank, a share and a welcome."""
+"""Admission to a run: check joins; give every client a rank, a share and a welcome."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
 LONGEST_NAME = 100
-"""Characters of a client's name, which stands in every message about it."""
+"""Characters of a client's name. Every message about the client holds it."""
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a client's Hello is compared with."""
+    """What a client's Hello must match."""
 
     vocabulary_hash: str
     shape_hash: str
     cut: str
     """JSON, as in a Welcome."""
     saved_windows: frozenset[int] | None = None
-    """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
+    """Windows with a checkpoint on the server, for a resumed run. None for a new run."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """One client's place in the run."""
+    """A client's rank and share."""
 
     rank: int
     session: str
     tokens: int
-    """Tokens it brings to each window."""
+    """Tokens of the client in each window."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the coordinator decided when all clients had joined."""
+    """The coordinator's decision once all clients have joined."""
 
     seats: dict[str, Seat]
     first_window: int
@@ -52,14 +52,14 @@ class Start:
 
 @dataclass
 class Roster:
-    """The joins so far; `admit` checks one, `seats` places them all."""
+    """The joins so far. `admit` checks one, `seats` places them all."""
 
     expected: int
     expectation: Expectation
     _waiting: dict[str, tuple[pb.Hello, Future[pb.Welcome]]] = field(default_factory=dict)
 
     def admit(self, hello: pb.Hello, answer: Future[pb.Welcome]) -> None:
-        """Take a client in; a WireError, which is also its answer, says why not."""
+        """Take a client in. A refusal answers the client and raises WireError with the reason."""
         try:
             self._check(hello)
         except WireError as error:
@@ -68,24 +68,27 @@ class Roster:
         self._waiting[hello.client] = (hello, answer)
 
     def withdraw(self, hello: pb.Hello) -> None:
-        """A client went away before everybody was here."""
+        """Forget a client that left before all had joined."""
         waiting = self._waiting.get(hello.client)
-        # Another of the same name may have joined, and stays.
+        # A second client of the same name may have joined since; it stays.
         if waiting is not None and waiting[0] is hello:
             del self._waiting[hello.client]
 
     @property
     def clients(self) -> tuple[str, ...]:
-        """Clients that have joined, by name."""
+        """Names of the clients that have joined, sorted."""
         return tuple(sorted(self._waiting))
 
     @property
     def is_complete(self) -> bool:
-        """Everybody expected has joined."""
+        """All expected clients have joined."""
         return len(self._waiting) >= self.expected
 
     def first_window(self) -> int:
-        """Where the run begins: 0, or the newest window saved by the server and every client (WireError if none)."""
+        """The run's first window: 0, or the newest that the server and every client saved.
+
+        Raises WireError if a resumed run has no such window.
+        """
         if self.expectation.saved_windows is None:
             return 0
         common = set(self.expectation.saved_windows)
@@ -99,7 +102,10 @@ class Roster:
         return max(common)
 
     def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
-        """A rank, a session and a share of the window for each client; they follow from names and text sizes alone."""
+        """A rank, a session and a share of the window for each client.
+
+        Ranks and shares depend on names and text sizes alone.
+        """
         shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
         shares = window_shares(shard_sizes, window_tokens, share)
         ranks = assign_clients(shares, world_size)
@@ -110,7 +116,7 @@ class Roster:
         reply(self._waiting[client][1], welcome)
 
     def refuse_all(self, error: WireError) -> None:
-        """Answer every waiting client with an error: the run will not start."""
+        """Answer every waiting client with an error: the run does not start."""
         for _, answer in self._waiting.values():
             reply(answer, error)
 
@@ -149,8 +155,9 @@ def fill(
 ) -> None:
     """Take joins until every expected client has joined.
 
-    `watch` is called while waiting and may raise: a local client process that died. Raises RunError, which
-    every waiting client hears too, after `join_timeout` seconds or a stop request; it names who is here.
+    `watch` runs while waiting; it raises for a local client process that died. After `join_timeout`
+    seconds or a stop request, raises RunError with the names of the clients that joined, and sends
+    them the same error.
     """
     deadline = time.monotonic() + join_timeout
     while not roster.is_complete:
@@ -172,7 +179,10 @@ def fill(
 
 
 def start_of(roster: Roster, world_size: int, window: WindowSection) -> Start:
-    """Where the run begins and who sits where. Raises WireError, which every client hears too, if nobody can begin."""
+    """The first window and every client's seat.
+
+    Raises WireError, and sends it to every client, if there is no window to resume from.
+    """
     try:
         first_window = roster.first_window()
     except WireError as error:
@@ -184,7 +194,10 @@ def start_of(roster: Roster, world_size: int, window: WindowSection) -> Start:
 def welcome_all(
     roster: Roster, start: Start, config: RunConfig, endpoints: Sequence[str], tokenizer: bytes, model_config: str
 ) -> None:
-    """Answer every client's Join with its rank's address, its session, the model and the settings of the run."""
+    """Answer every client's Join: its rank's address, its session, the model, the run's settings.
+
+    `endpoints` holds one HOST:PORT a rank. `model_config` is JSON.
+    """
     for client, seat in start.seats.items():
         settings = client_settings(
             config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens

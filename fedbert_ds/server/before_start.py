@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run before it starts, found before torch is imported where that can be."""
+"""Checks of a run before it starts, made without importing torch where possible."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from fedbert_ds.server.run_folder import RunFolder, check_folder
 
 
 def check_before_start(config: RunConfig, resume: bool) -> None:
-    """Raise a UserError for a DeepSpeed file, a run's folder or a device that does not fit; writes nothing."""
+    """Check the DeepSpeed file, the run's folder and the device; write nothing.
+
+    Raises a UserError for the first that does not fit.
+    """
     deepspeed_settings(config.body, config.optimizer)
     check_folder(RunFolder(config.run.directory), config, resume, int(os.environ.get("WORLD_SIZE", 1)))
     if config.kernels == "triton":
-        # Imported here: any other mistake need not wait for torch.
+        # Imported here: other mistakes need not wait for torch.
         import torch
 
         from fedbert_ds.model.kernels import check_kernels

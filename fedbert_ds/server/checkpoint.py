@@ -1,4 +1,4 @@
-"""Saving a run: clients save their halves, ranks the body; a checkpoint counts once everything is on disk."""
+"""Saving a run. Clients save their halves, ranks the body; a checkpoint then counts."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run; all ranks call `save` for the same windows."""
+    """Writes the checkpoints of a run. All ranks call `save` for the same windows."""
 
     def __init__(self, rooms: Rooms, folder: CheckpointFolder) -> None:
         self._rooms = rooms
         self._folder = folder
         self.client_figures: dict[str, pb.Saved] = {}
-        """The last Saved of each client of this rank: peak memory and FLOP per token."""
+        """The last Saved message of each client of this rank: peak memory, FLOP per token."""
 
     def save(self, window: int) -> None:
-        """Save the state before `window`. A client that does not answer in time is expired."""
+        """Save the state before `window`. A client that does not answer in time is gone."""
         rooms = self._rooms
         rooms.service.finish_exchanges()
         rooms.inbox.expect_saved(window)
@@ -35,7 +35,7 @@ class Checkpoints:
 
 
 def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int) -> None:
-    """Count a checkpoint when all ranks have written their parts; all ranks call it."""
+    """Mark a checkpoint complete once all ranks have written their parts. All ranks call it."""
     rank_group.barrier()
     if rank_group.rank == 0:
         folder.mark_complete(window, rank_group.world_size)

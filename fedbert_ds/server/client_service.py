@@ -1,4 +1,4 @@
-"""What a rank does for its clients beside the body: events in, plans and credit out, updates handed on."""
+"""A rank's service to its clients beside the body: events in, plans, credit and updates out."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 COMBINING_POLL_SECONDS = 0.002
-"""How long a wait for an event lasts while updates are being combined: no event says that they are."""
+"""Longest wait for an event while updates are being combined: no event marks their end."""
 
 
 class ClientService:
-    """Serves the clients of one rank. `attend` does what there is to do, and waits a little if there is nothing.
+    """Serves the clients of one rank. `attend` does what is due and waits a little if nothing is.
 
-    `take_event(seconds)` is the rank's next event. A client that breaks the protocol is refused alone.
+    `take_event(seconds)` returns the rank's next event. A client that breaks the protocol is
+    refused alone.
     """
 
     def __init__(
@@ -54,31 +55,31 @@ class ClientService:
         self._update_codec = update_codec
         self._compressed = compressed
         self.plans: dict[int, Plan] = {}
-        """Windows that are planned and have not begun."""
+        """Planned windows that have not begun."""
 
     def attend(self) -> None:
-        """While the body has nothing to do: take in what comes, plan and give credit ahead, pass updates on."""
+        """While the body is idle: take events in, plan and give credit ahead, hand updates out."""
         self.wait()
         self.hand_out_updates()
         while (decision := self._queue.decide(time.monotonic())) is not None:
             self.carry_out(decision)
 
     def wait(self) -> None:
-        """Take one event in, waiting a little for one."""
+        """Wait a little for one event and take it in."""
         self.dispatch(self.next_event(COMBINING_POLL_SECONDS if self._exchange.is_combining else POLL_SECONDS))
 
     def take_in(self) -> None:
-        """Take in every event that is here."""
+        """Take in every event that has arrived."""
         while self.dispatch(self.next_event(0)):
             pass
 
     def next_event(self, timeout: float) -> DecodedEvent | None:
-        """The next event. Raises what coding a message has raised."""
+        """The next event; None after `timeout` seconds. Raises errors of the encoding thread."""
         self._outbox.check()
         return self._take_event(timeout)
 
     def dispatch(self, event: DecodedEvent | None) -> bool:
-        """Take one event in; False if there was none."""
+        """Take one event in. False for None."""
         match event:
             case None:
                 return False
@@ -97,7 +98,7 @@ class ClientService:
         return True
 
     def carry_out(self, decision: Decision) -> None:
-        """Carry out a decision that leaves the body alone."""
+        """Carry out a decision that does not concern the body."""
         match decision:
             case Plan() as plan:
                 self.plans[plan.window] = plan
@@ -121,20 +122,20 @@ class ClientService:
                 raise AssertionError(f"{decision} needs a running window")
 
     def hand_out_updates(self) -> None:
-        """Send what was combined since the last call; refuse clients whose update is not sound."""
+        """Send updates combined since the last call; refuse clients whose update is unsound."""
         for client, error in self._exchange.take_unsound():
             if not isinstance(error, WireError):
                 raise error
             self._membership.refuse(client, str(error))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
-            # Suspended clients too: they take up training where the others are.
+            # Suspended clients get it too: they resume where the others are.
             self.send_update(sorted(self._queue.clients), tensors, window, self._update_codec)
 
     def send_update(
         self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
     ) -> None:
-        """Send weights or gradients of the client model, fp32 by name, to each of these clients."""
+        """Send weights or gradients of the client model, fp32 by name, to each client."""
 
         def messages() -> Iterator[pb.ServerMessage]:
             for chunk in update_chunks(window, tensors.items(), 0.0, codec, compressed=self._compressed):
@@ -143,7 +144,7 @@ class ClientService:
         self._outbox.send_coded(clients, messages)
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
-        """From now on these clients owe an answer: one that stays silent for too long is expired."""
+        """Start the clocks of a question to these clients. One silent for too long is gone."""
         now = time.monotonic()
         for client in clients:
             self._queue.deadlines.ask(client, question, now)
@@ -156,9 +157,9 @@ class ClientService:
         answers: Mapping[str, object],
         meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
-        """Send a request to clients and attend until `answers` holds each of them that is still here.
+        """Send a request and attend until `answers` holds every asked client that is still here.
 
-        `meanwhile` is called once all have been asked; its time does not count as their silence.
+        `meanwhile` runs once all are asked; its time does not count as silence.
         """
         asked = frozenset(clients)
         for client in sorted(asked):
@@ -169,13 +170,13 @@ class ClientService:
             self.attend()
 
     def finish_exchanges(self) -> None:
-        """Attend until every client has, or is about to receive, what windows so far have combined."""
+        """Attend until the updates of all windows so far are combined and on their way."""
         with self._trace.span("wait for halves"):
             while not self._exchange.is_idle:
                 self.attend()
 
     def finish(self, reason: str, complete: bool) -> None:
-        """Tell clients that the run is over; when it is not `complete` it may be resumed."""
+        """Tell clients that the run is over. A run that is not `complete` may be resumed."""
         self._exchange.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
@@ -183,8 +184,8 @@ class ClientService:
         self._outbox.settle()
 
     def settle(self) -> None:
-        """Hand over what is still to be sent, such as why a client was refused; what cannot be is dropped."""
-        with suppress(Exception):  # it was raised before, or another error is on its way
+        """Send what is pending, such as the reason of a refusal. What cannot be sent is dropped."""
+        with suppress(Exception):  # it was raised before, or another error is under way
             self._outbox.settle()
 
     def _receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None) -> None:

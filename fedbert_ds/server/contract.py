@@ -1,4 +1,4 @@
-"""Typed data that the rooms of a rank share: what clients may send, what ranks count and tell each other."""
+"""Typed data of a rank's rooms: what clients may send, what ranks count and exchange."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class TensorContract:
-    """What every tensor of one kind must be; the plan adds the number of rows."""
+    """Form of every tensor of one kind. The plan adds the number of rows."""
 
     codec: Codec
     width: int
     most_rows: int
-    """No piece has more, so no more memory is taken for one."""
+    """Most rows of a piece, which bounds the memory for one."""
 
 
 @dataclass(frozen=True)
 class Contract:
-    """What every message of a client is held against; the same for all clients of a run."""
+    """Form of every client message, the same for all clients of a run."""
 
     activations: TensorContract
     gradients: TensorContract
     longest_sequence: int
-    """Tokens."""
+    """Tokens of the longest sequence."""
     is_rows_cut: bool
     client_model: Shapes
-    """Every tensor of a client half."""
+    """Shape of every tensor of a client half, by name."""
     exchanged: Shapes
-    """Those that client updates carry."""
+    """Shapes of the tensors in client updates, by name."""
     update_codec: Codec = "fp32"
-    """Of the matrices in client updates; a client model that is asked for whole is exact."""
+    """Codec of the matrices in client updates. A whole client model travels in fp32."""
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A piece's activations."""
+    """A piece's activations, as they arrived."""
 
     values: Tensor
     """[tokens, width], or [rows, width] with cut: rows; fp32."""
@@ -54,10 +54,10 @@ class Arrived:
 
 @dataclass
 class Tally:
-    """What one rank counts of one window."""
+    """Counts of one rank over one window."""
 
     loss_sum: float = 0.0
-    """Cross-entropies of all masked tokens, nats."""
+    """Sum of the cross-entropies of all masked tokens, nats."""
     tokens: int = 0
     masked_tokens: int = 0
     lost_masked_tokens: int = 0
@@ -74,17 +74,17 @@ class Tally:
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank tells the others between two windows."""
+    """A rank's message to the other ranks between two windows."""
 
     num_micro_batches: int
-    """Of the next window, on this rank."""
+    """Micro-batches of the next window on this rank."""
     masked_tokens: int
-    """Of the next window, on this rank."""
+    """Masked tokens of the next window on this rank."""
     demand: Demand
     clients: frozenset[str]
     stop: bool
     problems: tuple[str, ...]
-    """Everything that went wrong with clients so far."""
+    """Every problem with clients so far, a sentence each."""
     new_problems: tuple[str, ...]
-    """Those of the window that has just ended."""
+    """Problems of the window that has just ended."""
     tally: Tally = field(default_factory=Tally)

@@ -1,4 +1,4 @@
-"""The end of a run: collect the client model, merge it with the body, save it, evaluate it, write the report."""
+"""The end of a run: collect the client model, merge, save and evaluate it, write the report."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ ClientFigures = Sequence[pb.Saved]
 
 
 def collect_client_model(rooms: Rooms, clients: frozenset[str], window: int) -> dict[str, Tensor]:
-    """The client model before `window`, fp32 by name, on every rank; `clients` are those of all ranks.
+    """The client model before `window`, fp32 by name, on every rank.
 
-    Averages the halves that the strategy names, by masked tokens. Raises RunError, on every rank, when no
-    client is left to hand one over.
+    `clients` are the clients of all ranks. The result is the mean of the halves that the strategy
+    names, weighted by masked tokens. Raises RunError, on every rank, when no client is left to send
+    its half.
     """
     mine = sorted(rooms.strategy.final_clients(clients) & rooms.queue.clients)
     collected = rooms.inbox.collected
@@ -52,10 +53,11 @@ def hand_over(
     tokenizer: Any,
     facts: dict[str, str],
 ) -> None:
-    """Save the merged model; evaluate it and write the report. All ranks call it, and clients hear of the end.
+    """Tell clients that the run is over; save the merged model, evaluate it, write the report.
 
-    `figures` are what this rank's clients told with their last state. `facts` open the report's table. A run
-    that stopped before its last window is merged and reported, not evaluated.
+    All ranks call it. `figures` are the last Saved messages of this rank's clients. `facts` open
+    the report's table. A run that stopped before its last window is merged and reported, not
+    evaluated. Raises as `collect_client_model`.
     """
     folder = RunFolder(config.run.directory)
     client_model = collect_client_model(rooms, clients, window)
@@ -98,7 +100,7 @@ def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str,
 
 
 def _evaluate(folder: RunFolder, config: RunConfig, tokenizer: Any, vocab_size: int) -> dict[str, float]:
-    """Losses on the held-out articles, nats a masked token: of word frequency alone, and of the merged model."""
+    """Held-out losses, nats per masked token: of word frequency alone, and of the merged model."""
     from fedbert_ds.data.corpus import read_articles
     from fedbert_ds.data.masking import encode
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm

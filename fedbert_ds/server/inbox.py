@@ -1,4 +1,4 @@
-"""What clients of a rank have sent: each message is checked here, before it can meet another client's."""
+"""Messages of a rank's clients. Each is checked here, before it can meet another client's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from fedbert_ds.wire.messages import checked_manifest
 
 
 class Inbox:
-    """Takes messages of connected clients in; `take_*` hand them on, once.
+    """Takes messages of connected clients in. Each `take_*` hands one on, once.
 
-    `receive` raises WireError for a message that is malformed or that nobody asked for, and keeps
-    nothing of it.
+    `receive` raises WireError for a malformed or unexpected message and keeps nothing of it.
     """
 
     def __init__(
@@ -35,64 +34,65 @@ class Inbox:
         self._exchange = exchange
         self._contract = contract
         self._tokens = tokens
-        """Tokens that each client brings to a window."""
+        """Tokens of each client in a window."""
         self._saving = self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self.collected: dict[str, ClientUpdate] = {}
-        """Whole client models that were asked for, by client."""
+        """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
         """Answers to the last Save, by client."""
         self.loss_sum = 0.0
         """Cross-entropies reported with this window's gradients, nats."""
         self.masked_tokens = 0
-        """Masked tokens behind `loss_sum`."""
+        """Masked tokens that `loss_sum` covers."""
         self.update_bytes = 0
         """Bytes of client updates received so far."""
 
     def begin(self) -> None:
-        """Sum losses anew, for another window."""
+        """Start the sums of another window."""
         self.loss_sum, self.masked_tokens = 0.0, 0
 
     def expect_collected(self, window: int) -> None:
-        """Take whole client models as they are before `window`."""
+        """From now on take whole client models, as before `window`."""
         self._collecting = window
         self.collected.clear()
 
     def expect_saved(self, window: int) -> None:
-        """Take answers about states that were saved before `window`."""
+        """From now on take Saved messages about states before `window`."""
         self._saving = window
         self.saved.clear()
 
     def take_activations(self, micro_batch: int, client: str) -> Arrived:
-        """The activations of a client's piece."""
+        """The activations of a client's piece. KeyError if not here."""
         return self._activations.pop((micro_batch, client))
 
     def take_gradient(self, micro_batch: int, client: str) -> Tensor:
-        """d(loss)/d(hidden) of a client's piece, [masked, width] fp32."""
+        """d(loss)/d(hidden) of a client's piece, [masked, width] fp32. KeyError if not here."""
         return self._gradients.pop((micro_batch, client))
 
     def drop(self, client: str) -> None:
-        """Drop what a client that is gone has sent."""
+        """Drop the messages of a client that is gone."""
         self.drop_activations(client)
-        # A gradient that was here in time still counts; the queue decides.
+        # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
         self.collected.pop(client, None)
 
     def drop_activations(self, client: str) -> None:
-        """Drop a client's activations that no forward has taken."""
+        """Drop those activations of a client that no forward has taken."""
         self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
 
     @property
     def is_empty(self) -> bool:
-        """No activations and no gradients wait to be taken."""
+        """Whether no activations and no gradients wait to be taken."""
         return not self._activations and not self._gradients
 
     def receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None, now: float) -> bool:
-        """Check a message and keep what it brings; False for a manifest that comes too late to be of use.
+        """Check a message and keep its content. False for a manifest that comes too late.
 
-        `tensor` is the message's, decoded, or what is wrong with it. `now` is in seconds of a monotonic clock.
+        `tensor` is the message's decoded tensor, or what is wrong with it. `now` is in seconds of a
+        monotonic clock. Raises WireError for a malformed or unexpected message.
         """
         match message.WhichOneof("body"):
             case "manifest":
@@ -178,7 +178,7 @@ class Inbox:
 
 
 def _planned(frame: pb.TensorFrame, shape: tuple[int, int], tensor: Tensor | WireError | None, who: str) -> Tensor:
-    """The tensor of a frame, which must have the shape that the plan gives it."""
+    """The tensor of a frame. Raises WireError for another shape than the planned one."""
     if tuple(frame.shape) != shape:
         raise WireError(f"{who}: shape {frame.shape[:8]} instead of {list(shape)}")
     if isinstance(tensor, WireError):

@@ -1,4 +1,4 @@
-"""Client processes that the launcher starts on its own machine: the same program a remote user runs."""
+"""Client processes on the launcher's own machine: the program that a remote user runs."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ RANK_VARIABLES = (
     "CROSS_RANK",
     "CROSS_SIZE",
 )
-"""A client is no rank: accelerate would wait for others if it saw these."""
+"""Variables that clients must not see: accelerate would take them for ranks and wait for others."""
 
 ENDED_WELL = (0, 75)
-"""Exit codes of a client whose run is complete, or was stopped and saved."""
+"""Exit codes of a client whose run is complete (0), or was stopped and saved (75)."""
 
 
 def client_name(number: int) -> str:
-    """Name of the number-th local client; zero-padded, so that sorting by name is sorting by number."""
+    """Name of a local client. Zero-padded: names sort as numbers do."""
     return f"client-{number:02d}"
 
 
 @dataclass
 class LocalClients:
-    """The started processes; `check` notices one that failed, `wait` and `stop` end them."""
+    """The client processes. `check` finds one that failed, `wait` and `stop` end them."""
 
     folder: RunFolder
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def start(self, server: str, names: Sequence[str]) -> None:
-        """Start a client for each name; its shard lies in its folder, and its output goes to log.txt there."""
+        """Start a client for each name. Its folder holds its shard and its output, log.txt."""
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", "1")
         for name in names:
@@ -55,17 +55,17 @@ class LocalClients:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    # Ctrl-C reaches the launcher's process group; clients end when the server says so.
+                    # Ctrl-C reaches only the launcher's process group: the server ends clients.
                     start_new_session=True,
                 )
 
     def check(self) -> None:
-        """Raise RunError with the last line a failed client printed."""
+        """Raise RunError with the last line of each failed client, if any failed."""
         if failures := self.failures():
             raise RunError("; ".join(failures))
 
     def failures(self, patience: float = 0.0) -> list[str]:
-        """What each failed client said last; waits up to `patience` seconds for one that is just ending."""
+        """The last line of each failed client. Waits up to `patience` seconds until one failed."""
         deadline = time.monotonic() + patience
         while True:
             failed = [name for name, process in self.processes.items() if process.poll() not in (None, *ENDED_WELL)]
@@ -74,7 +74,7 @@ class LocalClients:
             time.sleep(0.1)
 
     def wait(self, seconds: float) -> None:
-        """Give every client that long to end by itself, then kill it."""
+        """Wait that long for each client to end, then kill it."""
         for process in self.processes.values():
             try:
                 process.wait(timeout=seconds)
@@ -83,7 +83,7 @@ class LocalClients:
                 process.wait()
 
     def stop(self) -> None:
-        """End every client at once: the run failed."""
+        """Kill every client at once."""
         for process in self.processes.values():
             if process.poll() is None:
                 process.kill()

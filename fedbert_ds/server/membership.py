@@ -1,4 +1,4 @@
-"""The clients of one rank: who is connected, who was suspended, who left and why."""
+"""The clients of one rank: active, suspended or gone, and why."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 
 class Membership:
-    """Tells every room of a rank about a client that comes, is suspended or goes; a departure is one call.
+    """Tells every room of a rank when a client joins, is suspended or leaves.
 
-    `revoke(client)` takes a client's right to open another stream.
+    One call tells them all. `revoke(client)` withdraws a client's right to open another stream.
     """
 
     def __init__(
@@ -33,31 +33,34 @@ class Membership:
         self._revoke = revoke
         self._told = 0
         self.problems: list[str] = []
-        """Everything that went wrong with clients, a sentence each, in order."""
+        """Every problem with clients, a sentence each, in order."""
 
     def join(self, client: str, now: float) -> None:
         """A client opened its stream."""
         self._queue.join(client, now)
 
     def disconnect(self, client: str) -> None:
-        """A client's stream ended. Nothing happens if the client is gone already."""
+        """A client's stream ended. Does nothing for a client that is gone already."""
         if self._queue.is_connected(client):
             self.problems.append(f"client {client} disconnected")
             self._leave(client)
 
     def refuse(self, client: str, reason: str) -> None:
-        """End a client's part in the run; it is told why."""
+        """End a client's part in the run and tell it the reason."""
         self.problems.append(reason)
         self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
         self._leave(client)
 
     def expire(self, client: str) -> None:
-        """End the part of a client that was silent for too long."""
+        """End the part of a client that was silent for `clients.silence_timeout`."""
         seconds = f"{self._queue.deadlines.silence_timeout:.0f} s (clients.silence_timeout)"
         self.refuse(client, f"client {client} was silent for {seconds}")
 
     def suspend(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
-        """Go on without a late client and these pieces of it, (window, micro-batch) each, until it answers."""
+        """Go on without a late client until it answers.
+
+        `micro_batches` are its skipped pieces, as (window, micro-batch).
+        """
         windows = self._exchange.forget(client)
         for window in windows:
             self._queue.deadlines.cancel(client, Question("update", window))

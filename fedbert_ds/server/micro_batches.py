@@ -1,4 +1,4 @@
-"""Micro-batches on their way through the body: forward, backward, what is in flight, results still to be sent."""
+"""Micro-batches on their way through the body: forward, in flight, backward, pending sends."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class InFlight:
 
     pieces: tuple[Piece, ...]
     values_per_piece: list[int]
-    """Rows of `activations` that each piece brought: its tokens, or its distinct rows."""
+    """Rows of activations of each piece: its tokens, or its distinct rows with cut: rows."""
 
 
 class MicroBatches:
-    """Runs the body on one window's micro-batches at a time and sends clients what comes out.
+    """Runs the body on the micro-batches of one window at a time and sends clients the results.
 
-    `seed` is the run's; dropout follows from it, the rank, the window and a micro-batch's place in the
-    window. `tally` counts until somebody takes it.
+    Dropout depends on `seed` (the run's), the rank, the window and the micro-batch's place in it.
+    `tally` counts until `take_tally`.
     """
 
     def __init__(
@@ -60,29 +60,33 @@ class MicroBatches:
         self._rank = rank
         self._window = 0
         self._numbers: dict[int, int] = {}
-        """Micro-batches of the running window by their place in it."""
+        """Place of each micro-batch in the running window."""
         self._manifests: dict[str, Manifest] = {}
         self._masked_tokens = 0
         self._in_flight: dict[int, InFlight] = {}
         self._pending_sends: deque[tuple[DeviceWork, Callable[[Tensor], bool]]] = deque()
-        """Results that the device makes, and what sends each; true if it had a receiver."""
+        """Results under way on the device, and the function that sends each.
+
+        It returns false for a dummy's result, which nobody receives.
+        """
         self.tally = Tally()
         self.service_seconds = 0.0
-        """Forward and backward of a micro-batch, mean of the last window; 0 before one has ended."""
+        """Seconds of a micro-batch's forward and backward, mean of the last window; 0 at first."""
 
     def begin(
         self, window: int, micro_batches: Sequence[int], manifests: Sequence[Manifest], masked_tokens: int
     ) -> None:
-        """Start a window whose loss is a mean over `masked_tokens`, all ranks together."""
+        """Start a window. Its loss is a mean over `masked_tokens`, those of all ranks."""
         self._window = window
         self._numbers = {micro_batch: number for number, micro_batch in enumerate(micro_batches)}
         self._manifests = {manifest.client: manifest for manifest in manifests}
         self._masked_tokens = masked_tokens
 
     def forward(self, decision: Forward, arrived: Sequence[Arrived]) -> None:
-        """Run a forward over what each piece's client sent; hidden states are sent once the device has them."""
+        """Run a forward over the pieces' activations; hidden states leave once they are ready."""
         micro_batch, pieces = decision.micro_batch, decision.pieces
-        # The place in the window: neither order nor the index, which counts on over windows, may change dropout.
+        # By place in the window: dropout depends neither on order nor on the index, which counts on
+        # over windows.
         seed = stable_seed("body dropout", self._seed, self._window, self._rank, self._numbers[micro_batch])
         if pieces:
             body_input = packed_input(pieces, arrived, self._manifests, seed)
@@ -97,7 +101,10 @@ class MicroBatches:
         self._pending_sends.append((work, partial(self._send_hidden, micro_batch, pieces)))
 
     def backward(self, decision: Backward, gradients: Mapping[str, Tensor]) -> None:
-        """Run a backward with d(loss)/d(hidden) by client, [masked, width] fp32; a piece without one gets zeros."""
+        """Run a backward with d(loss)/d(hidden) by client, [masked, width] fp32.
+
+        A piece without a gradient gets zeros.
+        """
         micro_batch, width = decision.micro_batch, self._contract.gradients.width
         flight = self._in_flight.pop(micro_batch)
         pieces = [gradients.get(piece.client, torch.zeros(piece.masked, width)) for piece in flight.pieces]
@@ -109,27 +116,27 @@ class MicroBatches:
 
     @property
     def has_pending_sends(self) -> bool:
-        """The device, or nobody yet, is at work on results that clients wait for."""
+        """Whether clients wait for results that are under way on the device or not yet sent."""
         return bool(self._pending_sends)
 
     def send_finished(self, wait: bool = False) -> None:
-        """Send results that the device has finished; with `wait` the oldest one, however long it takes."""
+        """Send results that the device has finished. With `wait`, first wait for the oldest."""
         while self._pending_sends and (wait or self._pending_sends[0][0].is_done):
             work, send = self._pending_sends.popleft()
             tensor, seconds = work.result()
-            # A dummy is no work.
+            # A dummy is not work.
             self.tally.busy_seconds += seconds if send(tensor) else 0.0
             wait = False
 
     def end(self) -> None:
-        """The window's backwards are done: send the rest and learn what a micro-batch takes."""
+        """End the window: send the remaining results and set `service_seconds`."""
         while self._pending_sends:
             self.send_finished(wait=True)
         if real := self.tally.forwards - self.tally.dummy_micro_batches:
             self.service_seconds = self.tally.busy_seconds / real
 
     def take_tally(self) -> Tally:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         tally, self.tally = self.tally, Tally()
         return tally
 

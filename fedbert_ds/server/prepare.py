@@ -1,4 +1,4 @@
-"""Text of a run that the server can read: articles to shards and held-out text, a tokenizer, word frequencies."""
+"""The text of a local run: shards and held-out articles from the sources, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What was dealt to local clients."""
+    """Articles dealt to local clients."""
 
     sources: tuple[str, ...]
     articles: int
@@ -29,7 +29,7 @@ class TextFacts:
 
     @property
     def sentence(self) -> str:
-        """One line for a person."""
+        """These facts as one line for the user."""
         total = sum(self.shard_characters)
         shares = ", ".join(f"{100 * characters / total:.0f}" for characters in self.shard_characters)
         return (
@@ -39,9 +39,10 @@ class TextFacts:
 
 
 def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
-    """Write shards, held-out text and tokenizer into the run's folder; rank 0 of a new run calls it.
+    """Write shards, held-out text and tokenizer into the folder of a new run. Rank 0 calls it.
 
-    Without local clients the server reads no text, so a tokenizer must be named (ConfigError).
+    Without local clients the server reads no text and returns no facts. Raises ConfigError if no
+    tokenizer is named then.
     """
     from fedbert_ds.data.corpus import read_articles
     from fedbert_ds.data.shards import deal, hold_out, write_shard
@@ -79,7 +80,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
 
 
 def prepared_text(folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
-    """What `prepare_text` wrote, for a run that resumes."""
+    """Read what `prepare_text` wrote, for a resumed run."""
     from fedbert_ds.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(str(folder.tokenizer))

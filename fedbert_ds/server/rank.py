@@ -1,4 +1,4 @@
-"""One rank's window loop: gather, train a window, save; in step with the other ranks."""
+"""One rank's window loop, in step with the other ranks: gather, save, train a window."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedbert_ds.server.queue.in_flight import Demand, InFlightLimits, in_flight_
 from fedbert_ds.server.rooms import Rooms
 
 OnWindow = Callable[[int, Sequence[RankStatus], float], None]
-"""(finished window, statuses of all ranks, seconds it took)"""
+"""(finished window, statuses of all ranks, seconds of the window)"""
 
 
 class RankServer:
-    """Trains on one rank. `train` returns the window it stopped before; the same on every rank."""
+    """Trains on one rank. `train` returns the window before which it stopped, the same on all."""
 
     def __init__(
         self,
@@ -38,16 +38,17 @@ class RankServer:
         self._queue, self._service, self._micro_batches = rooms.queue, rooms.service, rooms.micro_batches
         self._run, self._clients, self._optimizer = run, clients, optimizer
         self._fixed_limits = limits
-        """Micro-batches in flight as the run file says; None learns them."""
+        """Micro-batches in flight by the run file. None: from measurements."""
         self._first_window = first_window
         self._update_bytes_told = 0
         self.clients: frozenset[str] = frozenset()
-        """Connected clients of all ranks, as of the last gathering."""
+        """Connected clients of all ranks at the last gathering."""
 
     def connect(self, initial_weights: Mapping[str, Tensor] | None, watch: Callable[[], None]) -> None:
-        """Wait until every client seated here has opened its stream; give each its first weights, if any.
+        """Wait until every client seated here has opened its stream; send each its first weights.
 
-        `watch` is called while waiting and may raise: a local client process that died.
+        `initial_weights` is None for a resumed run. `watch` runs while waiting; it raises for a
+        local client process that died. Raises RunError after `clients.join_timeout` seconds.
         """
         seated = self._rooms.seated
         deadline = time.monotonic() + self._clients.join_timeout
@@ -64,8 +65,8 @@ class RankServer:
     def train(self, on_window: OnWindow, save: Callable[[int], None]) -> int:
         """Run windows until the last one, a stop request, or too few clients.
 
-        `save(window)` writes the state before `window`; all ranks call it. Raises RunError, on every rank,
-        when fewer than `clients.required` are left; what was saved before stays.
+        `save(window)` writes the state before `window`; all ranks call it. Raises RunError, on
+        every rank, when fewer than `clients.required` are left; earlier checkpoints stay.
         """
         window = saved = self._first_window
         started = time.monotonic()
@@ -90,15 +91,15 @@ class RankServer:
         """Wait until this rank's next window is planned, then exchange statuses with all ranks."""
         is_last = window == self._run.windows
         with self._rooms.trace.span("wait for plan", window=window):
-            # Clients cannot answer before their updates are combined, and a window that runs counts their silence. A
-            # rank that stops still has its part in that: the others wait for it.
+            # Clients answer only once their updates are combined, and a running window counts their
+            # silence. A rank that stops takes part in the combining too: the others wait for it.
             while not (
                 self._rooms.exchange.is_done(window - self._rooms.staleness)
                 and (self._queue.schedule.is_planned or is_last or self._rooms.stop.requested)
             ):
                 self._service.attend()
         if is_last or self._rooms.stop.requested:
-            # So that the run's bytes are all counted. Earlier, a window's may count in the next one.
+            # Count all bytes of the run. In earlier windows some may count in the next window.
             self._rooms.outbox.settle()
         status = RankStatus(
             num_micro_batches=self._queue.schedule.num_micro_batches,
@@ -107,7 +108,7 @@ class RankServer:
             clients=self._queue.clients,
             stop=self._rooms.stop.requested,
             problems=tuple(self._rooms.membership.problems),
-            # The status before the first window is shown to nobody.
+            # Nobody sees the status before the first window.
             new_problems=self._rooms.membership.take_new_problems() if window > self._first_window else (),
             tally=self._take_tally(),
         )
@@ -115,7 +116,7 @@ class RankServer:
             return self._rooms.rank_group.gather(status)
 
     def _train_window(self, window: int, statuses: Sequence[RankStatus]) -> None:
-        """From the start of a planned window to the body's step."""
+        """Train a planned window, from its start to the body's step."""
         self._start(window, statuses)
         while True:
             self._service.take_in()
@@ -157,7 +158,7 @@ class RankServer:
             self._rooms.exchange.expect(window, self._queue.schedule.participants, exchange == "weights")
 
     def _wait(self) -> None:
-        """Wait for a result of the device, or for an event."""
+        """Wait for a result of the device, or else for an event."""
         if self._micro_batches.has_pending_sends:
             self._micro_batches.send_finished(wait=True)
             return
@@ -177,7 +178,7 @@ class RankServer:
 
     @contextmanager
     def _busy(self, what: str, **details: Any) -> Iterator[None]:
-        """While the rank computes or waits for other ranks, nobody's silence counts."""
+        """Stop the clients' clocks while the rank computes or waits for other ranks."""
         started = time.monotonic()
         with self._rooms.trace.span(what, **details):
             yield

@@ -1,4 +1,4 @@
-"""The rooms of one rank, wired together: the one place that knows which room needs which."""
+"""The rooms of one rank, wired together. Only this file knows which room needs which."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from fedbert_ds.telemetry.trace import Trace
 
 @dataclass(frozen=True)
 class Rooms:
-    """What the window loop, checkpoints and the hand-over of one rank work with."""
+    """The rooms that a rank's window loop, checkpoints and hand-over use."""
 
     contract: Contract
     strategy: Strategy
     staleness: int
-    """Windows a client may begin before the updates of earlier ones are combined."""
+    """Windows that a client may begin before earlier updates are combined."""
     seated: frozenset[str]
-    """Clients that have their place at this rank."""
+    """Clients with a seat at this rank."""
     engine: BodyEngine
     rank_group: RankGroup
     stop: StopFlag
@@ -66,9 +66,9 @@ def build_rooms(
     stop: StopFlag,
     trace: Trace,
 ) -> Rooms:
-    """The rooms of this rank, for the clients that `start` seats here.
+    """Build the rooms of this rank, for the clients that `start` seats here.
 
-    `take_event(seconds)` gives the endpoint's events, decoded.
+    `take_event(seconds)` returns the endpoint's events, decoded.
     """
     strategy = strategy_of(config.federation, config.wire)
     tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
@@ -109,7 +109,7 @@ def build_rooms(
 def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
-    # With a fixed order nothing may depend on the clock.
+    # Under `order: fixed` nothing may depend on the clock.
     answer_times = None if window.order == "fixed" else AnswerTimes()
     return PipelineQueue(
         INITIAL_IN_FLIGHT if fixed == "auto" else fixed,

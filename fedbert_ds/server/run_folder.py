@@ -1,4 +1,4 @@
-"""A run's folder: the name of every file in it, what makes it fit to start or to resume, which checkpoints count."""
+"""A run's folder: its file names, the checks before a start or resume, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -28,33 +28,36 @@ UNCHANGED = (
     "clients.expected",
     "clients.local",
 )
-"""Keys that must be the same when a run resumes."""
+"""Keys that a resumed run must not change."""
 
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """DeepSpeed's checkpoints, a folder for each window; one counts once it is marked complete."""
+    """DeepSpeed's checkpoints, one folder a window. A checkpoint counts once marked complete."""
 
     path: Path
 
     def of(self, window: int) -> Path:
-        """The state before `window`."""
+        """Folder of the state before `window`."""
         return self.path / f"window-{window}"
 
     def complete_windows(self) -> frozenset[int]:
-        """Windows that have a complete checkpoint."""
+        """Windows with a complete checkpoint."""
         return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())
 
     def num_ranks(self) -> int | None:
-        """Number of ranks that wrote the complete checkpoints; None when there is none."""
+        """Number of ranks that wrote the complete checkpoints. None without one."""
         marks = sorted(self._marks())
         return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
 
     def mark_complete(self, window: int, ranks: int) -> None:
-        """Count the checkpoint of `window`, whose parts are all written, and drop all but the newest few."""
+        """Mark the checkpoint of `window` complete; delete all but the newest two.
+
+        All its parts are on disk already.
+        """
         write_text(self.of(window) / COMPLETE, json.dumps({"window": window, "ranks": ranks}))
         for old in sorted(self.complete_windows())[:-KEPT_CHECKPOINTS]:
-            # The mark goes first: a checkpoint that is half deleted must not count.
+            # The mark goes first: a half-deleted checkpoint must not count.
             (self.of(old) / COMPLETE).unlink()
             shutil.rmtree(self.of(old))
 
@@ -64,28 +67,28 @@ class CheckpointFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """File names below one folder; `run.directory` of the run file."""
+    """The file names below `run.directory`."""
 
     path: Path
 
     @property
     def config(self) -> Path:
-        """The run file, everything resolved; written first, so a folder without it holds no run."""
+        """The resolved run file. Written first: a folder without it holds no run."""
         return self.path / "config.yaml"
 
     @property
     def address(self) -> Path:
-        """HOST:PORT of the coordinator, while it takes joins or trains."""
+        """HOST:PORT of the coordinator. Exists while it takes joins or trains."""
         return self.path / "server.address"
 
     @property
     def checkpoints(self) -> CheckpointFolder:
-        """The states that the run may resume from."""
+        """The checkpoints that the run may resume from."""
         return CheckpointFolder(self.path / "checkpoints")
 
     @property
     def clients(self) -> Path:
-        """A folder for each local client: shard, log and state."""
+        """One folder for each local client: shard, log and state."""
         return self.path / "clients"
 
     @property
@@ -95,17 +98,17 @@ class RunFolder:
 
     @property
     def held_out(self) -> Path:
-        """Articles that no client has, when the server dealt the text."""
+        """Articles that no client has, if the server dealt the text."""
         return self.path / "held_out.jsonl"
 
     @property
     def text_facts(self) -> Path:
-        """How the text was dealt."""
+        """JSON of the `TextFacts`."""
         return self.path / "text.json"
 
     @property
     def metrics(self) -> Path:
-        """A line of JSON for each window."""
+        """One line of JSON for each window."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -115,7 +118,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page about the run."""
+        """The run's report."""
         return self.path / "report.html"
 
     def shard(self, client: str) -> Path:
@@ -123,33 +126,36 @@ class RunFolder:
         return self.clients / client / "shard.jsonl"
 
     def log(self, client: str) -> Path:
-        """What a local client printed."""
+        """A local client's output."""
         return self.clients / client / "log.txt"
 
     def trace(self, rank: int) -> Path:
-        """A rank's timeline."""
+        """A rank's timeline, for Perfetto."""
         return self.path / f"trace-{rank}.json"
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the run file, which makes this the folder of a run."""
+        """Write the run file. From then on the folder holds a run."""
         write_text(self.config, dump_config(config))
 
     def remove_if_unused(self) -> None:
-        """Leave no folder of a run that failed before it began."""
+        """Delete the folder of a run that failed before it began."""
         if not self.config.exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def reveal_address(self, address: str) -> None:
-        """Write the address for scripts that start clients."""
+        """Write the coordinator's address for scripts that start clients."""
         write_text(self.address, address + "\n")
 
     def hide_address(self) -> None:
-        """Remove the address; a client that starts now waits for the next run's."""
+        """Remove the address. Scripts that start clients then wait for the next run's."""
         self.address.unlink(missing_ok=True)
 
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size: int) -> None:
-    """Raise RunError, before anything is written, if the folder does not fit a run that starts or resumes."""
+    """Check, before anything is written, that the folder fits a run that starts or resumes.
+
+    Raises RunError if it does not.
+    """
     path = folder.path
     if not resume:
         if path.exists() and any(path.iterdir()):
@@ -166,7 +172,7 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size:
 
 
 def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
-    """Raise RunError naming the first key of UNCHANGED that differs between a saved run and its resumption."""
+    """Compare a saved run with its resumption. Raises RunError for the first changed key."""
     before, after = saved.model_dump(), now.model_dump()
     before["body"]["zero_stage"], after["body"]["zero_stage"] = zero_stage(saved.body), zero_stage(now.body)
     for path in UNCHANGED:

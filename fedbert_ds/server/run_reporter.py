@@ -1,4 +1,4 @@
-"""What a run tells its user while it goes on: opening lines, progress, metrics, facts for the report."""
+"""A run's messages to its user: opening lines, progress, metrics, facts for the report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedbert_ds.telemetry.progress import Progress, duration
 
 
 class RunReporter:
-    """Speaks for the run, on rank 0 only."""
+    """Prints and logs for the run, on rank 0 only."""
 
     def __init__(
         self, config: RunConfig, world_size: int, text: TextFacts | None, half: ClientHalf, body: Body
@@ -39,7 +39,7 @@ class RunReporter:
         self._started = time.monotonic()
 
     def announce(self, address: str) -> None:
-        """Print what is about to run; remote clients join at `address`."""
+        """Print the opening lines. Remote clients join at `address` (HOST:PORT)."""
         config, model = self._config, self._model_config
         backend = "cuda, nccl" if torch.cuda.is_available() else "cpu, gloo"
         print(
@@ -62,7 +62,7 @@ class RunReporter:
 
     @contextmanager
     def following(self, first_window: int) -> Iterator[None]:
-        """While this lasts, `window` writes metrics and shows progress."""
+        """Inside this block `window` writes metrics and shows progress."""
         self._started = time.monotonic()
         run, clients = self._config.run, self._config.clients
         with (
@@ -72,7 +72,7 @@ class RunReporter:
             yield
 
     def window(self, window: int, statuses: Sequence[RankStatus], seconds: float) -> None:
-        """Take in all ranks' statuses of a finished window. Says nothing outside `following`."""
+        """Log and show a finished window, of all ranks. Does nothing outside `following`."""
         if self._log is None or self._progress is None:
             return
         config = self._config
@@ -86,7 +86,7 @@ class RunReporter:
         self._progress.update(metrics)
 
     def facts(self) -> dict[str, str]:
-        """What ran, on what and for how long: the first rows of the report's table."""
+        """Versions, machine, model and duration: the first rows of the report's table."""
         config = self._config
         return {
             "version": f"FedBERT-DS {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
@@ -103,7 +103,7 @@ class RunReporter:
 def window_metrics(
     window: int, statuses: Sequence[RankStatus], seconds: float, capacity: int, learning_rate: float
 ) -> WindowMetrics:
-    """One window of all ranks; `capacity` is tokens per micro-batch."""
+    """The metrics of one window, all ranks together. `capacity` is tokens per micro-batch."""
     tallies = [status.tally for status in statuses]
 
     def total(name: str) -> Any:

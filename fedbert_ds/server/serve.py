@@ -1,4 +1,4 @@
-"""A rank's whole life: agree on the run, build the body, let clients in, train, and hand the result over."""
+"""A rank's life: agree on the run, build the body, let clients in, train, hand the result over."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
 INTERRUPTED = 130
-"""Exit code of a run that was stopped and saved, as a shell reports Ctrl-C."""
+"""Exit code of a run that was stopped and saved; a shell reports Ctrl-C so."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What rank 0 prepared and every rank needs before it can build its body."""
+    """Rank 0's preparations, which every rank needs before it builds its body."""
 
     tokenizer: bytes
     facts: TextFacts | None
 
 
 def serve(config: RunConfig, resume: bool) -> int:
-    """Run this rank to the end and return its exit code; torch.distributed is initialized.
+    """Run this rank to the end and return its exit code. torch.distributed must be initialized.
 
-    A UserError is raised on the rank it concerns; the launcher then ends the others.
+    Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, stop = RankGroup(), StopSignal()
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
-    with ExitStack() as at_end:  # what is entered last ends first
+    with ExitStack() as at_end:  # callbacks run in reverse order
         at_end.callback(trace.close)
         at_end.callback(clients.stop)
         at_end.callback(endpoint.stop)
@@ -93,7 +93,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         decoding.start()
         if start.first_window:
             engine.load(folder.checkpoints.path, start.first_window)
-        # A client may come as soon as it is welcomed, so every rank must be ready for it.
+        # A welcomed client may connect at once, so every rank must be ready first.
         ranks.barrier()
         if ranks.rank == 0:
             welcome_all(roster, start, config, addresses, prepared.tokenizer, config_to_json(model_config))
@@ -104,7 +104,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
-            # Clients end in the hand-over; one that is started again must not find this address.
+            # Clients end in the hand-over. A restarted one must not find this address.
             folder.hide_address()
         figures = list(checkpoints.client_figures.values())
         hand_over(rooms, config, rank.clients, window, figures, model_config, tokenizer, reporter.facts())
@@ -112,12 +112,12 @@ def serve(config: RunConfig, resume: bool) -> int:
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still
         # writing.
         ranks.barrier()
-        # Rank 0 speaks for the run; launchers take any other code of any rank for a crash.
+        # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
         return INTERRUPTED if ranks.rank == 0 and window < config.run.windows else 0
 
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
-    """What clients of this run may send."""
+    """The contract of this run's messages, from the run file and the client half."""
     strategy = strategy_of(config.federation, config.wire)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
@@ -133,8 +133,8 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
 
 
 def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -> RankEndpoint:
-    """The endpoint of a rank, not yet listening; under `auto` a process of its own only beside a GPU."""
-    # Measured with `bench network`: a process of its own pays where the body leaves cores idle.
+    """A rank's endpoint, not yet listening. `auto` takes a process of its own only beside a GPU."""
+    # By `fedbert-ds bench network`, a process of its own pays where the body leaves cores idle.
     in_process = server.network == "process" or (server.network == "auto" and torch.cuda.is_available())
     tls = TlsFiles(server.tls.ca, server.tls.certificate, server.tls.key) if server.tls else None
     kind = EndpointProcess if in_process else Endpoint
@@ -156,7 +156,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
 
 
 def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
-    """(transformers config, client half, body) of the model that every rank builds alike from the run's seed."""
+    """(transformers config, client half, body), built from the run's seed; equal on all ranks."""
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
     if config.data.sequence_length > longest_sequence(model.config):
         raise ConfigError(
@@ -175,7 +175,7 @@ def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: 
 
 
 def _initial_weights(half: ClientHalf, start: Start) -> Mapping[str, Tensor] | None:
-    """The weights that clients of a new run begin with; a resumed run's clients have theirs."""
+    """First weights for the clients of a new run. Clients of a resumed run have their own."""
     return {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
 
 

@@ -8,13 +8,16 @@ from typing import Protocol
 
 
 class StopFlag(Protocol):
-    """Something that may ask the run to save and end."""
+    """A request that the run save and end."""
 
     requested: bool
 
 
 class StopSignal:
-    """Set by Ctrl-C, by SIGTERM (a launcher) and by SIGUSR1 (SLURM's warning); a second Ctrl-C kills."""
+    """Set by Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning).
+
+    Another Ctrl-C then raises KeyboardInterrupt.
+    """
 
     def __init__(self) -> None:
         self.requested = False

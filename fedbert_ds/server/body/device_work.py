@@ -1,7 +1,7 @@
-"""Work of the body's device whose result is on its way back, so that the next micro-batch need not wait for a copy.
+"""Work of the body's device, whose result is copied back while the next micro-batch computes.
 
-On a GPU a computation is queued, and its result copied to pinned memory on a stream of its own; the host goes on. On a
-CPU all of it is done at once.
+On a GPU the computation is queued and its result is copied to pinned memory on a stream of its own;
+the host goes on. On a CPU all of it is done at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class DeviceWork:
-    """A tensor that the device makes, and what it took."""
+    """A tensor that the device computes, and the seconds that it took."""
 
     def __init__(self, tensor: Tensor, seconds: float = 0.0, events: tuple[Any, Any, Any] | None = None) -> None:
         self._tensor = tensor
@@ -24,7 +24,10 @@ class DeviceWork:
 
     @classmethod
     def start(cls, device: torch.device, compute: Callable[[], Tensor], copies: Any = None) -> DeviceWork:
-        """Start `compute`, whose result is wanted in fp32 on the CPU; `copies` is the stream for it, on a GPU."""
+        """Start `compute` and the copy of its result to the CPU, in fp32.
+
+        `copies` is the stream of that copy; a GPU needs one, a CPU ignores it.
+        """
         if device.type != "cuda":
             started = time.monotonic()
             tensor = compute().to(device="cpu", dtype=torch.float32)
@@ -37,7 +40,7 @@ class DeviceWork:
         with torch.cuda.stream(copies):
             tensor = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
             tensor.copy_(result, non_blocking=True)
-            # Its memory must not be given to another tensor while the copy still reads it.
+            # No other tensor may get its memory while the copy still reads it.
             result.record_stream(copies)
             copied = torch.cuda.Event()
             copied.record()
@@ -45,11 +48,11 @@ class DeviceWork:
 
     @property
     def is_done(self) -> bool:
-        """The result is here."""
+        """Whether the result is here."""
         return self._events is None or self._events[2].query()
 
     def result(self) -> tuple[Tensor, float]:
-        """(tensor, fp32 on the CPU; seconds the device computed), waiting for them."""
+        """(tensor, fp32 on the CPU; seconds of device computation). Waits for both."""
         if self._events is not None:
             began, ended, copied = self._events
             copied.synchronize()
@@ -58,7 +61,7 @@ class DeviceWork:
 
 
 def upload(tensor: Tensor, device: torch.device, copies: Any = None) -> Tensor:
-    """The tensor on the device; on a GPU copied on the stream `copies`, and ready for the current one."""
+    """The tensor on the device. On a GPU, stream `copies` copies it and the current one waits."""
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     with torch.cuda.stream(copies):

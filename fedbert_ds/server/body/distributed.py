@@ -9,7 +9,10 @@ from datetime import timedelta
 
 
 def initialize() -> None:
-    """Join the other ranks, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT say (one rank when they are unset)."""
+    """Join the other ranks by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Unset variables mean a run of one rank.
+    """
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else _free_port())
@@ -18,9 +21,9 @@ def initialize() -> None:
     use_cuda = torch.cuda.is_available()
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        # Ranks and clients share few cores; more threads than one each only get in each other's way.
+        # Ranks and clients share few cores: more threads than one each only compete for them.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
+    # DeepSpeed calls collectives by names that torch has deprecated. A user cannot mend that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
     import deepspeed.ops
@@ -28,8 +31,8 @@ def initialize() -> None:
 
     logger.setLevel(logging.WARNING)
     if not use_cuda:
-        # DeepSpeed would compile this shared-memory collective at start and die where there is no compiler; gloo does
-        # the same.
+        # DeepSpeed would compile this shared-memory collective at start, and fail without a
+        # compiler. gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -37,7 +40,7 @@ def initialize() -> None:
 
 
 def shut_down() -> None:
-    """Leave the process group, so that nothing is reported as leaked."""
+    """Leave the process group, so that torch reports no leak."""
     import torch
 
     torch.distributed.destroy_process_group()

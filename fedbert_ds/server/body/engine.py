@@ -1,4 +1,4 @@
-"""The body under a DeepSpeed engine: forwards and backwards of micro-batches in any order, one step a window."""
+"""The body under DeepSpeed: forwards and backwards in any order, one step a window."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 
 @dataclass(frozen=True)
 class BodyInput:
-    """What one forward of the body takes, on the CPU or the body's device."""
+    """Input of one forward of the body, on the CPU or the body's device."""
 
     activations: Tensor
     """[tokens, width], or [rows, width] with cut: rows; float."""
     masked_positions: Tensor
-    """[masked] int64: where hidden states are wanted."""
+    """[masked] int64: positions whose hidden states are wanted."""
     cu_seqlens: Tensor
     """[sequences + 1] int32."""
     row_index: Tensor | None
     """[tokens] int64 into the rows of `activations`; None unless cut: rows."""
     seed: int
-    """Seeds this micro-batch's dropout, so that it depends neither on order nor on rank."""
+    """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
 
     def to(self, device: torch.device, copies: Any = None) -> BodyInput:
-        """The same input on a device, copied on the stream `copies` if that is a GPU."""
+        """The same input on a device. On a GPU, the stream `copies` copies it."""
         index = None if self.row_index is None else upload(self.row_index, device, copies)
         activations, positions = (upload(t, device, copies) for t in (self.activations, self.masked_positions))
         return BodyInput(activations, positions, self.cu_seqlens, index, self.seed)
 
 
 class BodyEngine:
-    """Forward, backward and step of the body on this rank; holds the graphs (or, at stage 3, the inputs) in flight.
+    """Forward, backward and step of the body on this rank. Holds the micro-batches in flight.
 
-    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gives silently wrong gradients with
-    several graphs in flight (its parameters are gathered and released around each module call), so there a forward runs
-    without a graph and the backward runs forward and backward again, with the same dropout seed: the cost of full
-    activation checkpointing.
+    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gathers and
+    releases parameters around each module call, which gives silently wrong gradients with several
+    graphs in flight. There a forward runs without a graph, and the backward runs the forward again
+    with the same dropout seed: the cost of full activation checkpointing.
     """
 
     def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device) -> None:
@@ -62,7 +62,7 @@ class BodyEngine:
         self._inputs: dict[int, BodyInput] = {}
         self._hidden: dict[int, Tensor] = {}
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        """What goes to the device and comes back does so beside the computation."""
+        """The stream of copies to and from the device, beside the computation."""
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
 
@@ -75,7 +75,10 @@ class BodyEngine:
         kernels: Kernels,
         device: torch.device,
     ) -> BodyEngine:
-        """Wrap a body; torch.distributed must be initialized. Every rank passes the same weights."""
+        """Wrap a body in DeepSpeed. torch.distributed must be initialized.
+
+        Every rank passes the same weights. Raises ConfigError as `deepspeed_settings`.
+        """
         stage = zero_stage(section)
         optimizer = build_optimizer(
             [(name, p) for name, p in body.named_parameters() if p.requires_grad],
@@ -91,18 +94,19 @@ class BodyEngine:
 
     @property
     def lockstep_forwards(self) -> bool:
-        """Forwards have collectives, so every rank must run the same sequence of operations."""
+        """Whether forwards hold collectives: all ranks must run the same operations in order."""
         return self._stage == 3
 
     def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
-        """Hidden states [masked, width]; the micro-batch stays in flight until its backward."""
+        """Hidden states [masked, width] fp32; the micro-batch is in flight until its backward."""
         return DeviceWork.start(self._device, lambda: self._forward(micro_batch, body_input), self._copies)
 
     def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
-        """Gradient of the forward's activations, as they were; parameter gradients accumulate until `step`.
+        """d(loss)/d(activations) fp32, in the shape of the forward's activations.
 
-        `hidden_gradient` [masked, width] is d(loss)/d(hidden) of the whole window's loss; `is_last` marks this rank's
-        last backward of the window, where ZeRO finishes its reduction.
+        `hidden_gradient` [masked, width] is d(loss)/d(hidden) for the whole window's loss.
+        Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of the
+        window, where ZeRO finishes its reduction.
         """
         compute = partial(self._backward, micro_batch, hidden_gradient, is_last)
         return DeviceWork.start(self._device, compute, self._copies)
@@ -125,7 +129,7 @@ class BodyEngine:
             hidden = self._run(body_input)
         else:
             hidden = self._hidden.pop(micro_batch)
-        # Ranks average their gradients; the window's loss is a sum over ranks.
+        # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
         loss = (hidden.float() * upload(hidden_gradient, self._device, self._copies)).sum() * self._world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
@@ -134,13 +138,13 @@ class BodyEngine:
         return gradient.to(torch.float32) / self._world_size
 
     def step(self, learning_rate: float) -> None:
-        """Step the optimizer once, with this learning rate; all ranks together."""
+        """Step the optimizer once with this learning rate. All ranks call it."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
-        """One token nobody looks at: it makes the collectives of a forward and backward happen."""
+        """One unused token, so that a rank without work still runs the collectives."""
         return BodyInput(
             activations=torch.zeros(1, width),
             masked_positions=torch.zeros(0, dtype=torch.int64),
@@ -150,7 +154,8 @@ class BodyEngine:
         )
 
     def full_state(self) -> dict[str, Tensor]:
-        """Whole fp32 weights by Hugging Face name, on the CPU; every rank calls it (partitions are gathered)."""
+        """Whole fp32 weights by Hugging Face name, on the CPU. All ranks call it: it gathers
+        partitions."""
         state = {}
         masters = self._unpartitioned_masters()
         for name, parameter in self._engine.module.named_parameters():
@@ -159,17 +164,23 @@ class BodyEngine:
         return state
 
     def save(self, folder: Path, window: int) -> None:
-        """Write a DeepSpeed checkpoint of the state before `window`; all ranks together."""
+        """Write a DeepSpeed checkpoint of the state before `window`. All ranks call it."""
         self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
 
     def load(self, folder: Path, window: int) -> None:
-        """Read a checkpoint written by `save` with the same number of ranks and ZeRO stage."""
+        """Read a checkpoint that `save` wrote with the same number of ranks and ZeRO stage.
+
+        Raises ConfigError if there is none.
+        """
         path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
         if path is None:
             raise ConfigError(f"{folder}: no checkpoint of window {window}")
 
     def affordable_in_flight(self) -> int:
-        """Micro-batches in flight that memory holds, by the first one's size; `MOST_IN_FLIGHT` before there was one."""
+        """Micro-batches in flight that memory holds, by the size of the first.
+
+        `MOST_IN_FLIGHT` before the first.
+        """
         return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else MOST_IN_FLIGHT
 
     def _run_measured(self, body_input: BodyInput) -> Tensor:
@@ -187,7 +198,7 @@ class BodyEngine:
         )
 
     def _unpartitioned_masters(self) -> dict[Tensor, Tensor]:
-        """At stage 0, each parameter's fp32 weights: itself, or the copy that DeepSpeed's bf16 optimizer steps."""
+        """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""
         masters: dict[Tensor, Tensor] = {parameter: parameter for parameter in self._engine.module.parameters()}
         if self._stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
             optimizer = self._engine.optimizer

@@ -1,4 +1,4 @@
-"""What a micro-batch in flight costs in memory, and how much of it there is."""
+"""Memory of a micro-batch in flight, and the memory available for all of them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 SHARE = 0.5
-"""Of the memory that is free when the body is built; optimizer states and buffers of the network need the rest."""
+"""Share of the memory that is free when the body is built. Optimizer states and network buffers
+need the rest."""
 
 
 @dataclass
 class Saved:
-    """Storages that a graph keeps for its backward, by address, in bytes."""
+    """Storages that a graph keeps for its backward: bytes by address."""
 
     storages: dict[int, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of them, each once."""
+        """Bytes of all storages, each counted once."""
         return sum(self.storages.values())
 
 
 @contextmanager
 def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
-    """Counts what graphs built inside keep, but for parameters, which are there anyway."""
+    """Count what graphs built inside this block keep. Parameters do not count."""
     saved = Saved()
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
 
@@ -44,7 +45,7 @@ def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
 
 
 def memory_budget(device: torch.device) -> int:
-    """Bytes that micro-batches in flight may take on this rank: a share of what is free now."""
+    """Bytes for micro-batches in flight on this rank: a share of the memory that is free now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(SHARE * free)

@@ -1,4 +1,4 @@
-"""One micro-batch for the body, of what several clients sent."""
+"""The body's input of one micro-batch, packed from the pieces of several clients."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from fedbert_ds.wire.messages import Manifest
 def packed_input(
     pieces: Sequence[Piece], arrived: Sequence[Arrived], manifests: Mapping[str, Manifest], seed: int
 ) -> BodyInput:
-    """The pieces of a micro-batch one after another; positions, bounds and row numbers shift by what is before.
+    """Concatenate the pieces of a micro-batch.
 
-    `arrived` is what each piece's client sent for it, and `manifests` say by client how long its sequences are.
+    Positions, sequence bounds and row numbers shift by the pieces before. `arrived` holds each
+    piece's activations. `manifests`, by client, give sequence lengths.
     """
     lengths: list[int] = []
     positions, row_indices = [], []

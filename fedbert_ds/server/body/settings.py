@@ -1,4 +1,4 @@
-"""What DeepSpeed is told: the user's JSON file, and the keys that the run file owns."""
+"""DeepSpeed's settings: the user's JSON file, and the keys that the run file owns."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ OURS = {
     "bf16": "body.precision",
     "fp16": "body.precision",
 }
-"""DeepSpeed keys whose meaning the run file owns, and the run-file key that sets each."""
+"""DeepSpeed keys that the run file owns, and the run-file key that sets each."""
 
 
 def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
 
-    Raises ConfigError when the file is not JSON, has no usable ZeRO stage, or sets a key that the run file owns.
+    Raises ConfigError if the file is not JSON, has no usable ZeRO stage, or sets a key that the run
+    file owns.
     """
     settings = _read(body)
     settings |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        # DeepSpeed clips at 1.0 when nothing is said.
+        # DeepSpeed clips at 1.0 by default.
         "gradient_clipping": optimizer.gradient_clipping,
         "bf16": {"enabled": body.precision == "bf16"},
         "zero_allow_untested_optimizer": True,
@@ -41,12 +42,12 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
 
 
 def zero_stage(body: BodySection) -> int:
-    """The ZeRO stage a run uses. Raises ConfigError as `deepspeed_settings` does."""
+    """The run's ZeRO stage. Raises ConfigError as `deepspeed_settings`."""
     return int(_read(body)["zero_optimization"].get("stage", 0))
 
 
 def _read(body: BodySection) -> dict[str, Any]:
-    """The user's file, checked, with the run file's ZeRO stage."""
+    """The user's file, checked, with the run file's ZeRO stage where it sets one."""
     path = body.deepspeed
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-# make pretrain    set up the environment, then pre-train with configs/default.yaml on this machine
-# make test        set up the environment, then lint, type-check and test
-# make compile-check   compile every kernel without a GPU and compare golden tables, some 4 minutes
-# make same        six short runs: compare losses and weights with the recorded ones, bit by bit
-# make setup       the environment alone        make clean    remove it, and what tools left behind
+# make pretrain        set up the environment, then pre-train with configs/default.yaml on this machine
+# make test            set up the environment, then lint, type-check and test
+# make compile-check   compile every kernel without a GPU, compare golden tables (some 4 minutes)
+# make same            six short runs: compare losses and weights with the recorded ones, bit by bit
+# make setup           the environment alone        make clean    remove it and what tools left
 #
 # make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"    another run file, overrides, resume
 

@@ -66,3 +66,11 @@ def test_ranks_follow_the_machine(tmp_path):
     assert command.stdout.strip().endswith(expected)
     chosen = make("-n", "pretrain", "DEVICE=cpu", "CUDA_VISIBLE_DEVICES=1", f"VENV={tmp_path}")
     assert "--num_gpus" not in chosen.stdout
+
+
+def test_the_slow_compile_check_takes_arguments(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / ".installed-cpu").touch()
+    command = make("-n", "compile-check", "DEVICE=cpu", f"VENV={tmp_path}", "ARGS=--update")
+    assert command.stdout == "python -m fedbert_kernels.compile_check --update\n"

@@ -1,4 +1,4 @@
-# make pretrain        set up the environment, then pre-train with configs/default.yaml on this machine
+# make pretrain        set up the environment, then pre-train with configs/default.yaml
 # make test            set up the environment, then lint, type-check and test
 # make compile-check   compile every kernel without a GPU, compare golden tables (some 4 minutes)
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit

@@ -1,4 +1,5 @@
-"""Where there is no GPU, tests of kernels run them in Triton's interpreter; all other tests run what CPU users run."""
+"""Without a GPU, tests of kernels run them in Triton's interpreter. All other tests run torch's
+operators, as CPU users do."""
 
 import contextlib
 import os
@@ -6,11 +7,12 @@ import os
 import pytest
 import torch
 
-# As `make test` has it, for whoever calls pytest: with more threads torch sums in another order and rounds otherwise.
+# As under `make test`: with more threads torch sums in another order and rounds differently.
 torch.set_num_threads(1)
 
 if not torch.cuda.is_available():
-    # Triton decides when it and a kernel are imported, so before any test module can import one.
+    # Triton decides at its own import and each kernel's, so set this before any test module imports
+    # one.
     os.environ["TRITON_INTERPRET"] = "1"
     import fedbert_kernels.attention
     import fedbert_kernels.gelu
@@ -19,7 +21,7 @@ if not torch.cuda.is_available():
     import fedbert_kernels.quantize  # noqa: F401
 
     with contextlib.suppress(ImportError):
-        # Triton imports this when it first interprets a kernel, and it too looks at the variable.
+        # Triton imports this when it first interprets a kernel. It reads the variable too.
         import triton.experimental.gluon  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
@@ -27,7 +29,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True, scope="module")
 def torch_bodies(request):
-    """Outside the kernels' own tests, operators on the CPU run in torch, as on a client: else they'd be interpreted."""
+    """Outside the kernels' own tests, operators on the CPU run in torch, as on a client. Else
+    Triton would interpret them."""
     if request.path.parent.name == "kernels" or request.path.name == "test_kernels.py":
         yield
         return

@@ -1,4 +1,4 @@
-"""Starts real rank and client processes for a list of runs, and what plain PyTorch makes of the same text."""
+"""Real rank and client processes for a list of runs; plain PyTorch training on the same text."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fedbert_ds.server.queue.packing import window_shares
 
 WORLD_SIZE = 2
 CLIENTS = {"ada": 9, "bo": 5, "cy": 2}
-"""Three clients and the articles each has: unequal shards."""
+"""Three clients and their numbers of articles: unequal shards."""
 WINDOWS = 5
 WORKER = Path(__file__).with_name("worker.py")
 ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 
 def write_text(folder: Path) -> dict[str, str]:
-    """Made-up articles of unequal length for every client, and a tokenizer; returns data paths by client."""
+    """Write made-up articles of unequal length and a tokenizer. Returns data paths by client."""
     words = random.Random(7)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     vocabulary = ["".join(words.choices(syllables, k=words.randint(1, 4))) for _ in range(400)]
@@ -51,7 +51,7 @@ def write_text(folder: Path) -> dict[str, str]:
 
 
 def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
-    """A run file for the test federation: small enough to run in a second, with several micro-batches in flight."""
+    """A run file for the test federation: one second, several micro-batches in flight."""
     tree: dict = {
         "run": {"directory": str(folder / name), "windows": WINDOWS, "save_every": 1000, "seed": 3},
         "model": {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "dropout": 0.0,
@@ -72,7 +72,10 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
 
 
 def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
-    """Run every job, one after another, in 2 rank and 3 client processes; fails with what a process printed."""
+    """Run the jobs one after another in 2 rank and 3 client processes.
+
+    A failure shows the processes' output.
+    """
     path = folder / "jobs.json"
     path.write_text(json.dumps(jobs))
     with socket.socket() as probe:
@@ -117,7 +120,7 @@ def _output(folder: Path, processes: Mapping[str, subprocess.Popen]) -> str:
 
 
 class Centralized:
-    """Plain single-process training of the unsplit model on the very sequences the clients draw."""
+    """Plain single-process training of the unsplit model on the clients' own sequences."""
 
     def __init__(self, tree: dict, data: Mapping[str, str]) -> None:
         self.config: RunConfig = parse_config(tree, "test")
@@ -137,10 +140,10 @@ class Centralized:
             for client in data
         }  # fmt: skip
         self.input_gradients: dict[tuple[str, int], list[Tensor]] = {}
-        """By (client, window): d(loss)/d(what crosses the cut) for each sequence, [length, width]."""
+        """By (client, window): d(loss)/d(tensor at the cut) for each sequence, [length, width]."""
 
     def train(self) -> dict[str, Tensor]:
-        """Train all windows; the final state dict."""
+        """Train all windows and return the final state dict."""
         optimizer = build_optimizer(list(self.model.named_parameters()), self.config.optimizer)
         for window in range(self.config.run.windows):
             batches = {

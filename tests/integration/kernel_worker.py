@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 LENGTHS = ([5, 9], [1, 3])
-"""Of the sequences of each micro-batch."""
+"""Sequence lengths of each micro-batch."""
 
 
 def main(folder: Path) -> None:
@@ -42,18 +42,18 @@ def main(folder: Path) -> None:
 
 
 def run_rank(rank: int, folder: Path) -> None:
-    """Train and write, run after run."""
+    """Train and write all runs of one rank."""
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    # On a CPU attention has a body in torch; here it gives way to the kernels, interpreted.
+    # On a CPU attention runs in torch; here the interpreted kernels replace it.
     from fedbert_kernels import attention
 
     attention.attention_torch.forward = attention.launch_forward
     attention.attention_torch.backward = attention.launch_backward
     initialize()
     for stage in (2, 3):
-        # At stage 3, weights as small as these are partitioned and released too.
+        # At stage 3, partition and release even weights as small as these.
         settings = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
         path = folder / f"zero-{rank}.json"
         path.write_text(json.dumps({"zero_optimization": settings}))
@@ -79,7 +79,7 @@ def beaten_by_torch_compile() -> None:
 
 
 def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
-    """Weights by name, and input gradients by micro-batch."""
+    """Train one window: weights by name, and input gradients by micro-batch."""
     from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split

@@ -1,4 +1,4 @@
-"""Faults put into the server on purpose, to see that the equality tests notice them."""
+"""Deliberate faults in the server. The equality tests must notice each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _newest_backward_first(window, is_fixed):
 
 
 def _stops_before_window_3(self, window, statuses, seconds):
-    # As SLURM's warning would, on one rank only, while window 2 runs.
+    # Like SLURM's warning: on one rank only, while window 2 runs.
     if window == 1 and torch.distributed.get_rank() == 0:
         signal.raise_signal(signal.SIGUSR1)
     return _window(self, window, statuses, seconds)
@@ -65,7 +65,7 @@ def _stops_before_window_3(self, window, statuses, seconds):
 Patches = list[tuple[object, str, object]]
 
 VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_backward", _newest_backward_first)]}
-"""Other orders than the queue's own, under which the result must stay the same."""
+"""Orders other than the queue's own. The result must stay the same."""
 
 INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RunReporter, "window", _stops_before_window_3)]}
 
@@ -73,7 +73,8 @@ FAULTS: dict[str, Patches] = {
     "gradient scale off by the world size": [(BodyEngine, "backward", _without_world_size)],
     "input gradient scale off by the world size": [(BodyEngine, "backward", _input_gradient_not_divided)],
     "a micro-batch dropped": [(BodyEngine, "backward", _drops_first_micro_batch)],
-    # DeepSpeed's stage 3 happens to be right with kept graphs as long as backwards follow the order of forwards.
+    # With kept graphs, DeepSpeed's stage 3 happens to be right while backwards follow the order of
+    # forwards.
     "ZeRO 3 without its re-run": [
         (BodyEngine, "forward", _forward_keeps_graph),
         (priority, "next_backward", _newest_backward_first),

@@ -1,10 +1,10 @@
-"""Six short runs whose losses and weights a refactoring must not change: recorded once, compared bit by bit.
+"""Six short runs that no refactoring changes: losses and weights compared bit by bit.
 
-    python tests/integration/recorded_runs.py            compare with recorded_runs.json; exit code 1 on a difference
+    python tests/integration/recorded_runs.py            compare with recorded_runs.json
     python tests/integration/recorded_runs.py --write    record anew
 
-Bits depend on the processor and on the versions of torch and DeepSpeed, so the file says which made it. On another
-machine, record at the older commit first.
+A difference is exit code 1. Bits depend on the processor and on the versions of torch and
+DeepSpeed, which the record names. On another machine, record at the older commit first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECORD = Path(__file__).with_suffix(".json")
 
 
 def jobs(folder: Path) -> list[dict[str, Any]]:
-    """The runs: every ZeRO stage, both federated modes, cut `rows`, dropout and clipping, a stop and a resume."""
+    """Every ZeRO stage, both modes, cut `rows`, dropout, clipping, a stop and a resume."""
     from integration.cluster import ZERO, run_file, write_text
 
     data = write_text(folder)
@@ -49,7 +49,7 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def run() -> dict[str, Any]:
-    """Train all of them; per-window losses as hexadecimal floats and a digest of the final weights, by run."""
+    """Train all runs: losses per window as hexadecimal floats, a digest of final weights."""
     from integration.cluster import run_jobs
 
     with tempfile.TemporaryDirectory() as name:
@@ -64,7 +64,7 @@ def run() -> dict[str, Any]:
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """One line for each run that is not the same to the last bit."""
+    """One line for each run that differs in any bit."""
     lines = []
     for name in sorted({*recorded["runs"], *now["runs"]}):
         before, after = (side["runs"].get(name) for side in (recorded, now))
@@ -108,7 +108,7 @@ def _machine() -> dict[str, str]:
 
 
 def main() -> int:
-    """Record or compare, as the command line says."""
+    """Record or compare, by the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="record anew")
     options = parser.parse_args()

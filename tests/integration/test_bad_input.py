@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line that names what to change, a non-zero exit, nothing left running."""
+"""User mistakes: one line that says what to change, a non-zero exit, nothing left running."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def test_an_unreachable_server(folder) -> None:
 
 
 def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(folder) -> None:
-    """Empty shard, wrong vocabulary, another model, another protocol; then a good client, and the run completes."""
+    """An empty shard, another vocabulary, model, cut and protocol; then a good client, and the run
+    completes."""
     (folder / "empty.jsonl").write_text("")
     other = folder / "other-tokenizer"
     train_wordpiece([Article("other", "entirely different words " * 50)], 120).save_pretrained(other)
@@ -197,7 +198,7 @@ for number, (arguments, changed) in enumerate(json.loads(sys.argv[1])):
     outcomes.append({"exit": code, "stderr": said.getvalue()})
 print(json.dumps(outcomes))
 """
-"""Client commands one after another in one process, which imports torch once: exit code and stderr of each."""
+"""Client commands in one process, which imports torch once: exit code and stderr of each."""
 
 
 def _clients(folder: Path, commands: list[list[str]], protocols: dict[int, int]) -> list[dict]:
@@ -219,7 +220,7 @@ def _environment() -> dict[str, str]:
 
 
 def _expect_failure(process: subprocess.CompletedProcess, *parts: str) -> None:
-    """One line of ours, with every part, no traceback, a non-zero exit, and no process of the run left."""
+    """One line of ours with every part, no traceback, a non-zero exit, no process of it left."""
     _expect_one_line(process.returncode, process.stderr, *parts)
     command = process.args
     marks = [value for option, value in itertools.pairwise(command) if option in ("--config", "--state")]

@@ -1,4 +1,4 @@
-"""The federated run equals centralized training: real processes, real gRPC, 2 ranks x 3 unequal clients."""
+"""Federated equals centralized training: real processes, real gRPC, 2 ranks, 3 unequal clients."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORDERS = ("fixed", "arrival")
 CUTS = ("embeddings", "rows", {"layers": 1})
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
-# Every pair of values of any two of the four factors occurs in some row (a test below checks it).
+# Every pair of values of two factors occurs in some row; a test below checks it.
 COMBINATIONS = [
     (0, "fixed", "embeddings", "sgd"), (0, "arrival", "rows", "adamw"), (0, "fixed", {"layers": 1}, "lamb"),
     (1, "arrival", "embeddings", "adamw"), (1, "fixed", "rows", "lamb"), (1, "arrival", {"layers": 1}, "sgd"),
@@ -44,13 +44,13 @@ def _tree(folder: Path, stage, order, cut, optimizer, name=None) -> dict:
         cut=cut,
         window={"order": order},
         body={"deepspeed": str(_deepspeed_file(folder, stage))},
-        # Plain SGD needs a larger rate to move far enough that a wrong gradient shows.
+        # Plain SGD needs a larger rate: the weights must move far enough to show a wrong gradient.
         optimizer={"name": optimizer, "lr": 0.5 if optimizer == "sgd" else 0.01},
     )
 
 
 def _deepspeed_file(folder: Path, stage: int) -> Path:
-    """The shipped file; for stage 3 with parameters as small as the test's partitioned and released too."""
+    """The shipped file. For stage 3, one that also partitions and releases small parameters."""
     shipped = ZERO / f"zero{stage}.json"
     if stage < 3:
         return shipped
@@ -63,7 +63,7 @@ def _deepspeed_file(folder: Path, stage: int) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """All combinations and all faults, run once in the same five processes."""
+    """All combinations and faults, run once in the same five processes."""
     folder = tmp_path_factory.mktemp("equality")
     data = write_text(folder)
     jobs = [{"config": _tree(folder, *row), "resume": False, "data": data} for row in COMBINATIONS]
@@ -82,7 +82,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def centralized(finished):
-    """Centralized results by (cut, optimizer); the ZeRO stage and the order do not exist there."""
+    """Centralized results by (cut, optimizer). They have neither ZeRO stage nor order."""
     folder, data = finished
     cache: dict[str, tuple[Centralized, dict[str, Tensor]]] = {}
 
@@ -132,7 +132,7 @@ def test_the_order_of_backwards_does_not_matter(finished, centralized, variation
 
 
 def test_windows_have_several_unequal_numbers_of_micro_batches(finished) -> None:
-    """Otherwise the tests above would say less than they claim."""
+    """Without them the tests above would prove less than they claim."""
     folder, _ = finished
     rows = [json.loads(line) for line in (folder / _name(*COMBINATIONS[0]) / "metrics.jsonl").read_text().splitlines()]
     counts = [row["forwards"] for row in rows]
@@ -141,7 +141,7 @@ def test_windows_have_several_unequal_numbers_of_micro_batches(finished) -> None
 
 
 def test_training_moved_the_weights(finished) -> None:
-    """An optimizer that stands still would equal another that does."""
+    """Two optimizers that never move would be equal too."""
     folder, data = finished
     for optimizer in OPTIMIZERS:
         row = next(row for row in COMBINATIONS if row[3] == optimizer)

@@ -21,12 +21,12 @@ WORKER = Path(__file__).with_name("kernel_worker.py")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What two ranks wrote."""
+    """The folder that two ranks wrote."""
     folder = tmp_path_factory.mktemp("kernels")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    # The kernels are interpreted, so the GPU, if there is one, stays out of it.
+    # Interpreted kernels run on the CPU, so hide any GPU.
     common = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(WORKER), str(folder)]
@@ -35,7 +35,7 @@ def folder(tmp_path_factory) -> Path:
     try:
         assert ranks.wait(timeout=280) == 0, (folder / "log").read_text()[-3000:]
     finally:
-        # Both of them, should one have left the other waiting.
+        # Kill both: one may have left the other waiting.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(ranks.pid, signal.SIGKILL)
         ranks.wait()

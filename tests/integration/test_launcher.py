@@ -1,4 +1,4 @@
-"""The command of the README through DeepSpeed's own launcher: Ctrl-C saves and ends everything, --resume goes on."""
+"""The README's command under DeepSpeed's launcher: Ctrl-C saves and ends, --resume goes on."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_interrupt_then_resume(config) -> None:
 
 
 def _launch(config: Path, *arguments: str) -> subprocess.Popen:
-    """As a terminal would: in a process group of its own."""
+    """Start the run as a terminal would, in a process group of its own."""
     deepspeed = shutil.which("deepspeed", path=str(Path(sys.executable).parent))
     assert deepspeed, "deepspeed is not installed beside this Python; run make setup"
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -93,7 +93,7 @@ def _windows(run: Path) -> int:
 
 
 def _left(config: Path) -> list[str]:
-    """Ranks and clients of this run that are still there."""
+    """Ranks and clients of this run that still run."""
     here = str(config.parent)
     commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
     return [command for command in commands if here in command]

@@ -1,4 +1,4 @@
-"""A rank's rooms and a real network: clients over gRPC, links that break, a client that fails; the engine is a fake."""
+"""A rank's rooms over real gRPC: links that break, a client that fails. The engine is a fake."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def trio(config: RunConfig, bo: FakeClient | None = None) -> list[FakeClient]:
 
 
 def serve(endpoint: Listening, address: str, config: RunConfig, clients: list[FakeClient]) -> list[str]:
-    """Train a whole run with clients that dial `address`; the problems reported."""
+    """Train a whole run with clients that dial `address`; return the reported problems."""
     places = seats(clients)
     endpoint.real.admit({name: seat.session for name, seat in places.items()})
     rank = Served(config, FakeEngine(), endpoint.real, FakeRankGroup(), places)

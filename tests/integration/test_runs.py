@@ -1,4 +1,5 @@
-"""Whole runs compared with each other and with centralized training: resume, modes, precision, what is on the wire."""
+"""Whole runs compared with each other and with centralized training: resume, modes, precision,
+bytes on the wire."""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
 
     for name, sections in RESUMED.items():
         sections = {**sections, "model": DROPOUT, "window": FIXED}
-        # Compression is lossless, so the resumed run, which has it, must not differ; and here bytes can be searched.
+        # Without compression the bytes can be searched. The resumed run has it and must not differ:
+        # it is lossless.
         add(f"{name}-whole", **sections, wire={"compression": "none"})
         add(f"{name}-resumed", mutation="stopped before window 3", **sections)
         add(f"{name}-resumed", resume=True, **sections)
@@ -110,7 +112,7 @@ def test_low_precision_follows_full_precision(runs, name) -> None:
 
 
 def test_parallel_averaging_every_window_equals_centralized_sgd(runs) -> None:
-    """With plain SGD the average of the clients' steps, by masked tokens, is the step of the common gradient."""
+    """With plain SGD, the average of steps by masked tokens is the step of the common gradient."""
     folder, data = runs
     tree = run_file(folder, "centralized", optimizer={"name": "sgd", "lr": 0.5})
     assert _largest_difference(_weights(folder / "parallel-1"), Centralized(tree, data).train()) < 1e-5
@@ -138,7 +140,8 @@ def test_fewer_bytes_cross_with_a_narrower_codec_and_with_distinct_rows(runs) ->
 
 @pytest.mark.parametrize("name", ["zero2-whole", "rows", "zero0-layers-parallel-whole"])
 def test_neither_text_nor_token_ids_nor_labels_are_in_what_a_client_sends(runs, name) -> None:
-    """By content: the bytes of every message of the run; that no field could hold them is a unit test of the schema."""
+    """Searches the bytes of every message. A unit test of the schema shows that no field could hold
+    them."""
     folder, data = runs
     tokenizer = load_tokenizer(str(folder / "tokenizer"))
     for client, path in data.items():
@@ -146,7 +149,7 @@ def test_neither_text_nor_token_ids_nor_labels_are_in_what_a_client_sends(runs, 
         assert len(sent) > 50_000
         for article in read_articles([path]):
             for word in article.text.split():
-                # Short words occur in random bytes by chance.
+                # Random bytes contain short words by chance.
                 assert len(word) < 6 or word.encode() not in sent
             ids = tokenizer(article.text, add_special_tokens=False)["input_ids"]
             for start in range(0, len(ids) - 8, 8):
@@ -157,7 +160,7 @@ def test_neither_text_nor_token_ids_nor_labels_are_in_what_a_client_sends(runs, 
 
 
 def test_the_order_of_rows_does_not_tell_which_ids_are_larger(runs) -> None:
-    """With cut: rows, a piece's distinct rows go in the order of their first token, so numbers begin 0, 1, 2."""
+    """With cut: rows, distinct rows go in the order of their first token: numbers begin 0, 1, 2."""
     folder, _ = runs
     for client in CLIENTS:
         pieces = torch.load(folder / "rows" / "clients" / client / "input_gradients.pt", weights_only=True)
@@ -170,7 +173,7 @@ def test_the_order_of_rows_does_not_tell_which_ids_are_larger(runs) -> None:
 
 
 def _varints(values: list[int]) -> bytes:
-    """As protobuf packs repeated integers."""
+    """Integers in protobuf's packed encoding."""
     packed = bytearray()
     for value in values:
         while value > 0x7F:

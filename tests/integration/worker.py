@@ -1,10 +1,13 @@
-"""A rank or client process of the integration tests: the real program, many runs in turn, imports paid once.
+"""A rank or client process of the integration tests: the real program, many runs, one import.
 
-    python worker.py rank  JOBS.json     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
+    python worker.py rank JOBS.json
     python worker.py client JOBS.json NAME
 
-A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}. Every
-client writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes it sent.
+A rank needs RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. A job is {"config":
+run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}.
+
+Every client writes two files into its state folder, for the tests to compare:
+`input_gradients.pt`, and `sent.bin` with all bytes that it sent.
 """
 
 from __future__ import annotations
@@ -51,9 +54,10 @@ def run_client(jobs: list[dict], name: str) -> None:
 
 
 class _Recorder:
-    """Keeps every byte a client sends and every input gradient it gets, by (window, first sequence).
+    """Keeps every byte that a client sends and every input gradient that it receives.
 
-    It sees the messages alone: those `ClientTrainer` sends, and those it is given to handle.
+    Gradients are kept by (window, first sequence). It sees only the messages that `ClientTrainer`
+    sends and handles.
     """
 
     def __init__(self) -> None:
@@ -65,7 +69,7 @@ class _Recorder:
         self._input_gradients: dict[tuple[int, int], dict] = {}
 
     def trainer(self, *arguments):
-        """A ClientTrainer of these arguments that is recorded."""
+        """A recorded ClientTrainer with these arguments."""
         from fedbert_ds.client.trainer import ClientTrainer
 
         recorder = self
@@ -118,7 +122,7 @@ class _Recorder:
 
 
 def _address(folder: Path) -> str:
-    """Where the coordinator listens; it takes the file away before clients are told that its run is over."""
+    """The coordinator's address. It removes the file before clients hear that the run is over."""
     path = folder / "server.address"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, never a part of either."""
+"""A file is the old one or the new one, never part of either."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_what_a_killed_process_left_is_replaced(tmp_path: Path) -> None:
 def test_the_new_file_is_on_disk_before_it_takes_the_old_ones_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A crash in between leaves the old file."""
+    """A crash between the two leaves the old file."""
     order: list[str] = []
     monkeypatch.setattr("os.fsync", lambda descriptor: order.append("on disk"))
     replace = Path.replace

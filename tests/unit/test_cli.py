@@ -1,4 +1,4 @@
-"""The console command: `eval` prints the same number each time; mistakes are one line."""
+"""The console command: `eval` prints the same number each time, a mistake is one line."""
 
 from __future__ import annotations
 

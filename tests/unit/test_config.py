@@ -1,4 +1,4 @@
-"""The run file: shipped ones parse, mistakes are one line that says what to change, arithmetic is right."""
+"""The run file: shipped ones parse, a mistake is one line, the arithmetic is right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 
 @pytest.fixture
 def run_file(tmp_path: Path) -> Any:
-    """Writes a run file, and the DeepSpeed file it names by default beside it."""
+    """A function that writes a run file. The default DeepSpeed file lies beside it."""
     (tmp_path / "deepspeed").mkdir()
     (tmp_path / "deepspeed" / "zero2.json").write_text("{}")
 
@@ -42,7 +42,7 @@ def run_file(tmp_path: Path) -> Any:
     return write
 
 
-# -- shipped files --------------------------------------------------------------------------------------------------
+# -- shipped files ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -61,7 +61,7 @@ def test_there_is_a_default_run_file() -> None:
 
 
 def test_every_field_says_what_it_is() -> None:
-    """The string under each field; unknown keys are refused in every section."""
+    """Every field has a string under it. Every section refuses unknown keys."""
 
     def sections(kind: type[Section]) -> set[type[Section]]:
         found = {kind}
@@ -80,10 +80,10 @@ def test_every_field_says_what_it_is() -> None:
         assert section.model_config["extra"] == "forbid" and section.model_config["frozen"]
 
 
-# -- mistakes -------------------------------------------------------------------------------------------------------
+# -- mistakes --------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
-    # Keys that are not there: the nearest one is named.
+    # Unknown keys: the error names the nearest one.
     ({"body": {"zero_stgae": 2}}, "body.zero_stgae is not a key; did you mean body.zero_stage?"),
     ({"optimiser": {"lr": 1}}, "optimiser is not a key; did you mean optimizer?"),
     ({"window": {"token": 4}}, "window.token is not a key; did you mean window.tokens?"),
@@ -178,7 +178,7 @@ def test_every_key_misspelt_by_one_letter_is_recognized() -> None:
     [
         {"model": {"architecture": "electra", "embedding_size": 64}},
         {"model": {"checkpoint": "google/some-bert", "hidden_size": 100, "num_attention_heads": 3}},
-        # A checkpoint brings its own position table and layers; the server compares them when it has read it.
+        # A checkpoint brings its own position table and layers: the server compares them later.
         {"model": {"checkpoint": "google/some-bert"}, "data": {"sequence_length": 512}, "cut": {"layers": 5}},
         {"clients": {"expected": 4, "minimum": 4, "local": 0}},
         {"cut": {"layers": 1}},
@@ -216,7 +216,7 @@ def test_any_tree_is_a_configuration_or_one_line(tree: Any) -> None:
         assert re.match(r"mine\.yaml: \S", str(error)) and "\n" not in str(error)
 
 
-# -- files and overrides --------------------------------------------------------------------------------------------
+# -- files and overrides ---------------------------------------------------------------------------
 
 
 def test_an_empty_file_is_the_defaults(run_file: Any) -> None:
@@ -306,7 +306,7 @@ def test_the_deepspeed_file_is_looked_for_beside_the_run_file_first(
     assert load_config(run_file(f"body: {{deepspeed: {absolute}}}")).body.deepspeed == absolute
 
 
-# -- round trip -----------------------------------------------------------------------------------------------------
+# -- round trip ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
@@ -329,7 +329,7 @@ def test_shipped_files_come_back_equal(path: Path, tmp_path: Path) -> None:
 def test_a_resolved_file_comes_back_equal(
     lr: float, eps: float, timeout: float, seed: int, directory: str, source: list[str], cut: Any
 ) -> None:
-    """Numbers keep all their bits, and text that looks like YAML stays text."""
+    """Numbers keep all bits; text that looks like YAML stays text."""
     config = parse_config(
         {
             "run": {"directory": directory, "seed": seed},
@@ -343,7 +343,7 @@ def test_a_resolved_file_comes_back_equal(
     assert parse_config(yaml.safe_load(dump_config(config)), "config.yaml") == config
 
 
-# -- arithmetic -----------------------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------
 
 
 def test_learning_rate_by_hand() -> None:

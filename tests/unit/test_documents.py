@@ -1,4 +1,4 @@
-"""Every file that a page names is there, and lines of prose are short enough to be read."""
+"""Every file that a page names exists, and prose wraps at 100 columns."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_path_in_the_architecture_is_there() -> None:
-    """Also those that are not links: `folder/file.py`, and the rooms of the drawing."""
+    """Also paths that are no links: `folder/file.py`, and the rooms of the drawing."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     paths = set(re.findall(r"[a-z_]+(?:/[a-z_]+)*(?:\.py|\.proto|/)(?![a-z_])", text))
     places = (ROOT, ROOT / "fedbert_ds", ROOT / "fedbert_ds" / "server", ROOT / "docs")
@@ -39,7 +39,7 @@ def test_prose_wraps(page: Path) -> None:
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
         if line.startswith("```"):
             in_code = not in_code
-        # Tables, code, pictures and links of their own cannot be wrapped.
+        # Tables, code, pictures and lines of one link cannot be wrapped.
         elif not in_code and len(line) > PROSE_COLUMNS and not re.match(r"\s*(\||!\[|<|- \[|\d+\. \[)", line):
             long.append(number)
     assert long == []

@@ -1,4 +1,4 @@
-"""Errors a user can mend: one line, an exit code of their own, and no traceback; bugs keep theirs."""
+"""Errors that a user can mend: one line, own exit code, no traceback. Bugs keep theirs."""
 
 from __future__ import annotations
 

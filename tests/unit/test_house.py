@@ -1,5 +1,5 @@
-"""The rules of the house, read off the source: which room may import which, sizes, one place for a mode's name, tests
-beside every room."""
+"""Rules about the source: imports between rooms, sizes, modes named in federation/ alone, tests for
+every room."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server": BASE
     | {"data", "evaluation", "federation", "model", "server.body", "server.contract", "server.network"}
     | {"server.queue", "telemetry", "wire"},
-    # Both play the parts of a run again: the planner on a clock, benchmarks around real processes.
+    # Both replay a run: the planner on a clock, benchmarks with real processes.
     "planner": BASE | {"client", "federation", "model", "server.body", "server.queue", "telemetry", "wire"},
     "bench": BASE
     | {"client", "data", "evaluation", "federation", "kernels", "model", "server", "server.body", "server.contract"}
     | {"server.network", "server.queue", "telemetry", "wire"},
     "cli": BASE | {"bench", "client", "evaluation", "planner", "wire"},
 }
-"""Rooms that each room may import. Client and server meet on the wire only; kernels import no room at all."""
+"""Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""
 
 PURE = {
     "server/queue": {"errors", "server.queue", "wire"},
     "client/window_state.py": {"errors", "federation"},
     "federation/strategy.py": {"config"},
 }
-"""Rooms without tensors, network, threads and clock, and what they may import of the project."""
+"""Rooms without tensors, network, threads and clock, and the rooms that they may import."""
 IMPURE = {"torch", "numpy", "grpc", "time", "threading", "queue", "asyncio", "socket", "subprocess", "os", "pathlib"}
 
 TESTED_ELSEWHERE = {
@@ -58,7 +58,7 @@ TESTED_ELSEWHERE = {
 
 
 def modules(*folders: str) -> list[Path]:
-    """Source files of our own below these folders of the package, all by default."""
+    """Hand-written source files below these folders of the package; all by default."""
     roots = [PACKAGE / folder for folder in folders] if folders else [PACKAGE]
     return sorted(path for root in roots for path in root.rglob("*.py") if "_pb2" not in path.name)
 
@@ -69,7 +69,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, wherever in it."""
+    """Dotted names that a file imports, anywhere in it."""
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -78,7 +78,7 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def room_of(name: str) -> str | None:
-    """The room of a dotted name; None for what is not the project's, or is its version."""
+    """The room of a dotted name. None outside the project, and for its `__version__`."""
     if name.split(".")[0] == "fedbert_kernels":
         return "kernels"
     first, *rest = name.split(".")
@@ -141,7 +141,7 @@ MODES = {"synchronous", "parallel", "sequential"}
 
 @pytest.mark.parametrize("path", [path for path in modules() if "federation" not in path.parts], ids=named)
 def test_only_federation_knows_the_modes(path: Path) -> None:
-    """Elsewhere no function names one: loops ask the strategy."""
+    """No function elsewhere names a mode: it asks the strategy."""
     functions = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     strings = [n.value for function in functions for n in ast.walk(function) if isinstance(n, ast.Constant)]
     assert not MODES & {value for value in strings if isinstance(value, str)}
@@ -163,12 +163,12 @@ def test_every_room_has_its_tests() -> None:
 
 
 OF_OTHERS = {"_attn_implementation", "_forward_hooks", "_global_mapping", "_python_dispatch"}
-"""Names of transformers and torch that begin with an underscore and are how they are asked."""
+"""Names of transformers and torch with an underscore and no public equivalent."""
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_no_test_reads_privates(path: Path) -> None:
-    """`thing._name`, but for a test's own `self._name` and what Python itself spells so."""
+    """No `thing._name`, except a test's own `self._name` and names that Python itself spells so."""
     own = {node.name for node in ast.walk(tree_of(path)) if isinstance(node, ast.ClassDef)}
     found = [
         f"line {node.lineno}: {ast.unparse(node)}"

@@ -1,4 +1,4 @@
-"""Seeds that follow from what they are for, in every process and on every machine."""
+"""Seeds depend on their purpose alone, in every process and on every machine."""
 
 from __future__ import annotations
 

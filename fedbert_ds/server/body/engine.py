@@ -105,8 +105,8 @@ class BodyEngine:
         """d(loss)/d(activations) fp32, in the shape of the forward's activations.
 
         `hidden_gradient` [masked, width] is d(loss)/d(hidden) for the whole window's loss.
-        Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of the
-        window, where ZeRO finishes its reduction.
+        Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of
+        the window, where ZeRO finishes its reduction.
         """
         compute = partial(self._backward, micro_batch, hidden_gradient, is_last)
         return DeviceWork.start(self._device, compute, self._copies)

@@ -31,7 +31,7 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.prepare import prepare_text
-from fedbert_ds.server.queue.packing import window_shares
+from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 from fedbert_ds.telemetry.report import draw_loss

@@ -14,8 +14,9 @@ from fedbert_ds.planner.scenario import ClientCosts, Scenario
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
-from fedbert_ds.server.queue.packing import Piece, assign_clients, pack
+from fedbert_ds.server.queue.packing import Piece, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.seats import assign_clients
 from fedbert_ds.wire.messages import Manifest
 
 SMALL = 200

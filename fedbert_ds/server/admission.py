@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
-from fedbert_ds.server.queue.packing import assign_clients, window_shares
+from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json

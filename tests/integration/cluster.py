@@ -22,7 +22,7 @@ from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
-from fedbert_ds.server.queue.packing import window_shares
+from fedbert_ds.server.queue.seats import window_shares
 
 WORLD_SIZE = 2
 CLIENTS = {"ada": 9, "bo": 5, "cy": 2}

@@ -1,4 +1,4 @@
-"""The plan of a window: packing, equal counts over ranks, seats and shares."""
+"""The plan of a window: sequences of several clients packed into micro-batches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.server.queue.packing import MicroBatch, Piece, assign_clients, pack, window_shares
+from fedbert_ds.server.queue.packing import MicroBatch, Piece, pack
 from fedbert_ds.wire.messages import Manifest
 
 CAPACITY = 16
@@ -85,45 +85,3 @@ def test_packing_by_hand() -> None:
 def test_a_sequence_longer_than_a_micro_batch_is_refused() -> None:
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit a micro-batch of 8"):
         pack([Manifest("ada", 0, (4, 9), (1, 1))], 8)
-
-
-SHARES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 10_000), min_size=1, max_size=12)
-
-
-@settings(max_examples=60, deadline=None)
-@given(shares=SHARES, world_size=st.integers(1, 6))
-def test_ranks_are_balanced(shares: dict[str, int], world_size: int) -> None:
-    """Every client has a rank, and no two ranks differ by more than one client could mend (heaviest
-    first, LPT).
-    """
-    ranks = assign_clients(shares, world_size)
-    assert ranks.keys() == shares.keys()
-    loads = [sum(shares[c] for c, rank in ranks.items() if rank == number) for number in range(world_size)]
-    for number, load in enumerate(loads):
-        if mine := [shares[client] for client, rank in ranks.items() if rank == number]:
-            # The last, so the lightest, of a rank's clients went there because it was the lightest
-            # rank then.
-            assert load - min(mine) <= min(loads)
-    best_possible = max(max(shares.values()), -(-sum(shares.values()) // world_size))
-    assert max(loads) <= (4 / 3) * best_possible + max(shares.values())
-    assert assign_clients(dict(reversed(shares.items())), world_size) == ranks, "names decide, not the order of joins"
-
-
-def test_seats_by_hand() -> None:
-    assert assign_clients({"a": 5, "b": 4, "c": 3, "d": 3, "e": 3}, 2) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    sizes=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**12), min_size=1, max_size=8),
-    window_tokens=st.integers(1, 10**7),
-)
-def test_shares_follow_the_shards(sizes: dict[str, int], window_tokens: int) -> None:
-    shares = window_shares(sizes, window_tokens, "data")
-    total = sum(sizes.values())
-    for client, size in sizes.items():
-        assert shares[client] >= 1
-        exact = window_tokens * size / total
-        assert shares[client] == 1 or exact - 1 - 1e-6 * exact <= shares[client] <= exact * (1 + 1e-9)
-    assert sum(shares.values()) <= window_tokens + len(sizes)
-    assert set(window_shares(sizes, window_tokens, "equal").values()) == {max(1, window_tokens // len(sizes))}

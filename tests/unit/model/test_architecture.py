@@ -1,0 +1,74 @@
+"""The three supported masked LMs: their parts, the widths at the cut, the positions they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from fedbert_ds.config import LayersCut
+from fedbert_ds.errors import ModelError
+from fedbert_ds.model.architecture import (
+    ARCHITECTURES,
+    architecture,
+    linear_parameters,
+    longest_sequence,
+    position_offset,
+    widths,
+)
+
+SMALL = {
+    "vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32,
+    "max_position_embeddings": 24, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def config_of(model_type: str) -> Any:
+    more = {"embedding_size": 8} if model_type == "electra" else {}
+    return AutoConfig.for_model(model_type, **SMALL, **more)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_part_is_where_it_is_said_to_be(model_type: str) -> None:
+    config = config_of(model_type)
+    parts = architecture(config)
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(config)
+    base = model.get_submodule(parts.base)
+    assert base is model.base_model and base.embeddings is not None and base.encoder is not None
+    assert model.get_submodule(parts.decoder).out_features == SMALL["vocab_size"]
+    assert parts.decoder.startswith(parts.head)
+    assert (parts.body_head is not None) == (model_type == "electra")
+    if parts.body_head:
+        assert model.get_submodule(parts.body_head) is not None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cut", "expected"),
+    [
+        ("bert", "embeddings", (16, 16)),
+        ("bert", LayersCut(layers=1), (16, 16)),
+        ("electra", "embeddings", (8, 8)),
+        ("electra", "rows", (8, 8)),
+        ("electra", LayersCut(layers=1), (16, 8)),
+    ],
+)
+def test_a_factorized_model_sends_its_narrow_embeddings(model_type: str, cut: Any, expected: tuple[int, int]) -> None:
+    assert tuple(widths(config_of(model_type), cut)) == expected
+
+
+def test_roberta_leaves_the_first_positions_unused() -> None:
+    assert [position_offset(config_of(name)) for name in ("bert", "roberta", "electra")] == [0, 2, 0]
+    assert [longest_sequence(config_of(name)) for name in ("bert", "roberta", "electra")] == [24, 22, 24]
+
+
+def test_another_architecture_is_one_line() -> None:
+    with pytest.raises(ModelError, match="architecture gpt2 is not supported; use a bert, roberta or electra"):
+        architecture(AutoConfig.for_model("gpt2"))
+
+
+def test_tables_are_not_counted_as_products() -> None:
+    module = torch.nn.Sequential(torch.nn.Embedding(100, 4), torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
+    assert linear_parameters(module) == 12 + 6

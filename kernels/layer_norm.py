@@ -464,7 +464,7 @@ def _check(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels in each dtype at BERT's widths (one tile) and the largest; one has no dropout."""
+    """Both kernels in each dtype at BERT's widths (one tile) and at the largest."""
     tenth = row_drop_threshold(0.1)
     drawn = [("bf16", 768, tenth), ("bf16", 768, 0), ("bf16", LARGEST_WIDTH, tenth)]
     drawn += [("fp16", 1024, tenth), ("fp32", 1024, tenth)]

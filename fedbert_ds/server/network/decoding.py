@@ -1,4 +1,4 @@
-"""A rank's events with tensors in place of bytes, decoded by a thread between the endpoint and the body's thread."""
+"""A rank's events with tensors in place of bytes; a thread decodes them beside the body."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode
 
 EVENTS_AHEAD = 64
-"""Decoded events that may wait for the body. More wait at the endpoint, which slows clients down."""
+"""Decoded events that may wait for the body. More wait at the endpoint and slow clients down."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Disconnected
 
 
 def decoded(event: Event, contract: Contract) -> DecodedEvent:
-    """The event with its message's tensor decoded by the contract. A bad tensor travels on as a WireError."""
+    """The event, its message's tensor decoded. A bad tensor travels on as a WireError."""
     if not isinstance(event, Received):
         return event
     return Decoded(event.client, event.message, _tensor(event.client, event.message, contract))
@@ -56,7 +56,7 @@ def sender(client: str, what: str, micro_batch: int) -> str:
 class Decoding:
     """Hands an endpoint's events on, in order and decoded, through a thread.
 
-    `source` is the endpoint's `next_event`. Once `start` is called nobody else may take events from it.
+    `source` is the endpoint's `next_event`. After `start` nobody else may take events from it.
     """
 
     def __init__(self, source: Callable[[float], Event | None], contract: Contract) -> None:
@@ -82,7 +82,7 @@ class Decoding:
         return self._thread.is_alive()
 
     def next_event(self, timeout: float) -> DecodedEvent | None:
-        """The oldest event, waiting up to `timeout` seconds for one. Raises what the source raised."""
+        """The oldest event, waiting up to `timeout` seconds. Raises what the source raised."""
         try:
             event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
         except queue.Empty:
@@ -92,7 +92,7 @@ class Decoding:
             raise event
         return event
 
-    # -- in the thread ----------------------------------------------------------------------------------------------
+    # -- in the thread -----------------------------------------------------------------------------
 
     def _run(self) -> None:
         while not self._is_over.is_set():

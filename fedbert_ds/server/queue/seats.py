@@ -1,4 +1,4 @@
-"""Each client's seat: the rank that serves it, and the tokens it brings to a window. Arithmetic only."""
+"""Each client's seat: its rank, and the tokens it brings to a window. Arithmetic only."""
 
 from __future__ import annotations
 

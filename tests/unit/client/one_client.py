@@ -77,7 +77,9 @@ def settings_of(**changes: Any) -> ClientSettings:
 
 
 class Server:
-    """The other side for one trainer, with a body that does nothing: hidden states are the activations asked back."""
+    """The other side for one trainer, with a body that does nothing: hidden states are the
+    activations asked back.
+    """
 
     def __init__(self, folder: Path, half: ClientHalf, first_window: int = 0, **changes: Any) -> None:
         self.sent: list[pb.ClientMessage] = []

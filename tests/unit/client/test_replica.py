@@ -1,4 +1,6 @@
-"""A client's replica: how it steps, what it sends after a window and what it makes of what comes back."""
+"""A client's replica: how it steps, what it sends after a window and what it makes of what comes
+back.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ def test_the_learning_rate_follows_the_schedule_and_gradients_are_clipped(tmp_pa
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_with_staleness_the_next_window_goes_on_before_the_exchange(tmp_path: Path, mode: Any) -> None:
-    """Steps equal a plain reference in which each window's gradients are of the weights that were there then."""
+    """Steps equal a plain reference in which each window's gradients are of the weights that were
+    there then.
+    """
     federation = FederationSection(mode=mode, staleness=1)
     server = Server(tmp_path, half_of(), federation=federation)
     reference = half_of()
@@ -129,7 +133,9 @@ def test_with_staleness_the_next_window_goes_on_before_the_exchange(tmp_path: Pa
 
 
 def test_a_half_that_gave_a_gradient_for_nothing_steps_by_its_mean(tmp_path: Path) -> None:
-    """The head has gradients of pieces that were skipped then; they must not count as if M were its own."""
+    """The head has gradients of pieces that were skipped then; they must not count as if M were its
+    own.
+    """
     server = Server(tmp_path, half_of(), federation=FederationSection(mode="parallel", average_every=10))
     server.begin()
     head = {n: p.detach().clone() for n, p in server.half.named_parameters()}

@@ -1,4 +1,6 @@
-"""A client's connection, against a real endpoint: how each way to end is told, in one line or by exit code."""
+"""A client's connection, against a real endpoint: how each way to end is told, in one line or by
+exit code.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog 
 
 
 class Served:
-    """An endpoint, what it tells clients of the run, and a client under test in a thread of its own."""
+    """An endpoint, what it tells clients of the run, and a client under test in a thread of its
+    own.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.endpoint = Endpoint("127.0.0.1", 0, None)

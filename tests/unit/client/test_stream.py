@@ -1,4 +1,6 @@
-"""A client's stream over links that break: nothing above notices, unless the link stays down for too long."""
+"""A client's stream over links that break: nothing above notices, unless the link stays down for
+too long.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
 
 
 def test_an_update_whose_link_drops_in_the_middle_goes_on_where_it_was(server: tuple[Endpoint, str]) -> None:
-    """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the update."""
+    """30 MB up in chunks of 1 MB: what is sent again is less than what may be under way, not the
+    update.
+    """
     endpoint, address = server
     update = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
     proxy = DelayProxy(address, mbit=2_000, cut_bytes=(14_000_000, 16_000_000), cuts=1)

@@ -1,4 +1,6 @@
-"""A client's side of a window: gradients are those of the unsplit computation in any order; it resumes exactly."""
+"""A client's side of a window: gradients are those of the unsplit computation in any order; it
+resumes exactly.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from fedbert_ds.wire.codecs import decode, encode
 
 CUTS: list[Any] = ["embeddings", "rows", LayersCut(layers=1)]
 
-# -- one window -----------------------------------------------------------------------------------------------------
+# -- one window ------------------------------------------------------------------------------------
 
 
 def test_the_manifest_counts_what_comes(tmp_path: Path) -> None:
@@ -87,7 +89,7 @@ def test_dropout_follows_from_the_place_not_from_the_order(tmp_path: Path) -> No
     assert values[0] == values[1]
 
 
-# -- windows one after another --------------------------------------------------------------------------------------
+# -- windows one after another ---------------------------------------------------------------------
 
 
 def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path: Path) -> None:
@@ -137,7 +139,9 @@ def test_the_window_goes_on_without_skipped_pieces(tmp_path: Path, mode: Any) ->
 def test_a_client_that_was_suspended_goes_on_where_the_others_are(
     tmp_path: Path, federation: dict[str, Any], updates_first: bool
 ) -> None:
-    """Windows 1 and 2 were planned without it; their combined updates may come before or after it is told."""
+    """Windows 1 and 2 were planned without it; their combined updates may come before or after it
+    is told.
+    """
     server = Server(tmp_path, half_of(), federation=FederationSection(**federation))
     server.begin()
     server.window()
@@ -185,7 +189,7 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     assert server.trainer.finish == pb.Finish(reason="done", complete=True)
 
 
-# -- resuming -------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
@@ -224,7 +228,7 @@ def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -
         Server(tmp_path, half_of(), first_window=3)
 
 
-# -- a server that is out of step -----------------------------------------------------------------------------------
+# -- a server that is out of step ------------------------------------------------------------------
 
 PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
 

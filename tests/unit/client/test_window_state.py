@@ -1,4 +1,6 @@
-"""A client's bookkeeping of windows: what may be sent, when a window is trained and applied, what is missed."""
+"""A client's bookkeeping of windows: what may be sent, when a window is trained and applied, what
+is missed.
+"""
 
 from __future__ import annotations
 
@@ -146,7 +148,9 @@ def test_what_the_server_may_not_ask_for_is_one_line() -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_any_course_of_windows_sends_each_open_piece_once_and_in_time(data: st.DataObject) -> None:
-    """Windows are planned ahead, pieces opened, skipped and finished, updates delayed, windows missed, in any order."""
+    """Windows are planned ahead, pieces opened, skipped and finished, updates delayed, windows
+    missed, in any order.
+    """
     staleness = data.draw(st.integers(0, 2), label="staleness")
     federation: dict[str, Any] = data.draw(
         st.sampled_from([{"mode": "synchronous"}, *({"mode": "parallel", "average_every": n} for n in (1, 2, 5))])

@@ -94,7 +94,7 @@ def test_nobody_at_all_sums_to_nothing() -> None:
     assert not any(tensor.any() for tensor in combined.values())
 
 
-# -- two ranks ------------------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 CASES: list[tuple[bool, list[list[tuple[int, float]]]]] = [
     (True, [[(0, 3.0), (1, 5.0)], [(2, 11.0)]]),

@@ -1,4 +1,6 @@
-"""Averaged changes: clients stay equal, fp32 is an average of weights, rounding errors are sent later."""
+"""Averaged changes: clients stay equal, fp32 is an average of weights, rounding errors are sent
+later.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def test_clients_stay_equal_and_near(codec: str) -> None:
 
 
 def test_what_rounding_takes_is_sent_with_the_next_changes() -> None:
-    """Up alone: a change sent again and again arrives to one rounding of it; without feedback it would drift."""
+    """Up alone: a change sent again and again arrives to one rounding of it; without feedback it
+    would drift.
+    """
     codec, steps = "int4_hadamard", 30
     client = SharedWeights(SHAPES, codec)
     client.begin(weights(0))

@@ -1,4 +1,6 @@
-"""The rules of a federated mode: what is exchanged after each window, of which parts, how coded, and whose result."""
+"""The rules of a federated mode: what is exchanged after each window, of which parts, how coded,
+and whose result.
+"""
 
 from __future__ import annotations
 

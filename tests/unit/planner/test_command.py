@@ -1,4 +1,6 @@
-"""`fedbert-ds plan`: a plan with its record, predictions beside a record, and options that do not fit."""
+"""`fedbert-ds plan`: a plan with its record, predictions beside a record, and options that do not
+fit.
+"""
 
 from __future__ import annotations
 

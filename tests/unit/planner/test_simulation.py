@@ -38,7 +38,9 @@ def test_messages_and_steps_take_their_time():
 
 @pytest.mark.parametrize("rtt", [0.05, 0.2, 1.0])
 def test_one_client_with_one_micro_batch_waits_for_everything(rtt: float):
-    """Nothing overlaps: two round trips a window, the one for credit is hidden since credit is given ahead."""
+    """Nothing overlaps: two round trips a window, the one for credit is hidden since credit is
+    given ahead.
+    """
     far = replace(NEAR, rtt=rtt)
     outcome = simulate(replace(PLAIN, clients=(far,), tokens_per_window=1024))
     # Hidden states and their gradient; input gradient and the next activations.
@@ -46,7 +48,9 @@ def test_one_client_with_one_micro_batch_waits_for_everything(rtt: float):
 
 
 def test_round_trips_are_hidden_when_halves_are_exchanged_rarely():
-    """The next window's activations and a stock of backwards cover both round trips of a window's end."""
+    """The next window's activations and a stock of backwards cover both round trips of a window's
+    end.
+    """
     far = replace(NEAR, rtt=0.2)
     assert simulate(replace(PLAIN, clients=(far,) * 8)).busy_share > 0.99
 

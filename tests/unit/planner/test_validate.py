@@ -1,4 +1,6 @@
-"""Predictions beside a record: costs come from the runs without a link, and a wrong prediction shows as an error."""
+"""Predictions beside a record: costs come from the runs without a link, and a wrong prediction
+shows as an error.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""An honest client of the protocol for tests of a rank: it answers every server message, without a model."""
+"""An honest client of the protocol for tests of a rank: it answers every server message, without a
+model.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ GONE = pb.ClientMessage()
 class FakeClient:
     """Answers a server message in `handle`; `alter` may change each answer.
 
-    Sequences, activations and gradients follow from its name and the micro-batch alone. It checks that hidden states
-    (unless they are coded) and input gradients are what `FakeEngine` makes of its own numbers, whoever shares its
-    micro-batches.
+    Sequences, activations and gradients follow from its name and the micro-batch alone. It checks
+    that hidden states (unless they are coded) and input gradients are what `FakeEngine` makes of
+    its own numbers, whoever shares its micro-batches.
     """
 
     def __init__(
@@ -150,7 +152,9 @@ class FakeClient:
         return torch.tensor(positions, dtype=torch.int64)
 
     def _per_token(self, piece: pb.Piece) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Values as sent, the same for each token, and the row index of cut: rows (every other word is the same)."""
+        """Values as sent, the same for each token, and the row index of cut: rows (every other word
+        is the same).
+        """
         tokens = sum(self._lengths(piece))
         if self._config.cut != "rows":
             values = self.numbers(piece.micro_batch, "activations", tokens)

@@ -1,4 +1,6 @@
-"""What surrounds a rank, without DeepSpeed, processes or network: engine, rank group, an endpoint, a clock."""
+"""What surrounds a rank, without DeepSpeed, processes or network: engine, rank group, an endpoint,
+a clock.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,9 @@ def test_one_too_many_is_refused() -> None:
 
 @pytest.mark.parametrize("message", [hello("ada"), hello("ada", shard_characters=0), hello("bo")])
 def test_a_client_that_left_before_it_was_looked_at_does_no_harm(message: pb.Hello) -> None:
-    """Its call is cancelled while the server still prepares its text, so no answer can be given any more."""
+    """Its call is cancelled while the server still prepares its text, so no answer can be given any
+    more.
+    """
     roster = Roster(2, EXPECTATION)
     join(roster, hello("bo"))
     answer: Future[pb.Welcome] = Future()
@@ -121,7 +123,7 @@ def test_when_the_run_does_not_start_everybody_hears_why() -> None:
     assert answers[1].exception(timeout=0) is error
 
 
-# -- resuming -------------------------------------------------------------------------------------------------------
+# -- resuming --------------------------------------------------------------------------------------
 
 WINDOWS = st.frozensets(st.integers(1, 8), max_size=4)
 
@@ -154,7 +156,7 @@ def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     assert roster.first_window() == 0
 
 
-# -- seats ----------------------------------------------------------------------------------------------------------
+# -- seats -----------------------------------------------------------------------------------------
 
 
 def test_seats_follow_from_names_and_texts_alone() -> None:

@@ -1,4 +1,6 @@
-"""What a rank does for its clients beside the body: events in, plans and credit out, updates handed on."""
+"""What a rank does for its clients beside the body: events in, plans and credit out, updates handed
+on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A message that is refused leaves no trace: queue and inbox are as before, and the right message is still taken."""
+"""A message that is refused leaves no trace: queue and inbox are as before, and the right message
+is still taken.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ CONTRACT = Contract(
 
 
 class FedInbox(Inbox):
-    """An inbox with its queue and exchange in reach, fed with messages as they come from the endpoint."""
+    """An inbox with its queue and exchange in reach, fed with messages as they come from the
+    endpoint.
+    """
 
     queue: PipelineQueue
     exchange: UpdateExchange

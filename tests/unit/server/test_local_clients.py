@@ -1,4 +1,6 @@
-"""Client processes of the launcher: what they are told, what a failed one said, and that none outlives the run."""
+"""Client processes of the launcher: what they are told, what a failed one said, and that none
+outlives the run.
+"""
 
 from __future__ import annotations
 

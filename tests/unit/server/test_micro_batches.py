@@ -1,4 +1,6 @@
-"""Micro-batches through the body: what seeds dropout, what a missing gradient is, what is sent and what counts."""
+"""Micro-batches through the body: what seeds dropout, what a missing gradient is, what is sent and
+what counts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Text that the server deals: shards, held-out articles and tokenizer in the run's folder, and read back."""
+"""Text that the server deals: shards, held-out articles and tokenizer in the run's folder, and read
+back.
+"""
 
 from __future__ import annotations
 

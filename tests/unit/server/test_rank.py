@@ -37,7 +37,9 @@ def trio(config: RunConfig, alter: Alter | None = None) -> list[FakeClient]:
 def test_honest_clients_get_their_own_numbers_back(
     monkeypatch: pytest.MonkeyPatch, cut: Any, order: str, lockstep_forwards: bool
 ) -> None:
-    """FakeClient compares every hidden state and input gradient; here it is counted that all of them came."""
+    """FakeClient compares every hidden state and input gradient; here it is counted that all of
+    them came.
+    """
     config = run_config(cut=cut, window={"order": order})
     rank = Rank(monkeypatch, config, trio(config), lockstep_forwards=lockstep_forwards)
     assert rank.run() == 2
@@ -92,7 +94,7 @@ def test_parallel_halves_are_averaged_by_weight(monkeypatch: pytest.MonkeyPatch)
             torch.testing.assert_close(half["table"], torch.full(HALF["table"], expected))
 
 
-# -- one bad client -------------------------------------------------------------------------------------------------
+# -- one bad client --------------------------------------------------------------------------------
 
 
 def instead(kind: str, change: Any, which: int = 0) -> Alter:
@@ -267,7 +269,9 @@ def test_bad_rows_are_refused_alone(monkeypatch: pytest.MonkeyPatch, fault: str)
 
 
 def test_the_lost_share_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bo is refused at its first gradient: all its masked tokens are missing from window 0, none from window 1."""
+    """bo is refused at its first gradient: all its masked tokens are missing from window 0, none
+    from window 1.
+    """
     config = run_config(clients=SOME)
     rank = Rank(monkeypatch, config, trio(config, BAD["gradient that is not finite"][0]()))
     rank.run()
@@ -309,11 +313,13 @@ def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPa
     assert ada.refusal is None and cy.refusal is None
 
 
-# -- nobody is blamed for the rank's own time -----------------------------------------------------------------------
+# -- nobody is blamed for the rank's own time ------------------------------------------------------
 
 
 def test_time_in_collectives_is_not_a_clients_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With ZeRO 3 a forward may wait for another rank's slow client, longer than a client may be silent."""
+    """With ZeRO 3 a forward may wait for another rank's slow client, longer than a client may be
+    silent.
+    """
     config = run_config()
     rank = Rank(
         monkeypatch, config, trio(config), latency=lambda client, event: 0.1,
@@ -324,7 +330,9 @@ def test_time_in_collectives_is_not_a_clients_silence(monkeypatch: pytest.Monkey
 
 
 def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each chunk of bo's half takes 250 s, so all of it takes longer than anybody may be silent, and others wait."""
+    """Each chunk of bo's half takes 250 s, so all of it takes longer than anybody may be silent,
+    and others wait.
+    """
 
     def latency(client: str, event: Event) -> float:
         is_half = isinstance(event, Received) and event.message.WhichOneof("body") == "update"
@@ -336,7 +344,7 @@ def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.Monkey
     assert not rank.problems
 
 
-# -- two ranks ------------------------------------------------------------------------------------------------------
+# -- two ranks -------------------------------------------------------------------------------------
 
 
 class Board:
@@ -409,7 +417,9 @@ class CollectiveEngine(FakeEngine):
 def test_two_ranks_keep_step_whoever_fails(
     monkeypatch: pytest.MonkeyPatch, fault: str | None, order: str, lockstep_forwards: bool
 ) -> None:
-    """Rank 1 has one client, with less text than rank 0's two, and loses it: it goes on with dummies alone."""
+    """Rank 1 has one client, with less text than rank 0's two, and loses it: it goes on with
+    dummies alone.
+    """
     monkeypatch.setattr("fedbert_ds.server.network.outbox.ThreadPoolExecutor", InlineThread)
     config = run_config(clients={"minimum": 1}, window={"order": order}, run={"windows": 3, "save_every": 2})
     ada, bo = FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))
@@ -452,7 +462,7 @@ def test_two_ranks_keep_step_whoever_fails(
         assert round(tally.busy_seconds / SECONDS_OF_WORK) == work
 
 
-# -- the rest of the protocol ---------------------------------------------------------------------------------------
+# -- the rest of the protocol ----------------------------------------------------------------------
 
 
 def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -530,11 +540,13 @@ def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_
     assert problems and "did not arrive whole" in problems[0]
 
 
-# -- windows one after another --------------------------------------------------------------------------------------
+# -- windows one after another ---------------------------------------------------------------------
 
 
 def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many clients and answers that take long, the body does not wait between windows (halves: parallel mode)."""
+    """With many clients and answers that take long, the body does not wait between windows (halves:
+    parallel mode).
+    """
     windows = 6
     config = run_config(
         run={"windows": windows},
@@ -549,7 +561,8 @@ def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pyte
     waits = [status.tally.wait_seconds for status in rank.statuses]
     busy = [status.tally.busy_seconds for status in rank.statuses]
     assert min(busy) == pytest.approx(2 * 48 * 0.1)
-    # The first window begins with nothing; later ones find activations that came while the one before ended.
+    # The first window begins with nothing; later ones find activations that came while the one
+    # before ended.
     assert waits[0] > 0.3
     assert max(waits[1:]) < 0.05 * busy[0], waits
 
@@ -617,7 +630,9 @@ def test_with_staleness_the_next_window_does_not_wait_for_halves(monkeypatch: py
 
 
 class Slow(DeviceWork):
-    """A device that is done with a result only after it has been asked several times, or waited for."""
+    """A device that is done with a result only after it has been asked several times, or waited
+    for.
+    """
 
     def __init__(self, tensor: torch.Tensor, seconds: float) -> None:
         super().__init__(tensor, seconds)
@@ -631,7 +646,9 @@ class Slow(DeviceWork):
 
 @pytest.mark.parametrize("order", ["arrival", "fixed"])
 def test_results_that_are_still_being_made_hold_up_nobody(monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    """Sent when they are there, all of them before the step, and none twice: FakeClient checks what it gets."""
+    """Sent when they are there, all of them before the step, and none twice: FakeClient checks what
+    it gets.
+    """
     config = run_config(window={"order": order, "micro_batches_in_flight": 3})
     rank = Rank(monkeypatch, config, trio(config), seconds_of_work=0.5, device_work=Slow)
     assert rank.run() == 2

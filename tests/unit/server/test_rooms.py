@@ -1,4 +1,6 @@
-"""What the wiring of a rank decides: whose seats are here, whether anything is learned from the clock."""
+"""What the wiring of a rank decides: whose seats are here, whether anything is learned from the
+clock.
+"""
 
 from __future__ import annotations
 

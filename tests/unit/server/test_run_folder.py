@@ -1,4 +1,6 @@
-"""A run's folder: which checkpoints count, however a run ends, and what a run that starts or resumes must find."""
+"""A run's folder: which checkpoints count, however a run ends, and what a run that starts or
+resumes must find.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def written(checkpoints: CheckpointFolder, window: int) -> Path:
     return part
 
 
-# -- checkpoints ----------------------------------------------------------------------------------------------------
+# -- checkpoints -----------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_counts_once_it_is_marked(checkpoints: CheckpointFolder) -> None:
@@ -94,7 +96,7 @@ def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
     assert checkpoints.complete_windows() == frozenset()
 
 
-# -- fit to start, fit to resume ------------------------------------------------------------------------------------
+# -- fit to start, fit to resume -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -168,7 +170,7 @@ def test_a_stage_may_be_said_in_either_file(folder: RunFolder, saved: RunConfig)
     check_folder(folder, same, resume=True, world_size=2)
 
 
-# -- the rest -------------------------------------------------------------------------------------------------------
+# -- the rest --------------------------------------------------------------------------------------
 
 
 def test_a_run_that_failed_before_it_began_leaves_nothing_in_the_way(folder: RunFolder) -> None:

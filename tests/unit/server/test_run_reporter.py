@@ -1,4 +1,6 @@
-"""What a run says while it goes on: opening lines, one line of metrics a window, warnings once, facts."""
+"""What a run says while it goes on: opening lines, one line of metrics a window, warnings once,
+facts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""How long a connection may be silent before it counts as lost: in line with how long a client may be."""
+"""How long a connection may be silent before it counts as lost: in line with how long a client may
+be.
+"""
 
 from fedbert_ds.config import ClientsSection
 from fedbert_ds.server.queue.deadlines import FLOOR_SECONDS

@@ -1,4 +1,6 @@
-"""Tensor frames: exact or bounded round trips, and a refusal for every frame that is not the one expected."""
+"""Tensor frames: exact or bounded round trips, and a refusal for every frame that is not the one
+expected.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,8 @@ def test_what_is_rounded_stays_within_a_step(codec: str, tensor: Tensor, seed: i
     for columns in range(0, tensor.shape[1], 64) if CODECS[codec].grouped else (0,):
         part = slice(columns, columns + 64) if CODECS[codec].grouped else slice(None)
         largest = tensor[:, part].abs().amax(1, keepdim=True).double()
-        # Rotation makes a value at most 8 times the largest; on the way back 64 errors add up, each an eighth of it.
+        # Rotation makes a value at most 8 times the largest; on the way back 64 errors add up, each
+        # an eighth of it.
         # bf16 scales are up to 1/128 wider.
         slack = 64.0 if CODECS[codec].rotated else 1.0
         bound = largest * WORST[codec] * slack * (1 if seed is None else 2) * 1.01 + 1e-35
@@ -122,7 +125,9 @@ def test_compression_changes_no_bit(codec: str, tensor: Tensor) -> None:
 
 @pytest.mark.parametrize("codec", NAMES)
 def test_compression_takes_out_what_normal_numbers_leave_unused(codec: str) -> None:
-    """Of Gaussian rows; what the entropy of their codes allows was worked out by hand for int8: 7.3 of 8 bits."""
+    """Of Gaussian rows; what the entropy of their codes allows was worked out by hand for int8: 7.3
+    of 8 bits.
+    """
     values = torch.randn(500, 768, generator=torch.Generator().manual_seed(1))
     plain, small = (encode(values, codec, compressed=compressed).ByteSize() for compressed in (False, True))
     most = {"fp32": 0.85, "bf16": 0.69, "int8": 0.93, "int8_group": 0.96, "fp8_e4m3": 0.83, "fp8_e5m2": 0.71}
@@ -176,7 +181,7 @@ def test_an_unknown_codec_is_not_sent() -> None:
         encode(torch.zeros(1, 1), "int4")
 
 
-# -- frames that are not the one expected ---------------------------------------------------------------------------
+# -- frames that are not the one expected ----------------------------------------------------------
 
 
 def frame(codec: str, /, **changes: object) -> TensorFrame:
@@ -269,7 +274,7 @@ def test_a_refusal_is_short_whatever_was_sent(codec: str) -> None:
         assert len(str(caught.value)) < 300
 
 
-# -- row numbers ----------------------------------------------------------------------------------------------------
+# -- row numbers -----------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -309,7 +314,7 @@ def test_any_row_numbers_are_in_range_or_refused(payload: bytes, tokens: int, nu
     assert index.shape == (tokens,) and all(0 <= row < num_rows for row in index.tolist())
 
 
-# -- masked positions -----------------------------------------------------------------------------------------------
+# -- masked positions ------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -338,7 +343,7 @@ def test_any_positions_are_good_or_refused(payload: bytes, tokens: int, masked: 
     assert all(0 <= position < tokens for position in positions.tolist())
 
 
-# -- anything at all ------------------------------------------------------------------------------------------------
+# -- anything at all -------------------------------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=None)

@@ -28,7 +28,9 @@ def test_what_cannot_be_compressed_hardly_grows() -> None:
 
 
 def test_planes_keep_exponents_from_being_diluted() -> None:
-    """Two bytes a value, of which one is always the same: half of them cost nothing, and only when told apart."""
+    """Two bytes a value, of which one is always the same: half of them cost nothing, and only when
+    told apart.
+    """
     content = bytes(byte for k in range(50_000) for byte in (pow(3, k, 257) & 0xFF, 63))
     assert len(compress(content, 2)) < 0.55 * len(content)
 

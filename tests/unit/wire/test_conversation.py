@@ -1,4 +1,6 @@
-"""Conversations that lose their connections anywhere: every message comes once and in order, both ways."""
+"""Conversations that lose their connections anywhere: every message comes once and in order, both
+ways.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def transmit(sender: End, receiver: End, acknowledge: bool = False) -> bool:
 
 
 def reconnect(ends: tuple[End, End]) -> None:
-    """What is on its way is lost; client attaches with what it has, then server answers with what it has."""
+    """What is on its way is lost; client attaches with what it has, then server answers with what
+    it has.
+    """
     client, server = ends
     client.on_the_way.clear()
     server.on_the_way.clear()

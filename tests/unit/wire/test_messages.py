@@ -21,7 +21,7 @@ from fedbert_ds.wire.messages import (
 UINT32 = st.integers(0, 2**32 - 1)
 
 
-# -- manifests ------------------------------------------------------------------------------------------------------
+# -- manifests -------------------------------------------------------------------------------------
 
 
 def test_a_good_manifest() -> None:
@@ -88,7 +88,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read() -> None:
         checked_manifest("ada", Message(), max_sequence=8, max_tokens=12)  # type: ignore[arg-type]
 
 
-# -- settings and cut -----------------------------------------------------------------------------------------------
+# -- settings and cut ------------------------------------------------------------------------------
 
 CONFIG = RunConfig(
     run={"windows": 10, "seed": 3},

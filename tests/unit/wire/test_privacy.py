@@ -1,7 +1,9 @@
-"""What a client can say at all: a list of every field, each with the reason why it may leave the client.
+"""What a client can say at all: a list of every field, each with the reason why it may leave the
+client.
 
-A new field in what a client sends fails here until somebody has written down why it gives no text away. Token ids,
-label ids and text have no field; a field wide enough to hold them by another name must say what keeps them out.
+A new field in what a client sends fails here until somebody has written down why it gives no text
+away. Token ids, label ids and text have no field; a field wide enough to hold them by another name
+must say what keeps them out.
 """
 
 from __future__ import annotations

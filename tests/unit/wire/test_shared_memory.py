@@ -1,4 +1,6 @@
-"""Memory shared by a client and a rank of one machine: rings, who may open it, and that nothing of it is left."""
+"""Memory shared by a client and a rank of one machine: rings, who may open it, and that nothing of
+it is left.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,9 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("is_refused", [False, True])
 def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch, is_refused: bool) -> None:
-    """More than a ring holds is under way, so some go through memory and some do not; order is kept."""
+    """More than a ring holds is under way, so some go through memory and some do not; order is
+    kept.
+    """
     written: list[int | None] = []
     write = shared_memory.Ring.write
     monkeypatch.setattr(shared_memory.Ring, "write", lambda *args: written.append(write(*args)) or written[-1])

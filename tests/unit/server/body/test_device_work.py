@@ -1,4 +1,6 @@
-"""Work of a device: done at once on a CPU; on a GPU in an order that a stand-in for torch.cuda writes down."""
+"""Work of a device: done at once on a CPU; on a GPU in an order that a stand-in for torch.cuda
+writes down.
+"""
 
 from __future__ import annotations
 

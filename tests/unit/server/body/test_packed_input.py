@@ -1,4 +1,6 @@
-"""Pieces of several clients as one input: positions, bounds and row numbers shift by what is before them."""
+"""Pieces of several clients as one input: positions, bounds and row numbers shift by what is before
+them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What DeepSpeed is told: the user's file, the keys the run file owns, and nothing left to a default that hurts."""
+"""What DeepSpeed is told: the user's file, the keys the run file owns, and nothing left to a
+default that hurts.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Events on their way through the decoding thread: the same events in the same order, tensors beside them."""
+"""Events on their way through the decoding thread: the same events in the same order, tensors
+beside them.
+"""
 
 from __future__ import annotations
 

@@ -115,6 +115,7 @@ def test_each_part_of_a_long_answer_starts_its_clock_anew() -> None:
     deadlines = Deadlines(silence_timeout=10.0)
     update = Question("update", 2)
     deadlines.ask("ada", update, 0.0)
+    deadlines.stop_clocks(1.0)
     for now in (9.0, 18.0, 27.0):
         assert deadlines.late(now) is None
         deadlines.progress("ada", update, now)

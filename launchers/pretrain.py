@@ -1,60 +1,9 @@
-"""One rank of the server side. `deepspeed`, `torchrun` and `srun` start this file once per rank.
+"""What `deepspeed`, `torchrun` and `srun` start, once per rank.
 
-    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml \\
-        [section.key=value ...] [--resume]
-
-Without a launcher it is a run of one rank.
+    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml [--resume]
 """
 
-from __future__ import annotations
-
-import argparse
-import os
-import time
-from pathlib import Path
-
-from fedbert_ds.config import RunConfig, load_config
-from fedbert_ds.errors import UserError, exit_with
-
-
-def main() -> None:
-    """Parse the command line, check the run (rank 0), then run this rank.
-
-    A UserError is one line on standard error and its exit code.
-    """
-    parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # deepspeed passes it; LOCAL_RANK says the same
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
-    options = parser.parse_intermixed_args()
-    rank = int(os.environ.setdefault("RANK", "0"))
-    try:
-        config = load_config(options.config, options.overrides)
-        _run(config, options.resume, rank)
-    except UserError as error:
-        if rank != 0:
-            # Rank 0 reports a mistake that all ranks share; the launcher ends this one meanwhile.
-            time.sleep(5)
-        exit_with(error)
-
-
-def _run(config: RunConfig, resume: bool, rank: int) -> None:
-    from fedbert_ds.server.body.distributed import initialize, shut_down
-
-    if rank == 0:
-        from fedbert_ds.server.before_start import check_before_start
-
-        check_before_start(config, resume)
-    initialize()
-    from fedbert_ds.server.serve import serve
-
-    exit_code = serve(config, resume)
-    shut_down()
-    raise SystemExit(exit_code)
-
+from fedbert_ds.server.pretrain import main
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""One run of ours over a link: the real launcher with one rank, and real clients in one process."""
+"""One run of ours over a link: the real server with one rank, and real clients in one process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from fedbert_ds.bench.process import LONGEST_SECONDS, running, tell
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import read_metrics, summary
-from fedbert_ds.telemetry.record import SOURCE
 from fedbert_ds.telemetry.timeline import read_trace, shares
 
-LAUNCHER = SOURCE / "launchers" / "pretrain.py"
 SETTLING_WINDOWS = 3
 """Not counted: in them the queue learns the round trips."""
 START_SECONDS = 240.0
@@ -40,7 +38,7 @@ def train(run: Run) -> None:
     with ExitStack() as resources:
         way = resources.enter_context(reach(run.setting.link, options))
         own = [*run.overrides, f"run.directory={run.folder}", f"server.host={way.host}"]
-        command = [sys.executable, str(LAUNCHER), "--config", str(RUN_FILE), *own]
+        command = [sys.executable, "-m", "fedbert_ds.server.pretrain", "--config", str(RUN_FILE), *own]
         server = resources.enter_context(running(command, run.log, options.device))
         # Clients start while the server does.
         command = [*way.enter, sys.executable, "-m", "fedbert_ds.bench.pipeline.load", "--server", "-"]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedbert_ds.config import RunConfig, load_config
-from fedbert_ds.telemetry.record import SOURCE
 
-RUN_FILE = SOURCE / "configs" / "pipeline.yaml"
+RUN_FILE = Path(__file__).with_name("run.yaml")
 OURS, CENTRALIZED = "ours", "centralized"
 VARIANTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ()),

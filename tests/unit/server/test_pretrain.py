@@ -1,0 +1,43 @@
+"""A rank's command line: a mistake is one line and an exit code, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedbert_ds.server import pretrain
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("sys.argv", ["pretrain", *arguments])
+    with pytest.raises(SystemExit) as end:
+        pretrain.main()
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_a_missing_run_file(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--config", "nowhere.yaml") == 2
+    assert capsys.readouterr().err == "fedbert-ds: nowhere.yaml: no such run file; give one with --config\n"
+
+
+def test_overrides_may_stand_anywhere_and_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.json").write_text("{}")
+    path = tmp_path / "run.yaml"
+    path.write_text("body: {deepspeed: zero.json}")
+    assert run(monkeypatch, "run.windoes=3", "--config", str(path), "--local_rank", "0", "data.alpha=1") == 2
+    assert "run.windoes is not a key; did you mean run.windows?" in capsys.readouterr().err
+
+
+def test_the_folder_is_checked_before_the_rank_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "zero.json").write_text("{}")
+    path = tmp_path / "run.yaml"
+    path.write_text(f"body: {{deepspeed: zero.json}}\nrun: {{directory: {tmp_path}}}")
+    assert run(monkeypatch, "--config", str(path)) == 6
+    assert "holds a run already; add --resume" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """What `deepspeed`, `torchrun` and `srun` start, once per rank.
 
-    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml [--resume]
+    deepspeed --num_gpus 2 launchers/pretrain.py --config configs/default.yaml
+
+More overrides and options: `--help`.
 """
 
 from fedbert_ds.server.pretrain import main

@@ -1,4 +1,4 @@
-"""A client's checkpoint: whole or not at all, the newest two, and one line when it cannot be read."""
+"""A client's checkpoint: whole or not at all, the newest two, one line when it cannot be read."""
 
 from __future__ import annotations
 

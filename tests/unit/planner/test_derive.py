@@ -1,4 +1,4 @@
-"""A scenario from a run file: sizes and bytes that are known, rates that follow from the machines."""
+"""A scenario from a run file: known sizes and bytes, rates that follow from the machines."""
 
 from __future__ import annotations
 

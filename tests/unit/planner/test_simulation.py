@@ -1,4 +1,4 @@
-"""The planner's clock: what can be computed by hand comes out, and every token is trained on once."""
+"""The planner's clock: what can be computed by hand comes out; every token is trained on once."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ Latency = Callable[[str, Event], float]
 
 
 class FakeEndpoint:
-    """An endpoint whose clients answer at once, or `latency` seconds later; a wait moves the clock."""
+    """An endpoint whose clients answer `latency` seconds later; a wait moves the clock."""
 
     def __init__(self, clock: Clock, clients: list[FakeClient], latency: Latency) -> None:
         self.clock = clock

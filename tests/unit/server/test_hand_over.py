@@ -1,4 +1,4 @@
-"""The end of a run: whose half is taken, what lies in the folder, what is evaluated and reported."""
+"""The end of a run: whose half is taken, what is saved, evaluated and reported."""
 
 from __future__ import annotations
 

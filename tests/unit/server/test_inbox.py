@@ -185,7 +185,7 @@ def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
 
 
 def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> None:
-    """With average_scope: embeddings fewer tensors are exchanged than are handed over at the end."""
+    """With average_scope: embeddings fewer tensors are exchanged than handed over at the end."""
     inbox.expect_collected(1)
     whole = [("table", torch.ones(HALF["table"])), ("head", torch.ones(HALF["head"]))]
     for chunk in update_chunks(1, whole, 5.0):

@@ -387,7 +387,7 @@ SECONDS_OF_WORK = 1000.0
 
 
 class CollectiveEngine(FakeEngine):
-    """Every backward and step needs the other rank, and with `lockstep_forwards` every forward too."""
+    """Every backward and step needs the other rank; so do forwards with `lockstep_forwards`."""
 
     def __init__(self, rank: int, board: Board, lockstep_forwards: bool) -> None:
         super().__init__(seconds=SECONDS_OF_WORK, lockstep_forwards=lockstep_forwards)
@@ -569,7 +569,7 @@ def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pyte
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_a_late_client_is_passed_over_and_comes_back(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
-    """bo stalls once for long; windows go on without it, and when it is back it takes part again."""
+    """bo stalls once; windows go on without it, and when it is back it takes part again."""
     windows = 30
     config = run_config(run={"windows": windows}, federation={"mode": mode})
     stalls = [2000.0]

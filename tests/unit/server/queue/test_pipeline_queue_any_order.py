@@ -166,7 +166,7 @@ def test_what_is_against_the_protocol_is_refused_at_any_time(data: st.DataObject
 
 
 def violate_all(federation: Federation) -> None:
-    """Each call against the protocol is refused with a WireError, and the queues are as they were."""
+    """Each call against the protocol is a WireError, and the queues are as they were."""
     before = [queue_state(rank.queue) for rank in federation.ranks]
     for rank in federation.ranks:
         for method, arguments in violations(rank.oracle, federation.now):

@@ -142,7 +142,7 @@ class Federation:
         assert report(name, index) == expected
 
     def send_late(self, rank: int, name: str) -> None:
-        """An answer for a skipped piece is not wanted any more, but shows that its client is there."""
+        """An answer for a skipped piece is not wanted, but shows that its client is there."""
         here = self.ranks[rank]
         _, index = here.oracle.clients[name].skipped.pop(0)
         here.hear(name, self.now)

@@ -38,8 +38,12 @@ def test_nobody_is_waited_for_who_is_gone_or_suspended() -> None:
     roster.remove("bo")
     assert not roster.is_connected("bo") and not roster.is_complete
     roster.suspend("cy")
-    assert roster.is_complete and roster.active == {"ada"} and roster.clients == {"ada", "cy"}
-    assert roster.close() == ((manifest("ada"),), frozenset())
+    assert roster.active == {"ada"} and roster.clients == {"ada", "cy"}
+    for window in range(3):
+        if window > 0:
+            roster.announce(manifest("ada", window))
+        assert roster.is_complete, f"window {window} waits for somebody"
+        assert roster.close() == ((manifest("ada", window),), frozenset())
 
 
 def test_a_suspended_client_that_announced_is_left_out_and_named() -> None:

@@ -46,7 +46,7 @@ def test_clients_may_send_what_the_cut_and_the_codecs_say(cut: Any) -> None:
         ({"mode": "parallel"}, {"embeddings", "head"}),
         ({"mode": "parallel", "average_scope": "head"}, {"head"}),
     ],
-    ids=str,
+    ids=["synchronous", "parallel", "parallel, head alone"],
 )
 def test_updates_carry_what_is_exchanged(federation: dict[str, Any], parts: set[str]) -> None:
     config = config_with(federation=federation, wire={"updates": "int8"})

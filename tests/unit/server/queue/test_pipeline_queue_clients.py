@@ -161,6 +161,16 @@ def test_a_late_client_that_gave_its_manifest_is_told_that_the_plan_leaves_it_ou
     assert decided(queue, 5.5) == ["plan 2 ada without bo", "open 4"]
 
 
+def test_a_plan_without_a_late_client_does_not_end_its_silence() -> None:
+    queue = late_bo(silence_timeout=10.0)
+    announce(queue, "bo")
+    assert decided(queue, 5.5)[0] == "suspend bo ((0, 1), (1, 3))"
+    announce(queue, "ada")
+    assert decided(queue, 5.5) == ["plan 2 ada without bo", "open 4"]
+    assert "expire bo" not in decided(queue, 10.0)
+    assert decided(queue, 10.5)[0] == "expire bo"
+
+
 def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
     queue = started(2, [pieces("ada", "bo"), pieces("bo")], deadlines=Deadlines(answer_times=FixedAnswerTimes(5.0)))
     decided(queue)

@@ -167,7 +167,7 @@ class Replica:
         return gradients
 
     def _step(self, window: int) -> None:
-        if self._schedule.gradient_clipping:
+        if self._schedule.gradient_clipping and not self._strategy.clips_together:
             torch.nn.utils.clip_grad_norm_(self._half.parameters(), self._schedule.gradient_clipping)
         for group in self._optimizer.param_groups:
             group["lr"] = self._schedule.learning_rate(window, self._num_windows)

@@ -39,6 +39,13 @@ class Strategy(Protocol):
     def exchanges_per_window(self) -> float:
         """Exchanges a window, on average."""
 
+    @property
+    def clips_together(self) -> bool:
+        """Gradients of body and client model are one gradient, clipped by one norm, at the server.
+
+        Otherwise the server clips the body's, and each client those of its half.
+        """
+
     def exchange_after(self, window: int) -> Exchange:
         """What every client sends after window `window` (0-based), and gets back combined."""
 
@@ -54,6 +61,7 @@ class Synchronous:
     """Gradients are summed every window: each client takes the step of centralized training."""
 
     update_codec: Codec
+    clips_together: bool = True
     sends_changes = False
     needs_every_window = True
     exchanges_per_window = 1.0
@@ -83,6 +91,7 @@ class Parallel:
     scopes: frozenset[Scope]
     """Parts of the client half that are averaged."""
     needs_every_window = False
+    clips_together = False
 
     @property
     def sends_changes(self) -> bool:
@@ -110,6 +119,7 @@ class Parallel:
 def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:
     """The strategy of a run file."""
     if federation.mode == "synchronous":
-        return Synchronous(wire.updates)
+        # A step that waits for all updates would undo what staleness hides.
+        return Synchronous(wire.updates, clips_together=federation.staleness == 0)
     scopes = federation.average_scope.split("+")
     return Parallel(wire.updates, federation.average_every, frozenset(s for s in get_args(Scope) if s in scopes))

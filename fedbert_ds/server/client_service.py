@@ -43,6 +43,7 @@ class ClientService:
         trace: Trace,
         update_codec: str,
         compressed: bool,
+        holds_updates: bool = False,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
@@ -53,8 +54,12 @@ class ClientService:
         self._trace = trace
         self._update_codec = update_codec
         self._compressed = compressed
+        self.holds_updates = holds_updates
+        """Combined updates wait in `combined` until the rank has stepped."""
         self.plans: dict[int, Plan] = {}
         """Windows that are planned and have not begun."""
+        self.combined: dict[int, dict[str, Tensor]] = {}
+        """Updates that are held, by window."""
 
     def attend(self) -> None:
         """While the body has nothing to do: take in what comes, plan and give credit ahead, pass updates on."""
@@ -128,8 +133,15 @@ class ClientService:
             self._membership.refuse(client, str(error))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
-            # Suspended clients too: they take up training where the others are.
-            self.send_update(sorted(self._queue.clients), tensors, window, self._update_codec)
+            if self.holds_updates:
+                self.combined[window] = tensors
+                return
+            self.send_combined(window, tensors)
+
+    def send_combined(self, window: int, tensors: Mapping[str, Tensor]) -> None:
+        """Send what a window's updates were combined to, fp32 by name, to all clients."""
+        # Suspended clients too: they take up training where the others are.
+        self.send_update(sorted(self._queue.clients), tensors, window, self._update_codec)
 
     def send_update(
         self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"

@@ -83,7 +83,16 @@ def build_rooms(
     outbox = Outbox(endpoint)
     membership = Membership(queue, exchange, inbox, outbox, endpoint.revoke)
     service = ClientService(
-        queue, inbox, exchange, membership, outbox, take_event, trace, contract.update_codec, config.wire.is_compressed
+        queue,
+        inbox,
+        exchange,
+        membership,
+        outbox,
+        take_event,
+        trace,
+        contract.update_codec,
+        config.wire.is_compressed,
+        holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
     )
     return Rooms(
         contract=contract,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.proximal import add_proximal_gradient
 from fedbert_ds.federation.shared_weights import SharedWeights
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import ClientHalf
@@ -43,6 +44,9 @@ class Replica:
         if self._strategy.sends_changes:
             codec = self._strategy.update_codec
             self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed)
+        self._proximal = settings.federation.proximal
+        self._common: dict[str, Tensor] = {}
+        """With a proximal term: the last weights that all clients had in common."""
         self._sent: dict[int, dict[str, Tensor]] = {}
         """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
@@ -57,6 +61,7 @@ class Replica:
         if weights is None:
             return False
         self._take_over(weights, {})
+        self._keep_common(weights)
         if self._shared is not None:
             self._shared.begin(weights)
         return True
@@ -72,6 +77,7 @@ class Replica:
             case "weights":
                 average = combined if self._shared is None else self._shared.apply(combined)
                 self._take_over(average, self._sent.pop(chunk.window, {}))
+                self._keep_common(average)
             case "nothing":
                 raise WireError(f"the server sent an update of window {chunk.window}, after which none is exchanged")
         return True
@@ -94,6 +100,7 @@ class Replica:
         for parameter in self._half.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(own_share)
+        add_proximal_gradient(dict(self._half.named_parameters()), self._common, self._proximal)
         self._step(window)
         return self._exchanged_weights(window) if exchange == "weights" else ()
 
@@ -117,6 +124,7 @@ class Replica:
             "masked_seen": self._masked_seen,
             "tokens_seen": self._tokens_seen,
             "shared": self._shared.state_dict() if self._shared is not None else None,
+            "common": self._common,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -127,6 +135,8 @@ class Replica:
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
         if self._shared is not None:
             self._shared.load_state_dict(state["shared"])
+        if self._proximal:
+            self._common = dict(state["common"])
 
     def _joined(
         self, chunk: pb.UpdateChunk, shapes: Mapping[str, tuple[int, ...]], codec: str
@@ -153,6 +163,10 @@ class Replica:
         if self._shared is not None:
             return self._shared.changes(window, weights, weight)
         return self._chunks(window, weights, weight, self._strategy.update_codec)
+
+    def _keep_common(self, weights: Mapping[str, Tensor]) -> None:
+        if self._proximal:
+            self._common = {name: weights[name] for name in self._exchanged}
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take the gradients out of the half.

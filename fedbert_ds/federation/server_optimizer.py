@@ -126,6 +126,11 @@ class ServerOptimizer:
             steps[name], self._moments[name] = self._rule.move(change, moments)
         return steps
 
+    def moved(self, reference: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The new reference, for the mean of the clients' weights; fp32 by name."""
+        steps = self.step({name: mean[name] - common for name, common in reference.items()})
+        return {name: common + steps[name] for name, common in reference.items()}
+
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """For a checkpoint: the moments of each tensor, by name."""
         return {name: dict(moments) for name, moments in self._moments.items()}

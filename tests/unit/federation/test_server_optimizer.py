@@ -132,6 +132,20 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=names)
+def test_weights_move_a_reference_as_their_change_does(rule: Rule) -> None:
+    by_weights, by_change = ServerOptimizer(rule), ServerOptimizer(rule)
+    reference = other = {name: torch.round(tensor * 16) for name, tensor in tensors_of(9).items()}
+    for seed in range(3):
+        change = {name: torch.round(tensor * 16) / 16 for name, tensor in tensors_of(seed).items()}
+        mean = {name: reference[name] + change[name] for name in reference}
+        reference = by_weights.moved(reference, mean)
+        steps = by_change.step(change)
+        other = {name: other[name] + steps[name] for name in other}
+        for name in reference:
+            torch.testing.assert_close(reference[name], other[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=names)
 def test_arguments_are_left_alone_and_steps_are_fp32(rule: Rule) -> None:
     changes, optimizer = tensors_of(1), ServerOptimizer(rule)
     for _ in range(2):

@@ -112,29 +112,40 @@ def rule_of(federation: FederationSection) -> Rule | None:
 
 
 class ServerOptimizer:
-    """A rule and its moments of every tensor, by name."""
+    """A rule, its moments, and the reference that it moves; fp32 by name.
 
-    def __init__(self, rule: Rule) -> None:
+    With `takes_changes` clients send how their weights changed and add the answer to what they had
+    in common; otherwise they send weights, and the answer is the new reference.
+    """
+
+    def __init__(self, rule: Rule, takes_changes: bool) -> None:
         self._rule = rule
+        self._takes_changes = takes_changes
+        self._reference: dict[str, Tensor] = {}
         self._moments: dict[str, Moments] = {}
 
-    def step(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What to add to the reference for the clients' mean changes, fp32 by name."""
+    def begin(self, reference: Mapping[str, Tensor], moments: Mapping[str, Moments] | None = None) -> None:
+        """Start from the weights that clients have in common, and from a checkpoint's moments, if any."""
+        self._moments = dict(moments or {})
+        if not self._takes_changes:
+            self._reference = {name: tensor.detach().cpu().clone() for name, tensor in reference.items()}
+
+    def answer(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What clients get for the weighted mean of their updates, which is left alone."""
+        if self._takes_changes:
+            return self._steps(mean)
+        steps = self._steps({name: tensor - self._reference[name] for name, tensor in mean.items()})
+        self._reference = {name: self._reference[name] + step for name, step in steps.items()}
+        return dict(self._reference)
+
+    @property
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """For a checkpoint: what the rule remembers of each tensor; none before the first round."""
+        return {name: dict(moments) for name, moments in self._moments.items()}
+
+    def _steps(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         steps = {}
         for name, change in changes.items():
             moments = self._moments.get(name) or self._rule.begin(change)
             steps[name], self._moments[name] = self._rule.move(change, moments)
         return steps
-
-    def moved(self, reference: Mapping[str, Tensor], mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The new reference, for the mean of the clients' weights; fp32 by name."""
-        steps = self.step({name: mean[name] - common for name, common in reference.items()})
-        return {name: common + steps[name] for name, common in reference.items()}
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """For a checkpoint: the moments of each tensor, by name."""
-        return {name: dict(moments) for name, moments in self._moments.items()}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore `state_dict`'s content."""
-        self._moments = {name: dict(moments) for name, moments in state.items()}

@@ -159,7 +159,11 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest gradient norm, of the body and of each client half apart; 0 turns clipping off."""
+    """Largest gradient norm; 0 turns clipping off.
+
+    In `synchronous` mode without staleness it is the norm of the whole gradient, body and client model together, as in
+    centralized training; otherwise body and client model are clipped apart.
+    """
     schedule: Literal["linear", "polynomial", "constant"] = "linear"
     """Decay after warm-up, to zero one window after the last."""
     warmup_windows: Annotated[int, Field(ge=0)] = 0

@@ -10,7 +10,6 @@ A strategy says what clients send after a window, how it is combined and what cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -52,8 +51,13 @@ class Strategy(Protocol):
     def takes_part(self, scope: Scope) -> bool:
         """Parameters of this scope are exchanged; all others stay personal to their client."""
 
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """Those of all connected clients whose averaged halves are the run's result."""
+    @property
+    def halves_are_personal(self) -> bool:
+        """A client's half holds what the reference does not: personal parts, moments of its own.
+
+        Then clients save their state themselves, and the run's result is the average of their
+        halves. Otherwise every half is the reference, which the aggregator has.
+        """
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Synchronous:
     update_codec: Codec
     clips_together: bool = True
     sends_changes = False
+    halves_are_personal = False
     needs_every_window = True
     exchanges_per_window = 1.0
 
@@ -73,10 +78,6 @@ class Synchronous:
     def takes_part(self, scope: Scope) -> bool:
         """Everything: there is one model."""
         return True
-
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """The first by name: all halves are equal."""
-        return frozenset(sorted(clients)[:1])
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Parallel:
     average_every: int
     scopes: frozenset[Scope]
     """Parts of the client half that are averaged."""
+    halves_are_personal = True
     needs_every_window = False
     clips_together = False
 
@@ -110,10 +112,6 @@ class Parallel:
     def takes_part(self, scope: Scope) -> bool:
         """The parts that the run file averages."""
         return scope in self.scopes
-
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """All of them."""
-        return frozenset(clients)
 
 
 def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:

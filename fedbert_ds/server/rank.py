@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,8 +45,8 @@ class RankServer:
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks, as of the last gathering."""
 
-    def connect(self, initial_weights: Mapping[str, Tensor] | None, watch: Callable[[], None]) -> None:
-        """Wait until every client seated here has opened its stream; give each its first weights, if any.
+    def connect(self, reference: bytes | None, watch: Callable[[], None]) -> None:
+        """Wait until every client seated here has opened its stream; give each the reference, if any, to begin with.
 
         `watch` is called while waiting and may raise: a local client process that died.
         """
@@ -54,8 +54,8 @@ class RankServer:
         deadline = time.monotonic() + self._clients.join_timeout
         while self._queue.clients != seated:
             event = self._service.next_event(POLL_SECONDS)
-            if isinstance(event, Connected) and initial_weights is not None:
-                self._service.send_update([event.client], initial_weights, self._first_window)
+            if isinstance(event, Connected) and reference is not None:
+                self._service.send_reference(event.client, reference)
             self._service.dispatch(event)
             watch()
             if time.monotonic() > deadline:

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig
+from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
@@ -48,6 +49,7 @@ class Rooms:
     trace: Trace
     queue: PipelineQueue
     exchange: UpdateExchange
+    aggregator: Aggregator
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -60,6 +62,7 @@ def build_rooms(
     contract: Contract,
     engine: BodyEngine,
     endpoint: RankEndpoint,
+    aggregator: Aggregator,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
     start: Start,
@@ -90,6 +93,7 @@ def build_rooms(
         outbox,
         take_event,
         trace,
+        aggregator,
         contract.update_codec,
         config.wire.is_compressed,
         holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
@@ -105,6 +109,7 @@ def build_rooms(
         trace=trace,
         queue=queue,
         exchange=exchange,
+        aggregator=aggregator,
         inbox=inbox,
         outbox=outbox,
         membership=membership,

@@ -3,13 +3,15 @@
     python worker.py rank  JOBS.json     (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
     python worker.py client JOBS.json NAME
 
-A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}. Every
-client writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes it sent.
+A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}; with
+"forget": true a client begins without the state folder it had. Every client writes what the tests compare into its
+state folder: `input_gradients.pt`, and `sent.bin`, all bytes it sent.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,6 +43,8 @@ def run_client(jobs: list[dict], name: str) -> None:
     for job in jobs:
         folder = Path(job["config"]["run"]["directory"])
         state = folder / "clients" / name
+        if job.get("forget"):
+            shutil.rmtree(state)
         recorder = _Recorder()
         session.ClientTrainer = recorder.trainer
         options = session.ClientOptions(

@@ -15,7 +15,14 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.config import FederationSection, OptimizerSection, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.model.client_half import ClientHalf
+
+
+def begin(replica: Replica, half: ClientHalf) -> None:
+    """Give a replica the half's own weights as the reference."""
+    for message in reference_chunks(to_bytes(Reference(0, dict(half.named_parameters())))):
+        replica.receive_reference(message.reference)
 
 
 def test_a_synchronous_half_steps_with_everybodys_gradients(tmp_path: Path) -> None:
@@ -172,8 +179,7 @@ def test_a_checkpoint_brings_back_all_that_decides_the_next_update(codec: Any) -
     }
     halves = half_of(), half_of()
     first, again = (Replica(half, settings_of(**changes)) for half in halves)
-    for chunk in update_chunks(0, dict(halves[0].named_parameters()).items(), weight=0.0):
-        first.receive_initial(chunk)
+    begin(first, halves[0])
     assert trained(first, halves[0], range(1)) == []
     assert trained(first, halves[0], range(1, 2)) != []
     trained(first, halves[0], range(2, 3))
@@ -188,8 +194,7 @@ def test_the_proximal_term_draws_averaged_weights_to_the_common_ones(codec: Any)
     half = half_of()
     federation = FederationSection(mode="parallel", average_every=2, average_scope="head", proximal=0.25)
     replica = Replica(half, settings_of(federation=federation, wire=WireSection(updates=codec)))
-    for chunk in update_chunks(0, dict(half.named_parameters()).items(), weight=0.0):
-        replica.receive_initial(chunk)
+    begin(replica, half)
 
     def expected_after(start: dict[str, Tensor], common: dict[str, Tensor]) -> dict[str, Tensor]:
         pull = {n: 0.25 * (start[n] - common[n]) if half.parameter_scope(n) == "head" else 0.0 for n in start}

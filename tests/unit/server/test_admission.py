@@ -147,6 +147,17 @@ def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int],
         assert f"({listed})" in str(caught.value)
 
 
+@settings(deadline=None)
+@given(server=WINDOWS.filter(bool), clients=st.lists(WINDOWS, min_size=1, max_size=4))
+def test_where_clients_keep_no_state_a_run_begins_at_the_servers_newest_window(
+    server: frozenset[int], clients: list[frozenset[int]]
+) -> None:
+    roster = Roster(len(clients), Expectation("v", "s", "c", server, clients_save=False))
+    for number, windows in enumerate(clients):
+        join(roster, hello(f"client-{number}", saved_windows=windows))
+    assert roster.first_window() == max(server)
+
+
 def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     roster = Roster(2, EXPECTATION)
     join(roster, hello("ada", saved_windows=[3, 5]))

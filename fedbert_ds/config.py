@@ -212,8 +212,9 @@ class FederationSection(Section):
     along the mean change: FedAvgM (Hsu et al. 2019), FedAdam, FedYogi (Reddi et al. 2021), or the outer optimizer of
     DiLoCo (Douillard et al. 2023)."""
     server_lr: Annotated[float, Field(gt=0.0)] | None = None
-    """Learning rate of the server optimizer; null means 1.0 for momentum, 0.7 for nesterov, and `server_tau` for adam
-    and yogi, which then follow small changes as they are."""
+    """Learning rate of the server optimizer. adam and yogi move a weight by about so much at most in a round, so it
+    should be near the clients' `optimizer.lr` times `average_every`. null means 1.0 for momentum, 0.7 for nesterov, and
+    `server_tau` for adam and yogi, which then follow small changes as they are."""
     server_momentum: Probability = 0.9
     """Share of the last round's momentum that momentum and nesterov keep."""
     server_betas: tuple[Probability, Probability] = (0.9, 0.99)

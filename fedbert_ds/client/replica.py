@@ -66,7 +66,9 @@ class Replica:
         if reference is None:
             return False
         self._take_over(reference.weights, {})
-        self._optimizer.load_state(reference.optimizer)
+        if not self._strategy.halves_are_personal:
+            # Otherwise it is the server optimizer's.
+            self._optimizer.load_state(reference.optimizer)
         self._keep_common(reference.weights)
         if self._shared is not None:
             self._shared.begin(reference.weights)

@@ -14,6 +14,7 @@ from fedbert_ds.errors import RunError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.half_optimizer import HalfOptimizer
 from fedbert_ds.federation.reference import Reference
+from fedbert_ds.federation.server_optimizer import Rule, ServerOptimizer
 from fedbert_ds.federation.strategy import Strategy
 
 
@@ -21,17 +22,27 @@ class Aggregator:
     """Holds the reference client model on the CPU, equal on every rank; steps it in a thread of its own.
 
     `initial` are the weights of the whole client half; they are copied. `version` counts windows:
-    the reference holds every combined update of the windows before it.
+    the reference holds every combined update of the windows before it. With a `rule` a server
+    optimizer moves the reference, otherwise it becomes the mean.
     """
 
     def __init__(
-        self, initial: Mapping[str, Tensor], strategy: Strategy, optimizer: OptimizerSection, num_windows: int
+        self,
+        initial: Mapping[str, Tensor],
+        strategy: Strategy,
+        optimizer: OptimizerSection,
+        num_windows: int,
+        rule: Rule | None = None,
     ) -> None:
         self._weights = {
             name: Parameter(tensor.detach().to("cpu", torch.float32, copy=True)) for name, tensor in initial.items()
         }
         self._strategy = strategy
         self._optimizer = HalfOptimizer(self._weights, optimizer, num_windows, clips=not strategy.clips_together)
+        self._server_optimizer: ServerOptimizer | None = None
+        if rule is not None:
+            self._server_optimizer = ServerOptimizer(rule, strategy.sends_changes)
+            self._server_optimizer.begin(initial)
         self._version = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aggregator")
         self._last: Future[None] | None = None
@@ -40,6 +51,10 @@ class Aggregator:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the client model's tensors."""
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+
+    def answer(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What clients get for the mean of their weights or changes, fp32 by name; means come in order."""
+        return mean if self._server_optimizer is None else self._server_optimizer.answer(mean)
 
     def apply(self, window: int, combined: Mapping[str, Tensor]) -> None:
         """Move the reference by what the updates of `window` were combined to, fp32 by name, in the thread.
@@ -55,12 +70,16 @@ class Aggregator:
         if self._last is not None:
             self._last.result()
         weights = {name: parameter.detach() for name, parameter in self._weights.items()}
-        return Reference(self._version, weights, self._optimizer.state())
+        mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
+        return Reference(self._version, weights, mover.state())
 
     def load(self, reference: Reference) -> None:
         """Go on from a checkpoint's reference."""
         self._take_over(reference.weights)
-        self._optimizer.load_state(reference.optimizer)
+        if self._server_optimizer is None:
+            self._optimizer.load_state(reference.optimizer)
+        else:
+            self._server_optimizer.begin(reference.weights, reference.optimizer)
         self._version = reference.version
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.config import FederationSection
+from fedbert_ds.federation.half_optimizer import OptimizerState
 
 Moments = Mapping[str, Tensor]
 """What a rule remembers of one tensor, each of the tensor's shape, fp32."""
@@ -124,9 +125,12 @@ class ServerOptimizer:
         self._reference: dict[str, Tensor] = {}
         self._moments: dict[str, Moments] = {}
 
-    def begin(self, reference: Mapping[str, Tensor], moments: Mapping[str, Moments] | None = None) -> None:
-        """Start from the weights that clients have in common, and from a checkpoint's moments, if any."""
-        self._moments = dict(moments or {})
+    def begin(self, reference: Mapping[str, Tensor], state: OptimizerState | None = None) -> None:
+        """Start from the weights that clients have in common, and from a checkpoint's state, if any."""
+        self._moments = {
+            name: {key: torch.as_tensor(value) for key, value in moments.items()}
+            for name, moments in (state or {}).items()
+        }
         if not self._takes_changes:
             self._reference = {name: tensor.detach().cpu().clone() for name, tensor in reference.items()}
 
@@ -138,9 +142,8 @@ class ServerOptimizer:
         self._reference = {name: self._reference[name] + step for name, step in steps.items()}
         return dict(self._reference)
 
-    @property
-    def moments(self) -> dict[str, dict[str, Tensor]]:
-        """For a checkpoint: what the rule remembers of each tensor; none before the first round."""
+    def state(self) -> OptimizerState:
+        """What the rule remembers of each tensor; empty before the first round."""
         return {name: dict(moments) for name, moments in self._moments.items()}
 
     def _steps(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:

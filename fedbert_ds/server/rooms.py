@@ -79,7 +79,8 @@ def build_rooms(
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
-        return combine(updates, shapes, average=average, group=rank_group.update_group)
+        result = combine(updates, shapes, average=average, group=rank_group.update_group)
+        return aggregator.answer(result) if average else result
 
     exchange = UpdateExchange(combined)
     inbox = Inbox(queue, exchange, contract, tokens)

@@ -14,6 +14,7 @@ from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, 
 from fedbert_ds.errors import ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.reference import to_bytes
+from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
@@ -88,7 +89,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
-        aggregator = Aggregator(initial, rule, config.optimizer, config.run.windows)
+        aggregator = Aggregator(initial, rule, config.optimizer, config.run.windows, rule_of(config.federation))
         rooms = build_rooms(
             config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
         )

@@ -33,6 +33,10 @@ RESUMED = {
         "body": {"deepspeed": str(ZERO / "zero0.json")}, "cut": {"layers": 1},
         "federation": {"mode": "parallel", "average_every": 2, "average_scope": "embeddings"},
     },
+    "zero1-parallel-adam": {
+        "body": {"deepspeed": str(ZERO / "zero1.json")},
+        "federation": {"mode": "parallel", "server_optimizer": "adam", "server_lr": 0.02, "proximal": 0.1},
+    },
     "zero1-bf16": {"body": {"deepspeed": str(ZERO / "zero1.json"), "precision": "bf16"}},
 }  # fmt: skip
 FIXED = {"order": "fixed"}
@@ -104,6 +108,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, name) -> N
         assert one.version == WINDOWS and one.optimizer.keys() == one.weights.keys()
         assert all(torch.equal(final[parameter], weights) for parameter, weights in one.weights.items())
         assert not any(saved_windows(run / "clients" / client) for run in (whole, resumed) for client in CLIENTS)
+
+
+def test_a_run_with_a_server_optimizer_learns(runs) -> None:
+    folder, _ = runs
+    losses = [row["loss"] for row in _metrics(folder / "zero1-parallel-adam-whole")]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_the_interrupted_run_was_saved_at_the_window_it_stopped_before(runs) -> None:

@@ -13,8 +13,10 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.config import FederationSection, OptimizerSection, WireSection
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
 from fedbert_ds.federation.reference import from_bytes, reference_chunks, to_bytes
+from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.wire.messages import ClientSettings
@@ -23,7 +25,7 @@ from fedbert_ds.wire.messages import ClientSettings
 def aggregator_of(half: ClientHalf, settings: ClientSettings) -> Aggregator:
     strategy = strategy_of(settings.federation, settings.wire)
     initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
-    return Aggregator(initial, strategy, settings.optimizer, settings.windows)
+    return Aggregator(initial, strategy, settings.optimizer, settings.windows, rule_of(settings.federation))
 
 
 def updates(half: ClientHalf, windows: range) -> list[dict[str, Tensor]]:
@@ -113,6 +115,43 @@ def test_it_goes_on_from_what_was_saved_and_so_does_a_client_that_had_nothing(op
         give(fresh, settings, window, combined)
     assert to_bytes(again.reference()) == to_bytes(whole.reference())
     assert_equal(half, whole)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "yogi"])
+def test_a_server_optimizer_moves_it_and_goes_on_from_what_was_saved(name: Any, codec: Any) -> None:
+    federation = FederationSection(mode="parallel", server_optimizer=name, server_lr=0.5)
+    settings = settings_of(federation=federation, wire=WireSection(updates=codec))
+    half = half_of()
+    whole, again, replica = aggregator_of(half, settings), aggregator_of(half, settings), Replica(half, settings)
+    for message in reference_chunks(to_bytes(whole.reference())):
+        replica.receive_reference(message.reference)
+    for window, mean in enumerate(updates(half, range(4))):
+        if window == 2:
+            again.load(from_bytes(to_bytes(whole.reference()), whole.shapes)[0])
+        answer = whole.answer(mean)
+        assert not any(torch.equal(answer[name], mean[name]) for name in mean)
+        whole.apply(window, answer)
+        give(replica, settings, window, answer)
+        assert_equal(half, whole)
+        if window >= 2:
+            again.apply(window, again.answer(mean))
+            assert to_bytes(again.reference()) == to_bytes(whole.reference())
+    fresh = Replica(half_of(), settings)
+    for message in reference_chunks(to_bytes(whole.reference())):
+        assert fresh.receive_reference(message.reference) == message.reference.last
+    assert not fresh.state_dict()["optimizer"], "the server optimizer is not a client's"
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_without_a_server_optimizer_one_client_gets_back_what_it_sent(codec: Any) -> None:
+    settings = settings_of(federation=FederationSection(mode="parallel"), wire=WireSection(updates=codec))
+    half = half_of()
+    aggregator = aggregator_of(half, settings)
+    (mine,) = updates(half, range(1))
+    mean = combine([ClientUpdate(mine, 7.0)], aggregator.shapes, average=True, group=None)
+    answer = aggregator.answer(mean)
+    assert all(torch.equal(answer[name], mine[name]) for name in mine)
 
 
 def test_an_update_nobody_exchanges_is_an_error_where_the_reference_is_read() -> None:

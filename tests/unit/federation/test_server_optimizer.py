@@ -140,7 +140,7 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rule: Rule, takes_changes: boo
     for seed in range(3):
         answer = whole.answer(tensors_of(seed))
     restored = ServerOptimizer(rule, takes_changes)
-    restored.begin(answer, copy.deepcopy(whole.moments))
+    restored.begin(answer, copy.deepcopy(whole.state()))
     for seed in range(3, 6):
         one, other = whole.answer(tensors_of(seed)), restored.answer(tensors_of(seed))
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -151,12 +151,12 @@ def test_a_restored_optimizer_goes_on_bit_for_bit(rule: Rule, takes_changes: boo
 def test_arguments_are_left_alone_and_answers_are_fp32(rule: Rule, takes_changes: bool) -> None:
     reference, updates, optimizer = tensors_of(9), tensors_of(1), ServerOptimizer(rule, takes_changes)
     optimizer.begin(reference)
-    assert optimizer.moments == {}
+    assert optimizer.state() == {}
     for _ in range(2):
         assert all(tensor.dtype is torch.float32 for tensor in optimizer.answer(updates).values())
     for seed, tensors in ((9, reference), (1, updates)):
         assert all(torch.equal(tensors[name], tensor) for name, tensor in tensors_of(seed).items())
-    assert optimizer.moments.keys() == updates.keys()
+    assert optimizer.state().keys() == updates.keys()
 
 
 @pytest.mark.parametrize("rule", RULES, ids=names)

@@ -79,8 +79,8 @@ class ClientTrainer:
         self._next_window = first_window
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
-        self._has_own_state = first_window > 0 and self._strategy.halves_are_personal
-        if self._has_own_state:
+        self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
+        if not self._awaits_reference:
             state = load_state(state_folder, first_window)
             self._replica.load_state_dict(state)
             cursor = state["cursor"]
@@ -89,7 +89,7 @@ class ClientTrainer:
 
     def begin(self) -> None:
         """Announce the first window, if this client has its state; otherwise wait for the reference."""
-        if self._has_own_state:
+        if not self._awaits_reference:
             self._announce()
 
     def handle(self, message: pb.ServerMessage) -> None:
@@ -111,8 +111,7 @@ class ClientTrainer:
                 if self._replica.receive(message.update):
                     self._apply(message.update.window)
             case "reference":
-                if self._replica.receive_reference(message.reference):
-                    self._announce()
+                self._receive_reference(message.reference)
             case "save":
                 self._save(message.save.window)
             case "update_request":
@@ -223,6 +222,13 @@ class ClientTrainer:
     def _send_update(self, chunks: Iterable[pb.UpdateChunk]) -> None:
         for chunk in chunks:
             self._send(pb.ClientMessage(update=chunk))
+
+    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
+        if not self._awaits_reference:
+            raise WireError("the server sent a reference client model to a client that has one")
+        if self._replica.receive_reference(chunk):
+            self._awaits_reference = False
+            self._announce()
 
     def _save(self, window: int) -> None:
         if window > self._windows.applied and self._strategy.needs_every_window:

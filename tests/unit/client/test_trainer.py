@@ -253,6 +253,7 @@ PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
         (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
         (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
         (pb.ServerMessage(update=pb.UpdateChunk(name="x")), "tensor 'x' of shape"),
+        (pb.ServerMessage(reference=pb.ReferenceChunk(last=True)), "to a client that has one"),
         (
             pb.ServerMessage(plan=pb.Plan(next_window=1, pieces=[pb.Piece(first_sequence=3, num_sequences=2)])),
             "sequences 3 to 5 of 4",

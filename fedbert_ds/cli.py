@@ -42,7 +42,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--data", required=True, nargs="+", metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
     )
     parser.add_argument("--id", default=socket.gethostname(), help="this client's name in the run (default: host name)")
-    parser.add_argument("--state", type=Path, metavar="DIR", help="where to keep its state (default: fedbert-ID)")
+    parser.add_argument(
+        "--state", type=Path, metavar="DIR", help="where to keep its state in parallel mode (default: fedbert-ID)"
+    )
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
     parser.add_argument("--cut", metavar="CUT", help="insist on this cut: embeddings, rows or layers:K (default: any)")

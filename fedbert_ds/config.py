@@ -163,7 +163,11 @@ class OptimizerSection(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
-    """Largest gradient norm, of the body and of each client half apart. 0 turns clipping off."""
+    """Largest gradient norm; 0 turns clipping off.
+
+    In `synchronous` mode without staleness it is the norm of the whole gradient, body and client
+    model together, as in centralized training; otherwise body and client model are clipped apart.
+    """
     schedule: Literal["linear", "polynomial", "constant"] = "linear"
     """Decay after warm-up, to zero one window after the last."""
     warmup_windows: Annotated[int, Field(ge=0)] = 0
@@ -205,8 +209,54 @@ class FederationSection(Section):
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
     """Parts averaged in `parallel` mode. The rest stays personal to each client."""
     staleness: Annotated[int, Field(ge=0, le=8)] = 0
-    """Windows that a client may begin before its half has taken earlier client updates. 0 is exact;
-    more hides exchanges over slow links."""
+    """Windows whose exchange of client halves a client need not wait for before it begins the next;
+    0 is exact, more hides exchanges over slow links."""
+    server_optimizer: Literal["none", "momentum", "adam", "yogi", "nesterov"] = "none"
+    """What an average in `parallel` mode moves the common weights by: `none` to the mean (FedAvg),
+    the others by a step along the mean change: FedAvgM (Hsu et al. 2019), FedAdam, FedYogi (Reddi
+    et al. 2021), or the outer optimizer of DiLoCo (Douillard et al. 2023)."""
+    server_lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Learning rate of the server optimizer. adam and yogi move a weight by about so much at most
+    in a round, so it should be near the clients' `optimizer.lr` times `average_every`. null means
+    1.0 for momentum, 0.7 for nesterov, and `server_tau` for adam and yogi, which then follow small
+    changes as they are."""
+    server_momentum: Probability = 0.9
+    """Share of the last round's momentum that momentum and nesterov keep."""
+    server_betas: tuple[Probability, Probability] = (0.9, 0.99)
+    """Decay rates of the moment estimates of adam and yogi."""
+    server_tau: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Added to the denominator of adam and yogi: changes much smaller than this move the weights in
+    proportion.
+    """
+    proximal: Annotated[float, Field(ge=0.0)] = 0.0
+    """FedProx (Li et al. 2020) in `parallel` mode: mu of the term mu/2 ||w - w_common||^2 in each
+    client's loss, over the averaged weights."""
+
+    @model_validator(mode="after")
+    def _keys_together(self) -> FederationSection:
+        for key, (other, values) in _ONLY_WITH.items():
+            if getattr(self, key) != type(self).model_fields[key].default and getattr(self, other) not in values:
+                choices = f"{', '.join(values[:-1])} or {values[-1]}" if len(values) > 1 else values[0]
+                raise ValueError(f"{key} is for {other}: {choices}; remove it or change {other}")
+        return self
+
+    @property
+    def server_learning_rate(self) -> float:
+        """`server_lr`, or the server optimizer's own default."""
+        if self.server_lr is not None:
+            return self.server_lr
+        return {"momentum": 1.0, "nesterov": 0.7}.get(self.server_optimizer, self.server_tau)
+
+
+_ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "server_optimizer": ("mode", ("parallel",)),
+    "proximal": ("mode", ("parallel",)),
+    "server_lr": ("server_optimizer", ("momentum", "adam", "yogi", "nesterov")),
+    "server_momentum": ("server_optimizer", ("momentum", "nesterov")),
+    "server_betas": ("server_optimizer", ("adam", "yogi")),
+    "server_tau": ("server_optimizer", ("adam", "yogi")),
+}
+"""Keys of `federation` that need one of these values of another key."""
 
 
 class ClientsSection(Section):

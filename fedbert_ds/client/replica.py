@@ -13,10 +13,12 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.half_optimizer import HalfOptimizer
+from fedbert_ds.federation.proximal import add_proximal_gradient
+from fedbert_ds.federation.reference import ReferenceAssembler
 from fedbert_ds.federation.shared_weights import SharedWeights
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import ClientHalf
-from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import ClientSettings
 
@@ -29,11 +31,15 @@ class Replica:
 
     def __init__(self, half: ClientHalf, settings: ClientSettings) -> None:
         self._half = half
-        self._optimizer = build_optimizer(list(half.named_parameters()), settings.optimizer)
-        self._schedule, self._num_windows = settings.optimizer, settings.windows
         self._staleness = settings.federation.staleness
         self._is_compressed = settings.wire.is_compressed
         self._strategy = strategy_of(settings.federation, settings.wire)
+        self._optimizer = HalfOptimizer(
+            dict(half.named_parameters()),
+            settings.optimizer,
+            settings.windows,
+            clips=not self._strategy.clips_together,
+        )
         self._exchanged = {
             name: tuple(parameter.shape)
             for name, parameter in half.named_parameters()
@@ -43,35 +49,43 @@ class Replica:
         if self._strategy.sends_changes:
             codec = self._strategy.update_codec
             self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed)
+        self._proximal = settings.federation.proximal
+        self._common: dict[str, Tensor] = {}
+        """With a proximal term: the last weights that all clients had in common."""
         self._sent: dict[int, dict[str, Tensor]] = {}
         """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
         """Of the update that is arriving."""
+        self._reference = ReferenceAssembler({name: tuple(p.shape) for name, p in half.named_parameters()})
         self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
 
-    def receive_initial(self, chunk: pb.UpdateChunk) -> bool:
-        """Take a chunk of a new run's initial weights, of the whole half; True for the last one."""
-        shapes = {name: tuple(parameter.shape) for name, parameter in self._half.named_parameters()}
-        weights = self._joined(chunk, shapes, "fp32")
-        if weights is None:
+    def receive_reference(self, chunk: pb.ReferenceChunk) -> bool:
+        """Take a chunk of the reference, which the half begins as; True for the last one."""
+        reference = self._reference.add(chunk)
+        if reference is None:
             return False
-        self._take_over(weights, {})
+        self._take_over(reference.weights, {})
+        if not self._strategy.halves_are_personal:
+            # Otherwise it is the server optimizer's.
+            self._optimizer.load_state(reference.optimizer)
+        self._keep_common(reference.weights)
         if self._shared is not None:
-            self._shared.begin(weights)
+            self._shared.begin(reference.weights)
         return True
 
     def receive(self, chunk: pb.UpdateChunk) -> bool:
         """Take a chunk of a window's combined update; True once the update is applied."""
-        combined = self._joined(chunk, self._exchanged, self._strategy.update_codec)
+        combined = self._joined(chunk)
         if combined is None:
             return False
         match self._strategy.exchange_after(chunk.window):
             case "gradients":
-                self._step_with(combined, chunk.window)
+                self._optimizer.step_with(combined, chunk.window)
             case "weights":
                 average = combined if self._shared is None else self._shared.apply(combined)
                 self._take_over(average, self._sent.pop(chunk.window, {}))
+                self._keep_common(average)
             case "nothing":
                 raise WireError(f"the server sent an update of window {chunk.window}, after which none is exchanged")
         return True
@@ -94,7 +108,8 @@ class Replica:
         for parameter in self._half.parameters():
             if parameter.grad is not None:
                 parameter.grad.mul_(own_share)
-        self._step(window)
+        add_proximal_gradient(dict(self._half.named_parameters()), self._common, self._proximal)
+        self._optimizer.step(window)
         return self._exchanged_weights(window) if exchange == "weights" else ()
 
     def whole(self, window: int) -> Iterator[pb.UpdateChunk]:
@@ -112,28 +127,29 @@ class Replica:
         """For a checkpoint."""
         return {
             "half": self._half.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": self._optimizer.state(),
             "masked_since_average": self._masked_since_average,
             "masked_seen": self._masked_seen,
             "tokens_seen": self._tokens_seen,
             "shared": self._shared.state_dict() if self._shared is not None else None,
+            "common": self._common,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s content."""
         self._half.load_state_dict(state["half"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._optimizer.load_state(state["optimizer"])
         self._masked_since_average = state["masked_since_average"]
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
         if self._shared is not None:
             self._shared.load_state_dict(state["shared"])
+        if self._proximal:
+            self._common = dict(state["common"])
 
-    def _joined(
-        self, chunk: pb.UpdateChunk, shapes: Mapping[str, tuple[int, ...]], codec: str
-    ) -> Mapping[str, Tensor] | None:
+    def _joined(self, chunk: pb.UpdateChunk) -> Mapping[str, Tensor] | None:
         """The tensors of an update, after its last chunk."""
         if self._assembler is None:
-            self._assembler = UpdateAssembler(shapes, "the server's update", codec)
+            self._assembler = UpdateAssembler(self._exchanged, "the server's update", self._strategy.update_codec)
         update = self._assembler.add(chunk)
         if update is None:
             return None
@@ -154,6 +170,10 @@ class Replica:
             return self._shared.changes(window, weights, weight)
         return self._chunks(window, weights, weight, self._strategy.update_codec)
 
+    def _keep_common(self, weights: Mapping[str, Tensor]) -> None:
+        if self._proximal:
+            self._common = {name: weights[name] for name in self._exchanged}
+
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take the gradients out of the half.
 
@@ -165,24 +185,6 @@ class Replica:
         }
         self._optimizer.zero_grad()
         return gradients
-
-    def _step(self, window: int) -> None:
-        if self._schedule.gradient_clipping:
-            torch.nn.utils.clip_grad_norm_(self._half.parameters(), self._schedule.gradient_clipping)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.learning_rate(window, self._num_windows)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-
-    def _step_with(self, gradients: Mapping[str, Tensor], window: int) -> None:
-        """Step with these gradients; those accumulated of later windows stay."""
-        parameters = dict(self._half.named_parameters())
-        later = {name: parameter.grad for name, parameter in parameters.items()}
-        for name, gradient in gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self._step(window)
-        for name, accumulated in later.items():
-            parameters[name].grad = accumulated
 
     @torch.no_grad()
     def _take_over(self, weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:

@@ -103,6 +103,7 @@ def run_client(options: ClientOptions) -> int:
             options.name,
             options.state_folder,
             welcome.window,
+            _cursor(welcome),
             _device(options.device),
             stream.send,
         )
@@ -147,6 +148,13 @@ def _wire_error(address: str, error: grpc.RpcError) -> WireError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return WireError(f"{address}: the other clients did not come in time; raise --join-timeout or start them")
     return WireError(f"{address}: connection lost ({code.name.lower()}: {details}); start this client again")
+
+
+def _cursor(welcome: pb.Welcome) -> dict[str, int] | None:
+    if not welcome.HasField("cursor"):
+        return None
+    cursor = welcome.cursor
+    return {"epoch": cursor.epoch, "position": cursor.position, "sequences": cursor.sequences}
 
 
 def _device(name: str | None) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,8 @@ class _Piece:
 class ClientTrainer:
     """Answers every server message; holds the client half and the stream of text.
 
-    `send` takes a ClientMessage. Raises WireError for a message that does not fit, or a refusal.
+    `send` takes a ClientMessage. `cursor` is where the text of a resumed run goes on, where the
+    server knows it. Raises WireError for a message that does not fit, or a refusal.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class ClientTrainer:
         name: str,
         state_folder: Path,
         first_window: int,
+        cursor: Mapping[str, int] | None,
         device: torch.device,
         send: Callable[[pb.ClientMessage], None],
     ) -> None:
@@ -75,17 +77,21 @@ class ClientTrainer:
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
         self._next_window = first_window
-        self._awaits_initial = first_window == 0
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
-        if first_window:
+        self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
+        if not self._awaits_reference:
             state = load_state(state_folder, first_window)
             self._replica.load_state_dict(state)
-            self._text.load_state_dict(state["cursor"])
+            cursor = state["cursor"]
+        if cursor is not None:
+            self._text.load_state_dict(cursor)
 
     def begin(self) -> None:
-        """Announce the first window of a resumed run; a new run waits for its initial weights."""
-        if not self._awaits_initial:
+        """Announce the first window, if this client has its state; otherwise wait for the
+        reference.
+        """
+        if not self._awaits_reference:
             self._announce()
 
     def handle(self, message: pb.ServerMessage) -> None:
@@ -104,7 +110,10 @@ class ClientTrainer:
                 if self._windows.skip(message.skipped.window, message.skipped.micro_batches):
                     self._finish_window(message.skipped.window)
             case "update":
-                self._receive_update(message.update)
+                if self._replica.receive(message.update):
+                    self._apply(message.update.window)
+            case "reference":
+                self._receive_reference(message.reference)
             case "save":
                 self._save(message.save.window)
             case "update_request":
@@ -216,12 +225,11 @@ class ClientTrainer:
         for chunk in chunks:
             self._send(pb.ClientMessage(update=chunk))
 
-    def _receive_update(self, chunk: pb.UpdateChunk) -> None:
-        if not self._awaits_initial:
-            if self._replica.receive(chunk):
-                self._apply(chunk.window)
-        elif self._replica.receive_initial(chunk):
-            self._awaits_initial = False
+    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
+        if not self._awaits_reference:
+            raise WireError("the server sent a reference client model to a client that has one")
+        if self._replica.receive_reference(chunk):
+            self._awaits_reference = False
             self._announce()
 
     def _save(self, window: int) -> None:
@@ -230,8 +238,14 @@ class ClientTrainer:
         # Batches are drawn ahead.
         ahead = self._windows.first_content(window)
         cursor = self._text.state_dict() if ahead is None else ahead.cursor
-        save_state(self._state_folder, window, {**self._replica.state_dict(), "cursor": cursor})
-        saved = pb.Saved(window=window, peak_memory_bytes=peak_memory_bytes(), flops_per_token=self.flops_per_token())
+        if self._strategy.halves_are_personal:
+            save_state(self._state_folder, window, {**self._replica.state_dict(), "cursor": cursor})
+        saved = pb.Saved(
+            window=window,
+            peak_memory_bytes=peak_memory_bytes(),
+            flops_per_token=self.flops_per_token(),
+            cursor=pb.Cursor(**cursor),
+        )
         self._send(pb.ClientMessage(saved=saved))
 
 

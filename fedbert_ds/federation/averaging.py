@@ -41,3 +41,8 @@ def combine(
             accumulated /= total
         combined[name] = accumulated.to(torch.float32)
     return combined
+
+
+def global_norm(tensors: Mapping[str, Tensor]) -> float:
+    """The Euclidean norm of all tensors together, accumulated in fp64."""
+    return sum(float(tensor.double().square().sum()) for tensor in tensors.values()) ** 0.5

@@ -10,7 +10,6 @@ A strategy says what clients send after a window, how it is combined and what cl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
@@ -39,14 +38,26 @@ class Strategy(Protocol):
     def exchanges_per_window(self) -> float:
         """Exchanges a window, on average."""
 
+    @property
+    def clips_together(self) -> bool:
+        """Gradients of body and client model are one gradient, clipped by one norm, at the server.
+
+        Otherwise the server clips the body's, and each client those of its half.
+        """
+
     def exchange_after(self, window: int) -> Exchange:
         """What every client sends after window `window` (0-based), and gets back combined."""
 
     def takes_part(self, scope: Scope) -> bool:
         """Parameters of this scope are exchanged; all others stay personal to their client."""
 
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """Those of all connected clients whose averaged halves are the run's result."""
+    @property
+    def halves_are_personal(self) -> bool:
+        """A client's half holds what the reference does not: personal parts, moments of its own.
+
+        Then clients save their state themselves, and the run's result is the average of their
+        halves. Otherwise every half is the reference, which the aggregator has.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,9 @@ class Synchronous:
     """Gradients are summed every window: each client takes the step of centralized training."""
 
     update_codec: Codec
+    clips_together: bool = True
     sends_changes = False
+    halves_are_personal = False
     needs_every_window = True
     exchanges_per_window = 1.0
 
@@ -65,10 +78,6 @@ class Synchronous:
     def takes_part(self, scope: Scope) -> bool:
         """Everything: there is one model."""
         return True
-
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """The first by name: all halves are equal."""
-        return frozenset(sorted(clients)[:1])
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,9 @@ class Parallel:
     average_every: int
     scopes: frozenset[Scope]
     """Parts of the client half that are averaged."""
+    halves_are_personal = True
     needs_every_window = False
+    clips_together = False
 
     @property
     def sends_changes(self) -> bool:
@@ -102,14 +113,11 @@ class Parallel:
         """The parts that the run file averages."""
         return scope in self.scopes
 
-    def final_clients(self, clients: Iterable[str]) -> frozenset[str]:
-        """All of them."""
-        return frozenset(clients)
-
 
 def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:
     """The strategy of a run file."""
     if federation.mode == "synchronous":
-        return Synchronous(wire.updates)
+        # A step that waits for all updates would undo what staleness hides.
+        return Synchronous(wire.updates, clips_together=federation.staleness == 0)
     scopes = federation.average_scope.split("+")
     return Parallel(wire.updates, federation.average_every, frozenset(s for s in get_args(Scope) if s in scopes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -29,7 +29,9 @@ class Expectation:
     cut: str
     """JSON, as in a Welcome."""
     saved_windows: frozenset[int] | None = None
-    """Windows with a checkpoint on the server, for a resumed run. None for a new run."""
+    """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
+    clients_save: bool = True
+    """Clients keep states of their own, and can resume from these windows only."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,17 @@ class Roster:
         return len(self._waiting) >= self.expected
 
     def first_window(self) -> int:
-        """The run's first window: 0, or the newest that the server and every client saved.
+        """Where the run begins: 0, or the newest window saved by the server and every client that
+        has to save.
 
-        Raises WireError if a resumed run has no such window.
+        Raises WireError if there is none.
         """
         if self.expectation.saved_windows is None:
             return 0
         common = set(self.expectation.saved_windows)
-        for hello, _ in self._waiting.values():
-            common &= set(hello.saved_windows)
+        if self.expectation.clients_save:
+            for hello, _ in self._waiting.values():
+                common &= set(hello.saved_windows)
         if not common:
             raise WireError(
                 f"no window is saved by the server ({_listed(self.expectation.saved_windows)}) and by every client; "
@@ -142,7 +146,8 @@ class Roster:
             raise WireError(f"{who} insists on cut {hello.cut[:80]}, the run has {self.expectation.cut}; drop --cut")
         if hello.shard_characters == 0:
             raise WireError(f"{who} has no text; check its --data")
-        if self.expectation.saved_windows is not None and not hello.saved_windows:
+        resumes_from_states = self.expectation.saved_windows is not None and self.expectation.clients_save
+        if resumes_from_states and not hello.saved_windows:
             raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
 
 
@@ -192,11 +197,19 @@ def start_of(roster: Roster, world_size: int, window: WindowSection) -> Start:
 
 
 def welcome_all(
-    roster: Roster, start: Start, config: RunConfig, endpoints: Sequence[str], tokenizer: bytes, model_config: str
+    roster: Roster,
+    start: Start,
+    config: RunConfig,
+    endpoints: Sequence[str],
+    tokenizer: bytes,
+    model_config: str,
+    cursors: Mapping[str, Mapping[str, int]],
 ) -> None:
-    """Answer every client's Join: its rank's address, its session, the model, the run's settings.
+    """Answer every client's Join with its rank's address, its session, the model and the settings
+    of the run.
 
-    `endpoints` holds one HOST:PORT a rank. `model_config` is JSON.
+    `cursors` say where the texts of a resumed run go on, by client: `epoch`, `position` and
+    `sequences`.
     """
     for client, seat in start.seats.items():
         settings = client_settings(
@@ -211,6 +224,7 @@ def welcome_all(
             tokenizer=tokenizer,
             window=start.first_window,
             reconnect_timeout=config.clients.reconnect_timeout,
+            cursor=pb.Cursor(**cursors[client]) if client in cursors else None,
         )
         roster.welcome(client, welcome)
 

@@ -9,7 +9,9 @@ from contextlib import suppress
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.reference import reference_chunks
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
@@ -42,8 +44,10 @@ class ClientService:
         outbox: Outbox,
         take_event: Callable[[float], DecodedEvent | None],
         trace: Trace,
+        aggregator: Aggregator,
         update_codec: str,
         compressed: bool,
+        holds_updates: bool = False,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
@@ -52,10 +56,15 @@ class ClientService:
         self._outbox = outbox
         self._take_event = take_event
         self._trace = trace
+        self._aggregator = aggregator
         self._update_codec = update_codec
         self._compressed = compressed
+        self.holds_updates = holds_updates
+        """Combined updates wait in `combined` until the rank has stepped."""
         self.plans: dict[int, Plan] = {}
-        """Planned windows that have not begun."""
+        """Windows that are planned and have not begun."""
+        self.combined: dict[int, dict[str, Tensor]] = {}
+        """Updates that are held, by window."""
 
     def attend(self) -> None:
         """While the body is idle: take events in, plan and give credit ahead, hand updates out."""
@@ -129,19 +138,28 @@ class ClientService:
             self._membership.refuse(client, str(error))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
-            # Suspended clients get it too: they resume where the others are.
-            self.send_update(sorted(self._queue.clients), tensors, window, self._update_codec)
+            if self.holds_updates:
+                self.combined[window] = tensors
+                return
+            self.send_combined(window, tensors)
 
-    def send_update(
-        self, clients: Sequence[str], tensors: Mapping[str, Tensor], window: int, codec: str = "fp32"
-    ) -> None:
-        """Send weights or gradients of the client model, fp32 by name, to each client."""
+    def send_combined(self, window: int, tensors: Mapping[str, Tensor]) -> None:
+        """Give what a window's updates were combined to, fp32 by name, to the aggregator and all
+        clients.
+        """
+        self._aggregator.apply(window, tensors)
 
         def messages() -> Iterator[pb.ServerMessage]:
-            for chunk in update_chunks(window, tensors.items(), 0.0, codec, compressed=self._compressed):
+            chunks = update_chunks(window, tensors.items(), 0.0, self._update_codec, compressed=self._compressed)
+            for chunk in chunks:
                 yield pb.ServerMessage(update=chunk)
 
-        self._outbox.send_coded(clients, messages)
+        # Suspended clients too: they take up training where the others are.
+        self._outbox.send_coded(sorted(self._queue.clients), messages)
+
+    def send_reference(self, client: str, reference: bytes) -> None:
+        """Send the client model that a client begins with, a safetensors file."""
+        self._outbox.send_coded([client], lambda: reference_chunks(reference))
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
         """Start the clocks of a question to these clients. One silent for too long is gone."""
@@ -178,6 +196,7 @@ class ClientService:
     def finish(self, reason: str, complete: bool) -> None:
         """Tell clients that the run is over. A run that is not `complete` may be resumed."""
         self._exchange.close()
+        self._aggregator.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
             self._outbox.close(client, pb.ServerMessage(finish=finish))

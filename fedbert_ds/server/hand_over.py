@@ -22,14 +22,15 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 ClientFigures = Sequence[pb.Saved]
 
 
-def collect_client_model(rooms: Rooms, clients: frozenset[str], window: int) -> dict[str, Tensor]:
+def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     """The client model before `window`, fp32 by name, on every rank.
 
-    `clients` are the clients of all ranks. The result is the mean of the halves that the strategy
-    names, weighted by masked tokens. Raises RunError, on every rank, when no client is left to send
-    its half.
+    It is the aggregator's; where halves are personal, their average, by masked tokens. Raises
+    RunError, on every rank, when no client is left to hand one over.
     """
-    mine = sorted(rooms.strategy.final_clients(clients) & rooms.queue.clients)
+    if not rooms.strategy.halves_are_personal:
+        return rooms.aggregator.reference().weights
+    mine = sorted(rooms.queue.clients)
     collected = rooms.inbox.collected
     rooms.inbox.expect_collected(window)
     request = pb.ServerMessage(update_request=pb.UpdateRequest(window=window))
@@ -46,7 +47,6 @@ def collect_client_model(rooms: Rooms, clients: frozenset[str], window: int) -> 
 def hand_over(
     rooms: Rooms,
     config: RunConfig,
-    clients: frozenset[str],
     window: int,
     figures: ClientFigures,
     model_config: Any,
@@ -60,7 +60,7 @@ def hand_over(
     evaluated. Raises as `collect_client_model`.
     """
     folder = RunFolder(config.run.directory)
-    client_model = collect_client_model(rooms, clients, window)
+    client_model = collect_client_model(rooms, window)
     body = rooms.engine.full_state()
     is_complete = window == config.run.windows
     reason = "the run is complete" if is_complete else f"the run was stopped and saved at window {window}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
+from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.network.events import POLL_SECONDS, Connected
 from fedbert_ds.server.queue.deadlines import Question
@@ -44,8 +45,9 @@ class RankServer:
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks at the last gathering."""
 
-    def connect(self, initial_weights: Mapping[str, Tensor] | None, watch: Callable[[], None]) -> None:
-        """Wait until every client seated here has opened its stream; send each its first weights.
+    def connect(self, reference: bytes | None, watch: Callable[[], None]) -> None:
+        """Wait until every client seated here has opened its stream; give each the reference, if
+        any, to begin with.
 
         `initial_weights` is None for a resumed run. `watch` runs while waiting; it raises for a
         local client process that died. Raises RunError after `clients.join_timeout` seconds.
@@ -54,8 +56,8 @@ class RankServer:
         deadline = time.monotonic() + self._clients.join_timeout
         while self._queue.clients != seated:
             event = self._service.next_event(POLL_SECONDS)
-            if isinstance(event, Connected) and initial_weights is not None:
-                self._service.send_update([event.client], initial_weights, self._first_window)
+            if isinstance(event, Connected) and reference is not None:
+                self._service.send_reference(event.client, reference)
             self._service.dispatch(event)
             watch()
             if time.monotonic() > deadline:
@@ -136,9 +138,8 @@ class RankServer:
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
-                    with self._busy("step", window=window):
-                        self._step(window, lost_masked_tokens)
                     self._service.await_answers(self._rooms.exchange.awaited(window), Question("update", window))
+                    self._step(window, lost_masked_tokens)
                     return
                 case decision:
                     self._service.carry_out(decision)
@@ -168,13 +169,29 @@ class RankServer:
         self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _step(self, window: int, lost_masked_tokens: int) -> None:
-        started = time.monotonic()
-        self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows))
+        """Step the body; with the client model first, where both are clipped by one norm."""
         tally = self._micro_batches.tally
-        tally.busy_seconds += time.monotonic() - started
         tally.lost_masked_tokens += lost_masked_tokens
         tally.loss_sum += self._rooms.inbox.loss_sum
         tally.masked_tokens += self._rooms.inbox.masked_tokens
+        gradients = self._combined_gradients(window) if self._rooms.service.holds_updates else None
+        norm = global_norm(gradients) if gradients is not None else 0.0
+        started = time.monotonic()
+        with self._busy("step", window=window):
+            scale = self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows), norm)
+        tally.busy_seconds += time.monotonic() - started
+        if gradients is not None:
+            clipped = {name: gradient * scale for name, gradient in gradients.items()} if scale < 1.0 else gradients
+            self._service.send_combined(window, clipped)
+
+    def _combined_gradients(self, window: int) -> dict[str, Tensor]:
+        """The client model's gradient of a window, once every client has sent its part or is gone."""
+        started = time.monotonic()
+        with self._rooms.trace.span("wait for updates", window=window):
+            while window not in self._service.combined:
+                self._service.attend()
+        self._micro_batches.tally.wait_seconds += time.monotonic() - started
+        return self._service.combined.pop(window)
 
     @contextmanager
     def _busy(self, what: str, **details: Any) -> Iterator[None]:

@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig
+from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
@@ -48,6 +49,7 @@ class Rooms:
     trace: Trace
     queue: PipelineQueue
     exchange: UpdateExchange
+    aggregator: Aggregator
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -60,6 +62,7 @@ def build_rooms(
     contract: Contract,
     engine: BodyEngine,
     endpoint: RankEndpoint,
+    aggregator: Aggregator,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
     start: Start,
@@ -76,14 +79,25 @@ def build_rooms(
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
-        return combine(updates, shapes, average=average, group=rank_group.update_group)
+        result = combine(updates, shapes, average=average, group=rank_group.update_group)
+        return aggregator.answer(result) if average else result
 
     exchange = UpdateExchange(combined)
     inbox = Inbox(queue, exchange, contract, tokens)
     outbox = Outbox(endpoint)
     membership = Membership(queue, exchange, inbox, outbox, endpoint.revoke)
     service = ClientService(
-        queue, inbox, exchange, membership, outbox, take_event, trace, contract.update_codec, config.wire.is_compressed
+        queue,
+        inbox,
+        exchange,
+        membership,
+        outbox,
+        take_event,
+        trace,
+        aggregator,
+        contract.update_codec,
+        config.wire.is_compressed,
+        holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
     )
     return Rooms(
         contract=contract,
@@ -96,6 +110,7 @@ def build_rooms(
         trace=trace,
         queue=queue,
         exchange=exchange,
+        aggregator=aggregator,
         inbox=inbox,
         outbox=outbox,
         membership=membership,

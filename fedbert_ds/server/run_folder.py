@@ -41,6 +41,10 @@ class CheckpointFolder:
         """Folder of the state before `window`."""
         return self.path / f"window-{window}"
 
+    def client_model(self, window: int) -> Path:
+        """The reference client model before `window`, and where each client stands in its text."""
+        return self.of(window) / "client_model.safetensors"
+
     def complete_windows(self) -> frozenset[int]:
         """Windows with a complete checkpoint."""
         return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())

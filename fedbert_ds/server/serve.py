@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError
+from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.reference import to_bytes
+from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Roster, Start, fill, start_of, welcome_all
+from fedbert_ds.server.admission import Expectation, Roster, fill, start_of, welcome_all
 from fedbert_ds.server.body.engine import BodyEngine
-from fedbert_ds.server.checkpoint import Checkpoints
+from fedbert_ds.server.checkpoint import Checkpoints, Cursors, read_client_model
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
@@ -60,6 +61,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, stop = RankGroup(), StopSignal()
+    rule = strategy_of(config.federation, config.wire)
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
@@ -86,28 +88,38 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = ranks.broadcast(start_of(roster, ranks.world_size, config.window) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        rooms = build_rooms(config, contract, engine, endpoint, decoding.next_event, ranks, start, stop, trace)
+        initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
+        aggregator = Aggregator(initial, rule, config.optimizer, config.run.windows, rule_of(config.federation))
+        rooms = build_rooms(
+            config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
+        )
         at_end.callback(decoding.stop)
         at_end.callback(rooms.service.settle)
         endpoint.admit({client: start.seats[client].session for client in rooms.seated})
         decoding.start()
+        cursors: Cursors = {}
         if start.first_window:
             engine.load(folder.checkpoints.path, start.first_window)
-        # A welcomed client may connect at once, so every rank must be ready first.
+            saved = folder.checkpoints.client_model(start.first_window)
+            reference, cursors = read_client_model(saved, aggregator.shapes)
+            aggregator.load(reference)
+        # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
-            welcome_all(roster, start, config, addresses, prepared.tokenizer, config_to_json(model_config))
+            welcome_all(roster, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
         limits = _fixed_limits(config)
         rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
-        rank.connect(_initial_weights(half, start), clients.check)
-        checkpoints = Checkpoints(rooms, folder.checkpoints)
+        # Clients of a resumed run that have states of their own begin with these.
+        begins_with_reference = not (start.first_window and rule.halves_are_personal)
+        rank.connect(to_bytes(aggregator.reference()) if begins_with_reference else None, clients.check)
+        checkpoints = Checkpoints(rooms, folder.checkpoints, cursors)
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
             # Clients end in the hand-over. A restarted one must not find this address.
             folder.hide_address()
         figures = list(checkpoints.client_figures.values())
-        hand_over(rooms, config, rank.clients, window, figures, model_config, tokenizer, reporter.facts())
+        hand_over(rooms, config, window, figures, model_config, tokenizer, reporter.facts())
         clients.wait(seconds=30)
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still
         # writing.
@@ -171,12 +183,9 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
 
 def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
     saved = folder.checkpoints.complete_windows() if resume else None
-    return Expectation(vocabulary_hash(tokenizer), shape_hash(model_config), cut_to_json(config.cut), saved)
-
-
-def _initial_weights(half: ClientHalf, start: Start) -> Mapping[str, Tensor] | None:
-    """First weights for the clients of a new run. Clients of a resumed run have their own."""
-    return {name: p.detach() for name, p in half.named_parameters()} if start.first_window == 0 else None
+    clients_save = strategy_of(config.federation, config.wire).halves_are_personal
+    hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
+    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
 
 
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import socket
@@ -139,6 +140,8 @@ class Centralized:
             )
             for client in data
         }  # fmt: skip
+        self.gradient_norms: list[float] = []
+        """Of the whole gradient, before it is clipped, of each window."""
         self.input_gradients: dict[tuple[str, int], list[Tensor]] = {}
         """By (client, window): d(loss)/d(tensor at the cut) for each sequence, [length, width]."""
 
@@ -150,6 +153,9 @@ class Centralized:
                 client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()
             }
             self._accumulate(window, batches)
+            clipping = self.config.optimizer.gradient_clipping
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clipping or math.inf)
+            self.gradient_norms.append(float(norm))
             for group in optimizer.param_groups:
                 group["lr"] = self.config.optimizer.learning_rate(window, self.config.run.windows)
             optimizer.step()

@@ -17,6 +17,8 @@ from transformers import AutoModelForMaskedLM
 pytestmark = pytest.mark.timeout(900)
 
 TOLERANCE = 1e-5
+CLIPPING = 0.1
+"""Largest gradient norm where gradients are clipped; all of these runs have larger ones."""
 
 STAGES = (0, 1, 2, 3)
 ORDERS = ("fixed", "arrival")
@@ -71,6 +73,10 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         tree = _tree(folder, stage, "fixed", "embeddings", "sgd", name=f"{variation}-{stage}")
         tree["window"]["micro_batches_in_flight"] = 16
         jobs.append({"config": tree, "resume": False, "data": data, "mutation": variation})
+    for stage in STAGES:
+        tree = _tree(folder, stage, "fixed", "embeddings", "sgd", name=f"clipped-{stage}")
+        tree["optimizer"]["gradient_clipping"] = CLIPPING
+        jobs.append({"config": tree, "resume": False, "data": data})
     for fault in FAULTS:
         tree = _tree(folder, 3 if "ZeRO 3" in fault else 2, "fixed", "embeddings", "sgd", name=fault)
         # Stage 3 goes wrong when all forwards come before all backwards.
@@ -86,10 +92,12 @@ def centralized(finished):
     folder, data = finished
     cache: dict[str, tuple[Centralized, dict[str, Tensor]]] = {}
 
-    def result(cut, optimizer) -> tuple[Centralized, dict[str, Tensor]]:
-        key = json.dumps([cut, optimizer])
+    def result(cut, optimizer, clipping=0.0) -> tuple[Centralized, dict[str, Tensor]]:
+        key = json.dumps([cut, optimizer, clipping])
         if key not in cache:
-            training = Centralized(_tree(folder, 0, "fixed", cut, optimizer), data)
+            tree = _tree(folder, 0, "fixed", cut, optimizer)
+            tree["optimizer"]["gradient_clipping"] = clipping
+            training = Centralized(tree, data)
             cache[key] = training, training.train()
         return cache[key]
 
@@ -112,6 +120,19 @@ def test_parameters_equal_centralized_training(finished, centralized, row) -> No
     key_bias = {name: differences.pop(name) for name in list(differences) if name.endswith("key.bias")}
     assert max(differences.values()) <= TOLERANCE, max(differences.items(), key=lambda item: item[1])
     assert max(key_bias.values()) <= (TOLERANCE if row[3] == "sgd" else 1e-3)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_clipping_by_the_whole_norm_equals_centralized_training(finished, centralized, stage) -> None:
+    """Body and client model are one gradient; plain SGD shows a wrong norm, Adam would divide it
+    out.
+    """
+    folder, _ = finished
+    training, expected = centralized("embeddings", "sgd", CLIPPING)
+    assert max(_differences(folder / f"clipped-{stage}", expected).values()) <= TOLERANCE
+    assert all(norm > 2 * CLIPPING for norm in training.gradient_norms), "every window was clipped"
+    _, unclipped = centralized("embeddings", "sgd")
+    assert max(_differences(folder / f"clipped-{stage}", unclipped).values()) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("row", COMBINATIONS, ids=lambda row: _name(*row))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from integration.cluster import CLIENTS, WINDOWS, ZERO, Centralized, run_file, run_jobs, write_text
 from torch import Tensor
@@ -16,6 +17,9 @@ from transformers import AutoModelForMaskedLM
 from fedbert_ds.client.state import load_state, saved_windows
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.federation.reference import Reference
+from fedbert_ds.server.checkpoint import Cursors, read_client_model
+from fedbert_ds.server.run_folder import CheckpointFolder
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -30,6 +34,10 @@ RESUMED = {
         "body": {"deepspeed": str(ZERO / "zero0.json")}, "cut": {"layers": 1},
         "federation": {"mode": "parallel", "average_every": 2, "average_scope": "embeddings"},
     },
+    "zero1-parallel-adam": {
+        "body": {"deepspeed": str(ZERO / "zero1.json")},
+        "federation": {"mode": "parallel", "server_optimizer": "adam", "server_lr": 0.02, "proximal": 0.1},
+    },
     "zero1-bf16": {"body": {"deepspeed": str(ZERO / "zero1.json"), "precision": "bf16"}},
 }  # fmt: skip
 FIXED = {"order": "fixed"}
@@ -42,9 +50,11 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     data = write_text(folder)
     jobs: list[dict[str, Any]] = []
 
-    def add(name: str, resume: bool = False, mutation: str | None = None, **sections: Any) -> None:
+    def add(
+        name: str, resume: bool = False, mutation: str | None = None, forget: bool = False, **sections: Any
+    ) -> None:
         tree = run_file(folder, name, **sections)
-        jobs.append({"config": tree, "resume": resume, "data": data, "mutation": mutation})
+        jobs.append({"config": tree, "resume": resume, "data": data, "mutation": mutation, "forget": forget})
 
     for name, sections in RESUMED.items():
         sections = {**sections, "model": DROPOUT, "window": FIXED}
@@ -52,7 +62,8 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
         # it is lossless.
         add(f"{name}-whole", **sections, wire={"compression": "none"})
         add(f"{name}-resumed", mutation="stopped before window 3", **sections)
-        add(f"{name}-resumed", resume=True, **sections)
+        # Where all halves are alike, no client needs anything of its own to go on.
+        add(f"{name}-resumed", resume=True, forget=not _has_personal_halves(name), **sections)
     add("zero2-again", model=DROPOUT, window=FIXED, **RESUMED["zero2"])
     add("zero2-arrival", model=DROPOUT, window={"order": "arrival"}, **RESUMED["zero2"])
     for stage in (0, 2, 3):
@@ -78,17 +89,41 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(runs, name) -> N
     whole, resumed = folder / f"{name}-whole", folder / f"{name}-resumed"
     _assert_bit_identical(_weights(whole), _weights(resumed))
     assert [row["loss"] for row in _metrics(whole)] == [row["loss"] for row in _metrics(resumed)]
-    for client in CLIENTS:
-        one, other = (load_state(run / "clients" / client, WINDOWS) for run in (whole, resumed))
-        _assert_bit_identical(one["half"], other["half"])
-        assert one["cursor"] == other["cursor"]
-        assert str(one["optimizer"]) == str(other["optimizer"])
+    (one, one_cursors), (other, other_cursors) = (_client_model(run) for run in (whole, resumed))
+    _assert_bit_identical(one.weights, other.weights)
+    assert one.version == other.version and one_cursors == other_cursors
+    assert one_cursors.keys() == CLIENTS.keys() and all(cursor["position"] for cursor in one_cursors.values())
+    assert one.optimizer.keys() == other.optimizer.keys()
+    for parameter, state in one.optimizer.items():
+        assert state.keys() == other.optimizer[parameter].keys()
+        for key, value in state.items():
+            again = other.optimizer[parameter][key]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again)), (parameter, key)
+    if _has_personal_halves(name):
+        for client in CLIENTS:
+            mine, later = (load_state(run / "clients" / client, WINDOWS) for run in (whole, resumed))
+            _assert_bit_identical(mine["half"], later["half"])
+            assert mine["cursor"] == later["cursor"] == one_cursors[client]
+            assert str(mine["optimizer"]) == str(later["optimizer"])
+    else:
+        final = _weights(resumed)
+        assert one.version == WINDOWS and one.optimizer.keys() == one.weights.keys()
+        assert all(torch.equal(final[parameter], weights) for parameter, weights in one.weights.items())
+        assert not any(saved_windows(run / "clients" / client) for run in (whole, resumed) for client in CLIENTS)
+
+
+def test_a_run_with_a_server_optimizer_learns(runs) -> None:
+    folder, _ = runs
+    losses = [row["loss"] for row in _metrics(folder / "zero1-parallel-adam-whole")]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_the_interrupted_run_was_saved_at_the_window_it_stopped_before(runs) -> None:
     folder, _ = runs
-    assert 3 in saved_windows(folder / "zero2-resumed" / "clients" / "ada")
-    assert 3 not in saved_windows(folder / "zero2-whole" / "clients" / "ada")
+    assert CheckpointFolder(folder / "zero2-resumed" / "checkpoints").complete_windows() == {3, WINDOWS}
+    assert CheckpointFolder(folder / "zero2-whole" / "checkpoints").complete_windows() == {WINDOWS}
+    assert 3 in saved_windows(folder / "zero0-layers-parallel-resumed" / "clients" / "ada")
+    assert 3 not in saved_windows(folder / "zero0-layers-parallel-whole" / "clients" / "ada")
 
 
 def test_order_fixed_is_bit_identical_between_runs(runs) -> None:
@@ -185,6 +220,20 @@ def _varints(values: list[int]) -> bytes:
 
 def _weights(run: Path) -> dict[str, Tensor]:
     return AutoModelForMaskedLM.from_pretrained(run / "hf").state_dict()
+
+
+def _has_personal_halves(name: str) -> bool:
+    return RESUMED[name].get("federation", {}).get("mode") == "parallel"
+
+
+def _client_model(run: Path) -> tuple[Reference, Cursors]:
+    """The reference and the cursors in a run's last checkpoint."""
+    path = CheckpointFolder(run / "checkpoints").client_model(WINDOWS)
+    weights = "weights/"
+    with safetensors.safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(weights)]  # noqa: SIM118 (no mapping)
+        shapes = {name.removeprefix(weights): tuple(file.get_slice(name).get_shape()) for name in names}
+    return read_client_model(path, shapes)
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

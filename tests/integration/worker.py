@@ -3,16 +3,16 @@
     python worker.py rank JOBS.json
     python worker.py client JOBS.json NAME
 
-A rank needs RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment. A job is {"config":
-run file as a mapping, "resume": bool, "mutation": name or null, "data": {client: path}}.
-
-Every client writes two files into its state folder, for the tests to compare:
-`input_gradients.pt`, and `sent.bin` with all bytes that it sent.
+A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data":
+{client: path}}; with "forget": true a client begins without the state folder it had. Every client
+writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes
+it sent.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -44,6 +44,8 @@ def run_client(jobs: list[dict], name: str) -> None:
     for job in jobs:
         folder = Path(job["config"]["run"]["directory"])
         state = folder / "clients" / name
+        if job.get("forget"):
+            shutil.rmtree(state)
         recorder = _Recorder()
         session.ClientTrainer = recorder.trainer
         options = session.ClientOptions(

@@ -129,6 +129,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "'int4_hadamard'",
     ),
     ({"federation": {"mode": "sync"}}, "federation.mode: input should be 'synchronous' or 'parallel'"),
+    (
+        {"federation": {"mode": "parallel", "server_optimizer": "sgd"}},
+        "federation.server_optimizer: input should be 'none', 'momentum', 'adam', 'yogi' or 'nesterov'",
+    ),
     ({"window": {"order": "random"}}, "window.order: input should be 'arrival' or 'fixed'"),
     # The cut.
     ({"cut": "heads"}, "cut: must be embeddings, rows or {layers: K}"),
@@ -141,6 +145,19 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "model: num_attention_heads 3 does not divide hidden_size 100; choose a divisor"),
     ({"model": {"embedding_size": 64}},
      "model: embedding_size is for architecture: electra; remove it or change the architecture"),
+    ({"federation": {"server_optimizer": "adam"}},
+     "federation: server_optimizer is for mode: parallel; remove it or change mode"),
+    ({"federation": {"proximal": 0.1}}, "federation: proximal is for mode: parallel; remove it or change mode"),
+    ({"federation": {"mode": "parallel", "server_lr": 0.1}},
+     "federation: server_lr is for server_optimizer: momentum, adam, yogi or nesterov; remove it or change "
+     "server_optimizer"),
+    ({"federation": {"mode": "parallel", "server_optimizer": "adam", "server_momentum": 0.5}},
+     "federation: server_momentum is for server_optimizer: momentum or nesterov; remove it or change "
+     "server_optimizer"),
+    ({"federation": {"mode": "parallel", "server_optimizer": "momentum", "server_tau": 0.1}},
+     "federation: server_tau is for server_optimizer: adam or yogi; remove it or change server_optimizer"),
+    ({"federation": {"mode": "parallel", "proximal": -0.1}},
+     "federation.proximal: input should be greater than or equal to 0"),
     ({"clients": {"expected": 4, "minimum": 5}}, "clients: minimum 5 is above expected 4; lower it"),
     ({"clients": {"expected": 2, "local": 3}}, "clients: local 3 is above expected 2; raise expected"),
     ({"data": {"sequence_length": 128}, "window": {"tokens_per_micro_batch": 127}},

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"kernels"},
     "data": BASE,
     "telemetry": BASE,
-    "federation": BASE | {"wire"},
+    "federation": BASE | {"model", "wire"},
     "evaluation": BASE | {"data", "model"},
     "client": BASE | {"data", "federation", "model", "wire"},
     "server.queue": BASE | {"wire"},

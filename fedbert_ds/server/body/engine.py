@@ -17,6 +17,7 @@ from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.server.body.clipping import WholeNormClipping
 from fedbert_ds.server.body.device_work import DeviceWork, upload
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
@@ -54,7 +55,7 @@ class BodyEngine:
     with the same dropout seed: the cost of full activation checkpointing.
     """
 
-    def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device) -> None:
+    def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device, max_norm: float = 0.0) -> None:
         self._engine = engine
         self._stage = stage
         self._world_size = world_size
@@ -65,6 +66,7 @@ class BodyEngine:
         """The stream of copies to and from the device, beside the computation."""
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
+        self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
 
     @classmethod
     def build(
@@ -90,7 +92,8 @@ class BodyEngine:
         body.train()
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
-        return cls(engine, stage, torch.distributed.get_world_size(), device)
+        world_size = torch.distributed.get_world_size()
+        return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping)
 
     @property
     def lockstep_forwards(self) -> bool:
@@ -137,11 +140,20 @@ class BodyEngine:
         assert gradient is not None
         return gradient.to(torch.float32) / self._world_size
 
-    def step(self, learning_rate: float) -> None:
-        """Step the optimizer once with this learning rate. All ranks call it."""
+    def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
+        """Step the optimizer once, with this learning rate; all ranks together.
+
+        `client_norm` is the norm of the client model's gradient, where that is clipped with the
+        body's. Returns the factor by which clipping shrank the gradient, 1 without.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._clipping is None:
+            self._engine.step()
+            return 1.0
+        self._clipping.client_norm = client_norm
         self._engine.step()
+        return self._clipping.scale
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """One unused token, so that a rank without work still runs the collectives."""

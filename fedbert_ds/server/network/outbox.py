@@ -74,5 +74,5 @@ class Outbox:
             with self._counting:
                 for client in clients:
                     self._endpoint.send(client, message)
-                if message.HasField("update"):
+                if message.HasField("update") or message.HasField("reference"):
                     self._update_bytes += message.ByteSize() * len(clients)

@@ -22,6 +22,7 @@ from fedbert_ds.config import (
 )
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
@@ -60,10 +61,10 @@ class Text:
         return Batch(ids, list(LENGTHS), positions, torch.randint(VOCABULARY, (len(positions),), generator=random))
 
     def state_dict(self) -> dict[str, int]:
-        return {"cursor": self.cursor}
+        return {"epoch": 0, "position": self.cursor, "sequences": 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.cursor = state["cursor"]
+        self.cursor = state["position"]
 
 
 def settings_of(**changes: Any) -> ClientSettings:
@@ -81,13 +82,21 @@ class Server:
     activations asked back.
     """
 
-    def __init__(self, folder: Path, half: ClientHalf, first_window: int = 0, **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        half: ClientHalf,
+        first_window: int = 0,
+        cursor: dict[str, int] | None = None,
+        **changes: Any,
+    ) -> None:
         self.sent: list[pb.ClientMessage] = []
         self.settings = settings_of(**changes)
         self.text = Text()
         self.half = half
         self.trainer = ClientTrainer(
-            half, self.text, self.settings, "ada", folder, first_window, torch.device("cpu"), self.sent.append  # type: ignore[arg-type]
+            half, self.text, self.settings, "ada", folder, first_window, cursor, torch.device("cpu"),  # type: ignore[arg-type]
+            self.sent.append,
         )  # fmt: skip
         self.values: dict[int, pb.Activations] = {}
         self.window_of: dict[int, int] = {}
@@ -116,8 +125,13 @@ class Server:
         for chunk in update_chunks(window, tensors.items(), weight=0.0):
             self.trainer.handle(pb.ServerMessage(update=chunk))
 
+    def give_reference(self, reference: Reference) -> None:
+        for message in reference_chunks(to_bytes(reference)):
+            self.trainer.handle(message)
+
     def begin(self) -> None:
-        self.give_update({name: parameter.detach() for name, parameter in self.half.named_parameters()})
+        self.trainer.begin()
+        self.give_reference(Reference(0, {name: p.detach() for name, p in self.half.named_parameters()}))
 
     def plan(self, cuts: list[int], masked_tokens: int, first: int = 10) -> pb.Manifest:
         """Plan micro-batches `first`, `first` + 1, ... whose sequences end where `cuts` say."""

@@ -17,7 +17,14 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.config import FederationSection, OptimizerSection, WireSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.model.client_half import ClientHalf
+
+
+def begin(replica: Replica, half: ClientHalf) -> None:
+    """Give a replica the half's own weights as the reference."""
+    for message in reference_chunks(to_bytes(Reference(0, dict(half.named_parameters())))):
+        replica.receive_reference(message.reference)
 
 
 def test_a_synchronous_half_steps_with_everybodys_gradients(tmp_path: Path) -> None:
@@ -74,7 +81,8 @@ def test_what_is_not_averaged_never_leaves(tmp_path: Path, scope: Any) -> None:
 
 def test_the_learning_rate_follows_the_schedule_and_gradients_are_clipped(tmp_path: Path) -> None:
     optimizer = OptimizerSection(name="sgd", lr=1.0, warmup_windows=4, gradient_clipping=0.1, weight_decay=0.0)
-    server = Server(tmp_path, half_of(), optimizer=optimizer)
+    # Without staleness the server clips, by the norm of the whole gradient.
+    server = Server(tmp_path, half_of(), optimizer=optimizer, federation=FederationSection(staleness=1))
     server.begin()
     server.window()
     server.take_update()
@@ -177,11 +185,52 @@ def test_a_checkpoint_brings_back_all_that_decides_the_next_update(codec: Any) -
     }
     halves = half_of(), half_of()
     first, again = (Replica(half, settings_of(**changes)) for half in halves)
-    for chunk in update_chunks(0, dict(halves[0].named_parameters()).items(), weight=0.0):
-        first.receive_initial(chunk)
+    begin(first, halves[0])
     assert trained(first, halves[0], range(1)) == []
     assert trained(first, halves[0], range(1, 2)) != []
     trained(first, halves[0], range(2, 3))
     again.load_state_dict(copy.deepcopy(first.state_dict()))
     assert trained(again, halves[1], range(3, 4)) == trained(first, halves[0], range(3, 4)) != []
     assert again.flops_per_token() == first.flops_per_token() > 0
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16"])
+def test_the_proximal_term_draws_averaged_weights_to_the_common_ones(codec: Any) -> None:
+    """Plain SGD without a gradient of the loss: w moves by lr * mu * (w_common - w); what is
+    personal stays.
+    """
+    half = half_of()
+    federation = FederationSection(mode="parallel", average_every=2, average_scope="head", proximal=0.25)
+    replica = Replica(half, settings_of(federation=federation, wire=WireSection(updates=codec)))
+    begin(replica, half)
+
+    def expected_after(start: dict[str, Tensor], common: dict[str, Tensor]) -> dict[str, Tensor]:
+        pull = {n: 0.25 * (start[n] - common[n]) if half.parameter_scope(n) == "head" else 0.0 for n in start}
+        return {name: tensor - 0.5 * pull[name] for name, tensor in start.items()}
+
+    def weights() -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in half.named_parameters()}
+
+    common = weights()
+    with torch.no_grad():
+        for parameter in half.parameters():
+            parameter.add_(1.0)
+    for window in range(2):
+        start = weights()
+        list(replica.finish_window(window, tokens=10, masked=3, all_masked=6))
+        torch.testing.assert_close(weights(), expected_after(start, common))
+    answer = {n: torch.full_like(t, 2.0) for n, t in common.items() if half.parameter_scope(n) == "head"}
+    for chunk in update_chunks(1, answer.items(), 0.0, codec):
+        replica.receive(chunk)
+    common = weights()
+    restored = half_of()
+    again = Replica(restored, settings_of(federation=federation, wire=WireSection(updates=codec)))
+    again.load_state_dict(copy.deepcopy(replica.state_dict()))
+    for one, it in ((replica, half), (again, restored)):
+        with torch.no_grad():
+            for parameter in it.parameters():
+                parameter.add_(1.0)
+        list(one.finish_window(2, tokens=10, masked=3, all_masked=6))
+    start = {name: tensor + 1.0 for name, tensor in common.items()}
+    torch.testing.assert_close(weights(), expected_after(start, common))
+    assert all(torch.equal(a, b) for a, b in zip(half.parameters(), restored.parameters(), strict=True))

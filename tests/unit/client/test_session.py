@@ -19,7 +19,7 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
 from fedbert_ds.errors import DataError, UserError, WireError
-from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.endpoint import Endpoint
@@ -105,8 +105,8 @@ class Served:
         return asked.hello
 
     def give_half(self) -> None:
-        for chunk in update_chunks(0, self.half.items(), 0.0):
-            self.endpoint.send("ada", pb.ServerMessage(update=chunk))
+        for message in reference_chunks(to_bytes(Reference(0, self.half))):
+            self.endpoint.send("ada", message)
 
 
 @pytest.fixture
@@ -180,8 +180,8 @@ def test_a_server_that_dies_is_one_line(served: Served) -> None:
 def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
     served.client()
     served.let_in()
-    served.endpoint.send("ada", pb.ServerMessage(update=pb.UpdateChunk(name="unknown")))
-    assert "the server's update: tensor 'unknown'" in served.failed()
+    served.endpoint.send("ada", pb.ServerMessage(reference=pb.ReferenceChunk(payload=b"unknown", last=True)))
+    assert "the server's reference client model: no reference" in served.failed()
     assert served.event(Disconnected) == Disconnected("ada")
 
 
@@ -196,6 +196,15 @@ def test_a_server_of_another_version_is_one_line(served: Served, changes: dict[s
     served.client()
     served.event(JoinAsked).answer.set_result(served.welcome(**changes))
     assert message in served.failed()
+
+
+def test_a_client_goes_on_where_the_server_says(served: Served) -> None:
+    """Without a state folder; a text that is not the one the cursor counts is one line."""
+    served.client()
+    sequences = 10**6
+    asked = served.event(JoinAsked)
+    asked.answer.set_result(served.welcome(window=1, cursor=pb.Cursor(epoch=0, position=1, sequences=sequences)))
+    assert f"sequences, but {sequences} when the run was saved" in served.failed()
 
 
 def test_others_that_do_not_come_are_one_line(served: Served) -> None:

@@ -18,9 +18,12 @@ from fedbert_ds.config import (
     FederationSection,
     LayersCut,
     OptimizerSection,
+    WireSection,
 )
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode
 
@@ -203,11 +206,17 @@ def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None
         for window in windows:
             server.window()
             if mode == "synchronous" or (window + 1) % 3 == 0:
-                server.give_update(server.take_update()[0], window)
+                update = server.take_update()[0]
+                server.give_update(update, window)
+                if server is whole and window < 2:
+                    reference.apply(window, update)
 
     whole = Server(tmp_path / "whole", half_of(dropout=0.2), **changes)
     whole.begin()
+    initial = {name: p.detach().clone() for name, p in whole.half.named_parameters()}
+    reference = Aggregator(initial, strategy_of(whole.settings.federation, WireSection()), whole.settings.optimizer, 6)
     train(whole, range(2))
+    at_window_2 = reference.reference()
     # The batch of window 2 is drawn already, and window 2 may be planned and have credit.
     whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=2)))
     saved = whole.take("saved")
@@ -215,8 +224,12 @@ def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None
     (manifest,) = whole.manifests
     train(whole, range(2, 5))
 
-    again = Server(tmp_path / "whole", half_of(dropout=0.2), first_window=2, **changes)
+    cursor = {"epoch": 0, "position": saved.cursor.position, "sequences": 1}
+    again = Server(tmp_path / "whole", half_of(dropout=0.2), first_window=2, cursor=cursor, **changes)
     again.trainer.begin()
+    if mode == "synchronous":
+        assert not again.sent and not (tmp_path / "whole").exists(), "the server keeps its state"
+        again.give_reference(at_window_2)
     assert [message.manifest for message in again.sent] == [manifest]
     train(again, range(2, 5))
     for (name, one), (_, other) in zip(whole.half.named_parameters(), again.half.named_parameters(), strict=True):
@@ -225,7 +238,7 @@ def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None
 
 def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"state-3\.pt: cannot be read"):
-        Server(tmp_path, half_of(), first_window=3)
+        Server(tmp_path, half_of(), first_window=3, federation=FederationSection(mode="parallel"))
 
 
 # -- a server that is out of step ------------------------------------------------------------------
@@ -244,6 +257,7 @@ PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
         (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
         (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
         (pb.ServerMessage(update=pb.UpdateChunk(name="x")), "tensor 'x' of shape"),
+        (pb.ServerMessage(reference=pb.ReferenceChunk(last=True)), "to a client that has one"),
         (
             pb.ServerMessage(plan=pb.Plan(next_window=1, pieces=[pb.Piece(first_sequence=3, num_sequences=2)])),
             "sequences 3 to 5 of 4",

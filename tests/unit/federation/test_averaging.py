@@ -70,6 +70,26 @@ def test_one_update_comes_back_bit_for_bit(weight: float, values: list[float]) -
     assert torch.equal(combined["it"], tensor)
 
 
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e9), min_size=1, max_size=6))
+def test_the_weights_of_an_average_sum_to_one(weights: list[float]) -> None:
+    """So the average of equal updates is that update."""
+    updates = [ClientUpdate(tensors_of(1), weight) for weight in weights]
+    assert_nearest(combine(updates, SHAPES, average=True, group=None), plain(updates[:1], average=False))
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(5)), average=st.booleans())
+def test_permuting_clients_changes_nothing_but_rounding(order: list[int], average: bool) -> None:
+    """To the bit, too, where it matters: the exchange hands updates over by the names of their
+    clients.
+    """
+    updates = [ClientUpdate(tensors_of(seed), 1.0 + seed) for seed in range(5)]
+    one = combine(updates, SHAPES, average, group=None)
+    assert_nearest(combine([updates[i] for i in order], SHAPES, average, group=None), plain(updates, average))
+    assert_nearest(one, plain(updates, average))
+
+
 def test_a_heavier_update_pulls_more() -> None:
     updates = [ClientUpdate({"it": torch.tensor([1.0])}, 3.0), ClientUpdate({"it": torch.tensor([5.0])}, 1.0)]
     assert combine(updates, {"it": (1,)}, average=True, group=None)["it"].item() == 2.0

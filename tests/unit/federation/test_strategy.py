@@ -76,11 +76,9 @@ def test_only_coded_weights_are_sent_as_changes(mode: str, codec: Any, expected:
     assert strategy(WireSection(updates=codec), mode=mode).sends_changes == expected
 
 
-def test_equal_halves_are_taken_from_the_first_client_others_from_all() -> None:
-    clients = {"cy", "ada", "bo"}
-    assert strategy(mode="synchronous").final_clients(clients) == {"ada"}
-    assert strategy(mode="parallel").final_clients(clients) == clients
-    assert strategy(mode="synchronous").final_clients([]) == frozenset()
+def test_halves_that_step_alone_are_personal() -> None:
+    assert strategy(mode="parallel").halves_are_personal
+    assert not strategy(mode="synchronous").halves_are_personal
 
 
 def test_only_summed_gradients_must_reach_every_client() -> None:

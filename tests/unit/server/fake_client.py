@@ -13,6 +13,7 @@ from torch import Tensor
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.reference import ReferenceAssembler
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
@@ -62,6 +63,7 @@ class FakeClient:
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)
         self._gradients: dict[int, Tensor] = {}
         self._assembler = UpdateAssembler(HALF, "the server's update")
+        self._reference = ReferenceAssembler(HALF)
 
     def manifest(self, window: int) -> list[pb.ClientMessage]:
         if window >= self._config.run.windows:
@@ -89,11 +91,17 @@ class FakeClient:
                 self.skipped.append(message.skipped.window)
                 if self._windows.skip(message.skipped.window, message.skipped.micro_batches):
                     answers += self._finish_window(message.skipped.window)
+            case "reference":
+                if (reference := self._reference.add(message.reference)) is not None:
+                    self.updates.append(reference.weights)
+                    answers += self.manifest(0)
             case "update":
                 if (complete := self._assembler.add(message.update)) is not None:
                     answers += self._take_update(message.update.window, dict(complete.tensors))
             case "save":
-                answers.append(pb.ClientMessage(saved=pb.Saved(window=message.save.window, flops_per_token=7.0)))
+                cursor = pb.Cursor(epoch=1, position=message.save.window, sequences=len(self.lengths))
+                saved = pb.Saved(window=message.save.window, flops_per_token=7.0, cursor=cursor)
+                answers.append(pb.ClientMessage(saved=saved))
             case "update_request":
                 answers += self._own_update(message.update_request.window, weight=1.0)
             case "finish":
@@ -133,8 +141,6 @@ class FakeClient:
     def _take_update(self, window: int, update: dict[str, Tensor]) -> list[pb.ClientMessage]:
         self._assembler = UpdateAssembler(HALF, "the server's update")
         self.updates.append(update)
-        if len(self.updates) == 1:
-            return self.manifest(0)
         if self._strategy.exchange_after(window) == "gradients":
             self.windows_stepped.append(window)
         self._windows.apply(window)

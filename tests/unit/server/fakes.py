@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch import Tensor
 from unit.server.fake_client import HALF, WIDTH, FakeClient
 
 from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.reference import to_bytes
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.admission import Seat, Start
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
@@ -29,6 +33,7 @@ from fedbert_ds.server.network.events import Connected, Disconnected, Event, Joi
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rooms import build_rooms
+from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -74,9 +79,10 @@ class FakeEngine:
         hidden.backward(hidden_gradient)
         return self._device_work(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, self._seconds)
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         assert not self._inputs, "a step inside a window"
         self.steps.append(learning_rate)
+        return 1.0
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         index = torch.zeros(1, dtype=torch.int64) if with_rows else None
@@ -242,19 +248,30 @@ class Served:
             event = endpoint.next_event(timeout)
             return None if event is None else decoded(event, held_to)
 
+        zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
+        strategy = strategy_of(config.federation, config.wire)
+        self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
         self.rooms = build_rooms(
-            config, held_to, engine, endpoint, take_event, rank_group, Start(dict(places), 0),
+            config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, Start(dict(places), 0),
             stop or SimpleNamespace(requested=False), Trace(None),
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
         self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0)
-        self.folder: Any = SimpleNamespace(path=Path("checkpoints"), mark_complete=lambda window, ranks: None)
-        self.checkpoints = Checkpoints(self.rooms, self.folder)
+        self._temporary = tempfile.TemporaryDirectory()
+        path = Path(self._temporary.name)
+        self.folder: Any = SimpleNamespace(
+            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, ranks: None
+        )
+        self.checkpoints = Checkpoints(self.rooms, self.folder, {})
+
+    def connect(self) -> None:
+        """Take every client's stream, and give it the reference."""
+        self.server.connect(to_bytes(self.aggregator.reference()), lambda: None)
 
     def train(self, statuses: list[RankStatus]) -> int:
         """From the first connection to the end; the window it stopped before."""
-        self.server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
+        self.connect()
         return self.server.train(lambda window, told, seconds: statuses.extend(told), self.checkpoints.save)
 
 
@@ -275,7 +292,7 @@ class Rank:
         self.clock = Clock()
         for module in ("rank", "client_service"):
             monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
-        for module in ("federation.update_exchange", "server.network.outbox"):
+        for module in ("federation.aggregator", "federation.update_exchange", "server.network.outbox"):
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients
         self.engine = FakeEngine(self.clock, seconds_of_work, lockstep_forwards, device_work)
@@ -291,7 +308,7 @@ class Rank:
 
     def collect(self, window: int) -> dict[str, Tensor]:
         """The client model for the merged checkpoint."""
-        return collect_client_model(self.served.rooms, self.server.clients, window)
+        return collect_client_model(self.served.rooms, window)
 
     @property
     def problems(self) -> list[str]:

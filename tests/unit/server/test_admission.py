@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Roster
+from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Roster, start_of, welcome_all
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
 
@@ -149,6 +150,17 @@ def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int],
         assert f"({listed})" in str(caught.value)
 
 
+@settings(deadline=None)
+@given(server=WINDOWS.filter(bool), clients=st.lists(WINDOWS, min_size=1, max_size=4))
+def test_where_clients_keep_no_state_a_run_begins_at_the_servers_newest_window(
+    server: frozenset[int], clients: list[frozenset[int]]
+) -> None:
+    roster = Roster(len(clients), Expectation("v", "s", "c", server, clients_save=False))
+    for number, windows in enumerate(clients):
+        join(roster, hello(f"client-{number}", saved_windows=windows))
+    assert roster.first_window() == max(server)
+
+
 def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     roster = Roster(2, EXPECTATION)
     join(roster, hello("ada", saved_windows=[3, 5]))
@@ -178,3 +190,15 @@ def test_seats_with_equal_shares() -> None:
     join(roster, hello("bo", shard_characters=1))
     seats = roster.seats(world_size=1, window_tokens=1001, share="equal")
     assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}
+
+
+def test_a_welcome_says_where_the_text_goes_on_and_nothing_to_one_that_was_not_there() -> None:
+    roster = Roster(2, Expectation("v", "s", "c", frozenset({4}), clients_save=False))
+    answers = {name: join(roster, hello(name)) for name in ("ada", "bo")}
+    config = parse_config({"clients": {"expected": 2, "local": 0}}, "test")
+    start = start_of(roster, world_size=1, window=config.window)
+    ada, dee = {"epoch": 2, "position": 7, "sequences": 9}, {"epoch": 0, "position": 0, "sequences": 1}
+    welcome_all(roster, start, config, ["here:1"], b"", "{}", {"ada": ada, "dee": dee})
+    told = {name: answer.result(timeout=0) for name, answer in answers.items()}
+    assert told["ada"].cursor == pb.Cursor(**ada) and not told["bo"].HasField("cursor")
+    assert {welcome.window for welcome in told.values()} == {4}

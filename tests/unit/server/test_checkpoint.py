@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.server.fake_client import FakeClient
+import torch
+from unit.server.fake_client import HALF, FakeClient
 from unit.server.fakes import Rank, run_config
 
-from fedbert_ds.server.checkpoint import complete
+from fedbert_ds.errors import RunError
+from fedbert_ds.federation.reference import Reference
+from fedbert_ds.server.checkpoint import Checkpoints, complete, read_client_model, write_client_model
 from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -49,6 +52,43 @@ def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypa
     marked: list[tuple[int, frozenset[str]]] = []
     rank.served.folder.mark_complete = lambda window, ranks: marked.append((window, rank.served.rooms.queue.clients))
     assert rank.run() == 1
+    reference, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
+    assert cursors == {name: {"epoch": 1, "position": 1, "sequences": 4} for name in ("ada", "cy")}
+    assert reference.version == 1
     assert rank.engine.saved == [1] and marked == [(1, {"ada", "cy"})]
     assert clients[1].refusal == "client bo was silent for 300 s (clients.silence_timeout)"
     assert rank.served.checkpoints.client_figures.keys() == {"ada", "cy"}
+
+
+def test_a_client_that_is_gone_keeps_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(clients={"minimum": 1}, run={"windows": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+    old = {"epoch": 0, "position": 3, "sequences": 9}
+    rank.served.checkpoints = Checkpoints(rank.served.rooms, rank.served.folder, {"dee": old, "bo": old})
+    rank.run()
+    _, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
+    assert cursors["dee"] == old and cursors["bo"] == {"epoch": 1, "position": 1, "sequences": 4}
+
+
+def test_the_client_model_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "window-4" / "client_model.safetensors"
+    weights = {name: torch.randn(shape) for name, shape in HALF.items()}
+    moments = {name: {"step": 4, "exp_avg": torch.randn(shape)} for name, shape in HALF.items()}
+    cursors = {"Ada \u00e9": {"epoch": 2, "position": 17, "sequences": 40}}
+    write_client_model(path, Reference(4, weights, moments), cursors)
+    reference, again = read_client_model(path, HALF)
+    assert again == cursors and reference.version == 4
+    for name in HALF:
+        assert torch.equal(reference.weights[name], weights[name])
+        assert torch.equal(reference.optimizer[name]["exp_avg"], moments[name]["exp_avg"])
+        assert reference.optimizer[name]["step"] == 4
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense of some length", None])
+def test_a_client_model_that_cannot_be_read_is_one_line(tmp_path: Path, damage: bytes | None) -> None:
+    path = tmp_path / "client_model.safetensors"
+    if damage is not None:
+        path.write_bytes(damage)
+    with pytest.raises(RunError, match=r"client_model\.safetensors: cannot be read") as caught:
+        read_client_model(path, HALF)
+    assert "\n" not in str(caught.value)

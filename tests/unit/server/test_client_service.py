@@ -21,9 +21,9 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
-    config = run_config(clients={"expected": 2, "minimum": 1})
+    config = run_config(clients={"expected": 2, "minimum": 1}, optimizer={"gradient_clipping": 0.0})
     made = Rank(monkeypatch, config, [FakeClient("ada", config), FakeClient("bo", config)])
-    made.served.server.connect({name: torch.zeros(shape) for name, shape in HALF.items()}, lambda: None)
+    made.served.connect()
     return made
 
 
@@ -56,6 +56,7 @@ def test_what_was_combined_goes_to_everybody(rank: Rank) -> None:
     rooms.service.finish_exchanges()
     for client in rank.clients:
         assert all(torch.equal(client.updates[-1][name], torch.full(shape, 3.0)) for name, shape in HALF.items())
+    assert rooms.aggregator.reference().version == 1, "and to the aggregator"
 
 
 def test_an_update_that_is_not_sound_costs_its_client_alone(rank: Rank) -> None:

@@ -33,14 +33,29 @@ FACTS = {"version": "1"}
 
 
 def test_when_everybody_is_gone_the_run_says_what_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = run_config(clients={"minimum": 1})
+    config = run_config(clients={"minimum": 1}, federation={"mode": "parallel"})
     rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
     window = rank.run()
     clients = rank.server.clients
     for client in clients:
         rank.served.rooms.membership.disconnect(client)
     with pytest.raises(RunError, match=r"no client was left to hand over its half; window 2 is saved"):
-        collect_client_model(rank.served.rooms, clients, window)
+        collect_client_model(rank.served.rooms, window)
+
+
+def test_where_halves_are_alike_the_reference_is_handed_over_and_no_client_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = run_config(clients={"minimum": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+    window = rank.run()
+    for client in rank.server.clients:
+        rank.served.rooms.membership.disconnect(client)
+    reference = rank.served.aggregator.reference()
+    assert reference.version == window and all(weights.all() for weights in reference.weights.values())
+    model = rank.collect(window)
+    assert all(torch.equal(model[name], reference.weights[name]) for name in HALF)
+    assert not any(message.HasField("update_request") for _, message in rank.endpoint.sent)
 
 
 def test_a_client_that_stays_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +99,7 @@ class Ended:
         weights = {name: p.detach().clone() for name, p in half.named_parameters()}
         self.finished: list[tuple[str, bool]] = []
         self.rooms: Any = Rank(monkeypatch, run_config(), []).served.rooms
-        monkeypatch.setattr(room, "collect_client_model", lambda rooms, clients, window: weights)
+        monkeypatch.setattr(room, "collect_client_model", lambda rooms, window: weights)
         state = {name: p.detach().clone() for name, p in body.named_parameters()}
         monkeypatch.setattr(self.rooms.engine, "full_state", lambda: state, raising=False)
         monkeypatch.setattr(
@@ -93,9 +108,7 @@ class Ended:
 
     def hand_over(self, window: int) -> None:
         figures = [pb.Saved(peak_memory_bytes=600_000_000, flops_per_token=2e6), pb.Saved(peak_memory_bytes=1)]
-        hand_over(
-            self.rooms, self.config, frozenset({"ada"}), window, figures, self.model_config, self.tokenizer, FACTS
-        )
+        hand_over(self.rooms, self.config, window, figures, self.model_config, self.tokenizer, FACTS)
 
 
 def test_a_complete_run_is_merged_evaluated_and_reported(

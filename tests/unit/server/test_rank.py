@@ -402,9 +402,10 @@ class CollectiveEngine(FakeEngine):
         self._together(("backward", is_last))
         return super().backward(micro_batch, hidden_gradient, is_last)
 
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
+        # Not the norm: updates of these ranks are combined apart.
         self._together(("step", learning_rate))
-        super().step(learning_rate)
+        return super().step(learning_rate, client_norm)
 
     def _together(self, what: Any) -> None:
         both = self._board.meet(self._rank, what)
@@ -490,9 +491,10 @@ def test_a_stop_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     rank = Rank(monkeypatch, config, trio(config))
     step = rank.engine.step
 
-    def stop_at_the_third(learning_rate: float) -> None:
-        step(learning_rate)
+    def stop_at_the_third(learning_rate: float, client_norm: float) -> float:
+        scale = step(learning_rate, client_norm)
         rank.stop.requested = len(rank.engine.steps) == 3
+        return scale
 
     monkeypatch.setattr(rank.engine, "step", stop_at_the_third)
     assert rank.run() == 3
@@ -512,17 +514,20 @@ def test_checkpoints_come_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "expected"), [("synchronous", 3.0), ("parallel", 7.0 / 3)])
-def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str, expected: float) -> None:
-    """Synchronous halves are equal, so the first client's is taken; parallel ones are averaged."""
-    config = run_config(federation={"mode": mode})
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Synchronous halves are the reference, so no client is asked; parallel ones are averaged."""
+    steps = {"name": "sgd", "lr": 0.5, "schedule": "constant", "weight_decay": 0.0}
+    config = run_config(federation={"mode": mode}, optimizer=steps)
     rank = Rank(monkeypatch, config, trio(config))
     window = rank.run()
     half = rank.collect(window)
     assert {name: tuple(tensor.shape) for name, tensor in half.items()} == HALF
+    # Two steps from 0 with the sum of gradients 3, 2 and 2; or the average of weights 3, 2 and 2.
+    expected = -2 * 0.5 * 7.0 if mode == "synchronous" else 7.0 / 3
     torch.testing.assert_close(half["head"], torch.full((2,), expected))
     asked = [client for client, message in rank.endpoint.sent if message.WhichOneof("body") == "update_request"]
-    assert asked == (["ada"] if mode == "synchronous" else ["ada", "bo", "cy"])
+    assert asked == ([] if mode == "synchronous" else ["ada", "bo", "cy"])
 
 
 def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_for(

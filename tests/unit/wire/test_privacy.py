@@ -68,6 +68,10 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("Saved", "window", "uint32"): "a count",
     ("Saved", "peak_memory_bytes", "uint64"): "of the process",
     ("Saved", "flops_per_token", "double"): "of the half, from its shape",
+    ("Saved", "cursor", "Cursor"): "how far it is in its text, so that it can resume without a state of its own",
+    ("Cursor", "epoch", "uint64"): "a count",
+    ("Cursor", "position", "uint64"): "a count of sequences",
+    ("Cursor", "sequences", "uint64"): "how many sequences its text has: a size",
 }
 
 SCALARS = {

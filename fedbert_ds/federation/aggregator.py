@@ -1,0 +1,124 @@
+"""The owner of the client model: the reference, and the rule that moves it after each combined
+update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fedbert_ds.config import OptimizerSection
+from fedbert_ds.errors import RunError
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.half_optimizer import HalfOptimizer
+from fedbert_ds.federation.reference import Reference
+from fedbert_ds.federation.server_optimizer import Rule, ServerOptimizer
+from fedbert_ds.federation.strategy import Strategy
+
+
+class Aggregator:
+    """Holds the reference client model on the CPU, equal on every rank; steps it in a thread of its
+    own.
+
+    `initial` are the weights of the whole client half; they are copied. `version` counts windows:
+    the reference holds every combined update of the windows before it. With a `rule` a server
+    optimizer moves the reference, otherwise it becomes the mean.
+    """
+
+    def __init__(
+        self,
+        initial: Mapping[str, Tensor],
+        strategy: Strategy,
+        optimizer: OptimizerSection,
+        num_windows: int,
+        rule: Rule | None = None,
+    ) -> None:
+        self._weights = {
+            name: Parameter(tensor.detach().to("cpu", torch.float32, copy=True)) for name, tensor in initial.items()
+        }
+        self._strategy = strategy
+        self._optimizer = HalfOptimizer(self._weights, optimizer, num_windows, clips=not strategy.clips_together)
+        self._server_optimizer: ServerOptimizer | None = None
+        if rule is not None:
+            self._server_optimizer = ServerOptimizer(rule, strategy.sends_changes)
+            self._server_optimizer.begin(initial)
+        self._version = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="aggregator")
+        self._last: Future[None] | None = None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the client model's tensors."""
+        return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
+
+    def answer(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What clients get for the mean of their weights or changes, fp32 by name; means come in
+        order.
+        """
+        return mean if self._server_optimizer is None else self._server_optimizer.answer(mean)
+
+    def apply(self, window: int, combined: Mapping[str, Tensor]) -> None:
+        """Move the reference by what the updates of `window` were combined to, fp32 by name, in the
+        thread.
+
+        Nobody may change `combined` any more. Raises what an earlier call's move has raised.
+        """
+        if self._last is not None and self._last.done():
+            self._last.result()
+        self._last = self._thread.submit(self._move, window, combined)
+
+    def reference(self) -> Reference:
+        """The reference after every update so far; its tensors move with later updates."""
+        if self._last is not None:
+            self._last.result()
+        weights = {name: parameter.detach() for name, parameter in self._weights.items()}
+        mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
+        return Reference(self._version, weights, mover.state())
+
+    def load(self, reference: Reference) -> None:
+        """Go on from a checkpoint's reference."""
+        self._take_over(reference.weights)
+        if self._server_optimizer is None:
+            self._optimizer.load_state(reference.optimizer)
+        else:
+            self._server_optimizer.begin(reference.weights, reference.optimizer)
+        self._version = reference.version
+
+    def close(self) -> None:
+        """Accept no more updates; the thread ends by itself."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    # -- in the thread -----------------------------------------------------------------------------
+
+    def _move(self, window: int, combined: Mapping[str, Tensor]) -> None:
+        received = self._as_received(window, combined)
+        match self._strategy.exchange_after(window):
+            case "gradients":
+                self._optimizer.step_with(received, window)
+            case "weights" if self._strategy.sends_changes:
+                self._take_over({name: self._weights[name].detach() + change for name, change in received.items()})
+            case "weights":
+                self._take_over(received)
+            case "nothing":
+                raise RunError(f"an update of window {window}, after which none is exchanged")
+        self._version = window + 1
+
+    def _as_received(self, window: int, combined: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The update as clients decode it: a codec rounds."""
+        codec = self._strategy.update_codec
+        if codec == "fp32":
+            return combined
+        client = UpdateAssembler({name: tuple(tensor.shape) for name, tensor in combined.items()}, "the update", codec)
+        for chunk in update_chunks(window, combined.items(), 0.0, codec):
+            update = client.add(chunk)
+        assert update is not None
+        return update.tensors
+
+    @torch.no_grad()
+    def _take_over(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in weights.items():
+            self._weights[name].copy_(tensor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,8 +89,14 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = ranks.broadcast(start_of(roster, ranks.world_size, config.window) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
-        aggregator = Aggregator(initial, rule, config.optimizer, config.run.windows, rule_of(config.federation))
+        aggregator = Aggregator(
+            {name: parameter.detach() for name, parameter in half.named_parameters()},
+            rule,
+            config.optimizer,
+            config.run.windows,
+            rule_of(config.federation),
+        )
+        del half  # the aggregator has its own copy
         rooms = build_rooms(
             config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
         )
@@ -100,9 +107,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         cursors: Cursors = {}
         if start.first_window:
             engine.load(folder.checkpoints.path, start.first_window)
-            saved = folder.checkpoints.client_model(start.first_window)
-            reference, cursors = read_client_model(saved, aggregator.shapes)
-            aggregator.load(reference)
+            cursors = _load(aggregator, folder.checkpoints.client_model(start.first_window))
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
@@ -186,6 +191,13 @@ def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: 
     clients_save = strategy_of(config.federation, config.wire).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
+
+
+def _load(aggregator: Aggregator, path: Path) -> Cursors:
+    """Take the reference of a checkpoint over; returns where each client stands in its text."""
+    reference, cursors = read_client_model(path, aggregator.shapes)
+    aggregator.load(reference)
+    return cursors
 
 
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:

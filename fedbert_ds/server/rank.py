@@ -185,7 +185,7 @@ class RankServer:
             self._service.send_combined(window, clipped)
 
     def _combined_gradients(self, window: int) -> dict[str, Tensor]:
-        """The client model's gradient of a window, once each client has sent its part or is gone."""
+        """The client model's gradient of a window, once each client has sent it or is gone."""
         started = time.monotonic()
         with self._rooms.trace.span("wait for updates", window=window):
             while window not in self._service.combined:

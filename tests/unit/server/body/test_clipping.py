@@ -1,4 +1,4 @@
-"""Body and client model clipped by one norm, through each of the two places where DeepSpeed clips."""
+"""Body and client model clipped by one norm, in both places where DeepSpeed clips."""
 
 from __future__ import annotations
 

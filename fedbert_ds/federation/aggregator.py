@@ -4,7 +4,7 @@ update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -60,6 +60,15 @@ class Aggregator:
         order.
         """
         return mean if self._server_optimizer is None else self._server_optimizer.answer(mean)
+
+    def unchanged(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """What clients get for a window whose update nobody delivered, fp32: it leaves them where
+        they are.
+        """
+        weights = self.reference().weights
+        if self._strategy.sends_changes:
+            return {name: torch.zeros_like(weights[name]) for name in names}
+        return {name: weights[name].clone() for name in names}
 
     def apply(self, window: int, combined: Mapping[str, Tensor]) -> None:
         """Move the reference by what the updates of `window` were combined to, fp32 by name, in the

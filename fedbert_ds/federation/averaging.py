@@ -10,6 +10,10 @@ from torch import Tensor
 from fedbert_ds.federation.client_update import ClientUpdate
 
 
+class NobodyDelivered(Exception):
+    """An average over no client of any rank: every client was lost or suspended."""
+
+
 def combine(
     updates: Sequence[ClientUpdate],
     shapes: Mapping[str, tuple[int, ...]],
@@ -20,13 +24,15 @@ def combine(
 
     `updates` are this rank's, in an order independent of arrival, so that the result repeats bit
     for bit. Accumulates in fp64. The average of one update is that update, bit for bit; updates of
-    weight 0 alone count equally.
+    weight 0 alone count equally. Raises NobodyDelivered, on every rank, for an average of nothing.
     """
     weights = [update.weight if average else 1.0 for update in updates]
     totals = torch.tensor([sum(weights), len(weights)], dtype=torch.float64)
     if group is not None:
         torch.distributed.all_reduce(totals, group=group)
     total, count = totals.tolist()
+    if average and count == 0:
+        raise NobodyDelivered
     if total == 0:
         # No client counted a token (very short texts).
         weights, total = [1.0] * len(updates), count

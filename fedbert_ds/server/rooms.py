@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -79,7 +79,10 @@ def build_rooms(
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
-        result = combine(updates, shapes, average=average, group=rank_group.update_group)
+        try:
+            result = combine(updates, shapes, average=average, group=rank_group.update_group)
+        except NobodyDelivered:
+            return aggregator.unchanged(shapes)
         return aggregator.answer(result) if average else result
 
     exchange = UpdateExchange(combined)

@@ -1,10 +1,12 @@
 """Six short runs that no refactoring changes: losses and weights compared bit by bit.
 
     python tests/integration/recorded_runs.py            compare with recorded_runs.json
-    python tests/integration/recorded_runs.py --write    record anew
+    python tests/integration/recorded_runs.py --write NAME ...    record these anew (all without a
+    name)
 
-A difference is exit code 1. Bits depend on the processor and on the versions of torch and
-DeepSpeed, which the record names. On another machine, record at the older commit first.
+The record names the commit that made each run: one that changes a number on purpose records its
+runs anew. A difference is exit code 1. Bits depend on the processor and on the versions of torch
+and DeepSpeed, which the record names. On another machine, record at the older commit first.
 """
 
 from __future__ import annotations
@@ -110,19 +112,23 @@ def _machine() -> dict[str, str]:
 def main() -> int:
     """Record or compare, by the command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="record anew")
+    parser.add_argument("--write", nargs="*", metavar="NAME", help="record these runs anew, or all")
     options = parser.parse_args()
     now = run()
-    if options.write:
+    recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {"runs": {}}
+    if options.write is not None:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        RECORD.write_text(json.dumps({"commit": commit, **now}, indent=1) + "\n")
-        print(f"{RECORD}: {len(now['runs'])} runs recorded")
+        names = options.write or list(now["runs"])
+        anew = {name: {"commit": commit, **now["runs"][name]} for name in names}
+        RECORD.write_text(json.dumps({"machine": now["machine"], "runs": recorded["runs"] | anew}, indent=1) + "\n")
+        print(f"{RECORD}: recorded {', '.join(names)}")
         return 0
-    recorded = json.loads(RECORD.read_text())
     if recorded["machine"] != now["machine"]:
         print(f"recorded on another machine: {recorded['machine']}; this is {now['machine']}")
     lines = differences(recorded, now)
-    print("\n".join(lines) or f"{len(now['runs'])} runs equal those of {recorded['commit'][:7]} to the last bit")
+    for name, row in recorded["runs"].items():
+        print(f"{name}: recorded at {row['commit'][:7]}")
+    print("\n".join(lines) or f"{len(now['runs'])} runs equal the recorded ones to the last bit")
     return 1 if lines else 0
 
 

@@ -15,7 +15,7 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.config import FederationSection, OptimizerSection, WireSection
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
 from fedbert_ds.federation.reference import from_bytes, reference_chunks, to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
@@ -163,3 +163,17 @@ def test_an_update_nobody_exchanges_is_an_error_where_the_reference_is_read() ->
     aggregator.apply(0, updates(half, range(1))[0])
     with pytest.raises(RunError, match="an update of window 0"):
         aggregator.reference()
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
+def test_a_window_whose_update_nobody_delivered_leaves_everybody_where_they_are(codec: Any) -> None:
+    """Zeros would be taken for weights."""
+    settings = settings_of(federation=FederationSection(mode="parallel"), wire=WireSection(updates=codec))
+    half = half_of()
+    aggregator = aggregator_of(half, settings)
+    before = {name: tensor.clone() for name, tensor in aggregator.reference().weights.items()}
+    with pytest.raises(NobodyDelivered):
+        combine([], aggregator.shapes, average=True, group=None)
+    aggregator.apply(0, aggregator.unchanged(before))
+    after = aggregator.reference()
+    assert after.version == 1 and all(torch.equal(after.weights[name], before[name]) for name in before)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate
 
 SHAPES = {"table": (3, 4), "bias": (4,), "scale": ()}
@@ -108,8 +108,11 @@ def test_a_sum_is_kept_in_fp64() -> None:
     assert combine(updates, {"it": (1,)}, average=False, group=None)["it"].item() == 0.03125
 
 
-def test_nobody_at_all_sums_to_nothing() -> None:
-    combined = combine([], SHAPES, average=True, group=None)
+def test_nobody_at_all_sums_to_nothing_and_has_no_average() -> None:
+    """Zeros would be taken for weights."""
+    with pytest.raises(NobodyDelivered):
+        combine([], SHAPES, average=True, group=None)
+    combined = combine([], SHAPES, average=False, group=None)
     assert {name: tuple(tensor.shape) for name, tensor in combined.items()} == SHAPES
     assert not any(tensor.any() for tensor in combined.values())
 
@@ -131,10 +134,13 @@ def _rank(rank: int, store: str, answers: Any) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     group = torch.distributed.group.WORLD
-    results = []
+    results: list[dict[str, Any] | None] = []
     for average, ranks in CASES:
         updates = [ClientUpdate(tensors_of(seed), weight) for seed, weight in ranks[rank]]
-        results.append({name: t.tolist() for name, t in combine(updates, SHAPES, average, group).items()})
+        try:
+            results.append({name: t.tolist() for name, t in combine(updates, SHAPES, average, group).items()})
+        except NobodyDelivered:
+            results.append(None)
     answers.put((rank, results))
     torch.distributed.destroy_process_group()
 
@@ -162,11 +168,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[s
 def test_two_ranks_are_plain_arithmetic_over_all_updates(case: int, two_ranks: dict[int, list[dict[str, Any]]]) -> None:
     average, ranks = CASES[case]
     assert two_ranks[0][case] == two_ranks[1][case], "both ranks get the same, bit for bit"
-    got = {name: torch.tensor(values).view(SHAPES[name]) for name, values in two_ranks[0][case].items()}
     everybody = [ClientUpdate(tensors_of(seed), weight) for mine in ranks for seed, weight in mine]
     if not everybody:
-        assert not any(tensor.any() for tensor in got.values())
+        assert two_ranks[0][case] is None
         return
+    got = {name: torch.tensor(values).view(SHAPES[name]) for name, values in two_ranks[0][case].items()}
     if not any(weight for _, weight in everybody):
         everybody = [ClientUpdate(tensors, 1.0) for tensors, _ in everybody]
     assert_nearest(got, plain(everybody, average))

@@ -153,8 +153,8 @@ def _metrics(config: RunConfig, window: int, trained: Trained, seconds: float, c
         fill=0.0,
         bytes_up=0,
         bytes_down=0,
-        averaging_bytes_up=0,
-        averaging_bytes_down=0,
+        update_bytes_up=0,
+        update_bytes_down=0,
         clients=clients,
         learning_rate=config.optimizer.learning_rate(window, config.run.windows),
     )

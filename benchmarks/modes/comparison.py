@@ -147,7 +147,7 @@ def _final(run: Run, reference: Run) -> dict[str, Any]:
         "bytes_per_token": whole.bytes_per_token,
         "bytes_per_token_up": whole.bytes_per_token_up,
         "bytes_per_token_down": whole.bytes_per_token_down,
-        "bytes_per_token_averaging": whole.averaging_bytes_per_token,
+        "bytes_per_token_averaging": whole.update_bytes_per_token,
         "seconds": round(run.seconds, 1),
         "seconds_in_windows": round(whole.seconds, 1),
         "commit": run.commit,

@@ -68,8 +68,8 @@ class Tally:
     dummy_micro_batches: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
-    averaging_bytes_up: int = 0
-    averaging_bytes_down: int = 0
+    update_bytes_up: int = 0
+    update_bytes_down: int = 0
 
 
 @dataclass(frozen=True)

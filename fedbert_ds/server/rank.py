@@ -212,11 +212,11 @@ class RankServer:
 
     def _take_tally(self) -> Tally:
         tally = self._micro_batches.take_tally()
-        up, down, tally.averaging_bytes_down = self._rooms.outbox.take_bytes()
-        tally.averaging_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
+        up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
+        tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes
-        tally.bytes_up = up - tally.averaging_bytes_up
-        tally.bytes_down = down - tally.averaging_bytes_down
+        tally.bytes_up = up - tally.update_bytes_up
+        tally.bytes_down = down - tally.update_bytes_down
         return tally
 
 

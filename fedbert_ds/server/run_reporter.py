@@ -126,8 +126,8 @@ def window_metrics(
         fill=total("tokens") / places if places else 0.0,
         bytes_up=total("bytes_up"),
         bytes_down=total("bytes_down"),
-        averaging_bytes_up=total("averaging_bytes_up"),
-        averaging_bytes_down=total("averaging_bytes_down"),
+        update_bytes_up=total("update_bytes_up"),
+        update_bytes_down=total("update_bytes_down"),
         clients=sum(len(status.clients) for status in statuses),
         learning_rate=learning_rate,
     )

@@ -49,9 +49,9 @@ class WindowMetrics:
     """Bytes from clients: activations, gradients, manifests."""
     bytes_down: int
     """Bytes to clients: hidden states, gradients."""
-    averaging_bytes_up: int
+    update_bytes_up: int
     """Bytes from clients to keep their halves together."""
-    averaging_bytes_down: int
+    update_bytes_down: int
     """Bytes to clients to keep their halves together."""
     clients: int
     """Clients that took part."""
@@ -61,7 +61,7 @@ class WindowMetrics:
     @property
     def wire_bytes(self) -> int:
         """All bytes of the window, both ways, averaging included."""
-        return self.bytes_up + self.bytes_down + self.averaging_bytes_up + self.averaging_bytes_down
+        return self.bytes_up + self.bytes_down + self.update_bytes_up + self.update_bytes_down
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ class Summary:
     """Masked tokens left out, of those promised."""
     bytes_per_token_up: float
     bytes_per_token_down: float
-    averaging_bytes_per_token: float
+    update_bytes_per_token: float
 
     @property
     def bytes_per_token(self) -> float:
         """All bytes per token, both ways, averaging included."""
-        return self.bytes_per_token_up + self.bytes_per_token_down + self.averaging_bytes_per_token
+        return self.bytes_per_token_up + self.bytes_per_token_down + self.update_bytes_per_token
 
 
 def summary(rows: Sequence[WindowMetrics]) -> Summary:
@@ -97,7 +97,7 @@ def summary(rows: Sequence[WindowMetrics]) -> Summary:
     lost = sum(row.lost_masked_tokens for row in rows)
     seconds = sum(row.seconds for row in rows)
     forwards = sum(row.forwards for row in rows)
-    averaging = sum(row.averaging_bytes_up + row.averaging_bytes_down for row in rows)
+    averaging = sum(row.update_bytes_up + row.update_bytes_down for row in rows)
     capacity = sum(row.tokens / row.fill for row in rows if row.fill > 0)
     told = [row for row in rows if row.masked_tokens and math.isfinite(row.loss)]
     loss = sum(row.loss * row.masked_tokens for row in told)
@@ -114,7 +114,7 @@ def summary(rows: Sequence[WindowMetrics]) -> Summary:
         lost_share=_share(lost, masked + lost),
         bytes_per_token_up=_share(sum(row.bytes_up for row in rows), tokens),
         bytes_per_token_down=_share(sum(row.bytes_down for row in rows), tokens),
-        averaging_bytes_per_token=_share(averaging, tokens),
+        update_bytes_per_token=_share(averaging, tokens),
     )
 
 

@@ -107,7 +107,7 @@ def _wire(whole: Summary) -> Table:
     return [
         ("up", short_bytes(whole.bytes_per_token_up)),
         ("down", short_bytes(whole.bytes_per_token_down)),
-        ("client updates", short_bytes(whole.averaging_bytes_per_token)),
+        ("client updates", short_bytes(whole.update_bytes_per_token)),
         ("all", short_bytes(whole.bytes_per_token)),
     ]
 

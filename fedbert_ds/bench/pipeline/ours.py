@@ -54,7 +54,7 @@ def row_of(run: Run) -> dict[str, Any]:
     windows = read_metrics(RunFolder(run.folder).metrics)[SETTLING_WINDOWS:]
     whole = summary(windows)
     spent = shares(read_trace(RunFolder(run.folder).trace(0)), windows[0].window, windows[-1].window)
-    update_bytes = whole.averaging_bytes_per_token * whole.tokens / len(windows) / config.clients.expected
+    update_bytes = whole.update_bytes_per_token * whole.tokens / len(windows) / config.clients.expected
     end = window_end_seconds(spent, config, run.setting.link, update_bytes, lambda: _exchange_work(run))
     busy_seconds = whole.busy_share * whole.seconds
     return run.row(
@@ -66,7 +66,7 @@ def row_of(run: Run) -> dict[str, Any]:
         bytes_per_token_up=whole.bytes_per_token_up,
         bytes_per_token_down=whole.bytes_per_token_down,
         dummy_share=whole.dummy_share,
-        bytes_per_token_averaging=whole.averaging_bytes_per_token,
+        bytes_per_token_averaging=whole.update_bytes_per_token,
         window_tokens=whole.tokens / len(windows),
         micro_batches=spent.micro_batches / len(windows),
         seconds={

@@ -27,7 +27,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 METRICS = WindowMetrics(
     window=0, loss=5.0, tokens=100, masked_tokens=15, lost_masked_tokens=0, seconds=1.0, busy_seconds=0.5,
     wait_seconds=0.5, forwards=1, backwards=1, dummy_micro_batches=0, fill=1.0, bytes_up=100, bytes_down=100,
-    averaging_bytes_up=10, averaging_bytes_down=10, clients=1, learning_rate=0.1,
+    update_bytes_up=10, update_bytes_down=10, clients=1, learning_rate=0.1,
 )  # fmt: skip
 FACTS = {"version": "1"}
 

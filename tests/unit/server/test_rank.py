@@ -573,7 +573,7 @@ def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
-def test_a_late_client_is_passed_over_and_comes_back(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_late_client_is_suspended_and_comes_back(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     """bo stalls once; windows go on without it, and when it is back it takes part again."""
     windows = 30
     config = run_config(run={"windows": windows}, federation={"mode": mode})

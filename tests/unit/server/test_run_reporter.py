@@ -40,7 +40,7 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
 def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     one = status(
         clients=frozenset({"ada"}), loss_sum=30.0, tokens=90, masked_tokens=10, lost_masked_tokens=1, busy_seconds=4.0,
-        wait_seconds=1.0, forwards=2, backwards=2, bytes_up=7, averaging_bytes_down=5,
+        wait_seconds=1.0, forwards=2, backwards=2, bytes_up=7, update_bytes_down=5,
     )  # fmt: skip
     other = status(
         clients=frozenset({"bo", "cy"}), loss_sum=10.0, tokens=30, masked_tokens=10, busy_seconds=2.0, forwards=2,
@@ -52,7 +52,7 @@ def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     assert (metrics.tokens, metrics.masked_tokens, metrics.lost_masked_tokens) == (120, 20, 1)
     assert (metrics.busy_seconds, metrics.wait_seconds) == (3.0, 0.5), "means over ranks"
     assert metrics.fill == 120 / (3 * 50), "dummies hold no place"
-    assert (metrics.bytes_up, metrics.averaging_bytes_down, metrics.clients) == (10, 5, 3)
+    assert (metrics.bytes_up, metrics.update_bytes_down, metrics.clients) == (10, 5, 3)
 
 
 def test_a_window_of_dummies_alone_has_no_loss_and_no_fill() -> None:

@@ -24,8 +24,8 @@ ROW = WindowMetrics(
     fill=0.5,
     bytes_up=4000,
     bytes_down=2000,
-    averaging_bytes_up=600,
-    averaging_bytes_down=400,
+    update_bytes_up=600,
+    update_bytes_down=400,
     clients=4,
     learning_rate=1e-4,
 )
@@ -117,7 +117,7 @@ def test_summary_weighs_each_window_by_what_it_held():
     assert both.lost_share == pytest.approx(200 / 800)
     assert both.bytes_per_token_up == pytest.approx(2.0)
     assert both.bytes_per_token_down == pytest.approx(1.0)
-    assert both.averaging_bytes_per_token == pytest.approx(0.5)
+    assert both.update_bytes_per_token == pytest.approx(0.5)
     assert both.bytes_per_token == pytest.approx(sum(row.wire_bytes for row in (ROW, other)) / 4000)
 
 

@@ -25,8 +25,8 @@ ROW = WindowMetrics(
     fill=0.9,
     bytes_up=10_000_000,
     bytes_down=9_000_000,
-    averaging_bytes_up=500_000,
-    averaging_bytes_down=500_000,
+    update_bytes_up=500_000,
+    update_bytes_down=500_000,
     clients=4,
     learning_rate=1e-4,
 )

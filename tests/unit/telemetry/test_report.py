@@ -22,8 +22,8 @@ ROW = WindowMetrics(
     fill=0.95,
     bytes_up=4_000_000,
     bytes_down=4_000_000,
-    averaging_bytes_up=500_000,
-    averaging_bytes_down=500_000,
+    update_bytes_up=500_000,
+    update_bytes_down=500_000,
     clients=4,
     learning_rate=1e-4,
 )

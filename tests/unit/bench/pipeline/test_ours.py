@@ -26,7 +26,7 @@ def run(tmp_path: Path) -> Run:
                 WindowMetrics(
                     window=window, loss=6.0, tokens=1000, masked_tokens=150, lost_masked_tokens=0, seconds=2.0,
                     busy_seconds=1.5, wait_seconds=0.5, forwards=2, backwards=2, dummy_micro_batches=0, fill=1.0,
-                    bytes_up=100_000, bytes_down=200_000, averaging_bytes_up=3000, averaging_bytes_down=5000, clients=8,
+                    bytes_up=100_000, bytes_down=200_000, update_bytes_up=3000, update_bytes_down=5000, clients=8,
                     learning_rate=1e-3,
                 )
             )  # fmt: skip

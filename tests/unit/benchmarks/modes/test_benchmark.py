@@ -43,8 +43,8 @@ def metrics(window):
         fill=0.9,
         bytes_up=900,
         bytes_down=900,
-        averaging_bytes_up=0,
-        averaging_bytes_down=0,
+        update_bytes_up=0,
+        update_bytes_down=0,
         clients=2,
         learning_rate=1e-3,
     )

@@ -24,8 +24,8 @@ METRICS = WindowMetrics(
     fill=0.5,
     bytes_up=1000,
     bytes_down=500,
-    averaging_bytes_up=300,
-    averaging_bytes_down=200,
+    update_bytes_up=300,
+    update_bytes_down=200,
     clients=4,
     learning_rate=1e-4,
 )

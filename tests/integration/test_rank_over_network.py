@@ -6,10 +6,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+from unit.server.bad_clients import BAD
 from unit.server.fake_client import FakeClient
 from unit.server.fakes import FakeEngine, FakeRankGroup, Served, run_config, seats
 from unit.server.network.loopback import KINDS, TIMEOUT, Listening, Stream, listening
-from unit.server.test_rank import BAD
 
 from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.config import RunConfig

@@ -44,6 +44,8 @@ class LocalClients:
         """Start a client for each name. Its folder holds its shard and its output, log.txt."""
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", "1")
+        # Lines reach the log in the order of printing: a failed client's last line is its error.
+        environment["PYTHONUNBUFFERED"] = "1"
         for name in names:
             shard = self.folder.shard(name)
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]

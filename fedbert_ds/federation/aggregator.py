@@ -25,8 +25,9 @@ class Aggregator:
     own.
 
     `initial` are the weights of the whole client half; they are copied. `version` counts windows:
-    the reference holds every combined update of the windows before it. With a `rule` a server
-    optimizer moves the reference, otherwise it becomes the mean.
+    the reference holds every combined update of the windows before it. Summed gradients step it by
+    the run file's optimizer; a mean of weights or changes moves it to that mean, or, with a `rule`,
+    by a server optimizer's step.
     """
 
     def __init__(
@@ -42,10 +43,7 @@ class Aggregator:
         }
         self._strategy = strategy
         self._optimizer = HalfOptimizer(self._weights, optimizer, num_windows, clips=not strategy.clips_together)
-        self._server_optimizer: ServerOptimizer | None = None
-        if rule is not None:
-            self._server_optimizer = ServerOptimizer(rule, strategy.sends_changes)
-            self._server_optimizer.begin(initial)
+        self._server_optimizer = None if rule is None else ServerOptimizer(rule)
         self._version = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aggregator")
         self._last: Future[None] | None = None
@@ -56,16 +54,25 @@ class Aggregator:
         return {name: tuple(tensor.shape) for name, tensor in self._weights.items()}
 
     def answer(self, mean: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What clients get for the mean of their weights or changes, fp32 by name; means come in
-        order.
+        """What clients get for the mean of their weights or changes, fp32 by name.
+
+        Each call must follow the `apply` of the answer before.
         """
-        return mean if self._server_optimizer is None else self._server_optimizer.answer(mean)
+        if self._server_optimizer is None:
+            return mean
+        if self._strategy.sends_changes:
+            return self._server_optimizer.steps(mean)
+        common = self._settled_weights()
+        steps = self._server_optimizer.steps({name: tensor - common[name] for name, tensor in mean.items()})
+        return {name: common[name] + step for name, step in steps.items()}
 
     def unchanged(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What clients get for a window whose update nobody delivered, fp32: it leaves them where
-        they are.
+        """What clients get for a window whose update nobody delivered, fp32 by name.
+
+        It leaves the common weights where they are, and takes clients back to them where weights
+        are exchanged. As `answer`, it must follow the `apply` before.
         """
-        weights = self.reference().weights
+        weights = self._settled_weights()
         if self._strategy.sends_changes:
             return {name: torch.zeros_like(weights[name]) for name in names}
         return {name: weights[name].clone() for name in names}
@@ -74,36 +81,41 @@ class Aggregator:
         """Move the reference by what the updates of `window` were combined to, fp32 by name, in the
         thread.
 
-        Nobody may change `combined` any more. Raises what an earlier call's move has raised.
+        Nobody may change `combined` any more. A move that failed fails all later ones: this call
+        raises its error, or a later call does.
         """
         if self._last is not None and self._last.done():
             self._last.result()
-        self._last = self._thread.submit(self._move, window, combined)
+        self._last = self._thread.submit(self._move, self._last, window, combined)
 
     def reference(self) -> Reference:
         """The reference after every update so far; its tensors move with later updates."""
-        if self._last is not None:
-            self._last.result()
-        weights = {name: parameter.detach() for name, parameter in self._weights.items()}
+        weights = self._settled_weights()
         mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
         return Reference(self._version, weights, mover.state())
 
     def load(self, reference: Reference) -> None:
         """Go on from a checkpoint's reference."""
         self._take_over(reference.weights)
-        if self._server_optimizer is None:
-            self._optimizer.load_state(reference.optimizer)
-        else:
-            self._server_optimizer.begin(reference.weights, reference.optimizer)
+        mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
+        mover.load_state(reference.optimizer)
         self._version = reference.version
 
     def close(self) -> None:
         """Accept no more updates; the thread ends by itself."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
+    def _settled_weights(self) -> dict[str, Tensor]:
+        """The reference's tensors after every move so far."""
+        if self._last is not None:
+            self._last.result()
+        return {name: parameter.detach() for name, parameter in self._weights.items()}
+
     # -- in the thread -----------------------------------------------------------------------------
 
-    def _move(self, window: int, combined: Mapping[str, Tensor]) -> None:
+    def _move(self, before: Future[None] | None, window: int, combined: Mapping[str, Tensor]) -> None:
+        if before is not None:
+            before.result()
         received = self._as_received(window, combined)
         match self._strategy.exchange_after(window):
             case "gradients":

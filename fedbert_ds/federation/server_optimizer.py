@@ -113,42 +113,24 @@ def rule_of(federation: FederationSection) -> Rule | None:
 
 
 class ServerOptimizer:
-    """A rule, its moments, and the reference that it moves; fp32 by name.
+    """A rule and what it remembers of each tensor; fp32 by name."""
 
-    With `takes_changes` clients send how their weights changed and add the answer to what they had
-    in common; otherwise they send weights, and the answer is the new reference.
-    """
-
-    def __init__(self, rule: Rule, takes_changes: bool) -> None:
+    def __init__(self, rule: Rule) -> None:
         self._rule = rule
-        self._takes_changes = takes_changes
-        self._reference: dict[str, Tensor] = {}
         self._moments: dict[str, Moments] = {}
-
-    def begin(self, reference: Mapping[str, Tensor], state: OptimizerState | None = None) -> None:
-        """Start from the weights that clients have in common, and from a checkpoint's state, if
-        any.
-        """
-        self._moments = {
-            name: {key: torch.as_tensor(value) for key, value in moments.items()}
-            for name, moments in (state or {}).items()
-        }
-        if not self._takes_changes:
-            self._reference = {name: tensor.detach().cpu().clone() for name, tensor in reference.items()}
-
-    def answer(self, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What clients get for the weighted mean of their updates, which is left alone."""
-        if self._takes_changes:
-            return self._steps(mean)
-        steps = self._steps({name: tensor - self._reference[name] for name, tensor in mean.items()})
-        self._reference = {name: self._reference[name] + step for name, step in steps.items()}
-        return dict(self._reference)
 
     def state(self) -> OptimizerState:
         """What the rule remembers of each tensor; empty before the first round."""
         return {name: dict(moments) for name, moments in self._moments.items()}
 
-    def _steps(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def load_state(self, state: OptimizerState) -> None:
+        """Go on from `state`."""
+        self._moments = {
+            name: {key: torch.as_tensor(value) for key, value in moments.items()} for name, moments in state.items()
+        }
+
+    def steps(self, changes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What to add to the reference for the clients' mean changes, which are left alone."""
         steps = {}
         for name, change in changes.items():
             moments = self._moments.get(name) or self._rule.begin(change)

@@ -29,7 +29,7 @@ class UpdateExchange:
     """Combines the updates of each window, window after window in the same order on every rank.
 
     A window is combined once each of its clients has delivered or is gone. A thread combines,
-    because other ranks may be late and the body need not wait for them.
+    because other ranks may be late; the body waits only where it is clipped with the updates.
     """
 
     def __init__(self, combine: Combine) -> None:
@@ -77,15 +77,15 @@ class UpdateExchange:
         return unsound
 
     def poll(self) -> tuple[int, dict[str, Tensor]] | None:
-        """(window, combined tensors) once the next window is combined; starts the one after it.
+        """(window, combined tensors) once the next window is combined, or None; the call after it
+        starts the next one, so `combine` finds what the caller did with the last result.
 
         Raises what `combine` raised.
         """
-        combined = None
         if self._combining is not None and self._combining[1].done():
             window, future = self._combining
             self._combining = None
-            combined = window, future.result()
+            return window, future.result()
         if self._combining is None and self._windows:
             window, updates = next(iter(self._windows.items()))
             if not updates.awaited and all(
@@ -95,7 +95,7 @@ class UpdateExchange:
                 # By name, so that the sum does not depend on who came first.
                 in_order = [update.result() for _, update in sorted(updates.decoded.items())]
                 self._combining = window, self._thread.submit(self._combine, in_order, updates.average)
-        return combined
+        return None
 
     def is_done(self, before: int) -> bool:
         """Every window below `before` is combined."""

@@ -4,6 +4,7 @@ saved.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
 from fedbert_ds.federation.reference import from_bytes, reference_chunks, to_bytes
-from fedbert_ds.federation.server_optimizer import rule_of
+from fedbert_ds.federation.server_optimizer import ServerOptimizer, rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.wire.messages import ClientSettings
@@ -146,6 +147,29 @@ def test_a_server_optimizer_moves_it_and_goes_on_from_what_was_saved(name: Any, 
 
 
 @pytest.mark.parametrize("codec", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["momentum", "nesterov", "adam", "yogi"])
+def test_weights_move_it_by_the_rule_of_their_change_and_are_left_alone(name: Any, codec: Any) -> None:
+    """A coded mean is a mean change already."""
+    federation = FederationSection(mode="parallel", server_optimizer=name, server_lr=0.5)
+    half = half_of()
+    aggregator = aggregator_of(half, settings_of(federation=federation, wire=WireSection(updates=codec)))
+    rule = rule_of(federation)
+    assert rule is not None
+    oracle = ServerOptimizer(rule)
+    for window, mean in enumerate(updates(half, range(3))):
+        before = {name: tensor.clone() for name, tensor in aggregator.reference().weights.items()}
+        kept = {name: tensor.clone() for name, tensor in mean.items()}
+        changes = kept if codec == "int8" else {name: kept[name] - before[name] for name in kept}
+        steps = oracle.steps(changes)
+        answer = aggregator.answer(mean)
+        for name, step in steps.items():
+            assert torch.equal(answer[name], step if codec == "int8" else before[name] + step)
+            assert torch.equal(mean[name], kept[name])
+            assert torch.equal(aggregator.reference().weights[name], before[name]), "only `apply` moves it"
+        aggregator.apply(window, answer)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int8"])
 def test_without_a_server_optimizer_one_client_gets_back_what_it_sent(codec: Any) -> None:
     settings = settings_of(federation=FederationSection(mode="parallel"), wire=WireSection(updates=codec))
     half = half_of()
@@ -162,6 +186,23 @@ def test_an_update_nobody_exchanges_is_an_error_where_the_reference_is_read() ->
     aggregator = aggregator_of(half, settings)
     aggregator.apply(0, updates(half, range(1))[0])
     with pytest.raises(RunError, match="an update of window 0"):
+        aggregator.reference()
+
+
+def test_a_failed_move_is_told_though_later_ones_were_given_before_it_failed() -> None:
+    let_go = threading.Event()
+
+    class Unsound(dict[str, Tensor]):
+        def items(self) -> Any:
+            assert let_go.wait(20.0)
+            raise ValueError("no tensors")
+
+    half = half_of()
+    aggregator = aggregator_of(half, settings_of())
+    aggregator.apply(0, Unsound())
+    aggregator.apply(1, updates(half, range(1))[0])
+    let_go.set()
+    with pytest.raises(ValueError, match="no tensors"):
         aggregator.reference()
 
 

@@ -117,6 +117,25 @@ def test_what_cannot_be_decoded_is_told_and_left_out() -> None:
     assert [polled(exchange)[0], polled(exchange)[0]] == [0, 1]
 
 
+def test_a_window_is_combined_after_the_caller_has_had_the_one_before() -> None:
+    """A server optimizer goes on from what the last result made of the reference."""
+    applied: list[int] = []
+    seen: list[list[int]] = []
+
+    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+        seen.append(list(applied))
+        return {}
+
+    exchange = UpdateExchange(combine)
+    for window in range(3):
+        exchange.expect(window, [], True)
+    for window in range(3):
+        assert polled(exchange)[0] == window
+        time.sleep(0.01)
+        applied.append(window)
+    assert seen == [[], [0], [0, 1]]
+
+
 def test_a_window_of_nobody_is_combined_too() -> None:
     """Other ranks wait in the collective."""
     exchange = UpdateExchange(total)

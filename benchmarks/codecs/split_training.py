@@ -54,7 +54,7 @@ class RowFeedback:
 
 
 class SplitTrainer:
-    """Trains client half and body, each with its own optimizer and clipping, on the CPU."""
+    """Trains client half and body, each with its own optimizer, clipped by one norm."""
 
     def __init__(
         self,
@@ -145,9 +145,10 @@ class SplitTrainer:
         return stable_seed("rounding", what, self._seed, window) if self._stochastic else None
 
     def _step(self, window: int) -> None:
-        for part, optimizer in zip((self.half, self.body), self._optimizers, strict=True):
-            if self._section.gradient_clipping:
-                torch.nn.utils.clip_grad_norm_(part.parameters(), self._section.gradient_clipping)
+        if self._section.gradient_clipping:
+            parameters = [*self.half.parameters(), *self.body.parameters()]
+            torch.nn.utils.clip_grad_norm_(parameters, self._section.gradient_clipping)
+        for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self._section.learning_rate(window, self._windows)
             optimizer.step()

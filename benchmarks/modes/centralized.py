@@ -17,18 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.text import batches_of
 from fedbert_ds.config import RunConfig, dump_config, load_config
-from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import Batch, encode
-from fedbert_ds.data.shards import read_shard
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.model.checkpoint import build_model
-from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.queue.seats import window_shares
@@ -53,9 +50,9 @@ class Trained:
 class Centralized:
     """Trains the whole model, a window at a time, on what every client would bring to it.
 
-    `articles` are the clients' own, by name. Gradient clipping is the federation's: the client half
-    and the body apart. Dropout is drawn from torch's generator, so only without dropout does a
-    federated run see the same numbers.
+    `articles` are the clients' own, by name. Gradients are clipped by the norm of the whole
+    gradient, as in `synchronous` mode without staleness. Dropout is drawn from torch's generator,
+    so only without dropout does a federated run see the same numbers.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]]) -> None:
@@ -74,7 +71,8 @@ class Centralized:
         batches = {client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()}
         masked_tokens = sum(len(batch.labels) for batch in batches.values())
         loss = sum(self.accumulate(client, window, batch, masked_tokens) for client, batch in batches.items())
-        self._clip()
+        if self.config.optimizer.gradient_clipping:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.gradient_clipping)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.optimizer.learning_rate(window, self.config.run.windows)
         self.optimizer.step()
@@ -99,18 +97,6 @@ class Centralized:
         loss.backward()
         return loss.item()
 
-    def _clip(self) -> None:
-        largest = self.config.optimizer.gradient_clipping
-        if not largest:
-            return
-        half_names = {name for name, _ in client_skeleton(self.model.config, self.config.cut).named_parameters()}
-        half: list[Tensor] = []
-        body: list[Tensor] = []
-        for name, parameter in self.model.named_parameters():
-            (half if name in half_names else body).append(parameter)
-        for parameters in (half, body):
-            torch.nn.utils.clip_grad_norm_(parameters, largest)
-
 
 def train_centralized(config: RunConfig) -> None:
     """Train the run file to its end; text, metrics.jsonl, loss.png and hf/ are in run.directory."""
@@ -120,7 +106,7 @@ def train_centralized(config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     tokenizer, _ = prepare_text(config, run)
-    shards = {path.parent.name: read_shard(path) for path in sorted(run.clients.glob("*/shard.jsonl"))}
+    shards = {path.parent.name: list(read_articles([str(path)])) for path in sorted(run.clients.glob("*/shard.jsonl"))}
     trainer = Centralized(config, tokenizer, shards)
     rows = []
     with MetricsLog(run.metrics) as log:

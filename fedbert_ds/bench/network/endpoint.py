@@ -149,11 +149,11 @@ def sessions(clients: tuple[str, ...]) -> Mapping[str, str]:
 
 def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_process: bool, busy: bool) -> None:
     work = _small_operations() if busy else None
-    ingress = (EndpointProcess if in_process else Endpoint)("127.0.0.1", 0, None)
-    port = ingress.start()
-    ingress.admit(dict(sessions(clients)))
+    endpoint = (EndpointProcess if in_process else Endpoint)("127.0.0.1", 0, None)
+    port = endpoint.start()
+    endpoint.admit(dict(sessions(clients)))
     pipe.send(f"127.0.0.1:{port}")
-    ingress_threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("ingress")]
+    network_threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("endpoint")]
     answer = frame_of(answer_bytes)
     numbers = dict.fromkeys(clients, 0)
     usage = Usage()
@@ -162,9 +162,9 @@ def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_pro
             if pipe.recv() == "stop":
                 break
             usage.cpu_seconds, usage.rss_bytes = _cpu_seconds(), _rss_bytes()
-            usage.python_seconds = _thread_seconds({threading.get_native_id(), *ingress_threads})
+            usage.python_seconds = _thread_seconds({threading.get_native_id(), *network_threads})
             usage.child_seconds = _child_seconds()
-            usage.num_bytes += ingress.take_bytes()[0]
+            usage.num_bytes += endpoint.take_bytes()[0]
             pipe.send(usage)
         if work is not None:
             started, running = time.monotonic(), _running_seconds()
@@ -173,7 +173,7 @@ def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_pro
             usage.body_seconds += seconds
             usage.blocked_seconds += max(0.0, seconds - (_running_seconds() - running))
         for _ in range(100):
-            match ingress.next_event(0.0 if busy else 0.05):
+            match endpoint.next_event(0.0 if busy else 0.05):
                 case None:
                     break
                 case Received(client, message):
@@ -182,12 +182,12 @@ def _serve(pipe: Connection, clients: tuple[str, ...], answer_bytes: int, in_pro
                     usage.messages += 1
                     hidden = pb.Hidden(micro_batch=numbers[client], values=answer)
                     numbers[client] += 1
-                    ingress.send(client, pb.ServerMessage(hidden=hidden))
+                    endpoint.send(client, pb.ServerMessage(hidden=hidden))
                 case Connected(client):
                     numbers[client] = 0
                 case Disconnected():
                     usage.lost_clients += 1
-    ingress.stop(grace=1.0)
+    endpoint.stop(grace=1.0)
 
 
 def _small_operations() -> Callable[[], None]:

@@ -76,9 +76,9 @@ class _Transfer:
     def __init__(self, what: str, num_bytes: int, **cut: Any) -> None:
         self._what = what
         self._num_bytes = num_bytes
-        self._ingress = Endpoint("127.0.0.1", 0, None)
-        self._link = DelayProxy(f"127.0.0.1:{self._ingress.start()}", mbit=MBIT, **cut)
-        self._ingress.admit(dict(sessions((CLIENT,))))
+        self._endpoint = Endpoint("127.0.0.1", 0, None)
+        self._link = DelayProxy(f"127.0.0.1:{self._endpoint.start()}", mbit=MBIT, **cut)
+        self._endpoint.admit(dict(sessions((CLIENT,))))
         self._started = 0.0
         self.received_bytes = 0
 
@@ -88,7 +88,7 @@ class _Transfer:
         arguments = (other, self._what, address, self._num_bytes)
         self._process = spawn.Process(target=_send, args=arguments, daemon=True)
         self._process.start()
-        assert isinstance(self._ingress.next_event(PATIENCE), Connected)
+        assert isinstance(self._endpoint.next_event(PATIENCE), Connected)
         self._pipe.send("go")
         self._started = time.monotonic()
         return self
@@ -96,12 +96,12 @@ class _Transfer:
     def __exit__(self, *error: object) -> None:
         self._process.join(timeout=60)
         self._link.__exit__()
-        self._ingress.stop(grace=1.0)
+        self._endpoint.stop(grace=1.0)
 
     def next_message(self) -> pb.ClientMessage:
-        event = self._ingress.next_event(PATIENCE)
+        event = self._endpoint.next_event(PATIENCE)
         assert isinstance(event, Received), event
-        self.received_bytes += self._ingress.take_bytes()[0]
+        self.received_bytes += self._endpoint.take_bytes()[0]
         return event.message
 
     def row(self) -> Row:

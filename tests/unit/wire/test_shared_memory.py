@@ -157,23 +157,23 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
         "fedbert_ds.server.network.client_stream.accept", lambda shared: opened.append(accept(shared)) or opened[-1]
     )
     before = own_memory()
-    ingress = Endpoint("127.0.0.1", 0, None, reconnect_timeout=0.1)
-    address = f"127.0.0.1:{ingress.start()}"
-    ingress.admit({"ada": "session of ada"})
+    endpoint = Endpoint("127.0.0.1", 0, None, reconnect_timeout=0.1)
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({"ada": "session of ada"})
     client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
     try:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         for _ in range(20):
-            assert isinstance(ingress.next_event(TIMEOUT), Received)
+            assert isinstance(endpoint.next_event(TIMEOUT), Received)
         assert len(opened) == 1 and opened[0] is not None and own_memory() == before + 1
     finally:
         client.send_signal(signal.SIGKILL)
         client.wait(timeout=TIMEOUT)
-    while isinstance(event := ingress.next_event(TIMEOUT), Received):
+    while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
     assert event == Disconnected("ada")
     assert own_memory() == before
-    ingress.stop(grace=0.1)
+    endpoint.stop(grace=0.1)
     assert not list(Path("/dev/shm").glob("*fedbert*"))
 
 
@@ -186,26 +186,26 @@ def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch,
     write = shared_memory.Ring.write
     monkeypatch.setattr(shared_memory.Ring, "write", lambda *args: written.append(write(*args)) or written[-1])
     before = own_memory()
-    ingress = Endpoint("127.0.0.1", 0, None, shares_memory=not is_refused)
-    address = f"127.0.0.1:{ingress.start()}"
-    ingress.admit({"ada": "session of ada"})
+    endpoint = Endpoint("127.0.0.1", 0, None, shares_memory=not is_refused)
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({"ada": "session of ada"})
     count = RING_BYTES // LARGE + 20
     with ServerStream(address, None, "ada", "session of ada") as stream:
-        assert ingress.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
         for number in range(count):
             message = pb.ServerMessage(update=pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE))
-            ingress.send("ada", message)
+            endpoint.send("ada", message)
             stream.send(pb.ClientMessage(update=message.update))
         for number in range(count):
             chunk = pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE)
             assert stream.receive() == pb.ServerMessage(update=chunk)
-            assert ingress.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
-    up, down = ingress.take_bytes()
+            assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
+    up, down = endpoint.take_bytes()
     assert count * LARGE < down == up, "bytes count as they would on a socket"
     if is_refused:
         assert written == []
     else:
         assert any(start is not None for start in written)
-    assert ingress.next_event(TIMEOUT) == Disconnected("ada")
-    ingress.stop(grace=0.1)
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+    endpoint.stop(grace=0.1)
     assert own_memory() == before

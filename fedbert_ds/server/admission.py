@@ -53,7 +53,7 @@ class Start:
 
 
 @dataclass
-class Roster:
+class Joins:
     """The joins so far. `admit` checks one, `seats` places them all."""
 
     expected: int
@@ -152,7 +152,7 @@ class Roster:
 
 
 def fill(
-    roster: Roster,
+    joins: Joins,
     next_event: Callable[[float], Event | None],
     join_timeout: float,
     stop: StopFlag,
@@ -165,39 +165,39 @@ def fill(
     them the same error.
     """
     deadline = time.monotonic() + join_timeout
-    while not roster.is_complete:
+    while not joins.is_complete:
         match next_event(POLL_SECONDS):
             case JoinAsked(hello, answer):
                 try:
-                    roster.admit(hello, answer)
+                    joins.admit(hello, answer)
                 except WireError as refusal:
                     print(f"refused: {refusal}", flush=True)
             case JoinAbandoned(hello):
-                roster.withdraw(hello)
+                joins.withdraw(hello)
         watch()
         if stop.requested or time.monotonic() > deadline:
-            here = ", ".join(roster.clients) or "none"
+            here = ", ".join(joins.clients) or "none"
             reason = "stopped" if stop.requested else f"{join_timeout:.0f} s are over (clients.join_timeout)"
-            error = RunError(f"{reason} before all {roster.expected} clients joined; here: {here}")
-            roster.refuse_all(WireError(str(error)))
+            error = RunError(f"{reason} before all {joins.expected} clients joined; here: {here}")
+            joins.refuse_all(WireError(str(error)))
             raise error
 
 
-def start_of(roster: Roster, world_size: int, window: WindowSection) -> Start:
+def start_of(joins: Joins, world_size: int, window: WindowSection) -> Start:
     """The first window and every client's seat.
 
     Raises WireError, and sends it to every client, if there is no window to resume from.
     """
     try:
-        first_window = roster.first_window()
+        first_window = joins.first_window()
     except WireError as error:
-        roster.refuse_all(error)
+        joins.refuse_all(error)
         raise
-    return Start(roster.seats(world_size, window.tokens, window.share), first_window)
+    return Start(joins.seats(world_size, window.tokens, window.share), first_window)
 
 
 def welcome_all(
-    roster: Roster,
+    joins: Joins,
     start: Start,
     config: RunConfig,
     endpoints: Sequence[str],
@@ -226,7 +226,7 @@ def welcome_all(
             reconnect_timeout=config.clients.reconnect_timeout,
             cursor=pb.Cursor(**cursors[client]) if client in cursors else None,
         )
-        roster.welcome(client, welcome)
+        joins.welcome(client, welcome)
 
 
 def _listed(windows: Iterable[int]) -> str:

@@ -17,12 +17,13 @@ from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.reference import to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
-from fedbert_ds.model.checkpoint import build_model, config_to_json, longest_sequence, shape_hash
+from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Roster, fill, start_of, welcome_all
+from fedbert_ds.server.admission import Expectation, Joins, fill, start_of, welcome_all
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.checkpoint import Checkpoints, Cursors, read_client_model
 from fedbert_ds.server.contract import Contract, TensorContract
@@ -79,14 +80,14 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         device = _device()
         engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
-        roster = Roster(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
+        joins = Joins(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
             folder.reveal_address(addresses[0])
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
-            fill(roster, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(start_of(roster, ranks.world_size, config.window) if ranks.rank == 0 else None)
+            fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
+        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         aggregator = Aggregator(
@@ -111,7 +112,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
-            welcome_all(roster, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
+            welcome_all(joins, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
         limits = _fixed_limits(config)
         rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
         # Clients of a resumed run that have states of their own begin with these.

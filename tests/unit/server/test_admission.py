@@ -1,4 +1,4 @@
-"""The roster: who is let in, who is refused and why, where a run begins, who sits where."""
+"""The joins: who is let in, who is refused and why, where a run begins, who sits where."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Roster, start_of, welcome_all
+from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Joins, start_of, welcome_all
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
 
@@ -22,9 +22,9 @@ def hello(client: str = "ada", **changes: object) -> pb.Hello:
     return pb.Hello(**({"protocol": PROTOCOL, "client": client, "shard_characters": 1000} | changes))
 
 
-def join(roster: Roster, message: pb.Hello) -> Future[pb.Welcome]:
+def join(joins: Joins, message: pb.Hello) -> Future[pb.Welcome]:
     answer: Future[pb.Welcome] = Future()
-    roster.admit(message, answer)
+    joins.admit(message, answer)
     return answer
 
 
@@ -47,30 +47,30 @@ def join(roster: Roster, message: pb.Hello) -> Future[pb.Welcome]:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_refusal_says_what_to_change_and_the_roster_goes_on(message: pb.Hello, reason: str) -> None:
-    roster = Roster(3, EXPECTATION)
-    join(roster, hello("bo"))
+    joins = Joins(3, EXPECTATION)
+    join(joins, hello("bo"))
     answer: Future[pb.Welcome] = Future()
     with pytest.raises(WireError) as caught:
-        roster.admit(message, answer)
+        joins.admit(message, answer)
     assert str(caught.value).endswith(reason)
     assert answer.exception(timeout=0) is caught.value, "the client gets the same sentence"
-    assert roster.clients == ("bo",)
-    join(roster, hello("ada"))
-    join(roster, hello("cy"))
-    assert roster.is_complete
+    assert joins.clients == ("bo",)
+    join(joins, hello("ada"))
+    join(joins, hello("cy"))
+    assert joins.is_complete
 
 
 def test_what_a_client_insists_on_may_be_what_the_run_has() -> None:
-    roster = Roster(1, EXPECTATION)
-    join(roster, hello(vocabulary_hash="vocabulary", shape_hash="shape", cut='"embeddings"'))
-    assert roster.is_complete
+    joins = Joins(1, EXPECTATION)
+    join(joins, hello(vocabulary_hash="vocabulary", shape_hash="shape", cut='"embeddings"'))
+    assert joins.is_complete
 
 
 def test_one_too_many_is_refused() -> None:
-    roster = Roster(1, EXPECTATION)
-    join(roster, hello("ada"))
+    joins = Joins(1, EXPECTATION)
+    join(joins, hello("ada"))
     with pytest.raises(WireError, match=r"client bo: all 1 clients have joined; raise clients\.expected"):
-        join(roster, hello("bo"))
+        join(joins, hello("bo"))
 
 
 @pytest.mark.parametrize("message", [hello("ada"), hello("ada", shard_characters=0), hello("bo")])
@@ -78,49 +78,49 @@ def test_a_client_that_left_before_it_was_looked_at_does_no_harm(message: pb.Hel
     """Its call is cancelled while the server still prepares its text, so no answer can be given any
     more.
     """
-    roster = Roster(2, EXPECTATION)
-    join(roster, hello("bo"))
+    joins = Joins(2, EXPECTATION)
+    join(joins, hello("bo"))
     answer: Future[pb.Welcome] = Future()
     assert answer.cancel()
     with suppress(WireError):
-        roster.admit(message, answer)
-    roster.withdraw(message)
-    assert roster.clients == ("bo",)
-    assert not roster.is_complete
+        joins.admit(message, answer)
+    joins.withdraw(message)
+    assert joins.clients == ("bo",)
+    assert not joins.is_complete
 
 
 def test_a_namesake_that_leaves_takes_nobody_along() -> None:
-    roster = Roster(2, EXPECTATION)
+    joins = Joins(2, EXPECTATION)
     first = hello("ada")
-    join(roster, first)
+    join(joins, first)
     second = hello("ada")
     with pytest.raises(WireError):
-        join(roster, second)
-    roster.withdraw(second)
-    assert roster.clients == ("ada",)
-    roster.withdraw(first)
-    assert roster.clients == ()
-    join(roster, second)
-    assert roster.clients == ("ada",)
+        join(joins, second)
+    joins.withdraw(second)
+    assert joins.clients == ("ada",)
+    joins.withdraw(first)
+    assert joins.clients == ()
+    join(joins, second)
+    assert joins.clients == ("ada",)
 
 
 def test_everybody_is_welcomed_who_is_still_there() -> None:
-    roster = Roster(2, EXPECTATION)
-    ada, bo = join(roster, hello("ada")), join(roster, hello("bo"))
+    joins = Joins(2, EXPECTATION)
+    ada, bo = join(joins, hello("ada")), join(joins, hello("bo"))
     ada.cancel()
-    for client in roster.clients:
-        roster.welcome(client, pb.Welcome(endpoint=client))
+    for client in joins.clients:
+        joins.welcome(client, pb.Welcome(endpoint=client))
     assert bo.result(timeout=0).endpoint == "bo"
-    roster.refuse_all(WireError("the run ends"))  # an answer is given once
+    joins.refuse_all(WireError("the run ends"))  # an answer is given once
     assert bo.result(timeout=0).endpoint == "bo"
 
 
 def test_when_the_run_does_not_start_everybody_hears_why() -> None:
-    roster = Roster(3, EXPECTATION)
-    answers = [join(roster, hello(name)) for name in ("ada", "bo")]
+    joins = Joins(3, EXPECTATION)
+    answers = [join(joins, hello(name)) for name in ("ada", "bo")]
     answers[0].cancel()
     error = WireError("60 s are over")
-    roster.refuse_all(error)
+    joins.refuse_all(error)
     assert answers[1].exception(timeout=0) is error
 
 
@@ -132,20 +132,20 @@ WINDOWS = st.frozensets(st.integers(1, 8), max_size=4)
 @settings(deadline=None)
 @given(server=WINDOWS, clients=st.lists(WINDOWS, min_size=1, max_size=4))
 def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int], clients: list[frozenset[int]]) -> None:
-    roster = Roster(len(clients), Expectation("v", "s", "c", server))
+    joins = Joins(len(clients), Expectation("v", "s", "c", server))
     for number, windows in enumerate(clients):
         message = hello(f"client-{number}", saved_windows=windows)
         if not windows:
             with pytest.raises(WireError, match="has no saved state to resume from; give it the --state folder"):
-                join(roster, message)
+                join(joins, message)
             return
-        join(roster, message)
+        join(joins, message)
     common = [window for window in range(1, 9) if window in server and all(window in one for one in clients)]
     if common:
-        assert roster.first_window() == common[-1]
+        assert joins.first_window() == common[-1]
     else:
         with pytest.raises(WireError, match="no window is saved by the server") as caught:
-            roster.first_window()
+            joins.first_window()
         listed = ", ".join(map(str, sorted(server))) or "none"
         assert f"({listed})" in str(caught.value)
 
@@ -155,17 +155,17 @@ def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int],
 def test_where_clients_keep_no_state_a_run_begins_at_the_servers_newest_window(
     server: frozenset[int], clients: list[frozenset[int]]
 ) -> None:
-    roster = Roster(len(clients), Expectation("v", "s", "c", server, clients_save=False))
+    joins = Joins(len(clients), Expectation("v", "s", "c", server, clients_save=False))
     for number, windows in enumerate(clients):
-        join(roster, hello(f"client-{number}", saved_windows=windows))
-    assert roster.first_window() == max(server)
+        join(joins, hello(f"client-{number}", saved_windows=windows))
+    assert joins.first_window() == max(server)
 
 
 def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
-    roster = Roster(2, EXPECTATION)
-    join(roster, hello("ada", saved_windows=[3, 5]))
-    join(roster, hello("bo"))
-    assert roster.first_window() == 0
+    joins = Joins(2, EXPECTATION)
+    join(joins, hello("ada", saved_windows=[3, 5]))
+    join(joins, hello("bo"))
+    assert joins.first_window() == 0
 
 
 # -- seats -----------------------------------------------------------------------------------------
@@ -174,10 +174,10 @@ def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
 def test_seats_follow_from_names_and_texts_alone() -> None:
     seats = []
     for order in (("ada", "bo", "cy"), ("cy", "ada", "bo")):
-        roster = Roster(3, EXPECTATION)
+        joins = Joins(3, EXPECTATION)
         for name in order:
-            join(roster, hello(name, shard_characters={"ada": 500, "bo": 300, "cy": 200}[name]))
-        seats.append(roster.seats(world_size=2, window_tokens=1000, share="data"))
+            join(joins, hello(name, shard_characters={"ada": 500, "bo": 300, "cy": 200}[name]))
+        seats.append(joins.seats(world_size=2, window_tokens=1000, share="data"))
     places = [{name: (seat.rank, seat.tokens) for name, seat in one.items()} for one in seats]
     assert places[0] == places[1] == {"ada": (0, 500), "bo": (1, 300), "cy": (1, 200)}
     sessions = [seat.session for one in seats for seat in one.values()]
@@ -185,20 +185,20 @@ def test_seats_follow_from_names_and_texts_alone() -> None:
 
 
 def test_seats_with_equal_shares() -> None:
-    roster = Roster(2, EXPECTATION)
-    join(roster, hello("ada", shard_characters=999))
-    join(roster, hello("bo", shard_characters=1))
-    seats = roster.seats(world_size=1, window_tokens=1001, share="equal")
+    joins = Joins(2, EXPECTATION)
+    join(joins, hello("ada", shard_characters=999))
+    join(joins, hello("bo", shard_characters=1))
+    seats = joins.seats(world_size=1, window_tokens=1001, share="equal")
     assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}
 
 
 def test_a_welcome_says_where_the_text_goes_on_and_nothing_to_one_that_was_not_there() -> None:
-    roster = Roster(2, Expectation("v", "s", "c", frozenset({4}), clients_save=False))
-    answers = {name: join(roster, hello(name)) for name in ("ada", "bo")}
+    joins = Joins(2, Expectation("v", "s", "c", frozenset({4}), clients_save=False))
+    answers = {name: join(joins, hello(name)) for name in ("ada", "bo")}
     config = parse_config({"clients": {"expected": 2, "local": 0}}, "test")
-    start = start_of(roster, world_size=1, window=config.window)
+    start = start_of(joins, world_size=1, window=config.window)
     ada, dee = {"epoch": 2, "position": 7, "sequences": 9}, {"epoch": 0, "position": 0, "sequences": 1}
-    welcome_all(roster, start, config, ["here:1"], b"", "{}", {"ada": ada, "dee": dee})
+    welcome_all(joins, start, config, ["here:1"], b"", "{}", {"ada": ada, "dee": dee})
     told = {name: answer.result(timeout=0) for name, answer in answers.items()}
     assert told["ada"].cursor == pb.Cursor(**ada) and not told["bo"].HasField("cursor")
     assert {welcome.window for welcome in told.values()} == {4}

@@ -207,10 +207,11 @@ class FederationSection(Section):
     average_every: Positive = 1
     """Windows between averages in `parallel` mode."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
-    """Parts averaged in `parallel` mode. The rest stays personal to each client."""
+    """Parts averaged in `parallel` mode. The rest stays personal to each client until the end of
+    the run, when whole halves are averaged into the result."""
     staleness: Annotated[int, Field(ge=0, le=8)] = 0
-    """Windows whose exchange of client halves a client need not wait for before it begins the next;
-    0 is exact, more hides exchanges over slow links."""
+    """Windows whose exchange of client updates a client need not wait for before it begins the
+    next; 0 is exact, more hides exchanges over slow links."""
     server_optimizer: Literal["none", "momentum", "adam", "yogi", "nesterov"] = "none"
     """What an average in `parallel` mode moves the common weights by: `none` to the mean (FedAvg),
     the others by a step along the mean change: FedAvgM (Hsu et al. 2019), FedAdam, FedYogi (Reddi
@@ -340,8 +341,8 @@ class WireSection(Section):
     """Codec of the matrices in client updates, up and down. `synchronous` mode sends gradients.
     `parallel` mode sends weights under fp32, and else their change since the last average."""
     compression: Literal["zstd", "none"] = "zstd"
-    """Lossless, of all of these. Saves an eighth of int4 and int8 and a third of bf16; costs both
-    ends about a second per GB."""
+    """Lossless, of all of these. Saves a twelfth of int8, a seventh of int4 and a third of bf16;
+    costs both ends about a second per GB."""
 
     @property
     def is_compressed(self) -> bool:

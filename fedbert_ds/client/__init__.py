@@ -1,1 +1,1 @@
-"""The client side: join, train a half on local text, keep its state."""
+"""The client side: join, train a half on local text, keep a state where the mode needs one."""

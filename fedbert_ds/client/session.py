@@ -22,8 +22,7 @@ from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
-from fedbert_ds.wire.conversation import RECONNECT_SECONDS
-from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
+from fedbert_ds.wire.messages import PROTOCOL, cursor_numbers, cut_to_json, parse_cut, parse_settings
 
 
 @dataclass(frozen=True)
@@ -94,8 +93,9 @@ def run_client(options: ClientOptions) -> int:
     )
     del articles
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
-    timeout = welcome.reconnect_timeout or RECONNECT_SECONDS
-    with ServerStream(welcome.endpoint, options.tls, options.name, welcome.session, timeout) as stream:
+    with ServerStream(
+        welcome.endpoint, options.tls, options.name, welcome.session, welcome.reconnect_timeout
+    ) as stream:
         trainer = ClientTrainer(
             half,
             text,
@@ -103,7 +103,7 @@ def run_client(options: ClientOptions) -> int:
             options.name,
             options.state_folder,
             welcome.window,
-            _cursor(welcome),
+            cursor_numbers(welcome.cursor) if welcome.HasField("cursor") else None,
             _device(options.device),
             stream.send,
         )
@@ -148,13 +148,6 @@ def _wire_error(address: str, error: grpc.RpcError) -> WireError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return WireError(f"{address}: the other clients did not come in time; raise --join-timeout or start them")
     return WireError(f"{address}: connection lost ({code.name.lower()}: {details}); start this client again")
-
-
-def _cursor(welcome: pb.Welcome) -> dict[str, int] | None:
-    if not welcome.HasField("cursor"):
-        return None
-    cursor = welcome.cursor
-    return {"epoch": cursor.epoch, "position": cursor.position, "sequences": cursor.sequences}
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,4 +1,4 @@
-"""A client's checkpoints: one file a window, the newest two kept."""
+"""A client's own checkpoints, where halves are personal: one file a window, the newest two kept."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ class ClientTrainer:
         window.masked += len(piece.batch.labels)
         labels = piece.batch.labels.to(self._device)
         shape = (len(labels), self._half.widths.hidden)
-        hidden = decode(message.values, shape, self._wire.hidden_states, "hidden states").to(self._device)
+        hidden = decode(message.values, shape, self._wire.hidden_states, "hidden states", self._device)
         loss_sum, gradient = self._half.head_backward(hidden, labels, 1.0 / window.all_masked)
         answer = pb.Gradient(
             window=message.window,
@@ -201,8 +201,8 @@ class ClientTrainer:
         if piece.activations is None:
             raise WireError(f"the server sent an input gradient of micro-batch {message.micro_batch} too many")
         values = self._embed(message.window, piece).values if self._staleness else piece.activations.values
-        gradient = decode(message.values, values.shape, self._wire.gradients, "input gradient")
-        values.backward(gradient.to(values.device, values.dtype))
+        gradient = decode(message.values, values.shape, self._wire.gradients, "input gradient", values.device)
+        values.backward(gradient.to(values.dtype))
         if self._windows.finish(message.window, message.micro_batch):
             self._finish_window(message.window)
 

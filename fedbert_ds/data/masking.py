@@ -170,11 +170,6 @@ class BatchStream:
         self._epoch, self._position = 0, 0
         self._order = self._shuffle(0)
 
-    @property
-    def epoch(self) -> int:
-        """Complete passes over the text."""
-        return self._epoch
-
     def next_batch(self, window: int, max_tokens: int) -> Batch:
         """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
 

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from fedbert_ds.atomic_write import atomic_write
-from fedbert_ds.data.corpus import Article, read_jsonl
+from fedbert_ds.data.corpus import Article
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
 
@@ -74,20 +74,10 @@ def deal(
 
 
 def write_shard(path: Path, articles: Sequence[Article]) -> None:
-    """Write articles as .jsonl, for `read_shard` and `read_articles`; replaces a file whole."""
+    """Write articles as .jsonl, for `read_articles`; replaces a file whole."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
         for article in articles:
             file.write(json.dumps({"title": article.title, "text": article.text}, ensure_ascii=False) + "\n")
-
-
-def read_shard(path: Path) -> list[Article]:
-    """The articles that `write_shard` wrote; DataError for a missing, empty or malformed file."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such shard; name the client's .jsonl file")
-    articles = list(read_jsonl(path))
-    if not articles:
-        raise DataError(f"{path}: this shard is empty; give the client some text")
-    return articles
 
 
 def _topics(texts: Sequence[str], random: np.random.Generator) -> np.ndarray:

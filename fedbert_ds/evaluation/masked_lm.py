@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -198,12 +197,14 @@ def _articles(articles_or_paths: Sequence[Article] | Sequence[str] | str | Path)
 def _load_model(name: str, seed: int) -> PreTrainedModel:
     from transformers import AutoModelForMaskedLM
 
+    from fedbert_ds.model.checkpoint import quiet_transformers
+
     folder = local_folder(name)
     if folder is not None and not (folder / "config.json").is_file():
         raise ModelError(f"{name}: no config.json there; name a folder written by save_pretrained, or a hub name")
     try:
         # Seeded, so that even a head that has to be initialized gives the same number each time.
-        with _quiet(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, report = AutoModelForMaskedLM.from_pretrained(
                 str(folder or name),
@@ -236,19 +237,3 @@ def _position_limit(model: PreTrainedModel) -> int:
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return limit
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bar and no table of missing weights from transformers: our own line says it."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,1 +1,1 @@
-"""How client halves are kept together: strategies, client updates and their averages."""
+"""How the client model is kept: its aggregator and reference, modes, client updates, averages."""

@@ -5,7 +5,8 @@ checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.client_update import CHUNK_BYTES
 from fedbert_ds.federation.half_optimizer import OptimizerState
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-CHUNK_BYTES = 1 << 20
 LARGEST_HEADER = 1 << 24
 """Most bytes that names, shapes and numbers of a file may take."""
 TENSORS_PER_WEIGHT = 4
@@ -37,7 +38,10 @@ class Reference:
     weights: dict[str, Tensor]
     """fp32 by name."""
     optimizer: OptimizerState = field(default_factory=dict)
-    """Empty before the first step, and where each client has an optimizer of its own."""
+    """What the run file's optimizer or a server optimizer remembers.
+
+    Empty before its first step, and where the reference becomes the mean.
+    """
 
 
 def to_bytes(reference: Reference, notes: Mapping[str, Any] | None = None) -> bytes:
@@ -100,7 +104,7 @@ class ReferenceAssembler:
     def __init__(self, shapes: Shapes) -> None:
         self._shapes = dict(shapes)
         self._parts: list[bytes] = []
-        self._room = LARGEST_HEADER + 4 * TENSORS_PER_WEIGHT * sum(_count(shape) for shape in shapes.values())
+        self._room = LARGEST_HEADER + 4 * TENSORS_PER_WEIGHT * sum(map(math.prod, shapes.values()))
 
     def add(self, chunk: pb.ReferenceChunk) -> Reference | None:
         """Keep a chunk; after the last one, the reference."""
@@ -124,10 +128,3 @@ def _header(data: bytes) -> dict[str, Any]:
         raise ValueError(f"a header of {size} bytes")
     header: dict[str, Any] = json.loads(data[8 : 8 + size])
     return header
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

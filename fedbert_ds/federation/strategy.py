@@ -4,8 +4,10 @@ A strategy says what clients send after a window, how it is combined and what cl
 
     exchange       a client sends                     the server    a client then
     "gradients"    its share of the whole gradient    sums          steps with the sum
-    "weights"      its weights, or their change       averages      takes the average over
+    "weights"      its weights, or their change       averages      takes the answer over
     "nothing"      nothing                                          has stepped by itself
+
+The answer is the average, or what a server optimizer makes of it.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def architecture(hf_config: Any) -> Architecture:
 def widths(hf_config: Any, cut: Cut) -> Widths:
     """Widths of activations and hidden states, from the config alone.
 
-    Manifests are checked against them.
+    Clients' tensors are checked against them.
     """
     factorized = architecture(hf_config).body_head is not None
     embedding = hf_config.embedding_size if factorized else hf_config.hidden_size

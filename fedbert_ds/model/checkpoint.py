@@ -29,8 +29,6 @@ from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import architecture, longest_sequence
 from fedbert_ds.model.cut import merge
 
-__all__ = ["build_model", "config_from_json", "config_to_json", "longest_sequence", "save_merged", "shape_hash"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -104,7 +102,7 @@ def save_merged(
     folder.parent.mkdir(parents=True, exist_ok=True)
     writing, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("writing", "old"))
     shutil.rmtree(writing, ignore_errors=True)
-    with _quiet_transformers():
+    with quiet_transformers():
         model.save_pretrained(writing)
         tokenizer.save_pretrained(writing)
     if folder.exists():
@@ -169,7 +167,7 @@ def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTra
         )
     hf_config.hidden_dropout_prob = hf_config.attention_probs_dropout_prob = dropout
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, loading = AutoModelForMaskedLM.from_pretrained(
                 checkpoint, config=hf_config, dtype=torch.float32, output_loading_info=True
             )
@@ -187,8 +185,11 @@ def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTra
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    # Silences loading reports and progress bars; the lines above check and say the same.
+def quiet_transformers() -> Iterator[None]:
+    """Inside this block transformers prints no loading reports and no progress bars.
+
+    What matters of them our own lines say.
+    """
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -85,7 +85,8 @@ class ClientHalf(nn.Module):
     def head_backward(
         self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512, fused: bool | None = None
     ) -> tuple[float, Tensor]:
-        """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] in its dtype.
+        """Sum of cross-entropies in nats, and d(scale * sum)/d(hidden), [m, W_out] of the half's
+        dtype.
 
         `hidden` is [m, W_out], any floating dtype; `labels` is [m] int64; m may be 0. Parameters'
         gradients of scale * sum accumulate. Scores of all positions never exist at once. `fused`

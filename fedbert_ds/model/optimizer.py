@@ -26,8 +26,8 @@ class Lamb(torch.optim.Optimizer):
 
     Under DeepSpeed's ZeRO a rank holds a slice of each flattened parameter group. Give each
     parameter its own group and say `partitioned=True`: each step then sums the squared norms over
-    `process_group`, one all-reduce for all groups, and the ratio is that of the whole parameter.
-    Every rank must step the same groups in the same order.
+    all ranks, one all-reduce for all groups, and the ratio is that of the whole parameter. Every
+    rank must step the same groups in the same order.
     """
 
     def __init__(
@@ -39,14 +39,12 @@ class Lamb(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         max_trust_ratio: float = 10.0,
         partitioned: bool = False,
-        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "max_trust_ratio": max_trust_ratio,
         }  # fmt: skip
         super().__init__(params, defaults)
         self.partitioned = partitioned
-        self.process_group = process_group
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -101,7 +99,7 @@ class Lamb(torch.optim.Optimizer):
             ]
         )
         if self.partitioned:
-            torch.distributed.all_reduce(squares, group=self.process_group)
+            torch.distributed.all_reduce(squares)
         weights, moves = squares.sqrt()
         bounds = squares.new_tensor([group["max_trust_ratio"] for group, _ in members])
         adapted = torch.tensor(
@@ -112,14 +110,14 @@ class Lamb(torch.optim.Optimizer):
 
 
 def build_optimizer(
-    named_parameters: Named, section: OptimizerSection, *, process_group: Any = None, partitioned: bool = False
+    named_parameters: Named, section: OptimizerSection, *, partitioned: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer of a body or a client half; learning-rate schedules are the caller's.
 
     Biases and LayerNorm weights do not decay. AdamW and SGD get two groups (one may be absent),
-    LAMB one parameter a group. `partitioned` says that the parameters will be slices of ZeRO groups
-    over `process_group`, which LAMB's norms need to know. NVIDIA apex, where installed, runs AdamW
-    and whole-parameter LAMB on CUDA.
+    LAMB one parameter a group. `partitioned` says that the parameters will be slices of ZeRO
+    groups, which LAMB's norms need to know. NVIDIA apex, where installed, runs AdamW and
+    whole-parameter LAMB on CUDA.
     """
     named = list(named_parameters)
     on_cuda = all(parameter.is_cuda for _, parameter in named)
@@ -138,7 +136,7 @@ def build_optimizer(
             # apex adapts exactly the groups that decay, as `adapt` says here if any decays. The
             # caller clips gradients; apex would clip them once more.
             return apex.FusedLAMB(groups, **common, max_grad_norm=math.inf)
-        return Lamb(groups, **common, partitioned=partitioned, process_group=process_group)
+        return Lamb(groups, **common, partitioned=partitioned)
     decayed = [parameter for name, parameter in named if is_decayed(name)]
     others = [parameter for name, parameter in named if not is_decayed(name)]
     two_groups = [

@@ -15,6 +15,7 @@ from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import cursor_numbers
 
 Cursors = Mapping[str, Mapping[str, int]]
 """Where each client stands in its text: epoch, position and sequences, by client."""
@@ -46,7 +47,7 @@ class Checkpoints:
             meanwhile=lambda: rooms.engine.save(self._folder.path, window),
         )
         self.client_figures.update(rooms.inbox.saved)
-        mine = {client: _numbers(saved.cursor) for client, saved in rooms.inbox.saved.items()}
+        mine = {client: cursor_numbers(saved.cursor) for client, saved in rooms.inbox.saved.items()}
         for cursors in rooms.rank_group.gather(mine):
             # A client that is gone keeps the cursor of its last checkpoint, and can come back
             # there.
@@ -83,7 +84,3 @@ def read_client_model(path: Path, shapes: Shapes) -> tuple[Reference, Cursors]:
             "anew in another run.directory"
         ) from error
     return reference, cursors
-
-
-def _numbers(cursor: pb.Cursor) -> dict[str, int]:
-    return {"epoch": cursor.epoch, "position": cursor.position, "sequences": cursor.sequences}

@@ -189,7 +189,7 @@ class ClientService:
 
     def finish_exchanges(self) -> None:
         """Attend until the updates of all windows so far are combined and on their way."""
-        with self._trace.span("wait for halves"):
+        with self._trace.span("wait for updates"):
             while not self._exchange.is_idle:
                 self.attend()
 

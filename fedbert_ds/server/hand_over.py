@@ -92,7 +92,7 @@ def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str,
     return {
         "bytes per token": (
             f"{short_bytes(totals.bytes_per_token_up)} up, {short_bytes(totals.bytes_per_token_down)} down, "
-            f"{short_bytes(totals.update_bytes_per_token)} to keep the halves together"
+            f"{short_bytes(totals.update_bytes_per_token)} of client updates"
         ),
         "client peak memory": short_bytes(max((memory for memory, _ in figures), default=0)),
         "client FLOP per token": f"{max((flops for _, flops in figures), default=0.0) / 1e6:.2f} M",

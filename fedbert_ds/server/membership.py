@@ -64,7 +64,7 @@ class Membership:
         windows = self._exchange.forget(client)
         for window in windows:
             self._queue.deadlines.cancel(client, Question("update", window))
-        left_out = "".join(f"; its half of window {window} is left out" for window in windows)
+        left_out = "".join(f"; its update of window {window} is left out" for window in windows)
         self.problems.append(f"client {client} is late: windows go on without it until it answers{left_out}")
         self._inbox.drop_activations(client)
         by_window: dict[int, list[int]] = {}

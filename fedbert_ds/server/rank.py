@@ -49,8 +49,9 @@ class RankServer:
         """Wait until every client seated here has opened its stream; give each the reference, if
         any, to begin with.
 
-        `initial_weights` is None for a resumed run. `watch` runs while waiting; it raises for a
-        local client process that died. Raises RunError after `clients.join_timeout` seconds.
+        `reference` is None where clients resume from states of their own. `watch` runs while
+        waiting; it raises for a local client process that died. Raises RunError after
+        `clients.join_timeout` seconds.
         """
         seated = self._rooms.seated
         deadline = time.monotonic() + self._clients.join_timeout

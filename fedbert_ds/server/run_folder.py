@@ -33,7 +33,10 @@ UNCHANGED = (
 
 @dataclass(frozen=True)
 class CheckpointFolder:
-    """DeepSpeed's checkpoints, one folder a window. A checkpoint counts once marked complete."""
+    """A run's checkpoints, one folder a window: DeepSpeed's files and the client model.
+
+    A checkpoint counts once marked complete.
+    """
 
     path: Path
 
@@ -92,7 +95,7 @@ class RunFolder:
 
     @property
     def clients(self) -> Path:
-        """One folder for each local client: shard, log and state."""
+        """One folder for each local client: shard, log and, where it has one, its state."""
         return self.path / "clients"
 
     @property

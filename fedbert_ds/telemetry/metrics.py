@@ -50,9 +50,9 @@ class WindowMetrics:
     bytes_down: int
     """Bytes to clients: hidden states, gradients."""
     update_bytes_up: int
-    """Bytes from clients to keep their halves together."""
+    """Bytes from clients as client updates; whole halves at the end of a run are left out."""
     update_bytes_down: int
-    """Bytes to clients to keep their halves together."""
+    """Bytes to clients as combined updates; the reference they begin with is left out."""
     clients: int
     """Clients that took part."""
     learning_rate: float

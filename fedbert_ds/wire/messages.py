@@ -67,7 +67,7 @@ def parse_settings(text: str) -> ClientSettings:
 
 
 def cut_to_json(cut: Cut) -> str:
-    """The run file's `cut` as JSON, for a Welcome."""
+    """The run file's `cut` as JSON, for a Welcome or a Hello."""
     return TypeAdapter(Cut).dump_json(cut).decode()
 
 
@@ -89,10 +89,15 @@ class Manifest:
     masked: tuple[int, ...]
 
 
+def cursor_numbers(cursor: pb.Cursor) -> dict[str, int]:
+    """A place in a client's text, as `BatchStream.state_dict` has it."""
+    return {"epoch": cursor.epoch, "position": cursor.position, "sequences": cursor.sequences}
+
+
 def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_tokens: int) -> Manifest:
     """The manifest in a message; WireError for impossible sizes.
 
-    `max_sequence` is the length of the position table, `max_tokens` this client's share of a
+    `max_sequence` is the run's `data.sequence_length`, `max_tokens` this client's share of a
     window, both in tokens.
     """
     who = f"client {client}: manifest of window {message.window}"
@@ -105,7 +110,7 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
     if min(lengths) < 1:
         raise WireError(f"{who}: a sequence without tokens")
     if max(lengths) > max_sequence:
-        raise WireError(f"{who}: a sequence of {max(lengths)} tokens; the position table holds {max_sequence}")
+        raise WireError(f"{who}: a sequence of {max(lengths)} tokens; data.sequence_length is {max_sequence}")
     if any(wanted > length for wanted, length in zip(masked, lengths, strict=True)):
         raise WireError(f"{who}: more masked tokens than tokens")
     if sum(lengths) > limit:

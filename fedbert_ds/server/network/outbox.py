@@ -49,7 +49,7 @@ class Outbox:
         self.check()
 
     def take_bytes(self) -> tuple[int, int, int]:
-        """Bytes received, sent, and sent as client updates, since the last call."""
+        """Bytes received, sent, and sent as updates or as a reference, since the last call."""
         with self._counting:
             up, down = self._endpoint.take_bytes()
             updates = self._update_bytes - self._update_bytes_taken

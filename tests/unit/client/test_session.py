@@ -58,6 +58,7 @@ class Served:
             "cut": cut_to_json("embeddings"),
             "settings": settings.model_dump_json(),
             "tokenizer": tokenizer_to_bytes(self.tokenizer),
+            "reconnect_timeout": 60.0,
         }
         return pb.Welcome(**(fields | changes))
 

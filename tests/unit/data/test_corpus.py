@@ -12,7 +12,7 @@ import pytest
 
 from fedbert_ds.data import python_docs
 from fedbert_ds.data.corpus import Article, parse_hub_name, read_articles
-from fedbert_ds.data.shards import read_shard, write_shard
+from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import DataError
 
 WIKITEXT = """
@@ -207,7 +207,7 @@ def test_shard_files_are_sources_too(tmp_path: Path) -> None:
     articles = [Article("Ä title", "Line one.\nLine two. \u2028 naïve"), Article("", "Untitled.")]
     write_shard(tmp_path / "clients" / "0.jsonl", articles)
     named = [articles[0], Article("0:2", "Untitled.")]
-    assert read_shard(tmp_path / "clients" / "0.jsonl") == named
+    assert list(read_articles([str(tmp_path / "clients" / "0.jsonl")])) == named
     assert list(read_articles([str(tmp_path / "clients")])) == named
     assert (
         json.loads((tmp_path / "clients" / "0.jsonl").read_text(encoding="utf-8").split("\n")[1])["text"] == "Untitled."

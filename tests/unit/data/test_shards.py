@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.shards import deal, hold_out, read_shard, write_shard
+from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.shards import deal, hold_out, write_shard
 from fedbert_ds.errors import DataError
 
 HOW = ("equal", "size", "topic")
@@ -104,13 +104,5 @@ def test_one_article_cannot_be_held_out() -> None:
 def test_writing_a_shard_again_replaces_it(tmp_path: Path) -> None:
     write_shard(tmp_path / "0.jsonl", numbered(9))
     write_shard(tmp_path / "0.jsonl", [Article("a", "b")])
-    assert read_shard(tmp_path / "0.jsonl") == [Article("a", "b")]
+    assert list(read_articles([str(tmp_path / "0.jsonl")])) == [Article("a", "b")]
     assert [path.name for path in tmp_path.iterdir()] == ["0.jsonl"]
-
-
-def test_missing_and_empty_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such shard"):
-        read_shard(tmp_path / "0.jsonl")
-    write_shard(tmp_path / "0.jsonl", [])
-    with pytest.raises(DataError, match="this shard is empty"):
-        read_shard(tmp_path / "0.jsonl")

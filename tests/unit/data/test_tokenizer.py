@@ -59,9 +59,9 @@ def test_wordpiece_is_the_same_in_every_process(
 ) -> None:
     write_shard(tmp_path / "a.jsonl", articles)
     command = (
-        "import sys; from pathlib import Path; from fedbert_ds.data.shards import read_shard; "
+        "import sys; from fedbert_ds.data.corpus import read_articles; "
         "from fedbert_ds.data.tokenizer import train_wordpiece, vocabulary_hash; "
-        "print(vocabulary_hash(train_wordpiece(read_shard(Path(sys.argv[1])), 200)))"
+        "print(vocabulary_hash(train_wordpiece(list(read_articles(sys.argv[1:])), 200)))"
     )
     for _ in range(2):
         printed = subprocess.run(

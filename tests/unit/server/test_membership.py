@@ -62,6 +62,6 @@ def test_a_suspended_client_stays_connected_and_hears_what_is_skipped(rank: Rank
     assert rooms.queue.clients == {"ada", "bo"} and rank.endpoint.revoked == set()
     assert [(message.window, list(message.micro_batches)) for message in skipped] == [(0, [3, 4]), (1, [8])]
     assert members(rank).problems == [
-        "client bo is late: windows go on without it until it answers; its half of window 0 is left out"
+        "client bo is late: windows go on without it until it answers; its update of window 0 is left out"
     ]
     assert rooms.queue.deadlines.asked_at("bo", Question("update", 0)) is None, "its update is not waited for"

@@ -235,7 +235,7 @@ def test_a_late_client_is_suspended_and_comes_back(monkeypatch: pytest.MonkeyPat
     assert rank.run() == windows
     ada, bo, cy = rank.clients
     assert rank.problems == [
-        "client bo is late: windows go on without it until it answers; its half of window 8 is left out"
+        "client bo is late: windows go on without it until it answers; its update of window 8 is left out"
     ]
     assert bo.refusal is None and 8 in bo.skipped
     for client in (ada, cy):

@@ -36,7 +36,7 @@ def test_a_good_manifest() -> None:
         ([3], [], "1 lengths and 0 masked counts"),
         ([3], [1, 1], "1 lengths and 2 masked counts"),
         ([3, 0], [1, 0], "a sequence without tokens"),
-        ([9], [1], "a sequence of 9 tokens; the position table holds 8"),
+        ([9], [1], "a sequence of 9 tokens; data.sequence_length is 8"),
         ([2**32 - 1], [1], "a sequence of 4294967295 tokens"),
         ([3, 4], [3, 5], "more masked tokens than tokens"),
         ([8, 5], [1, 1], "13 tokens instead of at most 12"),

@@ -266,11 +266,18 @@ class ClientsSection(Section):
     expected: Positive = 4
     """Clients that must join before the first window."""
     minimum: Positive | None = None
-    """The run ends when fewer clients are left. null means `expected`."""
+    """No window begins with fewer clients. null means `expected`."""
+    maximum: Positive | None = None
+    """Most clients at a time; those beyond `expected` may join later. null means `expected`."""
+    on_loss: Literal["continue", "wait"] = "continue"
+    """What happens when a client is lost. `continue`: the window goes on without its share, which
+    the metrics count as lost. `wait`: the window is undone and trained again once the client is
+    back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait at the start for `expected` clients to join, then for their streams."""
+    """Seconds to wait at the start for `expected` clients to join, then for their streams; and in a
+    run for clients that it cannot go on without."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds that a client may owe an answer. After that it is gone."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
@@ -281,9 +288,16 @@ class ClientsSection(Section):
     def _counts(self) -> ClientsSection:
         if self.minimum is not None and self.minimum > self.expected:
             raise ValueError(f"minimum {self.minimum} is above expected {self.expected}; lower it")
+        if self.maximum is not None and self.maximum < self.expected:
+            raise ValueError(f"maximum {self.maximum} is below expected {self.expected}; raise it")
         if self.local > self.expected:
             raise ValueError(f"local {self.local} is above expected {self.expected}; raise expected")
         return self
+
+    @property
+    def most(self) -> int:
+        """Most clients at a time."""
+        return self.maximum if self.maximum is not None else self.expected
 
     @property
     def required(self) -> int:
@@ -403,6 +417,11 @@ class RunConfig(Section):
                     f"cut.layers {self.cut.layers} leaves the server no layer of model.num_hidden_layers "
                     f"{self.model.num_hidden_layers}; lower it"
                 )
+        if self.clients.on_loss == "wait" and self.federation.staleness:
+            raise ValueError(
+                "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may "
+                "have gone on by then; set one of them to its default"
+            )
         return self
 
 

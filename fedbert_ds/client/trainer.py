@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fedbert_ds.client.replica import Replica
-from fedbert_ds.client.state import load_state, save_state
+from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.data.masking import Batch, BatchStream
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import ClientSettings
+from fedbert_ds.wire.messages import ClientSettings, cursor_numbers
 
 
 @dataclass
@@ -28,8 +28,6 @@ class _Window:
     """The text of one window, and counts of its masked tokens."""
 
     batch: Batch
-    cursor: dict[str, int]
-    """The text's position before the batch was drawn, for a checkpoint."""
     all_masked: int = 1
     """M: masked tokens of all clients."""
     masked: int = 0
@@ -49,8 +47,9 @@ class _Piece:
 class ClientTrainer:
     """Answers every server message; holds the client half and the stream of text.
 
-    `send` takes a ClientMessage. `cursor` is where the text of a resumed run goes on, where the
-    server knows it. Raises WireError for a message that does not fit, or a refusal.
+    `send` takes a ClientMessage. The server's first message, and every roll-back, is a Begin: it
+    says which window is next and where the text goes on. Raises WireError for a message that does
+    not fit, or a refusal.
     """
 
     def __init__(
@@ -60,8 +59,6 @@ class ClientTrainer:
         settings: ClientSettings,
         name: str,
         state_folder: Path,
-        first_window: int,
-        cursor: Mapping[str, int] | None,
         device: torch.device,
         send: Callable[[pb.ClientMessage], None],
     ) -> None:
@@ -75,28 +72,17 @@ class ClientTrainer:
         self._strategy = strategy_of(settings.federation, settings.wire)
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
-        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
-        self._next_window = first_window
+        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
+        self._next_window = self._attempt = 0
+        self._awaits_reference = False
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
-        self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
-        if not self._awaits_reference:
-            state = load_state(state_folder, first_window)
-            self._replica.load_state_dict(state)
-            cursor = state["cursor"]
-        if cursor is not None:
-            self._text.load_state_dict(cursor)
-
-    def begin(self) -> None:
-        """Announce the first window, if this client has its state; otherwise wait for the
-        reference.
-        """
-        if not self._awaits_reference:
-            self._announce()
 
     def handle(self, message: pb.ServerMessage) -> None:
         """Answer one message of the server."""
         match message.WhichOneof("body"):
+            case "begin":
+                self._begin(message.begin)
             case "plan":
                 self._plan(message.plan)
             case "open":
@@ -120,6 +106,8 @@ class ClientTrainer:
                 self._send_update(self._replica.whole(message.update_request.window))
             case "finish":
                 self.finish = message.finish
+            case "refused" if message.refused.may_return:
+                raise ConnectionLost(f"the server went on without this client: {message.refused.reason}")
             case "refused":
                 raise WireError(f"the server refused this client: {message.refused.reason}")
             case other:
@@ -129,6 +117,44 @@ class ClientTrainer:
         """Floating-point operations of the client half per token, forward and backward."""
         return self._replica.flops_per_token()
 
+    # -- where to go on ----------------------------------------------------------------------------
+
+    def _begin(self, begin: pb.Begin) -> None:
+        """Forget every window under way, and go on where the server says."""
+        if begin.next_window < begin.window:
+            raise WireError(f"the server goes on with window {begin.next_window} from a state of {begin.window}")
+        self._attempt, self._next_window = begin.attempt, begin.next_window
+        self._windows = WindowState(self._strategy, self._staleness, begin.window)
+        self._windows.miss(begin.window, begin.next_window)
+        self._replica.forget_windows()
+        self._text.load_state_dict(cursor_numbers(begin.cursor) if begin.HasField("cursor") else None)
+        self._awaits_reference = begin.reference
+        if begin.reference:
+            return
+        if self._strategy.halves_are_personal:
+            self._replica.load_state_dict(load_state(self._state_folder, begin.window))
+        self._announce()
+
+    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
+        if not self._awaits_reference:
+            raise WireError("the server sent a reference client model to a client that has one")
+        if not self._replica.receive_reference(chunk):
+            return
+        self._awaits_reference = False
+        if self._strategy.halves_are_personal and self._next_window:
+            self._take_personal_parts()
+        self._announce()
+
+    def _take_personal_parts(self) -> None:
+        """In the middle of a run: what the reference does not hold comes from the own folder."""
+        saved = saved_windows(self._state_folder)
+        if saved:
+            self._replica.load_personal_parts(load_state(self._state_folder, saved[-1]))
+            what = f"its own parts and moments as of window {saved[-1]}"
+        else:
+            what = f"no state in {self._state_folder}: its own parts and moments begin anew"
+        print(f"client {self._name}: in at window {self._next_window}, with {what}", flush=True)
+
     # -- a window ----------------------------------------------------------------------------------
 
     def _announce(self) -> None:
@@ -136,12 +162,17 @@ class ClientTrainer:
         window = self._next_window
         if window >= self._settings.windows:
             return
-        cursor = self._text.state_dict()
         batch = self._text.next_batch(window, self._settings.tokens)
-        self._windows.announce(window, _Window(batch, cursor))
+        self._windows.announce(window, _Window(batch))
         _, masked_bounds = _bounds(batch)
-        masked = [end - start for start, end in itertools.pairwise(masked_bounds)]
-        self._send(pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=batch.lengths, masked=masked)))
+        manifest = pb.Manifest(
+            attempt=self._attempt,
+            window=window,
+            lengths=batch.lengths,
+            masked=[end - start for start, end in itertools.pairwise(masked_bounds)],
+            cursor=pb.Cursor(**self._text.state_dict()),
+        )
+        self._send(pb.ClientMessage(manifest=manifest))
 
     def _plan(self, plan: pb.Plan) -> None:
         if plan.next_window <= plan.window:
@@ -225,27 +256,12 @@ class ClientTrainer:
         for chunk in chunks:
             self._send(pb.ClientMessage(update=chunk))
 
-    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
-        if not self._awaits_reference:
-            raise WireError("the server sent a reference client model to a client that has one")
-        if self._replica.receive_reference(chunk):
-            self._awaits_reference = False
-            self._announce()
-
     def _save(self, window: int) -> None:
         if window > self._windows.applied and self._strategy.needs_every_window:
             raise WireError(f"the server saves window {window}, this client is at {self._windows.applied}")
-        # Batches are drawn ahead.
-        ahead = self._windows.first_content(window)
-        cursor = self._text.state_dict() if ahead is None else ahead.cursor
         if self._strategy.halves_are_personal:
-            save_state(self._state_folder, window, {**self._replica.state_dict(), "cursor": cursor})
-        saved = pb.Saved(
-            window=window,
-            peak_memory_bytes=peak_memory_bytes(),
-            flops_per_token=self.flops_per_token(),
-            cursor=pb.Cursor(**cursor),
-        )
+            save_state(self._state_folder, window, self._replica.state_dict())
+        saved = pb.Saved(window=window, peak_memory_bytes=peak_memory_bytes(), flops_per_token=self.flops_per_token())
         self._send(pb.ClientMessage(saved=saved))
 
 

@@ -96,6 +96,7 @@ class Aggregator:
 
     def load(self, reference: Reference) -> None:
         """Go on from a checkpoint's reference."""
+        self._settled_weights()
         self._take_over(reference.weights)
         mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
         mover.load_state(reference.optimizer)

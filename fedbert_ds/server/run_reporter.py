@@ -85,6 +85,11 @@ class RunReporter:
                 self._progress.note(f"warning {problem}")
         self._progress.update(metrics)
 
+    def roll_back(self, window: int) -> None:
+        """Forget the windows from `window` on: they run again. Does nothing outside `following`."""
+        if self._log is not None:
+            self._log.roll_back(window)
+
     def facts(self) -> dict[str, str]:
         """Versions, machine, model and duration: the first rows of the report's table."""
         config = self._config

@@ -18,7 +18,7 @@ from fedbert_ds.config import (
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Raised when a message changes its meaning; client and server must agree."""
 
 
@@ -115,4 +115,7 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
         raise WireError(f"{who}: more masked tokens than tokens")
     if sum(lengths) > limit:
         raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {limit}")
+    cursor = message.cursor
+    if not 0 <= cursor.position <= cursor.sequences:
+        raise WireError(f"{who}: a cursor at sequence {cursor.position} of {cursor.sequences}")
     return Manifest(client, message.window, lengths, masked)

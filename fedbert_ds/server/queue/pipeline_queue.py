@@ -103,9 +103,12 @@ class PipelineQueue:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def join(self, client: str, now: float) -> None:
-        """A client is here; its manifest of the next window that is not planned yet is awaited."""
-        self._roster.add(client)
+    def join(self, client: str, now: float, is_awaited: bool = True) -> None:
+        """A client is here; its manifest of the next window that is not planned yet is awaited.
+
+        If it is not `is_awaited`, windows are planned without it until it has sent a manifest.
+        """
+        self._roster.add(client, is_awaited)
         if self._roster.owes_manifest(client):
             self.deadlines.ask(client, MANIFEST, now)
 
@@ -117,6 +120,22 @@ class PipelineQueue:
         self.schedule.drop(client)
         self.deadlines.forget(client)
         self._skipped.pop(client, None)
+
+    def hold(self, is_held: bool) -> None:
+        """Plan no window while held: clients are awaited that are not here."""
+        self._roster.is_held = is_held
+
+    def roll_back(self, window: int, now: float) -> None:
+        """Undo the windows from `window` on: every client must announce what it brings anew."""
+        self.schedule.roll_back()
+        self._roster.roll_back(window)
+        self._due.clear()
+        self._answers.clear()
+        self._skipped.clear()
+        for client in self.clients:
+            self.deadlines.close_all(client)
+            if self._roster.owes_manifest(client):
+                self.deadlines.ask(client, MANIFEST, now)
 
     def reactivate(self, client: str, now: float) -> None:
         """A client was heard from: if it was suspended, the next plan waits for it again."""

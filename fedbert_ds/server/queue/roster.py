@@ -24,6 +24,8 @@ class Roster:
         self._manifests: dict[str, Manifest] = {}
         self._left_out: set[str] = set()
         """Clients that a window was planned without, until their next manifest."""
+        self.is_held = False
+        """No window is planned, whoever has announced."""
 
     @property
     def clients(self) -> frozenset[str]:
@@ -43,7 +45,7 @@ class Roster:
     @property
     def is_complete(self) -> bool:
         """There is a next window, and every active client has announced what it brings."""
-        return not self._missing and not self.is_over
+        return not self._missing and not self.is_over and not self.is_held
 
     @property
     def is_deserted(self) -> bool:
@@ -63,12 +65,15 @@ class Roster:
         """Whether the next window wants a manifest that this client has not sent."""
         return client not in self._manifests and not self.is_over
 
-    def add(self, client: str) -> None:
-        """A client has connected; WireError if it already is."""
+    def add(self, client: str, is_awaited: bool = True) -> None:
+        """A client has connected; WireError if it already is.
+
+        One that is not awaited begins as if it were suspended: windows go on until it announces.
+        """
         if client in self._clients:
             raise WireError(f"client {client} is already connected; give each client its own --id")
         self._clients.add(client)
-        self._missing.add(client)
+        (self._missing if is_awaited else self._suspended).add(client)
 
     def remove(self, client: str) -> None:
         """A client is gone."""
@@ -107,6 +112,14 @@ class Roster:
         self._missing.discard(client)
         self._left_out.discard(client)
         return True
+
+    def roll_back(self, window: int) -> None:
+        """`window` is next again: every connected client must announce it anew."""
+        self.next_window = window
+        self._manifests.clear()
+        self._left_out.clear()
+        self._suspended.clear()
+        self._missing = set(self._clients)
 
     def close(self) -> tuple[tuple[Manifest, ...], frozenset[str]]:
         """Go on to the next window; this one's manifests, and suspended clients that sent one."""

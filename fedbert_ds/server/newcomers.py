@@ -150,7 +150,7 @@ class Newcomers:
         return self._reception is not None and self._reception.is_asked
 
     def let_in(self, statuses: Sequence[RankStatus]) -> None:
-        """Decide about the joins so far and carry it out. All ranks call it, with equal statuses."""
+        """Decide about the joins so far and act on it. All ranks call it, with equal statuses."""
         if not any(status.is_asked for status in statuses):
             return
         decided = None

@@ -80,12 +80,18 @@ class RankServer:
                 missing = ", ".join(sorted(seated - self._queue.clients))
                 raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
 
-    def train(self, on_window: OnWindow, saving: Saving, on_roll_back: Callable[[int], None] = lambda _: None) -> int:
+    def train(
+        self,
+        on_window: OnWindow,
+        saving: Saving,
+        on_roll_back: Callable[[int], None] = lambda _: None,
+        on_wait: Callable[[Sequence[RankStatus]], None] = lambda _: None,
+    ) -> int:
         """Run windows until the last one or a stop request.
 
         No window begins without enough clients. Raises RunError, on every rank, when they do not
-        come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` is told that
-        the windows from `window` on are trained again.
+        come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` hears that
+        the windows from `window` on are trained again, `on_wait(statuses)` that the run waits.
         """
         window = saved = reported = self._first_window
         if self._rolls_back_to_checkpoint and not window:
@@ -113,6 +119,7 @@ class RankServer:
                 saving.save(window)
                 saved = window
             if is_short:
+                on_wait(statuses)
                 is_over = not self._wait_for_clients(window, saved)
                 is_undone = False
             elif not is_over:

@@ -231,7 +231,7 @@ def _train(
     rank: RankServer, reporter: RunReporter, checkpoints: Checkpoints, rooms: Rooms, clients: LocalClients
 ) -> int:
     try:
-        return rank.train(reporter.window, checkpoints, reporter.roll_back)
+        return rank.train(reporter.window, checkpoints, reporter.roll_back, reporter.waits)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))

@@ -76,7 +76,8 @@ class ClientTrainer:
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
-        self._next_window = first_window
+        self._next_window = max(first_window, settings.own_window)
+        self._windows.miss(first_window, self._next_window)
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
         self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
@@ -151,9 +152,9 @@ class ClientTrainer:
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces:
-            self._windows.miss(plan.window, plan.next_window)
-            self._send_activations()
+        # Other windows than its own run without this client; so does one in which it has no piece.
+        self._windows.miss(plan.window + bool(plan.pieces), plan.next_window)
+        self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""

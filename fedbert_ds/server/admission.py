@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.sampler import Sampler
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
+from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -41,7 +44,7 @@ class Seat:
     rank: int
     session: str
     tokens: int
-    """Tokens of the client in each window."""
+    """Tokens of the client in each window that it takes part in."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,16 @@ class Joins:
             )
         return max(common)
 
-    def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
-        """A rank, a session and a share of the window for each client.
+    def seats(
+        self, world_size: int, window_tokens: int, share: str, participants: int | None = None
+    ) -> dict[str, Seat]:
+        """A rank, a session and a share of the window for each client; `participants` of them take
+        part at a time, or all.
 
         Ranks and shares depend on names and text sizes alone.
         """
         shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
-        shares = window_shares(shard_sizes, window_tokens, share)
+        shares = window_shares(shard_sizes, window_tokens, share, participants)
         ranks = assign_clients(shares, world_size)
         return {client: Seat(ranks[client], secrets.token_hex(16), shares[client]) for client in sorted(self._waiting)}
 
@@ -183,8 +189,9 @@ def fill(
             raise error
 
 
-def start_of(joins: Joins, world_size: int, window: WindowSection) -> Start:
-    """The first window and every client's seat.
+def start_of(joins: Joins, world_size: int, window: WindowSection, participants: int | None = None) -> Start:
+    """The first window and every client's seat, where `participants` of them, or all, take part at
+    a time.
 
     Raises WireError, and sends it to every client, if there is no window to resume from.
     """
@@ -193,7 +200,13 @@ def start_of(joins: Joins, world_size: int, window: WindowSection) -> Start:
     except WireError as error:
         joins.refuse_all(error)
         raise
-    return Start(joins.seats(world_size, window.tokens, window.share), first_window)
+    return Start(joins.seats(world_size, window.tokens, window.share, participants), first_window)
+
+
+def sampler_of(start: Start, config: RunConfig) -> Sampler:
+    """Who takes part in each window: the seated clients are the members from the first one on."""
+    strategy = strategy_of(config.federation, config.wire)
+    return strategy.sampler(config.run.seed, dict.fromkeys(start.seats, 0))
 
 
 def welcome_all(
@@ -211,9 +224,11 @@ def welcome_all(
     `cursors` say where the texts of a resumed run go on, by client: `epoch`, `position` and
     `sequences`.
     """
+    sampler = sampler_of(start, config)
     for client, seat in start.seats.items():
+        own_window = next_window_of(client, sampler.takes_part, start.first_window, config.run.windows)
         settings = client_settings(
-            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens, own_window
         )
         welcome = pb.Welcome(
             endpoint=endpoints[seat.rank],

@@ -109,6 +109,7 @@ class RankServer:
             masked_tokens=self._queue.schedule.masked_tokens,
             demand=self._demand(),
             clients=self._queue.clients,
+            active=self._queue.active,
             stop=self._rooms.stop.requested,
             problems=tuple(self._rooms.membership.problems),
             # Nobody sees the status before the first window.
@@ -151,8 +152,8 @@ class RankServer:
         masked_tokens = sum(status.masked_tokens for status in statuses)
         num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
-        is_alone = not any(status.num_micro_batches for status in others)
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, is_alone)
+        elsewhere = frozenset().union(*(status.active for status in others))
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
         self._micro_batches.begin(window, micro_batches, self._service.plans.pop(window).manifests, masked_tokens)
         self._rooms.inbox.begin()
         exchange = self._rooms.strategy.exchange_after(window)

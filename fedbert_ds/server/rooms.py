@@ -14,7 +14,7 @@ from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Start
+from fedbert_ds.server.admission import Start, sampler_of
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
@@ -75,7 +75,7 @@ def build_rooms(
     """
     strategy = strategy_of(config.federation, config.wire)
     tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
-    queue = _queue(config, engine.lockstep_forwards, start.first_window)
+    queue = _queue(config, engine.lockstep_forwards, start)
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def build_rooms(
     )
 
 
-def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(config: RunConfig, lockstep_forwards: bool, start: Start) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
     # Under `order: fixed` nothing may depend on the clock.
@@ -134,8 +134,9 @@ def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> Pip
         partial(pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch),
         window.order,
         lockstep_forwards,
-        first_window,
+        start.first_window,
         config.run.windows,
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+        takes_part=sampler_of(start, config).takes_part,
     )

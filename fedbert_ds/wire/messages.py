@@ -18,7 +18,7 @@ from fedbert_ds.config import (
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-PROTOCOL = 5
+PROTOCOL = 6
 """Raised when a message changes its meaning; client and server must agree."""
 
 
@@ -28,7 +28,9 @@ class ClientSettings(Section):
     seed: int
     windows: int
     tokens: int
-    """Tokens this client brings to a window."""
+    """Tokens this client brings to a window that it takes part in."""
+    own_window: int = 0
+    """The first window that this client takes part in; the run's first one, if that is later."""
     sequences: SequenceSection
     optimizer: OptimizerSection
     federation: FederationSection
@@ -42,8 +44,9 @@ def client_settings(
     federation: FederationSection,
     wire: WireSection,
     tokens: int,
+    own_window: int = 0,
 ) -> ClientSettings:
-    """The settings of a client with `tokens` tokens a window.
+    """The settings of a client with `tokens` tokens a window, from `own_window` on.
 
     `sequences` may be the run file's `data`; nothing else of it travels.
     """
@@ -51,6 +54,7 @@ def client_settings(
         seed=run.seed,
         windows=run.windows,
         tokens=tokens,
+        own_window=own_window,
         sequences=SequenceSection(**sequences.model_dump(include=set(SequenceSection.model_fields))),
         optimizer=optimizer,
         federation=federation,

@@ -34,7 +34,7 @@ from fedbert_ds.server.queue.deadlines import Deadlines, Question
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.roster import Roster
+from fedbert_ds.server.queue.roster import Roster, TakesPart, everybody
 from fedbert_ds.server.queue.schedule import Kind, Schedule, State
 from fedbert_ds.wire.messages import Manifest
 
@@ -62,18 +62,19 @@ class PipelineQueue:
         num_windows: float = math.inf,
         windows_ahead: int = 1,
         deadlines: Deadlines | None = None,
+        takes_part: TakesPart = everybody,
     ) -> None:
         self.deadlines = deadlines or Deadlines()
         """Open questions of all clients, the rank's own too; `decide` says who expired."""
         self.schedule = Schedule()
         """Planned windows, for the rank to read."""
-        self._roster = Roster(first_window, num_windows)
+        self._roster = Roster(first_window, num_windows, takes_part)
         self._limits = InFlightLimits(micro_batches_in_flight, micro_batches_in_flight)
         self._pack = pack
         self._is_fixed = order == "fixed"
         self._is_lockstep = lockstep_forwards or order == "fixed"
         self._windows_ahead = windows_ahead
-        self._is_alone = False
+        self._elsewhere: frozenset[str] | None = None
         self._due: list[priority.Operation] = []
         """With lockstep, the operations left in the running window; the next one is last."""
         self._answers: list[tuple[str, Question]] = []
@@ -97,6 +98,10 @@ class PipelineQueue:
         """The next window that will be planned."""
         return self._roster.next_window
 
+    def next_window_of(self, client: str) -> int:
+        """The next window to plan that this client takes part in: its next manifest's."""
+        return self._roster.next_window_of(client)
+
     def is_connected(self, client: str) -> bool:
         """Whether it is one of `clients`."""
         return self._roster.is_connected(client)
@@ -104,7 +109,7 @@ class PipelineQueue:
     # -- events ------------------------------------------------------------------------------------
 
     def join(self, client: str, now: float) -> None:
-        """A client is here; its manifest of the next window that is not planned yet is awaited."""
+        """A client is here; its manifest is awaited, once the next window to plan is one of its."""
         self._roster.add(client)
         if self._roster.owes_manifest(client):
             self.deadlines.ask(client, MANIFEST, now)
@@ -126,7 +131,7 @@ class PipelineQueue:
                 self.deadlines.ask(client, MANIFEST, now)
 
     def manifest(self, manifest: Manifest) -> bool:
-        """A client announces what it brings to the next window, while others may still run.
+        """A client announces what it brings to its next window, while others may still run.
 
         False if that window was planned without it, because it was suspended: it must be told
         which window is next.
@@ -160,17 +165,22 @@ class PipelineQueue:
         return micro_batch in self._skipped.get(client, ())
 
     def start(
-        self, num_micro_batches: int, now: float, limits: InFlightLimits | None = None, is_alone: bool = False
+        self,
+        num_micro_batches: int,
+        now: float,
+        limits: InFlightLimits | None = None,
+        elsewhere: frozenset[str] | None = None,
     ) -> tuple[int, ...]:
         """Begin the oldest planned window with this many micro-batches; returns their indices.
 
         Dummies fill it up to `num_micro_batches`. `limits` hold from now on; by default they stay.
-        `is_alone` says that no other rank has pieces in this window. If all of this rank's clients
-        are suspended then, no window is planned without them: nobody would train in it.
+        `elsewhere` are the active clients of other ranks (None: enough of them for every window).
+        A window whose participants are all here and all suspended is not planned: nobody would
+        train in it. One that has no participants here runs on this rank with dummies.
         """
         window = self.schedule.start(num_micro_batches)
         self._limits = limits or self._limits
-        self._is_alone = is_alone
+        self._elsewhere = elsewhere
         for micro_batch in window.live.values():
             for client in micro_batch.awaited:
                 self.deadlines.ask(client, Question("activations", micro_batch.index), now)
@@ -198,15 +208,17 @@ class PipelineQueue:
             return Expire(client)
         self._roster.suspend(client)
         self.deadlines.suspend(client, MANIFEST)
+        if not self._roster.takes_part([client]):
+            # Nothing is asked of it, until a window of its own is next.
+            self.deadlines.cancel(client, MANIFEST)
         skipped = self.schedule.drop(client)
         self._skipped[client].update(micro_batch for _, micro_batch in skipped)
         return Suspend(client, skipped)
 
     def _plan(self, now: float) -> Plan | None:
-        """The next window is planned once every active client has announced what it brings."""
+        """The next window is planned once every active participant has announced what it brings."""
         is_far_ahead = len(self.schedule.windows) > self._windows_ahead
-        would_be_empty = self._is_alone and self._roster.is_deserted
-        if not self._roster.is_complete or is_far_ahead or would_be_empty:
+        if not self._roster.is_complete or is_far_ahead or self._would_be_empty:
             return None
         number = self._roster.next_window
         manifests, suspended = self._roster.close()
@@ -215,10 +227,17 @@ class PipelineQueue:
             for client in self.clients:
                 self.deadlines.cancel(client, MANIFEST)
         else:
-            for client in {manifest.client for manifest in manifests} | suspended:
+            for client in self._roster.awaited:
                 if self.deadlines.asked_at(client, MANIFEST) is None:
                     self.deadlines.ask(client, MANIFEST, now)
         return Plan(number, micro_batches, manifests, suspended)
+
+    @property
+    def _would_be_empty(self) -> bool:
+        """Whether only suspended clients, all of this rank, take part in the next window."""
+        if self._elsewhere is None or not self._roster.is_deserted:
+            return False
+        return not self._roster.takes_part(self._elsewhere)
 
     def _open(self, now: float) -> Open | None:
         """Credit goes to the next micro-batch that there is room for."""

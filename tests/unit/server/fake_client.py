@@ -118,9 +118,9 @@ class FakeClient:
         if plan.pieces:
             self._windows.plan(plan.window, {piece.micro_batch: piece for piece in plan.pieces})
         answers = self.manifest(plan.next_window)
-        if not plan.pieces:
-            self.missed += range(plan.window, plan.next_window)
-            self._windows.miss(plan.window, plan.next_window)
+        missed = range(plan.window + bool(plan.pieces), plan.next_window)
+        self.missed += missed
+        self._windows.miss(missed.start, missed.stop)
         return answers + self._activations_due()
 
     def _activations_due(self) -> list[pb.ClientMessage]:

@@ -191,7 +191,7 @@ def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebod
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue) == ["plan 0 ada", "open 0"]
-    queue.start(1, 0.0, is_alone=is_alone)
+    queue.start(1, 0.0, elsewhere=frozenset() if is_alone else frozenset({"cy"}))
     decisions = decided(queue, 5.5)
     assert decisions[0] == "suspend ada ((0, 0),)" and not queue.active
     assert "step 0 lost 2" in decisions and ("plan 1" in decisions) != is_alone

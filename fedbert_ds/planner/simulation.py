@@ -229,7 +229,7 @@ class _Rank:
                         pieces[piece.client][micro_batch.index] = piece
                 for name, own in pieces.items():
                     client = self.clients[name]
-                    client.receive(SMALL, partial(client.plan, window, own, self.queue.next_window_of(name)))
+                    client.receive(SMALL, partial(client.plan, window, own, self.queue.roster.next_window_of(name)))
                 return True
             case Open(window, micro_batch, opened):
                 for piece in opened:

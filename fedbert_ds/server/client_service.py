@@ -217,5 +217,5 @@ class ClientService:
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
-        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window_of(client))
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.roster.next_window_of(client))
         self._outbox.send(client, pb.ServerMessage(plan=plan))

@@ -68,7 +68,8 @@ class PipelineQueue:
         """Open questions of all clients, the rank's own too; `decide` says who expired."""
         self.schedule = Schedule()
         """Planned windows, for the rank to read."""
-        self._roster = Roster(first_window, num_windows, takes_part)
+        self.roster = Roster(first_window, num_windows, takes_part)
+        """Clients and the windows they take part in, for the rank to read."""
         self._limits = InFlightLimits(micro_batches_in_flight, micro_batches_in_flight)
         self._pack = pack
         self._is_fixed = order == "fixed"
@@ -86,48 +87,44 @@ class PipelineQueue:
     @property
     def clients(self) -> frozenset[str]:
         """Connected clients."""
-        return self._roster.clients
+        return self.roster.clients
 
     @property
     def active(self) -> frozenset[str]:
         """Connected clients that are not suspended."""
-        return self._roster.active
+        return self.roster.active
 
     @property
     def next_window(self) -> int:
         """The next window that will be planned."""
-        return self._roster.next_window
-
-    def next_window_of(self, client: str) -> int:
-        """The next window to plan that this client takes part in: its next manifest's."""
-        return self._roster.next_window_of(client)
+        return self.roster.next_window
 
     def is_connected(self, client: str) -> bool:
         """Whether it is one of `clients`."""
-        return self._roster.is_connected(client)
+        return self.roster.is_connected(client)
 
     # -- events ------------------------------------------------------------------------------------
 
     def join(self, client: str, now: float) -> None:
         """A client is here; its manifest is awaited, once the next window to plan is one of its."""
-        self._roster.add(client)
-        if self._roster.owes_manifest(client):
+        self.roster.add(client)
+        if self.roster.owes_manifest(client):
             self.deadlines.ask(client, MANIFEST, now)
 
     def lose(self, client: str) -> None:
         """A client is gone: its pieces count as lost, its questions are closed."""
-        if not self._roster.is_connected(client):
+        if not self.roster.is_connected(client):
             return
-        self._roster.remove(client)
+        self.roster.remove(client)
         self.schedule.drop(client)
         self.deadlines.forget(client)
         self._skipped.pop(client, None)
 
     def reactivate(self, client: str, now: float) -> None:
         """A client was heard from: if it was suspended, the next plan waits for it again."""
-        if self._roster.reactivate(client):
+        if self.roster.reactivate(client):
             self.deadlines.cancel(client, MANIFEST)
-            if self._roster.owes_manifest(client):
+            if self.roster.owes_manifest(client):
                 self.deadlines.ask(client, MANIFEST, now)
 
     def manifest(self, manifest: Manifest) -> bool:
@@ -136,7 +133,7 @@ class PipelineQueue:
         False if that window was planned without it, because it was suspended: it must be told
         which window is next.
         """
-        if not self._roster.announce(manifest):
+        if not self.roster.announce(manifest):
             return False
         self.deadlines.cancel(manifest.client, MANIFEST)
         return True
@@ -150,14 +147,14 @@ class PipelineQueue:
         return self._answer(client, micro_batch, "gradient")
 
     def _answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
-        self._roster.require(client)
+        self.roster.require(client)
         piece = self.schedule.answer(client, micro_batch, kind)
         self._answers.append((client, Question(kind, micro_batch)))
         return piece
 
     def expected_piece(self, client: str, micro_batch: int, kind: Kind) -> Piece:
         """The piece that such a message belongs to, to check it first; WireError if none."""
-        self._roster.require(client)
+        self.roster.require(client)
         return self.schedule.awaited(client, micro_batch, kind).pieces[client]
 
     def was_skipped(self, client: str, micro_batch: int) -> bool:
@@ -206,9 +203,9 @@ class PipelineQueue:
         if late.is_gone:
             self.lose(client)
             return Expire(client)
-        self._roster.suspend(client)
+        self.roster.suspend(client)
         self.deadlines.suspend(client, MANIFEST)
-        if not self._roster.takes_part([client]):
+        if not self.roster.takes_part([client]):
             # Nothing is asked of it, until a window of its own is next.
             self.deadlines.cancel(client, MANIFEST)
         skipped = self.schedule.drop(client)
@@ -218,26 +215,19 @@ class PipelineQueue:
     def _plan(self, now: float) -> Plan | None:
         """The next window is planned once every active participant has announced what it brings."""
         is_far_ahead = len(self.schedule.windows) > self._windows_ahead
-        if not self._roster.is_complete or is_far_ahead or self._would_be_empty:
+        if not self.roster.is_complete or is_far_ahead or self.roster.would_be_empty(self._elsewhere):
             return None
-        number = self._roster.next_window
-        manifests, suspended = self._roster.close()
+        number = self.roster.next_window
+        manifests, suspended = self.roster.close()
         micro_batches = self.schedule.plan(number, self._pack(manifests))
-        if self._roster.is_over:
+        if self.roster.is_over:
             for client in self.clients:
                 self.deadlines.cancel(client, MANIFEST)
         else:
-            for client in self._roster.awaited:
+            for client in self.roster.awaited:
                 if self.deadlines.asked_at(client, MANIFEST) is None:
                     self.deadlines.ask(client, MANIFEST, now)
         return Plan(number, micro_batches, manifests, suspended)
-
-    @property
-    def _would_be_empty(self) -> bool:
-        """Whether only suspended clients, all of this rank, take part in the next window."""
-        if self._elsewhere is None or not self._roster.is_deserted:
-            return False
-        return not self._roster.takes_part(self._elsewhere)
 
     def _open(self, now: float) -> Open | None:
         """Credit goes to the next micro-batch that there is room for."""

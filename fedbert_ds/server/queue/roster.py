@@ -78,6 +78,13 @@ class Roster:
         """The next window has participants here, and all are suspended."""
         return bool(self._participants) and self._participants <= self._suspended
 
+    def would_be_empty(self, elsewhere: frozenset[str] | None) -> bool:
+        """Only suspended clients, all of this rank, take part in the next window.
+
+        `elsewhere` are the active clients of other ranks; None: some of them take part in it.
+        """
+        return elsewhere is not None and self.is_deserted and not self.takes_part(elsewhere)
+
     def takes_part(self, clients: Iterable[str]) -> bool:
         """Whether any of these clients, of whichever rank, takes part in the next window."""
         return any(self._takes_part(client, self.next_window) for client in clients)

@@ -73,7 +73,7 @@ class ClientTrainer:
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
-        self._next_window = self._attempt = 0
+        self._next_window = 0
         self._awaits_reference = False
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
@@ -123,7 +123,8 @@ class ClientTrainer:
         """Forget every window under way, and go on where the server says."""
         if begin.next_window < begin.window:
             raise WireError(f"the server goes on with window {begin.next_window} from a state of {begin.window}")
-        self._attempt, self._next_window = begin.attempt, begin.next_window
+        self._send(pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt)))
+        self._next_window = begin.next_window
         self._windows = WindowState(self._strategy, self._staleness, begin.window)
         self._windows.miss(begin.window, begin.next_window)
         self._replica.forget_windows()
@@ -166,7 +167,6 @@ class ClientTrainer:
         self._windows.announce(window, _Window(batch))
         _, masked_bounds = _bounds(batch)
         manifest = pb.Manifest(
-            attempt=self._attempt,
             window=window,
             lengths=batch.lengths,
             masked=[end - start for start, end in itertools.pairwise(masked_bounds)],
@@ -182,9 +182,9 @@ class ClientTrainer:
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces:
-            self._windows.miss(plan.window, plan.next_window)
-            self._send_activations()
+        # Other windows than its own run without this client; so does one in which it has no piece.
+        self._windows.miss(plan.window + bool(plan.pieces), plan.next_window)
+        self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""

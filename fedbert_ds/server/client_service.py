@@ -87,7 +87,7 @@ class ClientService:
         self._attempt = 0
         """How often windows were rolled back."""
         self._rolled_back: set[str] = set()
-        """Clients that have not announced a window since."""
+        """Clients that have not heard of the last time."""
         self._reference: tuple[int, bytes] | None = None
         """The reference's version and bytes, as clients last got them."""
         self.plans: dict[int, Plan] = {}
@@ -261,13 +261,12 @@ class ClientService:
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
     def _is_of_another_attempt(self, client: str, message: pb.ClientMessage) -> bool:
-        """A client sent this before it heard that windows are rolled back."""
-        if client not in self._rolled_back:
-            return False
-        if message.HasField("manifest") and message.manifest.attempt == self._attempt:
-            self._rolled_back.remove(client)
-            return False
-        return True
+        """A client sent this before it heard of the last roll-back, or to say that it has."""
+        if message.HasField("begun"):
+            if message.begun.attempt == self._attempt:
+                self._rolled_back.discard(client)
+            return True
+        return client in self._rolled_back
 
     def _begin(self, client: str) -> None:
         """Tell a client where to go on: with its own state, if it has the one, or the reference."""
@@ -288,12 +287,12 @@ class ClientService:
         begin = pb.Begin(
             attempt=self._attempt,
             window=window,
-            next_window=self._queue.next_window,
+            next_window=self._queue.roster.next_window_of(client),
             cursor=pb.Cursor(**cursor) if cursor is not None else None,
             reference=with_reference,
         )
         self._outbox.send(client, pb.ServerMessage(begin=begin))
 
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
-        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.roster.next_window_of(client))
         self._outbox.send(client, pb.ServerMessage(plan=plan))

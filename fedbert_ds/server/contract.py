@@ -82,6 +82,9 @@ class RankStatus:
     """Masked tokens of the next window on this rank."""
     demand: Demand
     clients: frozenset[str]
+    """Connected clients."""
+    active: frozenset[str]
+    """Those that are not suspended."""
     stop: bool
     problems: tuple[str, ...]
     """Every problem with clients so far, a sentence each."""

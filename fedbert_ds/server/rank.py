@@ -23,6 +23,10 @@ from fedbert_ds.server.rooms import Rooms
 OnWindow = Callable[[int, Sequence[RankStatus], float], None]
 """(finished window, statuses of all ranks, seconds of the window)"""
 
+PLANNED_AHEAD = 3
+"""A queue may have planned this window and the next one, and asked for the one after it; with
+staleness more."""
+
 
 class Saving(Protocol):
     """Writes and loads the state before a window; all ranks call it together."""
@@ -107,7 +111,7 @@ class RankServer:
                 on_window(window - 1, statuses, time.monotonic() - started)
                 reported = window
             started = time.monotonic()
-            self._newcomers.let_in(statuses)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             is_stopped = any(status.stop for status in statuses)
             is_ending = is_stopped or window == self._run.windows
             if any(status.absent for status in statuses) and (self._rolls_back_to_checkpoint or not is_ending):
@@ -160,7 +164,7 @@ class RankServer:
             self._watch()
             status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
             statuses = self._rooms.rank_group.gather(status)
-            self._newcomers.let_in(statuses)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             if not self._is_short(statuses):
                 self._queue.hold(False)
                 return True
@@ -209,6 +213,7 @@ class RankServer:
             masked_tokens=self._queue.schedule.masked_tokens,
             demand=self._demand(),
             clients=self._queue.clients,
+            active=self._queue.active,
             stop=self._rooms.stop.requested,
             problems=tuple(membership.problems),
             new_problems=new_problems,
@@ -252,8 +257,8 @@ class RankServer:
         masked_tokens = sum(status.masked_tokens for status in statuses)
         num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
-        is_alone = not any(status.num_micro_batches for status in others)
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, is_alone)
+        elsewhere = frozenset().union(*(status.active for status in others))
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
         self._micro_batches.begin(window, micro_batches, self._service.plans.pop(window).manifests, masked_tokens)
         self._rooms.inbox.begin()
         exchange = self._rooms.strategy.exchange_after(window)

@@ -78,7 +78,7 @@ def build_rooms(
     """
     strategy = strategy_of(config.federation, config.wire)
     waits = config.clients.on_loss == "wait"
-    queue = _queue(config, engine.lockstep_forwards, first_window)
+    queue = _queue(config, engine.lockstep_forwards, members, first_window)
     cursors = Cursors({})
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
@@ -133,7 +133,7 @@ def build_rooms(
     )
 
 
-def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(config: RunConfig, lockstep_forwards: bool, members: Members, first_window: int) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
     # Under `order: fixed` nothing may depend on the clock, and a run that waits leaves nobody out.
@@ -148,4 +148,5 @@ def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> Pip
         config.run.windows,
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+        takes_part=members.sampler.takes_part,
     )

@@ -86,7 +86,9 @@ def serve(config: RunConfig, resume: bool) -> int:
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
+        participants = rule.num_participants(config.clients.expected)
+        is_first = ranks.rank == 0
+        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window, participants) if is_first else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         aggregator = Aggregator(
@@ -97,7 +99,7 @@ def serve(config: RunConfig, resume: bool) -> int:
             rule_of(config.federation),
         )
         del half  # the aggregator has its own copy
-        members = Members(start.seats)
+        members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
         invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config))
         reception = None
         if ranks.rank == 0:
@@ -108,7 +110,7 @@ def serve(config: RunConfig, resume: bool) -> int:
                 joins.shard_sizes,
                 ranks.world_size,
                 config.clients.most,
-                rule.halves_are_personal,
+                rule,
             )
         rooms = build_rooms(
             config,

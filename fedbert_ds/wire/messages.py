@@ -28,7 +28,7 @@ class ClientSettings(Section):
     seed: int
     windows: int
     tokens: int
-    """Tokens this client brings to a window."""
+    """Tokens this client brings to a window that it takes part in."""
     sequences: SequenceSection
     optimizer: OptimizerSection
     federation: FederationSection

@@ -33,7 +33,7 @@ class Replica:
         self._half = half
         self._staleness = settings.federation.staleness
         self._is_compressed = settings.wire.is_compressed
-        self._strategy = strategy_of(settings.federation, settings.wire)
+        self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
         self._optimizer = HalfOptimizer(
             dict(half.named_parameters()),
             settings.optimizer,

@@ -72,7 +72,7 @@ class ClientTrainer:
         self._state_folder = state_folder
         self._device = device
         self._send = send
-        self._strategy = strategy_of(settings.federation, settings.wire)
+        self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)

@@ -73,7 +73,7 @@ def build_rooms(
 
     `take_event(seconds)` returns the endpoint's events, decoded.
     """
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
     queue = _queue(config, engine.lockstep_forwards, start.first_window)
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}

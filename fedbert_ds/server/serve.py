@@ -63,7 +63,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, stop = RankGroup(), StopSignal()
-    rule = strategy_of(config.federation, config.wire)
+    rule = strategy_of(config.federation, config.wire, config.cut)
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
@@ -136,7 +136,7 @@ def serve(config: RunConfig, resume: bool) -> int:
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
     return Contract(
@@ -189,7 +189,7 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
 
 def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
     saved = folder.checkpoints.complete_windows() if resume else None
-    clients_save = strategy_of(config.federation, config.wire).halves_are_personal
+    clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
 

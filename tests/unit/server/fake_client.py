@@ -57,7 +57,7 @@ class FakeClient:
         self.finish: pb.Finish | None = None
         self.refusal: str | None = None
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire)
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._alter = alter
         self._sent = itertools.count()
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)

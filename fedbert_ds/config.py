@@ -377,8 +377,8 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     cut: Annotated[Cut, BeforeValidator(_cut)] = "embeddings"
-    """What the client holds: `embeddings`, `rows` (the word table alone), `{layers: k}`, or `whole`:
-    everything, so that there is no body."""
+    """What the client holds: `embeddings`, `rows` (the word table alone), `{layers: k}`, or
+    `whole`: everything, so that there is no body."""
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection = DataSection()
     window: WindowSection = WindowSection()

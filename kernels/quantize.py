@@ -3,8 +3,9 @@
 Kernels and their torch references agree bit for bit. Every codec is symmetric: scale = largest
 magnitude / largest code, payload = value / scale rounded to nearest even, or stochastically from a
 seed. Two bits have no code for zero, and take the step with the smallest mean square error on
-normal values instead of the largest magnitude, which would set it too wide. fp8 codes are built from integers rather than by the card's conversion, so any card can make
-and read them. Framing is the wire's business.
+normal values instead of the largest magnitude, which would set it too wide. fp8 codes are built
+from integers rather than by the card's conversion, so any card can make and read them. Framing is
+the wire's business.
 """
 
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ LARGEST_WIDTH = 8192
 STEP_OF_MEAN = 1.25
 """Step of two-bit codes in mean magnitudes. For normal values 0.996 standard deviations, 1.248 mean
 magnitudes, is best (Max 1960, "Quantizing for Minimum Distortion", table II, N = 4). With any step
-below 4 the square error of a group is smaller than the square of its values, whatever these are,
-which error feedback needs: a code within half a step of |x| saves at least step * |x| - step**2 / 4.
+below 4 the square error of a group is smaller than the square of its values, whatever these are, as
+error feedback needs: the best code of x saves at least step * |x| - step**2 / 4.
 """
 
 

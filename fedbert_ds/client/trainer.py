@@ -12,6 +12,7 @@ import torch
 
 from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state
+from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import WireError
@@ -21,6 +22,9 @@ from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
 from fedbert_ds.wire.messages import ClientSettings
+
+WHOLE = 0
+"""The one piece of a window that a client trains by itself."""
 
 
 @dataclass
@@ -139,25 +143,30 @@ class ClientTrainer:
         cursor = self._text.state_dict()
         batch = self._text.next_batch(window, self._settings.tokens)
         self._windows.announce(window, _Window(batch, cursor))
-        _, masked_bounds = _bounds(batch)
+        _, masked_bounds = bounds(batch)
         masked = [end - start for start, end in itertools.pairwise(masked_bounds)]
         self._send(pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=batch.lengths, masked=masked)))
 
     def _plan(self, plan: pb.Plan) -> None:
         if plan.next_window <= plan.window:
             raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
-        if plan.pieces:
+        if self._strategy.trains_alone:
+            self._windows.plan(plan.window, {WHOLE: _Piece(self._windows.content(plan.window).batch, 0)})
+        elif plan.pieces:
             self._windows.plan(plan.window, _cut(self._windows.content(plan.window).batch, plan.pieces))
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces:
+        if not plan.pieces and not self._strategy.trains_alone:
             self._windows.miss(plan.window, plan.next_window)
             self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""
         for window, micro_batch in self._windows.take_sendable():
+            if self._strategy.trains_alone:
+                self._train_alone(window)
+                continue
             piece = self._windows.piece(window, micro_batch)
             # With staleness the half may step before the gradient is back: no graph is kept.
             with torch.set_grad_enabled(not self._staleness):
@@ -178,6 +187,20 @@ class ClientTrainer:
         seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
         torch.manual_seed(seed)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
+
+    def _train_alone(self, number: int) -> None:
+        """Compute a window of the whole model, and report its loss part by part."""
+        window = self._windows.content(number)
+        seed = ("client dropout", self._settings.seed, self._name, number)
+        for part in train_window(self._half, window.batch, self._settings.tokens_per_micro_batch, seed, self._device):
+            report = pb.Trained(
+                window=number, loss_sum=part.loss_sum, masked_tokens=part.masked_tokens, last=part.is_last
+            )
+            self._send(pb.ClientMessage(trained=report))
+        window.masked = len(window.batch.labels)
+        window.all_masked = max(1, window.masked)
+        self._windows.finish(number, WHOLE)
+        self._finish_window(number)
 
     def _head(self, message: pb.Hidden) -> None:
         window = self._windows.content(message.window)
@@ -249,28 +272,14 @@ class ClientTrainer:
         self._send(pb.ClientMessage(saved=saved))
 
 
-def _bounds(batch: Batch) -> tuple[list[int], list[int]]:
-    """[sequences + 1] bounds of the sequences, in the batch's tokens and masked positions."""
-    tokens = torch.tensor([0, *batch.lengths]).cumsum(0)
-    return tokens.tolist(), torch.searchsorted(batch.masked_positions, tokens).tolist()
-
-
 def _cut(batch: Batch, pieces: Iterable[pb.Piece]) -> dict[int, _Piece]:
     """This client's parts of micro-batches; WireError for sequences the batch does not have."""
-    tokens, masked = _bounds(batch)
     parts = {}
     for piece in pieces:
         first, last = piece.first_sequence, piece.first_sequence + piece.num_sequences
-        if not first < last < len(tokens):
+        if not first < last <= len(batch.lengths):
             raise WireError(f"the server plans sequences {first} to {last} of {len(batch.lengths)}")
-        positions = slice(masked[first], masked[last])
-        part = Batch(
-            input_ids=batch.input_ids[tokens[first] : tokens[last]],
-            lengths=batch.lengths[first:last],
-            masked_positions=batch.masked_positions[positions] - tokens[first],
-            labels=batch.labels[positions],
-        )
-        parts[piece.micro_batch] = _Piece(part, first)
+        parts[piece.micro_batch] = _Piece(sequences(batch, first, last), first)
     return parts
 
 

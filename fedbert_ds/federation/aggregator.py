@@ -19,7 +19,6 @@ from fedbert_ds.federation.reference import Reference
 from fedbert_ds.federation.server_optimizer import Rule, ServerOptimizer
 from fedbert_ds.federation.strategy import Strategy
 
-
 OWED = "owed"
 """Key of what an answer was rounded by, in a reference's optimizer state."""
 

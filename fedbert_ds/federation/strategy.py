@@ -7,8 +7,8 @@ A strategy says what clients send after a window, how it is combined and what cl
     "weights"      its weights, or their change       averages      takes the answer over
     "nothing"      nothing                                          has stepped by itself
 
-The answer is the average, or what a server optimizer makes of it. Where clients hold the whole model
-there is no body, and each trains its windows by itself.
+The answer is the average, or what a server optimizer makes of it. Where clients hold the whole
+model there is no body, and each trains its windows by itself.
 """
 
 from __future__ import annotations

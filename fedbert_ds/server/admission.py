@@ -213,7 +213,13 @@ def welcome_all(
     """
     for client, seat in start.seats.items():
         settings = client_settings(
-            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+            config.run,
+            config.data,
+            config.optimizer,
+            config.federation,
+            config.wire,
+            seat.tokens,
+            config.window.tokens_per_micro_batch,
         )
         welcome = pb.Welcome(
             endpoint=endpoints[seat.rank],

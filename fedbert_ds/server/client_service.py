@@ -23,6 +23,7 @@ from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Susp
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import Manifest
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -160,6 +161,16 @@ class ClientService:
     def send_reference(self, client: str, reference: bytes) -> None:
         """Send the client model that a client begins with, a safetensors file."""
         self._outbox.send_coded([client], lambda: reference_chunks(reference))
+
+    def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
+        """Tell the clients of a window that they may train it by themselves; returns those here."""
+        taking_part = [manifest for manifest in manifests if manifest.client in self._queue.active]
+        clients = frozenset(manifest.client for manifest in taking_part)
+        self._inbox.reports.begin(window, taking_part)
+        for client in sorted(clients):
+            self._outbox.send(client, pb.ServerMessage(open=pb.Open(window=window)))
+        self.await_answers(clients, Question("trained", window))
+        return clients
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
         """Start the clocks of a question to these clients. One silent for too long is gone."""

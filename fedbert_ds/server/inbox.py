@@ -16,6 +16,7 @@ from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
 from fedbert_ds.wire.messages import checked_manifest
@@ -39,6 +40,8 @@ class Inbox:
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
+        self.reports = Reports()
+        """Of clients that train by themselves."""
         self.collected: dict[str, ClientUpdate] = {}
         """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
@@ -77,6 +80,7 @@ class Inbox:
         self.drop_activations(client)
         # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
+        self.reports.drop(client)
         self.collected.pop(client, None)
 
     def drop_activations(self, client: str) -> None:
@@ -105,6 +109,11 @@ class Inbox:
             case "update":
                 self.update_bytes += message.ByteSize()
                 self._receive_update(client, message.update, now)
+            case "trained":
+                question = Question("trained", message.trained.window)
+                is_last = self.reports.receive(client, message.trained)
+                note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
+                note(client, question, now)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +27,11 @@ from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import Pack, PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire.messages import Manifest
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def build_rooms(
     """
     strategy = strategy_of(config.federation, config.wire, config.cut)
     tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
-    queue = _queue(config, engine.lockstep_forwards, start.first_window)
+    queue = _queue(config, strategy, engine.lockstep_forwards, start.first_window)
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
@@ -124,14 +125,17 @@ def build_rooms(
     )
 
 
-def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(config: RunConfig, strategy: Strategy, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
     # Under `order: fixed` nothing may depend on the clock.
     answer_times = None if window.order == "fixed" else AnswerTimes()
+    packing: Pack = partial(
+        pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch
+    )
     return PipelineQueue(
         INITIAL_IN_FLIGHT if fixed == "auto" else fixed,
-        partial(pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch),
+        _no_micro_batches if strategy.trains_alone else packing,
         window.order,
         lockstep_forwards,
         first_window,
@@ -139,3 +143,8 @@ def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> Pip
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
     )
+
+
+def _no_micro_batches(manifests: Sequence[Manifest]) -> tuple[()]:
+    """Clients that hold the whole model send no activations."""
+    return ()

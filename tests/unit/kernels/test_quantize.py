@@ -21,7 +21,7 @@ WORST = {
     "int8": 0.5 / 127, "int8_group": 0.504 / 127, "fp8_e4m3": 2**-4, "fp8_e5m2": 2**-3, "int4_hadamard": 0.504 / 7,
     "int2_hadamard": 1.0,
 }  # fmt: skip
-"""A value's largest error, in units of its scale's largest value (rotated: of the rotated group's)."""
+"""A value's largest error, in units of its scale's largest value (of the rotated group's)."""
 
 
 body = bodies_of(module)
@@ -138,9 +138,7 @@ def test_the_rotation_spreads_an_outlier(body) -> None:
 def test_two_bits_err_by_less_than_the_values_whatever_these_are(
     tail: float, kept: int, bias: float, seed: int
 ) -> None:
-    """What error feedback needs (Karimireddy et al. 2019, "a compressor"); normal values reach Max's
-    minimum.
-    """
+    """What error feedback needs of a codec (Karimireddy et al. 2019, "a compressor")."""
     generator = torch.Generator("cpu").manual_seed(seed)
     x = torch.randn(8, 64, generator=generator, device="cpu")
     x = x.sign() * x.abs().exp() ** tail * (torch.arange(64, device="cpu") < kept) + bias

@@ -96,7 +96,7 @@ WORST = {
     "int8": 1 / 254, "int8_group": 1 / 254, "fp8_e4m3": 1 / 28, "fp8_e5m2": 1 / 14, "int4_hadamard": 1 / 14,
     "int2_hadamard": 1.0,
 }  # fmt: skip
-"""Half a step over the largest magnitude that shares its scale; two bits cut off what is beyond one and a half."""
+"""Half a step over the largest magnitude that shares its scale; two bits cut the largest off."""
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
 from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
@@ -114,6 +114,8 @@ class Inbox:
                 is_last = self.reports.receive(client, message.trained)
                 note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
                 note(client, question, now)
+                # It comes to its next manifest once this window is trained.
+                self._queue.deadlines.progress(client, MANIFEST, now)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:

@@ -115,16 +115,30 @@ class FakeClient:
         return torch.randn(count, WIDTH, generator=random)
 
     def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
-        if plan.pieces:
+        if self._strategy.trains_alone:
+            self._windows.plan(plan.window, {0: pb.Piece(num_sequences=len(self.lengths))})
+        elif plan.pieces:
             self._windows.plan(plan.window, {piece.micro_batch: piece for piece in plan.pieces})
         answers = self.manifest(plan.next_window)
-        if not plan.pieces:
+        if not plan.pieces and not self._strategy.trains_alone:
             self.missed += range(plan.window, plan.next_window)
             self._windows.miss(plan.window, plan.next_window)
         return answers + self._activations_due()
 
     def _activations_due(self) -> list[pb.ClientMessage]:
+        if self._strategy.trains_alone:
+            return [message for window, _ in self._windows.take_sendable() for message in self._train_alone(window)]
         return [self._activations(window, micro_batch) for window, micro_batch in self._windows.take_sendable()]
+
+    def _train_alone(self, window: int) -> list[pb.ClientMessage]:
+        """A report for each sequence, 2 nats a masked token."""
+        self._windows.finish(window, 0)
+        masked = [length // 2 for length in self.lengths]
+        parts = [
+            pb.Trained(window=window, loss_sum=2.0 * count, masked_tokens=count, last=number == len(masked) - 1)
+            for number, count in enumerate(masked)
+        ]
+        return [pb.ClientMessage(trained=part) for part in parts] + self._finish_window(window)
 
     def _finish_window(self, window: int) -> list[pb.ClientMessage]:
         match self._strategy.exchange_after(window):

@@ -254,6 +254,9 @@ class FederationSection(Section):
         return {"momentum": 1.0, "nesterov": 0.7}.get(self.server_optimizer, self.server_tau)
 
 
+_AVERAGING = "parallel"
+"""The mode in which clients send weights or their change."""
+
 _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "server_optimizer": ("mode", ("parallel",)),
     "proximal": ("mode", ("parallel",)),
@@ -416,7 +419,7 @@ class RunConfig(Section):
                 "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, "
                 "or cut: whole"
             )
-        if self.wire.updates == "int2_hadamard" and self.federation.mode != "parallel":
+        if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
             raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")
         if self.cut == "whole":
             self._without_a_body()
@@ -425,7 +428,7 @@ class RunConfig(Section):
     def _without_a_body(self) -> None:
         """ValueError for what `cut: whole` cannot do, and for settings of a body."""
         federation = self.federation
-        if federation.mode != "parallel":
+        if federation.mode != _AVERAGING:
             raise ValueError(
                 "cut: whole needs federation.mode: parallel: clients step alone, and their changes are averaged"
             )

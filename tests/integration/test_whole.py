@@ -65,7 +65,7 @@ def _run(folder: Path, name: str) -> dict[str, Any]:
 
 
 def test_plain_sgd_averaged_every_window_equals_centralized_training(runs) -> None:
-    """The mean of steps along mean gradients, by masked tokens, is the step along the common one."""
+    """The mean of clients' steps, by masked tokens, is the step along the common gradient."""
     folder, data = runs
     centralized = Centralized(run_file(folder, "centralized", optimizer=SGD), data)
     expected = centralized.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -54,7 +55,7 @@ def test_every_sequence_is_in_one_part_in_order_within_the_bound(lengths, capaci
         assert part.masked_positions.equal(inside)
         place, token = place + len(part.lengths), token + sum(part.lengths)
     # No part could have taken the first sequence of the next one.
-    for (_, part), (_, following) in zip(parts, parts[1:], strict=False):
+    for (_, part), (_, following) in itertools.pairwise(parts):
         assert sum(part.lengths) + following.lengths[0] > capacity
 
 

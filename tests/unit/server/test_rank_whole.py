@@ -18,7 +18,7 @@ WHOLE: dict[str, Any] = {"cut": "whole", "federation": {"mode": "parallel", "ave
 
 
 def kinds(rank: Rank, client: str) -> list[str]:
-    """What the rank sent to a client, without chunks of the reference and of updates but the last."""
+    """What the rank sent to a client; of an update the last chunk alone."""
     sent = [message for name, message in rank.endpoint.sent if name == client]
     return [
         str(message.WhichOneof("body")) for message in sent if not message.HasField("update") or message.update.last

@@ -1,4 +1,4 @@
-"""Reports of clients that train by themselves: counted once, held against the manifest, or refused."""
+"""Reports of clients that train by themselves: counted once, held against the manifest."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ combined and what all clients do with that:
     "weights"      its weights, or their change       averages      takes the answer over
     "nothing"      nothing                                          has stepped by itself
 
-The answer is the average, or what a server optimizer makes of it.
+The answer is the average, or what a server optimizer makes of it. Where clients hold the whole
+model there is no body, and each trains its windows by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from fedbert_ds.config import Codec, FederationSection, WireSection
+from fedbert_ds.config import Cut, FederationSection, UpdateCodec, WireSection
 from fedbert_ds.federation.sampler import Everybody, Members, Sample, Sampler, Turns
 
 Exchange = Literal["nothing", "gradients", "weights"]
@@ -27,12 +28,20 @@ class Strategy(Protocol):
     """What the federated mode decides."""
 
     @property
-    def update_codec(self) -> Codec:
+    def update_codec(self) -> UpdateCodec:
         """Codec of the matrices in client updates, up and down."""
 
     @property
     def sends_changes(self) -> bool:
         """Clients send the change of their weights since the last average, not the weights."""
+
+    @property
+    def keeps_rounding(self) -> bool:
+        """What the codec's rounding takes from an answer is added to the next answer."""
+
+    @property
+    def trains_alone(self) -> bool:
+        """A client trains its windows by itself and reports its loss: there is no body."""
 
     @property
     def needs_every_window(self) -> bool:
@@ -81,11 +90,13 @@ class Strategy(Protocol):
 class Synchronous:
     """Gradients are summed every window: each client takes the step of centralized training."""
 
-    update_codec: Codec
+    update_codec: UpdateCodec
     clips_together: bool = True
     participants: int | None = None
     """How many clients take part in a window; None: all."""
     sends_changes = False
+    keeps_rounding = False
+    trains_alone = False
     halves_are_personal = False
     result_is_reference = True
     needs_every_window = True
@@ -116,12 +127,13 @@ class Parallel:
     it begins with the average and its weights are in the next one.
     """
 
-    update_codec: Codec
+    update_codec: UpdateCodec
     average_every: int
     scopes: frozenset[Scope]
     """Parts of the client half that are averaged."""
     participants: int | None = None
     """How many clients take part in a round; None: all."""
+    trains_alone = False
     halves_are_personal = True
     result_is_reference = False
     needs_every_window = False
@@ -131,6 +143,11 @@ class Parallel:
     def sends_changes(self) -> bool:
         """Coded, a small change loses less than the weights would."""
         return self.update_codec != "fp32"
+
+    @property
+    def keeps_rounding(self) -> bool:
+        """Two bits lose an eighth of an answer's square; other codecs, little."""
+        return self.update_codec == "int2_hadamard"
 
     @property
     def exchanges_per_window(self) -> float:
@@ -175,9 +192,34 @@ class Sequential(Parallel):
         return min(1, members)
 
 
-def strategy_of(federation: FederationSection, wire: WireSection) -> Strategy:
+@dataclass(frozen=True)
+class Whole(Parallel):
+    """Clients hold the whole model, step alone for `average_every` windows and send the change.
+
+    With a server optimizer `nesterov` it is DiLoCo (Douillard et al. 2023); with Muon at the
+    clients and two bits, MuLoCo (Thérien et al. 2025). Local moments are a client's own.
+    """
+
+    scopes: frozenset[Scope] = frozenset(get_args(Scope))
+    trains_alone = True
+    result_is_reference = True
+
+    @property
+    def sends_changes(self) -> bool:
+        """Always: rows of the word table that no step has touched are left out of a change."""
+        return True
+
+    @property
+    def keeps_rounding(self) -> bool:
+        """Under every codec that rounds: it is all that a client and the server exchange."""
+        return self.update_codec != "fp32"
+
+
+def strategy_of(federation: FederationSection, wire: WireSection, cut: Cut = "embeddings") -> Strategy:
     """The strategy of a run file."""
     count = None if federation.participants == "all" else federation.participants
+    if cut == "whole":
+        return Whole(wire.updates, federation.average_every, participants=count)
     if federation.mode == "synchronous":
         # A step that waits for all updates would undo what staleness hides.
         return Synchronous(wire.updates, federation.staleness == 0, count)

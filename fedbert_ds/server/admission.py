@@ -250,7 +250,13 @@ class Invitation:
         """The answer to the Join of a client with this seat."""
         config = self.config
         settings = client_settings(
-            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+            config.run,
+            config.data,
+            config.optimizer,
+            config.federation,
+            config.wire,
+            seat.tokens,
+            config.window.tokens_per_micro_batch,
         )
         return pb.Welcome(
             endpoint=self.endpoints[seat.rank],

@@ -32,6 +32,7 @@ from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Susp
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import Manifest
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -150,6 +151,9 @@ class ClientService:
                     for piece in micro_batch.pieces:
                         span = {"first_sequence": piece.first_sequence, "num_sequences": piece.num_sequences}
                         pieces[piece.client].append(pb.Piece(micro_batch=micro_batch.index, **span))
+                if not plan.micro_batches:  # each client trains its whole batch by itself
+                    for manifest in plan.manifests:
+                        pieces[manifest.client] = [pb.Piece(num_sequences=len(manifest.lengths))]
                 for client in [*pieces, *sorted(plan.suspended)]:
                     self._tell_plan(client, plan.window, pieces.get(client, []))
             case Open(window, index, opened):
@@ -202,6 +206,16 @@ class ClientService:
         self.combined.clear()
         for client in sorted(self._rolled_back):
             self._send_begin(client, window, with_reference=False)
+
+    def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
+        """Tell the clients of a window that they may train it by themselves; returns those here."""
+        taking_part = [manifest for manifest in manifests if manifest.client in self._queue.active]
+        clients = frozenset(manifest.client for manifest in taking_part)
+        self._inbox.reports.begin(window, taking_part)
+        for client in sorted(clients):
+            self._outbox.send(client, pb.ServerMessage(open=pb.Open(window=window)))
+        self.await_answers(clients, Question("trained", window))
+        return clients
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
         """Start the clocks of a question to these clients. One silent for too long is gone."""

@@ -246,6 +246,7 @@ class RankServer:
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
+                    self._await_reports(window)
                     self._service.await_answers(self._rooms.exchange.awaited(window), Question("update", window))
                     return self._step(window, lost_masked_tokens)
                 case decision:
@@ -255,15 +256,18 @@ class RankServer:
         """Begin a planned window, in step with the other ranks."""
         limits = self._fixed_limits or in_flight_limits(status.demand for status in statuses)
         masked_tokens = sum(status.masked_tokens for status in statuses)
-        num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
+        trains_alone = self._rooms.strategy.trains_alone
+        num_micro_batches = 0 if trains_alone else max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
         elsewhere = frozenset().union(*(status.active for status in others))
         micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
-        self._micro_batches.begin(window, micro_batches, self._service.plans.pop(window).manifests, masked_tokens)
+        manifests = self._service.plans.pop(window).manifests
+        self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
         self._rooms.inbox.begin()
+        clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)
         if exchange != "nothing":
-            self._rooms.exchange.expect(window, self._queue.schedule.participants, exchange == "weights")
+            self._rooms.exchange.expect(window, clients, exchange == "weights")
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""
@@ -284,6 +288,11 @@ class RankServer:
         tally.lost_masked_tokens += lost_masked_tokens
         tally.loss_sum += self._rooms.inbox.loss_sum
         tally.masked_tokens += self._rooms.inbox.masked_tokens
+        alone = self._rooms.inbox.reports.take()
+        tally.loss_sum += alone.loss_sum
+        tally.tokens += alone.tokens
+        tally.masked_tokens += alone.masked_tokens
+        tally.lost_masked_tokens += alone.lost_masked_tokens
         gradients = self._combined_gradients(window) if self._rooms.service.holds_updates else None
         if self._waits and not self._rolls_back_to_checkpoint and self._is_broken():
             self._rooms.engine.drop_gradients()
@@ -302,6 +311,16 @@ class RankServer:
     def _is_broken(self) -> bool:
         """Whether a client of any rank is missing from the window that is about to end."""
         return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent)))
+
+    def _await_reports(self, window: int) -> None:
+        """Wait until each client that trains the window by itself has, or is gone."""
+        if not self._rooms.inbox.reports.awaited:
+            return
+        started = time.monotonic()
+        with self._rooms.trace.span("wait for clients", window=window):
+            while self._rooms.inbox.reports.awaited:
+                self._service.attend()
+        self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _combined_gradients(self, window: int) -> dict[str, Tensor]:
         """The client model's gradient of a window, once each client has sent it or is gone."""

@@ -39,6 +39,12 @@ SAVE_EVERY = 3
 MODES: dict[str, dict[str, Any]] = {
     "synchronous": {},
     "parallel": {"federation": {"mode": "parallel", "average_every": 2}},
+    "sequential": {"federation": {"mode": "sequential", "average_every": 2}},
+    "whole": {
+        "cut": "whole",
+        "federation": {"mode": "parallel", "average_every": 2, "server_optimizer": "nesterov"},
+        "wire": {"updates": "int8"},
+    },
 }
 VICTIMS = ("a client", "a rank", "all ranks")
 

@@ -58,7 +58,7 @@ class FakeClient:
         self.finish: pb.Finish | None = None
         self.refusal: str | None = None
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire)
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._alter = alter
         self._own_window = own_window
         """The first window that it takes part in."""
@@ -130,7 +130,19 @@ class FakeClient:
         self._windows.miss(first, next_window)
 
     def _activations_due(self) -> list[pb.ClientMessage]:
+        if self._strategy.trains_alone:
+            return [message for window, _ in self._windows.take_sendable() for message in self._train_alone(window)]
         return [self._activations(window, micro_batch) for window, micro_batch in self._windows.take_sendable()]
+
+    def _train_alone(self, window: int) -> list[pb.ClientMessage]:
+        """A report for each sequence, 2 nats a masked token."""
+        self._windows.finish(window, 0)
+        masked = [length // 2 for length in self.lengths]
+        parts = [
+            pb.Trained(window=window, loss_sum=2.0 * count, masked_tokens=count, last=number == len(masked) - 1)
+            for number, count in enumerate(masked)
+        ]
+        return [pb.ClientMessage(trained=part) for part in parts] + self._finish_window(window)
 
     def _finish_window(self, window: int) -> list[pb.ClientMessage]:
         match self._strategy.exchange_after(window):

@@ -127,16 +127,16 @@ def outcome(run_folder: Path) -> Outcome:
     return Outcome(tuple(float(row["loss"]).hex() for row in rows), digest.hexdigest())
 
 
-def kills_of(victim: str, phase: str, window: int, rng: random.Random) -> list[Kill]:
+def kills_of(victim: str, phase: str, window: int, mode: str, rng: random.Random) -> list[Kill]:
     """The deaths of one disturbance, in `window` or the next one that has the phase."""
     if phase == "checkpoint":
         window = SAVE_EVERY
-    elif phase in ("averaging", "commit") and victim == "a client":
-        window |= 1  # parallel mode averages after odd windows
-    elif phase == "averaging":
-        window |= 1
+    elif phase == "averaging" or (phase == "commit" and victim == "a client"):
+        window |= 1  # halves are averaged after odd windows
     if victim == "a client":
-        return [Kill(rng.choice(sorted(CLIENTS)), phase, window)]
+        names = sorted(CLIENTS)
+        has_its_turn = names[window // 2 % len(names)]
+        return [Kill(has_its_turn if mode == "sequential" else rng.choice(names), phase, window)]
     if victim == "a rank":
         return [Kill("rank 1", phase, window)]
     return [Kill(f"rank {rank}", phase, window) for rank in range(WORLD_SIZE)]
@@ -150,7 +150,7 @@ def schedule(seed: int) -> tuple[str, list[Kill]]:
     for _ in range(rng.randint(1, 3)):
         victim = rng.choice(VICTIMS[:2])
         window = rng.randint(1, WINDOWS - 2)
-        kills += kills_of(victim, rng.choice(PHASES), window, rng)
+        kills += kills_of(victim, rng.choice(PHASES), window, mode, rng)
     return mode, sorted(set(kills))
 
 
@@ -161,6 +161,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, metavar="N", help="one schedule")
     parser.add_argument("--first-seed", type=int, metavar="N", help="the first of the schedules drawn")
     parser.add_argument("--table", action="store_true", help="every phase, process and mode once")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the table")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs' folders here")
     options = parser.parse_args()
     fork_quickly()
@@ -168,7 +169,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if options.table:
-            return _table(folder)
+            return _table(folder, options.modes)
         first = options.seed if options.seed is not None else options.first_seed
         return _drawn(folder, options.minutes, first if first is not None else random.randrange(10**6), options.seed)
     finally:
@@ -189,15 +190,15 @@ def _drawn(folder: Path, minutes: float, first_seed: int, only: int | None) -> i
     return 1 if failures else 0
 
 
-def _table(folder: Path) -> int:
+def _table(folder: Path, modes: Sequence[str]) -> int:
     rng, failures = random.Random(0), 0
     print(f"{'mode':<12} {'killed':<10} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
-    for mode in MODES:
+    for mode in modes:
         undisturbed = train(folder, f"{mode}, undisturbed", mode, [])
         for victim in VICTIMS:
             cells = []
             for phase in PHASES:
-                kills = kills_of(victim, phase, 4, rng)
+                kills = kills_of(victim, phase, 4, mode, rng)
                 same = _is_same(folder, f"{mode}, {victim}, {phase}", mode, kills, undisturbed)
                 cells.append("identical" if same else "DIFFERENT")
                 failures += not same

@@ -90,27 +90,30 @@ def _arm_client(kill: Kill, folder: Path) -> None:
     from fedbert_ds.client.stream import ServerStream
     from fedbert_ds.client.trainer import ClientTrainer
 
-    def receives(field: str, number: Callable[[Any], int] = lambda message: message.window) -> Callable[..., bool]:
+    def receives(*fields: str) -> Callable[..., bool]:
         def is_due(_: ClientTrainer, message: pb.ServerMessage) -> bool:
-            return message.WhichOneof("body") == field and number(getattr(message, field)) == kill.window
+            field = message.WhichOneof("body")
+            return field in fields and getattr(message, field).window == kill.window
 
         return is_due
 
-    def sends(field: str) -> Callable[..., bool]:
+    def sends(*fields: str) -> Callable[..., bool]:
         def is_due(_: ServerStream, message: pb.ClientMessage) -> bool:
-            return message.WhichOneof("body") == field and getattr(message, field).window == kill.window
+            field = message.WhichOneof("body")
+            return field in fields and getattr(message, field).window == kill.window
 
         return is_due
 
+    # A client of the whole model is told to begin (open) and reports (trained).
     match kill.phase:
         case "manifest":
             _before(ServerStream, "send", sends("manifest"), kill, folder)
         case "activations":
-            _before(ServerStream, "send", sends("activations"), kill, folder, after=True)
+            _before(ServerStream, "send", sends("activations", "trained"), kill, folder, after=True)
         case "waiting":
-            _before(ClientTrainer, "handle", receives("hidden"), kill, folder)
+            _before(ClientTrainer, "handle", receives("hidden", "open"), kill, folder, after=True)
         case "gradient":
-            _before(ServerStream, "send", sends("gradient"), kill, folder)
+            _before(ServerStream, "send", sends("gradient", "trained"), kill, folder)
         case "averaging":
             _before(ServerStream, "send", sends("update"), kill, folder, after=True)
         case "commit":
@@ -122,6 +125,7 @@ def _arm_client(kill: Kill, folder: Path) -> None:
 def _arm_rank(kill: Kill, folder: Path) -> None:
     from fedbert_ds.server import checkpoint
     from fedbert_ds.server.body.engine import BodyEngine
+    from fedbert_ds.server.body.no_body import NoBody
     from fedbert_ds.server.client_service import ClientService
     from fedbert_ds.server.micro_batches import MicroBatches
     from fedbert_ds.server.queue.decisions import Plan
@@ -133,19 +137,27 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     def plans(_: ClientService, decision: Any) -> bool:
         return isinstance(decision, Plan) and decision.window == kill.window
 
+    def of_window(_: Any, window: int, *__: Any) -> bool:
+        return window == kill.window
+
+    # Without a body the ranks wait for reports.
     match kill.phase:
         case "manifest":
             _before(ClientService, "carry_out", plans, kill, folder)
         case "activations":
             _before(MicroBatches, "forward", in_window, kill, folder)
+            _before(ClientService, "start_alone", of_window, kill, folder, after=True)
         case "waiting":
             _before(RankServer, "_wait", lambda self: self._micro_batches._window == kill.window, kill, folder)
+            _before(RankServer, "_await_reports", of_window, kill, folder)
         case "gradient":
             _before(MicroBatches, "backward", in_window, kill, folder, after=True)
+            _before(RankServer, "_step", of_window, kill, folder)
         case "averaging":
-            _before(ClientService, "send_combined", lambda _, window, __: window == kill.window, kill, folder)
+            _before(ClientService, "send_combined", of_window, kill, folder)
         case "commit":
             steps = iter(range(10**9))
-            _before(BodyEngine, "step", lambda *_: next(steps) == kill.window, kill, folder, after=True)
+            for engine in (BodyEngine, NoBody):
+                _before(engine, "step", lambda *_: next(steps) == kill.window, kill, folder, after=True)
         case "checkpoint":
             _before(checkpoint, "complete", lambda _, __, window: window == kill.window, kill, folder)

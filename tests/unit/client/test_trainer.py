@@ -194,7 +194,7 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     assert server.trainer.finish == pb.Finish(reason="done", complete=True)
 
 
-# -- where to go on ---------------------------------------------------------------------------------
+# -- where to go on --------------------------------------------------------------------------------
 
 
 def trained(server: Server, windows: range, average_every: int = 1, reference: Aggregator | None = None) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit.server.bad_clients import SOME, trio
 from unit.server.fake_client import HALF, Alter, FakeClient
-from unit.server.fakes import Rank, joined, run_config
+from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.server.body.device_work import DeviceWork
@@ -113,16 +113,14 @@ def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.Monkey
 # -- the rest of the protocol ----------------------------------------------------------------------
 
 
-def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_that_is_one_too_many_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config()
     rank = Rank(monkeypatch, config, trio(config))
-    event, answer = joined(pb.Hello(client="late"))
-    gone_event, gone = joined(pb.Hello(client="gone"))
+    answer = rank.endpoint.join(FakeClient("late", config))
+    gone = rank.endpoint.join(FakeClient("gone", config))
     gone.cancel()
-    rank.endpoint.post("late", event)
-    rank.endpoint.post("gone", gone_event)
     assert rank.run() == 2
-    with pytest.raises(WireError, match="client late: this rank takes no joins"):
+    with pytest.raises(WireError, match=r"client late: the run has its 3 clients; raise clients\.maximum"):
         answer.result(timeout=0)
 
 

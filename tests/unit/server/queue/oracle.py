@@ -132,7 +132,7 @@ class Oracle:
         self.windows: deque[WindowBook] = deque()
         self.next_window = 0
         self.next_index = 0
-        self.is_running = self.is_alone = False
+        self.is_running = self.is_alone = self.is_held = False
         self.last_members: set[str] = set()
         """Clients in the last window that was planned."""
         self.computed: list[list[Decision]] = []
@@ -158,14 +158,25 @@ class Oracle:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def join(self, name: str, now: float) -> None:
-        client = self.clients[name] = ClientBook(name, self.wanted_manifest)
+    def join(self, name: str, now: float, is_awaited: bool = True) -> None:
+        client = self.clients[name] = ClientBook(name, self.wanted_manifest, is_suspended=not is_awaited)
         if client.may_announce is not None:
             client.owed[MANIFEST] = now
 
     def lose(self, name: str) -> None:
         self._drop(name)
         del self.clients[name]
+
+    def roll_back(self, window: int, now: float) -> None:
+        """Whoever is here begins anew with this window; only indices go on."""
+        self.windows.clear()
+        self.next_window, self.is_running = window, False
+        del self.computed[window:], self.lost_masked_tokens[window:]
+        for client in self.clients.values():
+            client.may_announce, client.announced = self.wanted_manifest, None
+            client.owed = {} if self.wanted_manifest is None else {MANIFEST: now}
+            client.is_suspended = client.is_left_out = client.has_answered = False
+            client.skipped.clear()
 
     def hear(self, name: str, now: float) -> None:
         """A message came, whichever: a suspended client is active again."""
@@ -272,6 +283,7 @@ class Oracle:
     def _planned(self, decision: Plan, now: float) -> None:
         assert decision.window == self.next_window < self.rules.num_windows
         assert len(self.windows) <= self.rules.windows_ahead, "planned too far ahead"
+        assert not self.is_held, "planned while it was told to wait"
         active = [client for client in self.clients.values() if not client.is_suspended]
         assert active or not self.clients or not self.is_alone, "a window that nobody would train in"
         manifests = {client.name: client.announced for client in active}

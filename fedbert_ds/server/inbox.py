@@ -158,7 +158,7 @@ class Inbox:
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
         values = _planned(message.values, (num_rows, self._contract.activations.width), tensor, who)
         positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
-        self._queue.activations(client, micro_batch)
+        self._queue.answer(client, micro_batch, "activations")
         self._activations[micro_batch, client] = Arrived(values, row_index, positions)
 
     def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Tensor | WireError | None) -> None:
@@ -170,7 +170,7 @@ class Inbox:
         gradient = _planned(message.hidden, (piece.masked, self._contract.gradients.width), tensor, who)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
-        self._queue.gradient(client, micro_batch)
+        self._queue.answer(client, micro_batch, "gradient")
         self._gradients[micro_batch, client] = gradient
         self.loss_sum += message.loss_sum
         self.masked_tokens += piece.masked

@@ -157,15 +157,11 @@ class PipelineQueue:
         self.deadlines.cancel(manifest.client, MANIFEST)
         return True
 
-    def activations(self, client: str, micro_batch: int) -> Piece:
-        """A client's activations of a micro-batch are here, checked; returns their piece."""
-        return self._answer(client, micro_batch, "activations")
+    def answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
+        """A client's activations, or its gradient of hidden states, are here; returns their piece.
 
-    def gradient(self, client: str, micro_batch: int) -> Piece:
-        """A client's gradient of its hidden states is here, checked; returns its piece."""
-        return self._answer(client, micro_batch, "gradient")
-
-    def _answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
+        They have been checked.
+        """
         self.roster.require(client)
         piece = self.schedule.answer(client, micro_batch, kind)
         self._answers.append((client, Question(kind, micro_batch)))

@@ -23,8 +23,10 @@ from fedbert_ds.config import (
     WireSection,
 )
 from fedbert_ds.data.masking import Batch
-from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.errors import ConnectionLost, RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.reference import Reference, to_bytes
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import undivided
@@ -38,7 +40,7 @@ CUTS: list[Any] = ["embeddings", "rows", LayersCut(layers=1)]
 
 def test_the_manifest_counts_what_comes(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
-    server.trainer.begin()
+    server.give_begin(reference=True)
     assert server.sent == [], "a new run begins with the server's weights"
     server.begin()
     batch = Text().next_batch(0, 0)
@@ -196,7 +198,22 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     assert server.trainer.finish == pb.Finish(reason="done", complete=True)
 
 
-# -- resuming --------------------------------------------------------------------------------------
+# -- where to go on --------------------------------------------------------------------------------
+
+
+def trained(server: Server, windows: range, average_every: int = 1, reference: Aggregator | None = None) -> None:
+    """Windows with an exchange after every `average_every`, each with micro-batches of its own."""
+    for window in windows:
+        server.window(first=100 * (window + 1))
+        if (window + 1) % average_every == 0:
+            update = server.take_update()[0]
+            server.give_update(update, window)
+            if reference is not None:
+                reference.apply(window, update)
+
+
+def equal_weights(one: Server, other: Server) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.half.parameters(), other.half.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
@@ -205,44 +222,219 @@ def test_a_resumed_client_goes_on_bit_for_bit(tmp_path: Path, mode: Any) -> None
         "federation": FederationSection(mode=mode, average_every=3),
         "optimizer": OptimizerSection(lr=0.05, schedule="linear"),
     }
-
-    def train(server: Server, windows: range) -> None:
-        for window in windows:
-            server.window()
-            if mode == "synchronous" or (window + 1) % 3 == 0:
-                update = server.take_update()[0]
-                server.give_update(update, window)
-                if server is whole and window < 2:
-                    reference.apply(window, update)
-
+    every = 1 if mode == "synchronous" else 3
     whole = Server(tmp_path / "whole", half_of(dropout=0.2), **changes)
     whole.begin()
-    initial = {name: p.detach().clone() for name, p in whole.half.named_parameters()}
-    reference = Aggregator(initial, strategy_of(whole.settings.federation, WireSection()), whole.settings.optimizer, 6)
-    train(whole, range(2))
+    strategy = strategy_of(whole.settings.federation, WireSection())
+    reference = Aggregator(whole.weights(), strategy, whole.settings.optimizer, 6)
+    trained(whole, range(2), every, reference)
     at_window_2 = reference.reference()
     # The batch of window 2 is drawn already, and window 2 may be planned and have credit.
     whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=2)))
     saved = whole.take("saved")
     assert saved.window == 2 and saved.peak_memory_bytes > 1 << 20 and saved.flops_per_token > 0
     (manifest,) = whole.manifests
-    train(whole, range(2, 5))
+    trained(whole, range(2, 5), every)
 
-    cursor = {"epoch": 0, "position": saved.cursor.position, "sequences": 1}
-    again = Server(tmp_path / "whole", half_of(dropout=0.2), first_window=2, cursor=cursor, **changes)
-    again.trainer.begin()
+    again = Server(tmp_path / "whole", half_of(dropout=0.2), **changes)
+    again.give_begin(2, cursor=whole.planned[1].cursor, reference=mode == "synchronous")
     if mode == "synchronous":
         assert not again.sent and not (tmp_path / "whole").exists(), "the server keeps its state"
         again.give_reference(at_window_2)
     assert [message.manifest for message in again.sent] == [manifest]
-    train(again, range(2, 5))
-    for (name, one), (_, other) in zip(whole.half.named_parameters(), again.half.named_parameters(), strict=True):
-        assert torch.equal(one, other), name
+    trained(again, range(2, 5), every)
+    assert equal_weights(whole, again)
+
+
+def no_window(server: Server) -> None:
+    """Its manifest is sent."""
+
+
+def planned(server: Server) -> None:
+    server.plan([2], 40, first=90)
+
+
+def has_credit(server: Server) -> None:
+    planned(server)
+    server.give_credit(90)
+
+
+def answered_one_piece(server: Server) -> None:
+    planned(server)
+    server.open(90)
+    server.open(91)
+    server.input_gradient(server.hidden(90))
+    server.hidden(91)
+
+
+def planned_the_next_ahead(server: Server) -> None:
+    answered_one_piece(server)
+    server.plan([], 40, first=95)
+    server.give_credit(95)
+
+
+def skipped_a_piece(server: Server) -> None:
+    planned(server)
+    server.open(90)
+    server.input_gradient(server.hidden(90))
+    server.skip(1, 91)
+
+
+def whole_window(server: Server) -> None:
+    server.window(first=90)
+
+
+def was_suspended(server: Server) -> None:
+    server.take("manifest")
+    server.suspend(1, next_window=3)
+
+
+def begins_of_an_update(server: Server) -> None:
+    """What others were sent, perhaps; not the whole of it."""
+    server.window(first=90)
+    chunk, *_ = update_chunks(1, server.weights().items(), weight=0.0)
+    server.trainer.handle(pb.ServerMessage(update=chunk))
+
+
+PHASES = [no_window, planned, has_credit, answered_one_piece, planned_the_next_ahead, skipped_a_piece,
+          whole_window, was_suspended, begins_of_an_update]  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_a_window_is_undone_in_any_phase_and_trained_anew_bit_for_bit(tmp_path: Path, mode: Any, phase: Any) -> None:
+    """Window 1, twice. Where halves are personal, it goes back to the state of its own folder."""
+    changes = {
+        "federation": FederationSection(mode=mode, average_every=2),
+        "optimizer": OptimizerSection(lr=0.05, schedule="linear"),
+    }
+    every = 1 if mode == "synchronous" else 2
+    undisturbed = Server(tmp_path / "undisturbed", half_of(dropout=0.2), **changes)
+    undisturbed.begin()
+    trained(undisturbed, range(4), every)
+    server = Server(tmp_path / "state", half_of(dropout=0.2), **changes)
+    server.begin()
+    trained(server, range(1), every)
+    server.trainer.handle(pb.ServerMessage(save=pb.Save(window=1)))
+    server.take("saved")
+    cursor = server.planned[0].cursor
+    for attempt in (1, 2):
+        phase(server)
+        server.sent.clear()
+        server.manifests.clear()
+        server.give_begin(1, attempt=attempt, cursor=cursor)
+        (answer,) = server.sent
+        manifest = undisturbed.planned[1]
+        assert answer.manifest.attempt == attempt
+        assert (answer.manifest.window, answer.manifest.cursor) == (1, manifest.cursor)
+        assert (answer.manifest.lengths, answer.manifest.masked) == (manifest.lengths, manifest.masked)
+    trained(server, range(1, 4), every)
+    assert equal_weights(server, undisturbed)
+
+
+def test_without_a_cursor_the_text_begins_anew(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    server.begin()
+    (first,) = server.sent
+    planned(server)
+    server.sent.clear()
+    server.give_begin(0, attempt=1)
+    (again,) = server.sent
+    assert again.manifest.attempt == 1
+    again.manifest.attempt = 0
+    assert again == first
+
+
+def test_a_begin_ends_a_reference_that_was_on_its_way(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in server.weights().items()}
+    ones = {name: torch.ones_like(tensor) for name, tensor in zeros.items()}
+    server.give_begin(reference=True)
+    data = to_bytes(Reference(0, zeros))
+    server.trainer.handle(pb.ServerMessage(reference=pb.ReferenceChunk(payload=data[:100])))
+    assert not server.sent
+    server.give_begin(1, reference=True, attempt=1)
+    server.give_reference(Reference(1, ones))
+    (message,) = server.sent
+    assert message.manifest.window == 1
+    assert all(torch.equal(weights, ones[name]) for name, weights in server.weights().items())
+
+
+def test_who_joins_while_windows_run_waits_for_their_updates(tmp_path: Path) -> None:
+    """The reference is that of window 2; windows 2 and 3 are planned without it."""
+    server = Server(tmp_path, half_of())
+    server.give_begin(2, next_window=4, reference=True, attempt=7)
+    server.give_reference(Reference(2, server.weights()))
+    manifest = server.plan([], 40)
+    assert (manifest.window, manifest.attempt) == (4, 7)
+    server.give_credit(10)
+    for window in (2, 3):
+        assert not server.answers, "with weights that are about to change"
+        server.give_update({name: torch.ones_like(tensor) for name, tensor in server.weights().items()}, window)
+    server.take_activations(10)
+
+
+PERSONAL = {"mode": "parallel", "average_scope": "head", "average_every": 2}
+
+
+def test_personal_parts_come_from_an_older_state_and_the_others_from_the_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"federation": FederationSection(**PERSONAL), "optimizer": OptimizerSection(lr=0.05)}
+    before = Server(tmp_path, half_of(), **changes)
+    before.begin()
+    trained(before, range(2), average_every=2)
+    before.trainer.handle(pb.ServerMessage(save=pb.Save(window=2)))
+    kept, cursor = before.weights(), before.planned[1].cursor
+    sevens = {name: torch.full_like(tensor, 7.0) for name, tensor in kept.items()}
+    server = Server(tmp_path, half_of(), **changes)
+    is_averaged = {name: server.half.parameter_scope(name) == "head" for name in kept}
+    server.give_begin(4, cursor=cursor, reference=True)
+    server.give_reference(Reference(4, sevens))
+    for name, weights in server.weights().items():
+        assert torch.equal(weights, sevens[name] if is_averaged[name] else kept[name]), name
+    assert capsys.readouterr().out == "client ada: in at window 4, with its own parts and moments as of window 2\n"
+    # The moments are of window 2, too: it goes on like one that missed windows 2 and 3.
+    missed = Server(tmp_path, half_of(), **changes)
+    missed.give_begin(2, next_window=4, cursor=cursor)
+    missed.give_update({name: sevens[name] for name in sevens if is_averaged[name]}, window=3)
+    for one in (missed, server):
+        trained(one, range(4, 5), average_every=2)
+    assert equal_weights(missed, server)
+
+
+def test_without_a_folder_personal_parts_begin_anew_and_it_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server(tmp_path / "none", half_of(), federation=FederationSection(**PERSONAL))
+    server.give_begin(4, reference=True)
+    sevens = {name: torch.full_like(tensor, 7.0) for name, tensor in server.weights().items()}
+    server.give_reference(Reference(4, sevens))
+    assert all(torch.equal(weights, sevens[name]) for name, weights in server.weights().items())
+    said = f"client ada: in at window 4, with no state in {tmp_path / 'none'}: its own parts and moments begin anew\n"
+    assert capsys.readouterr().out == said
+    server.begin()
+    assert capsys.readouterr().out == "", "a new run has nothing to tell"
 
 
 def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode="parallel"))
     with pytest.raises(RunError, match=r"state-3\.pt: cannot be read"):
-        Server(tmp_path, half_of(), first_window=3, federation=FederationSection(mode="parallel"))
+        server.give_begin(3)
+
+
+def test_a_begin_that_runs_backwards_is_one_line(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    with pytest.raises(WireError, match="goes on with window 2 from a state of 3"):
+        server.give_begin(3, next_window=2, reference=True)
+
+
+@pytest.mark.parametrize("may_return", [False, True])
+def test_who_is_refused_may_return_if_the_server_says_so(tmp_path: Path, may_return: bool) -> None:
+    server = Server(tmp_path, half_of())
+    with pytest.raises(WireError, match="this client: it was silent") as caught:
+        server.trainer.handle(pb.ServerMessage(refused=pb.Refused(reason="it was silent", may_return=may_return)))
+    assert isinstance(caught.value, ConnectionLost) == may_return
 
 
 # -- a server that is out of step ------------------------------------------------------------------
@@ -259,6 +451,7 @@ PLAN_OF = {"micro_batch": 10, "first_sequence": 0, "num_sequences": 2}
         (pb.ServerMessage(hidden=pb.Hidden(micro_batch=77)), "asks for micro-batch 77"),
         (pb.ServerMessage(hidden=pb.Hidden(micro_batch=10)), "hidden states: shape"),
         (pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=77)), "asks for micro-batch 77"),
+        (pb.ServerMessage(begin=pb.Begin(window=5, next_window=4)), "goes on with window 4 from a state of 5"),
         (pb.ServerMessage(save=pb.Save(window=5)), "the server saves window 5, this client is at 0"),
         (pb.ServerMessage(update=pb.UpdateChunk(name="x")), "tensor 'x' of shape"),
         (pb.ServerMessage(reference=pb.ReferenceChunk(last=True)), "to a client that has one"),
@@ -324,6 +517,7 @@ def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject)
             st.builds(lambda n: pb.ServerMessage(hidden=pb.Hidden(micro_batch=n, values=frame)), number),
             st.builds(lambda n: pb.ServerMessage(input_gradient=pb.InputGradient(micro_batch=n, values=frame)), number),
             st.builds(lambda n: pb.ServerMessage(save=pb.Save(window=n)), number),
+            st.builds(lambda w, n: pb.ServerMessage(begin=pb.Begin(window=w, next_window=n)), small, small),
             st.builds(lambda n: pb.ServerMessage(update=pb.UpdateChunk(name="x", offset=n)), number),
         )
     )  # fmt: skip

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 from unit.server.fake_client import HALF, FakeClient
-from unit.server.fakes import Rank, joined, run_config
+from unit.server.fakes import Rank, hello_of, joined, run_config
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
-from fedbert_ds.server.network.events import Received
+from fedbert_ds.server.network.events import JoinAbandoned, Received
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Step
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL
 
 
 @pytest.fixture
@@ -85,10 +86,16 @@ def test_who_is_asked_and_stays_silent_is_expired_and_the_rank_goes_on(rank: Ran
 
 
 def test_a_join_while_the_run_goes_on_is_answered(rank: Rank) -> None:
-    event, answer = joined(pb.Hello(client="late"))
-    assert rank.served.rooms.service.dispatch(event)
-    with pytest.raises(WireError, match="client late: this rank takes no joins; the run has its clients"):
+    wrong, answer = joined(pb.Hello(client="late"))
+    assert rank.served.rooms.service.dispatch(wrong)
+    with pytest.raises(WireError, match=f"client late speaks protocol 0, this server {PROTOCOL}"):
         answer.result(timeout=0)
+    good, waiting = joined(hello_of("late"))
+    assert rank.served.reception is not None and not rank.served.reception.is_asked
+    assert rank.served.rooms.service.dispatch(good)
+    assert rank.served.reception.is_asked and not waiting.done(), "it is let in between two windows"
+    assert rank.served.rooms.service.dispatch(JoinAbandoned(good.hello))
+    assert not rank.served.reception.is_asked
 
 
 def test_the_end_is_told_to_all(rank: Rank) -> None:

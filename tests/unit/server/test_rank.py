@@ -8,7 +8,7 @@ import pytest
 import torch
 from unit.server.bad_clients import SOME, trio
 from unit.server.fake_client import GONE, HALF, Alter, FakeClient
-from unit.server.fakes import Rank, joined, run_config
+from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
@@ -16,7 +16,6 @@ from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.network.events import Event, Received
-from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -123,12 +122,9 @@ def four(config: RunConfig, **alter: Alter) -> tuple[list[FakeClient], Sampler]:
     strategy = strategy_of(config.federation, config.wire)
     sampler = strategy.sampler(config.run.seed, dict.fromkeys(lengths, 0))
     clients = [
-        FakeClient(
-            name, config, own, own_window=next_window_of(name, sampler.takes_part, 0, config.run.windows),
-            **({"alter": alter[name]} if name in alter else {}),
-        )
+        FakeClient(name, config, own, **({"alter": alter[name]} if name in alter else {}))
         for name, own in lengths.items()
-    ]  # fmt: skip
+    ]
     return clients, sampler
 
 
@@ -228,16 +224,14 @@ def test_nobody_is_silent_who_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch
 # -- the rest of the protocol ----------------------------------------------------------------------
 
 
-def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_that_is_one_too_many_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config()
     rank = Rank(monkeypatch, config, trio(config))
-    event, answer = joined(pb.Hello(client="late"))
-    gone_event, gone = joined(pb.Hello(client="gone"))
+    answer = rank.endpoint.join(FakeClient("late", config))
+    gone = rank.endpoint.join(FakeClient("gone", config))
     gone.cancel()
-    rank.endpoint.post("late", event)
-    rank.endpoint.post("gone", gone_event)
     assert rank.run() == 2
-    with pytest.raises(WireError, match="client late: this rank takes no joins"):
+    with pytest.raises(WireError, match=r"client late: the run has its 3 clients; raise clients\.maximum"):
         answer.result(timeout=0)
 
 

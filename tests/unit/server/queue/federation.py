@@ -113,10 +113,10 @@ class Federation:
 
     # -- what a client does ------------------------------------------------------------------------
 
-    def join(self, rank: int, name: str, mute: str | None = None) -> None:
+    def join(self, rank: int, name: str, mute: str | None = None, is_awaited: bool = True) -> None:
         here = self.ranks[rank]
-        here.queue.join(name, self.now)
-        here.oracle.join(name, self.now)
+        here.queue.join(name, self.now, is_awaited)
+        here.oracle.join(name, self.now, is_awaited)
         here.mute[name] = mute
 
     def lose(self, rank: int, name: str) -> None:
@@ -139,8 +139,7 @@ class Federation:
         expected = here.oracle.answer(name, kind, index)
         assert not here.queue.was_skipped(name, index)
         assert here.queue.expected_piece(name, index, kind) == expected
-        report = here.queue.activations if kind == "activations" else here.queue.gradient
-        assert report(name, index) == expected
+        assert here.queue.answer(name, index, kind) == expected
 
     def send_late(self, rank: int, name: str) -> None:
         """An answer for a skipped piece is not wanted, but shows that its client is there."""
@@ -170,6 +169,22 @@ class Federation:
         here = self.ranks[rank]
         assert here.queue.schedule.is_planned and not here.oracle.is_running
         self._issue(here, "Gather")
+
+    def roll_back(self, window: int) -> None:
+        """All ranks undo the windows from `window` on, and their clients hear of it."""
+        assert window <= self.finished
+        self.finished = window
+        for rank in self.ranks:
+            rank.queue.roll_back(window, self.now)
+            rank.oracle.roll_back(window, self.now)
+            rank.collectives.clear()
+            rank.is_blocked = False
+
+    def hold(self, is_held: bool) -> None:
+        """No rank plans a window meanwhile."""
+        for rank in self.ranks:
+            rank.queue.hold(is_held)
+            rank.oracle.is_held = is_held
 
     def decide(self, rank: int) -> Decision | None:
         """One decision of a rank."""

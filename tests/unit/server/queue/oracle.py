@@ -137,7 +137,7 @@ class Oracle:
         self.windows: deque[WindowBook] = deque()
         self.next_window = 0
         self.next_index = 0
-        self.is_running = False
+        self.is_running = self.is_held = False
         self.elsewhere: frozenset[str] | None = None
         """Active clients of other ranks when the last window started."""
         self.last_members: set[str] = set()
@@ -173,14 +173,25 @@ class Oracle:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def join(self, name: str, now: float) -> None:
-        client = self.clients[name] = ClientBook(name, self.wanted_manifest(name))
+    def join(self, name: str, now: float, is_awaited: bool = True) -> None:
+        client = self.clients[name] = ClientBook(name, self.wanted_manifest(name), is_suspended=not is_awaited)
         if self.is_next(name):
             client.owed[MANIFEST] = now
 
     def lose(self, name: str) -> None:
         self._drop(name)
         del self.clients[name]
+
+    def roll_back(self, window: int, now: float) -> None:
+        """Whoever is here begins anew with this window; only indices go on."""
+        self.windows.clear()
+        self.next_window, self.is_running = window, False
+        del self.computed[window:], self.lost_masked_tokens[window:]
+        for client in self.clients.values():
+            client.may_announce, client.announced = self.wanted_manifest(client.name), None
+            client.owed = {MANIFEST: now} if self.is_next(client.name) else {}
+            client.is_suspended = client.is_left_out = client.has_answered = False
+            client.skipped.clear()
 
     def hear(self, name: str, now: float) -> None:
         """A message came, whichever: a suspended client is active again."""
@@ -289,6 +300,7 @@ class Oracle:
     def _planned(self, decision: Plan, now: float) -> None:
         assert decision.window == self.next_window < self.rules.num_windows
         assert len(self.windows) <= self.rules.windows_ahead, "planned too far ahead"
+        assert not self.is_held, "planned while it was told to wait"
         participants = [client for client in self.clients.values() if self.is_next(client.name)]
         active = [client for client in participants if not client.is_suspended]
         others = None if self.elsewhere is None else [name for name in self.elsewhere if self.is_next(name)]

@@ -198,3 +198,56 @@ def test_the_next_window_of_a_client_that_has_none_left_is_the_end() -> None:
     assert next_window_of("cy", by_turns, 4, 6) == 5
     assert next_window_of("di", by_turns, 0, 6) == 6
     assert roster_of("ada", num_windows=3, first_window=1, takes_part=by_turns).next_window_of("ada") == 3
+
+
+def test_who_is_not_awaited_stops_no_window_until_it_announces() -> None:
+    roster = roster_of("ada")
+    roster.add("bo", is_awaited=False)
+    assert roster.clients == {"ada", "bo"} and roster.active == {"ada"} and roster.owes_manifest("bo")
+    roster.announce(manifest("ada"))
+    assert roster.is_complete
+    assert roster.close() == ((manifest("ada"),), frozenset())
+    roster.reactivate("bo")
+    assert roster.announce(manifest("bo", 0)) is False, "window 0 was planned without it"
+    roster.announce(manifest("ada", 1))
+    assert not roster.is_complete, "from now on it is waited for"
+    roster.announce(manifest("bo", 1))
+    assert roster.close() == ((manifest("ada", 1), manifest("bo", 1)), frozenset())
+
+
+def test_while_it_is_held_no_window_is_complete() -> None:
+    roster = roster_of("ada")
+    roster.is_held = True
+    roster.announce(manifest("ada"))
+    assert not roster.is_complete
+    roster.is_held = False
+    assert roster.is_complete
+
+
+def test_after_a_roll_back_everybody_announces_anew() -> None:
+    roster = roster_of("ada", "bo", "cy", num_windows=2)
+    for window in range(2):
+        roster.announce(manifest("ada", window))
+        roster.suspend("bo")
+        if window == 0:
+            roster.suspend("cy")
+            roster.close()
+            roster.reactivate("cy")
+    roster.announce(manifest("cy", 1))
+    roster.close()
+    assert roster.is_over
+    roster.roll_back(0)
+    assert not roster.is_over and roster.next_window == 0
+    assert roster.active == roster.clients == {"ada", "bo", "cy"}
+    with pytest.raises(WireError, match="manifest of window 1 instead of 0"):
+        roster.announce(manifest("ada", 1))
+    for client in ("ada", "bo", "cy"):
+        assert not roster.is_complete and roster.owes_manifest(client)
+        assert roster.announce(manifest(client)) is True
+    assert roster.is_complete
+    roster.roll_back(0)
+    roster.announce(manifest("ada"))
+    assert roster.owes_manifest("bo"), "a manifest from before does not count"
+    roster.roll_back(1)
+    with pytest.raises(WireError, match="manifest of window 0 instead of 1"):
+        roster.announce(manifest("bo"))  # nothing was planned without it

@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser("client", help="take part in a run with your own text")
-    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator's address")
+    parser.add_argument(
+        "--server", required=True, metavar="HOST:PORT", help="the coordinator's address, or its file server.address"
+    )
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
     )
@@ -55,6 +57,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
     )
     parser.add_argument("--connect-timeout", type=float, default=60.0, metavar="S", help="seconds to reach the server")
+    parser.add_argument(
+        "--rejoin-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for a server that is gone"
+    )
     for name in ("ca", "certificate", "key"):
         parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")
     parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
@@ -82,6 +87,7 @@ def _client(options: argparse.Namespace) -> None:
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,
+            rejoin_timeout=0.0 if options.managed else options.rejoin_timeout,
             managed=options.managed,
         )
     )

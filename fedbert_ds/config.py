@@ -145,7 +145,8 @@ class WindowSection(Section):
     """1 keeps a client's sequences together and sends the fewest bytes. More lets that many clients
     work on a micro-batch side by side, for slow clients and few micro-batches in flight."""
     share: Literal["data", "equal"] = "data"
-    """A client's part of `tokens`: in proportion to its shard, or equal."""
+    """A client's part of `tokens`: in proportion to its shard, or equal. Where only m of K clients
+    take part at a time, each brings K/m times that."""
     order: Literal["arrival", "fixed"] = "arrival"
     """`arrival` runs whichever micro-batch is complete first. `fixed` follows the plan alone and is
     bit-identical between runs."""
@@ -203,14 +204,27 @@ class BodySection(Section):
     """Recompute layer activations in backward instead of keeping them."""
 
 
+def _participants(value: Any) -> Any:
+    # As for `cut`: one sentence instead of an error for each alternative.
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("must be all or a number of clients, at least 1")
+
+
 class FederationSection(Section):
     """How client halves are kept in step."""
 
-    mode: Literal["synchronous", "parallel"] = "synchronous"
+    mode: Literal["synchronous", "parallel", "sequential"] = "synchronous"
     """`synchronous` sums the gradients of client halves every window (equals centralized training).
-    `parallel` averages their weights (FedAvg); `cut: whole` needs it."""
+    `parallel` averages their weights (FedAvg); `cut: whole` needs it. `sequential` lets one client
+    at a time train and hands its weights to the next (FedBERT's "share")."""
     average_every: Positive = 1
-    """Windows between averages in `parallel` mode."""
+    """Windows between averages in `parallel` mode: a round. Windows of a client's turn in
+    `sequential` mode; there it must divide `run.windows`."""
+    participants: Annotated[Literal["all"] | int, BeforeValidator(_participants)] = "all"
+    """How many of the clients take part in a window (`synchronous`) or a round (`parallel`), drawn
+    anew for each from the run's seed. Those who do bring more, so that an average window still
+    holds `window.tokens`."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
     """Parts averaged in `parallel` mode. The rest stays personal to each client until the end of
     the run, when whole halves are averaged into the result."""
@@ -244,7 +258,18 @@ class FederationSection(Section):
             if getattr(self, key) != type(self).model_fields[key].default and getattr(self, other) not in values:
                 choices = f"{', '.join(values[:-1])} or {values[-1]}" if len(values) > 1 else values[0]
                 raise ValueError(f"{key} is for {other}: {choices}; remove it or change {other}")
+        changes_hands = self.mode in TURNS or (self.mode in ROUNDS and self.participants != "all")
+        if self.staleness and changes_hands:
+            raise ValueError(
+                f"staleness {self.staleness} would let a client begin its turn or round without the weights of the "
+                "one before; set it to 0"
+            )
         return self
+
+    @property
+    def ends_in_turns(self) -> bool:
+        """A run must end with a client's turn: what it learned in its turn comes to light then."""
+        return self.mode in TURNS
 
     @property
     def server_learning_rate(self) -> float:
@@ -254,10 +279,15 @@ class FederationSection(Section):
         return {"momentum": 1.0, "nesterov": 0.7}.get(self.server_optimizer, self.server_tau)
 
 
+TURNS = frozenset({"sequential"})
+"""Modes in which one client at a time has the client model."""
+ROUNDS = frozenset({"parallel"})
+"""Modes in which clients begin a round with weights that others made."""
 _AVERAGING = "parallel"
 """The mode in which clients send weights or their change."""
 
 _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "participants": ("mode", ("synchronous", "parallel")),
     "server_optimizer": ("mode", ("parallel",)),
     "proximal": ("mode", ("parallel",)),
     "server_lr": ("server_optimizer", ("momentum", "adam", "yogi", "nesterov")),
@@ -274,11 +304,18 @@ class ClientsSection(Section):
     expected: Positive = 4
     """Clients that must join before the first window."""
     minimum: Positive | None = None
-    """The run ends when fewer clients are left. null means `expected`."""
+    """No window begins with fewer clients. null means `expected`."""
+    maximum: Positive | None = None
+    """Most clients at a time; those beyond `expected` may join later. null means `expected`."""
+    on_loss: Literal["continue", "wait"] = "continue"
+    """What happens when a client is lost. `continue`: the window goes on without its share, which
+    the metrics count as lost. `wait`: the window is undone and trained again once the client is
+    back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait at the start for `expected` clients to join, then for their streams."""
+    """Seconds to wait at the start for `expected` clients to join, then for their streams; and in a
+    run for clients that it cannot go on without."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds that a client may owe an answer. After that it is gone."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
@@ -289,9 +326,16 @@ class ClientsSection(Section):
     def _counts(self) -> ClientsSection:
         if self.minimum is not None and self.minimum > self.expected:
             raise ValueError(f"minimum {self.minimum} is above expected {self.expected}; lower it")
+        if self.maximum is not None and self.maximum < self.expected:
+            raise ValueError(f"maximum {self.maximum} is below expected {self.expected}; raise it")
         if self.local > self.expected:
             raise ValueError(f"local {self.local} is above expected {self.expected}; raise expected")
         return self
+
+    @property
+    def most(self) -> int:
+        """Most clients at a time."""
+        return self.maximum if self.maximum is not None else self.expected
 
     @property
     def required(self) -> int:
@@ -403,6 +447,16 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
                 f"{self.window.tokens_per_micro_batch}; raise the latter"
             )
+        participants, expected = self.federation.participants, self.clients.expected
+        if participants != "all" and participants > expected:
+            raise ValueError(
+                f"federation.participants {participants} is above clients.expected {expected}; lower it or say all"
+            )
+        if self.federation.ends_in_turns and self.run.windows % self.federation.average_every:
+            raise ValueError(
+                f"run.windows {self.run.windows} ends in the middle of a turn of federation.average_every "
+                f"{self.federation.average_every} windows; make it a multiple"
+            )
         if self.model.checkpoint is None:
             if self.data.sequence_length > self.model.max_position_embeddings:
                 raise ValueError(
@@ -414,6 +468,11 @@ class RunConfig(Section):
                     f"cut.layers {self.cut.layers} leaves the server no layer of model.num_hidden_layers "
                     f"{self.model.num_hidden_layers}; lower it"
                 )
+        if self.clients.on_loss == "wait" and self.federation.staleness:
+            raise ValueError(
+                "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may "
+                "have gone on by then; set one of them to its default"
+            )
         if self.optimizer.name == "muon" and self.cut != "whole":
             raise ValueError(
                 "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, "

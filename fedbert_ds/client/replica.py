@@ -56,7 +56,8 @@ class Replica:
         """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
         """Of the update that is arriving."""
-        self._reference = ReferenceAssembler({name: tuple(p.shape) for name, p in half.named_parameters()})
+        self._shapes = {name: tuple(p.shape) for name, p in half.named_parameters()}
+        self._reference = ReferenceAssembler(self._shapes)
         self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
 
@@ -73,6 +74,13 @@ class Replica:
         if self._shared is not None:
             self._shared.begin(reference.weights)
         return True
+
+    def forget_windows(self) -> None:
+        """Drop the gradients and updates of windows that are under way."""
+        self._optimizer.zero_grad()
+        self._assembler = None
+        self._reference = ReferenceAssembler(self._shapes)
+        self._sent.clear()
 
     def receive(self, chunk: pb.UpdateChunk) -> bool:
         """Take a chunk of a window's combined update; True once the update is applied."""
@@ -145,6 +153,15 @@ class Replica:
             self._shared.load_state_dict(state["shared"])
         if self._proximal:
             self._common = dict(state["common"])
+
+    def load_personal_parts(self, state: Mapping[str, Any]) -> None:
+        """Take from an older `state_dict` what the reference does not hold: the parts that are
+        not exchanged, and the optimizer's moments.
+        """
+        half = self._half.state_dict()
+        half |= {name: tensor for name, tensor in state["half"].items() if name not in self._exchanged}
+        self._half.load_state_dict(half)
+        self._optimizer.load_state(state["optimizer"])
 
     def _joined(self, chunk: pb.UpdateChunk) -> Mapping[str, Tensor] | None:
         """The tensors of an update, after its last chunk."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import grpc
 from google.protobuf.message import DecodeError
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TRAIN, TlsFiles, connect
 from fedbert_ds.wire.conversation import (
@@ -230,10 +230,12 @@ class ServerStream:
 
     def _why(self, error: grpc.RpcError | None) -> WireError:
         if error is None:
-            return WireError(
+            return ConnectionLost(
                 f"{self._address}: the server ended the stream; look at its output, then start this client again"
             )
         code, details = error.code(), error.details() or "no details"
         if code is grpc.StatusCode.FAILED_PRECONDITION:
-            return WireError(f"the server refused this client: {details}")
-        return WireError(f"{self._address}: connection lost ({code.name.lower()}: {details}); start this client again")
+            # It has restarted, or went on without this client: the session is over, not the run.
+            return ConnectionLost(f"the server refused this client: {details}")
+        kind = WireError if code in FINAL else ConnectionLost
+        return kind(f"{self._address}: connection lost ({code.name.lower()}: {details}); start this client again")

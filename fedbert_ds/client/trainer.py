@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fedbert_ds.client.replica import Replica
-from fedbert_ds.client.state import load_state, save_state
+from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.data.masking import Batch, BatchStream
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import ClientSettings
-
-WHOLE = 0
-"""The one piece of a window that a client trains by itself."""
+from fedbert_ds.wire.messages import ClientSettings, cursor_numbers
 
 
 @dataclass
@@ -32,8 +29,6 @@ class _Window:
     """The text of one window, and counts of its masked tokens."""
 
     batch: Batch
-    cursor: dict[str, int]
-    """The text's position before the batch was drawn, for a checkpoint."""
     all_masked: int = 1
     """M: masked tokens of all clients."""
     masked: int = 0
@@ -53,8 +48,9 @@ class _Piece:
 class ClientTrainer:
     """Answers every server message; holds the client half and the stream of text.
 
-    `send` takes a ClientMessage. `cursor` is where the text of a resumed run goes on, where the
-    server knows it. Raises WireError for a message that does not fit, or a refusal.
+    `send` takes a ClientMessage. The server's first message, and every roll-back, is a Begin: it
+    says which window is next and where the text goes on. Raises WireError for a message that does
+    not fit, or a refusal.
     """
 
     def __init__(
@@ -64,8 +60,6 @@ class ClientTrainer:
         settings: ClientSettings,
         name: str,
         state_folder: Path,
-        first_window: int,
-        cursor: Mapping[str, int] | None,
         device: torch.device,
         send: Callable[[pb.ClientMessage], None],
     ) -> None:
@@ -79,28 +73,17 @@ class ClientTrainer:
         self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
-        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
-        self._next_window = first_window
+        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
+        self._next_window = 0
+        self._awaits_reference = False
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
-        self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
-        if not self._awaits_reference:
-            state = load_state(state_folder, first_window)
-            self._replica.load_state_dict(state)
-            cursor = state["cursor"]
-        if cursor is not None:
-            self._text.load_state_dict(cursor)
-
-    def begin(self) -> None:
-        """Announce the first window, if this client has its state; otherwise wait for the
-        reference.
-        """
-        if not self._awaits_reference:
-            self._announce()
 
     def handle(self, message: pb.ServerMessage) -> None:
         """Answer one message of the server."""
         match message.WhichOneof("body"):
+            case "begin":
+                self._begin(message.begin)
             case "plan":
                 self._plan(message.plan)
             case "open":
@@ -124,6 +107,8 @@ class ClientTrainer:
                 self._send_update(self._replica.whole(message.update_request.window))
             case "finish":
                 self.finish = message.finish
+            case "refused" if message.refused.may_return:
+                raise ConnectionLost(f"the server went on without this client: {message.refused.reason}")
             case "refused":
                 raise WireError(f"the server refused this client: {message.refused.reason}")
             case other:
@@ -133,6 +118,45 @@ class ClientTrainer:
         """Floating-point operations of the client half per token, forward and backward."""
         return self._replica.flops_per_token()
 
+    # -- where to go on ----------------------------------------------------------------------------
+
+    def _begin(self, begin: pb.Begin) -> None:
+        """Forget every window under way, and go on where the server says."""
+        if begin.next_window < begin.window:
+            raise WireError(f"the server goes on with window {begin.next_window} from a state of {begin.window}")
+        self._send(pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt)))
+        self._next_window = begin.next_window
+        self._windows = WindowState(self._strategy, self._staleness, begin.window)
+        self._windows.miss(begin.window, begin.next_window)
+        self._replica.forget_windows()
+        self._text.load_state_dict(cursor_numbers(begin.cursor) if begin.HasField("cursor") else None)
+        self._awaits_reference = begin.reference
+        if begin.reference:
+            return
+        if self._strategy.halves_are_personal:
+            self._replica.load_state_dict(load_state(self._state_folder, begin.window))
+        self._announce()
+
+    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
+        if not self._awaits_reference:
+            raise WireError("the server sent a reference client model to a client that has one")
+        if not self._replica.receive_reference(chunk):
+            return
+        self._awaits_reference = False
+        if self._strategy.halves_are_personal and self._next_window:
+            self._take_personal_parts()
+        self._announce()
+
+    def _take_personal_parts(self) -> None:
+        """In the middle of a run: what the reference does not hold comes from the own folder."""
+        saved = saved_windows(self._state_folder)
+        if saved:
+            self._replica.load_personal_parts(load_state(self._state_folder, saved[-1]))
+            what = f"its own parts and moments as of window {saved[-1]}"
+        else:
+            what = f"no state in {self._state_folder}: its own parts and moments begin anew"
+        print(f"client {self._name}: in at window {self._next_window}, with {what}", flush=True)
+
     # -- a window ----------------------------------------------------------------------------------
 
     def _announce(self) -> None:
@@ -140,32 +164,34 @@ class ClientTrainer:
         window = self._next_window
         if window >= self._settings.windows:
             return
-        cursor = self._text.state_dict()
         batch = self._text.next_batch(window, self._settings.tokens)
-        self._windows.announce(window, _Window(batch, cursor))
+        self._windows.announce(window, _Window(batch))
         _, masked_bounds = bounds(batch)
-        masked = [end - start for start, end in itertools.pairwise(masked_bounds)]
-        self._send(pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=batch.lengths, masked=masked)))
+        manifest = pb.Manifest(
+            window=window,
+            lengths=batch.lengths,
+            masked=[end - start for start, end in itertools.pairwise(masked_bounds)],
+            cursor=pb.Cursor(**self._text.state_dict()),
+        )
+        self._send(pb.ClientMessage(manifest=manifest))
 
     def _plan(self, plan: pb.Plan) -> None:
         if plan.next_window <= plan.window:
             raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
-        if self._strategy.trains_alone:
-            self._windows.plan(plan.window, {WHOLE: _Piece(self._windows.content(plan.window).batch, 0)})
-        elif plan.pieces:
+        if plan.pieces:
             self._windows.plan(plan.window, _cut(self._windows.content(plan.window).batch, plan.pieces))
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces and not self._strategy.trains_alone:
-            self._windows.miss(plan.window, plan.next_window)
-            self._send_activations()
+        # Other windows than its own run without this client; so does one in which it has no piece.
+        self._windows.miss(plan.window + bool(plan.pieces), plan.next_window)
+        self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""
         for window, micro_batch in self._windows.take_sendable():
             if self._strategy.trains_alone:
-                self._train_alone(window)
+                self._train_alone(window, micro_batch)
                 continue
             piece = self._windows.piece(window, micro_batch)
             # With staleness the half may step before the gradient is back: no graph is kept.
@@ -188,7 +214,7 @@ class ClientTrainer:
         torch.manual_seed(seed)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
 
-    def _train_alone(self, number: int) -> None:
+    def _train_alone(self, number: int, piece: int) -> None:
         """Compute a window of the whole model, and report its loss part by part."""
         window = self._windows.content(number)
         seed = ("client dropout", self._settings.seed, self._name, number)
@@ -199,7 +225,7 @@ class ClientTrainer:
             self._send(pb.ClientMessage(trained=report))
         window.masked = len(window.batch.labels)
         window.all_masked = max(1, window.masked)
-        self._windows.finish(number, WHOLE)
+        self._windows.finish(number, piece)
         self._finish_window(number)
 
     def _head(self, message: pb.Hidden) -> None:
@@ -248,27 +274,12 @@ class ClientTrainer:
         for chunk in chunks:
             self._send(pb.ClientMessage(update=chunk))
 
-    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
-        if not self._awaits_reference:
-            raise WireError("the server sent a reference client model to a client that has one")
-        if self._replica.receive_reference(chunk):
-            self._awaits_reference = False
-            self._announce()
-
     def _save(self, window: int) -> None:
         if window > self._windows.applied and self._strategy.needs_every_window:
             raise WireError(f"the server saves window {window}, this client is at {self._windows.applied}")
-        # Batches are drawn ahead.
-        ahead = self._windows.first_content(window)
-        cursor = self._text.state_dict() if ahead is None else ahead.cursor
         if self._strategy.halves_are_personal:
-            save_state(self._state_folder, window, {**self._replica.state_dict(), "cursor": cursor})
-        saved = pb.Saved(
-            window=window,
-            peak_memory_bytes=peak_memory_bytes(),
-            flops_per_token=self.flops_per_token(),
-            cursor=pb.Cursor(**cursor),
-        )
+            save_state(self._state_folder, window, self._replica.state_dict())
+        saved = pb.Saved(window=window, peak_memory_bytes=peak_memory_bytes(), flops_per_token=self.flops_per_token())
         self._send(pb.ClientMessage(saved=saved))
 
 

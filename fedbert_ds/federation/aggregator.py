@@ -106,6 +106,7 @@ class Aggregator:
 
     def load(self, reference: Reference) -> None:
         """Go on from a checkpoint's reference."""
+        self._settled_weights()
         self._take_over(reference.weights)
         state = {name: dict(values) for name, values in reference.optimizer.items()}
         owed = {name: values.pop(OWED) for name, values in state.items() if OWED in values}

@@ -82,9 +82,20 @@ class RankStatus:
     """Masked tokens of the next window on this rank."""
     demand: Demand
     clients: frozenset[str]
+    """Connected clients."""
+    active: frozenset[str]
+    """Those that are not suspended."""
     stop: bool
     problems: tuple[str, ...]
     """Every problem with clients so far, a sentence each."""
     new_problems: tuple[str, ...]
     """Problems of the window that has just ended."""
     tally: Tally = field(default_factory=Tally)
+    absent: frozenset[str] = frozenset()
+    """Clients of this rank without which no window may begin."""
+    detached: frozenset[str] = frozenset()
+    """Clients of this rank that have lost their connection and may still come back to it."""
+    is_asked: bool = False
+    """This rank has heard clients that want to join."""
+    has_given_up: bool = False
+    """This rank has waited for clients for `clients.join_timeout`."""

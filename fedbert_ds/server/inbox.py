@@ -12,6 +12,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Arrived, Contract
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
@@ -19,7 +20,7 @@ from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
 from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
-from fedbert_ds.wire.messages import checked_manifest
+from fedbert_ds.wire.messages import checked_manifest, cursor_numbers
 
 
 class Inbox:
@@ -29,10 +30,16 @@ class Inbox:
     """
 
     def __init__(
-        self, queue: PipelineQueue, exchange: UpdateExchange, contract: Contract, tokens: Mapping[str, int]
+        self,
+        queue: PipelineQueue,
+        exchange: UpdateExchange,
+        cursors: Cursors,
+        contract: Contract,
+        tokens: Mapping[str, int],
     ) -> None:
         self._queue = queue
         self._exchange = exchange
+        self._cursors = cursors
         self._contract = contract
         self._tokens = tokens
         """Tokens of each client in a window."""
@@ -83,6 +90,14 @@ class Inbox:
         self.reports.drop(client)
         self.collected.pop(client, None)
 
+    def roll_back(self) -> None:
+        """Drop every message about a window that is not trained."""
+        self._activations.clear()
+        self._gradients.clear()
+        self._assemblers.clear()
+        self.reports = Reports()
+        self.begin()
+
     def drop_activations(self, client: str) -> None:
         """Drop those activations of a client that no forward has taken."""
         self._activations = {key: value for key, value in self._activations.items() if key[1] != client}
@@ -101,7 +116,10 @@ class Inbox:
         match message.WhichOneof("body"):
             case "manifest":
                 longest = self._contract.longest_sequence
-                return self._queue.manifest(checked_manifest(client, message.manifest, longest, self._tokens[client]))
+                manifest = checked_manifest(client, message.manifest, longest, self._tokens[client])
+                is_in_time = self._queue.manifest(manifest)
+                self._cursors.announce(client, manifest.window, cursor_numbers(message.manifest.cursor))
+                return is_in_time
             case "activations":
                 self._receive_activations(client, message.activations, tensor)
             case "gradient":

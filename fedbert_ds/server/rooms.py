@@ -14,15 +14,16 @@ from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Start
+from fedbert_ds.server.admission import Members
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
 from fedbert_ds.server.network.decoding import DecodedEvent
-from fedbert_ds.server.network.events import RankEndpoint
+from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
@@ -42,8 +43,7 @@ class Rooms:
     strategy: Strategy
     staleness: int
     """Windows that a client may begin before earlier updates are combined."""
-    seated: frozenset[str]
-    """Clients with a seat at this rank."""
+    members: Members
     engine: BodyEngine
     rank_group: RankGroup
     stop: StopFlag
@@ -51,6 +51,7 @@ class Rooms:
     queue: PipelineQueue
     exchange: UpdateExchange
     aggregator: Aggregator
+    cursors: Cursors
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -66,17 +67,20 @@ def build_rooms(
     aggregator: Aggregator,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
-    start: Start,
+    members: Members,
+    first_window: int,
+    on_join: Callable[[JoinAsked | JoinAbandoned], None],
     stop: StopFlag,
     trace: Trace,
 ) -> Rooms:
-    """Build the rooms of this rank, for the clients that `start` seats here.
+    """Build the rooms of this rank, for the clients among `members` that have a seat here.
 
-    `take_event(seconds)` returns the endpoint's events, decoded.
+    `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
     """
     strategy = strategy_of(config.federation, config.wire, config.cut)
-    tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
-    queue = _queue(config, strategy, engine.lockstep_forwards, start.first_window)
+    waits = config.clients.on_loss == "wait"
+    queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
+    cursors = Cursors({})
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
     def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
@@ -87,27 +91,31 @@ def build_rooms(
         return aggregator.answer(result) if average else result
 
     exchange = UpdateExchange(combined)
-    inbox = Inbox(queue, exchange, contract, tokens)
+    inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)
-    membership = Membership(queue, exchange, inbox, outbox, endpoint.revoke)
+    membership = Membership(queue, exchange, inbox, cursors, outbox, endpoint.revoke, waits)
     service = ClientService(
         queue,
         inbox,
         exchange,
         membership,
+        cursors,
         outbox,
         take_event,
+        on_join,
+        members.has_state,
         trace,
         aggregator,
         contract.update_codec,
         config.wire.is_compressed,
-        holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
+        holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
+        shares_moments=not strategy.halves_are_personal,
     )
     return Rooms(
         contract=contract,
         strategy=strategy,
         staleness=config.federation.staleness,
-        seated=frozenset(tokens),
+        members=members,
         engine=engine,
         rank_group=rank_group,
         stop=stop,
@@ -115,6 +123,7 @@ def build_rooms(
         queue=queue,
         exchange=exchange,
         aggregator=aggregator,
+        cursors=cursors,
         inbox=inbox,
         outbox=outbox,
         membership=membership,
@@ -125,11 +134,14 @@ def build_rooms(
     )
 
 
-def _queue(config: RunConfig, strategy: Strategy, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(
+    config: RunConfig, strategy: Strategy, lockstep_forwards: bool, members: Members, first_window: int
+) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
-    # Under `order: fixed` nothing may depend on the clock.
-    answer_times = None if window.order == "fixed" else AnswerTimes()
+    # Under `order: fixed` nothing may depend on the clock, and a run that waits leaves nobody out.
+    leaves_out = window.order != "fixed" and config.clients.on_loss == "continue"
+    answer_times = AnswerTimes() if leaves_out else None
     packing: Pack = partial(
         pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch
     )
@@ -142,6 +154,7 @@ def _queue(config: RunConfig, strategy: Strategy, lockstep_forwards: bool, first
         config.run.windows,
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+        takes_part=members.sampler.takes_part,
     )
 
 

@@ -82,10 +82,35 @@ class RunReporter:
         rate = config.optimizer.learning_rate(window, config.run.windows)
         metrics = window_metrics(window, statuses, seconds, capacity, rate)
         self._log.append(metrics)
-        for status in statuses:
-            for problem in status.new_problems:
-                self._progress.note(f"warning {problem}")
+        self._tell_problems(statuses)
         self._progress.update(metrics)
+
+    def waits(self, statuses: Sequence[RankStatus]) -> None:
+        """Say for whom the run waits. Does nothing outside `following`."""
+        if self._progress is None:
+            return
+        self._tell_problems(statuses)
+        clients = self._config.clients
+        absent = sorted(client for status in statuses for client in status.absent)
+        if absent:
+            self._progress.note(f"waiting for {', '.join(absent)}, {clients.join_timeout:.0f} s at most")
+        else:
+            here = sum(len(status.clients) for status in statuses)
+            self._progress.note(
+                f"waiting for clients, {clients.join_timeout:.0f} s at most: {here} are here, {clients.required} are "
+                "needed (clients.minimum)"
+            )
+
+    def _tell_problems(self, statuses: Sequence[RankStatus]) -> None:
+        if self._progress is not None:
+            for status in statuses:
+                for problem in status.new_problems:
+                    self._progress.note(f"warning {problem}")
+
+    def roll_back(self, window: int) -> None:
+        """Forget the windows from `window` on: they run again. Does nothing outside `following`."""
+        if self._log is not None:
+            self._log.roll_back(window)
 
     def facts(self) -> dict[str, str]:
         """Versions, machine, model and duration: the first rows of the report's table."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.reference import to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.architecture import longest_sequence
@@ -23,10 +21,10 @@ from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Joins, fill, start_of, welcome_all
+from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, fill, start_of
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
-from fedbert_ds.server.checkpoint import Checkpoints, Cursors, read_client_model
+from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
@@ -34,6 +32,7 @@ from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import RankEndpoint
+from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
@@ -88,7 +87,9 @@ def serve(config: RunConfig, resume: bool) -> int:
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
+        participants = rule.num_participants(config.clients.expected)
+        is_first = ranks.rank == 0
+        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window, participants) if is_first else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         aggregator = Aggregator(
@@ -99,27 +100,56 @@ def serve(config: RunConfig, resume: bool) -> int:
             rule_of(config.federation),
         )
         del half  # the aggregator has its own copy
+        members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
+        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config))
+        reception = None
+        if ranks.rank == 0:
+            reception = Reception(
+                joins.expectation,
+                invitation,
+                members,
+                joins.shard_sizes,
+                ranks.world_size,
+                config.clients.most,
+                rule,
+            )
         rooms = build_rooms(
-            config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
+            config,
+            contract,
+            engine,
+            endpoint,
+            aggregator,
+            decoding.next_event,
+            ranks,
+            members,
+            start.first_window,
+            reception.hear if reception is not None else no_joins_here,
+            stop,
+            trace,
         )
         at_end.callback(decoding.stop)
         at_end.callback(rooms.service.settle)
-        endpoint.admit({client: start.seats[client].session for client in rooms.seated})
+        endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
-        cursors: Cursors = {}
+        checkpoints = Checkpoints(rooms, folder.checkpoints)
         if start.first_window:
-            engine.load(folder.checkpoints.path, start.first_window)
-            cursors = _load(aggregator, folder.checkpoints.client_model(start.first_window))
+            checkpoints.load(start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
-            welcome_all(joins, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
-        limits = _fixed_limits(config)
-        rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
-        # Clients of a resumed run that have states of their own begin with these.
-        begins_with_reference = not (start.first_window and rule.halves_are_personal)
-        rank.connect(to_bytes(aggregator.reference()) if begins_with_reference else None, clients.check)
-        checkpoints = Checkpoints(rooms, folder.checkpoints, cursors)
+            for client, seat in start.seats.items():
+                joins.welcome(client, invitation.to(seat))
+        rank = RankServer(
+            rooms,
+            config.run,
+            config.clients,
+            config.optimizer,
+            _fixed_limits(config),
+            start.first_window,
+            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks),
+            clients.revive if config.clients.on_loss == "wait" else clients.check,
+        )
+        rank.connect()
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
@@ -206,13 +236,6 @@ def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: 
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
 
 
-def _load(aggregator: Aggregator, path: Path) -> Cursors:
-    """Take the reference of a checkpoint over; returns where each client stands in its text."""
-    reference, cursors = read_client_model(path, aggregator.shapes)
-    aggregator.load(reference)
-    return cursors
-
-
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:
     fixed = config.window.micro_batches_in_flight
     return None if fixed == "auto" else InFlightLimits(fixed, fixed)
@@ -222,7 +245,7 @@ def _train(
     rank: RankServer, reporter: RunReporter, checkpoints: Checkpoints, rooms: Rooms, clients: LocalClients
 ) -> int:
     try:
-        return rank.train(reporter.window, checkpoints.save)
+        return rank.train(reporter.window, checkpoints, reporter.roll_back, reporter.waits)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))

@@ -29,7 +29,7 @@ class ClientSettings(Section):
     seed: int
     windows: int
     tokens: int
-    """Tokens this client brings to a window."""
+    """Tokens this client brings to a window that it takes part in."""
     tokens_per_micro_batch: int
     """Most tokens that it computes at once with `cut: whole`, unless one sequence is longer."""
     sequences: SequenceSection
@@ -120,4 +120,7 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
         raise WireError(f"{who}: more masked tokens than tokens")
     if sum(lengths) > limit:
         raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {limit}")
+    cursor = message.cursor
+    if not 0 <= cursor.position <= cursor.sequences:
+        raise WireError(f"{who}: a cursor at sequence {cursor.position} of {cursor.sequences}")
     return Manifest(client, message.window, lengths, masked)

@@ -128,7 +128,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
         "wire.activations: input should be 'fp32', 'bf16', 'fp8_e4m3', 'fp8_e5m2', 'int8', 'int8_group' or "
         "'int4_hadamard'",
     ),
-    ({"federation": {"mode": "sync"}}, "federation.mode: input should be 'synchronous' or 'parallel'"),
+    ({"federation": {"mode": "sync"}}, "federation.mode: input should be 'synchronous', 'parallel' or 'sequential'"),
+    ({"federation": {"participants": 0}}, "federation.participants: must be all or a number of clients, at least 1"),
+    ({"federation": {"participants": "some"}},
+     "federation.participants: must be all or a number of clients, at least 1"),
     (
         {"federation": {"mode": "parallel", "server_optimizer": "sgd"}},
         "federation.server_optimizer: input should be 'none', 'momentum', 'adam', 'yogi' or 'nesterov'",
@@ -158,6 +161,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "federation: server_tau is for server_optimizer: adam or yogi; remove it or change server_optimizer"),
     ({"federation": {"mode": "parallel", "proximal": -0.1}},
      "federation.proximal: input should be greater than or equal to 0"),
+    ({"federation": {"participants": 5}, "clients": {"expected": 4}},
+     "federation.participants 5 is above clients.expected 4; lower it or say all"),
+    ({"federation": {"mode": "sequential", "participants": 2}},
+     "federation: participants is for mode: synchronous or parallel; remove it or change mode"),
+    ({"federation": {"mode": "sequential", "average_every": 7}, "run": {"windows": 600}},
+     "run.windows 600 ends in the middle of a turn of federation.average_every 7 windows; make it a multiple"),
+    ({"federation": {"mode": "sequential", "staleness": 1}},
+     "federation: staleness 1 would let a client begin its turn or round without the weights of the one before; "
+     "set it to 0"),
+    ({"federation": {"mode": "parallel", "participants": 2, "staleness": 1}},
+     "federation: staleness 1 would let a client begin its turn or round without the weights of the one before; "
+     "set it to 0"),
     ({"clients": {"expected": 4, "minimum": 5}}, "clients: minimum 5 is above expected 4; lower it"),
     ({"clients": {"expected": 2, "local": 3}}, "clients: local 3 is above expected 2; raise expected"),
     ({"data": {"sequence_length": 128}, "window": {"tokens_per_micro_batch": 127}},

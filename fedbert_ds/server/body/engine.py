@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -154,6 +155,28 @@ class BodyEngine:
         self._clipping.client_norm = client_norm
         self._engine.step()
         return self._clipping.scale
+
+    def drop_gradients(self) -> None:
+        """Forget what the backwards since the last `step` have accumulated; all ranks together.
+
+        DeepSpeed has no call for that. It does the same when a gradient is not finite.
+        """
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            self._engine.zero_grad()
+            if hasattr(optimizer, "clear_hp_grads"):  # bf16, with fp32 sums of its own
+                optimizer.zero_grad()
+        elif self._stage == 3:
+            optimizer._pre_step()
+            optimizer._partition_all_parameters()
+            optimizer._overflow_clean_up(optimizer.loss_scale)
+        else:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+            optimizer.zero_grad(set_to_none=True)
+            optimizer._release_preflattened_grad_buffers()
+            for number in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[number] = None
+                optimizer.all_grad_tensors[number] = None
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """One unused token, so that a rank without work still runs the collectives."""

@@ -40,6 +40,7 @@ class FakeClient:
         config: RunConfig,
         lengths: tuple[int, ...] = (3, 5, 2, 4),
         alter: Alter = lambda number, message: [message],
+        own_window: int = 0,
     ) -> None:
         self.name = name
         self.lengths = lengths
@@ -59,6 +60,8 @@ class FakeClient:
         self._config = config
         self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._alter = alter
+        self._own_window = own_window
+        """The first window that it takes part in."""
         self._sent = itertools.count()
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)
         self._gradients: dict[int, Tensor] = {}
@@ -94,7 +97,8 @@ class FakeClient:
             case "reference":
                 if (reference := self._reference.add(message.reference)) is not None:
                     self.updates.append(reference.weights)
-                    answers += self.manifest(0)
+                    answers += self.manifest(self._own_window)
+                    self._miss(0, self._own_window)
             case "update":
                 if (complete := self._assembler.add(message.update)) is not None:
                     answers += self._take_update(message.update.window, dict(complete.tensors))
@@ -115,15 +119,15 @@ class FakeClient:
         return torch.randn(count, WIDTH, generator=random)
 
     def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
-        if self._strategy.trains_alone:
-            self._windows.plan(plan.window, {0: pb.Piece(num_sequences=len(self.lengths))})
-        elif plan.pieces:
+        if plan.pieces:
             self._windows.plan(plan.window, {piece.micro_batch: piece for piece in plan.pieces})
         answers = self.manifest(plan.next_window)
-        if not plan.pieces and not self._strategy.trains_alone:
-            self.missed += range(plan.window, plan.next_window)
-            self._windows.miss(plan.window, plan.next_window)
+        self._miss(plan.window + bool(plan.pieces), plan.next_window)
         return answers + self._activations_due()
+
+    def _miss(self, first: int, next_window: int) -> None:
+        self.missed += range(first, next_window)
+        self._windows.miss(first, next_window)
 
     def _activations_due(self) -> list[pb.ClientMessage]:
         if self._strategy.trains_alone:

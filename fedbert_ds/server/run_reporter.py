@@ -58,7 +58,8 @@ class RunReporter:
         if remote:
             print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH --id NAME")
         if config.server.tls is None and config.server.host not in ("127.0.0.1", "localhost", "::1"):
-            print("warning server.tls is not set: activations cross the network in the clear")
+            what = "activations" if self._body_parameters is not None else "changes of weights"
+            print(f"warning server.tls is not set: {what} cross the network in the clear")
         sys.stdout.flush()
 
     @contextmanager

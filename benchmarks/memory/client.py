@@ -18,6 +18,7 @@ from typing import Any
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.process import address_of
+from fedbert_ds.client.footprint import leave_out_unused, return_large_blocks
 from fedbert_ds.errors import RunError, one_line_errors
 
 PHASE_OF = {
@@ -47,14 +48,14 @@ class Phases:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens in this block counts for `name`."""
-        outer = self._enter(name)
+        outer = self.enter(name)
         try:
             yield
         finally:
-            self._enter(outer)
+            self.enter(outer)
 
-    def _enter(self, name: str) -> str:
-        """Count until now for the current phase; returns it."""
+    def enter(self, name: str) -> str:
+        """From here on memory counts for `name`; returns the phase that ends."""
         left, self._current = self._current, name
         self.peaks[left] = max(self.peaks.get(left, 0), resident_bytes("VmHWM"))
         RESET.write_text("5")
@@ -79,7 +80,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     phases = Phases()
-
+    # As `fedbert-ds client` begins.
+    leave_out_unused()
+    return_large_blocks()
     from fedbert_ds.client import session, trainer
     from fedbert_ds.federation.half_optimizer import HalfOptimizer
 
@@ -93,18 +96,25 @@ def main() -> None:
     handle = trainer.ClientTrainer.handle
     trainer.ClientTrainer.handle = counted(handle, lambda _, m: PHASE_OF.get(m.WhichOneof("body"), "other"))  # type: ignore[method-assign]
     HalfOptimizer.step = counted(HalfOptimizer.step, lambda *_: "optimizer step")  # type: ignore[method-assign]
-    session.ServerStream.receive = counted(session.ServerStream.receive, lambda _: "between")  # type: ignore[method-assign]
+    begin = trainer.ClientTrainer.begin
+
+    def begun(client: trainer.ClientTrainer) -> None:
+        begin(client)
+        phases.enter("between")
+
+    trainer.ClientTrainer.begin = begun  # type: ignore[method-assign]
     server = address_of(options.server)
-    with phases.phase("start"):
-        exit_code = session.run_client(
-            session.ClientOptions(
-                server=server,
-                data=(options.data,),
-                name="measured",
-                state_folder=options.state,
-                device="cpu",
-            )
+    phases.enter("start")
+    exit_code = session.run_client(
+        session.ClientOptions(
+            server=server,
+            data=(options.data,),
+            name="measured",
+            state_folder=options.state,
+            device="cpu",
         )
+    )
+    phases.enter("end")
     write_text(options.out, json.dumps(phases.peaks))
     sys.exit(exit_code)
 

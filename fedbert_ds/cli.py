@@ -49,7 +49,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
-    parser.add_argument("--cut", metavar="CUT", help="insist on this cut: embeddings, rows or layers:K (default: any)")
+    parser.add_argument(
+        "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -96,11 +98,12 @@ def _cut(text: str) -> Cut:
     from fedbert_ds.config import LayersCut
 
     kind, _, layers = text.partition(":")
-    if text in ("embeddings", "rows"):
-        return "rows" if text == "rows" else "embeddings"
+    names: dict[str, Cut] = {"embeddings": "embeddings", "rows": "rows", "whole": "whole"}
+    if text in names:
+        return names[text]
     if kind == "layers" and layers.isdecimal() and int(layers) > 0:
         return LayersCut(layers=int(layers))
-    raise ConfigError(f"--cut {text}: choose embeddings, rows or layers:K")
+    raise ConfigError(f"--cut {text}: choose embeddings, rows, whole or layers:K")
 
 
 def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state, saved_windows
+from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import ConnectionLost, WireError
@@ -69,11 +70,11 @@ class ClientTrainer:
         self._state_folder = state_folder
         self._device = device
         self._send = send
-        self._strategy = strategy_of(settings.federation, settings.wire)
+        self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
         self._replica = Replica(self._half, settings)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
-        self._next_window = self._attempt = 0
+        self._next_window = 0
         self._awaits_reference = False
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
@@ -123,7 +124,8 @@ class ClientTrainer:
         """Forget every window under way, and go on where the server says."""
         if begin.next_window < begin.window:
             raise WireError(f"the server goes on with window {begin.next_window} from a state of {begin.window}")
-        self._attempt, self._next_window = begin.attempt, begin.next_window
+        self._send(pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt)))
+        self._next_window = begin.next_window
         self._windows = WindowState(self._strategy, self._staleness, begin.window)
         self._windows.miss(begin.window, begin.next_window)
         self._replica.forget_windows()
@@ -164,9 +166,8 @@ class ClientTrainer:
             return
         batch = self._text.next_batch(window, self._settings.tokens)
         self._windows.announce(window, _Window(batch))
-        _, masked_bounds = _bounds(batch)
+        _, masked_bounds = bounds(batch)
         manifest = pb.Manifest(
-            attempt=self._attempt,
             window=window,
             lengths=batch.lengths,
             masked=[end - start for start, end in itertools.pairwise(masked_bounds)],
@@ -182,13 +183,16 @@ class ClientTrainer:
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces:
-            self._windows.miss(plan.window, plan.next_window)
-            self._send_activations()
+        # Other windows than its own run without this client; so does one in which it has no piece.
+        self._windows.miss(plan.window + bool(plan.pieces), plan.next_window)
+        self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""
         for window, micro_batch in self._windows.take_sendable():
+            if self._strategy.trains_alone:
+                self._train_alone(window, micro_batch)
+                continue
             piece = self._windows.piece(window, micro_batch)
             # With staleness the half may step before the gradient is back: no graph is kept.
             with torch.set_grad_enabled(not self._staleness):
@@ -209,6 +213,20 @@ class ClientTrainer:
         seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
         torch.manual_seed(seed)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
+
+    def _train_alone(self, number: int, piece: int) -> None:
+        """Compute a window of the whole model, and report its loss part by part."""
+        window = self._windows.content(number)
+        seed = ("client dropout", self._settings.seed, self._name, number)
+        for part in train_window(self._half, window.batch, self._settings.tokens_per_micro_batch, seed, self._device):
+            report = pb.Trained(
+                window=number, loss_sum=part.loss_sum, masked_tokens=part.masked_tokens, last=part.is_last
+            )
+            self._send(pb.ClientMessage(trained=report))
+        window.masked = len(window.batch.labels)
+        window.all_masked = max(1, window.masked)
+        self._windows.finish(number, piece)
+        self._finish_window(number)
 
     def _head(self, message: pb.Hidden) -> None:
         window = self._windows.content(message.window)
@@ -265,28 +283,14 @@ class ClientTrainer:
         self._send(pb.ClientMessage(saved=saved))
 
 
-def _bounds(batch: Batch) -> tuple[list[int], list[int]]:
-    """[sequences + 1] bounds of the sequences, in the batch's tokens and masked positions."""
-    tokens = torch.tensor([0, *batch.lengths]).cumsum(0)
-    return tokens.tolist(), torch.searchsorted(batch.masked_positions, tokens).tolist()
-
-
 def _cut(batch: Batch, pieces: Iterable[pb.Piece]) -> dict[int, _Piece]:
     """This client's parts of micro-batches; WireError for sequences the batch does not have."""
-    tokens, masked = _bounds(batch)
     parts = {}
     for piece in pieces:
         first, last = piece.first_sequence, piece.first_sequence + piece.num_sequences
-        if not first < last < len(tokens):
+        if not first < last <= len(batch.lengths):
             raise WireError(f"the server plans sequences {first} to {last} of {len(batch.lengths)}")
-        positions = slice(masked[first], masked[last])
-        part = Batch(
-            input_ids=batch.input_ids[tokens[first] : tokens[last]],
-            lengths=batch.lengths[first:last],
-            masked_positions=batch.masked_positions[positions] - tokens[first],
-            labels=batch.labels[positions],
-        )
-        parts[piece.micro_batch] = _Piece(part, first)
+        parts[piece.micro_batch] = _Piece(sequences(batch, first, last), first)
     return parts
 
 

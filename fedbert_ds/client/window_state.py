@@ -64,7 +64,8 @@ class WindowState(Generic[Content, Piece]):
         self._window(window).pending.update(pieces)
 
     def miss(self, first: int, next_window: int) -> None:
-        """This client was suspended: windows `first` to `next_window` - 1 run without it.
+        """Windows `first` to `next_window` - 1 run without this client: it was suspended, or has no
+        part in them.
 
         Windows without an exchange are over for it. Combined updates go to every client, so a
         window with an exchange is applied when its update comes, before or after this call.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
 from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
@@ -41,7 +42,7 @@ class Seat:
     rank: int
     session: str
     tokens: int
-    """Tokens of the client in each window."""
+    """Tokens of the client in each window that it takes part in."""
     saved_windows: frozenset[int] = frozenset()
     """Windows whose state the client has kept itself."""
 
@@ -55,15 +56,20 @@ class Start:
 
 
 class Members:
-    """Everybody who has a seat, here or away; the same on every rank."""
+    """Everybody who has a seat, here or away, and who takes part; the same on every rank."""
 
-    def __init__(self, seats: Mapping[str, Seat]) -> None:
+    def __init__(self, seats: Mapping[str, Seat], sampler: Sampler) -> None:
         self.seats = dict(seats)
+        self.sampler = sampler
         self.tokens = {client: seat.tokens for client, seat in self.seats.items()}
         """Tokens of each client in a window."""
 
-    def admit(self, seats: Mapping[str, Seat]) -> None:
-        """Give seats to newcomers, or new sessions to members that come back."""
+    def admit(self, seats: Mapping[str, Seat], first_window: int) -> None:
+        """Give seats to newcomers, which count from `first_window` on, or new sessions to members
+        that come back.
+        """
+        for client in sorted(seats.keys() - self.seats.keys()):
+            self.sampler.admit(client, first_window)
         self.seats.update(seats)
         self.tokens.update({client: seat.tokens for client, seat in seats.items()})
 
@@ -132,12 +138,15 @@ class Joins:
         """Characters of each client's text."""
         return {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
 
-    def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
-        """A rank, a session and a share of the window for each client.
+    def seats(
+        self, world_size: int, window_tokens: int, share: str, participants: int | None = None
+    ) -> dict[str, Seat]:
+        """A rank, a session and a share of the window for each client; `participants` of them take
+        part at a time, or all.
 
         Ranks and shares depend on names and text sizes alone.
         """
-        shares = window_shares(self.shard_sizes, window_tokens, share)
+        shares = window_shares(self.shard_sizes, window_tokens, share, participants)
         ranks = assign_clients(shares, world_size)
         return {
             client: Seat(ranks[client], new_session(), shares[client], self._own_states(hello))
@@ -225,9 +234,11 @@ def fill(
             raise error
 
 
-def start_of(joins: Joins, world_size: int, window: WindowSection) -> Start:
-    """The first window and every client's seat."""
-    return Start(joins.seats(world_size, window.tokens, window.share), joins.first_window())
+def start_of(joins: Joins, world_size: int, window: WindowSection, participants: int | None = None) -> Start:
+    """The first window and every client's seat, where `participants` of them, or all, take part at
+    a time.
+    """
+    return Start(joins.seats(world_size, window.tokens, window.share, participants), joins.first_window())
 
 
 @dataclass(frozen=True)
@@ -245,7 +256,13 @@ class Invitation:
         """The answer to the Join of a client with this seat."""
         config = self.config
         settings = client_settings(
-            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+            config.run,
+            config.data,
+            config.optimizer,
+            config.federation,
+            config.wire,
+            seat.tokens,
+            config.window.tokens_per_micro_batch,
         )
         return pb.Welcome(
             endpoint=self.endpoints[seat.rank],

@@ -32,6 +32,7 @@ from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Susp
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import Manifest
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -87,7 +88,7 @@ class ClientService:
         self._attempt = 0
         """How often windows were rolled back."""
         self._rolled_back: set[str] = set()
-        """Clients that have not announced a window since."""
+        """Clients that have not heard of the last time."""
         self._reference: tuple[int, bytes] | None = None
         """The reference's version and bytes, as clients last got them."""
         self.plans: dict[int, Plan] = {}
@@ -150,6 +151,9 @@ class ClientService:
                     for piece in micro_batch.pieces:
                         span = {"first_sequence": piece.first_sequence, "num_sequences": piece.num_sequences}
                         pieces[piece.client].append(pb.Piece(micro_batch=micro_batch.index, **span))
+                if not plan.micro_batches:  # each client trains its whole batch by itself
+                    for manifest in plan.manifests:
+                        pieces[manifest.client] = [pb.Piece(num_sequences=len(manifest.lengths))]
                 for client in [*pieces, *sorted(plan.suspended)]:
                     self._tell_plan(client, plan.window, pieces.get(client, []))
             case Open(window, index, opened):
@@ -206,6 +210,16 @@ class ClientService:
                 self._send_begin(client, window, with_reference=False)
             else:
                 self._begin(client)
+
+    def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
+        """Tell the clients of a window that they may train it by themselves; returns those here."""
+        taking_part = [manifest for manifest in manifests if manifest.client in self._queue.active]
+        clients = frozenset(manifest.client for manifest in taking_part)
+        self._inbox.reports.begin(window, taking_part)
+        for client in sorted(clients):
+            self._outbox.send(client, pb.ServerMessage(open=pb.Open(window=window)))
+        self.await_answers(clients, Question("trained", window))
+        return clients
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
         """Start the clocks of a question to these clients. One silent for too long is gone."""
@@ -265,13 +279,12 @@ class ClientService:
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
     def _is_of_another_attempt(self, client: str, message: pb.ClientMessage) -> bool:
-        """A client sent this before it heard that windows are rolled back."""
-        if client not in self._rolled_back:
-            return False
-        if message.HasField("manifest") and message.manifest.attempt == self._attempt:
-            self._rolled_back.remove(client)
-            return False
-        return True
+        """A client sent this before it heard of the last roll-back, or to say that it has."""
+        if message.HasField("begun"):
+            if message.begun.attempt == self._attempt:
+                self._rolled_back.discard(client)
+            return True
+        return client in self._rolled_back
 
     def _begin(self, client: str) -> None:
         """Tell a client where to go on: with its own state, if it has the one, or the reference."""
@@ -292,12 +305,12 @@ class ClientService:
         begin = pb.Begin(
             attempt=self._attempt,
             window=window,
-            next_window=self._queue.next_window,
+            next_window=self._queue.roster.next_window_of(client),
             cursor=pb.Cursor(**cursor) if cursor is not None else None,
             reference=with_reference,
         )
         self._outbox.send(client, pb.ServerMessage(begin=begin))
 
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
-        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.roster.next_window_of(client))
         self._outbox.send(client, pb.ServerMessage(plan=plan))

@@ -16,7 +16,8 @@ from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
+from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
 from fedbert_ds.wire.messages import checked_manifest, cursor_numbers
@@ -46,6 +47,8 @@ class Inbox:
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
+        self.reports = Reports()
+        """Of clients that train by themselves."""
         self.collected: dict[str, ClientUpdate] = {}
         """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
@@ -84,6 +87,7 @@ class Inbox:
         self.drop_activations(client)
         # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
+        self.reports.drop(client)
         self.collected.pop(client, None)
 
     def roll_back(self) -> None:
@@ -91,6 +95,7 @@ class Inbox:
         self._activations.clear()
         self._gradients.clear()
         self._assemblers.clear()
+        self.reports = Reports()
         self.begin()
 
     def drop_activations(self, client: str) -> None:
@@ -122,6 +127,13 @@ class Inbox:
             case "update":
                 self.update_bytes += message.ByteSize()
                 self._receive_update(client, message.update, now)
+            case "trained":
+                question = Question("trained", message.trained.window)
+                is_last = self.reports.receive(client, message.trained)
+                note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
+                note(client, question, now)
+                # It comes to its next manifest once this window is trained.
+                self._queue.deadlines.progress(client, MANIFEST, now)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:

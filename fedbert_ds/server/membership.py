@@ -48,6 +48,8 @@ class Membership:
     def join(self, client: str, now: float, is_awaited: bool = True) -> None:
         """A client opened its stream. Windows do not wait for one that comes while they run."""
         self._queue.join(client, now, is_awaited)
+        if client in self.absent or not is_awaited:
+            self.problems.append(f"client {client} has joined the run that is under way")
         self.absent.discard(client)
 
     def disconnect(self, client: str) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.strategy import Strategy
 from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat, check_hello, new_session
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.membership import Membership
@@ -55,7 +56,7 @@ class Reception:
     shard_sizes: dict[str, int]
     world_size: int
     most_clients: int
-    keeps_states: bool
+    strategy: Strategy
     _joins: dict[str, _Join] = field(default_factory=dict)
 
     def hear(self, event: JoinAsked | JoinAbandoned) -> None:
@@ -106,13 +107,14 @@ class Reception:
 
     def _seat(self, hello: pb.Hello) -> Seat:
         """The seat a member had; for a new client one at the rank with the fewest tokens."""
-        states = frozenset(hello.saved_windows) if self.keeps_states else frozenset()
+        states = frozenset(hello.saved_windows) if self.strategy.halves_are_personal else frozenset()
         before = self.members.seats.get(hello.client)
         if before is not None:
             return Seat(before.rank, new_session(), before.tokens, states)
         self.shard_sizes[hello.client] = hello.shard_characters
         window = self.invitation.config.window
-        tokens = window_shares(self.shard_sizes, window.tokens, window.share)[hello.client]
+        participants = self.strategy.num_participants(len(self.shard_sizes))
+        tokens = window_shares(self.shard_sizes, window.tokens, window.share, participants)[hello.client]
         loads = [sum(self.members.tokens[client] for client in self.members.at(n)) for n in range(self.world_size)]
         return Seat(loads.index(min(loads)), new_session(), tokens, states)
 
@@ -149,8 +151,11 @@ class Newcomers:
         """This rank has heard joins that are not answered."""
         return self._reception is not None and self._reception.is_asked
 
-    def let_in(self, statuses: Sequence[RankStatus]) -> None:
-        """Decide about the joins so far and carry it out. All ranks call it, with equal statuses."""
+    def let_in(self, statuses: Sequence[RankStatus], window: int) -> None:
+        """Decide about the joins so far and act on it. All ranks call it, with equal statuses.
+
+        New clients count from `window` on, which no rank has planned yet.
+        """
         if not any(status.is_asked for status in statuses):
             return
         decided = None
@@ -160,7 +165,7 @@ class Newcomers:
             decided = self._reception.decide(connected, detached, time.monotonic())
         admissions = self._rank_group.broadcast(decided)
         here = self._rank_group.rank
-        self._members.admit(admissions.seats)
+        self._members.admit(admissions.seats, window)
         for client in sorted(admissions.evicted & self._members.at(here)):
             self._membership.evict(client)
         self._admit({client: seat.session for client, seat in admissions.seats.items() if seat.rank == here})

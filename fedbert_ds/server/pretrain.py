@@ -32,12 +32,17 @@ def main() -> None:
     rank = int(os.environ.setdefault("RANK", "0"))
     try:
         config = load_config(options.config, options.overrides)
-        _run(config, options.resume, rank)
+        _run(config, options.resume or is_restart(), rank)
     except UserError as error:
         if rank != 0:
             # Rank 0 reports a mistake that all ranks share; the launcher ends this one meanwhile.
             time.sleep(5)
         exit_with(error)
+
+
+def is_restart() -> bool:
+    """torchrun has started these ranks again, with the same command, after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _run(config: RunConfig, resume: bool, rank: int) -> None:

@@ -25,6 +25,10 @@ OnWindow = Callable[[int, Sequence[RankStatus], float], None]
 
 NOTHING_SAVED = -1
 
+PLANNED_AHEAD = 3
+"""A queue may have planned this window and the next one, and asked for the one after it; with
+staleness more."""
+
 
 class Saving(Protocol):
     """Writes and loads the state before a window; all ranks call it together."""
@@ -82,12 +86,18 @@ class RankServer:
                 missing = ", ".join(sorted(seated - self._queue.clients))
                 raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
 
-    def train(self, on_window: OnWindow, saving: Saving, on_roll_back: Callable[[int], None] = lambda _: None) -> int:
+    def train(
+        self,
+        on_window: OnWindow,
+        saving: Saving,
+        on_roll_back: Callable[[int], None] = lambda _: None,
+        on_wait: Callable[[Sequence[RankStatus]], None] = lambda _: None,
+    ) -> int:
         """Run windows until the last one or a stop request.
 
         No window begins without enough clients. Raises RunError, on every rank, when they do not
-        come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` is told that
-        the windows from `window` on are trained again.
+        come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` hears that
+        the windows from `window` on are trained again, `on_wait(statuses)` that the run waits.
         """
         window = saved = reported = self._first_window
         if self._rolls_back_to_checkpoint and not window:
@@ -103,7 +113,7 @@ class RankServer:
                 on_window(window - 1, statuses, time.monotonic() - started)
                 reported = window
             started = time.monotonic()
-            self._newcomers.let_in(statuses)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             is_stopped = any(status.stop for status in statuses)
             is_ending = is_stopped or window == self._run.windows
             is_missed = any(status.absent for status in statuses)
@@ -118,6 +128,7 @@ class RankServer:
                     continue  # somebody was lost: the windows since `saved` are trained again
                 saved = window
             if is_short:
+                on_wait(statuses)
                 is_over = not self._wait_for_clients(window, saved)
                 is_undone = False
             elif not is_over:
@@ -161,7 +172,7 @@ class RankServer:
             self._watch()
             status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
             statuses = self._rooms.rank_group.gather(status)
-            self._newcomers.let_in(statuses)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             if not self._is_short(statuses):
                 self._queue.hold(False)
                 return True
@@ -210,6 +221,7 @@ class RankServer:
             masked_tokens=self._queue.schedule.masked_tokens,
             demand=self._demand(),
             clients=self._queue.clients,
+            active=self._queue.active,
             stop=self._rooms.stop.requested,
             problems=tuple(membership.problems),
             new_problems=new_problems,
@@ -242,6 +254,7 @@ class RankServer:
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
+                    self._await_reports(window)
                     self._service.await_answers(self._rooms.exchange.awaited(window), Question("update", window))
                     return self._step(window, lost_masked_tokens)
                 case decision:
@@ -251,15 +264,18 @@ class RankServer:
         """Begin a planned window, in step with the other ranks."""
         limits = self._fixed_limits or in_flight_limits(status.demand for status in statuses)
         masked_tokens = sum(status.masked_tokens for status in statuses)
-        num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
+        trains_alone = self._rooms.strategy.trains_alone
+        num_micro_batches = 0 if trains_alone else max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
-        is_alone = not any(status.num_micro_batches for status in others)
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, is_alone)
-        self._micro_batches.begin(window, micro_batches, self._service.plans.pop(window).manifests, masked_tokens)
+        elsewhere = frozenset().union(*(status.active for status in others))
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
+        manifests = self._service.plans.pop(window).manifests
+        self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
         self._rooms.inbox.begin()
+        clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)
         if exchange != "nothing":
-            self._rooms.exchange.expect(window, self._queue.schedule.participants, exchange == "weights")
+            self._rooms.exchange.expect(window, clients, exchange == "weights")
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""
@@ -280,6 +296,11 @@ class RankServer:
         tally.lost_masked_tokens += lost_masked_tokens
         tally.loss_sum += self._rooms.inbox.loss_sum
         tally.masked_tokens += self._rooms.inbox.masked_tokens
+        alone = self._rooms.inbox.reports.take()
+        tally.loss_sum += alone.loss_sum
+        tally.tokens += alone.tokens
+        tally.masked_tokens += alone.masked_tokens
+        tally.lost_masked_tokens += alone.lost_masked_tokens
         gradients = self._combined_gradients(window) if self._rooms.service.holds_updates else None
         if self._waits and not self._rolls_back_to_checkpoint and self._is_broken():
             self._rooms.engine.drop_gradients()
@@ -298,6 +319,16 @@ class RankServer:
     def _is_broken(self) -> bool:
         """Whether a client of any rank is missing from the window that is about to end."""
         return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent)))
+
+    def _await_reports(self, window: int) -> None:
+        """Wait until each client that trains the window by itself has, or is gone."""
+        if not self._rooms.inbox.reports.awaited:
+            return
+        started = time.monotonic()
+        with self._rooms.trace.span("wait for clients", window=window):
+            while self._rooms.inbox.reports.awaited:
+                self._service.attend()
+        self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _combined_gradients(self, window: int) -> dict[str, Tensor]:
         """The client model's gradient of a window, once each client has sent it or is gone."""

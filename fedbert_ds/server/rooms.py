@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,10 +28,11 @@ from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import Pack, PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire.messages import Manifest
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ def build_rooms(
 
     `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
     """
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     waits = config.clients.on_loss == "wait"
-    queue = _queue(config, engine.lockstep_forwards, first_window)
+    queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
     cursors = Cursors({})
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
@@ -133,19 +134,30 @@ def build_rooms(
     )
 
 
-def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(
+    config: RunConfig, strategy: Strategy, lockstep_forwards: bool, members: Members, first_window: int
+) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
     # Under `order: fixed` nothing may depend on the clock, and a run that waits leaves nobody out.
     leaves_out = window.order != "fixed" and config.clients.on_loss == "continue"
     answer_times = AnswerTimes() if leaves_out else None
+    packing: Pack = partial(
+        pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch
+    )
     return PipelineQueue(
         INITIAL_IN_FLIGHT if fixed == "auto" else fixed,
-        partial(pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch),
+        _no_micro_batches if strategy.trains_alone else packing,
         window.order,
         lockstep_forwards,
         first_window,
         config.run.windows,
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+        takes_part=members.sampler.takes_part,
     )
+
+
+def _no_micro_batches(manifests: Sequence[Manifest]) -> tuple[()]:
+    """Clients that hold the whole model send no activations."""
+    return ()

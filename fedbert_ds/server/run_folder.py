@@ -181,7 +181,8 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size:
 def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
     """Compare a saved run with its resumption. Raises RunError for the first changed key."""
     before, after = saved.model_dump(), now.model_dump()
-    before["body"]["zero_stage"], after["body"]["zero_stage"] = zero_stage(saved.body), zero_stage(now.body)
+    if now.cut != "whole" and saved.cut != "whole":
+        before["body"]["zero_stage"], after["body"]["zero_stage"] = zero_stage(saved.body), zero_stage(now.body)
     for path in UNCHANGED:
         old, new = before, after
         for part in path.split("."):

@@ -19,10 +19,11 @@ from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
-from fedbert_ds.model.cut import split
+from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, fill, start_of
 from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.hand_over import hand_over
@@ -62,7 +63,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, stop = RankGroup(), StopSignal()
-    rule = strategy_of(config.federation, config.wire)
+    rule = strategy_of(config.federation, config.wire, config.cut)
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
@@ -77,8 +78,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
-        device = _device()
-        engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+        engine = _engine(config, body)
+        del body
         joins = Joins(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
@@ -86,7 +87,9 @@ def serve(config: RunConfig, resume: bool) -> int:
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
+        participants = rule.num_participants(config.clients.expected)
+        is_first = ranks.rank == 0
+        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window, participants) if is_first else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         aggregator = Aggregator(
@@ -97,7 +100,7 @@ def serve(config: RunConfig, resume: bool) -> int:
             rule_of(config.federation),
         )
         del half  # the aggregator has its own copy
-        members = Members(start.seats)
+        members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
         invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config))
         reception = None
         if ranks.rank == 0:
@@ -108,7 +111,7 @@ def serve(config: RunConfig, resume: bool) -> int:
                 joins.shard_sizes,
                 ranks.world_size,
                 config.clients.most,
-                rule.halves_are_personal,
+                rule,
             )
         rooms = build_rooms(
             config,
@@ -164,7 +167,7 @@ def serve(config: RunConfig, resume: bool) -> int:
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
     return Contract(
@@ -201,23 +204,34 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
     return Prepared(tokenizer_to_bytes(tokenizer), facts)
 
 
-def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
-    """(transformers config, client half, body), built from the run's seed; equal on all ranks."""
+def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | None]:
+    """(transformers config, client half, body if there is one), built from the run's seed; equal on
+    all ranks.
+    """
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
     if config.data.sequence_length > longest_sequence(model.config):
         raise ConfigError(
             f"data.sequence_length {config.data.sequence_length} is longer than the model's position table, "
             f"{longest_sequence(model.config)}; lower it"
         )
+    if config.cut == "whole":
+        return model.config, undivided(model), None
     half, body = split(model, config.cut)
     if config.body.activation_checkpointing:
         body.enable_activation_checkpointing()
     return model.config, half, body
 
 
+def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
+    if body is None:
+        return NoBody()
+    device = _device()
+    return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+
+
 def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
     saved = folder.checkpoints.complete_windows() if resume else None
-    clients_save = strategy_of(config.federation, config.wire).halves_are_personal
+    clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
 
@@ -231,7 +245,7 @@ def _train(
     rank: RankServer, reporter: RunReporter, checkpoints: Checkpoints, rooms: Rooms, clients: LocalClients
 ) -> int:
     try:
-        return rank.train(reporter.window, checkpoints, reporter.roll_back)
+        return rank.train(reporter.window, checkpoints, reporter.roll_back, reporter.waits)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))

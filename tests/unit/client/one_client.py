@@ -69,7 +69,7 @@ class Text:
 
 def settings_of(**changes: Any) -> ClientSettings:
     fields: dict[str, Any] = {
-        "seed": 1, "windows": 6, "tokens": sum(LENGTHS),
+        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "tokens_per_micro_batch": 9,
         "sequences": SequenceSection(sequence_length=8, mask_probability=0.4),
         "federation": FederationSection(), "wire": WireSection(),
         "optimizer": OptimizerSection(name="sgd", lr=0.5, schedule="constant", gradient_clipping=0.0, weight_decay=0.0),
@@ -113,7 +113,7 @@ class Server:
     @property
     def answers(self) -> list[pb.ClientMessage]:
         """What was sent beside manifests."""
-        return [message for message in self.sent if message.WhichOneof("body") != "manifest"]
+        return [message for message in self.sent if message.WhichOneof("body") not in ("manifest", "begun")]
 
     def give_update(self, tensors: dict[str, Tensor], window: int = 0) -> None:
         for chunk in update_chunks(window, tensors.items(), weight=0.0):

@@ -4,6 +4,7 @@ resumes exactly.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.client.one_client import LENGTHS, WIDTH, Server, Text, batch_of, half_of, unsplit
+from unit.client.one_client import LENGTHS, VOCABULARY, WIDTH, Server, Text, batch_of, half_of, unsplit
 
 from fedbert_ds.config import (
     FederationSection,
     LayersCut,
+    ModelSection,
     OptimizerSection,
     WireSection,
 )
@@ -26,6 +28,8 @@ from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import Reference, to_bytes
 from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.cut import undivided
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode
 
@@ -524,3 +528,93 @@ def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject)
         server.trainer.handle(pb.ServerMessage.FromString(bytes(wire)))
     except (WireError, DecodeError):
         return
+
+
+# -- the whole model -------------------------------------------------------------------------------
+
+
+def whole_server(folder: Path, average_every: int = 2, first_window: int = 0, **changes: Any) -> Server:
+    section = ModelSection(
+        num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=0.0
+    )
+    federation = FederationSection(mode="parallel", average_every=average_every)
+    half = undivided(build_model(section, VOCABULARY, 0, seed=5))
+    return Server(folder, half, first_window=first_window, federation=federation, **changes)
+
+
+def plan_whole(server: Server, window: int) -> None:
+    assert server.take("manifest").window == window
+    server.trainer.handle(pb.ServerMessage(plan=pb.Plan(window=window, next_window=window + 1)))
+
+
+def run_whole(server: Server, window: int) -> list[pb.Trained]:
+    """Let the client train a planned window; its reports."""
+    server.trainer.handle(pb.ServerMessage(open=pb.Open(window=window)))
+    reports = [server.take("trained")]
+    while not reports[-1].last:
+        reports.append(server.take("trained"))
+    return reports
+
+
+def test_a_whole_window_is_trained_once_it_runs_and_reported_part_by_part(tmp_path: Path) -> None:
+    server = whole_server(tmp_path)
+    server.begin()
+    expected = copy.deepcopy(server.half)
+    plan_whole(server, 0)
+    assert not server.answers, "planned is not running"
+    reports = run_whole(server, 0)
+    batch = batch_of(0)
+    loss = expected.whole_backward(batch.input_ids, batch.lengths, batch.masked_positions, batch.labels,
+                                   1 / len(batch.labels))  # fmt: skip
+    assert len(reports) == 3, "18 tokens in parts of at most 9"
+    assert sum(report.loss_sum for report in reports) == pytest.approx(loss, rel=1e-5)
+    assert sum(report.masked_tokens for report in reports) == len(batch.labels)
+    for (name, mine), theirs in zip(server.half.named_parameters(), expected.parameters(), strict=True):
+        step = 0.0 if theirs.grad is None else 0.5 * theirs.grad
+        torch.testing.assert_close(mine.detach(), theirs.detach() - step, atol=1e-6, rtol=1e-4, msg=name)
+    assert not server.answers, "nothing is exchanged inside a round"
+
+
+def test_after_a_round_the_change_goes_up_and_the_next_waits_for_the_answer(tmp_path: Path) -> None:
+    server = whole_server(tmp_path)
+    server.begin()
+    start = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
+    for window in range(2):
+        plan_whole(server, window)
+        run_whole(server, window)
+    change, weight = server.take_update()
+    assert weight == sum(len(batch_of(window).labels) for window in range(2))
+    for name, parameter in server.half.named_parameters():
+        assert torch.equal(change[name], parameter.detach() - start[name])
+    plan_whole(server, 2)
+    server.trainer.handle(pb.ServerMessage(open=pb.Open(window=2)))
+    assert not server.answers, "the answer of window 1 is not here"
+    before = {name: start[name] + 0.5 for name in start}
+    server.give_update({name: torch.full_like(tensor, 0.5) for name, tensor in start.items()}, window=1)
+    assert server.take("trained").window == 2
+    touched = [name for name, parameter in server.half.named_parameters() if not torch.equal(parameter, before[name])]
+    assert touched, "it trained from the new common weights"
+
+
+def test_a_whole_client_resumes_inside_a_round_bit_for_bit(tmp_path: Path) -> None:
+    whole = whole_server(tmp_path / "whole", optimizer=OptimizerSection(name="muon", lr=0.01))
+    whole.begin()
+    plan_whole(whole, 0)
+    run_whole(whole, 0)
+    whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=1)))
+    saved = whole.take("saved")
+    assert saved.flops_per_token > 0
+    again = whole_server(tmp_path / "whole", first_window=1, optimizer=OptimizerSection(name="muon", lr=0.01))
+    again.trainer.begin()
+    for server in (whole, again):
+        plan_whole(server, 1)
+        run_whole(server, 1)
+    (mine, _), (other, _) = whole.take_update(), again.take_update()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_window_that_is_not_planned_cannot_run(tmp_path: Path) -> None:
+    server = whole_server(tmp_path)
+    server.begin()
+    with pytest.raises(WireError, match="in which this client has no piece"):
+        server.trainer.handle(pb.ServerMessage(open=pb.Open(window=0)))

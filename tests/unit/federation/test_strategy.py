@@ -12,8 +12,12 @@ from fedbert_ds.config import FederationSection, WireSection
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 
 
-def strategy(wire: WireSection | None = None, **federation: Any) -> Strategy:
-    return strategy_of(FederationSection(**federation), wire or WireSection())
+def strategy(wire: WireSection | None = None, cut: Any = "embeddings", **federation: Any) -> Strategy:
+    return strategy_of(FederationSection(**federation), wire or WireSection(), cut)
+
+
+def whole(wire: WireSection | None = None, **federation: Any) -> Strategy:
+    return strategy(wire, "whole", mode="parallel", **federation)
 
 
 @pytest.mark.parametrize(
@@ -84,3 +88,25 @@ def test_halves_that_step_alone_are_personal() -> None:
 def test_only_summed_gradients_must_reach_every_client() -> None:
     assert strategy(mode="synchronous").needs_every_window
     assert not strategy(mode="parallel").needs_every_window
+
+
+def test_clients_of_the_whole_model_train_alone_and_send_every_change_of_all_of_it() -> None:
+    rule = whole(average_every=3)
+    assert [rule.exchange_after(window) for window in range(6)] == ["nothing", "nothing", "weights"] * 2
+    assert rule.trains_alone and rule.sends_changes and rule.halves_are_personal and not rule.clips_together
+    assert rule.takes_part("embeddings") and rule.takes_part("head")
+    assert rule.result_is_reference, "a round ends with every client at the reference"
+    assert not strategy(mode="parallel").trains_alone and not strategy(mode="synchronous").trains_alone
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("synchronous", True), ("parallel", False)])
+def test_whose_model_the_result_is(mode: str, expected: bool) -> None:
+    assert strategy(mode=mode).result_is_reference == expected
+
+
+def test_what_rounding_takes_from_an_answer_is_kept_where_it_is_much_or_all_there_is() -> None:
+    kept = {codec: strategy(WireSection(updates=codec), mode="parallel").keeps_rounding
+            for codec in ("fp32", "int8", "int2_hadamard")}  # fmt: skip
+    assert kept == {"fp32": False, "int8": False, "int2_hadamard": True}
+    assert not whole().keeps_rounding and whole(WireSection(updates="int8")).keeps_rounding
+    assert not strategy(WireSection(updates="int8"), mode="synchronous").keeps_rounding

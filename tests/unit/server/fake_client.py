@@ -71,11 +71,11 @@ class FakeClient:
         self.may_return = False
         """It may join again, though it was refused."""
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire)
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._alter = alter
         self._sent = itertools.count()
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)
-        self._attempt = self._next_window = self._cursor = 0
+        self._next_window = self._cursor = 0
         self._gradients: dict[int, Tensor] = {}
         self._assembler = UpdateAssembler(HALF, "the server's update")
         self._reference = ReferenceAssembler(HALF)
@@ -86,9 +86,7 @@ class FakeClient:
         self._windows.announce(window, None)
         self._cursor += len(self.lengths)
         masked = [length // 2 for length in self.lengths]
-        manifest = pb.Manifest(
-            attempt=self._attempt, window=window, lengths=self.lengths, masked=masked, cursor=cursor_at(self._cursor)
-        )
+        manifest = pb.Manifest(window=window, lengths=self.lengths, masked=masked, cursor=cursor_at(self._cursor))
         self.manifests.append(manifest)
         return [pb.ClientMessage(manifest=manifest)]
 
@@ -138,30 +136,45 @@ class FakeClient:
 
     def _begin(self, begin: pb.Begin) -> list[pb.ClientMessage]:
         self.begins.append(begin)
-        self._attempt, self._next_window = begin.attempt, begin.next_window
+        self._next_window = begin.next_window
         self._cursor = begin.cursor.position
         self._windows = WindowState(self._strategy, self._config.federation.staleness, begin.window)
         self._windows.miss(begin.window, begin.next_window)
         self._gradients.clear()
         self._assembler = UpdateAssembler(HALF, "the server's update")
         self._reference = ReferenceAssembler(HALF)
+        begun = pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt))
         if begin.reference:
-            return []
+            return [begun]
         if self._strategy.halves_are_personal:
             assert begin.window in self.states, f"{self.name} has no state of window {begin.window}"
-        return self.manifest(begin.next_window)
+        return [begun, *self.manifest(begin.next_window)]
 
     def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
         if plan.pieces:
             self._windows.plan(plan.window, {piece.micro_batch: piece for piece in plan.pieces})
         answers = self.manifest(plan.next_window)
-        if not plan.pieces:
-            self.missed += range(plan.window, plan.next_window)
-            self._windows.miss(plan.window, plan.next_window)
+        self._miss(plan.window + bool(plan.pieces), plan.next_window)
         return answers + self._activations_due()
 
+    def _miss(self, first: int, next_window: int) -> None:
+        self.missed += range(first, next_window)
+        self._windows.miss(first, next_window)
+
     def _activations_due(self) -> list[pb.ClientMessage]:
+        if self._strategy.trains_alone:
+            return [message for window, _ in self._windows.take_sendable() for message in self._train_alone(window)]
         return [self._activations(window, micro_batch) for window, micro_batch in self._windows.take_sendable()]
+
+    def _train_alone(self, window: int) -> list[pb.ClientMessage]:
+        """A report for each sequence, 2 nats a masked token."""
+        self._windows.finish(window, 0)
+        masked = [length // 2 for length in self.lengths]
+        parts = [
+            pb.Trained(window=window, loss_sum=2.0 * count, masked_tokens=count, last=number == len(masked) - 1)
+            for number, count in enumerate(masked)
+        ]
+        return [pb.ClientMessage(trained=part) for part in parts] + self._finish_window(window)
 
     def _finish_window(self, window: int) -> list[pb.ClientMessage]:
         match self._strategy.exchange_after(window):

@@ -308,7 +308,7 @@ class Served:
             return None if event is None else decoded(event, held_to)
 
         zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
-        strategy = strategy_of(config.federation, config.wire)
+        strategy = strategy_of(config.federation, config.wire, config.cut)
         self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
         self.members = Members(places)
         self.reception: Reception | None = None

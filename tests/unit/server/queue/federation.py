@@ -49,6 +49,7 @@ class Rank:
             num_windows=rules.num_windows,
             windows_ahead=rules.windows_ahead,
             deadlines=Deadlines(rules.silence_timeout, answer_times),
+            takes_part=rules.takes_part,
         )
         self.oracle = Oracle(rules)
         self.mute: dict[str, str | None] = {}
@@ -63,14 +64,14 @@ class Rank:
         self.oracle.hear(name, now)
         assert self.queue.active == self.oracle.active
 
-    def start(self, num_micro_batches: int, is_alone: bool, now: float) -> None:
+    def start(self, num_micro_batches: int, elsewhere: frozenset[str], now: float) -> None:
         """The planned window runs."""
         schedule, in_flight = self.queue.schedule, self.oracle.rules.in_flight
         assert schedule.num_micro_batches == len(self.oracle.windows[0].micro_batches)
         assert schedule.masked_tokens == self.oracle.masked_tokens()
-        expected = self.oracle.start(num_micro_batches, is_alone, now)
+        expected = self.oracle.start(num_micro_batches, elsewhere, now)
         limits = InFlightLimits(in_flight, in_flight)
-        assert self.queue.start(num_micro_batches, now, limits, is_alone) == expected
+        assert self.queue.start(num_micro_batches, now, limits, elsewhere) == expected
 
     def decide(self, now: float) -> Decision | None:
         """One decision of the queue, compared with what may be decided."""
@@ -215,8 +216,10 @@ class Federation:
             self.finished += 1
         if kind == "Gather":
             counts = [each.queue.schedule.num_micro_batches for each in self.ranks]
+            active = [each.queue.active for each in self.ranks]
             for number, each in enumerate(self.ranks):
-                each.start(max(1, *counts), not any(counts[:number] + counts[number + 1 :]), self.now)
+                elsewhere = frozenset().union(*active[:number], *active[number + 1 :])
+                each.start(max(1, *counts), elsewhere, self.now)
 
     # -- what may happen ---------------------------------------------------------------------------
 

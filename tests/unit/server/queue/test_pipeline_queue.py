@@ -8,7 +8,7 @@ import pytest
 from unit.server.queue.by_hand import announce, decided, pieces, queue_of, started, trained
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.queue.decisions import Backward, Forward, Open
+from fedbert_ds.server.queue.decisions import Backward, Forward, Open, Plan
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.wire.messages import Manifest
 
@@ -45,6 +45,21 @@ def test_order_of_arrival() -> None:
         "backward 3 bo last",  # the gradient-accumulation boundary
         "step 0 lost 0",
     ]
+
+
+def test_a_window_without_micro_batches_steps_at_once_and_the_next_is_planned_meanwhile() -> None:
+    """Clients that hold the whole model announce windows, and compute them by themselves."""
+    queue = queue_of(1, [[], []])
+    for client in ("ada", "bo"):
+        queue.join(client, 0.0)
+    for number in range(2):
+        announce(queue, "ada", "bo")
+        plan = queue.decide(0.0)
+        assert isinstance(plan, Plan) and (plan.window, plan.micro_batches) == (number, ())
+        assert {manifest.client for manifest in plan.manifests} == {"ada", "bo"}
+        assert queue.start(0, 0.0) == ()
+        assert decided(queue) == [f"step {number} lost 0"]
+    assert decided(queue) == []
 
 
 def test_credit_goes_in_the_order_of_the_plan_but_to_nobody_more_than_a_fair_part() -> None:

@@ -5,6 +5,7 @@ too long.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from unit.server.queue.by_hand import announce, decided, pieces, queue_of, started, trained
@@ -191,7 +192,7 @@ def test_when_everybody_is_late_no_window_begins_unless_other_ranks_have_somebod
     queue.join("ada", 0.0)
     announce(queue, "ada")
     assert decided(queue) == ["plan 0 ada", "open 0"]
-    queue.start(1, 0.0, is_alone=is_alone)
+    queue.start(1, 0.0, elsewhere=frozenset() if is_alone else frozenset({"cy"}))
     decisions = decided(queue, 5.5)
     assert decisions[0] == "suspend ada ((0, 0),)" and not queue.active
     assert "step 0 lost 2" in decisions and ("plan 1" in decisions) != is_alone
@@ -269,6 +270,144 @@ def test_time_in_which_the_rank_is_busy_is_nobodys_silence() -> None:
     announce(queue, "bo")
     queue.deadlines.stop_clocks(1.0)
     assert "expire bo" not in decided(queue, 1000.0)
+
+
+# -- windows that only some take part in -----------------------------------------------------------
+
+
+def by_turns(client: str, window: int) -> bool:
+    return client == ("ada", "bo")[window % 2]
+
+
+def of_turns(**options: Any) -> PipelineQueue:
+    """ada trains in windows 0 and 2, bo in 1 and 3; both are here, and announced their first."""
+    plans = [[pieces("ada")], [pieces("bo")]] * 2
+    queue = queue_of(1, plans, takes_part=by_turns, **options)
+    for number, client in enumerate(("ada", "bo")):
+        queue.join(client, 0.0)
+        queue.manifest(Manifest(client, number, (4,), (2,)))
+    return queue
+
+
+def test_windows_of_turns_follow_one_another() -> None:
+    queue = of_turns()
+    assert decided(queue) == ["plan 0 ada", "plan 1 bo", "open 0", "open 1"], "the next one is planned ahead"
+    queue.start(1, 0.0)
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+    assert queue.roster.next_window_of("ada") == 2 and queue.roster.next_window_of("bo") == 3
+    queue.start(1, 0.0)
+    queue.manifest(Manifest("bo", 3, (4,), (2,)))
+    queue.manifest(Manifest("ada", 2, (4,), (2,)))
+    assert trained(queue, "bo", 1)[:2] == ["plan 2 ada", "open 2"]
+
+
+def test_no_clock_runs_for_a_client_that_is_not_asked_for_anything() -> None:
+    """bo waits for its window, however long ada's take; its early manifest is not timed."""
+    plans = [[pieces("ada")]] * 3 + [[pieces("bo")]]
+    queue = queue_of(
+        1, plans, takes_part=lambda client, window: (client == "bo") == (window == 3), deadlines=Deadlines(10.0)
+    )
+    queue.join("ada", 0.0)
+    queue.join("bo", 0.0)
+    queue.manifest(Manifest("bo", 3, (4,), (2,)))
+    for window in range(3):
+        now = 30.0 * window
+        if window == 0:
+            queue.manifest(Manifest("ada", 0, (4,), (2,)))
+            assert decided(queue, now) == ["plan 0 ada", "open 0"]
+        queue.start(1, now)
+        if window < 2:
+            queue.manifest(Manifest("ada", window + 1, (4,), (2,)))
+        assert f"step {window} lost 0" in trained(queue, "ada", window, now + 9.0)
+        assert queue.clients == {"ada", "bo"}
+    queue.start(1, 90.0)
+    assert trained(queue, "bo", 3, 99.0)[-1] == "step 3 lost 0"
+
+
+def test_the_clock_of_a_manifest_begins_when_its_window_is_next() -> None:
+    queue = queue_of(1, [[pieces("ada")], [pieces("bo")]] * 2, takes_part=by_turns, deadlines=Deadlines(10.0))
+    queue.join("ada", 0.0)
+    queue.join("bo", 0.0)
+    assert queue.deadlines.asked_at("ada", Question("manifest")) == 0.0
+    assert queue.deadlines.asked_at("bo", Question("manifest")) is None
+    queue.manifest(Manifest("ada", 0, (4,), (2,)))
+    assert decided(queue, 50.0) == ["plan 0 ada", "open 0"], "bo is asked now"
+    assert queue.deadlines.asked_at("bo", Question("manifest")) == 50.0
+    assert queue.deadlines.asked_at("ada", Question("manifest")) is None
+    assert decided(queue, 60.0) == []
+    assert decided(queue, 60.5)[0] == "expire bo"
+
+
+def test_a_late_client_is_asked_for_nothing_until_its_next_window() -> None:
+    """ada is suspended in window 0, and windows 1 and 2 are bo's: its silence counts from window
+    3's turn on.
+    """
+    plans = [[pieces("ada")], [pieces("bo")], [pieces("bo")], [pieces("ada")]]
+    queue = queue_of(
+        1, plans, takes_part=lambda client, window: (client == "bo") == (window in (1, 2)),
+        deadlines=Deadlines(20.0, FixedAnswerTimes(5.0)),
+    )  # fmt: skip
+    queue.join("ada", 0.0)
+    queue.join("bo", 0.0)
+    queue.manifest(Manifest("ada", 0, (4,), (2,)))
+    assert decided(queue) == ["plan 0 ada", "open 0"]
+    queue.start(1, 0.0)
+    assert decided(queue, 5.5)[0] == "suspend ada ((0, 0),)"
+    assert queue.deadlines.asked_at("ada", Question("manifest")) is None
+    queue.manifest(Manifest("bo", 1, (4,), (2,)))
+    assert decided(queue, 15.0) == ["plan 1 bo", "open 1"]
+    queue.start(1, 15.0, elsewhere=frozenset())
+    queue.manifest(Manifest("bo", 2, (4,), (2,)))
+    assert decided(queue, 15.5) == ["plan 2 bo", "open 2"], "window 3 is next, and ada is asked for it"
+    assert queue.deadlines.asked_at("ada", Question("manifest")) == 15.5
+    assert "step 1 lost 0" in trained(queue, "bo", 1, 16.0)
+    queue.start(1, 30.0, elsewhere=frozenset())
+    assert trained(queue, "bo", 2, 31.0)[-1].startswith("step 2") and queue.clients == {"ada", "bo"}
+    assert decided(queue, 36.0)[0] == "expire ada"
+
+
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+def test_a_rank_without_participants_runs_a_window_with_dummies(lockstep_forwards: bool) -> None:
+    queue = queue_of(
+        1, [[], [pieces("bo")]], takes_part=by_turns, lockstep_forwards=lockstep_forwards, deadlines=Deadlines(10.0)
+    )
+    queue.join("bo", 0.0)
+    assert decided(queue) == ["plan 0"], "nobody is waited for"
+    assert queue.schedule.is_planned and queue.schedule.num_micro_batches == 0
+    queue.start(2, 0.0, elsewhere=frozenset({"ada"}))
+    words = decided(queue, 5.0)
+    assert [word for word in words if word.startswith(("forward", "backward", "step"))] in (
+        ["forward 0", "backward 0", "forward 1", "backward 1 last", "step 0 lost 0"],
+        ["forward 0", "forward 1", "backward 0", "backward 1 last", "step 0 lost 0"],
+    )
+    queue.manifest(Manifest("bo", 1, (4,), (2,)))
+    assert decided(queue, 5.0)[0] == "plan 1 bo"
+
+
+def test_a_window_whose_participants_are_lost_is_empty_and_the_run_goes_on() -> None:
+    queue = of_turns()
+    queue.lose("ada")
+    assert decided(queue)[:2] == ["plan 0", "plan 1 bo"]
+    queue.start(1, 0.0, elsewhere=frozenset())
+    assert queue.schedule.participants == frozenset()
+    assert "step 0 lost 0" in decided(queue)
+    queue.start(1, 0.0, elsewhere=frozenset())
+    assert trained(queue, "bo", 0)[-1] == "step 1 lost 0"
+
+
+def test_a_window_of_suspended_participants_waits_unless_another_rank_has_one() -> None:
+    for elsewhere, is_planned in ((frozenset(), False), (frozenset({"cy"}), False), (frozenset({"di"}), True)):
+        queue = queue_of(
+            1, [[pieces("ada")], [pieces("ada")]], deadlines=Deadlines(60.0, FixedAnswerTimes(5.0)),
+            takes_part=lambda client, window: client in ("ada", "di"),
+        )  # fmt: skip
+        queue.join("ada", 0.0)
+        announce(queue, "ada")
+        assert decided(queue) == ["plan 0 ada", "open 0"]
+        queue.start(1, 0.0, elsewhere=elsewhere)
+        words = decided(queue, 5.5)
+        assert words[0] == "suspend ada ((0, 0),)"
+        assert ("plan 1" in words) == is_planned, elsewhere
 
 
 # -- clients that come while windows run, and windows that are undone ------------------------------

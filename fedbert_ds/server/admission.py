@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
@@ -76,6 +76,12 @@ class Members:
     def at(self, rank: int) -> frozenset[str]:
         """The clients of a rank."""
         return frozenset(client for client, seat in self.seats.items() if seat.rank == rank)
+
+    def note_states(self, clients: Iterable[str], window: int) -> None:
+        """These clients have kept a state of their own of `window`."""
+        for client in clients:
+            seat = self.seats[client]
+            self.seats[client] = replace(seat, saved_windows=seat.saved_windows | {window})
 
     def has_state(self, client: str, window: int) -> bool:
         """Whether a client has kept a state of its own of `window`."""

@@ -148,4 +148,4 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
             steps = iter(range(10**9))
             _before(BodyEngine, "step", lambda *_: next(steps) == kill.window, kill, folder, after=True)
         case "checkpoint":
-            _before(checkpoint, "complete", lambda _, __, window: window == kill.window, kill, folder)
+            _before(checkpoint, "complete", lambda _, __, window, ___: window == kill.window, kill, folder)

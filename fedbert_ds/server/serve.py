@@ -131,6 +131,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         at_end.callback(rooms.service.settle)
         endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
+        if ranks.rank == 0:
+            folder.checkpoints.begin_at(start.first_window)
         checkpoints = Checkpoints(rooms, folder.checkpoints)
         if start.is_saved:
             checkpoints.load(start.first_window)

@@ -103,7 +103,7 @@ def main() -> None:
         if kind == "begin":
             phases.enter("between")
 
-    trainer.ClientTrainer.handle = handled  # type: ignore[method-assign]
+    trainer.ClientTrainer.handle = handled  # type: ignore[assignment, method-assign]
     HalfOptimizer.step = counted(HalfOptimizer.step, lambda *_: "optimizer step")  # type: ignore[method-assign]
     server = address_of(options.server)
     phases.enter("start")

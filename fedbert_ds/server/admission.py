@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
@@ -53,6 +53,8 @@ class Start:
 
     seats: dict[str, Seat]
     first_window: int
+    is_saved: bool = False
+    """There is a checkpoint of `first_window` to begin with."""
 
 
 class Members:
@@ -76,6 +78,12 @@ class Members:
     def at(self, rank: int) -> frozenset[str]:
         """The clients of a rank."""
         return frozenset(client for client, seat in self.seats.items() if seat.rank == rank)
+
+    def note_states(self, clients: Iterable[str], window: int) -> None:
+        """These clients have kept a state of their own of `window`."""
+        for client in clients:
+            seat = self.seats[client]
+            self.seats[client] = replace(seat, saved_windows=seat.saved_windows | {window})
 
     def has_state(self, client: str, window: int) -> bool:
         """Whether a client has kept a state of its own of `window`."""
@@ -232,7 +240,9 @@ def start_of(joins: Joins, world_size: int, window: WindowSection, participants:
     """The first window and every client's seat, where `participants` of them, or all, take part at
     a time.
     """
-    return Start(joins.seats(world_size, window.tokens, window.share, participants), joins.first_window())
+    first_window = joins.first_window()
+    is_saved = first_window in (joins.expectation.saved_windows or ())
+    return Start(joins.seats(world_size, window.tokens, window.share, participants), first_window, is_saved)
 
 
 @dataclass(frozen=True)

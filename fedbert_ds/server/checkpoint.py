@@ -36,11 +36,11 @@ class Checkpoints:
         self._rooms.cursors.roll_back(cursors)
         self._rooms.service.restored = window
 
-    def save(self, window: int) -> None:
+    def save(self, window: int) -> bool:
         """Save the state before `window`. A client that does not answer in time is gone.
 
-        Where the run waits for clients that have states of their own, a checkpoint that misses one
-        does not count: the window is trained again from the one before.
+        Returns whether the checkpoint counts. One that misses a client does not, where the run
+        waits for clients that have states of their own: it goes back to the one before.
         """
         rooms = self._rooms
         rooms.service.finish_exchanges()
@@ -59,14 +59,17 @@ class Checkpoints:
         # A client that is gone keeps the cursor of the last window that counted, and can come back
         # there.
         cursors = dict(rooms.cursors.committed)
-        parts = rooms.rank_group.gather((mine, is_whole))
-        for others, _ in parts:
+        parts = rooms.rank_group.gather((mine, is_whole, frozenset(rooms.inbox.saved)))
+        for others, _, savers in parts:
             cursors.update(others)
-        if not all(whole for _, whole in parts):
-            return
+            if rooms.strategy.halves_are_personal:
+                rooms.members.note_states(savers, window)
+        if not all(whole for _, whole, _ in parts):
+            return False
         if rooms.rank_group.rank == 0:
             write_client_model(self._folder.client_model(window), rooms.aggregator.reference(), cursors)
         complete(rooms.rank_group, self._folder, window)
+        return True
 
 
 def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int) -> None:

@@ -84,7 +84,7 @@ class ClientService:
         self.awaits_newcomers = True
         """The next window waits for a client that connects."""
         self.restored: int | None = None
-        """The window that a checkpoint was loaded for, while nothing has been trained since."""
+        """The window that the run goes on with as it was saved, while nothing is trained since."""
         self._attempt = 0
         """How often windows were rolled back."""
         self._rolled_back: set[str] = set()
@@ -198,14 +198,18 @@ class ClientService:
 
     def roll_back(self, window: int) -> None:
         """Tell every client to forget what is under way, and to go on before `window` with the
-        half that it had then.
+        half that it had then; with the reference, if a checkpoint was loaded that it has no state
+        of.
         """
         self._attempt += 1
         self._rolled_back = set(self._queue.clients)
         self.plans.clear()
         self.combined.clear()
         for client in sorted(self._rolled_back):
-            self._send_begin(client, window, with_reference=False)
+            if self.restored is None:
+                self._send_begin(client, window, with_reference=False)
+            else:
+                self._begin(client)
 
     def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
         """Tell the clients of a window that they may train it by themselves; returns those here."""

@@ -23,6 +23,8 @@ from fedbert_ds.server.rooms import Rooms
 OnWindow = Callable[[int, Sequence[RankStatus], float], None]
 """(finished window, statuses of all ranks, seconds of the window)"""
 
+NOTHING_SAVED = -1
+
 PLANNED_AHEAD = 3
 """A queue may have planned this window and the next one, and asked for the one after it; with
 staleness more."""
@@ -31,8 +33,8 @@ staleness more."""
 class Saving(Protocol):
     """Writes and loads the state before a window; all ranks call it together."""
 
-    def save(self, window: int) -> None:
-        """Write it."""
+    def save(self, window: int) -> bool:
+        """Write it; whether it counts."""
 
     def load(self, window: int) -> None:
         """Take over what `save` wrote."""
@@ -99,8 +101,8 @@ class RankServer:
         """
         window = saved = reported = self._first_window
         if self._rolls_back_to_checkpoint and not window:
-            # Clients must have a state to go back to.
-            saving.save(window)
+            # Clients must have a state to go back to, so that of window 0 is saved, too.
+            saved = NOTHING_SAVED
         self._service.awaits_newcomers = self._waits
         started = time.monotonic()
         is_undone = False
@@ -114,13 +116,16 @@ class RankServer:
             self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             is_stopped = any(status.stop for status in statuses)
             is_ending = is_stopped or window == self._run.windows
-            if any(status.absent for status in statuses) and (self._rolls_back_to_checkpoint or not is_ending):
+            is_missed = any(status.absent for status in statuses)
+            if is_missed and (self._rolls_back_to_checkpoint or not is_ending):
                 window = reported = self._roll_back(saved if self._rolls_back_to_checkpoint else window, saving)
                 on_roll_back(window)
             is_over = is_stopped or window == self._run.windows
             is_short = not is_over and self._is_short(statuses)
-            if window > saved and (is_over or is_short or window % self._run.save_every == 0):
-                saving.save(window)
+            is_due = is_over or is_short or window % self._run.save_every == 0
+            if window > saved and is_due and not (is_missed and self._rolls_back_to_checkpoint):
+                if not saving.save(window):
+                    continue  # somebody was lost: the windows since `saved` are trained again
                 saved = window
             if is_short:
                 on_wait(statuses)
@@ -140,16 +145,19 @@ class RankServer:
         return any(status.absent for status in statuses) or len(here) < self._clients.required
 
     def _roll_back(self, window: int, saving: Saving) -> int:
-        """Undo what was done since the state before `window`; returns `window`."""
+        """Undo what was done since the state before `window`; returns the window to go on with."""
+        is_saved, window = window != NOTHING_SAVED, max(0, window)
         self._service.finish_exchanges()
         self._queue.hold(True)
         self._queue.roll_back(window, time.monotonic())
         self._rooms.inbox.roll_back()
         self._micro_batches.take_tally()
-        if self._rolls_back_to_checkpoint:
+        if self._rolls_back_to_checkpoint and is_saved:
             saving.load(window)
         else:
             self._rooms.cursors.roll_back()
+        if not is_saved:
+            self._service.restored = window
         self._service.roll_back(window)
         return window
 
@@ -360,7 +368,11 @@ class RankServer:
 
 def _too_few_clients(left: int, clients: ClientsSection, statuses: Sequence[RankStatus], saved: int) -> str:
     problems = [problem for status in statuses for problem in status.problems]
-    hint = f"saved up to window {saved}: start the clients again and add --resume" if saved else "nothing was saved yet"
+    hint = (
+        f"saved up to window {saved}: start the clients again and add --resume"
+        if saved > 0
+        else "nothing was saved yet"
+    )
     return (
         f"{'; '.join(problems) or 'clients were lost'}; {left} of {clients.expected} clients left, "
         f"the run needs {clients.required} (clients.minimum); {hint}"

@@ -240,6 +240,9 @@ def test_members_are_whoever_has_a_seat() -> None:
     assert tokens == {"ada": 600, "bo": 400, "cy": 300}, "whoever holds this sees newcomers"
     assert members.has_state("bo", 7) and not members.has_state("bo", 6)
     assert not members.has_state("nobody", 7)
+    members.note_states(["bo", "cy"], 9)
+    assert members.has_state("bo", 7) and members.has_state("bo", 9) and members.has_state("cy", 9)
+    assert not members.has_state("ada", 9)
 
 
 def test_an_invitation_says_where_to_go_and_what_the_run_is() -> None:

@@ -157,6 +157,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         if ranks.rank == 0:
             # Clients end in the hand-over. A restarted one must not find this address.
             folder.hide_address()
+        # Without a body no collective keeps another rank from ending its clients before that.
+        ranks.barrier()
         figures = list(checkpoints.client_figures.values())
         hand_over(rooms, config, window, figures, model_config, tokenizer, reporter.facts())
         clients.wait(seconds=30)

@@ -38,7 +38,7 @@ class NoBody(BodyEngine):
         """Make the checkpoint's folder alone, for the client model. All ranks may call it."""
         (folder / f"window-{window}").mkdir(parents=True, exist_ok=True)
 
-    def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
+    def load(self, folder: Path, window: int, ranks: int = 0, stage: int = 0) -> None:
         """Nothing was saved."""
 
     def affordable_in_flight(self) -> int:

@@ -310,7 +310,7 @@ class Served:
         zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
         strategy = strategy_of(config.federation, config.wire, config.cut)
         self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
-        self.members = Members(places)
+        self.members = Members(places, strategy.sampler(config.run.seed, dict.fromkeys(places, 0)))
         self.reception: Reception | None = None
         if rank_group.rank == 0:
             self.reception = Reception(

@@ -310,12 +310,12 @@ class Served:
         zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
         strategy = strategy_of(config.federation, config.wire, config.cut)
         self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
-        self.members = Members(places)
+        self.members = Members(places, strategy.sampler(config.run.seed, dict.fromkeys(places, 0)))
         self.reception: Reception | None = None
         if rank_group.rank == 0:
             self.reception = Reception(
                 EXPECTATION, invitation(config, *["here:1"] * rank_group.world_size), self.members,
-                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy.halves_are_personal,
+                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
             )  # fmt: skip
         self.rooms = build_rooms(
             config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0,

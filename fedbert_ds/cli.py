@@ -68,6 +68,10 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _client(options: argparse.Namespace) -> None:
     # Imported here: a mistyped command must not wait for torch.
+    from fedbert_ds.client.footprint import leave_out_unused, return_large_blocks
+
+    leave_out_unused()
+    return_large_blocks()
     from fedbert_ds.client.session import ClientOptions, run_client
     from fedbert_ds.wire.channel import TlsFiles
 

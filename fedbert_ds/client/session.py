@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import torch
 
+from fedbert_ds.client.footprint import return_free_memory
 from fedbert_ds.client.state import saved_windows
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
@@ -130,7 +131,8 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         seed=settings.seed,
         client=options.name,
     )
-    del articles
+    del articles, tokenizer
+    return_free_memory()
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
     with ServerStream(
         welcome.endpoint, options.tls, options.name, welcome.session, welcome.reconnect_timeout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MASKED, _RANDOM = 0.8, 0.1
-_ARTICLES_AT_ONCE = 256
+_CHARACTERS_AT_ONCE = 1 << 18
+"""Text that is tokenized at once, unless one article is longer: a token in the making takes a
+hundred times the memory of its id.
+"""
 
 
 @dataclass(frozen=True)
@@ -242,15 +244,27 @@ def _token_arrays(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
     backend = _plain_backend(tokenizer)
-    remaining = iter(articles)
-    while some := list(itertools.islice(remaining, _ARTICLES_AT_ONCE)):
-        for encoding in backend.encode_batch([article.text for article in some], add_special_tokens=False):
+    for texts in _some_at_once(article.text for article in articles):
+        for encoding in backend.encode_batch(texts, add_special_tokens=False):
             ids = np.array(encoding.ids, dtype=np.int32)
             # A token outside any word is None; -1 keeps it apart from its neighbours.
             words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
             word_starts = np.ones(len(ids), dtype=bool)
             word_starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
             yield ids, word_starts
+
+
+def _some_at_once(texts: Iterable[str]) -> Iterator[list[str]]:
+    some: list[str] = []
+    characters = 0
+    for text in texts:
+        if some and characters + len(text) > _CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+        some.append(text)
+        characters += len(text)
+    if some:
+        yield some
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

@@ -6,7 +6,7 @@ each change is added to the next one (error feedback, Seide et al. 2014; Karimir
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,25 +32,32 @@ class SharedWeights:
         self._common = {name: weights[name].detach().cpu().clone() for name in self._shapes}
         self._error = {}
 
-    def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Sequence[pb.UpdateChunk]:
-        """The change since the last average, as chunks."""
-        wanted = {name: weights[name].detach().cpu() - self._common[name] for name in self._shapes}
-        for name, error in self._error.items():
-            wanted[name] += error
-        chunks = list(update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed))
+    def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Iterator[pb.UpdateChunk]:
+        """The change since the last average, as chunks, all of which must be taken."""
+        wanted = {}
+        for name, common in self._common.items():
+            wanted[name] = weights[name].detach().cpu() - common
+            # The old error goes as the new change comes: each is as large as the weights.
+            if (error := self._error.pop(name, None)) is not None:
+                wanted[name] += error
         if self._codec == "fp32":  # nothing is rounded, and a whole model of zeros is not kept
-            return chunks
+            yield from update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed)
+            return
         # The server's own code decodes, so that the error is exactly what the server misses.
         server = UpdateAssembler(self._shapes, "this client's update", self._codec)
-        for chunk in chunks:
+        for chunk in update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed):
             decoded = server.add(chunk)
-        assert decoded is not None
-        self._error = {name: wanted[name] - sent for name, sent in decoded.tensors.items()}
-        return chunks
+            if decoded is not None:
+                self._error = {name: wanted[name].sub_(sent) for name, sent in decoded.tensors.items()}
+            yield chunk
 
     def apply(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The new common weights: the old ones plus the average of all clients' changes."""
-        self._common = {name: common + average[name] for name, common in self._common.items()}
+        """The new common weights: the old ones plus the average of all clients' changes.
+
+        They are these weights' own tensors, which the next call changes.
+        """
+        for name, common in self._common.items():
+            common.add_(average[name])
         return dict(self._common)
 
     def state_dict(self) -> dict[str, Any]:

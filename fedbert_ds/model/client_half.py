@@ -22,6 +22,7 @@ from fedbert_ds.model.architecture import (
     widths,
 )
 from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_ds.model.word_table import WordTable, decoder_backward
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,11 @@ class ClientHalf(nn.Module):
         self._ties = dict(model.all_tied_weights_keys)
         for name, module in model.named_children():
             self.add_module(name, module)
+        base: Any = self.get_submodule(self._parts.base)
         if cut == "whole":
-            base: Any = self.get_submodule(self._parts.base)
             base.encoder.layer[-1].attention.register_forward_hook(keep_masked_positions, with_kwargs=True)
+        # It keeps its weight and its name.
+        base.embeddings.word_embeddings.__class__ = WordTable
         self.tie()
 
     def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
@@ -129,13 +132,16 @@ class ClientHalf(nn.Module):
         hidden = hidden.detach().to(next(self.parameters()).dtype)
         if hidden.is_cuda if fused is None else fused:
             return self._fused_head_backward(hidden.requires_grad_(), labels, scale)
+        decoder: Any = self.get_submodule(self._parts.decoder)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
             rows = rows.detach().requires_grad_()
-            loss = functional.cross_entropy(self.logits(rows), targets, reduction="none")
-            loss.backward(torch.full_like(loss, scale))
-            losses.append(loss.detach())
+            with _passing_on(decoder):
+                decoded = self.logits(rows)
+            loss, gradient = decoder_backward(decoded.detach(), decoder.weight, decoder.bias, targets, scale)
+            decoded.backward(gradient)
+            losses.append(loss)
             assert rows.grad is not None
             gradients.append(rows.grad)
         return _sum(losses), torch.cat(gradients)

@@ -135,13 +135,13 @@ class _Client:
         for window, micro_batch in self._windows.take_sendable():
             tokens = self._windows.piece(window, micro_batch).tokens
             done = self._compute(self.costs.embed_per_token * tokens)
-            report = partial(self.rank.queue_call, self.rank.queue.activations, self.name, micro_batch)
+            report = partial(self.rank.queue_call, self.rank.queue.answer, self.name, micro_batch, "activations")
             self._send(done, self._scenario.wire.activations * tokens + SMALL, report)
 
     def head(self, window: int, micro_batch: int) -> None:
         tokens = self._windows.piece(window, micro_batch).tokens
         done = self._compute(self.costs.head_per_token * tokens)
-        report = partial(self.rank.queue_call, self.rank.queue.gradient, self.name, micro_batch)
+        report = partial(self.rank.queue_call, self.rank.queue.answer, self.name, micro_batch, "gradient")
         self._send(done, self._scenario.wire.gradient * tokens + SMALL, report)
 
     def input_gradient(self, window: int, micro_batch: int) -> None:

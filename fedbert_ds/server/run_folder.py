@@ -110,7 +110,8 @@ class RunFolder:
 
     @property
     def text_facts(self) -> Path:
-        """JSON of the `TextFacts`."""
+        """JSON of the `TextFacts`, or null where the server deals no text. Written last: text and
+        tokenizer are complete once it is there."""
         return self.path / "text.json"
 
     @property
@@ -142,12 +143,12 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the run file. From then on the folder holds a run."""
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, dump_config(config))
 
-    def remove_if_unused(self) -> None:
+    def remove(self) -> None:
         """Delete the folder of a run that failed before it began."""
-        if not self.config.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def reveal_address(self, address: str) -> None:
         """Write the coordinator's address for scripts that start clients."""
@@ -161,7 +162,8 @@ class RunFolder:
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size: int) -> None:
     """Check, before anything is written, that the folder fits a run that starts or resumes.
 
-    Raises RunError if it does not.
+    A run that saved nothing begins again with the text in its folder. Raises RunError if it does
+    not fit.
     """
     path = folder.path
     if not resume:
@@ -170,11 +172,9 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size:
         return
     if not folder.config.is_file():
         raise RunError(f"{path}: no run to resume here; drop --resume or set run.directory")
-    if not folder.checkpoints.complete_windows():
-        raise RunError(f"{path}: this run saved no checkpoint; drop --resume and set another run.directory")
     check_unchanged(load_config(folder.config), config)
     ranks = folder.checkpoints.num_ranks()
-    if ranks != world_size:
+    if ranks not in (None, world_size):
         raise RunError(f"{path}: was saved by {ranks} ranks, this is {world_size}; start it with {ranks} ranks")
 
 

@@ -33,7 +33,7 @@ from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import RankEndpoint
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
-from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
+from fedbert_ds.server.prepare import TextFacts, is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup
@@ -191,16 +191,16 @@ def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
-    if resume:
+    folder.write_config(config)
+    if resume and is_prepared(folder):
         tokenizer, facts = prepared_text(folder)
     else:
-        folder.path.mkdir(parents=True, exist_ok=True)
         try:
             tokenizer, facts = prepare_text(config, folder)
         except BaseException:
-            folder.remove_if_unused()
+            if not resume:
+                folder.remove()
             raise
-    folder.write_config(config)
     return Prepared(tokenizer_to_bytes(tokenizer), facts)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.wire.compression import compress, decompress
+from fedbert_ds.wire.compression import Buffer, compress, decompress
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
 
@@ -140,7 +140,7 @@ def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: 
     return torch.from_numpy(positions.astype(np.int64))
 
 
-def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> bytes:
+def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> Buffer:
     """A frame's payload or scales, decompressed if they were compressed."""
     if compressed:
         return decompress(field, num_bytes, dtype.itemsize, what)
@@ -162,8 +162,8 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _tensor(payload: bytes, dtype: torch.dtype) -> Tensor:
+def _tensor(payload: Buffer, dtype: torch.dtype) -> Tensor:
     if not payload:
         return torch.empty(0, dtype=dtype)
     # torch shares only memory it may write to.
-    return torch.frombuffer(bytearray(payload), dtype=dtype)
+    return torch.frombuffer(payload if isinstance(payload, bytearray) else bytearray(payload), dtype=dtype)

@@ -90,7 +90,7 @@ def test_what_rounding_takes_is_sent_with_the_next_changes(codec: str) -> None:
 def test_a_checkpoint_goes_on_as_if_there_had_been_none() -> None:
     client = SharedWeights(SHAPES, "int8")
     client.begin(weights(0))
-    client.changes(0, weights(1), 1.0)
+    list(client.changes(0, weights(1), 1.0))
     copy = SharedWeights(SHAPES, "int8")
     copy.load_state_dict(client.state_dict())
     assert [c.SerializeToString() for c in client.changes(1, weights(2), 1.0)] == [

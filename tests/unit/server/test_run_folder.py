@@ -122,12 +122,19 @@ def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig)
     check_folder(folder, saved, resume=True, world_size=2)
     with pytest.raises(RunError, match="was saved by 2 ranks, this is 4; start it with 2 ranks"):
         check_folder(folder, saved, resume=True, world_size=4)
-    (folder.checkpoints.of(5) / COMPLETE).unlink()
-    with pytest.raises(RunError, match="this run saved no checkpoint"):
-        check_folder(folder, saved, resume=True, world_size=2)
     folder.config.unlink()
     with pytest.raises(RunError, match="no run to resume here"):
         check_folder(folder, saved, resume=True, world_size=2)
+
+
+def test_a_run_that_saved_nothing_begins_again_and_fits_any_number_of_ranks(
+    folder: RunFolder, saved: RunConfig
+) -> None:
+    (folder.checkpoints.of(5) / COMPLETE).unlink()
+    check_folder(folder, saved, resume=True, world_size=4)
+    another = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", "run.seed=5"])
+    with pytest.raises(RunError, match=r"^run\.seed is 5 now"):
+        check_folder(folder, another, resume=True, world_size=4)
 
 
 @pytest.mark.parametrize(
@@ -174,13 +181,11 @@ def test_a_stage_may_be_said_in_either_file(folder: RunFolder, saved: RunConfig)
 
 
 def test_a_run_that_failed_before_it_began_leaves_nothing_in_the_way(folder: RunFolder) -> None:
-    folder.path.mkdir()
-    folder.held_out.write_text("{}")
-    folder.remove_if_unused()
-    assert not folder.path.exists()
     folder.write_config(RunConfig())
-    folder.remove_if_unused()
-    assert folder.config.is_file()
+    folder.held_out.write_text("{}")
+    folder.remove()
+    assert not folder.path.exists()
+    folder.remove()
 
 
 def test_the_address_is_there_while_clients_may_come(folder: RunFolder) -> None:

@@ -14,7 +14,7 @@ from unit.server.queue.federation import queue_state
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
-from fedbert_ds.federation.reference import from_bytes
+from fedbert_ds.federation.reference import Reference, from_bytes
 from fedbert_ds.server.network.decoding import Decoded
 from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, JoinAbandoned, Received
 from fedbert_ds.server.queue.deadlines import Question
@@ -138,15 +138,14 @@ def test_a_client_that_comes_later_gets_the_windows_trained_since_and_the_moment
 def test_moments_are_the_references_unless_halves_are_personal(
     monkeypatch: pytest.MonkeyPatch, mode: str, shares: bool
 ) -> None:
-    optimizer = {"server_optimizer": "adam"} if mode == "parallel" else {}
-    config = run_config(clients={"expected": 1, "minimum": 1}, federation={"mode": mode, **optimizer})
+    config = run_config(clients={"expected": 1, "minimum": 1}, federation={"mode": mode})
     rank = Rank(monkeypatch, config, [FakeClient("ada", config)])
-    rank.served.aggregator.answer({name: torch.ones(shape) for name, shape in HALF.items()})
-    rank.served.aggregator.apply(0, {name: torch.ones(shape) for name, shape in HALF.items()})
+    weights = {name: torch.ones(shape) for name, shape in HALF.items()}
+    moments = {n: {"step": torch.tensor(1.0), "exp_avg": t, "exp_avg_sq": t + 1.0} for n, t in weights.items()}
+    rank.served.aggregator.load(Reference(1, weights, moments))
     rank.served.connect()
     reference, _ = from_bytes(b"".join(chunk.payload for _, chunk in sent(rank, "reference")), HALF)
-    assert bool(reference.optimizer) == shares
-    assert bool(rank.served.aggregator.reference().optimizer)
+    assert bool(reference.optimizer) == shares and rank.served.aggregator.reference().optimizer
 
 
 @pytest.mark.parametrize("has_state", [False, True])

@@ -149,7 +149,8 @@ class ClientTrainer:
 
     def _take_personal_parts(self) -> None:
         """In the middle of a run: what the reference does not hold comes from the own folder."""
-        saved = saved_windows(self._state_folder)
+        # Later ones are of windows that were undone since.
+        saved = [window for window in saved_windows(self._state_folder) if window <= self._next_window]
         if saved:
             self._replica.load_personal_parts(load_state(self._state_folder, saved[-1]))
             what = f"its own parts and moments as of window {saved[-1]}"

@@ -53,6 +53,8 @@ class Start:
 
     seats: dict[str, Seat]
     first_window: int
+    is_saved: bool = False
+    """There is a checkpoint of `first_window` to begin with."""
 
 
 class Members:
@@ -238,7 +240,9 @@ def start_of(joins: Joins, world_size: int, window: WindowSection, participants:
     """The first window and every client's seat, where `participants` of them, or all, take part at
     a time.
     """
-    return Start(joins.seats(world_size, window.tokens, window.share, participants), joins.first_window())
+    first_window = joins.first_window()
+    is_saved = first_window in (joins.expectation.saved_windows or ())
+    return Start(joins.seats(world_size, window.tokens, window.share, participants), first_window, is_saved)
 
 
 @dataclass(frozen=True)

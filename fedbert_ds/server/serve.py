@@ -132,7 +132,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
         checkpoints = Checkpoints(rooms, folder.checkpoints)
-        if start.first_window:
+        if start.is_saved:
             checkpoints.load(start.first_window)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()

@@ -139,7 +139,7 @@ class FakeClient:
         self._next_window = begin.next_window
         self._cursor = begin.cursor.position
         self._windows = WindowState(self._strategy, self._config.federation.staleness, begin.window)
-        self._windows.miss(begin.window, begin.next_window)
+        self._miss(begin.window, begin.next_window)
         self._gradients.clear()
         self._assembler = UpdateAssembler(HALF, "the server's update")
         self._reference = ReferenceAssembler(HALF)

@@ -315,7 +315,7 @@ class Served:
         if rank_group.rank == 0:
             self.reception = Reception(
                 EXPECTATION, invitation(config, *["here:1"] * rank_group.world_size), self.members,
-                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy.halves_are_personal,
+                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
             )  # fmt: skip
         self.rooms = build_rooms(
             config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.sampler import Everybody
 from fedbert_ds.server.admission import (
     LONGEST_NAME,
     Expectation,
@@ -174,7 +175,7 @@ def test_some_clients_may_lack_their_states(kept: list[set[int]], first_window: 
         join(joins, hello(f"client-{number}", saved_windows=windows))
     start = start_of(joins, world_size=1, window=parse_config({}, "test").window)
     assert start.first_window == first_window
-    members = Members(start.seats)
+    members = Members(start.seats, Everybody(dict.fromkeys(start.seats, 0), 1))
     has_state = [members.has_state(f"client-{number}", first_window) for number in range(len(kept))]
     assert has_state == [first_window in windows for windows in kept]
 
@@ -232,9 +233,12 @@ def test_a_seat_knows_the_states_its_client_has_kept(clients_save: bool) -> None
 
 
 def test_members_are_whoever_has_a_seat() -> None:
-    members = Members({"ada": Seat(0, "first", 600), "bo": Seat(1, "first", 400)})
+    sampler = Everybody({"ada": 0, "bo": 0}, 1)
+    members = Members({"ada": Seat(0, "first", 600), "bo": Seat(1, "first", 400)}, sampler)
     tokens = members.tokens
-    members.admit({"bo": Seat(1, "second", 400, frozenset({7})), "cy": Seat(0, "first", 300)})
+    members.admit({"bo": Seat(1, "second", 400, frozenset({7})), "cy": Seat(0, "first", 300)}, first_window=5)
+    assert [sampler.takes_part(client, 4) for client in ("ada", "bo", "cy")] == [True, True, False]
+    assert sampler.takes_part("cy", 5), "a member that comes back counts as before, a new one from then on"
     assert members.at(0) == {"ada", "cy"} and members.at(1) == {"bo"} and members.at(2) == frozenset()
     assert members.seats["bo"].session == "second"
     assert tokens == {"ada": 600, "bo": 400, "cy": 300}, "whoever holds this sees newcomers"

@@ -13,6 +13,8 @@ from unit.server.fakes import EXPECTATION, Clock, FakeRankGroup, hello_of, invit
 from unit.server.test_rank_two_ranks import Board, BoardRankGroup
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.sampler import Everybody
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.admission import Members, Seat
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.network.events import JoinAbandoned
@@ -30,16 +32,22 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def reception_of(members: Members, *, most: int = 3, keeps_states: bool = False, ranks: int = 2) -> Reception:
-    config = run_config(window={"tokens": 1000})
+def reception_of(members: Members, *, most: int = 3, mode: str = "synchronous", **federation: Any) -> Reception:
+    """That of a run of two ranks."""
+    config = run_config(window={"tokens": 1000}, federation={"mode": mode, **federation})
     shard_sizes = dict.fromkeys(members.seats, 1000)
-    endpoints = [f"rank-{number}:1" for number in range(ranks)]
-    return Reception(EXPECTATION, invitation(config, *endpoints), members, shard_sizes, ranks, most, keeps_states)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
+    welcoming = invitation(config, "rank-0:1", "rank-1:1")
+    return Reception(EXPECTATION, welcoming, members, shard_sizes, 2, most, strategy)
+
+
+def members_with(seats: dict[str, Seat]) -> Members:
+    return Members(seats, Everybody(dict.fromkeys(seats, 0), 1))
 
 
 @pytest.fixture
 def members() -> Members:
-    return Members({"ada": Seat(0, "ada's first", 300), "bo": Seat(1, "bo's first", 200)})
+    return members_with({"ada": Seat(0, "ada's first", 300), "bo": Seat(1, "bo's first", 200)})
 
 
 def asks(reception: Reception, client: str, **hello: Any) -> Future[pb.Welcome]:
@@ -70,11 +78,18 @@ def test_a_new_client_gets_a_seat_where_there_is_least_to_do(clock: Clock, membe
     seat = admissions.seats["cy"]
     assert (seat.rank, seat.tokens) == (1, 333), "bo's rank, and its share by its text, 1 of 3"
     assert len(seat.session) == 32 and not answer.done()
-    members.admit(admissions.seats)
+    members.admit(admissions.seats, 7)
     reception.welcome(admissions)
     welcome = answer.result(timeout=0)
     assert (welcome.endpoint, welcome.session) == ("rank-1:1", seat.session)
     assert not reception.is_asked
+
+
+def test_a_new_clients_share_is_that_of_one_that_takes_part(clock: Clock, members: Members) -> None:
+    """Of three clients two train at a time, so each brings half a window."""
+    reception = reception_of(members, participants=2)
+    asks(reception, "cy")
+    assert reception.decide(HERE, NOBODY, clock.now).seats["cy"].tokens == 500
 
 
 def test_a_member_that_comes_back_has_its_seat_and_a_new_session(clock: Clock, members: Members) -> None:
@@ -86,13 +101,13 @@ def test_a_member_that_comes_back_has_its_seat_and_a_new_session(clock: Clock, m
     assert (seat.rank, seat.tokens) == (1, 200) and seat.session != "bo's first"
 
 
-@pytest.mark.parametrize("keeps_states", [False, True])
-def test_states_count_where_clients_keep_them(clock: Clock, members: Members, keeps_states: bool) -> None:
-    reception = reception_of(members, keeps_states=keeps_states)
+@pytest.mark.parametrize(("mode", "keeps_states"), [("synchronous", False), ("parallel", True)])
+def test_states_count_where_clients_keep_them(clock: Clock, members: Members, mode: str, keeps_states: bool) -> None:
+    reception = reception_of(members, mode=mode)
     asks(reception, "bo", saved_windows=[3, 5])
     asks(reception, "cy", saved_windows=[4])
     seats = reception.decide(frozenset({"ada"}), NOBODY, clock.now).seats
-    members.admit(seats)
+    members.admit(seats, 7)
     assert members.has_state("bo", 5) == members.has_state("cy", 4) == keeps_states
     assert not members.has_state("bo", 4) and not members.has_state("ada", 5) and not members.has_state("dee", 5)
 
@@ -187,7 +202,8 @@ def test_other_ranks_take_no_joins() -> None:
 
 def status(*clients: str, detached: tuple[str, ...] = (), is_asked: bool = False) -> RankStatus:
     return RankStatus(
-        num_micro_batches=0, masked_tokens=0, demand=Demand(0.0, 0.0, 0.0, 1), clients=frozenset(clients), stop=False,
+        num_micro_batches=0, masked_tokens=0, demand=Demand(0.0, 0.0, 0.0, 1), clients=frozenset(clients),
+        active=frozenset(clients), stop=False,
         problems=(), new_problems=(), tally=Tally(), detached=frozenset(detached), is_asked=is_asked,
     )  # fmt: skip
 
@@ -196,7 +212,7 @@ class Ranks:
     """Two ranks' newcomers in threads of their own, and what they did, in order."""
 
     def __init__(self, seats: dict[str, Seat], **reception: Any) -> None:
-        self.members = [Members(seats), Members(seats)]
+        self.members = [members_with(seats), members_with(seats)]
         self.reception = reception_of(self.members[0], **reception)
         self.done: list[str] = []
         board = Board()
@@ -225,7 +241,7 @@ class Ranks:
         return answer
 
     def let_in(self, *statuses: RankStatus) -> list[str]:
-        threads = [threading.Thread(target=one.let_in, args=(statuses,), daemon=True) for one in self.newcomers]
+        threads = [threading.Thread(target=one.let_in, args=(statuses, 7), daemon=True) for one in self.newcomers]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -250,6 +266,8 @@ def test_a_client_is_welcomed_once_its_rank_lets_it_in_and_all_ranks_know() -> N
     assert ranks.members[0].seats == ranks.members[1].seats
     assert ranks.members[1].at(1) == {"bo", "cy"} and ranks.members[0].tokens == {"ada": 300, "bo": 200, "cy": 333}
     assert answer.result(timeout=0).session == ranks.members[1].seats["cy"].session
+    for members in ranks.members:
+        assert [members.sampler.takes_part("cy", window) for window in (6, 7)] == [False, True], "on every rank alike"
     assert not ranks.newcomers[0].is_asked
 
 
@@ -273,4 +291,4 @@ def test_where_nobody_asks_nothing_is_decided_and_no_rank_waits(members: Members
 
     membership: Any = None
     newcomers = Newcomers(reception_of(members), members, membership, admit, Alone())  # type: ignore[arg-type]
-    newcomers.let_in([status("ada"), status("bo")])
+    newcomers.let_in([status("ada"), status("bo")], 7)

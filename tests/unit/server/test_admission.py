@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Joins, start_of, welcome_all
+from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Joins, sampler_of, start_of, welcome_all
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL
+from fedbert_ds.wire.messages import PROTOCOL, parse_settings
 
 EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
 
@@ -202,3 +202,25 @@ def test_a_welcome_says_where_the_text_goes_on_and_nothing_to_one_that_was_not_t
     told = {name: answer.result(timeout=0) for name, answer in answers.items()}
     assert told["ada"].cursor == pb.Cursor(**ada) and not told["bo"].HasField("cursor")
     assert {welcome.window for welcome in told.values()} == {4}
+
+
+def test_a_welcome_says_which_window_is_the_clients_first() -> None:
+    """The same one that the queue will ask it for, in a resumed run too."""
+    names = ("ada", "bo", "cy", "di")
+    joins = Joins(4, Expectation("v", "s", "c", frozenset({5}), clients_save=False))
+    answers = {name: join(joins, hello(name, shard_characters=100)) for name in names}
+    config = parse_config(
+        {
+            "clients": {"expected": 4, "local": 0}, "window": {"tokens": 1000, "tokens_per_micro_batch": 500},
+            "federation": {"mode": "sequential", "average_every": 2}, "run": {"windows": 8},
+        },
+        "test",
+    )  # fmt: skip
+    start = start_of(joins, world_size=1, window=config.window, participants=1)
+    assert {seat.tokens for seat in start.seats.values()} == {1000}
+    sampler = sampler_of(start, config)
+    assert [name for name in names if sampler.takes_part(name, 5)] == ["cy"]
+    welcome_all(joins, start, config, ["here:1"], b"", "{}", {})
+    told = {name: parse_settings(answer.result(timeout=0).settings) for name, answer in answers.items()}
+    # ada's and bo's turns are over: they begin where the run ends.
+    assert {name: settings.own_window for name, settings in told.items()} == {"ada": 8, "bo": 8, "cy": 5, "di": 6}

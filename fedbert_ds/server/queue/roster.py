@@ -36,9 +36,7 @@ class Roster:
     before go on without it. A suspended client is connected, but no window waits for it.
     """
 
-    def __init__(
-        self, first_window: int = 0, num_windows: float = math.inf, takes_part: TakesPart = everybody
-    ) -> None:
+    def __init__(self, first_window: int = 0, num_windows: float = math.inf, takes_part: TakesPart = everybody) -> None:
         self.next_window = first_window
         self._num_windows = num_windows
         self._takes_part = takes_part

@@ -123,7 +123,7 @@ def test_permuting_clients_changes_no_bit(rule: str, codec: str, orders: list[li
 @settings(max_examples=6, deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=4))
 def test_weights_sum_to_one(rule: str, codec: str, weights: list[float]) -> None:
-    """So clients that all say the same move the reference as one of them does, whatever they weigh."""
+    """So clients that all say the same move the reference as one of them does."""
     said = tensors_of(5)
     alone, together = Owner(rule, codec), Owner(rule, codec)
     expected = alone.move([("ada", said, 1.0)])
@@ -177,20 +177,20 @@ POISONS: dict[str, bytes] = {
 
 
 def poisoned(codec: str, where: str, value: float) -> list[pb.UpdateChunk]:
-    """An update with one value that is no number, or infinite, put where this client's bytes lie."""
+    """An update, one of whose values or scales is this one."""
     chunks = list(update_chunks(0, tensors_of(1).items(), 5.0, codec))
     chunk = next(chunk for chunk in chunks if chunk.name == where)
     as_fp32 = torch.tensor([value]).numpy().tobytes()
     if codec == "fp32" or where != "table":
         chunk.payload = chunk.payload[:-4] + as_fp32
     elif codec == "bf16":
-        chunk.payload = torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes() + (
-            chunk.payload[2:]
+        chunk.payload = (
+            torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes() + (chunk.payload[2:])
         )
     elif codec in ("int8_group", "int4_hadamard"):  # bf16 scales come last
-        chunk.payload = chunk.payload[:-2] + torch.tensor([value], dtype=torch.bfloat16).view(
-            torch.uint8
-        ).numpy().tobytes()
+        chunk.payload = (
+            chunk.payload[:-2] + torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+        )
     else:
         chunk.payload = chunk.payload[:-4] + as_fp32
     return chunks

@@ -29,7 +29,9 @@ def participants(sampler: Sampler, members: Members, window: int) -> list[str]:
 
 @settings(max_examples=100, deadline=None)
 @given(names=NAMES, count=st.integers(1, 12), seed=st.integers(0, 2**40), every=st.integers(1, 5))
-def test_each_round_has_m_of_k_and_all_its_windows_the_same(names: list[str], count: int, seed: int, every: int) -> None:
+def test_each_round_has_m_of_k_and_all_its_windows_the_same(
+    names: list[str], count: int, seed: int, every: int
+) -> None:
     members = dict.fromkeys(names, 0)
     summed, averaged = of(members, "synchronous", seed, every, count), of(members, "parallel", seed, every, count)
     for round_ in range(6):

@@ -115,7 +115,7 @@ def test_any_federation_trains_on_every_token_once(
         tokens_per_window=tokens,
         num_ranks=ranks,
         strategy=strategy_of(FederationSection(mode=mode, average_every=average_every, **chosen), WireSection()),
-        staleness=staleness if mode == "synchronous" or not chosen and mode == "parallel" else 0,
+        staleness=staleness if mode == "synchronous" or (not chosen and mode == "parallel") else 0,
         clients_per_micro_batch=together,
         wire=Wire(1.0, 1.0, 1.0, 1.0, update=1e4),
         body=replace(BODY, per_micro_batch=1e-3, step=0.01, gather=0.001),

@@ -73,7 +73,7 @@ class ClientTrainer:
         self._device = device
         self._send = send
         self._strategy = strategy_of(settings.federation, settings.wire)
-        self._replica = Replica(self._half, settings)
+        self._replica = Replica(self._half, settings, state_folder)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
         self._next_window = first_window

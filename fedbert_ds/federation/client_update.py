@@ -76,8 +76,15 @@ def _content(tensor: Tensor, codec: str) -> Buffer:
     if not _is_coded(tensor.shape, codec):
         values = tensor.to(device="cpu", dtype=torch.float32).contiguous()
         return memoryview(values.numpy().reshape(-1).view(np.uint8))
-    frames = [encode(rows, codec) for rows in tensor.split(CODED_ROWS)]
-    return b"".join([frame.payload for frame in frames] + [frame.scales for frame in frames])
+    payload_bytes, scale_bytes = frame_bytes(tensor.shape[0], tensor.shape[1], codec)
+    content = bytearray(payload_bytes + scale_bytes)
+    payload, scales = memoryview(content)[:payload_bytes], memoryview(content)[payload_bytes:]
+    for rows in tensor.split(CODED_ROWS):
+        frame = encode(rows, codec)
+        payload_bytes, scale_bytes = frame_bytes(rows.shape[0], rows.shape[1], codec)
+        payload[:payload_bytes], scales[:scale_bytes] = frame.payload, frame.scales
+        payload, scales = payload[payload_bytes:], scales[scale_bytes:]
+    return content
 
 
 def _in_chunks(parts: Iterable[Buffer]) -> Iterator[bytes]:

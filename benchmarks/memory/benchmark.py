@@ -80,6 +80,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         found = [row["phases"].get(name) for name in phases]
         cells.append(
             [row["model"], row["mode"], row["updates"], row["begins"], f"{row['peak_mb']:,.0f}"]
-            + ["" if peak is None else f"**{peak:,.0f}**" if peak == row["peak_mb"] else f"{peak:,.0f}" for peak in found]
+            + [
+                "" if peak is None else f"**{peak:,.0f}**" if peak == row["peak_mb"] else f"{peak:,.0f}"
+                for peak in found
+            ]
         )
     return markdown(heads, cells, words=4)

@@ -102,7 +102,7 @@ def main() -> None:
         begin(client)
         phases.enter("between")
 
-    trainer.ClientTrainer.begin = begun  # type: ignore[method-assign]
+    trainer.ClientTrainer.begin = begun  # type: ignore[assignment, method-assign]
     server = address_of(options.server)
     phases.enter("start")
     exit_code = session.run_client(

@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from fedbert_ds.wire.codecs import byte_view
+
 
 class Shelf:
-    """fp32 tensors of known shapes by name, each in its place in a file that ends with the process.
+    """fp32 tensors of known shapes by name, each in its place in a file that ends with the shelf.
 
     `folder` is made if it is missing; None is the system's for temporary files.
     """
@@ -22,7 +23,7 @@ class Shelf:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
         self._shapes = dict(shapes)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it ends with this object)
         self._places: dict[str, int] = {}
         end = 0
         for name, shape in self._shapes.items():
@@ -38,7 +39,7 @@ class Shelf:
     def put(self, name: str, tensor: Tensor) -> None:
         """Keep a copy of a tensor, on any device, in place of the last one of this name."""
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
-        rest = _bytes(values)
+        rest = byte_view(values)
         self._file.seek(self._places[name])
         while rest:
             rest = rest[self._file.write(rest) :]
@@ -49,7 +50,7 @@ class Shelf:
         if name not in self._names:
             raise KeyError(name)
         values = torch.empty(self._shapes[name])
-        rest = _bytes(values)
+        rest = byte_view(values)
         self._file.seek(self._places[name])
         while rest:
             rest = rest[self._file.readinto(rest) :]
@@ -64,7 +65,3 @@ class Shelf:
     def get_all(self) -> dict[str, Tensor]:
         """Copies of all tensors."""
         return {name: self.get(name) for name in self._shapes if name in self._names}
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.numpy().reshape(-1).view(np.uint8))

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.memory` hands on what was typed; phases are told apart; the table is right."""
+"""`python -m benchmarks.memory` hands on what was typed, tells phases apart, prints its rows."""
 
 from __future__ import annotations
 

@@ -10,20 +10,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fedbert_ds.errors import RunError
 from fedbert_ds.wire.codecs import byte_view
 
 
 class Shelf:
     """fp32 tensors of known shapes by name, each in its place in a file that ends with the shelf.
 
-    `folder` is made if it is missing; None is the system's for temporary files.
+    `folder` is made if it is missing; None is the system's for temporary files. RunError if the file
+    cannot be written.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], folder: Path | None = None) -> None:
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        self._where = folder or Path(tempfile.gettempdir())
         self._shapes = dict(shapes)
-        self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (it ends with this object)
+        try:
+            self._where.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._where, buffering=0)  # noqa: SIM115 (it ends with this object)
+        except OSError as error:
+            raise RunError(f"{self._where}: no temporary file can be made there: {error.strerror}") from error
         self._places: dict[str, int] = {}
         end = 0
         for name, shape in self._shapes.items():
@@ -40,9 +45,12 @@ class Shelf:
         """Keep a copy of a tensor, on any device, in place of the last one of this name."""
         values = tensor.detach().to(device="cpu", dtype=torch.float32).contiguous()
         rest = byte_view(values)
-        self._file.seek(self._places[name])
-        while rest:
-            rest = rest[self._file.write(rest) :]
+        try:
+            self._file.seek(self._places[name])
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            raise RunError(f"a temporary file in {self._where} cannot be written: {error.strerror}") from error
         self._names.add(name)
 
     def get(self, name: str) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedbert_ds.errors import RunError
 from fedbert_ds.federation.shelf import Shelf
 
 SHAPES = {"table": (5, 3), "scale": (), "bias": (4,)}
@@ -36,3 +37,9 @@ def test_what_was_not_put_is_not_there() -> None:
     assert shelf.get_all().keys() == {"table"}
     shelf.put_all({})
     assert shelf.is_empty
+
+
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="no temporary file can be made there"):
+        Shelf(SHAPES, tmp_path / "file")

@@ -268,8 +268,12 @@ class ClientService:
             self._outbox.settle()
 
     def _receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None) -> None:
-        if self._is_of_another_attempt(client, message):
+        if message.HasField("begun"):
+            if message.begun.attempt == self._attempt:
+                self._rolled_back.discard(client)
             return
+        if client in self._rolled_back:
+            return  # it sent this before it heard of the last roll-back
         now = time.monotonic()
         self._queue.reactivate(client, now)
         if not self._inbox.receive(client, message, tensor, now):
@@ -277,14 +281,6 @@ class ClientService:
         kind = message.WhichOneof("body")
         if kind in ("activations", "gradient"):
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
-
-    def _is_of_another_attempt(self, client: str, message: pb.ClientMessage) -> bool:
-        """A client sent this before it heard of the last roll-back, or to say that it has."""
-        if message.HasField("begun"):
-            if message.begun.attempt == self._attempt:
-                self._rolled_back.discard(client)
-            return True
-        return client in self._rolled_back
 
     def _begin(self, client: str) -> None:
         """Tell a client where to go on: with its own state, if it has the one, or the reference."""

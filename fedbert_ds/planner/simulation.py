@@ -391,7 +391,7 @@ class _Simulation:
             rank.go_on()
 
     def update_arrived(self, window: int, client: _Client) -> None:
-        """A participant's update is here; after the last all clients get the combined update."""
+        """A participant's update is here; after the last one all clients get it combined."""
         self._updates[window].append(client)
         count = self.scenario.num_participants
         if len(self._updates[window]) == count:

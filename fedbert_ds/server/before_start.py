@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from fedbert_ds.config import RunConfig
 from fedbert_ds.server.body.settings import deepspeed_settings
 from fedbert_ds.server.run_folder import RunFolder, check_folder
@@ -16,7 +14,7 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
     """
     if config.cut != "whole":
         deepspeed_settings(config.body, config.optimizer)
-    check_folder(RunFolder(config.run.directory), config, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    check_folder(RunFolder(config.run.directory), config, resume)
     if config.kernels == "triton":
         # Imported here: other mistakes need not wait for torch.
         import torch

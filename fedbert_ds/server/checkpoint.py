@@ -14,7 +14,7 @@ from fedbert_ds.server.cursors import Cursor
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -28,8 +28,11 @@ class Checkpoints:
         """The last Saved message of each client of this rank: peak memory, FLOP per token."""
 
     def load(self, window: int) -> None:
-        """Take the state before `window` over: body, reference and cursors."""
-        self._rooms.engine.load(self._folder.path, window)
+        """Take the state before `window` over, whatever ranks and ZeRO stage wrote it: body,
+        reference and cursors.
+        """
+        saved = self._folder.layout(window)
+        self._rooms.engine.load(self._folder.path, window, saved.ranks, saved.zero_stage)
         aggregator = self._rooms.aggregator
         reference, cursors = read_client_model(self._folder.client_model(window), aggregator.shapes)
         aggregator.load(reference)
@@ -68,15 +71,15 @@ class Checkpoints:
             return False
         if rooms.rank_group.rank == 0:
             write_client_model(self._folder.client_model(window), rooms.aggregator.reference(), cursors)
-        complete(rooms.rank_group, self._folder, window)
+        complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
 
 
-def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int) -> None:
+def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int, zero_stage: int) -> None:
     """Mark a checkpoint complete once all ranks have written their parts. All ranks call it."""
     rank_group.barrier()
     if rank_group.rank == 0:
-        folder.mark_complete(window, rank_group.world_size)
+        folder.mark_complete(window, Layout(rank_group.world_size, zero_stage))
     rank_group.barrier()
 
 

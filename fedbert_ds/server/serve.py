@@ -131,6 +131,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         at_end.callback(rooms.service.settle)
         endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
+        if ranks.rank == 0:
+            folder.checkpoints.begin_at(start.first_window)
         checkpoints = Checkpoints(rooms, folder.checkpoints)
         if start.is_saved:
             checkpoints.load(start.first_window)
@@ -155,6 +157,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         if ranks.rank == 0:
             # Clients end in the hand-over. A restarted one must not find this address.
             folder.hide_address()
+        # Without a body no collective keeps another rank from ending its clients before that.
+        ranks.barrier()
         figures = list(checkpoints.client_figures.values())
         hand_over(rooms, config, window, figures, model_config, tokenizer, reporter.facts())
         clients.wait(seconds=30)

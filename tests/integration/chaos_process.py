@@ -160,4 +160,4 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
             for engine in (BodyEngine, NoBody):
                 _before(engine, "step", lambda *_: next(steps) == kill.window, kill, folder, after=True)
         case "checkpoint":
-            _before(checkpoint, "complete", lambda _, __, window: window == kill.window, kill, folder)
+            _before(checkpoint, "complete", lambda _, __, window, ___: window == kill.window, kill, folder)

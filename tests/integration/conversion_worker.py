@@ -101,7 +101,8 @@ def content(engine: Any) -> dict[str, dict[str, Tensor]]:
         values = {"weights": master, "computed": computed[name], **moments}
         steps = {float(state["step"]) for state in base.state.values() if "step" in state}
         assert len(steps) <= 1, steps
-        values |= {"step": torch.tensor(step) for step in steps}
+        for step in steps:
+            values["step"] = torch.tensor(step)
         result[name] = {key: value.detach().clone().reshape(-1) for key, value in values.items()}
     return result
 

@@ -17,6 +17,11 @@ class NoBody(BodyEngine):
         """No DeepSpeed engine behind it."""
 
     @property
+    def zero_stage(self) -> int:
+        """Nothing is partitioned."""
+        return 0
+
+    @property
     def lockstep_forwards(self) -> bool:
         """There are no forwards."""
         return False
@@ -33,7 +38,7 @@ class NoBody(BodyEngine):
         """Make the checkpoint's folder alone, for the client model. All ranks may call it."""
         (folder / f"window-{window}").mkdir(parents=True, exist_ok=True)
 
-    def load(self, folder: Path, window: int) -> None:
+    def load(self, folder: Path, window: int, ranks: int = 0, stage: int = 0) -> None:
         """Nothing was saved."""
 
     def affordable_in_flight(self) -> int:

@@ -117,6 +117,53 @@ def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
+def test_a_client_announces_its_own_windows_and_draws_no_text_for_others(tmp_path: Path, mode: Any) -> None:
+    """Windows 0, 1 and 3 are others'; their updates move its half."""
+    server = Server(tmp_path, half_of(), own_window=2, federation=FederationSection(mode=mode, average_every=1))
+    server.begin()
+    manifest = server.take("manifest")
+    assert manifest.window == 2 and server.text.cursor == len(LENGTHS)
+    server.manifests.insert(0, manifest)
+    zeros = {name: torch.zeros(p.shape) for name, p in server.half.named_parameters()}
+    others = [{name: tensor + number for name, tensor in zeros.items()} for number in (1.0, 2.0)]
+    server.give_update(others[0], window=0)
+    server.plan([], 40)
+    server.give_credit(10)
+    assert not server.answers, "the half is a window behind"
+    server.give_update(others[1], window=1)
+    server.take_activations(10)
+    if mode == "parallel":
+        assert all(torch.equal(p.detach(), others[1][name]) for name, p in server.half.named_parameters())
+
+
+def test_windows_without_this_client_and_without_an_exchange_are_over_at_once(tmp_path: Path) -> None:
+    """Rounds of two windows: windows 2 and 3 are others', and the average after 3 is waited for."""
+    federation = FederationSection(mode="parallel", average_every=2)
+    server = Server(tmp_path, half_of(), federation=federation)
+    server.begin()
+    server.window()
+    server.take("manifest")
+    assert server.text.cursor == 2 * len(LENGTHS)
+    own = {name: parameter.detach().clone() for name, parameter in server.half.named_parameters()}
+    plan = pb.Plan(
+        window=1, pieces=[pb.Piece(micro_batch=20, first_sequence=0, num_sequences=4)], next_window=4
+    )  # fmt: skip
+    server.trainer.handle(pb.ServerMessage(plan=plan))
+    assert server.take("manifest").window == 4
+    server.trainer.handle(pb.ServerMessage(skipped=pb.Skipped(window=1, micro_batches=[20])))
+    server.take_update()
+    server.give_update(own, window=1)
+    plan = pb.Plan(
+        window=4, pieces=[pb.Piece(micro_batch=30, first_sequence=0, num_sequences=4)], next_window=6
+    )  # fmt: skip
+    server.trainer.handle(pb.ServerMessage(plan=plan))
+    server.trainer.handle(pb.ServerMessage(open=pb.Open(window=4, micro_batch=30)))
+    assert not server.answers, "the average of windows 2 and 3 is on its way"
+    server.give_update(own, window=3)
+    assert server.take("activations").micro_batch == 30
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_the_window_goes_on_without_skipped_pieces(tmp_path: Path, mode: Any) -> None:
     server = Server(tmp_path, half_of(), federation=FederationSection(mode=mode, average_every=10))
     server.begin()

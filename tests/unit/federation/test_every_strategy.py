@@ -177,7 +177,7 @@ POISONS: dict[str, bytes] = {
 
 
 def poisoned(codec: str, where: str, value: float) -> list[pb.UpdateChunk]:
-    """An update with one value that is no number, or infinite, where this client's bytes lie."""
+    """An update, one of whose values or scales is this one."""
     chunks = list(update_chunks(0, tensors_of(1).items(), 5.0, codec))
     chunk = next(chunk for chunk in chunks if chunk.name == where)
     as_fp32 = torch.tensor([value]).numpy().tobytes()

@@ -329,7 +329,7 @@ class Served:
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
         self.folder: Any = SimpleNamespace(
-            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, ranks: None
+            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, layout: None
         )
         self.checkpoints = Checkpoints(self.rooms, self.folder)
         self.rolled_back: list[int] = []

@@ -15,7 +15,7 @@ from fedbert_ds.data.tokenizer import vocabulary_hash
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text
-from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.server.run_folder import Layout, RunFolder
 
 
 @pytest.fixture
@@ -95,5 +95,5 @@ def test_a_preparation_that_was_cut_short_does_not_count(
 def test_a_run_of_an_earlier_version_that_has_saved_is_prepared(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.checkpoints.of(3).mkdir(parents=True)
-    folder.checkpoints.mark_complete(3, 1)
+    folder.checkpoints.mark_complete(3, Layout(1, 0))
     assert is_prepared(folder)

@@ -31,7 +31,7 @@ def test_a_window_is_opened_reported_and_averaged_when_due(monkeypatch: pytest.M
     assert rank.run() == 4
     opened = [kind for kind in kinds(rank, "ada") if kind in ("open", "update", "save")]
     assert opened == ["open", "open", "update", "open", "open", "update", "save"]
-    assert set(kinds(rank, "ada")) == {"reference", "plan", "open", "update", "save"}
+    assert set(kinds(rank, "ada")) == {"begin", "reference", "plan", "open", "update", "save"}
     assert len(rank.engine.steps) == 4 and rank.engine.tokens == 0 and not rank.engine.backwards
     tokens = sum(sum(client.lengths) for client in rank.clients)
     masked = sum(length // 2 for client in rank.clients for length in client.lengths)

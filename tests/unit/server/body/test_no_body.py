@@ -15,4 +15,4 @@ def test_it_steps_saves_and_merges_nothing(tmp_path: Path) -> None:
     for _ in range(2):  # every rank does, on one disk
         body.save(tmp_path / "checkpoints", 7)
     assert [path.name for path in (tmp_path / "checkpoints").rglob("*")] == ["window-7"]
-    body.load(tmp_path / "checkpoints", 7)
+    body.load(tmp_path / "checkpoints", 7, ranks=2, stage=0)

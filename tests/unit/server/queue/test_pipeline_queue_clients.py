@@ -302,7 +302,7 @@ def test_windows_of_turns_follow_one_another() -> None:
 
 
 def test_no_clock_runs_for_a_client_that_is_not_asked_for_anything() -> None:
-    """bo waits for its window, however long ada's take; its early manifest is not timed."""
+    """bo waits for its window, however long ada's take, or how early it announced."""
     plans = [[pieces("ada")]] * 3 + [[pieces("bo")]]
     queue = queue_of(
         1, plans, takes_part=lambda client, window: (client == "bo") == (window == 3), deadlines=Deadlines(10.0)

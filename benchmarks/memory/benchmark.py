@@ -12,6 +12,7 @@ from benchmarks.memory.runs import CASES, QUICK, RUN_FILE, measure
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.bench.text import prepare
 from fedbert_ds.config import load_config
+from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 
@@ -37,6 +38,7 @@ def bench_memory(options: MemoryOptions) -> None:
     config = load_config(RUN_FILE, overrides)
     shards, tokenizer = prepare(config, options.work / ("quick" if options.quick else "text"), 1)
     (shard,) = sorted(shards.glob("*.jsonl"))
+    fill(tokenizer, config.tokenizer.vocab_size)
     overrides = (*overrides, f"tokenizer.path={tokenizer.resolve()}")
     commit, rows = source_commit(), []
     for case in CASES:
@@ -60,6 +62,13 @@ def bench_memory(options: MemoryOptions) -> None:
         },
     )
     print(f"\n{table(rows)}\n\nrecord  {options.out}", flush=True)
+
+
+def fill(folder: Path, vocab_size: int) -> None:
+    """Give the tokenizer in `folder` unused pieces up to `vocab_size`: the text may hold fewer."""
+    tokenizer = load_tokenizer(str(folder))
+    tokenizer.add_tokens([f"[unused{number}]" for number in range(vocab_size - len(tokenizer))])
+    tokenizer.save_pretrained(folder)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -69,7 +69,7 @@ def measure(case: Case, work: Path, shard: Path, overrides: tuple[str, ...]) -> 
         command = [sys.executable, "-m", "fedbert_ds.server.pretrain", "--config", str(RUN_FILE), *overrides]
         command += [*case.overrides, f"run.directory={folder}"]
         if begins == "resumed":
-            command += ["run.windows=5", "--resume"]
+            command += ["run.windows=3", "--resume"]
         _run(command, folder, shard, state, log, out)
         peaks = json.loads(out.read_text(encoding="utf-8"))
         phases = {name: round(peak / 1e6, 1) for name, peak in peaks.items()}

@@ -10,7 +10,7 @@ UNUSED = ("scipy", "PIL")
 """Packages that a client does not need, 30 MB. transformers imports them where they are installed,
 for losses and images."""
 
-LARGE_BYTES = 1 << 20
+LARGE_BYTES = 128 << 10
 """Blocks from this size on go back to the system as soon as they are freed."""
 
 _M_MMAP_THRESHOLD = -3

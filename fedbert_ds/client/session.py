@@ -12,7 +12,7 @@ import grpc
 import torch
 
 from fedbert_ds.client.footprint import return_free_memory
-from fedbert_ds.client.state import saved_windows
+from fedbert_ds.client.state import claim, run_of, saved_windows
 from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
@@ -20,6 +20,7 @@ from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, DataError, ModelError, ServerAway, WireError
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -117,12 +118,15 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         shape_hash=_shape_of(options.model) if options.model else "",
         cut=cut_to_json(options.cut) if options.cut else "",
         saved_windows=saved_windows(options.state_folder),
+        run=run_of(options.state_folder),
     )
     welcome = _join(options, hello, patience)
     print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
     if tokenizer is None:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     settings = parse_settings(welcome.settings)
+    if strategy_of(settings.federation, settings.wire).halves_are_personal:
+        claim(options.state_folder, welcome.run)
     text = BatchStream(
         encode(articles, tokenizer, settings.sequences.sequence_length),
         tokenizer,

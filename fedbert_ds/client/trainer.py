@@ -71,7 +71,7 @@ class ClientTrainer:
         self._device = device
         self._send = send
         self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
-        self._replica = Replica(self._half, settings)
+        self._replica = Replica(self._half, settings, state_folder)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
         self._next_window = 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes, frame_dtypes
+from fedbert_ds.wire.codecs import LARGEST_VALUE, byte_view, decode, encode, frame_bytes, frame_dtypes
 from fedbert_ds.wire.compression import (
     Buffer,
     compressed_parts,
@@ -74,10 +74,16 @@ def update_chunks(
 def _content(tensor: Tensor, codec: str) -> Buffer:
     """A tensor's bytes: codes of all rows, then their scales, or fp32, which is not copied."""
     if not _is_coded(tensor.shape, codec):
-        values = tensor.to(device="cpu", dtype=torch.float32).contiguous()
-        return values.numpy().reshape(-1).view(np.uint8).data
-    frames = [encode(rows, codec) for rows in tensor.split(CODED_ROWS)]
-    return b"".join([frame.payload for frame in frames] + [frame.scales for frame in frames])
+        return byte_view(tensor.to(device="cpu", dtype=torch.float32).contiguous())
+    payload_bytes, scale_bytes = frame_bytes(tensor.shape[0], tensor.shape[1], codec)
+    content = bytearray(payload_bytes + scale_bytes)
+    payload, scales = memoryview(content)[:payload_bytes], memoryview(content)[payload_bytes:]
+    for rows in tensor.split(CODED_ROWS):
+        frame = encode(rows, codec)
+        payload_bytes, scale_bytes = frame_bytes(rows.shape[0], rows.shape[1], codec)
+        payload[:payload_bytes], scales[:scale_bytes] = frame.payload, frame.scales
+        payload, scales = payload[payload_bytes:], scales[scale_bytes:]
+    return content
 
 
 def _in_chunks(parts: Iterable[Buffer]) -> Iterator[bytes]:

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import CHUNK_BYTES
 from fedbert_ds.federation.half_optimizer import OptimizerState
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import byte_view
 
 LARGEST_HEADER = 1 << 24
 """Most bytes that names, shapes and numbers of a file may take."""
@@ -177,7 +177,7 @@ class _ArrivingReference:
                 self._optimizer.setdefault(name, {})[key] = tensor
             else:
                 self._weights[name] = tensor
-            yield tensor.numpy().reshape(-1).view(np.uint8).data
+            yield byte_view(tensor)
         if unknown := self._optimizer.keys() - self._shapes.keys():
             raise ValueError(f"not the client model's tensors: {min(unknown)!r}")
 

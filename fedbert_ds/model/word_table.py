@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-POSITIONS = 64
+POSITIONS = 16
 """Positions whose scores are turned into gradients at once."""
-WORDS = 4096
+WORDS = 1024
 """Rows of the table whose gradient is made at once."""
 
 

@@ -33,6 +33,13 @@ class Expectation:
     """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
     clients_save: bool = True
     """Clients keep states of their own."""
+    run: str = ""
+    """The run's id."""
+
+    def own_states(self, hello: pb.Hello) -> frozenset[int]:
+        """Windows of this run whose state the client has."""
+        is_ours = self.clients_save and hello.run == self.run
+        return frozenset(hello.saved_windows) if is_ours else frozenset()
 
 
 @dataclass(frozen=True)
@@ -132,7 +139,7 @@ class Joins:
         """
         if not self.expectation.saved_windows:
             return 0
-        kept = [hello.saved_windows for hello, _ in self._waiting.values() if self.expectation.clients_save]
+        kept = [self.expectation.own_states(hello) for hello, _ in self._waiting.values()]
         return max(self.expectation.saved_windows, key=lambda window: (sum(window in own for own in kept), window))
 
     @property
@@ -173,9 +180,8 @@ class Joins:
             raise WireError(f"{who}: all {self.expected} clients have joined; raise clients.expected")
 
     def _own_states(self, hello: pb.Hello) -> frozenset[int]:
-        """Windows of this run whose state the client has; a run that starts has none."""
-        resumes = self.expectation.clients_save and self.expectation.saved_windows is not None
-        return frozenset(hello.saved_windows) if resumes else frozenset()
+        """As the expectation says; a run that starts has none."""
+        return self.expectation.own_states(hello) if self.expectation.saved_windows is not None else frozenset()
 
 
 def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
@@ -195,6 +201,8 @@ def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
         raise WireError(f"{who} has another model than the run; drop --model or name the run's")
     if hello.cut and hello.cut != expectation.cut:
         raise WireError(f"{who} insists on cut {hello.cut[:80]}, the run has {expectation.cut}; drop --cut")
+    if hello.saved_windows and hello.run != expectation.run and expectation.clients_save:
+        raise WireError(f"{who} has states of another run; give it another --state folder, or remove that one")
     if hello.shard_characters == 0:
         raise WireError(f"{who} has no text; check its --data")
 
@@ -255,6 +263,8 @@ class Invitation:
     tokenizer: bytes
     model_config: str
     """Hugging Face's JSON."""
+    run: str = ""
+    """The run's id."""
 
     def to(self, seat: Seat) -> pb.Welcome:
         """The answer to the Join of a client with this seat."""
@@ -276,4 +286,5 @@ class Invitation:
             settings=settings.model_dump_json(),
             tokenizer=self.tokenizer,
             reconnect_timeout=config.clients.reconnect_timeout,
+            run=self.run,
         )

@@ -107,7 +107,7 @@ class Reception:
 
     def _seat(self, hello: pb.Hello) -> Seat:
         """The seat a member had; for a new client one at the rank with the fewest tokens."""
-        states = frozenset(hello.saved_windows) if self.strategy.halves_are_personal else frozenset()
+        states = self.expectation.own_states(hello)
         before = self.members.seats.get(hello.client)
         if before is not None:
             return Seat(before.rank, new_session(), before.tokens, states)

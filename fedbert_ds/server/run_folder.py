@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def run_id(self) -> Path:
+        """The run's id, which tells it from any other run."""
+        return self.path / "run.txt"
+
+    @property
     def address(self) -> Path:
         """HOST:PORT of the coordinator. Exists while it takes joins or trains."""
         return self.path / "server.address"
@@ -172,6 +178,12 @@ class RunFolder:
         """Write the run file. From then on the folder holds a run."""
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, dump_config(config))
+
+    def identify(self) -> str:
+        """The run's id; drawn at random, 32 hexadecimal digits, where it has none yet."""
+        if not self.run_id.is_file():
+            write_text(self.run_id, secrets.token_hex(16) + "\n")
+        return self.run_id.read_text(encoding="utf-8").strip()
 
     def remove(self) -> None:
         """Delete the folder of a run that failed before it began."""

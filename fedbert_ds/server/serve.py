@@ -55,6 +55,8 @@ class Prepared:
 
     tokenizer: bytes
     facts: TextFacts | None
+    run: str
+    """The run's id."""
 
 
 def serve(config: RunConfig, resume: bool) -> int:
@@ -80,7 +82,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
         del body
-        joins = Joins(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
+        expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
+        joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
             folder.reveal_address(addresses[0])
@@ -101,7 +104,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         )
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
-        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config))
+        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
         reception = None
         if ranks.rank == 0:
             reception = Reception(
@@ -205,7 +208,7 @@ def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
             if not resume:
                 folder.remove()
             raise
-    return Prepared(tokenizer_to_bytes(tokenizer), facts)
+    return Prepared(tokenizer_to_bytes(tokenizer), facts, folder.identify())
 
 
 def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | None]:
@@ -233,11 +236,13 @@ def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
     return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
 
 
-def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
+def _expectation(
+    config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any, run: str
+) -> Expectation:
     saved = folder.checkpoints.complete_windows() if resume else None
     clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
-    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
+    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
 
 
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:

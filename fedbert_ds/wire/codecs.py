@@ -104,6 +104,11 @@ def frame_dtypes(codec: str) -> tuple[torch.dtype, torch.dtype]:
     return (UNSCALED[codec], torch.float32) if codec in UNSCALED else (CODECS[codec].payload, CODECS[codec].scale_dtype)
 
 
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def encode_row_index(row_index: Tensor, num_rows: int) -> bytes:
     """Row numbers [tokens], each below `num_rows`, in the fewest whole bits."""
     numbers = row_index.cpu().numpy()

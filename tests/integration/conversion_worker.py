@@ -126,23 +126,21 @@ def main() -> None:
     saved_by = int(os.environ.get("SAVED_BY", "2"))
     initialize()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    results: dict[Any, Any] = {}
+    results: dict[str, Any] = {}
     for case in CASES:
         if phase == "save":
             engine = build(case)
-            engine.save(folder / f"{case} unused, by {ranks}", 0)
             for window in range(WINDOW):
                 train(engine, window)
             engine.save(folder / f"{case} by {ranks}", WINDOW)
-            results[case] = content(engine), train(engine, WINDOW)
+            results[str(case)] = content(engine), train(engine, WINDOW)
             continue
         for stage in STAGES:
             engine = build(case._replace(stage=stage))
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[case, stage] = content(engine), train(engine, WINDOW)
-            again = content(engine)
+            results[f"{case} to {stage}"] = content(engine), train(engine, WINDOW)
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[case, stage, "again"] = content(engine), again
+            results[f"{case} to {stage}, again"] = content(engine), None
     if rank == 0:
         torch.save(results, folder / f"{phase} by {ranks} of {saved_by}.pt")
     shut_down()

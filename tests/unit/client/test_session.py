@@ -144,6 +144,7 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
     (served.folder / "state").mkdir()
     for window in (4, 6):
         (served.folder / "state" / f"state-{window}.pt").touch()
+    (served.folder / "state" / "run.txt").write_text("this run\n")
     served.client()
     served.client(tokenizer=str(served.folder / "tokenizer"), cut=LayersCut(layers=2), name="bo")
     hellos = {}
@@ -153,7 +154,7 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
         asked.answer.set_exception(WireError("that will do"))
     assert [served.failed(), served.failed()] == ["the server refused this client: that will do"] * 2
     characters = sum(len(article.text) for article in ARTICLES)
-    common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6]}
+    common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6], "run": "this run"}
     assert hellos["ada"] == pb.Hello(client="ada", **common)
     assert hellos["bo"] == pb.Hello(
         client="bo", vocabulary_hash=vocabulary_hash(served.tokenizer), cut=cut_to_json(LayersCut(layers=2)), **common

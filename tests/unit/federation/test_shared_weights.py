@@ -36,7 +36,7 @@ def averaged(clients: list[SharedWeights], now: list[dict[str, Tensor]], codec: 
     ]
     combined = combine(updates, SHAPES, average=True, group=None)
     down, _ = received(update_chunks(3, combined.items(), 0.0, codec), codec)
-    return [client.apply(down) for client in clients]
+    return [dict(client.apply(down)) for client in clients]
 
 
 def test_exact_changes_average_as_weights_do() -> None:
@@ -78,7 +78,7 @@ def test_what_rounding_takes_is_sent_with_the_next_changes(codec: str) -> None:
     arrived = torch.zeros(SHAPES["table"])
     one = None
     for step in range(steps):
-        common = client.apply(still)
+        common = dict(client.apply(still))
         got, _ = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}, 1.0), codec)
         arrived += got["table"]
         one = got["table"] if one is None else one

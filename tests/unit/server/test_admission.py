@@ -200,6 +200,22 @@ def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     assert not seats["ada"].saved_windows, "they are of another run"
 
 
+@pytest.mark.parametrize("run", ["another run", ""])
+def test_states_of_another_run_are_refused_where_clients_keep_states(run: str) -> None:
+    expectation = Expectation("v", "s", "c", frozenset({3, 5}), run="this run")
+    joins = Joins(2, expectation)
+    with pytest.raises(WireError, match="client ada has states of another run; give it another --state folder"):
+        join(joins, hello("ada", saved_windows=[5], run=run))
+    join(joins, hello("ada", run=run))
+    join(joins, hello("bo", saved_windows=[3], run="this run"))
+    assert joins.first_window() == 3
+    seats = joins.seats(world_size=1, window_tokens=10, share="equal")
+    assert seats["ada"].saved_windows == frozenset() and seats["bo"].saved_windows == {3}
+    indifferent = Joins(1, Expectation("v", "s", "c", frozenset({5}), clients_save=False, run="this run"))
+    join(indifferent, hello("ada", saved_windows=[5], run=run))
+    assert indifferent.seats(1, 10, "equal")["ada"].saved_windows == frozenset()
+
+
 # -- seats -----------------------------------------------------------------------------------------
 
 

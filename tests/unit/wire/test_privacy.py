@@ -20,6 +20,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("Hello", "shape_hash", "string"): "a hash of the model's shape, only when the user names one",
     ("Hello", "cut", "string"): "the cut its user insists on",
     ("Hello", "saved_windows", "repeated uint32"): "numbers of windows it has saved",
+    ("Hello", "run", "string"): "which run it saved them in; the server drew the name",
     ("ClientMessage", "attach", "Attach"): "first message of a stream",
     ("ClientMessage", "manifest", "Manifest"): "sizes of a window",
     ("ClientMessage", "activations", "Activations"): "the cut itself",

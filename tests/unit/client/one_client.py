@@ -133,9 +133,9 @@ class Server:
         for message in reference_chunks(to_bytes(reference)):
             self.trainer.handle(message)
 
-    def begin(self) -> None:
-        """A new run, with the weights that the half has."""
-        self.give_begin(reference=True)
+    def begin(self, next_window: int = 0) -> None:
+        """A new run, with the weights that the half has; `next_window` is its first."""
+        self.give_begin(0, next_window, reference=True)
         self.give_reference(Reference(0, self.weights()))
 
     def give_begin(self, window: int = 0, next_window: int | None = None, **fields: Any) -> None:

@@ -119,8 +119,8 @@ def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_a_client_announces_its_own_windows_and_draws_no_text_for_others(tmp_path: Path, mode: Any) -> None:
     """Windows 0, 1 and 3 are others'; their updates move its half."""
-    server = Server(tmp_path, half_of(), own_window=2, federation=FederationSection(mode=mode, average_every=1))
-    server.begin()
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode=mode, average_every=1))
+    server.begin(next_window=2)
     manifest = server.take("manifest")
     assert manifest.window == 2 and server.text.cursor == len(LENGTHS)
     server.manifests.insert(0, manifest)
@@ -574,18 +574,21 @@ def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject)
 # -- the whole model -------------------------------------------------------------------------------
 
 
-def whole_server(folder: Path, average_every: int = 2, first_window: int = 0, **changes: Any) -> Server:
+def whole_server(folder: Path, average_every: int = 2, **changes: Any) -> Server:
     section = ModelSection(
         num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=0.0
     )
     federation = FederationSection(mode="parallel", average_every=average_every)
     half = undivided(build_model(section, VOCABULARY, 0, seed=5))
-    return Server(folder, half, first_window=first_window, federation=federation, **changes)
+    return Server(folder, half, federation=federation, **changes)
 
 
 def plan_whole(server: Server, window: int) -> None:
-    assert server.take("manifest").window == window
-    server.trainer.handle(pb.ServerMessage(plan=pb.Plan(window=window, next_window=window + 1)))
+    """The whole batch is one piece."""
+    manifest = server.planned[window] = server.take("manifest")
+    assert manifest.window == window
+    whole = pb.Piece(num_sequences=len(manifest.lengths))
+    server.trainer.handle(pb.ServerMessage(plan=pb.Plan(window=window, pieces=[whole], next_window=window + 1)))
 
 
 def run_whole(server: Server, window: int) -> list[pb.Trained]:
@@ -645,8 +648,8 @@ def test_a_whole_client_resumes_inside_a_round_bit_for_bit(tmp_path: Path) -> No
     whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=1)))
     saved = whole.take("saved")
     assert saved.flops_per_token > 0
-    again = whole_server(tmp_path / "whole", first_window=1, optimizer=OptimizerSection(name="muon", lr=0.01))
-    again.trainer.begin()
+    again = whole_server(tmp_path / "whole", optimizer=OptimizerSection(name="muon", lr=0.01))
+    again.give_begin(1, cursor=whole.planned[0].cursor)
     for server in (whole, again):
         plan_whole(server, 1)
         run_whole(server, 1)

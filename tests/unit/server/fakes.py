@@ -33,7 +33,7 @@ from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rooms import build_rooms
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -42,6 +42,8 @@ from fedbert_ds.wire.messages import PROTOCOL
 
 class FakeEngine:
     """A body that doubles what it is given, and counts: easy to tell from any other function."""
+
+    zero_stage = 2
 
     def __init__(
         self,
@@ -104,7 +106,8 @@ class FakeEngine:
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
 
-    def load(self, folder: Path, window: int) -> None:
+    def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
+        assert stage == self.zero_stage
         self.loaded.append(window)
         self._since_step = 0
 
@@ -329,7 +332,10 @@ class Served:
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
         self.folder: Any = SimpleNamespace(
-            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, layout: None
+            path=path,
+            client_model=CheckpointFolder(path).client_model,
+            mark_complete=lambda window, layout: None,
+            layout=lambda window: Layout(rank_group.world_size, engine.zero_stage),
         )
         self.checkpoints = Checkpoints(self.rooms, self.folder)
         self.rolled_back: list[int] = []

@@ -9,6 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,7 +318,8 @@ class Served:
         self.reception: Reception | None = None
         if rank_group.rank == 0:
             self.reception = Reception(
-                EXPECTATION, invitation(config, *["here:1"] * rank_group.world_size), self.members,
+                replace(EXPECTATION, clients_save=strategy.halves_are_personal),
+                invitation(config, *["here:1"] * rank_group.world_size), self.members,
                 dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
             )  # fmt: skip
         self.rooms = build_rooms(

@@ -45,7 +45,9 @@ def is_restart(config: RunConfig) -> bool:
     """torchrun has started these ranks again, with the same command, after one was lost, and the
     run had begun.
     """
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and RunFolder(config.run.directory).config.is_file()
+    return (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and RunFolder(config.run.directory).config.is_file()
+    )
 
 
 def _run(config: RunConfig, resume: bool, rank: int) -> None:

@@ -81,7 +81,9 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         device = _device()
         engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
-        joins = Joins(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config, prepared.run))
+        joins = Joins(
+            config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
+        )
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
             folder.reveal_address(addresses[0])

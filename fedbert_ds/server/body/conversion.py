@@ -230,4 +230,4 @@ def _read_whole(folder: Path, shapes: Shapes) -> Share:
 def _load(folder: Path, pattern: str) -> dict[str, Any]:
     (path,) = folder.glob(pattern)
     # DeepSpeed's files hold objects of its own, and it loads them itself in this way.
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)  # type: ignore[no-any-return]
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -184,7 +184,9 @@ def test_every_key_that_must_not_change_is_tried_above() -> None:
     assert tuple(key for _, key in mark.args[1]) == UNCHANGED
 
 
-@pytest.mark.parametrize("override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch", "body.zero_stage=3"])
+@pytest.mark.parametrize(
+    "override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch", "body.zero_stage=3"]
+)
 def test_the_rest_may_change(folder: RunFolder, saved: RunConfig, override: str) -> None:
     changed = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", override])
     check_folder(folder, changed, resume=True)

@@ -133,11 +133,13 @@ def main() -> None:
                 train(engine, window)
             engine.save(folder / f"{case} by {ranks}", WINDOW)
             results[str(case)] = content(engine), train(engine, WINDOW)
+            results[f"{case}, a window later"] = content(engine), None
             continue
         for stage in STAGES:
             engine = build(case._replace(stage=stage))
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
             results[f"{case} to {stage}"] = content(engine), train(engine, WINDOW)
+            results[f"{case} to {stage}, a window later"] = content(engine), None
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
             results[f"{case} to {stage}, again"] = content(engine), None
     if rank == 0:

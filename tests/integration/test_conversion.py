@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.conversion_worker import CASES, STAGES
+from integration.conversion_worker import CASES, STAGES, WINDOW
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -80,7 +80,9 @@ def test_what_is_compared_is_there_and_moves(saved: tuple[Path, dict[int, dict]]
         content, _ = contents[2][str(case)]
         for values in content.values():
             assert values.keys() == {"weights", "computed"} | moments[case.optimizer]
-            assert "step" not in values or values["step"] == 2
+            # At stage 0 with bf16, DeepSpeed steps once without gradients when it begins.
+            steps = WINDOW + (case.stage == 0 and case.precision == "bf16")
+            assert "step" not in values or values["step"] == steps
             rounded = values["weights"].to(torch.bfloat16) if case.precision == "bf16" else values["weights"]
             assert torch.equal(rounded, values["computed"])
         assert any(values["weights"].abs().max() > 0 for values in content.values())

@@ -1,4 +1,4 @@
-"""Runs that are resumed as they were not left: without a checkpoint, longer, on other ranks.
+"""Runs resumed as they were not left: before their first checkpoint, longer, on other ranks.
 
 Real programs, as in chaos.py.
 """

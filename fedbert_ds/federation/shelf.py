@@ -17,8 +17,8 @@ from fedbert_ds.wire.codecs import byte_view
 class Shelf:
     """fp32 tensors of known shapes by name, each in its place in a file that ends with the shelf.
 
-    `folder` is made if it is missing; None is the system's for temporary files. RunError if the file
-    cannot be written.
+    `folder` is made if it is missing; None is the system's for temporary files. RunError if the
+    file cannot be written.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], folder: Path | None = None) -> None:

@@ -109,12 +109,12 @@ class RankServer:
             masked_tokens=self._queue.schedule.masked_tokens,
             demand=self._demand(),
             clients=self._queue.clients,
-            active=self._queue.active,
             stop=self._rooms.stop.requested,
             problems=tuple(self._rooms.membership.problems),
             # Nobody sees the status before the first window.
             new_problems=self._rooms.membership.take_new_problems() if window > self._first_window else (),
             tally=self._take_tally(),
+            active=self._queue.active,
         )
         with self._busy("gather", window=window):
             return self._rooms.rank_group.gather(status)

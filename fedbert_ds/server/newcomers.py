@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.strategy import Strategy
@@ -43,21 +43,26 @@ class _Join:
     """Seconds of a monotonic clock."""
 
 
-@dataclass
 class Reception:
     """The joins that rank 0 has heard and not answered.
 
-    `most_clients` may be connected at once. `shard_sizes` are characters of text, by client.
+    `shard_sizes` are characters of the members' texts.
     """
 
-    expectation: Expectation
-    invitation: Invitation
-    members: Members
-    shard_sizes: dict[str, int]
-    world_size: int
-    most_clients: int
-    strategy: Strategy
-    _joins: dict[str, _Join] = field(default_factory=dict)
+    def __init__(
+        self,
+        expectation: Expectation,
+        invitation: Invitation,
+        members: Members,
+        shard_sizes: Mapping[str, int],
+        strategy: Strategy,
+    ) -> None:
+        self._expectation = expectation
+        self._shard_sizes = dict(shard_sizes)
+        self._invitation = invitation
+        self._members = members
+        self._strategy = strategy
+        self._joins: dict[str, _Join] = {}
 
     def hear(self, event: JoinAsked | JoinAbandoned) -> None:
         """Take a join in, or answer it with what is wrong with it; forget one that went away."""
@@ -67,7 +72,7 @@ class Reception:
                 del self._joins[name]
             return
         try:
-            check_hello(event.hello, self.expectation)
+            check_hello(event.hello, self._expectation)
             if name in self._joins:
                 raise WireError(f"client {name} is joining already; give each client its own --id")
         except WireError as error:
@@ -88,14 +93,15 @@ class Reception:
         """
         seats: dict[str, Seat] = {}
         evicted = set()
+        most = self._invitation.config.clients.most
         for name, join in sorted(self._joins.items()):
             if name in detached:
                 evicted.add(name)
             elif name in connected:
                 if now - join.asked > PATIENCE_SECONDS:
                     self._refuse(name, f"client {name} is here already; end it, or give each client its own --id")
-            elif name not in self.members.seats and len(connected | seats.keys()) >= self.most_clients:
-                self._refuse(name, f"client {name}: the run has its {self.most_clients} clients; raise clients.maximum")
+            elif name not in self._members.seats and len(connected | seats.keys()) >= most:
+                self._refuse(name, f"client {name}: the run has its {most} clients; raise clients.maximum")
             else:
                 seats[name] = self._seat(join.hello)
         return Admissions(seats, frozenset(evicted))
@@ -103,19 +109,20 @@ class Reception:
     def welcome(self, admissions: Admissions) -> None:
         """Answer the joins that are let in."""
         for client, seat in admissions.seats.items():
-            reply(self._joins.pop(client).answer, self.invitation.to(seat))
+            reply(self._joins.pop(client).answer, self._invitation.to(seat))
 
     def _seat(self, hello: pb.Hello) -> Seat:
         """The seat a member had; for a new client one at the rank with the fewest tokens."""
-        states = self.expectation.own_states(hello)
-        before = self.members.seats.get(hello.client)
+        states = self._expectation.own_states(hello)
+        before = self._members.seats.get(hello.client)
         if before is not None:
             return Seat(before.rank, new_session(), before.tokens, states)
-        self.shard_sizes[hello.client] = hello.shard_characters
-        window = self.invitation.config.window
-        participants = self.strategy.num_participants(len(self.shard_sizes))
-        tokens = window_shares(self.shard_sizes, window.tokens, window.share, participants)[hello.client]
-        loads = [sum(self.members.tokens[client] for client in self.members.at(n)) for n in range(self.world_size)]
+        self._shard_sizes[hello.client] = hello.shard_characters
+        window = self._invitation.config.window
+        participants = self._strategy.num_participants(len(self._shard_sizes))
+        tokens = window_shares(self._shard_sizes, window.tokens, window.share, participants)[hello.client]
+        ranks = range(len(self._invitation.endpoints))
+        loads = [sum(self._members.tokens[client] for client in self._members.at(rank)) for rank in ranks]
         return Seat(loads.index(min(loads)), new_session(), tokens, states)
 
     def _refuse(self, client: str, reason: str) -> None:

@@ -14,14 +14,14 @@ from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, 
 from fedbert_ds.errors import ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, fill, start_of
+from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.checkpoint import Checkpoints
@@ -90,32 +90,16 @@ def serve(config: RunConfig, resume: bool) -> int:
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        participants = rule.num_participants(config.clients.expected)
-        is_first = ranks.rank == 0
-        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window, participants) if is_first else None)
+        start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        aggregator = Aggregator(
-            {name: parameter.detach() for name, parameter in half.named_parameters()},
-            rule,
-            config.optimizer,
-            config.run.windows,
-            rule_of(config.federation),
-        )
+        aggregator = _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
         invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
         reception = None
         if ranks.rank == 0:
-            reception = Reception(
-                joins.expectation,
-                invitation,
-                members,
-                joins.shard_sizes,
-                ranks.world_size,
-                config.clients.most,
-                rule,
-            )
+            reception = Reception(expectation, invitation, members, joins.shard_sizes, rule)
         rooms = build_rooms(
             config,
             contract,
@@ -234,6 +218,16 @@ def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
         return NoBody()
     device = _device()
     return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+
+
+def _start(config: RunConfig, joins: Joins, strategy: Strategy, world_size: int) -> Start:
+    participants = strategy.num_participants(config.clients.expected)
+    return start_of(joins, world_size, config.window, participants)
+
+
+def _aggregator(config: RunConfig, half: ClientHalf, strategy: Strategy) -> Aggregator:
+    initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
+    return Aggregator(initial, strategy, config.optimizer, config.run.windows, rule_of(config.federation))
 
 
 def _expectation(

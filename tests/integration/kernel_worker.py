@@ -12,7 +12,6 @@ import on.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 from functools import partial
@@ -20,32 +19,14 @@ from pathlib import Path
 
 import torch
 
-LENGTHS = ([5, 9], [1, 3])
-"""Sequence lengths of each micro-batch."""
-
-
-def main(folder: Path) -> None:
-    """Both ranks: this process, and a fork of it after its imports, the longest part."""
-    import deepspeed  # noqa: F401
-    import transformers.models.bert.modeling_bert  # noqa: F401
-
-    import fedbert_ds.model.checkpoint
-    import fedbert_ds.model.cut
-    import fedbert_ds.server.body.engine  # noqa: F401
-    import fedbert_kernels.patch_modules  # noqa: F401
-
-    other = multiprocessing.get_context("fork").Process(target=run_rank, args=(1, folder), daemon=True)
-    other.start()
-    run_rank(0, folder)
-    other.join()
-    sys.exit(other.exitcode)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from forked_ranks import LENGTHS, run_two
 
 
 def run_rank(rank: int, folder: Path) -> None:
     """Train and write all runs of one rank."""
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     # On a CPU attention runs in torch; here the interpreted kernels replace it.
     from fedbert_kernels import attention
 
@@ -112,4 +93,4 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
-    main(Path(sys.argv[1]))
+    run_two(run_rank, Path(sys.argv[1]))

@@ -80,7 +80,6 @@ class _Transfer:
         self._link = DelayProxy(f"127.0.0.1:{self._endpoint.start()}", mbit=MBIT, **cut)
         self._endpoint.admit(dict(sessions((CLIENT,))))
         self._started = 0.0
-        self.received_bytes = 0
 
     def __enter__(self) -> _Transfer:
         address = self._link.__enter__()
@@ -103,7 +102,6 @@ class _Transfer:
         while isinstance(event, Detached | Attached):  # the link drops, and the client is back
             event = self._endpoint.next_event(PATIENCE)
         assert isinstance(event, Received), event
-        self.received_bytes += self._endpoint.take_bytes()[0]
         return event.message
 
     def row(self) -> Row:

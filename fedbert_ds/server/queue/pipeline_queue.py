@@ -94,11 +94,6 @@ class PipelineQueue:
         """Connected clients that are not suspended."""
         return self.roster.active
 
-    @property
-    def next_window(self) -> int:
-        """The next window that will be planned."""
-        return self.roster.next_window
-
     def is_connected(self, client: str) -> bool:
         """Whether it is one of `clients`."""
         return self.roster.is_connected(client)

@@ -320,7 +320,7 @@ class Served:
             self.reception = Reception(
                 replace(EXPECTATION, clients_save=strategy.halves_are_personal),
                 invitation(config, *["here:1"] * rank_group.world_size), self.members,
-                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
+                dict.fromkeys(places, 1000), strategy,
             )  # fmt: skip
         self.rooms = build_rooms(
             config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0,

@@ -80,7 +80,7 @@ def test_a_suspended_client_stays_connected_and_hears_what_is_skipped(rank: Rank
 
 def announce(rank: Rank, *clients: str) -> None:
     for client in clients:
-        manifest = Manifest(client, rank.served.rooms.queue.next_window, (4,), (2,))
+        manifest = Manifest(client, rank.served.rooms.queue.roster.next_window, (4,), (2,))
         rank.served.rooms.queue.manifest(manifest)
         rank.served.rooms.cursors.announce(client, manifest.window, {"epoch": 0, "position": 1, "sequences": 9})
 

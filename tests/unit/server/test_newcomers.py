@@ -34,12 +34,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def reception_of(members: Members, *, most: int = 3, mode: str = "synchronous", **federation: Any) -> Reception:
     """That of a run of two ranks."""
-    config = run_config(window={"tokens": 1000}, federation={"mode": mode, **federation})
+    config = run_config(
+        window={"tokens": 1000},
+        federation={"mode": mode, **federation},
+        clients={"expected": len(members.seats), "maximum": most},
+    )
     shard_sizes = dict.fromkeys(members.seats, 1000)
     strategy = strategy_of(config.federation, config.wire, config.cut)
     welcoming = invitation(config, "rank-0:1", "rank-1:1")
     expectation = replace(EXPECTATION, clients_save=strategy.halves_are_personal, run="this run")
-    return Reception(expectation, welcoming, members, shard_sizes, 2, most, strategy)
+    return Reception(expectation, welcoming, members, shard_sizes, strategy)
 
 
 def members_with(seats: dict[str, Seat]) -> Members:
@@ -294,3 +298,4 @@ def test_where_nobody_asks_nothing_is_decided_and_no_rank_waits(members: Members
     membership: Any = None
     newcomers = Newcomers(reception_of(members), members, membership, admit, Alone())  # type: ignore[arg-type]
     newcomers.let_in([status("ada"), status("bo")], 7)
+    assert members.seats.keys() == {"ada", "bo"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from unit.server.fakes import (
     seats,
 )
 
+from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.network.events import Connected
 
@@ -98,6 +100,24 @@ class CollectiveEngine(FakeEngine):
         assert both[0] == both[1], f"ranks disagree about a collective: {both}"
 
 
+def places_of(by_rank: Sequence[Sequence[FakeClient]]) -> dict[str, Seat]:
+    """A seat for each client, at its rank."""
+    return {
+        client.name: replace(seat, rank=number)
+        for number, clients in enumerate(by_rank)
+        for client, seat in zip(clients, seats(clients).values(), strict=True)
+    }
+
+
+def side_by_side(serve: Callable[[int], None]) -> None:
+    """Run `serve(rank)` for both ranks, each in a thread."""
+    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+
+
 @pytest.mark.parametrize("fault", [None, "activations twice", "gradient that is not finite", "manifest of nothing"])
 @pytest.mark.parametrize("order", ["arrival", "fixed"])
 @pytest.mark.parametrize("lockstep_forwards", [False, True])
@@ -112,11 +132,7 @@ def test_two_ranks_keep_step_whoever_fails(
     ada, bo = FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))
     cy = FakeClient("cy", config, (3, 4), *([BAD[fault][0]()] if fault else []))
     by_rank = [[ada, bo], [cy]]
-    places = {
-        client.name: replace(seat, rank=number)
-        for number, clients in enumerate(by_rank)
-        for client, seat in zip(clients, seats(clients).values(), strict=True)
-    }
+    places = places_of(by_rank)
     board, outcomes = Board(), [None, None]
     tallies: list[RankStatus] = []
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
@@ -130,11 +146,7 @@ def test_two_ranks_keep_step_whoever_fails(
             outcomes[number] = error
             board.leave()
 
-    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    side_by_side(serve)
     assert outcomes == [3, 3]
     assert engines[0].saved == engines[1].saved == [2, 3]
     assert len(engines[0].backwards) == len(engines[1].backwards)
@@ -161,11 +173,7 @@ def test_a_rank_that_waits_for_its_client_is_waited_for(
         [FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))],
         [FakeClient("cy", config, (3, 4), lambda number, message: [message if number < after else GONE])],
     ]
-    places = {
-        client.name: replace(seat, rank=number)
-        for number, clients in enumerate(by_rank)
-        for client, seat in zip(clients, seats(clients).values(), strict=True)
-    }
+    places = places_of(by_rank)
     board, outcomes = Board(), [None, None]
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
     endpoints = [FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0) for number in range(2)]
@@ -192,11 +200,7 @@ def test_a_rank_that_waits_for_its_client_is_waited_for(
             outcomes[number] = error
             board.leave()
 
-    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
+    side_by_side(serve)
     assert outcomes == [3, 3]
     assert len(engines[0].steps) == len(engines[1].steps) == 3 and len(engines[0].dropped) == len(engines[1].dropped)
     assert served[0].rolled_back == served[1].rolled_back

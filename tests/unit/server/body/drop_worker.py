@@ -9,38 +9,20 @@ Writes `STAGE-PRECISION-KIND-RANK.pt` into the folder: the weights after three w
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 
 import torch
 
-LENGTHS = ([5, 9], [1, 3])
-"""Sequence lengths of each micro-batch."""
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+from forked_ranks import LENGTHS, run_two
+
 WIDTH = 16
-
-
-def main(folder: Path) -> None:
-    """Both ranks: this process, and a fork of it after its imports, the longest part."""
-    import deepspeed  # noqa: F401
-    import transformers.models.bert.modeling_bert  # noqa: F401
-
-    import fedbert_ds.model.checkpoint
-    import fedbert_ds.model.cut
-    import fedbert_ds.server.body.engine  # noqa: F401
-
-    other = multiprocessing.get_context("fork").Process(target=run_rank, args=(1, folder), daemon=True)
-    other.start()
-    run_rank(0, folder)
-    other.join()
-    sys.exit(other.exitcode)
 
 
 def run_rank(rank: int, folder: Path) -> None:
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     initialize()
     for stage in range(4):
         # At stage 3, partition and release even weights as small as these.
@@ -96,4 +78,4 @@ def accumulate(engine, window: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_two(run_rank, Path(sys.argv[1]))

@@ -25,4 +25,7 @@ def test_only_padding_becomes_zero(rank: int, kept: list[int]) -> None:
 
 
 def test_tensors_on_a_disk_are_left_alone() -> None:
-    clear_padding(SimpleNamespace(fp32_partitioned_groups_flat=[None]), SHAPES, rank=0, ranks=3)
+    rounded = torch.ones(4)
+    optimizer = SimpleNamespace(fp32_partitioned_groups_flat=[None], fp16_partitioned_groups_flat=[rounded])
+    clear_padding(optimizer, SHAPES, rank=2, ranks=3)
+    assert rounded.tolist() == [1, 1, 1, 1]

@@ -30,7 +30,7 @@ def queue_of(in_flight: int, plans: Sequence[Sequence[tuple[Piece, ...]]], **opt
 
 def announce(queue: PipelineQueue, *clients: str) -> None:
     for client in clients:
-        queue.manifest(Manifest(client, queue.next_window, (4,), (2,)))
+        queue.manifest(Manifest(client, queue.roster.next_window, (4,), (2,)))
 
 
 def started(

@@ -79,7 +79,7 @@ class Rank:
         decision = self.queue.decide(now)
         self.oracle.check(decision, now)
         if isinstance(decision, Plan):
-            assert self.queue.next_window == self.oracle.next_window
+            assert self.queue.roster.next_window == self.oracle.next_window
         elif isinstance(decision, Suspend):
             assert decision.client not in self.queue.active and decision.client in self.queue.clients
         return decision

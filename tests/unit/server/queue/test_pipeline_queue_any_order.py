@@ -134,6 +134,22 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
     assert all(issued[:shortest] == collectives[0][:shortest] for issued in collectives)
 
 
+def fall_behind(
+    federation: Federation, data: st.DataObject, choose: Choose, most_events: int, more_windows: int
+) -> None:
+    """Clients are late again and again, in any order of events; then everybody gets a turn."""
+    for _ in range(data.draw(st.integers(10, most_events), label="random events")):
+        federation.decide_all()
+        if choose([False, False, False, True]):
+            federation.now += 3.5
+        elif arrivals := federation.possible():
+            federation.do(choose(arrivals))
+    # Who never answers is not waited for.
+    turns = itertools.count()
+    federation.run(federation.finished + more_windows, lambda options: options[next(turns) % len(options)])
+    assert not federation.expired
+
+
 @ANY_ORDER
 @given(data=st.data())
 def test_late_clients_are_suspended_and_come_back(data: st.DataObject) -> None:
@@ -146,16 +162,7 @@ def test_late_clients_are_suspended_and_come_back(data: st.DataObject) -> None:
     names = NAMES[: data.draw(st.integers(1, 5), label="clients")]
     for name in names:
         federation.join(choose(range(num_ranks)), name)
-    for _ in range(data.draw(st.integers(10, 80), label="random events")):
-        federation.decide_all()
-        if choose([False, False, False, True]):
-            federation.now += 3.5
-        elif arrivals := federation.possible():
-            federation.do(choose(arrivals))
-    # Everybody gets a turn: who never answers is not waited for.
-    turns = itertools.count()
-    federation.run(federation.finished + 10, lambda options: options[next(turns) % len(options)])
-    assert not federation.expired
+    fall_behind(federation, data, choose, most_events=80, more_windows=10)
     for rank in federation.ranks:
         assert rank.queue.active == rank.oracle.clients.keys(), "who answers is waited for again"
         assert rank.oracle.lost_masked_tokens[-1] == 0
@@ -176,15 +183,7 @@ def test_late_clients_come_back_where_few_take_part(data: st.DataObject) -> None
     num_ranks = len(federation.ranks)
     for name in NAMES:
         federation.join(choose(range(num_ranks)), name)
-    for _ in range(data.draw(st.integers(10, 60), label="random events")):
-        federation.decide_all()
-        if choose([False, False, False, True]):
-            federation.now += 3.5
-        elif arrivals := federation.possible():
-            federation.do(choose(arrivals))
-    turns = itertools.count()
-    federation.run(federation.finished + 20, lambda options: options[next(turns) % len(options)])
-    assert not federation.expired
+    fall_behind(federation, data, choose, most_events=60, more_windows=20)
     for rank in federation.ranks:
         assert rank.queue.active == rank.oracle.clients.keys()
         assert rank.oracle.lost_masked_tokens[-1] == 0

@@ -145,7 +145,7 @@ def test_a_window_goes_on_without_a_late_client_and_it_comes_back() -> None:
     queue.reactivate("bo", 7.0)  # its answer to micro-batch 1, say
     assert queue.active == {"ada", "bo"}
     assert queue.manifest(Manifest("bo", 2, (4,), (2,))) is False, "that window was planned without it"
-    assert queue.next_window == 3
+    assert queue.roster.next_window == 3
     announce(queue, "ada", "bo")
     assert trained(queue, "ada", 2, 7.0)[-4:] == ["step 1 lost 0", "plan 3 ada+bo", "open 5", "open 6"]
     queue.start(1, 8.0)
@@ -482,7 +482,7 @@ def test_a_window_is_undone_at_every_moment(moment: str, is_planned_ahead: bool)
             case "stepped":
                 assert decided(queue)[-1] == "step 0 lost 0"
     queue.roll_back(0, 7.0)
-    assert decided(queue, 7.0) == [] and queue.next_window == 0
+    assert decided(queue, 7.0) == [] and queue.roster.next_window == 0
     for client in ("ada", "bo"):
         assert queue.deadlines.asked_at(client, Question("manifest")) == 7.0
         for index in range(2):

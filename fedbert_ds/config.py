@@ -322,6 +322,41 @@ class ServerSection(Section):
     """Clients on this machine pass large messages through shared memory instead of sockets."""
 
 
+class AggregatorSection(Section):
+    """An aggregator of another party, which owns the client model: `fedbert-ds aggregator`.
+
+    Both parties have this section. Clients use the keys and certificates of their command lines.
+    """
+
+    address: str
+    """HOST:PORT at which ranks and clients reach the aggregator."""
+    secret: Path
+    """File with a secret that the two parties share and no client knows."""
+    host: str = "127.0.0.1"
+    """For the aggregator: address to listen on. 0.0.0.0 for remote ranks and clients. The port is
+    that of `address`."""
+    directory: Path | None = None
+    """For the aggregator: folder of its checkpoints and of the final client model. null is
+    `run.directory` with `-aggregator` added."""
+    seed: int | None = None
+    """For the aggregator: seed of the first client model. null means `run.seed`, which the server
+    knows, so it knows the first client model, too."""
+    tls: TlsSection | None = None
+    """For the aggregator: its files of mutual TLS. Ranks that dial it show those of `server.tls`."""
+
+    @model_validator(mode="after")
+    def _address(self) -> AggregatorSection:
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"address {self.address} is not HOST:PORT")
+        return self
+
+    @property
+    def port(self) -> int:
+        """The port of `address`."""
+        return int(self.address.rpartition(":")[2])
+
+
 class WireSection(Section):
     """Codecs of activations, gradients and client updates.
 
@@ -383,6 +418,8 @@ class RunConfig(Section):
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()
+    aggregator: AggregatorSection | None = None
+    """null: the ranks are the aggregator."""
     wire: WireSection = WireSection()
 
     @model_validator(mode="after")

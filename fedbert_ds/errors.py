@@ -46,6 +46,10 @@ class RunError(UserError):
     exit_code = 6
 
 
+class AggregatorLost(RunError):
+    """The aggregator of another party is gone, or has lost its state; its last checkpoint counts."""
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Print the error as one line on standard error and raise SystemExit with its exit code."""
     print(f"fedbert-ds: {error}", file=sys.stderr, flush=True)

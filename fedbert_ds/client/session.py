@@ -10,7 +10,7 @@ import grpc
 import torch
 
 from fedbert_ds.client.state import saved_windows
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 import psutil
 
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Connected, Disconnected, Received

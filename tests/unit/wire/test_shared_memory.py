@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected, Received
@@ -142,7 +142,7 @@ def own_memory() -> int:
 
 CLIENT = """
 import sys
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess

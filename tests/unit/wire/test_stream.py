@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedbert_ds.bench.network.link import DelayProxy
-from fedbert_ds.client import stream as stream_module
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire import stream as stream_module
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint

@@ -342,7 +342,7 @@ class AggregatorSection(Section):
     """For the aggregator: seed of the first client model. null means `run.seed`, which the server
     knows, so it knows the first client model, too."""
     tls: TlsSection | None = None
-    """For the aggregator: its files of mutual TLS. Ranks that dial it show those of `server.tls`."""
+    """For the aggregator: its files of mutual TLS. Ranks that dial it show `server.tls`."""
 
     @model_validator(mode="after")
     def _address(self) -> AggregatorSection:
@@ -447,12 +447,12 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 """Keys of older run files."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = True) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
     A relative body.deepspeed is looked up in the run file's folder first, then in the working
-    folder. Raises ConfigError, one line, for a missing file, bad YAML, an unknown key or a bad
-    value.
+    folder; it must exist unless `needs_body` is False. Raises ConfigError, one line, for
+    a missing file, bad YAML, an unknown key or a bad value.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such run file; give one with --config")
@@ -469,7 +469,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
         body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
         config = config.model_copy(update={"body": body})
-    if not config.body.deepspeed.is_file():
+    if needs_body and not config.body.deepspeed.is_file():
         raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
     return config
 

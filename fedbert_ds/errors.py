@@ -47,7 +47,7 @@ class RunError(UserError):
 
 
 class AggregatorLost(RunError):
-    """The aggregator of another party is gone, or has lost its state; its last checkpoint counts."""
+    """The aggregator of another party is gone. The run can go on from the last checkpoint."""
 
 
 def exit_with(error: UserError) -> NoReturn:

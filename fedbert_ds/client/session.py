@@ -10,7 +10,6 @@ import grpc
 import torch
 
 from fedbert_ds.client.state import saved_windows
-from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
@@ -23,6 +22,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
 from fedbert_ds.wire.messages import PROTOCOL, cursor_numbers, cut_to_json, parse_cut, parse_settings
+from fedbert_ds.wire.stream import ServerStream
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def agreement(config: RunConfig) -> str:
 
 
 def disagreement(mine: str, theirs: str) -> str | None:
-    """The first key that differs, as a sentence's end; None if all agree. `theirs` is not trusted."""
+    """The first key that differs, in a sentence; None if all agree. `theirs` is not trusted."""
     if mine == theirs:
         return None
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,9 +78,9 @@ def build_rooms(
     queue = _queue(config, engine.lockstep_forwards, start.first_window)
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
 
-    def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+    def combined(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         try:
-            result = combine(updates, shapes, average=average, group=rank_group.update_group)
+            result = combine(list(updates.values()), shapes, average=average, group=rank_group.update_group)
         except NobodyDelivered:
             return aggregator.unchanged(shapes)
         return aggregator.answer(result) if average else result

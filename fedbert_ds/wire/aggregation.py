@@ -12,7 +12,7 @@ SHORTEST_SECRET = 16
 
 
 def rank_name(rank: int) -> str:
-    """A rank's name at the aggregator's endpoint. No client has it: clients' names are printable."""
+    """A rank's name at the aggregator's endpoint. No client has it: their names are printable."""
     return f"\trank {rank}"
 
 

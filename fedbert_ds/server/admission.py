@@ -42,6 +42,8 @@ class Seat:
     session: str
     tokens: int
     """Tokens of the client in each window."""
+    aggregator_session: str = ""
+    """Shown to an aggregator of another party, which must not know the rank's session."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,10 @@ class Joins:
         shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
         shares = window_shares(shard_sizes, window_tokens, share)
         ranks = assign_clients(shares, world_size)
-        return {client: Seat(ranks[client], secrets.token_hex(16), shares[client]) for client in sorted(self._waiting)}
+        return {
+            client: Seat(ranks[client], secrets.token_hex(16), shares[client], secrets.token_hex(16))
+            for client in sorted(self._waiting)
+        }
 
     def welcome(self, client: str, welcome: pb.Welcome) -> None:
         """Answer a client's Join."""
@@ -226,6 +231,8 @@ def welcome_all(
             reconnect_timeout=config.clients.reconnect_timeout,
             cursor=pb.Cursor(**cursors[client]) if client in cursors else None,
         )
+        if config.aggregator is not None:
+            welcome.aggregator, welcome.aggregator_session = config.aggregator.address, seat.aggregator_session
         joins.welcome(client, welcome)
 
 

@@ -53,7 +53,13 @@ class Checkpoints:
             # there.
             self._cursors.update(cursors)
         if rooms.rank_group.rank == 0:
-            write_client_model(self._folder.client_model(window), rooms.aggregator.reference(), self._cursors)
+            if rooms.aggregator is not None:
+                reference = rooms.aggregator.reference()
+            else:
+                assert rooms.remote is not None
+                rooms.remote.save(window, rooms.service.attend)
+                reference = Reference(window, {})  # the other party has the weights
+            write_client_model(self._folder.client_model(window), reference, self._cursors)
         complete(rooms.rank_group, self._folder, window)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import reference_chunks
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -21,6 +22,7 @@ from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -32,19 +34,19 @@ class ClientService:
     """Serves the clients of one rank. `attend` does what is due and waits a little if nothing is.
 
     `take_event(seconds)` returns the rank's next event. A client that breaks the protocol is
-    refused alone.
+    refused alone. Without an aggregator here, `exchange` is that of another party's.
     """
 
     def __init__(
         self,
         queue: PipelineQueue,
         inbox: Inbox,
-        exchange: UpdateExchange,
+        exchange: UpdateExchange | RemoteExchange,
         membership: Membership,
         outbox: Outbox,
         take_event: Callable[[float], DecodedEvent | None],
         trace: Trace,
-        aggregator: Aggregator,
+        aggregator: Aggregator | None,
         update_codec: str,
         compressed: bool,
         holds_updates: bool = False,
@@ -60,11 +62,13 @@ class ClientService:
         self._update_codec = update_codec
         self._compressed = compressed
         self.holds_updates = holds_updates
-        """Combined updates wait in `combined` until the rank has stepped."""
+        """Combined updates wait until the rank has stepped; `norms` has theirs."""
         self.plans: dict[int, Plan] = {}
         """Windows that are planned and have not begun."""
-        self.combined: dict[int, dict[str, Tensor]] = {}
-        """Updates that are held, by window."""
+        self.norms: dict[int, float] = {}
+        """Norms of combined updates that are held, by window."""
+        self._held: dict[int, dict[str, Tensor]] = {}
+        """These updates, where they are combined here."""
 
     def attend(self) -> None:
         """While the body is idle: take events in, plan and give credit ahead, hand updates out."""
@@ -138,15 +142,25 @@ class ClientService:
             self._membership.refuse(client, str(error))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
-            if self.holds_updates:
-                self.combined[window] = tensors
-                return
-            self.send_combined(window, tensors)
+            if isinstance(self._exchange, RemoteExchange):
+                self.norms[window] = self._exchange.norms.pop(window)
+            elif self.holds_updates:
+                self._held[window], self.norms[window] = tensors, global_norm(tensors)
+            else:
+                self.send_combined(window, tensors)
+
+    def commit(self, window: int, scale: float) -> None:
+        """The body has stepped, its gradient shrunk by `scale`: a held update goes out."""
+        self.norms.pop(window, None)
+        if (gradients := self._held.pop(window, None)) is not None:
+            clipped = {name: gradient * scale for name, gradient in gradients.items()} if scale < 1.0 else gradients
+            self.send_combined(window, clipped)
 
     def send_combined(self, window: int, tensors: Mapping[str, Tensor]) -> None:
         """Give what a window's updates were combined to, fp32 by name, to the aggregator and all
         clients.
         """
+        assert self._aggregator is not None
         self._aggregator.apply(window, tensors)
 
         def messages() -> Iterator[pb.ServerMessage]:
@@ -196,7 +210,8 @@ class ClientService:
     def finish(self, reason: str, complete: bool) -> None:
         """Tell clients that the run is over. A run that is not `complete` may be resumed."""
         self._exchange.close()
-        self._aggregator.close()
+        if self._aggregator is not None:
+            self._aggregator.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
             self._outbox.close(client, pb.ServerMessage(finish=finish))

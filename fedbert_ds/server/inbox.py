@@ -16,6 +16,7 @@ from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
 from fedbert_ds.wire.messages import checked_manifest
@@ -28,7 +29,11 @@ class Inbox:
     """
 
     def __init__(
-        self, queue: PipelineQueue, exchange: UpdateExchange, contract: Contract, tokens: Mapping[str, int]
+        self,
+        queue: PipelineQueue,
+        exchange: UpdateExchange | RemoteExchange,
+        contract: Contract,
+        tokens: Mapping[str, int],
     ) -> None:
         self._queue = queue
         self._exchange = exchange

@@ -29,6 +29,7 @@ from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.server.remote_exchange import Line, RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 
@@ -48,13 +49,22 @@ class Rooms:
     stop: StopFlag
     trace: Trace
     queue: PipelineQueue
-    exchange: UpdateExchange
-    aggregator: Aggregator
+    exchange: UpdateExchange | RemoteExchange
+    remote: RemoteExchange | None
+    """`exchange`, where another party is the aggregator."""
+    aggregator: Aggregator | None
+    """None where another party is."""
     inbox: Inbox
     outbox: Outbox
     membership: Membership
     service: ClientService
     micro_batches: MicroBatches
+
+    def commit_elsewhere(self, window: int, scale: float) -> None:
+        """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""
+        has_update = self.strategy.exchange_after(window) != "nothing"
+        if self.remote is not None and self.rank_group.rank == 0 and has_update:
+            self.remote.commit(window, scale)
 
 
 def build_rooms(
@@ -62,7 +72,7 @@ def build_rooms(
     contract: Contract,
     engine: BodyEngine,
     endpoint: RankEndpoint,
-    aggregator: Aggregator,
+    aggregator: Aggregator | Line,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
     start: Start,
@@ -71,24 +81,22 @@ def build_rooms(
 ) -> Rooms:
     """Build the rooms of this rank, for the clients that `start` seats here.
 
-    `take_event(seconds)` returns the endpoint's events, decoded.
+    `take_event(seconds)` returns the endpoint's events, decoded. `aggregator` is this rank's own,
+    or the line to another party's.
     """
     strategy = strategy_of(config.federation, config.wire)
     tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
     queue = _queue(config, engine.lockstep_forwards, start.first_window)
-    shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
-
-    def combined(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
-        try:
-            result = combine(list(updates.values()), shapes, average=average, group=rank_group.update_group)
-        except NobodyDelivered:
-            return aggregator.unchanged(shapes)
-        return aggregator.answer(result) if average else result
-
-    exchange = UpdateExchange(combined)
+    if isinstance(aggregator, Aggregator):
+        own, remote = aggregator, None
+        exchange: UpdateExchange | RemoteExchange = _exchange(contract, aggregator, rank_group)
+        revoke: Callable[[str], None] = endpoint.revoke
+    else:
+        own, remote = None, RemoteExchange(aggregator, queue.deadlines)
+        exchange, revoke = remote, _both(endpoint.revoke, remote.part_with)
     inbox = Inbox(queue, exchange, contract, tokens)
     outbox = Outbox(endpoint)
-    membership = Membership(queue, exchange, inbox, outbox, endpoint.revoke)
+    membership = Membership(queue, exchange, inbox, outbox, revoke)
     service = ClientService(
         queue,
         inbox,
@@ -97,7 +105,7 @@ def build_rooms(
         outbox,
         take_event,
         trace,
-        aggregator,
+        own,
         contract.update_codec,
         config.wire.is_compressed,
         holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
@@ -113,7 +121,8 @@ def build_rooms(
         trace=trace,
         queue=queue,
         exchange=exchange,
-        aggregator=aggregator,
+        remote=remote,
+        aggregator=own,
         inbox=inbox,
         outbox=outbox,
         membership=membership,
@@ -122,6 +131,28 @@ def build_rooms(
             engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
         ),
     )
+
+
+def _exchange(contract: Contract, aggregator: Aggregator, rank_group: RankGroup) -> UpdateExchange:
+    """The exchange of updates among the ranks."""
+    shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
+
+    def combined(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
+        try:
+            result = combine(list(updates.values()), shapes, average=average, group=rank_group.update_group)
+        except NobodyDelivered:
+            return aggregator.unchanged(shapes)
+        return aggregator.answer(result) if average else result
+
+    return UpdateExchange(combined)
+
+
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def both(client: str) -> None:
+        first(client)
+        second(client)
+
+    return both
 
 
 def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:

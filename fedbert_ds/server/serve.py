@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fedbert_ds.server.admission import Expectation, Joins, fill, start_of, welc
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.checkpoint import Checkpoints, Cursors, read_client_model
 from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.control_line import ControlLine, open_run, tls_of
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
@@ -42,6 +43,7 @@ from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
@@ -80,7 +82,14 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         device = _device()
         engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
-        joins = Joins(config.clients.expected, _expectation(config, folder, resume, tokenizer, model_config))
+        opened = None
+        if config.aggregator is not None:
+            opened = _open_elsewhere(config, ranks, resume, tokenizer, model_config)
+        expectation = _expectation(config, folder, resume, tokenizer, model_config)
+        if opened is not None and expectation.saved_windows is not None:
+            both = expectation.saved_windows & frozenset(opened.saved_windows)
+            expectation = replace(expectation, saved_windows=both)
+        joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
             folder.reveal_address(addresses[0])
@@ -90,13 +99,19 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        aggregator = Aggregator(
-            {name: parameter.detach() for name, parameter in half.named_parameters()},
-            rule,
-            config.optimizer,
-            config.run.windows,
-            rule_of(config.federation),
-        )
+        aggregator: Aggregator | ControlLine
+        if opened is None:
+            aggregator = Aggregator(
+                {name: parameter.detach() for name, parameter in half.named_parameters()},
+                rule,
+                config.optimizer,
+                config.run.windows,
+                rule_of(config.federation),
+            )
+        else:
+            aggregator = _line(config, ranks.rank, opened)
+            at_end.callback(aggregator.stop)
+            aggregator.start()
         del half  # the aggregator has its own copy
         rooms = build_rooms(
             config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
@@ -108,16 +123,20 @@ def serve(config: RunConfig, resume: bool) -> int:
         cursors: Cursors = {}
         if start.first_window:
             engine.load(folder.checkpoints.path, start.first_window)
-            cursors = _load(aggregator, folder.checkpoints.client_model(start.first_window))
+            cursors = _load(rooms.aggregator, folder.checkpoints.client_model(start.first_window))
+        # Clients of a resumed run that have states of their own begin with these.
+        begins_with_reference = not (start.first_window and rule.halves_are_personal)
+        if rooms.remote is not None:
+            sessions = {client: start.seats[client].aggregator_session for client in rooms.seated}
+            rooms.remote.admit(start.first_window, sessions, begins_with_reference, config.clients.join_timeout)
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
             welcome_all(joins, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
         limits = _fixed_limits(config)
         rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
-        # Clients of a resumed run that have states of their own begin with these.
-        begins_with_reference = not (start.first_window and rule.halves_are_personal)
-        rank.connect(to_bytes(aggregator.reference()) if begins_with_reference else None, clients.check)
+        own = rooms.aggregator
+        rank.connect(to_bytes(own.reference()) if own and begins_with_reference else None, clients.check)
         checkpoints = Checkpoints(rooms, folder.checkpoints, cursors)
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
@@ -138,6 +157,8 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
     strategy = strategy_of(config.federation, config.wire)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
+    if config.aggregator is not None:
+        parameters = {}  # none of them comes here
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
     return Contract(
         activations=TensorContract(config.wire.activations, half.widths.activations, most),
@@ -194,11 +215,31 @@ def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: 
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
 
 
-def _load(aggregator: Aggregator, path: Path) -> Cursors:
-    """Take the reference of a checkpoint over; returns where each client stands in its text."""
-    reference, cursors = read_client_model(path, aggregator.shapes)
-    aggregator.load(reference)
+def _load(aggregator: Aggregator | None, path: Path) -> Cursors:
+    """Take the reference of a checkpoint over, if the aggregator is here; returns where each client
+    stands in its text.
+    """
+    reference, cursors = read_client_model(path, aggregator.shapes if aggregator is not None else {})
+    if aggregator is not None:
+        aggregator.load(reference)
     return cursors
+
+
+def _open_elsewhere(config: RunConfig, ranks: RankGroup, resume: bool, tokenizer: Any, model_config: Any) -> pb.Opened:
+    """Name the run to the aggregator of another party. All ranks call it."""
+    opened = None
+    if ranks.rank == 0:
+        words, padding = len(tokenizer), tokenizer.pad_token_id
+        opened = open_run(
+            config, ranks.world_size, words, padding, shape_hash(model_config), resume
+        ).SerializeToString()
+    return pb.Opened.FromString(ranks.broadcast(opened))
+
+
+def _line(config: RunConfig, rank: int, opened: pb.Opened) -> ControlLine:
+    assert config.aggregator is not None
+    timeout = config.clients.reconnect_timeout
+    return ControlLine(config.aggregator.address, tls_of(config), rank, opened.sessions[rank], timeout)
 
 
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:
@@ -213,6 +254,8 @@ def _train(
         return rank.train(reporter.window, checkpoints.save)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
+        if rooms.remote is not None and rooms.rank_group.rank == 0:
+            rooms.remote.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 

@@ -73,7 +73,8 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
 
 
 def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
-    """Run the jobs one after another in 2 rank and 3 client processes.
+    """Run the jobs one after another in 2 rank and 3 client processes, and one of an aggregator
+    where a job has one.
 
     A failure shows the processes' output.
     """
@@ -88,7 +89,10 @@ def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None
         for rank in range(WORLD_SIZE)
     }  # fmt: skip
     clients = {client: (["client", str(path), client], {}) for client in CLIENTS}
-    with _processes(folder, ranks | clients) as processes:
+    others = {}
+    if any("aggregator" in job["config"] for job in jobs):
+        others = {"aggregator": (["aggregator", str(path)], {})}
+    with _processes(folder, others | ranks | clients) as processes:
         for name, process in processes.items():
             try:
                 process.wait(timeout)

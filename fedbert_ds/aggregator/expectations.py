@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
@@ -51,7 +51,10 @@ class Expectations:
         self.complete = window
         return expectation
 
-    def drop(self, client: str) -> None:
-        """Expect nothing of a client in windows that are not complete."""
-        for expectation, _ in self._parts.values():
-            expectation.clients.discard(client)
+    def drop(self, client: str, delivered: Collection[int] = ()) -> None:
+        """Expect nothing of a client in windows that are not complete, but for those whose update
+        it has delivered.
+        """
+        for window, (expectation, _) in self._parts.items():
+            if window not in delivered:
+                expectation.clients.discard(client)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from fedbert_ds.aggregator.expectations import Expectation, Expectations
+from fedbert_ds.aggregator.expectations import Expectations
 from fedbert_ds.aggregator.folder import AggregatorFolder
+from fedbert_ds.aggregator.guests import Guests, RunEndpoint
 from fedbert_ds.aggregator.update_inbox import Shapes, UpdateInbox
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
@@ -21,29 +22,9 @@ from fedbert_ds.federation.reference import reference_chunks, to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.network.outbox import Outbox, Sends
+from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.aggregation import rank_name
 from fedbert_ds.wire.messages import cut_to_json
-
-LONGEST_NAME = 100
-"""Characters of a client's name."""
-
-
-class RunEndpoint(Sends, Protocol):
-    """What a run needs of the endpoint."""
-
-    def admit(self, sessions: dict[str, str]) -> None:
-        """Let only these ranks and clients open a stream, each with its session, from now on."""
-        ...
-
-    def revoke(self, client: str) -> None:
-        """Let a client open no further stream."""
-        ...
-
-    def report(self, rank: str, report: pb.Report) -> None:
-        """Queue a message for a rank; messages to one that is gone are dropped."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -88,15 +69,7 @@ class AggregatedRun:
         self._exchange = UpdateExchange(self._combined)
         self._expectations = Expectations(len(sessions))
         self._inbox = UpdateInbox(model.exchanged, self._aggregator.shapes, self._strategy.update_codec)
-        self._ranks = [rank_name(rank) for rank in range(len(sessions))]
-        self._sessions = dict(zip(self._ranks, sessions, strict=True))
-        self._rank_of: dict[str, int] = {}
-        """Of every client that was admitted."""
-        self._here: set[str] = set()
-        """Clients that are admitted and not gone."""
-        self._begins_with_reference: dict[str, bool] = {}
-        self._connected: set[str] = set()
-        """Clients with an open stream."""
+        self._guests = Guests(endpoint, sessions)
         self._early: dict[tuple[int, str], Callable[[], ClientUpdate]] = {}
         """Updates that came before every rank had announced their window."""
         self._held: tuple[int, dict[str, Tensor]] | None = None
@@ -109,9 +82,10 @@ class AggregatedRun:
         self._collected: dict[str, ClientUpdate] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
         """The result is being collected, until this time."""
+        self._is_concluded = False
+        """The result is written, so clients leave as they like."""
         self.finish: pb.Finish | None = None
         """The ranks' last order, once it has come."""
-        endpoint.admit(self._sessions)
 
     @property
     def is_busy(self) -> bool:
@@ -120,11 +94,11 @@ class AggregatedRun:
 
     # -- from ranks --------------------------------------------------------------------------------
 
-    def order(self, rank_of_sender: str, order: pb.Order) -> None:
+    def order(self, sender: str, order: pb.Order) -> None:
         """Carry out a rank's order."""
-        if rank_of_sender not in self._ranks:
+        rank = self._guests.rank(sender)
+        if rank is None:
             return  # of a run that is over
-        rank = self._ranks.index(rank_of_sender)
         kind = order.WhichOneof("body")
         if kind in ("commit", "save", "conclude", "finish") and rank != 0:
             raise WireError(f"rank {rank}: an order of kind {kind} is rank 0's")
@@ -152,44 +126,29 @@ class AggregatedRun:
         if not self._has_begun and admit.window:
             self._aggregator.load(self._folder.load(admit.window, self._aggregator.shapes))
         self._has_begun = True
-        for admission in admit.clients:
-            client = admission.client
-            if not client or not client.isprintable() or len(client) > LONGEST_NAME or not admission.session:
-                raise WireError(f"rank {rank} admits a client without a printable name or a session")
-            self._rank_of[client] = rank
-            self._here.add(client)
-            self._sessions[client] = admission.session
-            self._begins_with_reference[client] = admission.reference
-        self._endpoint.admit(self._sessions)
-        self._endpoint.report(self._ranks[rank], pb.Report(admitted=pb.Admitted(window=admit.window)))
+        self._guests.admit(rank, admit)
 
     def _expect(self, rank: int, expect: pb.Expect) -> None:
-        here = [client for client in expect.clients if client in self._here]
-        window = self._expectations.add(rank, expect.window, expect.average, here)
-        if window is not None:
-            self._await_updates(window)
-
-    def _await_updates(self, expectation: Expectation) -> None:
-        """Every rank has announced a window: take what has come of it already."""
-        window = expectation.window
-        self._exchange.expect(window, expectation.clients, expectation.average)
-        for place in [place for place in self._early if place[0] <= window]:
+        here = [client for client in expect.clients if client in self._guests.here]
+        expectation = self._expectations.add(rank, expect.window, expect.average, here)
+        if expectation is None:
+            return
+        self._exchange.expect(expectation.window, expectation.clients, expectation.average)
+        for place in [place for place in self._early if place[0] <= expectation.window]:
             decode = self._early.pop(place)
             self._exchange.deliver(*place, decode)
 
     def _drop(self, drop: pb.Drop) -> None:
         client = drop.client
-        self._expectations.drop(client)
-        self._exchange.forget(client)
-        self._early = {place: decode for place, decode in self._early.items() if place[1] != client}
-        if drop.gone and client in self._here:
+        self._forget(client)
+        if drop.gone and client in self._guests.here:
             self._part_with(client, "the server has ended this client's part in the run")
 
     def _save(self, window: int) -> None:
         if not self._exchange.is_idle or self._held is not None:
             raise WireError(f"window {window} is to be saved while an earlier one is being combined")
         self._folder.save(window, self._aggregator.reference())
-        self._endpoint.report(self._ranks[0], pb.Report(saved=pb.SavedReference(window=window)))
+        self._guests.tell_rank(0, pb.Report(saved=pb.SavedReference(window=window)))
 
     def _conclude(self, conclude: pb.Conclude) -> None:
         if not self._strategy.halves_are_personal:
@@ -197,7 +156,7 @@ class AggregatedRun:
             return
         self._inbox.collect(conclude.window)
         request = pb.ServerMessage(update_request=pb.UpdateRequest(window=conclude.window))
-        for client in sorted(self._connected):
+        for client in sorted(self._guests.connected):
             self._outbox.send(client, request)
         self._concluding = conclude, time.monotonic() + self._config.clients.silence_timeout
 
@@ -205,10 +164,7 @@ class AggregatedRun:
 
     def connected(self, client: str) -> None:
         """A client has opened its stream: give it the reference, if it begins with that."""
-        if client not in self._here:
-            return
-        self._connected.add(client)
-        if self._begins_with_reference[client]:
+        if self._guests.connect(client):
             reference = self._aggregator.reference()
             if self._reference[0] != reference.version:
                 self._reference = reference.version, to_bytes(reference)
@@ -217,7 +173,7 @@ class AggregatedRun:
 
     def receive(self, client: str, message: pb.ClientMessage) -> None:
         """Take a client's message; one that does not fit ends its part in the run."""
-        if client not in self._here:
+        if client not in self._guests.here:
             return
         try:
             arrived = self._inbox.receive(client, message)
@@ -230,12 +186,12 @@ class AggregatedRun:
             return
         if not arrived.is_model:
             delivered = pb.Delivered(window=arrived.window, client=client, whole=arrived.decode is not None)
-            self._report_to(client, pb.Report(delivered=delivered))
+            self._guests.tell_rank_of(client, pb.Report(delivered=delivered))
 
     def disconnected(self, client: str) -> None:
         """A client's stream has ended."""
-        self._connected.discard(client)
-        if client in self._here:
+        self._guests.connected.discard(client)
+        if client in self._guests.here and not self._is_concluded:
             self._lose(client, f"client {client} lost its connection to the aggregator")
 
     def _deliver(self, client: str, window: int, decode: Callable[[], ClientUpdate]) -> None:
@@ -249,17 +205,19 @@ class AggregatedRun:
 
     def _lose(self, client: str, reason: str) -> None:
         """A client is gone, and its rank does not know yet."""
-        self._report_to(client, pb.Report(lost=pb.Lost(client=client, reason=reason)))
-        self._expectations.drop(client)
-        self._exchange.forget(client)
+        self._guests.tell_rank_of(client, pb.Report(lost=pb.Lost(client=client, reason=reason)))
+        self._forget(client)
         self._part_with(client, reason)
 
+    def _forget(self, client: str) -> None:
+        """Await nothing more from a client. What it delivered counts, as it does among ranks."""
+        delivered = {window for window, name in self._early if name == client}
+        self._expectations.drop(client, delivered)
+        self._exchange.forget(client)
+
     def _part_with(self, client: str, reason: str) -> None:
-        self._here.remove(client)
-        self._sessions.pop(client, None)
-        self._endpoint.revoke(client)
+        self._guests.part_with(client)
         self._inbox.drop(client)
-        self._connected.discard(client)
         self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
 
     # -- out ---------------------------------------------------------------------------------------
@@ -270,37 +228,37 @@ class AggregatedRun:
         for client, error in self._exchange.take_unsound():
             if not isinstance(error, WireError):
                 raise error
-            if client in self._here:
+            if client in self._guests.here:
                 self._lose(client, str(error))
         # One at a time: the next may build on what this one moves the reference to.
         if self._held is None and (combined := self._exchange.poll()) is not None:
             self._held = combined
             window, tensors = combined
             norm = global_norm(tensors) if self._clips else 0.0
-            self._report_to_all(pb.Report(combined=pb.Combined(window=window, norm=norm)))
+            self._guests.tell_all_ranks(pb.Report(combined=pb.Combined(window=window, norm=norm)))
         if self._held is not None and self._held[0] in self._scales:
             window, tensors = self._held
             self._held = None
             self._hand_out(window, tensors, self._scales.pop(window))
         if self._concluding is not None:
             conclude, deadline = self._concluding
-            if self._collected.keys() >= self._connected or time.monotonic() > deadline:
+            if self._collected.keys() >= self._guests.connected or time.monotonic() > deadline:
                 self._concluding = None
                 self._write_result(conclude.window, self._average_model())
 
     def close(self, report: pb.Report | None, finish: pb.Finish) -> None:
         """Part with every rank, with one last report, and with every client."""
-        for client in sorted(self._connected):
+        for client in sorted(self._guests.connected):
             self._endpoint.close(client, pb.ServerMessage(finish=finish))
         if report is not None:
-            self._report_to_all(report)
+            self._guests.tell_all_ranks(report)
         self._exchange.close()
         self._aggregator.close()
 
     def _combined(self, updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         """In the exchange's thread."""
         try:
-            result = combine_ranks(self._by_rank(updates), self._shapes, average)
+            result = combine_ranks(self._guests.by_rank(updates), self._shapes, average)
         except NobodyDelivered:
             return self._aggregator.unchanged(self._shapes)
         return self._aggregator.answer(result) if average else result
@@ -315,29 +273,15 @@ class AggregatedRun:
             for chunk in update_chunks(window, combined.items(), 0.0, codec, compressed=compressed):
                 yield pb.ServerMessage(update=chunk)
 
-        self._outbox.send_coded(sorted(self._connected), messages)
+        self._outbox.send_coded(sorted(self._guests.connected), messages)
 
     def _average_model(self) -> dict[str, Tensor]:
         """The average of the clients' halves, by masked tokens."""
         if not self._collected:
             raise RunError("no client was left to hand over its half; start the clients again and resume the run")
-        return combine_ranks(self._by_rank(self._collected), self._aggregator.shapes, average=True)
+        return combine_ranks(self._guests.by_rank(self._collected), self._aggregator.shapes, average=True)
 
     def _write_result(self, window: int, weights: Mapping[str, Tensor]) -> None:
         self._folder.write_result(weights, self._model.model_config, cut_to_json(self._config.cut), window)
-        self._report_to_all(pb.Report(concluded=pb.Concluded(file=str(self._folder.client_model))))
-
-    def _by_rank(self, updates: Mapping[str, ClientUpdate]) -> list[list[ClientUpdate]]:
-        """Each rank's updates by name, so that the sum depends on nothing else."""
-        ranks: list[list[ClientUpdate]] = [[] for _ in self._ranks]
-        for client, update in sorted(updates.items()):
-            ranks[self._rank_of[client]].append(update)
-        return ranks
-
-    def _report_to(self, client: str, report: pb.Report) -> None:
-        """Tell the client's rank."""
-        self._endpoint.report(self._ranks[self._rank_of[client]], report)
-
-    def _report_to_all(self, report: pb.Report) -> None:
-        for rank in self._ranks:
-            self._endpoint.report(rank, report)
+        self._is_concluded = True
+        self._guests.tell_all_ranks(pb.Report(concluded=pb.Concluded(file=str(self._folder.client_model))))

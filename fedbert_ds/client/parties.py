@@ -16,6 +16,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 OF_AGGREGATOR = frozenset({"update", "reference", "update_request"})
 """Kinds of messages about the client model, which only the aggregator sends."""
 OF_BOTH = frozenset({"finish", "refused"})
+"""The server's word ends the run. The aggregator's `finish` says that it is gone."""
 
 UNHANDLED = 8
 """Messages of one party that may wait here; more wait in its stream, which slows it down."""
@@ -86,6 +87,9 @@ class Parties:
             (self._server_room if party is self._server else self._aggregator_room).release()
             kind = message.WhichOneof("body")
             self._check(party, kind)
+            if kind == "finish" and party is self._aggregator:
+                self._aggregator_lost = WireError(f"the aggregator ended its stream: {message.finish.reason}")
+                continue
             if kind == "update" and message.update.last:
                 self._next_update = message.update.window + 1
             if kind == "save" and not self._may_save(message):

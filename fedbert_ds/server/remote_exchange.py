@@ -164,7 +164,12 @@ class RemoteExchange:
             case "admitted":
                 self._has_admitted = True
             case "delivered":
-                self._delivered(report.delivered)
+                window, client = report.delivered.window, report.delivered.client
+                if report.delivered.whole:
+                    self._deadlines.answered(client, Question("update", window), time.monotonic())
+                    self._windows.get(window, set()).discard(client)
+                else:
+                    self._deadlines.progress(client, Question("update", window), time.monotonic())
             case "lost":
                 self._lost.append((report.lost.client, WireError(report.lost.reason)))
             case "combined":
@@ -176,11 +181,3 @@ class RemoteExchange:
                 self._saved.add(report.saved.window)
             case "concluded":
                 self.result = report.concluded.file or "client model"
-
-    def _delivered(self, delivered: pb.Delivered) -> None:
-        client, question = delivered.client, Question("update", delivered.window)
-        if not delivered.whole:
-            self._deadlines.progress(client, question, time.monotonic())
-            return
-        self._deadlines.answered(client, question, time.monotonic())
-        self._windows.get(delivered.window, set()).discard(client)

@@ -8,7 +8,7 @@ A job is {"config": run file as a mapping, "resume": bool, "mutation": name or n
 {client: path}}; with "forget": true a client begins without the state folder it had. Every client
 writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes
 it sent. With "record": true every process writes what it received, or sent as a client, into
-`record-NAME.pt` of the run's folder: a list of (kind of message, bytes).
+`record-NAME.txt` of the run's folder: a line a message, its kind and its bytes in hexadecimal.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def _recorded_messages(job: dict) -> list[tuple[str, bytes]]:
 
 def _write_record(job: dict, name: str, record: list[tuple[str, bytes]]) -> None:
     if job.get("record"):
-        torch.save(record, Path(job["config"]["run"]["directory"]) / f"record-{name}.pt")
+        lines = "".join(f"{kind}\t{content.hex()}\n" for kind, content in record)
+        (Path(job["config"]["run"]["directory"]) / f"record-{name}.txt").write_text(lines)
 
 
 def run_client(jobs: list[dict], name: str) -> None:

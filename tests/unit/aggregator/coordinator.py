@@ -38,8 +38,7 @@ def config_of(folder: Path, **sections: Any) -> RunConfig:
         "run": {"directory": str(folder / "run"), "windows": 4},
         "model": {"hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 16},
         "data": {"sequence_length": 16},
-        "optimizer": {"name": "sgd", "lr": 0.5, "schedule": "constant", "gradient_clipping": 1.0,
-                      "weight_decay": 0.0},
+        "optimizer": {"name": "sgd", "lr": 0.5, "schedule": "constant", "gradient_clipping": 1.0, "weight_decay": 0.0},
         "clients": {"join_timeout": TIMEOUT, "reconnect_timeout": 5.0},
         "aggregator": {"address": f"127.0.0.1:{port}", "secret": str(folder / "secret")},
     }

@@ -21,6 +21,7 @@ def test_a_dropped_client_is_expected_in_no_window_that_is_not_complete() -> Non
     expectations = Expectations(ranks=2)
     expectations.add(0, 4, True, ["ada", "bo"])
     expectations.drop("ada")
+    expectations.drop("bo", delivered={4})
     assert expectations.add(1, 4, True, ["cy"]) == Expectation(4, True, {"bo", "cy"})
 
 

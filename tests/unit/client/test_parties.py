@@ -120,6 +120,10 @@ def test_after_the_aggregators_end_the_server_has_the_last_word(monkeypatch: pyt
     aggregator.incoming.put(WireError("no aggregator"))
     server.incoming.put(finish)
     assert parties.receive() == finish
+    server, aggregator, parties = pair()
+    aggregator.incoming.put(pb.ServerMessage(finish=pb.Finish(reason="the server is gone", complete=False)))
+    server.incoming.put(PLAN)
+    assert parties.receive() == PLAN, "only the server ends the run"
     monkeypatch.setattr(parties_module, "LAST_WORD_SECONDS", 0.05)
     _, aggregator, parties = pair()
     aggregator.incoming.put(WireError("no aggregator"))

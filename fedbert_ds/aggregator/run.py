@@ -244,7 +244,11 @@ class AggregatedRun:
             conclude, deadline = self._concluding
             if self._collected.keys() >= self._guests.connected or time.monotonic() > deadline:
                 self._concluding = None
-                self._write_result(conclude.window, self._average_model())
+                if not self._collected:
+                    raise RunError("no client was left to hand over its half; start all again with --resume")
+                # By masked tokens, as the ranks average.
+                average = combine_ranks(self._guests.by_rank(self._collected), self._aggregator.shapes, average=True)
+                self._write_result(conclude.window, average)
 
     def close(self, report: pb.Report | None, finish: pb.Finish) -> None:
         """Part with every rank, with one last report, and with every client."""
@@ -274,12 +278,6 @@ class AggregatedRun:
                 yield pb.ServerMessage(update=chunk)
 
         self._outbox.send_coded(sorted(self._guests.connected), messages)
-
-    def _average_model(self) -> dict[str, Tensor]:
-        """The average of the clients' halves, by masked tokens."""
-        if not self._collected:
-            raise RunError("no client was left to hand over its half; start the clients again and resume the run")
-        return combine_ranks(self._guests.by_rank(self._collected), self._aggregator.shapes, average=True)
 
     def _write_result(self, window: int, weights: Mapping[str, Tensor]) -> None:
         self._folder.write_result(weights, self._model.model_config, cut_to_json(self._config.cut), window)

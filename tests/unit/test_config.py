@@ -164,6 +164,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "data.sequence_length 128 does not fit window.tokens_per_micro_batch 127; raise the latter"),
     ({"data": {"sequence_length": 129}},
      "data.sequence_length 129 is longer than the position table, model.max_position_embeddings 128"),
+    ({"aggregator": {"address": "here", "secret": "s"}}, "aggregator: address here is not HOST:PORT"),
+    ({"aggregator": {"address": ":5", "secret": "s"}}, "aggregator: address :5 is not HOST:PORT"),
+    ({"aggregator": {"address": "here:70000", "secret": "s"}}, "aggregator: address here:70000 is not HOST:PORT"),
+    ({"aggregator": {"adress": "here:5", "secret": "s"}},
+     "aggregator.adress is not a key; did you mean aggregator.address?"),
+    ({"aggregator": {"address": "here:5"}}, "aggregator.secret: field required"),
     ({"cut": {"layers": 2}}, "cut.layers 2 leaves the server no layer of model.num_hidden_layers 2; lower it"),
 ]  # fmt: skip
 

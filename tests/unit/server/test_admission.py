@@ -202,3 +202,15 @@ def test_a_welcome_says_where_the_text_goes_on_and_nothing_to_one_that_was_not_t
     told = {name: answer.result(timeout=0) for name, answer in answers.items()}
     assert told["ada"].cursor == pb.Cursor(**ada) and not told["bo"].HasField("cursor")
     assert {welcome.window for welcome in told.values()} == {4}
+
+
+def test_a_welcome_names_the_aggregator_with_a_session_that_is_not_the_ranks() -> None:
+    joins = Joins(1, EXPECTATION)
+    answer = join(joins, hello("ada"))
+    section = {"address": "there:5", "secret": "file"}
+    config = parse_config({"clients": {"expected": 1, "local": 0}, "aggregator": section}, "test")
+    start = start_of(joins, world_size=1, window=config.window)
+    welcome_all(joins, start, config, ["here:1"], b"", "{}", {})
+    welcome = answer.result(timeout=0)
+    assert welcome.aggregator == "there:5" and welcome.aggregator_session == start.seats["ada"].aggregator_session
+    assert welcome.session != welcome.aggregator_session != ""

@@ -2,6 +2,7 @@
 # make test            set up the environment, then lint, type-check and test
 # make compile-check   compile every kernel without a GPU, compare golden tables (some 4 minutes)
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit
+# make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
 # make setup           the environment alone        make clean    remove it and what tools left
 #
 # make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"    another run file, overrides, resume
@@ -40,7 +41,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same setup clean
+.PHONY: pretrain test compile-check same chaos setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -57,6 +58,9 @@ compile-check: $(STAMP)
 
 same: $(STAMP)
 	@python tests/integration/recorded_runs.py $(ARGS)
+
+chaos: $(STAMP)
+	@python tests/integration/chaos.py $(ARGS)
 
 setup: $(STAMP)
 	@:

@@ -39,7 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser("client", help="take part in a run with your own text")
-    parser.add_argument("--server", required=True, metavar="HOST:PORT", help="the coordinator's address")
+    parser.add_argument(
+        "--server", required=True, metavar="HOST:PORT", help="the coordinator's address, or its file server.address"
+    )
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
     )
@@ -49,12 +51,17 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
-    parser.add_argument("--cut", metavar="CUT", help="insist on this cut: embeddings, rows or layers:K (default: any)")
+    parser.add_argument(
+        "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
     )
     parser.add_argument("--connect-timeout", type=float, default=60.0, metavar="S", help="seconds to reach the server")
+    parser.add_argument(
+        "--rejoin-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for a server that is gone"
+    )
     for name in ("ca", "certificate", "key"):
         parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")
     parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
@@ -63,6 +70,10 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _client(options: argparse.Namespace) -> None:
     # Imported here: a mistyped command must not wait for torch.
+    from fedbert_ds.client.footprint import leave_out_unused, return_large_blocks
+
+    leave_out_unused()
+    return_large_blocks()
     from fedbert_ds.client.session import ClientOptions, run_client
     from fedbert_ds.wire.channel import TlsFiles
 
@@ -82,6 +93,7 @@ def _client(options: argparse.Namespace) -> None:
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,
+            rejoin_timeout=0.0 if options.managed else options.rejoin_timeout,
             managed=options.managed,
         )
     )
@@ -92,11 +104,12 @@ def _cut(text: str) -> Cut:
     from fedbert_ds.config import LayersCut
 
     kind, _, layers = text.partition(":")
-    if text in ("embeddings", "rows"):
-        return "rows" if text == "rows" else "embeddings"
+    names: dict[str, Cut] = {"embeddings": "embeddings", "rows": "rows", "whole": "whole"}
+    if text in names:
+        return names[text]
     if kind == "layers" and layers.isdecimal() and int(layers) > 0:
         return LayersCut(layers=int(layers))
-    raise ConfigError(f"--cut {text}: choose embeddings, rows or layers:K")
+    raise ConfigError(f"--cut {text}: choose embeddings, rows, whole or layers:K")
 
 
 def _add_aggregator(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

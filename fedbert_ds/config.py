@@ -16,6 +16,8 @@ from fedbert_ds.errors import ConfigError
 Positive = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
+UpdateCodec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard", "int2_hadamard"]
+"""Two bits are for changes of weights alone: what rounding takes is added to the next change."""
 Kernels = Literal["auto", "triton", "torch"]
 
 
@@ -87,7 +89,7 @@ class LayersCut(Section):
     """Encoder layers that the client holds besides the embeddings."""
 
 
-Cut = Literal["embeddings", "rows"] | LayersCut
+Cut = Literal["embeddings", "rows", "whole"] | LayersCut
 
 
 class TokenizerSection(Section):
@@ -143,7 +145,8 @@ class WindowSection(Section):
     """1 keeps a client's sequences together and sends the fewest bytes. More lets that many clients
     work on a micro-batch side by side, for slow clients and few micro-batches in flight."""
     share: Literal["data", "equal"] = "data"
-    """A client's part of `tokens`: in proportion to its shard, or equal."""
+    """A client's part of `tokens`: in proportion to its shard, or equal. Where only m of K clients
+    take part at a time, each brings K/m times that."""
     order: Literal["arrival", "fixed"] = "arrival"
     """`arrival` runs whichever micro-batch is complete first. `fixed` follows the plan alone and is
     bit-identical between runs."""
@@ -152,14 +155,17 @@ class WindowSection(Section):
 class OptimizerSection(Section):
     """Optimizer and learning-rate schedule, the same for the body and the client halves."""
 
-    name: Literal["adamw", "lamb", "sgd"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020) or plain SGD."""
+    name: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), plain SGD, or, with `cut: whole`,
+    Muon (Jordan et al. 2024) for the matrices of encoder layers and AdamW for the rest."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
     """Decoupled weight decay of matrices. Biases and LayerNorm weights are never decayed."""
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Decay rates of the moment estimates."""
+    momentum: Probability = 0.95
+    """Share of its momentum that Muon keeps."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     """Added to the denominator of the update."""
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
@@ -198,14 +204,27 @@ class BodySection(Section):
     """Recompute layer activations in backward instead of keeping them."""
 
 
+def _participants(value: Any) -> Any:
+    # As for `cut`: one sentence instead of an error for each alternative.
+    if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("must be all or a number of clients, at least 1")
+
+
 class FederationSection(Section):
     """How client halves are kept in step."""
 
-    mode: Literal["synchronous", "parallel"] = "synchronous"
+    mode: Literal["synchronous", "parallel", "sequential"] = "synchronous"
     """`synchronous` sums the gradients of client halves every window (equals centralized training).
-    `parallel` averages their weights (FedAvg)."""
+    `parallel` averages their weights (FedAvg); `cut: whole` needs it. `sequential` lets one client
+    at a time train and hands its weights to the next (FedBERT's "share")."""
     average_every: Positive = 1
-    """Windows between averages in `parallel` mode."""
+    """Windows between averages in `parallel` mode: a round. Windows of a client's turn in
+    `sequential` mode; there it must divide `run.windows`."""
+    participants: Annotated[Literal["all"] | int, BeforeValidator(_participants)] = "all"
+    """How many of the clients take part in a window (`synchronous`) or a round (`parallel`), drawn
+    anew for each from the run's seed. Those who do bring more, so that an average window still
+    holds `window.tokens`."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
     """Parts averaged in `parallel` mode. The rest stays personal to each client until the end of
     the run, when whole halves are averaged into the result."""
@@ -239,7 +258,18 @@ class FederationSection(Section):
             if getattr(self, key) != type(self).model_fields[key].default and getattr(self, other) not in values:
                 choices = f"{', '.join(values[:-1])} or {values[-1]}" if len(values) > 1 else values[0]
                 raise ValueError(f"{key} is for {other}: {choices}; remove it or change {other}")
+        changes_hands = self.mode in TURNS or (self.mode in ROUNDS and self.participants != "all")
+        if self.staleness and changes_hands:
+            raise ValueError(
+                f"staleness {self.staleness} would let a client begin its turn or round without the weights of the "
+                "one before; set it to 0"
+            )
         return self
+
+    @property
+    def ends_in_turns(self) -> bool:
+        """A run must end with a client's turn: what it learned in its turn comes to light then."""
+        return self.mode in TURNS
 
     @property
     def server_learning_rate(self) -> float:
@@ -249,7 +279,15 @@ class FederationSection(Section):
         return {"momentum": 1.0, "nesterov": 0.7}.get(self.server_optimizer, self.server_tau)
 
 
+TURNS = frozenset({"sequential"})
+"""Modes in which one client at a time has the client model."""
+ROUNDS = frozenset({"parallel"})
+"""Modes in which clients begin a round with weights that others made."""
+_AVERAGING = "parallel"
+"""The mode in which clients send weights or their change."""
+
 _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "participants": ("mode", ("synchronous", "parallel")),
     "server_optimizer": ("mode", ("parallel",)),
     "proximal": ("mode", ("parallel",)),
     "server_lr": ("server_optimizer", ("momentum", "adam", "yogi", "nesterov")),
@@ -266,11 +304,18 @@ class ClientsSection(Section):
     expected: Positive = 4
     """Clients that must join before the first window."""
     minimum: Positive | None = None
-    """The run ends when fewer clients are left. null means `expected`."""
+    """No window begins with fewer clients. null means `expected`."""
+    maximum: Positive | None = None
+    """Most clients at a time; those beyond `expected` may join later. null means `expected`."""
+    on_loss: Literal["continue", "wait"] = "continue"
+    """What happens when a client is lost. `continue`: the window goes on without its share, which
+    the metrics count as lost. `wait`: the window is undone and trained again once the client is
+    back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait at the start for `expected` clients to join, then for their streams."""
+    """Seconds to wait at the start for `expected` clients to join, then for their streams; and in a
+    run for clients that it cannot go on without."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds that a client may owe an answer. After that it is gone."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0
@@ -281,9 +326,16 @@ class ClientsSection(Section):
     def _counts(self) -> ClientsSection:
         if self.minimum is not None and self.minimum > self.expected:
             raise ValueError(f"minimum {self.minimum} is above expected {self.expected}; lower it")
+        if self.maximum is not None and self.maximum < self.expected:
+            raise ValueError(f"maximum {self.maximum} is below expected {self.expected}; raise it")
         if self.local > self.expected:
             raise ValueError(f"local {self.local} is above expected {self.expected}; raise expected")
         return self
+
+    @property
+    def most(self) -> int:
+        """Most clients at a time."""
+        return self.maximum if self.maximum is not None else self.expected
 
     @property
     def required(self) -> int:
@@ -364,6 +416,7 @@ class WireSection(Section):
     - int8 and fp8 keep one scale a row.
     - int8_group and int4_hadamard keep one scale for every 64 columns.
     - int4_hadamard rotates each of these groups first, so that no single value sets the scale.
+    - int2_hadamard does, too, and has four codes.
     """
 
     activations: Codec = "fp32"
@@ -372,9 +425,10 @@ class WireSection(Section):
     """Codec of hidden states, down. null means as activations."""
     gradients: Codec = "fp32"
     """Codec of gradients, up and down."""
-    updates: Codec = "fp32"
+    updates: UpdateCodec = "fp32"
     """Codec of the matrices in client updates, up and down. `synchronous` mode sends gradients.
-    `parallel` mode sends weights under fp32, and else their change since the last average."""
+    `parallel` mode sends weights under fp32, and else their change since the last average; with
+    `cut: whole` always the change. int2_hadamard is for changes alone."""
     compression: Literal["zstd", "none"] = "zstd"
     """Lossless, of all of these. Saves a twelfth of int8, a seventh of int4 and a third of bf16;
     costs both ends about a second per GB."""
@@ -391,12 +445,12 @@ class WireSection(Section):
 
 
 def _cut(value: Any) -> Any:
-    # Pydantic's error for the union would list all three alternatives; one sentence is kinder.
-    if value in ("embeddings", "rows") or isinstance(value, LayersCut):
+    # Pydantic's error for the union would list all its alternatives; one sentence is kinder.
+    if value in ("embeddings", "rows", "whole") or isinstance(value, LayersCut):
         return value
     if isinstance(value, dict) and set(value) == {"layers"}:
         return LayersCut(**value)
-    raise ValueError("must be embeddings, rows or {layers: K}")
+    raise ValueError("must be embeddings, rows, whole or {layers: K}")
 
 
 class RunConfig(Section):
@@ -405,7 +459,8 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     cut: Annotated[Cut, BeforeValidator(_cut)] = "embeddings"
-    """What the client holds: `embeddings`, `rows` (the word table alone), or `{layers: k}`."""
+    """What the client holds: `embeddings`, `rows` (the word table alone), `{layers: k}`, or
+    `whole`: everything, so that there is no body."""
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection = DataSection()
     window: WindowSection = WindowSection()
@@ -429,6 +484,16 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
                 f"{self.window.tokens_per_micro_batch}; raise the latter"
             )
+        participants, expected = self.federation.participants, self.clients.expected
+        if participants != "all" and participants > expected:
+            raise ValueError(
+                f"federation.participants {participants} is above clients.expected {expected}; lower it or say all"
+            )
+        if self.federation.ends_in_turns and self.run.windows % self.federation.average_every:
+            raise ValueError(
+                f"run.windows {self.run.windows} ends in the middle of a turn of federation.average_every "
+                f"{self.federation.average_every} windows; make it a multiple"
+            )
         if self.model.checkpoint is None:
             if self.data.sequence_length > self.model.max_position_embeddings:
                 raise ValueError(
@@ -440,7 +505,52 @@ class RunConfig(Section):
                     f"cut.layers {self.cut.layers} leaves the server no layer of model.num_hidden_layers "
                     f"{self.model.num_hidden_layers}; lower it"
                 )
+        if self.clients.on_loss == "wait" and self.federation.staleness:
+            raise ValueError(
+                "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may "
+                "have gone on by then; set one of them to its default"
+            )
+        if self.optimizer.name == "muon" and self.cut != "whole":
+            raise ValueError(
+                "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, "
+                "or cut: whole"
+            )
+        if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
+            raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")
+        if self.aggregator is not None and self.clients.on_loss == "wait":
+            raise ValueError(
+                "clients.on_loss: wait undoes windows, which an aggregator of another party cannot; remove the section "
+                "aggregator or set on_loss: continue"
+            )
+        if self.aggregator is not None and self.cut == "whole":
+            raise ValueError(
+                "cut: whole leaves the server nothing but the client model, which the section aggregator gives to "
+                "another party; remove the section or change the cut"
+            )
+        if self.cut == "whole":
+            self._without_a_body()
         return self
+
+    def _without_a_body(self) -> None:
+        """ValueError for what `cut: whole` cannot do, and for settings of a body."""
+        federation = self.federation
+        if federation.mode != _AVERAGING:
+            raise ValueError(
+                "cut: whole needs federation.mode: parallel: clients step alone, and their changes are averaged"
+            )
+        for key in ("staleness", "average_scope"):
+            if getattr(federation, key) != type(federation).model_fields[key].default:
+                raise ValueError(f"federation.{key} is for clients that share a body; remove it or change cut: whole")
+        for key in ("zero_stage", "precision", "activation_checkpointing"):
+            if getattr(self.body, key) != type(self.body).model_fields[key].default:
+                raise ValueError(f"body.{key}: cut: whole has no body; remove the key or change the cut")
+        if self.kernels != "auto":
+            raise ValueError("kernels: cut: whole has no body; remove the key or change the cut")
+        if self.run.windows % federation.average_every:
+            raise ValueError(
+                f"run.windows {self.run.windows} is no multiple of federation.average_every "
+                f"{federation.average_every}: the last windows would not reach the model; change either"
+            )
 
 
 RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.updates"}
@@ -469,7 +579,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = Tr
     if not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
         body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
         config = config.model_copy(update={"body": body})
-    if needs_body and not config.body.deepspeed.is_file():
+    if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
         raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
     return config
 

@@ -40,6 +40,14 @@ class WireError(UserError):
     exit_code = 5
 
 
+class ConnectionLost(WireError):
+    """The server is gone, or went on without this client, which may join again."""
+
+
+class ServerAway(WireError):
+    """No server answers at its address, for now."""
+
+
 class RunError(UserError):
     """The run cannot go on, or its directory does not fit."""
 

@@ -1,9 +1,11 @@
-"""Wire codecs on the device: int8, fp8 and int4 with scales, each fused with a gather of rows.
+"""Wire codecs on the device: int8, fp8, int4, int2 with scales, each fused with a gather of rows.
 
 Kernels and their torch references agree bit for bit. Every codec is symmetric: scale = largest
 magnitude / largest code, payload = value / scale rounded to nearest even, or stochastically from a
-seed. fp8 codes are built from integers rather than by the card's conversion, so any card can make
-and read them. Framing is the wire's business.
+seed. Two bits have no code for zero, and take the step with the smallest mean square error on
+normal values instead of the largest magnitude, which would set it too wide. fp8 codes are built
+from integers rather than by the card's conversion, so any card can make and read them. Framing is
+the wire's business.
 """
 
 from dataclasses import dataclass
@@ -21,6 +23,12 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 GROUP = 64
 """Columns that share a scale and a rotation in grouped codecs; zeros fill the last group."""
 LARGEST_WIDTH = 8192
+STEP_OF_MEAN = 1.25
+"""Step of two-bit codes in mean magnitudes. For normal values 0.996 standard deviations, 1.248 mean
+magnitudes, is best (Max 1960, "Quantizing for Minimum Distortion", table II, N = 4). With any step
+below 4 the square error of a group is smaller than the square of its values, whatever these are, as
+error feedback needs: the best code of x saves at least step * |x| - step**2 / 4.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,11 @@ class Codec:
     """Of an fp8 code; 0 for integer codes."""
     exponent_bias: int = 0
     rotated: bool = False
-    """Hadamard rotation of each group, and two codes a byte: the even column in the low half."""
+    """Hadamard rotation of each group."""
+    per_byte: int = 1
+    """Codes in a byte of the payload, the first column's in the lowest bits."""
+    halves: bool = False
+    """Codes stand for -3/2, -1/2, 1/2 and 3/2 scales, numbered from 0."""
 
     def num_scales(self, width: int) -> int:
         """Scales of a row of `width` columns."""
@@ -44,7 +56,7 @@ class Codec:
 
     def payload_width(self, width: int) -> int:
         """Payload entries of a row of `width` columns."""
-        return self.num_scales(width) * GROUP // 2 if self.rotated else width
+        return self.num_scales(width) * GROUP // self.per_byte if self.per_byte > 1 else width
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -57,8 +69,11 @@ CODECS = {
     "int8_group": Codec(torch.int8, 127.0, grouped=True),
     "fp8_e4m3": Codec(torch.float8_e4m3fn, 448.0, grouped=False, mantissa_bits=3, exponent_bias=7),
     "fp8_e5m2": Codec(torch.float8_e5m2, 57344.0, grouped=False, mantissa_bits=2, exponent_bias=15),
-    "int4_hadamard": Codec(torch.uint8, 7.0, grouped=True, rotated=True),
+    "int4_hadamard": Codec(torch.uint8, 7.0, grouped=True, rotated=True, per_byte=2),
+    "int2_hadamard": Codec(torch.uint8, 1.5, grouped=True, rotated=True, per_byte=4, halves=True),
 }
+
+STEP_OF_SUM = tl.constexpr(STEP_OF_MEAN / GROUP)
 
 # ---- kernels ----
 
@@ -74,6 +89,15 @@ def _rotate(x, GROUPS: tl.constexpr):
         low, high = tl.split(tl.permute(pairs, [0, 1, 3, 2]))
         x = tl.reshape(tl.permute(tl.join(low + high, low - high), [0, 1, 3, 2]), [GROUPS, 64])
     return x
+
+
+@jit
+def _sum_of_group(x, GROUPS: tl.constexpr):
+    """Sums [GROUPS] of x [GROUPS, 64], neighbours first: an order that the reference has, too."""
+    for stage in tl.static_range(6):
+        low, high = tl.split(tl.reshape(x, [GROUPS, 32 >> stage, 2]))
+        x = low + high
+    return tl.reshape(x, [GROUPS])
 
 
 @jit
@@ -127,6 +151,8 @@ def _quantize_kernel(
     MANTISSA_BITS: tl.constexpr,
     BIAS: tl.constexpr,
     ROTATED: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -143,8 +169,11 @@ def _quantize_kernel(
     if ROTATED:
         x = _rotate(x, GROUPS) * 0.125
     # A comparison loses a NaN. As infinity it reaches the scale, where the receiver sees it.
-    largest = tl.max(tl.where(x == x, tl.abs(x), float("inf")), axis=1)
-    scale = tl.div_rn(largest, tl.full([GROUPS], LARGEST, tl.float32))
+    magnitude = tl.where(x == x, tl.abs(x), float("inf"))
+    if HALVES and not STOCHASTIC:
+        scale = _sum_of_group(magnitude, GROUPS) * STEP_OF_SUM
+    else:
+        scale = tl.div_rn(tl.max(magnitude, axis=1), tl.full([GROUPS], LARGEST, tl.float32))
     if scales_ptr.dtype.element_ty == tl.bfloat16:
         # Upwards: a smaller scale would push the largest value beyond the largest code.
         scale = ((scale.to(tl.int32, bitcast=True) + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
@@ -160,12 +189,17 @@ def _quantize_kernel(
         random = random_16(seed_ptr, selected, columns).to(tl.float32) * (1.0 / 65536)
     if MANTISSA_BITS > 0:
         code = _fp8_code(scaled, random, MANTISSA_BITS, BIAS, STOCHASTIC)
+    elif HALVES:
+        code = _round(scaled + LARGEST, random, STOCHASTIC).to(tl.int32)
     else:
         code = _round(scaled, random, STOCHASTIC).to(tl.int32)
-    if ROTATED:
-        even, odd = tl.split(tl.reshape(code, [GROUPS, COLUMNS // 2, 2]))
+    if PER_BYTE > 1:
+        if PER_BYTE == 4:
+            first, second = tl.split(tl.reshape(code, [GROUPS, COLUMNS // 2, 2]))
+            code = first | (second << 2)
+        even, odd = tl.split(tl.reshape(code, [GROUPS, COLUMNS // PER_BYTE, 2]))
         code = (even & 15) | ((odd & 15) << 4)
-        columns = groups[:, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+        columns = groups[:, None] * (COLUMNS // PER_BYTE) + tl.arange(0, COLUMNS // PER_BYTE)[None, :]
     places = payload_ptr + selected * payload_width + columns
     tl.store(places, code.to(payload_ptr.dtype.element_ty), mask=columns < payload_width)
 
@@ -183,6 +217,8 @@ def _dequantize_kernel(
     MANTISSA_BITS: tl.constexpr,
     BIAS: tl.constexpr,
     ROTATED: tl.constexpr,
+    PER_BYTE: tl.constexpr,
+    HALVES: tl.constexpr,
     HAS_ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -199,12 +235,17 @@ def _dequantize_kernel(
     scale = tl.load(scales_ptr + row * num_scales + groups, mask=scale_inside, other=float("nan")).to(tl.float32)
     payload_ptr += row * payload_width
     if ROTATED:
-        places = groups[:, None] * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)[None, :]
+        places = groups[:, None] * (COLUMNS // PER_BYTE) + tl.arange(0, COLUMNS // PER_BYTE)[None, :]
         codes = tl.load(payload_ptr + places, mask=places < payload_inside, other=0).to(tl.int32)
-        # Sign extension of four bits. Whole numbers rotate exactly; only the scale's product
-        # rounds.
-        codes = tl.join(((codes & 15) ^ 8) - 8, ((codes >> 4) ^ 8) - 8)
-        value = _rotate(tl.reshape(codes, [GROUPS, COLUMNS]).to(tl.float32), GROUPS) * 0.125
+        # Whole numbers and halves rotate exactly; only the scale's product rounds.
+        if HALVES:
+            pairs = tl.reshape(tl.join(codes & 15, codes >> 4), [GROUPS, COLUMNS // 2])
+            codes = tl.join(pairs & 3, pairs >> 2)
+            value = tl.reshape(codes, [GROUPS, COLUMNS]).to(tl.float32) - 1.5
+        else:
+            codes = tl.join(((codes & 15) ^ 8) - 8, ((codes >> 4) ^ 8) - 8)  # four bits' sign extended
+            value = tl.reshape(codes, [GROUPS, COLUMNS]).to(tl.float32)
+        value = _rotate(value, GROUPS) * 0.125
     else:
         codes = tl.load(payload_ptr + columns, mask=columns < payload_inside, other=0).to(tl.int32)
         if MANTISSA_BITS > 0:
@@ -235,7 +276,10 @@ def _num_warps(width: int) -> int:
 
 
 def _format(codec: Codec) -> dict[str, int | bool]:
-    return {"MANTISSA_BITS": codec.mantissa_bits, "BIAS": codec.exponent_bias, "ROTATED": codec.rotated}
+    return {
+        "MANTISSA_BITS": codec.mantissa_bits, "BIAS": codec.exponent_bias, "ROTATED": codec.rotated,
+        "PER_BYTE": codec.per_byte, "HALVES": codec.halves,
+    }  # fmt: skip
 
 
 @on_its_device
@@ -290,6 +334,13 @@ def rotate_reference(x: Tensor) -> Tensor:
     return x.reshape(shape)
 
 
+def _sum_of_group_reference(x: Tensor) -> Tensor:
+    """Sums [..., 1] of x [..., 64], in the kernel's order."""
+    for _ in range(6):
+        x = x[..., ::2] + x[..., 1::2]
+    return x
+
+
 def _round_reference(x: Tensor, random: Tensor | None) -> Tensor:
     if random is None:
         return x.round()
@@ -317,7 +368,11 @@ def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tenso
     values = (functional.pad(selected, (0, padding)) if padding else selected).view(-1, num_scales, columns)
     if codec.rotated:
         values = rotate_reference(values) * 0.125
-    scales = values.abs().amax(2).nan_to_num_(torch.inf, torch.inf).div_(codec.largest)
+    if codec.halves and seed is None:
+        magnitudes = values.abs().nan_to_num_(torch.inf, torch.inf)
+        scales = _sum_of_group_reference(magnitudes).squeeze(2) * (STEP_OF_MEAN / GROUP)
+    else:
+        scales = values.abs().amax(2).nan_to_num_(torch.inf, torch.inf).div_(codec.largest)
     if codec.grouped:
         scales = ((scales.view(torch.int32) + 0xFFFF) & -65536).view(torch.float32).to(torch.bfloat16)
     divisors = torch.where(scales > 0, scales.float(), 1.0)
@@ -329,9 +384,13 @@ def quantize_reference(x: Tensor, codec: Codec, rows: Tensor | None, seed: Tenso
     random = None if random is None else random.view_as(scaled)
     if codec.mantissa_bits:
         return _round_to_fp8(scaled, codec, random).flatten(1).to(codec.payload)[:, : x.shape[1]].contiguous(), scales
+    if codec.halves:
+        scaled += codec.largest
     codes = (scaled.round_() if random is None else _round_reference(scaled, random)).flatten(1).to(torch.int8)
-    if codec.rotated:
+    if codec.per_byte > 1:
         codes = codes.view(torch.uint8) & 15
+        if codec.per_byte == 4:
+            codes = codes[:, ::2] | (codes[:, 1::2] << 2)
         return codes[:, ::2] | (codes[:, 1::2] << 4), scales
     return codes[:, : x.shape[1]].contiguous(), scales
 
@@ -343,9 +402,12 @@ def dequantize_reference(
     if rows is not None:
         payload, scales = payload[rows], scales[rows]
     if codec.rotated:
-        halves = torch.stack((payload & 15, payload >> 4), 2).to(torch.int8)
-        values = rotate_reference(((halves ^ 8) - 8).flatten(1).float().view(-1, GROUP)) * 0.125
-        values = values.view(len(payload), 2 * payload.shape[1])
+        codes = torch.stack((payload & 15, payload >> 4), 2).to(torch.int8).flatten(1)
+        if codec.halves:
+            values = torch.stack((codes & 3, codes >> 2), 2).flatten(1).float() - codec.largest
+        else:
+            values = ((codes ^ 8) - 8).float()
+        values = (rotate_reference(values.view(-1, GROUP)) * 0.125).view(values.shape)
     else:
         values = payload.float()
     columns = GROUP if codec.grouped else width

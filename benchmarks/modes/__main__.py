@@ -22,6 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-modes"), metavar="DIR", help="for the runs")
     parser.add_argument("--windows", type=int, metavar="N", help="windows of each run (default: the run file's)")
     parser.add_argument("--staleness", action="store_true", help="exact windows beside bounded staleness instead")
+    parser.add_argument("--whole", action="store_true", help="clients that hold the whole model instead")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     return parser
 

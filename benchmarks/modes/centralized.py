@@ -25,6 +25,7 @@ from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.evaluation.masked_lm import scores_at
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.prepare import prepare_text
@@ -48,7 +49,7 @@ class Trained:
 
 
 class Centralized:
-    """Trains the whole model, a window at a time, on what every client would bring to it.
+    """Trains the whole model, a window at a time, on what its participants would bring to it.
 
     `articles` are the clients' own, by name. Gradients are clipped by the norm of the whole
     gradient, as in `synchronous` mode without staleness. Dropout is drawn from torch's generator,
@@ -59,7 +60,10 @@ class Centralized:
         self.config = config
         self.model: Any = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed).train()
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
-        self.shares = window_shares(sizes, config.window.tokens, config.window.share)
+        strategy = strategy_of(config.federation, config.wire)
+        participants = strategy.num_participants(len(articles))
+        self.shares = window_shares(sizes, config.window.tokens, config.window.share, participants)
+        self._sampler = strategy.sampler(config.run.seed, dict.fromkeys(articles, 0))
         self.streams = {
             client: batches_of(config, encode(shard, tokenizer, config.data.sequence_length), tokenizer, client)
             for client, shard in articles.items()
@@ -67,8 +71,12 @@ class Centralized:
         self.optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)
 
     def train_window(self, window: int) -> Trained:
-        """Draw the clients' batches of this window, accumulate their gradients and step once."""
-        batches = {client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()}
+        """Draw the participants' batches, accumulate their gradients and step once."""
+        batches = {
+            client: stream.next_batch(window, self.shares[client])
+            for client, stream in self.streams.items()
+            if self._sampler.takes_part(client, window)
+        }
         masked_tokens = sum(len(batch.labels) for batch in batches.values())
         loss = sum(self.accumulate(client, window, batch, masked_tokens) for client, batch in batches.items())
         if self.config.optimizer.gradient_clipping:

@@ -23,6 +23,16 @@ LAST_SHARE = 20
 
 
 @dataclass(frozen=True)
+class ClientCosts:
+    """What the run asks of a client, the largest of all clients."""
+
+    flops_per_token: float
+    """Floating-point operations, forward and backward."""
+    peak_memory_mb: int
+    """Of the process, Python and torch included."""
+
+
+@dataclass(frozen=True)
 class Run:
     """A system's finished run."""
 
@@ -37,6 +47,7 @@ class Run:
     commit: str | None
     weight_difference: float = 0.0
     """Largest difference of a final weight to the baseline's, attention key biases apart."""
+    client: ClientCosts | None = None
 
 
 def check_same_batches(runs: Sequence[Run]) -> None:
@@ -86,7 +97,7 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
         label = System(row["system"], row["average_every"], row.get("staleness", 0)).label
         losses = [label, f"{row['training_loss']:.3f}", f"{row['held_out_loss']:.3f}"]
         if row["system"] == baseline:
-            return losses + [""] * 5
+            return losses + [""] * (len(heads) - 3)
         halves = row["bytes_per_token_averaging"]
         return [
             *losses,
@@ -95,12 +106,16 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
             _significant(row["largest_weight_difference"]),
             f"{row['bytes_per_token'] - halves:,.0f}",
             f"{halves:,.0f}",
+            *(_client_costs(row) if costs else []),
         ]
 
+    # Records of before have no costs of clients.
+    costs = any(row.get("client_flops_per_token") for row in final_rows)
     heads = ["system", "training loss, end", "held-out loss", f"above {baseline}"]
     heads += ["largest difference: a window's loss", "a weight, at the end"]
     heads += ["bytes per token: activations and gradients", "client updates"]
-    word_frequency = ["word frequency alone", "", f"{final_rows[0]['unigram_loss']:.3f}"] + [""] * 5
+    heads += ["client FLOP per token", "client peak memory"] if costs else []
+    word_frequency = ["word frequency alone", "", f"{final_rows[0]['unigram_loss']:.3f}"] + [""] * (len(heads) - 3)
     return markdown(heads, [word_frequency, *map(cells, final_rows)])
 
 
@@ -148,6 +163,8 @@ def _final(run: Run, reference: Run) -> dict[str, Any]:
         "bytes_per_token_up": whole.bytes_per_token_up,
         "bytes_per_token_down": whole.bytes_per_token_down,
         "bytes_per_token_averaging": whole.update_bytes_per_token,
+        "client_flops_per_token": run.client.flops_per_token if run.client else None,
+        "client_peak_memory_mb": run.client.peak_memory_mb if run.client else None,
         "seconds": round(run.seconds, 1),
         "seconds_in_windows": round(whole.seconds, 1),
         "commit": run.commit,
@@ -156,6 +173,12 @@ def _final(run: Run, reference: Run) -> dict[str, Any]:
 
 def _find(runs: Sequence[Run], name: str) -> Run:
     return next(run for run in runs if run.system.name == name)
+
+
+def _client_costs(row: Mapping[str, Any]) -> list[str]:
+    if not row.get("client_flops_per_token"):
+        return ["", ""]
+    return [f"{row['client_flops_per_token'] / 1e6:.2f} M", f"{row['client_peak_memory_mb']} MB"]
 
 
 def _signed(difference: float) -> str:

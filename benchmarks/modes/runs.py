@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.modes.comparison import Run
+from benchmarks.modes.comparison import ClientCosts, Run
 from benchmarks.modes.systems import ModesOptions, System, command_of, overrides_of
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.process import end, environment
@@ -44,7 +45,17 @@ def finished(system: System, config: RunConfig, options: ModesOptions, commit: s
         seconds=result["seconds"],
         commit=result["commit"],
         weight_difference=_weight_difference(RunFolder(folder).model, RunFolder(reference).model),
+        client=client_costs(RunFolder(folder)),
     )
+
+
+def client_costs(folder: RunFolder) -> ClientCosts | None:
+    """The largest of what clients printed at their end; None for a run without clients."""
+    lines = "\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.clients.glob("*/log.txt")))
+    found = re.findall(r"peak memory (\d+) MB, ([\d.]+) MFLOP per token", lines)
+    if not found:
+        return None
+    return ClientCosts(max(float(flops) for _, flops in found) * 1e6, max(int(memory) for memory, _ in found))
 
 
 def run_to_end(command: Sequence[str], log: Path) -> int:

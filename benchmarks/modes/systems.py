@@ -17,7 +17,7 @@ RUN_FILE = SOURCE / "configs" / "wikitext.yaml"
 
 @dataclass(frozen=True)
 class System:
-    """A way to train: a federated mode, or centralized."""
+    """A way to train: a federated mode, a method of whole models, or centralized."""
 
     name: str
     average_every: int | None = None
@@ -54,6 +54,19 @@ STALE_SYSTEMS = (
     System("parallel", 1),
     System("parallel", 1, staleness=1),
 )
+ROUND = 20
+"""Local steps between two exchanges of whole models."""
+WHOLE_MODEL = {
+    "whole-fedavg": (),
+    "whole-diloco": ("federation.server_optimizer=nesterov",),
+    "whole-muloco": (
+        "federation.server_optimizer=nesterov",
+        "optimizer.name=muon",
+        "wire.updates=int2_hadamard",
+    ),
+}
+"""Methods of clients that hold the whole model, and what each sets beside the cut."""
+WHOLE_SYSTEMS = (CENTRALIZED, System("synchronous"), *(System(name, ROUND) for name in WHOLE_MODEL))
 QUICK_SYSTEMS = (CENTRALIZED, System("synchronous"), System("parallel", 5))
 QUICK = (
     "run.windows=12",
@@ -83,18 +96,24 @@ class ModesOptions:
     quick: bool = False
     staleness: bool = False
     """Compare exact windows with bounded staleness, not rarer averages."""
+    whole: bool = False
+    """Compare a body at the server with clients that hold the whole model."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, for every system alike."""
 
     @property
     def systems(self) -> tuple[System, ...]:
         """What is compared; centralized comes first."""
+        if self.whole:
+            return WHOLE_SYSTEMS
         return QUICK_SYSTEMS if self.quick else STALE_SYSTEMS if self.staleness else SYSTEMS
 
 
 def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
     """The run file's overrides for one system; the user's come before text, folder and mode."""
-    mode = () if system == CENTRALIZED else (f"federation.mode={system.name}",)
+    mode: tuple[str, ...] = () if system == CENTRALIZED else (f"federation.mode={system.name}",)
+    if system.name in WHOLE_MODEL:
+        mode = ("cut=whole", "federation.mode=parallel", *WHOLE_MODEL[system.name])
     every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
     stale = (f"federation.staleness={system.staleness}",) if system.staleness else ()
     return (

@@ -45,6 +45,10 @@ class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
         super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received)
         self._traffic = Traffic()
 
+    def admit(self, sessions: dict[str, str]) -> None:
+        """Let these ranks and clients open a stream, each with its session, and no others."""
+        self._sessions = dict(sessions)
+
     def send(self, client: str, message: pb.ServerMessage) -> None:
         """Queue a message for a client; messages to one that is gone are dropped."""
         if self.is_connected(client):

@@ -45,8 +45,8 @@ class AggregatorFolder:
         holds_run = self.path.exists() and any(self.path.iterdir())
         if holds_run and not resume:
             raise RunError(f"{self.path}: holds a run already; add --resume, or set another aggregator.directory")
-        if resume and not self.saved_windows():
-            raise RunError(f"{self.path}: no saved client model; drop --resume or set aggregator.directory")
+        if resume and not holds_run:
+            raise RunError(f"{self.path}: no run to resume here; drop --resume or set aggregator.directory")
 
     def write_config(self, config: RunConfig) -> None:
         """Write the resolved run file."""
@@ -76,10 +76,14 @@ class AggregatorFolder:
             raise RunError(
                 f"{path}: cannot be read ({error}); remove it to resume from the one before, or start anew"
             ) from error
+        self.begin_at(window)
+        return reference
+
+    def begin_at(self, window: int) -> None:
+        """The run goes on before `window`: what was saved of later windows is deleted."""
         for later in self.saved_windows():
             if later > window:
                 self._reference(later).unlink()
-        return reference
 
     def write_result(self, weights: Mapping[str, Tensor], model_config: Any, cut: str, window: int) -> None:
         """Write the final client model, fp32 by name."""

@@ -19,7 +19,7 @@ class RunEndpoint(Sends, Protocol):
     """What a run needs of the endpoint."""
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let only these ranks and clients open a stream, each with its session, from now on."""
+        """Let these ranks and clients open a stream, each with its session, and no others."""
         ...
 
     def report(self, rank: str, report: pb.Report) -> None:
@@ -36,11 +36,16 @@ class Guests:
         self._sessions = dict(zip(self._ranks, sessions, strict=True))
         self._rank_of: dict[str, int] = {}
         """Of every client that was admitted."""
-        self._begin_with_reference: set[str] = set()
+        self._beginnings: dict[str, int | None] = {}
+        """Clients whose rank has let them begin, and that have not: the version of the reference
+        that they have a state of, or None for one that begins with the reference.
+        """
         self.here: set[str] = set()
         """Clients that are admitted and not gone."""
         self.connected: set[str] = set()
         """Clients with an open stream."""
+        self.under_way: set[str] = set()
+        """Clients that have begun, which get every combined update."""
         endpoint.admit(dict(self._sessions))
 
     def rank(self, name: str) -> int | None:
@@ -56,22 +61,33 @@ class Guests:
             self._rank_of[client] = rank
             self._sessions[client] = admission.session
             self.here.add(client)
-            if admission.reference:
-                self._begin_with_reference.add(client)
         self._endpoint.admit(dict(self._sessions))
         self.tell_rank(rank, pb.Report(admitted=pb.Admitted(window=admit.window)))
 
-    def connect(self, client: str) -> bool:
-        """A client has opened its stream; True if it begins with the reference."""
-        if client not in self.here:
-            return False
-        self.connected.add(client)
-        return client in self._begin_with_reference
+    def connect(self, client: str) -> None:
+        """A client has opened its stream."""
+        if client in self.here:
+            self.connected.add(client)
+
+    def let_begin(self, client: str, own_state: int | None) -> None:
+        """A client's rank lets it begin, with the reference, or with a state of its own, which is
+        that of a version of the reference.
+        """
+        if client in self.here:
+            self._beginnings[client] = own_state
+
+    def take_beginnings(self) -> dict[str, int | None]:
+        """Clients that begin now, each with what `let_begin` said: both their streams are open."""
+        now = {client: self._beginnings.pop(client) for client in sorted(self._beginnings.keys() & self.connected)}
+        self.under_way |= now.keys()
+        return now
 
     def part_with(self, client: str) -> None:
         """A client is gone, and may open no further stream."""
         self.here.discard(client)
         self.connected.discard(client)
+        self.under_way.discard(client)
+        self._beginnings.pop(client, None)
         self._sessions.pop(client, None)
         self._endpoint.admit(dict(self._sessions))
 

@@ -163,7 +163,7 @@ def _client_model(config: RunConfig, request: pb.OpenRun) -> ClientModel:
     if shape_hash(model.config) != request.shape_hash:
         raise ConfigError("the server's model has another shape; give both run files the same section `model`")
     half, _ = split(model, config.cut)
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     weights = {name: parameter.detach() for name, parameter in half.named_parameters()}
     exchanged = {n: tuple(w.shape) for n, w in weights.items() if strategy.takes_part(half.parameter_scope(n))}
     return ClientModel(weights, exchanged, model.config)

@@ -18,7 +18,7 @@ from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks, global_norm
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
-from fedbert_ds.federation.reference import reference_chunks, to_bytes
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -59,7 +59,7 @@ class AggregatedRun:
         self._model = model
         self._endpoint, self._outbox = endpoint, Outbox(endpoint)
         self._folder = folder
-        self._strategy = strategy_of(config.federation, config.wire)
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
         self._aggregator = Aggregator(
             model.weights, self._strategy, config.optimizer, config.run.windows, rule_of(config.federation)
@@ -105,6 +105,8 @@ class AggregatedRun:
         match kind:
             case "admit":
                 self._admit(rank, order.admit)
+            case "begin":
+                self._let_begin(order.begin)
             case "expect":
                 self._expect(rank, order.expect)
             case "drop":
@@ -123,10 +125,16 @@ class AggregatedRun:
                 raise WireError(f"rank {rank}: an order of kind {kind} was not expected")
 
     def _admit(self, rank: int, admit: pb.Admit) -> None:
-        if not self._has_begun and admit.window:
-            self._aggregator.load(self._folder.load(admit.window, self._aggregator.shapes))
+        if not self._has_begun:
+            self._folder.begin_at(admit.window)
+            if admit.window:
+                self._aggregator.load(self._folder.load(admit.window, self._aggregator.shapes))
         self._has_begun = True
         self._guests.admit(rank, admit)
+
+    def _let_begin(self, begin: pb.BeginClient) -> None:
+        self._guests.let_begin(begin.client, None if begin.reference else self._aggregator.reference().version)
+        self._begin_clients()
 
     def _expect(self, rank: int, expect: pb.Expect) -> None:
         here = [client for client in expect.clients if client in self._guests.here]
@@ -151,25 +159,44 @@ class AggregatedRun:
         self._guests.tell_rank(0, pb.Report(saved=pb.SavedReference(window=window)))
 
     def _conclude(self, conclude: pb.Conclude) -> None:
-        if not self._strategy.halves_are_personal:
+        if self._strategy.result_is_reference:
             self._write_result(conclude.window, self._aggregator.reference().weights)
             return
         self._inbox.collect(conclude.window)
         request = pb.ServerMessage(update_request=pb.UpdateRequest(window=conclude.window))
-        for client in sorted(self._guests.connected):
+        for client in sorted(self._guests.under_way):
             self._outbox.send(client, request)
         self._concluding = conclude, time.monotonic() + self._config.clients.silence_timeout
 
     # -- from clients ------------------------------------------------------------------------------
 
     def connected(self, client: str) -> None:
-        """A client has opened its stream: give it the reference, if it begins with that."""
-        if self._guests.connect(client):
+        """A client has opened its stream."""
+        self._guests.connect(client)
+        self._begin_clients()
+
+    def _begin_clients(self) -> None:
+        """Give clients that begin the reference; those that have its state must not be behind."""
+        for client, own_state in self._guests.take_beginnings().items():
             reference = self._aggregator.reference()
-            if self._reference[0] != reference.version:
-                self._reference = reference.version, to_bytes(reference)
-            data = self._reference[1]
-            self._outbox.send_coded([client], lambda: reference_chunks(data))
+            if own_state is None:
+                self._send_reference(client, reference)
+            elif own_state != reference.version:
+                self._lose(client, f"client {client} came to the aggregator after a window was over", may_return=True)
+
+    def _send_reference(self, client: str, reference: Reference) -> None:
+        version = reference.version
+        if self._reference[0] != version:
+            moments = {} if self._strategy.halves_are_personal else reference.optimizer
+            self._reference = version, to_bytes(Reference(version, reference.weights, moments))
+        data = self._reference[1]
+
+        def messages() -> Iterator[pb.ServerMessage]:
+            for message in reference_chunks(data):
+                message.reference.version = version
+                yield message
+
+        self._outbox.send_coded([client], messages)
 
     def receive(self, client: str, message: pb.ClientMessage) -> None:
         """Take a client's message; one that does not fit ends its part in the run."""
@@ -190,9 +217,8 @@ class AggregatedRun:
 
     def disconnected(self, client: str) -> None:
         """A client's stream has ended."""
-        self._guests.connected.discard(client)
-        if client in self._guests.here and not self._is_concluded:
-            self._lose(client, f"client {client} lost its connection to the aggregator")
+        if client in self._guests.connected and not self._is_concluded:
+            self._lose(client, f"client {client} lost its connection to the aggregator", may_return=True)
 
     def _deliver(self, client: str, window: int, decode: Callable[[], ClientUpdate]) -> None:
         if window <= self._expectations.complete:
@@ -203,9 +229,10 @@ class AggregatedRun:
             raise WireError(f"client {client}: an update of window {window}, which is not under way")
         self._early[window, client] = decode
 
-    def _lose(self, client: str, reason: str) -> None:
-        """A client is gone, and its rank does not know yet."""
-        self._guests.tell_rank_of(client, pb.Report(lost=pb.Lost(client=client, reason=reason)))
+    def _lose(self, client: str, reason: str, may_return: bool = False) -> None:
+        """A client is gone, and its rank does not know yet; whether it may join again."""
+        lost = pb.Lost(client=client, reason=reason, may_return=may_return)
+        self._guests.tell_rank_of(client, pb.Report(lost=lost))
         self._forget(client)
         self._part_with(client, reason)
 
@@ -242,7 +269,7 @@ class AggregatedRun:
             self._hand_out(window, tensors, self._scales.pop(window))
         if self._concluding is not None:
             conclude, deadline = self._concluding
-            if self._collected.keys() >= self._guests.connected or time.monotonic() > deadline:
+            if self._collected.keys() >= self._guests.under_way or time.monotonic() > deadline:
                 self._concluding = None
                 if not self._collected:
                     raise RunError("no client was left to hand over its half; start all again with --resume")
@@ -277,7 +304,7 @@ class AggregatedRun:
             for chunk in update_chunks(window, combined.items(), 0.0, codec, compressed=compressed):
                 yield pb.ServerMessage(update=chunk)
 
-        self._outbox.send_coded(sorted(self._guests.connected), messages)
+        self._outbox.send_coded(sorted(self._guests.under_way), messages)
 
     def _write_result(self, window: int, weights: Mapping[str, Tensor]) -> None:
         self._folder.write_result(weights, self._model.model_config, cut_to_json(self._config.cut), window)

@@ -6,12 +6,13 @@ The strategy decides what is exchanged; the arithmetic of it is here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.half_optimizer import HalfOptimizer
 from fedbert_ds.federation.proximal import add_proximal_gradient
@@ -26,14 +27,15 @@ from fedbert_ds.wire.messages import ClientSettings
 class Replica:
     """Steps the client half after each window and applies combined updates.
 
-    Gradients accumulate in the half's parameters. Raises WireError for an update that does not fit.
+    Gradients accumulate in the half's parameters. `folder` is for temporary files. Raises WireError
+    for an update that does not fit.
     """
 
-    def __init__(self, half: ClientHalf, settings: ClientSettings) -> None:
+    def __init__(self, half: ClientHalf, settings: ClientSettings, folder: Path | None = None) -> None:
         self._half = half
         self._staleness = settings.federation.staleness
         self._is_compressed = settings.wire.is_compressed
-        self._strategy = strategy_of(settings.federation, settings.wire)
+        self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
         self._optimizer = HalfOptimizer(
             dict(half.named_parameters()),
             settings.optimizer,
@@ -48,7 +50,7 @@ class Replica:
         self._shared: SharedWeights | None = None
         if self._strategy.sends_changes:
             codec = self._strategy.update_codec
-            self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed)
+            self._shared = SharedWeights(self._exchanged, codec, compressed=self._is_compressed, folder=folder)
         self._proximal = settings.federation.proximal
         self._common: dict[str, Tensor] = {}
         """With a proximal term: the last weights that all clients had in common."""
@@ -56,7 +58,8 @@ class Replica:
         """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
         """Of the update that is arriving."""
-        self._reference = ReferenceAssembler({name: tuple(p.shape) for name, p in half.named_parameters()})
+        self._shapes = {name: tuple(p.shape) for name, p in half.named_parameters()}
+        self._reference = ReferenceAssembler(self._shapes)
         self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
 
@@ -65,14 +68,20 @@ class Replica:
         reference = self._reference.add(chunk)
         if reference is None:
             return False
-        self._take_over(reference.weights, {})
+        self._take_over(reference.weights.items(), {})
         if not self._strategy.halves_are_personal:
             # Otherwise it is the server optimizer's.
             self._optimizer.load_state(reference.optimizer)
-        self._keep_common(reference.weights)
         if self._shared is not None:
             self._shared.begin(reference.weights)
         return True
+
+    def forget_windows(self) -> None:
+        """Drop the gradients and updates of windows that are under way."""
+        self._optimizer.zero_grad()
+        self._assembler = None
+        self._reference = ReferenceAssembler(self._shapes)
+        self._sent.clear()
 
     def receive(self, chunk: pb.UpdateChunk) -> bool:
         """Take a chunk of a window's combined update; True once the update is applied."""
@@ -83,9 +92,8 @@ class Replica:
             case "gradients":
                 self._optimizer.step_with(combined, chunk.window)
             case "weights":
-                average = combined if self._shared is None else self._shared.apply(combined)
+                average = combined.items() if self._shared is None else self._shared.apply(combined)
                 self._take_over(average, self._sent.pop(chunk.window, {}))
-                self._keep_common(average)
             case "nothing":
                 raise WireError(f"the server sent an update of window {chunk.window}, after which none is exchanged")
         return True
@@ -137,7 +145,12 @@ class Replica:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`'s content."""
-        self._half.load_state_dict(state["half"])
+        for name, parameter in self._half.named_parameters():
+            tensor = state["half"].get(name)
+            if tensor is None or tensor.shape != parameter.shape:
+                raise RunError(f"the saved state does not fit the model: {name!r} differs; give another --state folder")
+            # Not copied: the state is in memory as a whole, and no other holds it.
+            parameter.data = tensor.to(parameter.device)
         self._optimizer.load_state(state["optimizer"])
         self._masked_since_average = state["masked_since_average"]
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
@@ -145,6 +158,15 @@ class Replica:
             self._shared.load_state_dict(state["shared"])
         if self._proximal:
             self._common = dict(state["common"])
+
+    def load_personal_parts(self, state: Mapping[str, Any]) -> None:
+        """Take from an older `state_dict` what the reference does not hold: the parts that are
+        not exchanged, and the optimizer's moments.
+        """
+        half = self._half.state_dict()
+        half |= {name: tensor for name, tensor in state["half"].items() if name not in self._exchanged}
+        self._half.load_state_dict(half)
+        self._optimizer.load_state(state["optimizer"])
 
     def _joined(self, chunk: pb.UpdateChunk) -> Mapping[str, Tensor] | None:
         """The tensors of an update, after its last chunk."""
@@ -165,14 +187,12 @@ class Replica:
         weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
         if self._staleness:
             self._sent[window] = {name: tensor.clone() for name, tensor in weights.items()}
-        weight, self._masked_since_average = float(max(1, self._masked_since_average)), 0
+        # With a whole model a window without masked tokens is no step, and must not weigh as one.
+        least = 0 if self._strategy.trains_alone else 1
+        weight, self._masked_since_average = float(max(least, self._masked_since_average)), 0
         if self._shared is not None:
             return self._shared.changes(window, weights, weight)
         return self._chunks(window, weights, weight, self._strategy.update_codec)
-
-    def _keep_common(self, weights: Mapping[str, Tensor]) -> None:
-        if self._proximal:
-            self._common = {name: weights[name] for name in self._exchanged}
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take the gradients out of the half.
@@ -187,12 +207,14 @@ class Replica:
         return gradients
 
     @torch.no_grad()
-    def _take_over(self, weights: Mapping[str, Tensor], sent: Mapping[str, Tensor]) -> None:
-        """Set weights; the steps since `sent` was sent stay."""
+    def _take_over(self, weights: Iterable[tuple[str, Tensor]], sent: Mapping[str, Tensor]) -> None:
+        """Set weights that clients have in common; the steps since `sent` was sent stay."""
         parameters = dict(self._half.named_parameters())
-        for name, tensor in weights.items():
+        for name, tensor in weights:
             parameter = parameters[name]
             if name in sent:
                 parameter.add_(tensor.to(parameter.device) - sent[name])
             else:
                 parameter.copy_(tensor)
+            if self._proximal and name in self._exchanged:
+                self._common[name] = tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +12,22 @@ from pathlib import Path
 import grpc
 import torch
 
+from fedbert_ds.client.footprint import return_free_memory
 from fedbert_ds.client.parties import Parties
-from fedbert_ds.client.state import saved_windows
+from fedbert_ds.client.state import claim, run_of, saved_windows
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import DataError, ModelError, WireError
+from fedbert_ds.errors import ConnectionLost, DataError, ModelError, ServerAway, WireError
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
-from fedbert_ds.wire.messages import PROTOCOL, cursor_numbers, cut_to_json, parse_cut, parse_settings
+from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
 
 
@@ -33,7 +36,7 @@ class ClientOptions:
     """What a user gives a client."""
 
     server: str
-    """host:port of the coordinator."""
+    """host:port of the coordinator, or a file that holds it: the run folder's `server.address`."""
     data: tuple[str, ...]
     """Files, folders or hub names, as `data.source` of the run file."""
     name: str
@@ -51,9 +54,21 @@ class ClientOptions:
     """Seconds to wait for the other clients."""
     connect_timeout: float = 60.0
     """Seconds to reach the server at all."""
+    rejoin_timeout: float = 0.0
+    """Seconds to wait for a server that is gone, or that has stopped and saved, to be back; 0 ends
+    the client with it."""
     managed: bool = False
     """A launcher started this client and ends it through the server; signals are ignored."""
 
+
+ADDRESS_SUFFIX = ".address"
+"""Ends the name of a file that holds the server's address."""
+
+BACKOFF_SECONDS = (0.5, 30.0)
+"""First and longest wait before joining again; it doubles, times 0.5 to 1.5 at random."""
+
+LONGEST_DIAL_SECONDS = 60.0
+"""After that long the address is looked up again."""
 
 STOPPED = 75
 """Exit code of a client whose run was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
@@ -62,12 +77,37 @@ STOPPED = 75
 def run_client(options: ClientOptions) -> int:
     """Take part in a run from join to finish; returns the exit code, 0 or STOPPED.
 
-    Raises DataError for missing or empty text, WireError for a server that cannot be reached or
-    refuses, RunError for a state that cannot be read.
+    With `rejoin_timeout` it joins again, as often as it takes, when the server is gone or has
+    stopped. Raises DataError for missing or empty text, WireError for a server that cannot be
+    reached or refuses, RunError for a state that cannot be read.
     """
     if options.managed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    patience, is_saved = options.connect_timeout, False
+    while True:
+        try:
+            finish = _take_part(options, patience)
+        except ServerAway:
+            if is_saved:
+                return STOPPED
+            raise
+        except ConnectionLost as lost:
+            if not options.rejoin_timeout:
+                raise
+            reason, is_saved = str(lost), False
+        else:
+            if finish.complete:
+                return 0
+            if not options.rejoin_timeout:
+                return STOPPED
+            reason, is_saved = finish.reason, True
+        patience = options.rejoin_timeout
+        print(f"client {options.name}: {reason}; joins again, for {patience:.0f} s at most", flush=True)
+
+
+def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
+    """Join within `patience` seconds and train until the server ends it."""
     articles = list(read_articles(options.data))
     if not articles:
         raise DataError(f"{', '.join(options.data)}: no text; name files with text in --data")
@@ -80,12 +120,15 @@ def run_client(options: ClientOptions) -> int:
         shape_hash=_shape_of(options.model) if options.model else "",
         cut=cut_to_json(options.cut) if options.cut else "",
         saved_windows=saved_windows(options.state_folder),
+        run=run_of(options.state_folder),
     )
-    welcome = _join(options, hello)
+    welcome = _join(options, hello, patience)
     print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
     if tokenizer is None:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     settings = parse_settings(welcome.settings)
+    if strategy_of(settings.federation, settings.wire).halves_are_personal:
+        claim(options.state_folder, welcome.run)
     text = BatchStream(
         encode(articles, tokenizer, settings.sequences.sequence_length),
         tokenizer,
@@ -94,22 +137,20 @@ def run_client(options: ClientOptions) -> int:
         seed=settings.seed,
         client=options.name,
     )
-    del articles
+    del articles, tokenizer
+    return_free_memory()
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
     with ExitStack() as at_end:
-        stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire))
+        stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire, half.cut))
         trainer = ClientTrainer(
             half,
             text,
             settings,
             options.name,
             options.state_folder,
-            welcome.window,
-            cursor_numbers(welcome.cursor) if welcome.HasField("cursor") else None,
             _device(options.device),
             stream.send,
         )
-        trainer.begin()
         while trainer.finish is None:
             trainer.handle(stream.receive())
     print(
@@ -117,7 +158,7 @@ def run_client(options: ClientOptions) -> int:
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
-    return 0 if trainer.finish.complete else STOPPED
+    return trainer.finish
 
 
 def _open_streams(
@@ -132,7 +173,7 @@ def _open_streams(
     aggregator = at_end.enter_context(
         AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout)
     )
-    return Parties(server, aggregator, strategy, welcome.window)
+    return Parties(server, aggregator, strategy)
 
 
 def _shape_of(model: str) -> str:
@@ -144,18 +185,43 @@ def _shape_of(model: str) -> str:
         raise ModelError(f"--model {model}: no such model; give a folder or hub name") from error
 
 
-def _join(options: ClientOptions, hello: pb.Hello) -> pb.Welcome:
-    with connect(options.server, options.tls) as channel:
+def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcome:
+    """The server's answer to a Join; ServerAway if none answers within `patience` seconds."""
+    deadline, (backoff, longest) = time.monotonic() + patience, BACKOFF_SECONDS
+    while True:
+        seconds_left = max(0.1, deadline - time.monotonic())
         try:
-            grpc.channel_ready_future(channel).result(timeout=options.connect_timeout)
+            # It may come back elsewhere, so its address is looked up every time.
+            return _ask(_address(options.server), options, hello, seconds_left)
+        except ServerAway:
+            if time.monotonic() + backoff > deadline:
+                raise
+        time.sleep(backoff * random.uniform(0.5, 1.5))
+        backoff = min(2 * backoff, longest)
+
+
+def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcome:
+    with connect(address, options.tls) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=min(patience, LONGEST_DIAL_SECONDS))
         except grpc.FutureTimeoutError:
-            raise WireError(
-                f"{options.server}: no server answers; check --server, that it runs, and TLS on both sides"
+            raise ServerAway(
+                f"{address}: no server answers; check --server, that it runs, and TLS on both sides"
             ) from None
         try:
             return rpc.FederationStub(channel).Join(hello, timeout=options.join_timeout)
         except grpc.RpcError as error:
-            raise _wire_error(options.server, error) from error
+            raise _wire_error(address, error) from error
+
+
+def _address(server: str) -> str:
+    """The server's address, read from its file if `server` names one."""
+    if not server.endswith(ADDRESS_SUFFIX):
+        return server
+    try:
+        return Path(server).read_text(encoding="utf-8").strip()
+    except OSError:
+        raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?") from None
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:
@@ -164,7 +230,7 @@ def _wire_error(address: str, error: grpc.RpcError) -> WireError:
         return WireError(f"the server refused this client: {details}")
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return WireError(f"{address}: the other clients did not come in time; raise --join-timeout or start them")
-    return WireError(f"{address}: connection lost ({code.name.lower()}: {details}); start this client again")
+    return ServerAway(f"{address}: connection lost ({code.name.lower()}: {details}); start this client again")
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,4 +1,7 @@
-"""A client's own checkpoints, where halves are personal: one file a window, the newest two kept."""
+"""A client's own checkpoints, where halves are personal: one file a window, of one run.
+
+The newest two are kept. A file beside them names the run.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,43 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.atomic_write import atomic_write
+from fedbert_ds.atomic_write import atomic_write, write_text
 from fedbert_ds.errors import RunError
 
 KEPT_STATES = 2
+RUN = "run.txt"
+"""Holds the id of the run that the states belong to."""
+
+
+def run_of(folder: Path) -> str:
+    """Id of the run whose states are in `folder`; empty if none has claimed it."""
+    try:
+        return (folder / RUN).read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def claim(folder: Path, run: str) -> None:
+    """Keep `folder` for the states of this run; RunError, before anything is written, if it has
+    states of another one, or of a run without a name.
+    """
+    if run_of(folder) == run:
+        return
+    if saved_windows(folder):
+        raise RunError(f"{folder}: holds states of another run; give another --state folder, or remove this one")
+    write_text(folder / RUN, run + "\n")
 
 
 def save_state(folder: Path, window: int, state: dict[str, Any]) -> None:
-    """Write the state before `window`, whole or not at all; keep the newest KEPT_STATES."""
+    """Write the state before `window`, whole or not at all; keep the newest KEPT_STATES.
+
+    Later states go: the run went back behind them, and trains their windows again.
+    """
     with atomic_write(_path(folder, window)) as partial:
         torch.save(state, partial)
-    for old in sorted(saved_windows(folder))[:-KEPT_STATES]:
+    windows = saved_windows(folder)
+    kept = [saved for saved in windows if saved <= window][-KEPT_STATES:]
+    for old in set(windows) - set(kept):
         _path(folder, old).unlink()
 
 

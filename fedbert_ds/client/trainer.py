@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fedbert_ds.client.replica import Replica
-from fedbert_ds.client.state import load_state, save_state
+from fedbert_ds.client.state import load_state, save_state, saved_windows
+from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.data.masking import Batch, BatchStream
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
-from fedbert_ds.wire.messages import ClientSettings
+from fedbert_ds.wire.messages import ClientSettings, cursor_numbers
 
 
 @dataclass
@@ -28,8 +29,6 @@ class _Window:
     """The text of one window, and counts of its masked tokens."""
 
     batch: Batch
-    cursor: dict[str, int]
-    """The text's position before the batch was drawn, for a checkpoint."""
     all_masked: int = 1
     """M: masked tokens of all clients."""
     masked: int = 0
@@ -49,8 +48,9 @@ class _Piece:
 class ClientTrainer:
     """Answers every server message; holds the client half and the stream of text.
 
-    `send` takes a ClientMessage. `cursor` is where the text of a resumed run goes on, where the
-    server knows it. Raises WireError for a message that does not fit, or a refusal.
+    `send` takes a ClientMessage. The server's first message, and every roll-back, is a Begin: it
+    says which window is next and where the text goes on. Raises WireError for a message that does
+    not fit, or a refusal.
     """
 
     def __init__(
@@ -60,8 +60,6 @@ class ClientTrainer:
         settings: ClientSettings,
         name: str,
         state_folder: Path,
-        first_window: int,
-        cursor: Mapping[str, int] | None,
         device: torch.device,
         send: Callable[[pb.ClientMessage], None],
     ) -> None:
@@ -72,31 +70,20 @@ class ClientTrainer:
         self._state_folder = state_folder
         self._device = device
         self._send = send
-        self._strategy = strategy_of(settings.federation, settings.wire)
-        self._replica = Replica(self._half, settings)
+        self._strategy = strategy_of(settings.federation, settings.wire, half.cut)
+        self._replica = Replica(self._half, settings, state_folder)
         self._staleness = settings.federation.staleness
-        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness, first_window)
-        self._next_window = first_window
+        self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
+        self._next_window = 0
+        self._awaits_reference = False
         self.finish: pb.Finish | None = None
         """The server's last message, once it has come."""
-        self._awaits_reference = not (first_window and self._strategy.halves_are_personal)
-        if not self._awaits_reference:
-            state = load_state(state_folder, first_window)
-            self._replica.load_state_dict(state)
-            cursor = state["cursor"]
-        if cursor is not None:
-            self._text.load_state_dict(cursor)
-
-    def begin(self) -> None:
-        """Announce the first window, if this client has its state; otherwise wait for the
-        reference.
-        """
-        if not self._awaits_reference:
-            self._announce()
 
     def handle(self, message: pb.ServerMessage) -> None:
         """Answer one message of the server."""
         match message.WhichOneof("body"):
+            case "begin":
+                self._begin(message.begin)
             case "plan":
                 self._plan(message.plan)
             case "open":
@@ -120,6 +107,8 @@ class ClientTrainer:
                 self._send_update(self._replica.whole(message.update_request.window))
             case "finish":
                 self.finish = message.finish
+            case "refused" if message.refused.may_return:
+                raise ConnectionLost(f"the server went on without this client: {message.refused.reason}")
             case "refused":
                 raise WireError(f"the server refused this client: {message.refused.reason}")
             case other:
@@ -129,6 +118,47 @@ class ClientTrainer:
         """Floating-point operations of the client half per token, forward and backward."""
         return self._replica.flops_per_token()
 
+    # -- where to go on ----------------------------------------------------------------------------
+
+    def _begin(self, begin: pb.Begin) -> None:
+        """Forget every window under way, and go on where the server says."""
+        # A reference from elsewhere may be newer: the server then answers that the window is over.
+        if begin.next_window < begin.window and not begin.reference:
+            raise WireError(f"the server goes on with window {begin.next_window} from a state of {begin.window}")
+        self._send(pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt)))
+        self._next_window = begin.next_window
+        self._windows = WindowState(self._strategy, self._staleness, begin.window)
+        self._windows.miss(begin.window, begin.next_window)
+        self._replica.forget_windows()
+        self._text.load_state_dict(cursor_numbers(begin.cursor) if begin.HasField("cursor") else None)
+        self._awaits_reference = begin.reference
+        if begin.reference:
+            return
+        if self._strategy.halves_are_personal:
+            self._replica.load_state_dict(load_state(self._state_folder, begin.window))
+        self._announce()
+
+    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
+        if not self._awaits_reference:
+            raise WireError("the server sent a reference client model to a client that has one")
+        if not self._replica.receive_reference(chunk):
+            return
+        self._awaits_reference = False
+        if self._strategy.halves_are_personal and self._next_window:
+            self._take_personal_parts()
+        self._announce()
+
+    def _take_personal_parts(self) -> None:
+        """In the middle of a run: what the reference does not hold comes from the own folder."""
+        # Later ones are of windows that were undone since.
+        saved = [window for window in saved_windows(self._state_folder) if window <= self._next_window]
+        if saved:
+            self._replica.load_personal_parts(load_state(self._state_folder, saved[-1]))
+            what = f"its own parts and moments as of window {saved[-1]}"
+        else:
+            what = f"no state in {self._state_folder}: its own parts and moments begin anew"
+        print(f"client {self._name}: in at window {self._next_window}, with {what}", flush=True)
+
     # -- a window ----------------------------------------------------------------------------------
 
     def _announce(self) -> None:
@@ -136,12 +166,16 @@ class ClientTrainer:
         window = self._next_window
         if window >= self._settings.windows:
             return
-        cursor = self._text.state_dict()
         batch = self._text.next_batch(window, self._settings.tokens)
-        self._windows.announce(window, _Window(batch, cursor))
-        _, masked_bounds = _bounds(batch)
-        masked = [end - start for start, end in itertools.pairwise(masked_bounds)]
-        self._send(pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=batch.lengths, masked=masked)))
+        self._windows.announce(window, _Window(batch))
+        _, masked_bounds = bounds(batch)
+        manifest = pb.Manifest(
+            window=window,
+            lengths=batch.lengths,
+            masked=[end - start for start, end in itertools.pairwise(masked_bounds)],
+            cursor=pb.Cursor(**self._text.state_dict()),
+        )
+        self._send(pb.ClientMessage(manifest=manifest))
 
     def _plan(self, plan: pb.Plan) -> None:
         if plan.next_window <= plan.window:
@@ -151,13 +185,16 @@ class ClientTrainer:
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
-        if not plan.pieces:
-            self._windows.miss(plan.window, plan.next_window)
-            self._send_activations()
+        # Other windows than its own run without this client; so does one in which it has no piece.
+        self._windows.miss(plan.window + bool(plan.pieces), plan.next_window)
+        self._send_activations()
 
     def _send_activations(self) -> None:
         """Send the pieces that have credit, of windows the half is recent enough for."""
         for window, micro_batch in self._windows.take_sendable():
+            if self._strategy.trains_alone:
+                self._train_alone(window, micro_batch)
+                continue
             piece = self._windows.piece(window, micro_batch)
             # With staleness the half may step before the gradient is back: no graph is kept.
             with torch.set_grad_enabled(not self._staleness):
@@ -178,6 +215,20 @@ class ClientTrainer:
         seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
         torch.manual_seed(seed)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
+
+    def _train_alone(self, number: int, piece: int) -> None:
+        """Compute a window of the whole model, and report its loss part by part."""
+        window = self._windows.content(number)
+        seed = ("client dropout", self._settings.seed, self._name, number)
+        for part in train_window(self._half, window.batch, self._settings.tokens_per_micro_batch, seed, self._device):
+            report = pb.Trained(
+                window=number, loss_sum=part.loss_sum, masked_tokens=part.masked_tokens, last=part.is_last
+            )
+            self._send(pb.ClientMessage(trained=report))
+        window.masked = len(window.batch.labels)
+        window.all_masked = max(1, window.masked)
+        self._windows.finish(number, piece)
+        self._finish_window(number)
 
     def _head(self, message: pb.Hidden) -> None:
         window = self._windows.content(message.window)
@@ -225,52 +276,23 @@ class ClientTrainer:
         for chunk in chunks:
             self._send(pb.ClientMessage(update=chunk))
 
-    def _receive_reference(self, chunk: pb.ReferenceChunk) -> None:
-        if not self._awaits_reference:
-            raise WireError("the server sent a reference client model to a client that has one")
-        if self._replica.receive_reference(chunk):
-            self._awaits_reference = False
-            self._announce()
-
     def _save(self, window: int) -> None:
         if window > self._windows.applied and self._strategy.needs_every_window:
             raise WireError(f"the server saves window {window}, this client is at {self._windows.applied}")
-        # Batches are drawn ahead.
-        ahead = self._windows.first_content(window)
-        cursor = self._text.state_dict() if ahead is None else ahead.cursor
         if self._strategy.halves_are_personal:
-            save_state(self._state_folder, window, {**self._replica.state_dict(), "cursor": cursor})
-        saved = pb.Saved(
-            window=window,
-            peak_memory_bytes=peak_memory_bytes(),
-            flops_per_token=self.flops_per_token(),
-            cursor=pb.Cursor(**cursor),
-        )
+            save_state(self._state_folder, window, self._replica.state_dict())
+        saved = pb.Saved(window=window, peak_memory_bytes=peak_memory_bytes(), flops_per_token=self.flops_per_token())
         self._send(pb.ClientMessage(saved=saved))
-
-
-def _bounds(batch: Batch) -> tuple[list[int], list[int]]:
-    """[sequences + 1] bounds of the sequences, in the batch's tokens and masked positions."""
-    tokens = torch.tensor([0, *batch.lengths]).cumsum(0)
-    return tokens.tolist(), torch.searchsorted(batch.masked_positions, tokens).tolist()
 
 
 def _cut(batch: Batch, pieces: Iterable[pb.Piece]) -> dict[int, _Piece]:
     """This client's parts of micro-batches; WireError for sequences the batch does not have."""
-    tokens, masked = _bounds(batch)
     parts = {}
     for piece in pieces:
         first, last = piece.first_sequence, piece.first_sequence + piece.num_sequences
-        if not first < last < len(tokens):
+        if not first < last <= len(batch.lengths):
             raise WireError(f"the server plans sequences {first} to {last} of {len(batch.lengths)}")
-        positions = slice(masked[first], masked[last])
-        part = Batch(
-            input_ids=batch.input_ids[tokens[first] : tokens[last]],
-            lengths=batch.lengths[first:last],
-            masked_positions=batch.masked_positions[positions] - tokens[first],
-            labels=batch.labels[positions],
-        )
-        parts[piece.micro_batch] = _Piece(part, first)
+        parts[piece.micro_batch] = _Piece(sequences(batch, first, last), first)
     return parts
 
 

@@ -59,17 +59,13 @@ class WindowState(Generic[Content, Piece]):
         """The content of a window that is announced and not applied."""
         return self._window(window).content
 
-    def first_content(self, window: int) -> Content | None:
-        """The content of the first window from `window` on; None if none is announced."""
-        later = [number for number in self._windows if number >= window]
-        return self._windows[min(later)].content if later else None
-
     def plan(self, window: int, pieces: Mapping[int, Piece]) -> None:
         """The server has cut a window: this client's pieces by micro-batch."""
         self._window(window).pending.update(pieces)
 
     def miss(self, first: int, next_window: int) -> None:
-        """This client was suspended: windows `first` to `next_window` - 1 run without it.
+        """Windows `first` to `next_window` - 1 run without this client: it was suspended, or has no
+        part in them.
 
         Windows without an exchange are over for it. Combined updates go to every client, so a
         window with an exchange is applied when its update comes, before or after this call.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MASKED, _RANDOM = 0.8, 0.1
-_ARTICLES_AT_ONCE = 256
+_CHARACTERS_AT_ONCE = 1 << 18
+"""Text that is tokenized at once, unless one article is longer: a token in the making takes a
+hundred times the memory of its id.
+"""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class BatchStream:
         self._masker = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word)
         self._seed, self._client = seed, client
         self._epoch, self._position = 0, 0
-        self._order = self._shuffle(0)
+        self._order = self._shuffle(0, text.num_sequences)
 
     def next_batch(self, window: int, max_tokens: int) -> Batch:
         """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
@@ -181,9 +183,9 @@ class BatchStream:
         pieces: list[slice] = []
         room = max_tokens
         while True:
-            if self._position == self.text.num_sequences:
+            if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._shuffle(self._epoch)
+                self._order = self._shuffle(self._epoch, self.text.num_sequences)
             sequence = int(self._order[self._position])
             piece = slice(int(offsets[sequence]), int(offsets[sequence + 1]))
             room -= piece.stop - piece.start
@@ -205,21 +207,25 @@ class BatchStream:
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The cursor, and the number of sequences it points into."""
-        return {"epoch": self._epoch, "position": self._position, "sequences": self.text.num_sequences}
+        """The cursor, and the number of sequences of its epoch."""
+        return {"epoch": self._epoch, "position": self._position, "sequences": len(self._order)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Continue from a `state_dict`; DataError if the text is another one."""
-        if state["sequences"] != self.text.num_sequences:
+    def load_state_dict(self, state: Mapping[str, int] | None) -> None:
+        """Continue from a `state_dict`, or from the beginning; DataError if the text has shrunk.
+
+        Text that has been added behind the old one joins in the next epoch.
+        """
+        state = state or {"epoch": 0, "position": 0, "sequences": self.text.num_sequences}
+        if state["sequences"] > self.text.num_sequences:
             raise DataError(
-                f"the shard has {self.text.num_sequences} sequences, but {state['sequences']} when the run was saved; "
-                "resume with the same text, tokenizer and data.sequence_length"
+                f"the shard has {self.text.num_sequences} sequences, but had {state['sequences']} before in this run; "
+                "go on with the same text, or more behind it, and the same tokenizer"
             )
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._shuffle(self._epoch)
+        self._order = self._shuffle(self._epoch, state["sequences"])
 
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        return generator("shuffle", self._seed, self._client, epoch).permutation(self.text.num_sequences)
+    def _shuffle(self, epoch: int, sequences: int) -> np.ndarray:
+        return generator("shuffle", self._seed, self._client, epoch).permutation(sequences)
 
 
 _TRUE = np.ones(1, dtype=bool)
@@ -238,15 +244,27 @@ def _token_arrays(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
     backend = _plain_backend(tokenizer)
-    remaining = iter(articles)
-    while some := list(itertools.islice(remaining, _ARTICLES_AT_ONCE)):
-        for encoding in backend.encode_batch([article.text for article in some], add_special_tokens=False):
+    for texts in _some_at_once(article.text for article in articles):
+        for encoding in backend.encode_batch(texts, add_special_tokens=False):
             ids = np.array(encoding.ids, dtype=np.int32)
             # A token outside any word is None; -1 keeps it apart from its neighbours.
             words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
             word_starts = np.ones(len(ids), dtype=bool)
             word_starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
             yield ids, word_starts
+
+
+def _some_at_once(texts: Iterable[str]) -> Iterator[list[str]]:
+    some: list[str] = []
+    characters = 0
+    for text in texts:
+        if some and characters + len(text) > _CHARACTERS_AT_ONCE:
+            yield some
+            some, characters = [], 0
+        some.append(text)
+        characters += len(text)
+    if some:
+        yield some
 
 
 def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

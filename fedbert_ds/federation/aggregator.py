@@ -19,6 +19,9 @@ from fedbert_ds.federation.reference import Reference
 from fedbert_ds.federation.server_optimizer import Rule, ServerOptimizer
 from fedbert_ds.federation.strategy import Strategy
 
+OWED = "owed"
+"""Key of what an answer was rounded by, in a reference's optimizer state."""
+
 
 class Aggregator:
     """Holds the reference client model on the CPU, equal on every rank; steps it in a thread of its
@@ -27,7 +30,9 @@ class Aggregator:
     `initial` are the weights of the whole client half; they are copied. `version` counts windows:
     the reference holds every combined update of the windows before it. Summed gradients step it by
     the run file's optimizer; a mean of weights or changes moves it to that mean, or, with a `rule`,
-    by a server optimizer's step.
+    by a server optimizer's step. Where the strategy keeps rounding, what a codec took from an
+    answer is added to the next one (error feedback; Karimireddy et al. 2019), so that the reference
+    follows the sum of the exact answers.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class Aggregator:
         self._strategy = strategy
         self._optimizer = HalfOptimizer(self._weights, optimizer, num_windows, clips=not strategy.clips_together)
         self._server_optimizer = None if rule is None else ServerOptimizer(rule)
+        self._owed: dict[str, Tensor] = {}
+        """Where rounding is kept: what the last answer was rounded by."""
         self._version = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="aggregator")
         self._last: Future[None] | None = None
@@ -58,10 +65,11 @@ class Aggregator:
 
         Each call must follow the `apply` of the answer before.
         """
+        if self._strategy.sends_changes:
+            steps = mean if self._server_optimizer is None else self._server_optimizer.steps(mean)
+            return self._with_owed(steps)
         if self._server_optimizer is None:
             return mean
-        if self._strategy.sends_changes:
-            return self._server_optimizer.steps(mean)
         common = self._settled_weights()
         steps = self._server_optimizer.steps({name: tensor - common[name] for name, tensor in mean.items()})
         return {name: common[name] + step for name, step in steps.items()}
@@ -74,7 +82,7 @@ class Aggregator:
         """
         weights = self._settled_weights()
         if self._strategy.sends_changes:
-            return {name: torch.zeros_like(weights[name]) for name in names}
+            return self._with_owed({name: torch.zeros_like(weights[name]) for name in names})
         return {name: weights[name].clone() for name in names}
 
     def apply(self, window: int, combined: Mapping[str, Tensor]) -> None:
@@ -91,19 +99,34 @@ class Aggregator:
     def reference(self) -> Reference:
         """The reference after every update so far; its tensors move with later updates."""
         weights = self._settled_weights()
-        mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
-        return Reference(self._version, weights, mover.state())
+        state = self._mover.state()
+        for name, tensor in self._owed.items():
+            state.setdefault(name, {})[OWED] = tensor
+        return Reference(self._version, weights, state)
 
     def load(self, reference: Reference) -> None:
         """Go on from a checkpoint's reference."""
+        self._settled_weights()
         self._take_over(reference.weights)
-        mover = self._optimizer if self._server_optimizer is None else self._server_optimizer
-        mover.load_state(reference.optimizer)
+        state = {name: dict(values) for name, values in reference.optimizer.items()}
+        owed = {name: values.pop(OWED) for name, values in state.items() if OWED in values}
+        self._owed = {name: torch.as_tensor(tensor) for name, tensor in owed.items()}
+        self._mover.load_state({name: values for name, values in state.items() if values})
         self._version = reference.version
 
     def close(self) -> None:
         """Accept no more updates; the thread ends by itself."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def _mover(self) -> HalfOptimizer | ServerOptimizer:
+        return self._optimizer if self._server_optimizer is None else self._server_optimizer
+
+    def _with_owed(self, steps: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self._strategy.keeps_rounding:
+            return steps
+        self._settled_weights()
+        return {name: step + self._owed[name] if name in self._owed else step for name, step in steps.items()}
 
     def _settled_weights(self) -> dict[str, Tensor]:
         """The reference's tensors after every move so far."""
@@ -121,6 +144,8 @@ class Aggregator:
             case "gradients":
                 self._optimizer.step_with(received, window)
             case "weights" if self._strategy.sends_changes:
+                if self._strategy.keeps_rounding:
+                    self._owed = {name: exact - received[name] for name, exact in combined.items()}
                 self._take_over({name: self._weights[name].detach() + change for name, change in received.items()})
             case "weights":
                 self._take_over(received)

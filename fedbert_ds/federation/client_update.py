@@ -11,10 +11,19 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE, decode, encode, frame_bytes, frame_dtypes
-from fedbert_ds.wire.compression import compress, decompress, largest_frame
+from fedbert_ds.wire.codecs import LARGEST_VALUE, byte_view, decode, encode, frame_bytes, frame_dtypes
+from fedbert_ds.wire.compression import (
+    Buffer,
+    compressed_parts,
+    decompress_planes,
+    from_planes,
+    largest_frame,
+)
 
 CHUNK_BYTES = 1 << 20
+
+CODED_ROWS = 1024
+"""Rows of a matrix that are coded or decoded at once: what that takes is many times their codes."""
 
 LARGEST_WEIGHT = 2.0**53
 """Largest count of tokens that a double keeps exactly."""
@@ -46,24 +55,50 @@ def update_chunks(
         shape, rows = tensor.shape, b""
         tensor = tensor.detach()
         if tensor.dim() == 2:
-            touched = (tensor != 0).any(dim=1)
+            touched = tensor.any(dim=1)
             if not touched.all():
                 tensor, rows = tensor[touched], np.packbits(touched.cpu().numpy()).tobytes()
-        if _is_coded(tensor.shape, codec):
-            frame = encode(tensor, codec)
-            payload = frame.payload + frame.scales
-        else:
-            payload = tensor.to(device="cpu", dtype=torch.float32).contiguous().numpy().tobytes()
-        if compressed:
-            payload = compress(payload, _itemsize(tensor.shape, codec))
-        for offset in range(0, max(1, len(payload)), CHUNK_BYTES):
-            part = payload[offset : offset + CHUNK_BYTES]
+        content = _content(tensor, codec)
+        parts = compressed_parts(content, _itemsize(tensor.shape, codec)) if compressed else iter([content])
+        offset = 0
+        for part in _in_chunks(parts):
             chunk = pb.UpdateChunk(window=window, name=name, shape=shape, offset=offset, payload=part)
             chunk.compressed = compressed
             if offset == 0:
                 chunk.rows = rows
+            offset += len(part)
             yield chunk
     yield pb.UpdateChunk(window=window, last=True, weight=weight)
+
+
+def _content(tensor: Tensor, codec: str) -> Buffer:
+    """A tensor's bytes: codes of all rows, then their scales, or fp32, which is not copied."""
+    if not _is_coded(tensor.shape, codec):
+        return byte_view(tensor.to(device="cpu", dtype=torch.float32).contiguous())
+    payload_bytes, scale_bytes = frame_bytes(tensor.shape[0], tensor.shape[1], codec)
+    content = bytearray(payload_bytes + scale_bytes)
+    payload, scales = memoryview(content)[:payload_bytes], memoryview(content)[payload_bytes:]
+    for rows in tensor.split(CODED_ROWS):
+        frame = encode(rows, codec)
+        payload_bytes, scale_bytes = frame_bytes(rows.shape[0], rows.shape[1], codec)
+        payload[:payload_bytes], scales[:scale_bytes] = frame.payload, frame.scales
+        payload, scales = payload[payload_bytes:], scales[scale_bytes:]
+    return content
+
+
+def _in_chunks(parts: Iterable[Buffer]) -> Iterator[bytes]:
+    """The same bytes, CHUNK_BYTES at a time; at least one chunk."""
+    rest = bytearray()
+    chunk = None
+    for part in parts:
+        for start in range(0, len(part), CHUNK_BYTES):
+            rest += part[start : start + CHUNK_BYTES]
+            while len(rest) >= CHUNK_BYTES:
+                chunk = bytes(rest[:CHUNK_BYTES])
+                del rest[:CHUNK_BYTES]
+                yield chunk
+    if rest or chunk is None:
+        yield bytes(rest)
 
 
 class UpdateAssembler:
@@ -131,13 +166,15 @@ class UpdateAssembler:
             tensors[name] = sent if rows is None else torch.zeros(shape).index_put_((rows,), sent)
         return ClientUpdate(tensors, self._weight)
 
-    def _content(self, name: str, shape: tuple[int, ...]) -> bytearray:
+    def _content(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """A tensor's bytes, decompressed if it was compressed."""
         buffer = self._buffers.pop(name)
         if name not in self._compressed:
             return buffer
-        who = f"{self._who}: tensor {name!r}"
-        return bytearray(decompress(bytes(buffer), self._num_bytes(name, shape), _itemsize(shape, self._codec), who))
+        planes = decompress_planes(buffer, self._num_bytes(name, shape), f"{self._who}: tensor {name!r}")
+        # The largest tensor is as large as all others: its frame goes first.
+        buffer.clear()
+        return from_planes(planes, _itemsize(shape, self._codec))
 
     def _sent_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (int(self._rows[name].sum()), *shape[1:]) if name in self._rows else shape
@@ -148,16 +185,30 @@ class UpdateAssembler:
             return sum(frame_bytes(shape[0], shape[1], self._codec))
         return 4 * torch.Size(shape).numel()
 
-    def _decode(self, name: str, shape: tuple[int, ...], buffer: bytearray) -> Tensor:
+    def _decode(self, name: str, shape: tuple[int, ...], buffer: Buffer) -> Tensor:
         who = f"{self._who}: tensor {name!r}"
         if _is_coded(shape, self._codec):
-            end, _ = frame_bytes(shape[0], shape[1], self._codec)
-            parts = {"payload": bytes(buffer[:end]), "scales": bytes(buffer[end:])}
-            return decode(pb.TensorFrame(codec=self._codec, shape=shape, **parts), shape, self._codec, who)
+            return self._decode_rows(shape, buffer, who)
+        if not isinstance(buffer, bytearray):
+            buffer = bytearray(buffer)  # torch shares only memory it may write to
         values = torch.frombuffer(buffer, dtype=torch.float32).view(shape) if buffer else torch.zeros(shape)
-        largest = float(values.abs().max()) if buffer else 0.0  # NaN if any value is
+        # NaN if any value is
+        largest = max(float(values.max()), -float(values.min())) if buffer else 0.0
         if not largest <= LARGEST_VALUE:
             raise WireError(f"{who} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane")
+        return values
+
+    def _decode_rows(self, shape: tuple[int, ...], buffer: Buffer, who: str) -> Tensor:
+        """A coded matrix, some rows at a time."""
+        values = torch.empty(shape)
+        content = memoryview(buffer)
+        scales = content[frame_bytes(shape[0], shape[1], self._codec)[0] :]
+        for rows in values.split(CODED_ROWS):
+            payload_bytes, scale_bytes = frame_bytes(len(rows), shape[1], self._codec)
+            parts = {"payload": bytes(content[:payload_bytes]), "scales": bytes(scales[:scale_bytes])}
+            content, scales = content[payload_bytes:], scales[scale_bytes:]
+            frame = pb.TensorFrame(codec=self._codec, shape=rows.shape, **parts)
+            rows.copy_(decode(frame, rows.shape, self._codec, who))
         return values
 
 

@@ -1,8 +1,9 @@
 """Server optimizers: pure rules that move the reference weights by the clients' mean change.
 
 The mean change is used as if it were a negative gradient (Reddi et al., "Adaptive Federated
-Optimization", ICLR 2021). With momentum 0 and a learning rate of 1, `Momentum` and `Nesterov` are
-FedAvg.
+Optimization", ICLR 2021). The mean is weighted by masked tokens, as FedAvg's; the paper's Algorithm
+2 weighs all clients of a round alike. With momentum 0 and a learning rate of 1, `Momentum` and
+`Nesterov` are FedAvg.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Momentum:
-    """FedAvgM (Hsu et al. 2019): m = momentum * m + change; the step is lr * m."""
+    """FedAvgM (Hsu et al. 2019): m = momentum * m + change; the step is lr * m.
+
+    The paper has lr 1; a rate as here is Reddi et al.'s.
+    """
 
     lr: float
     momentum: float

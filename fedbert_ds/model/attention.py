@@ -173,4 +173,12 @@ def _runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(run))) for length, run in itertools.groupby(lengths))
 
 
+def keep_masked_positions(module: torch.nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
+    """A hook after the last layer's attention: only masked positions go on, as tokens no longer
+    meet.
+    """
+    attended, *rest = output
+    return attended.index_select(1, keywords["masked_positions"]), *rest
+
+
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

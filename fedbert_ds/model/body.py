@@ -20,7 +20,7 @@ from fedbert_ds.model.architecture import (
     position_offset,
     widths,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
 
 
 class Body(nn.Module):
@@ -41,7 +41,7 @@ class Body(nn.Module):
         for name, module in model.named_children():
             self.add_module(name, module)
         base: Any = self.get_submodule(self._parts.base)
-        base.encoder.layer[-1].attention.register_forward_hook(_keep_masked_positions, with_kwargs=True)
+        base.encoder.layer[-1].attention.register_forward_hook(keep_masked_positions, with_kwargs=True)
 
     def forward(
         self,
@@ -115,9 +115,3 @@ class Body(nn.Module):
         if self._parts.body_head is not None:
             per_masked += linear_parameters(self.get_submodule(self._parts.body_head))
         return 6.0 * (per_token + mask_share * per_masked)
-
-
-def _keep_masked_positions(module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
-    """A hook after the last attention: only masked positions go on, as tokens no longer meet."""
-    attended, *rest = output
-    return attended.index_select(1, keywords["masked_positions"]), *rest

@@ -21,7 +21,8 @@ from fedbert_ds.model.architecture import (
     position_offset,
     widths,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_ds.model.word_table import WordTable, decoder_backward
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Activations:
 
 
 class ClientHalf(nn.Module):
-    """A masked LM without its body; made by `cut.split` or `cut.client_skeleton`.
+    """A masked LM without its body, or with the cut `whole` all of it.
+
+    Made by `cut.split`, `cut.undivided` or `cut.client_skeleton`.
 
     Parameters keep their names of the Hugging Face checkpoint. Tied tensors (the decoder is the
     word table) are one parameter and appear once in `state_dict()`, under the table's name.
@@ -50,6 +53,11 @@ class ClientHalf(nn.Module):
         self._ties = dict(model.all_tied_weights_keys)
         for name, module in model.named_children():
             self.add_module(name, module)
+        base: Any = self.get_submodule(self._parts.base)
+        if cut == "whole":
+            base.encoder.layer[-1].attention.register_forward_hook(keep_masked_positions, with_kwargs=True)
+        # It keeps its weight and its name.
+        base.embeddings.word_embeddings.__class__ = WordTable
         self.tie()
 
     def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
@@ -58,6 +66,40 @@ class ClientHalf(nn.Module):
         Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is
         longer than the position table.
         """
+        packing = self._packing(input_ids, lengths)
+        base: Any = self.get_submodule(self._parts.base)
+        if self.cut == "rows":
+            rows, row_index = _distinct_by_first_appearance(input_ids)
+            return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
+        hidden = self._embeddings(base, input_ids, packing)
+        if isinstance(self.cut, LayersCut):
+            if getattr(base, "embeddings_project", None) is not None:
+                hidden = base.embeddings_project(hidden)
+            hidden = base.encoder(hidden, packing=packing).last_hidden_state
+        return Activations(hidden.squeeze(0))
+
+    def whole_backward(
+        self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor, labels: Tensor, scale: float
+    ) -> float:
+        """Sum of cross-entropies of the whole model, in nats; parameters' gradients of scale * sum
+        accumulate.
+
+        With the cut `whole` alone. Packed tokens as in `embed`; `masked_positions` [m] int64 into
+        them, `labels` [m] int64; m may be 0.
+        """
+        packing = self._packing(input_ids, lengths)
+        base: Any = self.get_submodule(self._parts.base)
+        hidden = self._embeddings(base, input_ids, packing)
+        if getattr(base, "embeddings_project", None) is not None:
+            hidden = base.embeddings_project(hidden)
+        hidden = base.encoder(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state.squeeze(0)
+        if self._parts.body_head is not None:
+            hidden = self.get_submodule(self._parts.body_head)(hidden)
+        loss_sum, gradient = self.head_backward(hidden, labels, scale)
+        hidden.backward(gradient.to(hidden.dtype))
+        return loss_sum
+
+    def _packing(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
         if sum(lengths) != input_ids.shape[0]:
             raise ValueError(f"lengths sum to {sum(lengths)}, but there are {input_ids.shape[0]} tokens")
         packing = Packing.from_lengths(lengths, input_ids.device)
@@ -66,17 +108,11 @@ class ClientHalf(nn.Module):
                 f"a sequence of {packing.max_length} tokens is longer than the position table, "
                 f"{longest_sequence(self.config)}"
             )
-        base: Any = self.get_submodule(self._parts.base)
-        if self.cut == "rows":
-            rows, row_index = _distinct_by_first_appearance(input_ids)
-            return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
+        return packing
+
+    def _embeddings(self, base: Any, input_ids: Tensor, packing: Packing) -> Any:
         positions = packing.positions.unsqueeze(0) + position_offset(self.config)
-        hidden = base.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions)
-        if isinstance(self.cut, LayersCut):
-            if getattr(base, "embeddings_project", None) is not None:
-                hidden = base.embeddings_project(hidden)
-            hidden = base.encoder(hidden, packing=packing).last_hidden_state
-        return Activations(hidden.squeeze(0))
+        return base.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, [m, V], for hidden states [m, W_out]."""
@@ -96,13 +132,16 @@ class ClientHalf(nn.Module):
         hidden = hidden.detach().to(next(self.parameters()).dtype)
         if hidden.is_cuda if fused is None else fused:
             return self._fused_head_backward(hidden.requires_grad_(), labels, scale)
+        decoder: Any = self.get_submodule(self._parts.decoder)
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
         for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
             rows = rows.detach().requires_grad_()
-            loss = functional.cross_entropy(self.logits(rows), targets, reduction="none")
-            loss.backward(torch.full_like(loss, scale))
-            losses.append(loss.detach())
+            with _passing_on(decoder):
+                decoded = self.logits(rows)
+            loss, gradient = decoder_backward(decoded.detach(), decoder.weight, decoder.bias, targets, scale)
+            decoded.backward(gradient)
+            losses.append(loss)
             assert rows.grad is not None
             gradients.append(rows.grad)
         return _sum(losses), torch.cat(gradients)
@@ -147,10 +186,19 @@ class ClientHalf(nn.Module):
         """Floating-point operations of forward and backward per token.
 
         `mask_share` of the tokens reach the head. Matrix products only, 6 per matrix entry;
-        attention scores of lower layers are left out.
+        attention scores are left out. With the cut `whole` the last layer's feed-forward runs for
+        masked positions only.
         """
-        base, head = self.get_submodule(self._parts.base), self.get_submodule(self._parts.head)
-        return 6.0 * (linear_parameters(base) + mask_share * linear_parameters(head))
+        base: Any = self.get_submodule(self._parts.base)
+        head = self.get_submodule(self._parts.head)
+        per_token, per_masked = linear_parameters(base), linear_parameters(head)
+        if self.cut == "whole":
+            last = base.encoder.layer[-1]
+            moved = linear_parameters(last.intermediate) + linear_parameters(last.output)
+            per_token, per_masked = per_token - moved, per_masked + moved
+            if self._parts.body_head is not None:
+                per_masked += linear_parameters(self.get_submodule(self._parts.body_head))
+        return 6.0 * (per_token + mask_share * per_masked)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As torch's, with each tied tensor once."""

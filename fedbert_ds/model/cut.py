@@ -38,11 +38,15 @@ def split(model: PreTrainedModel, cut: Cut) -> tuple[ClientHalf, Body]:
     state = model.state_dict()
     halves = _client_on_meta(model.config, cut), _body_on_meta(model.config, cut)
     for half in halves:
-        names = half.state_dict().keys()
-        half.load_state_dict({name: state[name] for name in names}, assign=True)
-        _fill_buffers(half)
-        half.train(model.training)
+        _take_over(half, state, model.training)
     return halves
+
+
+def undivided(model: PreTrainedModel) -> ClientHalf:
+    """The whole model as the client's, with `cut: whole`; it takes over the model's tensors."""
+    half = _client_on_meta(model.config, "whole")
+    _take_over(half, model.state_dict(), model.training)
+    return half
 
 
 def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -90,8 +94,17 @@ def _on_meta(hf_config: Any) -> PreTrainedModel:
         return AutoModelForMaskedLM.from_config(hf_config, dtype=torch.float32)
 
 
+def _take_over(half: ClientHalf | Body, state: Mapping[str, Tensor], training: bool) -> None:
+    names = half.state_dict().keys()
+    half.load_state_dict({name: state[name] for name in names}, assign=True)
+    _fill_buffers(half)
+    half.train(training)
+
+
 def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
     model, parts = _on_meta(hf_config), architecture(hf_config)
+    if cut == "whole":
+        return ClientHalf(model, cut)
     base: Any = model.get_submodule(parts.base)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
@@ -110,6 +123,8 @@ def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
 
 
 def _body_on_meta(hf_config: Any, cut: Cut) -> Body:
+    if cut == "whole":
+        raise ModelError("cut: whole leaves the server no body; choose another cut")
     model, parts = _on_meta(hf_config), architecture(hf_config)
     base: Any = model.get_submodule(parts.base)
     setattr(model, parts.head, None)

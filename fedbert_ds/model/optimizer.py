@@ -1,4 +1,4 @@
-"""AdamW, SGD and LAMB from the run file's section; biases and LayerNorm do not decay."""
+"""AdamW, SGD, LAMB and Muon from the run file's section; biases and LayerNorm do not decay."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from fedbert_ds.config import OptimizerSection
+from fedbert_ds.model.muon import Muon, is_hidden_matrix
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -115,8 +116,9 @@ def build_optimizer(
     """The optimizer of a body or a client half; learning-rate schedules are the caller's.
 
     Biases and LayerNorm weights do not decay. AdamW and SGD get two groups (one may be absent),
-    LAMB one parameter a group. `partitioned` says that the parameters will be slices of ZeRO
-    groups, which LAMB's norms need to know. NVIDIA apex, where installed, runs AdamW and
+    LAMB one parameter a group, Muon one group more, of the encoder's matrices. `partitioned` says
+    that the parameters will be slices of ZeRO groups, which LAMB's norms need to know, and which
+    Muon cannot step: ValueError. NVIDIA apex, where installed, runs AdamW and
     whole-parameter LAMB on CUDA.
     """
     named = list(named_parameters)
@@ -137,19 +139,31 @@ def build_optimizer(
             # caller clips gradients; apex would clip them once more.
             return apex.FusedLAMB(groups, **common, max_grad_norm=math.inf)
         return Lamb(groups, **common, partitioned=partitioned)
-    decayed = [parameter for name, parameter in named if is_decayed(name)]
-    others = [parameter for name, parameter in named if not is_decayed(name)]
-    two_groups = [
-        {"params": parameters, "weight_decay": decay}
-        for parameters, decay in ((decayed, section.weight_decay), (others, 0.0))
-        if parameters
-    ]
+    fused = on_cuda or all(parameter.device.type == "cpu" for _, parameter in named)
+    if section.name == "muon":
+        if partitioned:
+            raise ValueError("Muon steps whole matrices, not slices of them")
+        matrices = [parameter for name, parameter in named if is_hidden_matrix(name, parameter)]
+        named = [(name, parameter) for name, parameter in named if not is_hidden_matrix(name, parameter)]
+        hidden = [{"params": matrices, "weight_decay": section.weight_decay, "muon": True}] if matrices else []
+        return Muon([*hidden, *_two_groups(named, section)], section.momentum, **common, fused=fused)
+    two_groups = _two_groups(named, section)
     if section.name == "sgd":
         return torch.optim.SGD(two_groups, lr=section.lr)
     if apex is not None:
         return apex.FusedAdam(two_groups, **common, adam_w_mode=True)
-    fused = on_cuda or all(parameter.device.type == "cpu" for _, parameter in named)
     return torch.optim.AdamW(two_groups, **common, fused=fused)
+
+
+def _two_groups(named: list[tuple[str, nn.Parameter]], section: OptimizerSection) -> list[dict[str, Any]]:
+    """What decays and what does not; one may be absent."""
+    decayed = [parameter for name, parameter in named if is_decayed(name)]
+    others = [parameter for name, parameter in named if not is_decayed(name)]
+    return [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((decayed, section.weight_decay), (others, 0.0))
+        if parameters
+    ]
 
 
 def is_decayed(name: str) -> bool:

@@ -12,7 +12,7 @@ from fedbert_ds.server.body.footprint import SHARE
 
 COMPRESSED = {
     "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,
-    "int4_hadamard": 0.86,
+    "int4_hadamard": 0.86, "int2_hadamard": 0.90,
 }  # fmt: skip
 """Share of each codec's bytes left after compression, as `benchmarks/codecs` counted them."""
 VOCABULARY = 30_522
@@ -88,7 +88,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         ),
         clients=machines.spread.clients(typical, machines.clients),
         wire=wire_bytes(config, hf_config, model),
-        strategy=strategy_of(config.federation, config.wire),
+        strategy=strategy_of(config.federation, config.wire, config.cut),
         tokens_per_window=config.window.tokens,
         tokens_per_micro_batch=config.window.tokens_per_micro_batch,
         sequence_tokens=config.data.sequence_length,

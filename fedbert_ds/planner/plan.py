@@ -65,7 +65,9 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
     """Figures of a simulated scenario."""
     seconds = tokens / outcome.tokens_per_second
     exchanges = scenario.strategy.exchanges_per_window
-    averaging = 2 * scenario.wire.update * len(scenario.clients) * exchanges / scenario.tokens_per_window
+    # Participants send updates, and all clients receive them combined.
+    copies = scenario.num_participants + len(scenario.clients)
+    averaging = copies * scenario.wire.update * exchanges / scenario.tokens_per_window
     return Prediction(
         gpus=scenario.num_ranks,
         clients=len(scenario.clients),

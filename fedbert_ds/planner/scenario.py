@@ -91,6 +91,11 @@ class Scenario:
     combine_per_byte: float = 2e-9
     """Seconds the server takes to combine a byte of each client's update."""
 
+    @property
+    def num_participants(self) -> int:
+        """Clients that take part in a window."""
+        return self.strategy.num_participants(len(self.clients))
+
     def exchanges(self, window: int) -> bool:
         """Whether clients exchange updates after this window."""
         return self.strategy.exchange_after(window) != "nothing"

@@ -16,6 +16,7 @@ from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forwar
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.queue.packing import Piece, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.server.queue.seats import assign_clients
 from fedbert_ds.wire.messages import Manifest
 
@@ -106,6 +107,12 @@ class _Client:
         self.cpu.busy -= seconds
         return self.cpu.take(self._clock.now, seconds)
 
+    def begin(self) -> None:
+        """Send the first manifest."""
+        first = next_window_of(self.name, self._simulation.sampler.takes_part, 0, self._simulation.num_windows)
+        self.announce(first)
+        self._windows.miss(0, first)
+
     def announce(self, window: int) -> None:
         """Send the manifest of a window."""
         if window >= self._simulation.num_windows:
@@ -117,6 +124,8 @@ class _Client:
     def plan(self, window: int, pieces: dict[int, Piece], next_window: int) -> None:
         self._windows.plan(window, pieces)
         self.announce(next_window)
+        self._windows.miss(window + 1, next_window)
+        self._send_activations()
 
     def open(self, window: int, micro_batch: int) -> None:
         self._windows.open(window, micro_batch)
@@ -126,13 +135,13 @@ class _Client:
         for window, micro_batch in self._windows.take_sendable():
             tokens = self._windows.piece(window, micro_batch).tokens
             done = self._compute(self.costs.embed_per_token * tokens)
-            report = partial(self.rank.queue_call, self.rank.queue.activations, self.name, micro_batch)
+            report = partial(self.rank.queue_call, self.rank.queue.answer, self.name, micro_batch, "activations")
             self._send(done, self._scenario.wire.activations * tokens + SMALL, report)
 
     def head(self, window: int, micro_batch: int) -> None:
         tokens = self._windows.piece(window, micro_batch).tokens
         done = self._compute(self.costs.head_per_token * tokens)
-        report = partial(self.rank.queue_call, self.rank.queue.gradient, self.name, micro_batch)
+        report = partial(self.rank.queue_call, self.rank.queue.answer, self.name, micro_batch, "gradient")
         self._send(done, self._scenario.wire.gradient * tokens + SMALL, report)
 
     def input_gradient(self, window: int, micro_batch: int) -> None:
@@ -170,6 +179,7 @@ class _Rank:
             num_windows=simulation.num_windows,
             windows_ahead=max(1, scenario.staleness),
             deadlines=Deadlines(answer_times=self.answer_times),
+            takes_part=simulation.sampler.takes_part,
         )
         self.clients: dict[str, _Client] = {}
         self.network_up, self.network_down = Pipe(), Pipe()
@@ -219,7 +229,7 @@ class _Rank:
                         pieces[piece.client][micro_batch.index] = piece
                 for name, own in pieces.items():
                     client = self.clients[name]
-                    client.receive(SMALL, partial(client.plan, window, own, self.queue.next_window))
+                    client.receive(SMALL, partial(client.plan, window, own, self.queue.roster.next_window_of(name)))
                 return True
             case Open(window, micro_batch, opened):
                 for piece in opened:
@@ -286,13 +296,15 @@ class _Simulation:
         self.window = 0
         self.coordinator_seconds = 0.0
         self.cores = Cores(scenario.client_cores) if scenario.client_cores else None
+        names = [f"client-{number:05d}" for number in range(len(scenario.clients))]
+        # Any seed: a plan is for no run in particular.
+        self.sampler = scenario.strategy.sampler(0, dict.fromkeys(names, 0))
         self.ranks = [_Rank(self) for _ in range(scenario.num_ranks)]
         self._gathered = self._stepped = 0
         self._updates: dict[int, list[_Client]] = {}
         self._results: list[WindowResult] = []
         self._started_at = 0.0
-        share = max(1, scenario.tokens_per_window // len(scenario.clients))
-        names = [f"client-{number:05d}" for number in range(len(scenario.clients))]
+        share = max(1, scenario.tokens_per_window // scenario.num_participants)
         seats = assign_clients(dict.fromkeys(names, share), scenario.num_ranks)
         self.clients = []
         for name, costs in zip(names, scenario.clients, strict=True):
@@ -304,7 +316,7 @@ class _Simulation:
     def run(self, settling: int) -> Outcome:
         """All windows; figures of those after the first `settling`."""
         for client in self.clients:
-            client.announce(0)
+            client.begin()
         for rank in self.ranks:
             rank.go_on()
         busy_before: list[tuple[float, float, float]] = []
@@ -379,11 +391,13 @@ class _Simulation:
             rank.go_on()
 
     def update_arrived(self, window: int, client: _Client) -> None:
-        """A client's update is here; after the last one all clients get the combined update."""
+        """A participant's update is here; after the last one all clients get it combined."""
         self._updates[window].append(client)
-        if len(self._updates[window]) == len(self.clients):
+        count = self.scenario.num_participants
+        if len(self._updates[window]) == count:
             size = self.scenario.wire.update
-            combined = self.clock.now + size * self.scenario.combine_per_byte * len(self.clients) / len(self.ranks)
-            for receiver in self._updates.pop(window):
+            combined = self.clock.now + size * self.scenario.combine_per_byte * count / len(self.ranks)
+            senders = {sender.name: sender for sender in self._updates.pop(window)}
+            for receiver in [*senders.values(), *(other for other in self.clients if other.name not in senders)]:
                 # `receive` reads the clock, so it is called when the combined update is there.
                 self.clock.at(combined, partial(receiver.receive, size, partial(receiver.apply, window)))

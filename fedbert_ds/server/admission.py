@@ -6,10 +6,11 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
 from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
@@ -18,6 +19,11 @@ from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
 LONGEST_NAME = 100
 """Characters of a client's name. Every message about the client holds it."""
+
+
+def new_session() -> str:
+    """A secret that a client shows when it opens its stream."""
+    return secrets.token_hex(16)
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,14 @@ class Expectation:
     saved_windows: frozenset[int] | None = None
     """Windows the server has checkpoints of, when it resumes; None for a run that starts."""
     clients_save: bool = True
-    """Clients keep states of their own, and can resume from these windows only."""
+    """Clients keep states of their own."""
+    run: str = ""
+    """The run's id."""
+
+    def own_states(self, hello: pb.Hello) -> frozenset[int]:
+        """Windows of this run whose state the client has."""
+        is_ours = self.clients_save and hello.run == self.run
+        return frozenset(hello.saved_windows) if is_ours else frozenset()
 
 
 @dataclass(frozen=True)
@@ -41,8 +54,10 @@ class Seat:
     rank: int
     session: str
     tokens: int
-    """Tokens of the client in each window."""
-    aggregator_session: str = ""
+    """Tokens of the client in each window that it takes part in."""
+    saved_windows: frozenset[int] = frozenset()
+    """Windows whose state the client has kept itself."""
+    aggregator_session: str = field(default_factory=new_session)
     """Shown to an aggregator of another party, which must not know the rank's session."""
 
 
@@ -52,6 +67,41 @@ class Start:
 
     seats: dict[str, Seat]
     first_window: int
+    is_saved: bool = False
+    """There is a checkpoint of `first_window` to begin with."""
+
+
+class Members:
+    """Everybody who has a seat, here or away, and who takes part; the same on every rank."""
+
+    def __init__(self, seats: Mapping[str, Seat], sampler: Sampler) -> None:
+        self.seats = dict(seats)
+        self.sampler = sampler
+        self.tokens = {client: seat.tokens for client, seat in self.seats.items()}
+        """Tokens of each client in a window."""
+
+    def admit(self, seats: Mapping[str, Seat], first_window: int) -> None:
+        """Give seats to newcomers, which count from `first_window` on, or new sessions to members
+        that come back.
+        """
+        for client in sorted(seats.keys() - self.seats.keys()):
+            self.sampler.admit(client, first_window)
+        self.seats.update(seats)
+        self.tokens.update({client: seat.tokens for client, seat in seats.items()})
+
+    def at(self, rank: int) -> frozenset[str]:
+        """The clients of a rank."""
+        return frozenset(client for client, seat in self.seats.items() if seat.rank == rank)
+
+    def note_states(self, clients: Iterable[str], window: int) -> None:
+        """These clients have kept a state of their own of `window`."""
+        for client in clients:
+            seat = self.seats[client]
+            self.seats[client] = replace(seat, saved_windows=seat.saved_windows | {window})
+
+    def has_state(self, client: str, window: int) -> bool:
+        """Whether a client has kept a state of its own of `window`."""
+        return client in self.seats and window in self.seats[client].saved_windows
 
 
 @dataclass
@@ -89,35 +139,34 @@ class Joins:
         return len(self._waiting) >= self.expected
 
     def first_window(self) -> int:
-        """Where the run begins: 0, or the newest window saved by the server and every client that
-        has to save.
+        """Where the run begins: 0, or a window that the server has saved.
 
-        Raises WireError if there is none.
+        That is the newest one, or, where clients keep states of their own, the newest of those that
+        most clients have: the others begin with the reference.
         """
-        if self.expectation.saved_windows is None:
+        if not self.expectation.saved_windows:
             return 0
-        common = set(self.expectation.saved_windows)
-        if self.expectation.clients_save:
-            for hello, _ in self._waiting.values():
-                common &= set(hello.saved_windows)
-        if not common:
-            raise WireError(
-                f"no window is saved by the server ({_listed(self.expectation.saved_windows)}) and by every client; "
-                "start clients with the --state folders of the first run, or drop --resume and change run.directory"
-            )
-        return max(common)
+        kept = [self.expectation.own_states(hello) for hello, _ in self._waiting.values()]
+        return max(self.expectation.saved_windows, key=lambda window: (sum(window in own for own in kept), window))
 
-    def seats(self, world_size: int, window_tokens: int, share: str) -> dict[str, Seat]:
-        """A rank, a session and a share of the window for each client.
+    @property
+    def shard_sizes(self) -> dict[str, int]:
+        """Characters of each client's text."""
+        return {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
+
+    def seats(
+        self, world_size: int, window_tokens: int, share: str, participants: int | None = None
+    ) -> dict[str, Seat]:
+        """A rank, a session and a share of the window for each client; `participants` of them take
+        part at a time, or all.
 
         Ranks and shares depend on names and text sizes alone.
         """
-        shard_sizes = {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
-        shares = window_shares(shard_sizes, window_tokens, share)
+        shares = window_shares(self.shard_sizes, window_tokens, share, participants)
         ranks = assign_clients(shares, world_size)
         return {
-            client: Seat(ranks[client], secrets.token_hex(16), shares[client], secrets.token_hex(16))
-            for client in sorted(self._waiting)
+            client: Seat(ranks[client], new_session(), shares[client], self._own_states(hello))
+            for client, (hello, _) in sorted(self._waiting.items())
         }
 
     def welcome(self, client: str, welcome: pb.Welcome) -> None:
@@ -130,30 +179,39 @@ class Joins:
             reply(answer, error)
 
     def _check(self, hello: pb.Hello) -> None:
-        if not hello.client:
-            raise WireError("a client without a name; give it one with --id")
-        if len(hello.client) > LONGEST_NAME or not hello.client.isprintable():
-            raise WireError(f"a client's name is at most {LONGEST_NAME} printable characters; give it another --id")
+        check_hello(hello, self.expectation)
         who = f"client {hello.client}"
-        if hello.protocol != PROTOCOL:
-            raise WireError(
-                f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
-            )
         if hello.client in self._waiting:
             raise WireError(f"{who} has joined already; give each client its own --id")
         if self.is_complete:
             raise WireError(f"{who}: all {self.expected} clients have joined; raise clients.expected")
-        if hello.vocabulary_hash and hello.vocabulary_hash != self.expectation.vocabulary_hash:
-            raise WireError(f"{who} has another vocabulary than the run; drop --tokenizer or name the run's")
-        if hello.shape_hash and hello.shape_hash != self.expectation.shape_hash:
-            raise WireError(f"{who} has another model than the run; drop --model or name the run's")
-        if hello.cut and hello.cut != self.expectation.cut:
-            raise WireError(f"{who} insists on cut {hello.cut[:80]}, the run has {self.expectation.cut}; drop --cut")
-        if hello.shard_characters == 0:
-            raise WireError(f"{who} has no text; check its --data")
-        resumes_from_states = self.expectation.saved_windows is not None and self.expectation.clients_save
-        if resumes_from_states and not hello.saved_windows:
-            raise WireError(f"{who} has no saved state to resume from; give it the --state folder of the first run")
+
+    def _own_states(self, hello: pb.Hello) -> frozenset[int]:
+        """As the expectation says; a run that starts has none."""
+        return self.expectation.own_states(hello) if self.expectation.saved_windows is not None else frozenset()
+
+
+def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
+    """WireError, with what the client should change, for a Hello that does not fit the run."""
+    if not hello.client:
+        raise WireError("a client without a name; give it one with --id")
+    if len(hello.client) > LONGEST_NAME or not hello.client.isprintable():
+        raise WireError(f"a client's name is at most {LONGEST_NAME} printable characters; give it another --id")
+    who = f"client {hello.client}"
+    if hello.protocol != PROTOCOL:
+        raise WireError(
+            f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
+        )
+    if hello.vocabulary_hash and hello.vocabulary_hash != expectation.vocabulary_hash:
+        raise WireError(f"{who} has another vocabulary than the run; drop --tokenizer or name the run's")
+    if hello.shape_hash and hello.shape_hash != expectation.shape_hash:
+        raise WireError(f"{who} has another model than the run; drop --model or name the run's")
+    if hello.cut and hello.cut != expectation.cut:
+        raise WireError(f"{who} insists on cut {hello.cut[:80]}, the run has {expectation.cut}; drop --cut")
+    if hello.saved_windows and hello.run != expectation.run and expectation.clients_save:
+        raise WireError(f"{who} has states of another run; give it another --state folder, or remove that one")
+    if hello.shard_characters == 0:
+        raise WireError(f"{who} has no text; check its --data")
 
 
 def fill(
@@ -188,53 +246,50 @@ def fill(
             raise error
 
 
-def start_of(joins: Joins, world_size: int, window: WindowSection) -> Start:
-    """The first window and every client's seat.
-
-    Raises WireError, and sends it to every client, if there is no window to resume from.
+def start_of(joins: Joins, world_size: int, window: WindowSection, participants: int | None = None) -> Start:
+    """The first window and every client's seat, where `participants` of them, or all, take part at
+    a time.
     """
-    try:
-        first_window = joins.first_window()
-    except WireError as error:
-        joins.refuse_all(error)
-        raise
-    return Start(joins.seats(world_size, window.tokens, window.share), first_window)
+    first_window = joins.first_window()
+    is_saved = first_window in (joins.expectation.saved_windows or ())
+    return Start(joins.seats(world_size, window.tokens, window.share, participants), first_window, is_saved)
 
 
-def welcome_all(
-    joins: Joins,
-    start: Start,
-    config: RunConfig,
-    endpoints: Sequence[str],
-    tokenizer: bytes,
-    model_config: str,
-    cursors: Mapping[str, Mapping[str, int]],
-) -> None:
-    """Answer every client's Join with its rank's address, its session, the model and the settings
-    of the run.
+@dataclass(frozen=True)
+class Invitation:
+    """What every client of a run is told when it is let in."""
 
-    `cursors` say where the texts of a resumed run go on, by client: `epoch`, `position` and
-    `sequences`.
-    """
-    for client, seat in start.seats.items():
+    config: RunConfig
+    endpoints: Sequence[str]
+    """Address of each rank."""
+    tokenizer: bytes
+    model_config: str
+    """Hugging Face's JSON."""
+    run: str = ""
+    """The run's id."""
+
+    def to(self, seat: Seat) -> pb.Welcome:
+        """The answer to the Join of a client with this seat."""
+        config = self.config
         settings = client_settings(
-            config.run, config.data, config.optimizer, config.federation, config.wire, seat.tokens
+            config.run,
+            config.data,
+            config.optimizer,
+            config.federation,
+            config.wire,
+            seat.tokens,
+            config.window.tokens_per_micro_batch,
         )
         welcome = pb.Welcome(
-            endpoint=endpoints[seat.rank],
+            endpoint=self.endpoints[seat.rank],
             session=seat.session,
-            model_config=model_config,
+            model_config=self.model_config,
             cut=cut_to_json(config.cut),
             settings=settings.model_dump_json(),
-            tokenizer=tokenizer,
-            window=start.first_window,
+            tokenizer=self.tokenizer,
             reconnect_timeout=config.clients.reconnect_timeout,
-            cursor=pb.Cursor(**cursors[client]) if client in cursors else None,
+            run=self.run,
         )
         if config.aggregator is not None:
             welcome.aggregator, welcome.aggregator_session = config.aggregator.address, seat.aggregator_session
-        joins.welcome(client, welcome)
-
-
-def _listed(windows: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(windows))) or "none"
+        return welcome

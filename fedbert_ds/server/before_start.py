@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-
 from fedbert_ds.config import RunConfig
 from fedbert_ds.server.body.settings import deepspeed_settings
 from fedbert_ds.server.run_folder import RunFolder, check_folder
 
 
 def check_before_start(config: RunConfig, resume: bool) -> None:
-    """Check the DeepSpeed file, the run's folder and the device; write nothing.
+    """Check the DeepSpeed file, if there is a body, the run's folder and the device; write nothing.
 
     Raises a UserError for the first that does not fit.
     """
-    deepspeed_settings(config.body, config.optimizer)
-    check_folder(RunFolder(config.run.directory), config, resume, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.cut != "whole":
+        deepspeed_settings(config.body, config.optimizer)
+    check_folder(RunFolder(config.run.directory), config, resume)
     if config.kernels == "triton":
         # Imported here: other mistakes need not wait for torch.
         import torch

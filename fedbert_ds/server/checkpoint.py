@@ -10,32 +10,43 @@ from pathlib import Path
 from fedbert_ds.atomic_write import atomic_write
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
+from fedbert_ds.server.cursors import Cursor
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import cursor_numbers
-
-Cursors = Mapping[str, Mapping[str, int]]
-"""Where each client stands in its text: epoch, position and sequences, by client."""
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run; all ranks call `save` for the same windows.
+    """Writes and loads the checkpoints of a run; all ranks call it for the same windows."""
 
-    `cursors` are those of the checkpoint that the run resumed from.
-    """
-
-    def __init__(self, rooms: Rooms, folder: CheckpointFolder, cursors: Cursors) -> None:
+    def __init__(self, rooms: Rooms, folder: CheckpointFolder) -> None:
         self._rooms = rooms
         self._folder = folder
-        self._cursors = dict(cursors)
         self.client_figures: dict[str, pb.Saved] = {}
         """The last Saved message of each client of this rank: peak memory, FLOP per token."""
 
-    def save(self, window: int) -> None:
-        """Save the state before `window`. A client that does not answer in time is gone."""
+    def load(self, window: int) -> None:
+        """Take the state before `window` over, whatever ranks and ZeRO stage wrote it: body,
+        reference and cursors.
+        """
+        saved = self._folder.layout(window)
+        self._rooms.engine.load(self._folder.path, window, saved.ranks, saved.zero_stage)
+        aggregator = self._rooms.aggregator
+        shapes = aggregator.shapes if aggregator is not None else {}
+        reference, cursors = read_client_model(self._folder.client_model(window), shapes)
+        if aggregator is not None:
+            aggregator.load(reference)
+        self._rooms.cursors.roll_back(cursors)
+        self._rooms.service.restored = window
+
+    def save(self, window: int) -> bool:
+        """Save the state before `window`. A client that does not answer in time is gone.
+
+        Returns whether the checkpoint counts. One that misses a client does not, where the run
+        waits for clients that have states of their own: it goes back to the one before.
+        """
         rooms = self._rooms
         rooms.service.finish_exchanges()
         rooms.inbox.expect_saved(window)
@@ -47,11 +58,19 @@ class Checkpoints:
             meanwhile=lambda: rooms.engine.save(self._folder.path, window),
         )
         self.client_figures.update(rooms.inbox.saved)
-        mine = {client: cursor_numbers(saved.cursor) for client, saved in rooms.inbox.saved.items()}
-        for cursors in rooms.rank_group.gather(mine):
-            # A client that is gone keeps the cursor of its last checkpoint, and can come back
-            # there.
-            self._cursors.update(cursors)
+        here = rooms.members.at(rooms.rank_group.rank)
+        mine = {client: cursor for client, cursor in rooms.cursors.committed.items() if client in here}
+        is_whole = not (rooms.strategy.halves_are_personal and rooms.membership.absent)
+        # A client that is gone keeps the cursor of the last window that counted, and can come back
+        # there.
+        cursors = dict(rooms.cursors.committed)
+        parts = rooms.rank_group.gather((mine, is_whole, frozenset(rooms.inbox.saved)))
+        for others, _, savers in parts:
+            cursors.update(others)
+            if rooms.strategy.halves_are_personal:
+                rooms.members.note_states(savers, window)
+        if not all(whole for _, whole, _ in parts):
+            return False
         if rooms.rank_group.rank == 0:
             if rooms.aggregator is not None:
                 reference = rooms.aggregator.reference()
@@ -59,31 +78,34 @@ class Checkpoints:
                 assert rooms.remote is not None
                 rooms.remote.save(window, rooms.service.attend)
                 reference = Reference(window, {})  # the other party has the weights
-            write_client_model(self._folder.client_model(window), reference, self._cursors)
-        complete(rooms.rank_group, self._folder, window)
+            write_client_model(self._folder.client_model(window), reference, cursors)
+        complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
+        return True
 
 
-def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int) -> None:
+def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int, zero_stage: int) -> None:
     """Mark a checkpoint complete once all ranks have written their parts. All ranks call it."""
     rank_group.barrier()
     if rank_group.rank == 0:
-        folder.mark_complete(window, rank_group.world_size)
+        folder.mark_complete(window, Layout(rank_group.world_size, zero_stage))
     rank_group.barrier()
 
 
-def write_client_model(path: Path, reference: Reference, cursors: Cursors) -> None:
+def write_client_model(path: Path, reference: Reference, cursors: Mapping[str, Cursor]) -> None:
     """Write the reference and the clients' cursors, whole or not at all."""
     with atomic_write(path) as partial:
         partial.write_bytes(to_bytes(reference, {"cursors": cursors}))
 
 
-def read_client_model(path: Path, shapes: Shapes) -> tuple[Reference, Cursors]:
+def read_client_model(path: Path, shapes: Shapes) -> tuple[Reference, dict[str, Cursor]]:
     """What `write_client_model` wrote, for a client model of these shapes; RunError if it is
     missing or damaged.
     """
     try:
         reference, notes = from_bytes(path.read_bytes(), shapes)
-        cursors = {client: {key: int(n) for key, n in cursor.items()} for client, cursor in notes["cursors"].items()}
+        cursors: dict[str, Cursor] = {
+            client: {key: int(n) for key, n in cursor.items()} for client, cursor in notes["cursors"].items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}); remove this window's folder to resume from the one before, or start "

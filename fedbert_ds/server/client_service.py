@@ -8,16 +8,25 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.federation.client_update import update_chunks
-from fedbert_ds.federation.reference import reference_chunks
+from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.network.decoding import Decoded, DecodedEvent
-from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, reply
+from fedbert_ds.server.network.events import (
+    POLL_SECONDS,
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    JoinAbandoned,
+    JoinAsked,
+)
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
@@ -25,6 +34,7 @@ from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import Manifest
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -33,8 +43,10 @@ COMBINING_POLL_SECONDS = 0.002
 class ClientService:
     """Serves the clients of one rank. `attend` does what is due and waits a little if nothing is.
 
-    `take_event(seconds)` returns the rank's next event. A client that breaks the protocol is
-    refused alone. Without an aggregator here, `exchange` is that of another party's.
+    `take_event(seconds)` returns the rank's next event, `on_join` takes the joins among them. A
+    client that breaks the protocol is refused alone. `has_state(client, window)` says that a client
+    has a state of its own of this window, and begins with it. Without an aggregator here,
+    `exchange` is that of another party's.
     """
 
     def __init__(
@@ -43,26 +55,45 @@ class ClientService:
         inbox: Inbox,
         exchange: UpdateExchange | RemoteExchange,
         membership: Membership,
+        cursors: Cursors,
         outbox: Outbox,
         take_event: Callable[[float], DecodedEvent | None],
+        on_join: Callable[[JoinAsked | JoinAbandoned], None],
+        has_state: Callable[[str, int], bool],
         trace: Trace,
         aggregator: Aggregator | None,
         update_codec: str,
         compressed: bool,
         holds_updates: bool = False,
+        shares_moments: bool = True,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
         self._exchange = exchange
         self._membership = membership
+        self._cursors = cursors
         self._outbox = outbox
         self._take_event = take_event
+        self._on_join = on_join
+        self._has_state = has_state
         self._trace = trace
         self._aggregator = aggregator
         self._update_codec = update_codec
         self._compressed = compressed
         self.holds_updates = holds_updates
         """Combined updates wait until the rank has stepped; `norms` has theirs."""
+        self._shares_moments = shares_moments
+        """A client that begins needs what the reference's optimizer remembers."""
+        self.awaits_newcomers = True
+        """The next window waits for a client that connects."""
+        self.restored: int | None = None
+        """The window that the run goes on with as it was saved, while nothing is trained since."""
+        self._attempt = 0
+        """How often windows were rolled back."""
+        self._rolled_back: set[str] = set()
+        """Clients that have not heard of the last time."""
+        self._reference: tuple[int, bytes] | None = None
+        """The reference's version and bytes, as clients last got them."""
         self.plans: dict[int, Plan] = {}
         """Windows that are planned and have not begun."""
         self.norms: dict[int, float] = {}
@@ -96,11 +127,16 @@ class ClientService:
         match event:
             case None:
                 return False
-            case JoinAsked(hello, answer):
-                reason = f"client {hello.client[:100]}: this rank takes no joins; the run has its clients"
-                reply(answer, WireError(reason))
+            case JoinAsked() | JoinAbandoned():
+                self._on_join(event)
             case Connected(client):
-                self._membership.join(client, time.monotonic())
+                self._rolled_back.discard(client)
+                self._membership.join(client, time.monotonic(), self.awaits_newcomers)
+                self._begin(client)
+            case Detached(client) if self._queue.is_connected(client):
+                self._membership.detached.add(client)
+            case Attached(client):
+                self._membership.detached.discard(client)
             case Disconnected(client):
                 self._membership.disconnect(client)
             case Decoded(client, message, tensor) if self._queue.is_connected(client):
@@ -120,6 +156,9 @@ class ClientService:
                     for piece in micro_batch.pieces:
                         span = {"first_sequence": piece.first_sequence, "num_sequences": piece.num_sequences}
                         pieces[piece.client].append(pb.Piece(micro_batch=micro_batch.index, **span))
+                if not plan.micro_batches:  # each client trains its whole batch by itself
+                    for manifest in plan.manifests:
+                        pieces[manifest.client] = [pb.Piece(num_sequences=len(manifest.lengths))]
                 for client in [*pieces, *sorted(plan.suspended)]:
                     self._tell_plan(client, plan.window, pieces.get(client, []))
             case Open(window, index, opened):
@@ -139,7 +178,8 @@ class ClientService:
         for client, error in self._exchange.take_unsound():
             if not isinstance(error, WireError):
                 raise error
-            self._membership.refuse(client, str(error))
+            if self._queue.is_connected(client):
+                self._membership.refuse(client, str(error), may_return=isinstance(error, ConnectionLost))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
             if isinstance(self._exchange, RemoteExchange):
@@ -162,6 +202,7 @@ class ClientService:
         """
         assert self._aggregator is not None
         self._aggregator.apply(window, tensors)
+        self._reference = None
 
         def messages() -> Iterator[pb.ServerMessage]:
             chunks = update_chunks(window, tensors.items(), 0.0, self._update_codec, compressed=self._compressed)
@@ -171,9 +212,31 @@ class ClientService:
         # Suspended clients too: they take up training where the others are.
         self._outbox.send_coded(sorted(self._queue.clients), messages)
 
-    def send_reference(self, client: str, reference: bytes) -> None:
-        """Send the client model that a client begins with, a safetensors file."""
-        self._outbox.send_coded([client], lambda: reference_chunks(reference))
+    def roll_back(self, window: int) -> None:
+        """Tell every client to forget what is under way, and to go on before `window` with the
+        half that it had then; with the reference, if a checkpoint was loaded that it has no state
+        of.
+        """
+        self._attempt += 1
+        self._rolled_back = set(self._queue.clients)
+        self.plans.clear()
+        self.norms.clear()
+        self._held.clear()
+        for client in sorted(self._rolled_back):
+            if self.restored is None:
+                self._send_begin(client, window, with_reference=False)
+            else:
+                self._begin(client)
+
+    def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
+        """Tell the clients of a window that they may train it by themselves; returns those here."""
+        taking_part = [manifest for manifest in manifests if manifest.client in self._queue.active]
+        clients = frozenset(manifest.client for manifest in taking_part)
+        self._inbox.reports.begin(window, taking_part)
+        for client in sorted(clients):
+            self._outbox.send(client, pb.ServerMessage(open=pb.Open(window=window)))
+        self.await_answers(clients, Question("trained", window))
+        return clients
 
     def await_answers(self, clients: Iterable[str], question: Question) -> None:
         """Start the clocks of a question to these clients. One silent for too long is gone."""
@@ -223,6 +286,12 @@ class ClientService:
             self._outbox.settle()
 
     def _receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None) -> None:
+        if message.HasField("begun"):
+            if message.begun.attempt == self._attempt:
+                self._rolled_back.discard(client)
+            return
+        if client in self._rolled_back:
+            return  # it sent this before it heard of the last roll-back
         now = time.monotonic()
         self._queue.reactivate(client, now)
         if not self._inbox.receive(client, message, tensor, now):
@@ -231,6 +300,38 @@ class ClientService:
         if kind in ("activations", "gradient"):
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
+    def _begin(self, client: str) -> None:
+        """Tell a client where to go on: with its own state, if it has the one, or the reference."""
+        has_own = self.restored is not None and self._has_state(client, self.restored)
+        if isinstance(self._exchange, RemoteExchange):
+            self._exchange.begin(client, with_reference=not has_own)
+        if self.restored is not None and has_own:
+            self._send_begin(client, self.restored, with_reference=False)
+            return
+        if self._aggregator is None:
+            # The reference itself says of which window it is.
+            self._send_begin(client, 0, with_reference=True)
+            return
+        reference = self._aggregator.reference()
+        if self._reference is None or self._reference[0] != reference.version:
+            moments = reference.optimizer if self._shares_moments else {}
+            data = to_bytes(Reference(reference.version, reference.weights, moments))
+            self._reference = reference.version, data
+        _, data = self._reference
+        self._send_begin(client, reference.version, with_reference=True)
+        self._outbox.send_coded([client], lambda: reference_chunks(data))
+
+    def _send_begin(self, client: str, window: int, with_reference: bool) -> None:
+        cursor = self._cursors.committed.get(client)
+        begin = pb.Begin(
+            attempt=self._attempt,
+            window=window,
+            next_window=self._queue.roster.next_window_of(client),
+            cursor=pb.Cursor(**cursor) if cursor is not None else None,
+            reference=with_reference,
+        )
+        self._outbox.send(client, pb.ServerMessage(begin=begin))
+
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
-        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.next_window)
+        plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.roster.next_window_of(client))
         self._outbox.send(client, pb.ServerMessage(plan=plan))

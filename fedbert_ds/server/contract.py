@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedbert_ds.config import Codec
+from fedbert_ds.config import Codec, UpdateCodec
 from fedbert_ds.server.queue.in_flight import Demand
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -36,7 +36,7 @@ class Contract:
     """Shape of every tensor of a client half, by name."""
     exchanged: Shapes
     """Shapes of the tensors in client updates, by name."""
-    update_codec: Codec = "fp32"
+    update_codec: UpdateCodec = "fp32"
     """Codec of the matrices in client updates. A whole client model travels in fp32."""
 
 
@@ -82,9 +82,20 @@ class RankStatus:
     """Masked tokens of the next window on this rank."""
     demand: Demand
     clients: frozenset[str]
+    """Connected clients."""
+    active: frozenset[str]
+    """Those that are not suspended."""
     stop: bool
     problems: tuple[str, ...]
     """Every problem with clients so far, a sentence each."""
     new_problems: tuple[str, ...]
     """Problems of the window that has just ended."""
     tally: Tally = field(default_factory=Tally)
+    absent: frozenset[str] = frozenset()
+    """Clients of this rank without which no window may begin."""
+    detached: frozenset[str] = frozenset()
+    """Clients of this rank that have lost their connection and may still come back to it."""
+    is_asked: bool = False
+    """This rank has heard clients that want to join."""
+    has_given_up: bool = False
+    """This rank has waited for clients for `clients.join_timeout`."""

@@ -27,11 +27,11 @@ ClientFigures = Sequence[pb.Saved]
 def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     """The client model before `window`, fp32 by name, on every rank.
 
-    It is the aggregator's; where halves are personal, their average, by masked tokens. Raises
-    RunError, on every rank, when no client is left to hand one over.
+    It is the aggregator's, or, as the strategy says, the average of the clients' halves, by masked
+    tokens. Raises RunError, on every rank, when no client is left to hand one over.
     """
     assert rooms.aggregator is not None
-    if not rooms.strategy.halves_are_personal:
+    if rooms.strategy.result_is_reference:
         return rooms.aggregator.reference().weights
     mine = sorted(rooms.queue.clients)
     collected = rooms.inbox.collected

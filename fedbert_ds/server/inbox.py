@@ -12,14 +12,16 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Arrived, Contract
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
 from fedbert_ds.server.remote_exchange import RemoteExchange
+from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
-from fedbert_ds.wire.messages import checked_manifest
+from fedbert_ds.wire.messages import checked_manifest, cursor_numbers
 
 
 class Inbox:
@@ -32,11 +34,13 @@ class Inbox:
         self,
         queue: PipelineQueue,
         exchange: UpdateExchange | RemoteExchange,
+        cursors: Cursors,
         contract: Contract,
         tokens: Mapping[str, int],
     ) -> None:
         self._queue = queue
         self._exchange = exchange
+        self._cursors = cursors
         self._contract = contract
         self._tokens = tokens
         """Tokens of each client in a window."""
@@ -44,6 +48,8 @@ class Inbox:
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Tensor] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
+        self.reports = Reports()
+        """Of clients that train by themselves."""
         self.collected: dict[str, ClientUpdate] = {}
         """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
@@ -82,7 +88,16 @@ class Inbox:
         self.drop_activations(client)
         # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
+        self.reports.drop(client)
         self.collected.pop(client, None)
+
+    def roll_back(self) -> None:
+        """Drop every message about a window that is not trained."""
+        self._activations.clear()
+        self._gradients.clear()
+        self._assemblers.clear()
+        self.reports = Reports()
+        self.begin()
 
     def drop_activations(self, client: str) -> None:
         """Drop those activations of a client that no forward has taken."""
@@ -102,7 +117,10 @@ class Inbox:
         match message.WhichOneof("body"):
             case "manifest":
                 longest = self._contract.longest_sequence
-                return self._queue.manifest(checked_manifest(client, message.manifest, longest, self._tokens[client]))
+                manifest = checked_manifest(client, message.manifest, longest, self._tokens[client])
+                is_in_time = self._queue.manifest(manifest)
+                self._cursors.announce(client, manifest.window, cursor_numbers(message.manifest.cursor))
+                return is_in_time
             case "activations":
                 self._receive_activations(client, message.activations, tensor)
             case "gradient":
@@ -110,6 +128,13 @@ class Inbox:
             case "update":
                 self.update_bytes += message.ByteSize()
                 self._receive_update(client, message.update, now)
+            case "trained":
+                question = Question("trained", message.trained.window)
+                is_last = self.reports.receive(client, message.trained)
+                note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
+                note(client, question, now)
+                # It comes to its next manifest once this window is trained.
+                self._queue.deadlines.progress(client, MANIFEST, now)
             case "saved":
                 saved = message.saved
                 if saved.window != self._saving or client in self.saved or not 0 <= saved.flops_per_token < math.inf:
@@ -134,7 +159,7 @@ class Inbox:
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
         values = _planned(message.values, (num_rows, self._contract.activations.width), tensor, who)
         positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
-        self._queue.activations(client, micro_batch)
+        self._queue.answer(client, micro_batch, "activations")
         self._activations[micro_batch, client] = Arrived(values, row_index, positions)
 
     def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Tensor | WireError | None) -> None:
@@ -146,7 +171,7 @@ class Inbox:
         gradient = _planned(message.hidden, (piece.masked, self._contract.gradients.width), tensor, who)
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
-        self._queue.gradient(client, micro_batch)
+        self._queue.answer(client, micro_batch, "gradient")
         self._gradients[micro_batch, client] = gradient
         self.loss_sum += message.loss_sum
         self.masked_tokens += piece.masked

@@ -27,6 +27,9 @@ RANK_VARIABLES = (
 ENDED_WELL = (0, 75)
 """Exit codes of a client whose run is complete (0), or was stopped and saved (75)."""
 
+MOST_REVIVALS = 5
+"""How often a local client is started again in a run that waits for lost clients."""
+
 
 def client_name(number: int) -> str:
     """Name of a local client. Zero-padded: names sort as numbers do."""
@@ -39,9 +42,12 @@ class LocalClients:
 
     folder: RunFolder
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _revivals: dict[str, int] = field(default_factory=dict)
+    _server: str = ""
 
     def start(self, server: str, names: Sequence[str]) -> None:
         """Start a client for each name. Its folder holds its shard and its output, log.txt."""
+        self._server = server
         environment = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
         environment.setdefault("OMP_NUM_THREADS", "1")
         # Lines reach the log in the order of printing: a failed client's last line is its error.
@@ -65,6 +71,19 @@ class LocalClients:
         """Raise RunError with the last line of each failed client, if any failed."""
         if failures := self.failures():
             raise RunError("; ".join(failures))
+
+    def revive(self) -> None:
+        """Start every client again that has ended, with the run still going on.
+
+        Raises RunError for one that has ended MOST_REVIVALS times before.
+        """
+        for name, process in list(self.processes.items()):
+            if process.poll() is None:
+                continue
+            self._revivals[name] = self._revivals.get(name, 0) + 1
+            if self._revivals[name] > MOST_REVIVALS:
+                raise RunError(f"{name} ended {self._revivals[name]} times: {self._last_words(name)}")
+            self.start(self._server, [name])
 
     def failures(self, patience: float = 0.0) -> list[str]:
         """The last line of each failed client. Waits up to `patience` seconds until one failed."""

@@ -1,10 +1,11 @@
-"""The clients of one rank: active, suspended or gone, and why."""
+"""The clients of one rank: awaited, active, suspended or gone, and why."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
@@ -17,6 +18,7 @@ class Membership:
     """Tells every room of a rank when a client joins, is suspended or leaves.
 
     One call tells them all. `revoke(client)` withdraws a client's right to open another stream.
+    With `waits`, no window is planned while a client is away that has a seat here.
     """
 
     def __init__(
@@ -24,21 +26,32 @@ class Membership:
         queue: PipelineQueue,
         exchange: UpdateExchange | RemoteExchange,
         inbox: Inbox,
+        cursors: Cursors,
         outbox: Outbox,
         revoke: Callable[[str], None],
+        waits: bool,
     ) -> None:
         self._queue = queue
         self._exchange = exchange
         self._inbox = inbox
+        self._cursors = cursors
         self._outbox = outbox
         self._revoke = revoke
+        self._waits = waits
         self._told = 0
+        self.detached: set[str] = set()
+        """Connected clients that have lost their connection and may still come back to it."""
+        self.absent: set[str] = set()
+        """With `waits`: clients with a seat here that are gone; nothing goes on without them."""
         self.problems: list[str] = []
         """Every problem with clients, a sentence each, in order."""
 
-    def join(self, client: str, now: float) -> None:
-        """A client opened its stream."""
-        self._queue.join(client, now)
+    def join(self, client: str, now: float, is_awaited: bool = True) -> None:
+        """A client opened its stream. Windows do not wait for one that comes while they run."""
+        self._queue.join(client, now, is_awaited)
+        if client in self.absent or not is_awaited:
+            self.problems.append(f"client {client} has joined the run that is under way")
+        self.absent.discard(client)
 
     def disconnect(self, client: str) -> None:
         """A client's stream ended. Does nothing for a client that is gone already."""
@@ -46,16 +59,21 @@ class Membership:
             self.problems.append(f"client {client} disconnected")
             self._leave(client)
 
-    def refuse(self, client: str, reason: str) -> None:
-        """End a client's part in the run and tell it the reason."""
+    def refuse(self, client: str, reason: str, may_return: bool = False) -> None:
+        """End a client's part in the run and tell it the reason, and whether it may join again."""
         self.problems.append(reason)
-        self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
+        refused = pb.Refused(reason=reason, may_return=may_return)
+        self._outbox.close(client, pb.ServerMessage(refused=refused))
         self._leave(client)
 
     def expire(self, client: str) -> None:
         """End the part of a client that was silent for `clients.silence_timeout`."""
         seconds = f"{self._queue.deadlines.silence_timeout:.0f} s (clients.silence_timeout)"
-        self.refuse(client, f"client {client} was silent for {seconds}")
+        self.refuse(client, f"client {client} was silent for {seconds}", may_return=True)
+
+    def evict(self, client: str) -> None:
+        """End the part of a client whose connection is lost, because it joins again."""
+        self.refuse(client, f"client {client} disconnected, and joins again")
 
     def suspend(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
         """Go on without a late client until it answers.
@@ -85,4 +103,9 @@ class Membership:
         self._queue.lose(client)
         self._exchange.forget(client)
         self._inbox.drop(client)
+        self._cursors.forget(client)
         self._revoke(client)
+        self.detached.discard(client)
+        if self._waits:
+            self.absent.add(client)
+            self._queue.hold(True)

@@ -56,6 +56,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
                 "tokenizer.path: name a tokenizer; without local clients the server has no text to train one"
             )
         tokenizer.save_pretrained(folder.tokenizer)
+        _write_facts(folder, None)
         return tokenizer, None
     articles = list(
         read_articles(config.data.source, streaming=config.data.streaming, max_articles=config.data.max_articles)
@@ -75,8 +76,14 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
     )
-    write_text(folder.text_facts, TypeAdapter(TextFacts).dump_json(facts).decode())
+    _write_facts(folder, facts)
     return tokenizer, facts
+
+
+def is_prepared(folder: RunFolder) -> bool:
+    """Whether `prepare_text` came to its end. A run that was killed before that prepares again."""
+    # Runs of earlier versions, without local clients, have no such file.
+    return folder.text_facts.is_file() or bool(folder.checkpoints.complete_windows())
 
 
 def prepared_text(folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts | None]:
@@ -87,4 +94,11 @@ def prepared_text(folder: RunFolder) -> tuple[PreTrainedTokenizerFast, TextFacts
     path = folder.text_facts
     if not path.is_file():
         return tokenizer, None
-    return tokenizer, TypeAdapter(TextFacts).validate_json(path.read_bytes())
+    return tokenizer, _FACTS.validate_json(path.read_bytes())
+
+
+def _write_facts(folder: RunFolder, facts: TextFacts | None) -> None:
+    write_text(folder.text_facts, _FACTS.dump_json(facts).decode())
+
+
+_FACTS: TypeAdapter[TextFacts | None] = TypeAdapter(TextFacts | None)

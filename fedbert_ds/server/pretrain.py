@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import UserError, exit_with
+from fedbert_ds.server.run_folder import RunFolder
 
 
 def main() -> None:
@@ -32,12 +33,21 @@ def main() -> None:
     rank = int(os.environ.setdefault("RANK", "0"))
     try:
         config = load_config(options.config, options.overrides)
-        _run(config, options.resume, rank)
+        _run(config, options.resume or is_restart(config), rank)
     except UserError as error:
         if rank != 0:
             # Rank 0 reports a mistake that all ranks share; the launcher ends this one meanwhile.
             time.sleep(5)
         exit_with(error)
+
+
+def is_restart(config: RunConfig) -> bool:
+    """torchrun has started these ranks again, with the same command, after one was lost, and the
+    run had begun.
+    """
+    return (
+        int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and RunFolder(config.run.directory).config.is_file()
+    )
 
 
 def _run(config: RunConfig, resume: bool, rank: int) -> None:

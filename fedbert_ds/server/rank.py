@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.contract import RankStatus, Tally
-from fedbert_ds.server.network.events import POLL_SECONDS, Connected
+from fedbert_ds.server.network.events import POLL_SECONDS
+from fedbert_ds.server.newcomers import Newcomers
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Backward, Forward, Step
 from fedbert_ds.server.queue.in_flight import Demand, InFlightLimits, in_flight_limits
@@ -19,9 +20,28 @@ from fedbert_ds.server.rooms import Rooms
 OnWindow = Callable[[int, Sequence[RankStatus], float], None]
 """(finished window, statuses of all ranks, seconds of the window)"""
 
+NOTHING_SAVED = -1
+
+PLANNED_AHEAD = 3
+"""A queue may have planned this window and the next one, and asked for the one after it; with
+staleness more."""
+
+
+class Saving(Protocol):
+    """Writes and loads the state before a window; all ranks call it together."""
+
+    def save(self, window: int) -> bool:
+        """Write it; whether it counts."""
+
+    def load(self, window: int) -> None:
+        """Take over what `save` wrote."""
+
 
 class RankServer:
-    """Trains on one rank. `train` returns the window before which it stopped, the same on all."""
+    """Trains on one rank. `train` returns the window before which it stopped, the same on all.
+
+    `watch` runs while clients are awaited; it raises for a local client process that died.
+    """
 
     def __init__(
         self,
@@ -31,6 +51,8 @@ class RankServer:
         optimizer: OptimizerSection,
         limits: InFlightLimits | None,
         first_window: int,
+        newcomers: Newcomers,
+        watch: Callable[[], None] = lambda: None,
     ) -> None:
         self._rooms = rooms
         self._queue, self._service, self._micro_batches = rooms.queue, rooms.service, rooms.micro_batches
@@ -38,85 +60,178 @@ class RankServer:
         self._fixed_limits = limits
         """Micro-batches in flight by the run file. None: from measurements."""
         self._first_window = first_window
+        self._newcomers = newcomers
+        self._watch = watch
+        self._waits = clients.on_loss == "wait"
+        self._rolls_back_to_checkpoint = self._waits and rooms.strategy.halves_are_personal
+        """Clients hold what nobody else has, so windows are undone back to what they have saved."""
         self._update_bytes_told = 0
         self.clients: frozenset[str] = frozenset()
         """Connected clients of all ranks at the last gathering."""
 
-    def connect(self, reference: bytes | None, watch: Callable[[], None]) -> None:
-        """Wait until every client seated here has opened its stream; give each the reference, if
-        any, to begin with.
+    def connect(self) -> None:
+        """Wait until every client seated here has opened its stream.
 
-        `reference` is None where clients resume from states of their own. `watch` runs while
-        waiting; it raises for a local client process that died. Raises RunError after
-        `clients.join_timeout` seconds.
+        Raises RunError after `clients.join_timeout` seconds.
         """
-        seated = self._rooms.seated
+        seated = self._rooms.members.at(self._rooms.rank_group.rank)
         deadline = time.monotonic() + self._clients.join_timeout
         while self._queue.clients != seated:
-            event = self._service.next_event(POLL_SECONDS)
-            if isinstance(event, Connected) and reference is not None:
-                self._service.send_reference(event.client, reference)
-            self._service.dispatch(event)
-            watch()
+            self._service.dispatch(self._service.next_event(POLL_SECONDS))
+            self._watch()
             if time.monotonic() > deadline:
                 missing = ", ".join(sorted(seated - self._queue.clients))
                 raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
 
-    def train(self, on_window: OnWindow, save: Callable[[int], None]) -> int:
-        """Run windows until the last one, a stop request, or too few clients.
+    def train(
+        self,
+        on_window: OnWindow,
+        saving: Saving,
+        on_roll_back: Callable[[int], None] = lambda _: None,
+        on_wait: Callable[[Sequence[RankStatus]], None] = lambda _: None,
+    ) -> int:
+        """Run windows until the last one or a stop request.
 
-        `save(window)` writes the state before `window`; all ranks call it. Raises RunError, on
-        every rank, when fewer than `clients.required` are left; earlier checkpoints stay.
+        No window begins without enough clients. Raises RunError, on every rank, when they do not
+        come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` hears that
+        the windows from `window` on are trained again, `on_wait(statuses)` that the run waits.
         """
-        window = saved = self._first_window
+        window = saved = reported = self._first_window
+        if self._rolls_back_to_checkpoint and not window:
+            # Clients must have a state to go back to, so that of window 0 is saved, too.
+            saved = NOTHING_SAVED
+        self._service.awaits_newcomers = self._waits
         started = time.monotonic()
+        is_undone = False
         while True:
-            statuses = self._gather(window)
+            statuses = self._gather(window, is_undone)
             self.clients = frozenset().union(*(status.clients for status in statuses))
-            if window > self._first_window:
+            if window > reported:
                 on_window(window - 1, statuses, time.monotonic() - started)
+                reported = window
             started = time.monotonic()
-            is_over = window == self._run.windows or any(status.stop for status in statuses)
-            if len(self.clients) < self._clients.required:
-                raise RunError(_too_few_clients(len(self.clients), self._clients, statuses, saved))
-            if window > saved and (is_over or window % self._run.save_every == 0):
-                save(window)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
+            is_stopped = any(status.stop for status in statuses)
+            is_ending = is_stopped or window == self._run.windows
+            is_missed = any(status.absent for status in statuses)
+            if is_missed and (self._rolls_back_to_checkpoint or not is_ending):
+                window = reported = self._roll_back(saved if self._rolls_back_to_checkpoint else window, saving)
+                on_roll_back(window)
+            is_over = is_stopped or window == self._run.windows
+            is_short = not is_over and self._is_short(statuses)
+            is_due = is_over or is_short or window % self._run.save_every == 0
+            if window > saved and is_due and not (is_missed and self._rolls_back_to_checkpoint):
+                if not saving.save(window):
+                    continue  # somebody was lost: the windows since `saved` are trained again
                 saved = window
+            if is_short:
+                on_wait(statuses)
+                is_over = not self._wait_for_clients(window, saved)
+                is_undone = False
+            elif not is_over:
+                is_undone = not self._train_window(window, statuses)
+                if not is_undone:
+                    self._rooms.cursors.commit(window)
+                    window += 1
             if is_over:
                 return window
-            self._train_window(window, statuses)
-            window += 1
 
-    def _gather(self, window: int) -> list[RankStatus]:
-        """Wait until this rank's next window is planned, then exchange statuses with all ranks."""
+    def _is_short(self, statuses: Sequence[RankStatus]) -> bool:
+        """No window may begin with the clients there are."""
+        here = frozenset().union(*(status.clients for status in statuses))
+        return any(status.absent for status in statuses) or len(here) < self._clients.required
+
+    def _roll_back(self, window: int, saving: Saving) -> int:
+        """Undo what was done since the state before `window`; returns the window to go on with."""
+        is_saved, window = window != NOTHING_SAVED, max(0, window)
+        self._service.finish_exchanges()
+        self._queue.hold(True)
+        self._queue.roll_back(window, time.monotonic())
+        self._rooms.inbox.roll_back()
+        self._micro_batches.take_tally()
+        if self._rolls_back_to_checkpoint and is_saved:
+            saving.load(window)
+        else:
+            self._rooms.cursors.roll_back()
+        if not is_saved:
+            self._service.restored = window
+        self._service.roll_back(window)
+        return window
+
+    def _wait_for_clients(self, window: int, saved: int) -> bool:
+        """Wait until a window may begin; False if a stop is requested first.
+
+        Raises RunError after `clients.join_timeout` seconds.
+        """
+        deadline = time.monotonic() + self._clients.join_timeout
+        while True:
+            self._service.attend()
+            self._watch()
+            status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
+            statuses = self._rooms.rank_group.gather(status)
+            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
+            if not self._is_short(statuses):
+                self._queue.hold(False)
+                return True
+            if any(status.stop for status in statuses):
+                return False
+            if any(status.has_given_up for status in statuses):
+                here = sum(len(status.clients) for status in statuses)
+                raise RunError(_too_few_clients(here, self._clients, statuses, saved))
+
+    def _gather(self, window: int, is_undone: bool) -> list[RankStatus]:
+        """Wait until this rank's next window is planned, then exchange statuses with all ranks.
+
+        A window that `is_undone` is not planned.
+        """
         is_last = window == self._run.windows
+        membership = self._rooms.membership
         with self._rooms.trace.span("wait for plan", window=window):
             # Clients answer only once their updates are combined, and a running window counts their
             # silence. A rank that stops takes part in the combining too: the others wait for it.
             while not (
                 self._rooms.exchange.is_done(window - self._rooms.staleness)
-                and (self._queue.schedule.is_planned or is_last or self._rooms.stop.requested)
+                and (
+                    self._queue.schedule.is_planned
+                    or is_last
+                    or is_undone
+                    or membership.absent
+                    or self._rooms.stop.requested
+                )
             ):
                 self._service.attend()
         if is_last or self._rooms.stop.requested:
             # Count all bytes of the run. In earlier windows some may count in the next window.
             self._rooms.outbox.settle()
-        status = RankStatus(
+        # Nobody sees the status before the first window.
+        new_problems = membership.take_new_problems() if window > self._first_window else ()
+        status = self._status(window, self._take_tally(), new_problems)
+        with self._busy("gather", window=window):
+            return self._rooms.rank_group.gather(status)
+
+    def _status(
+        self, window: int, tally: Tally, new_problems: tuple[str, ...] = (), has_given_up: bool = False
+    ) -> RankStatus:
+        membership = self._rooms.membership
+        return RankStatus(
             num_micro_batches=self._queue.schedule.num_micro_batches,
             masked_tokens=self._queue.schedule.masked_tokens,
             demand=self._demand(),
             clients=self._queue.clients,
+            active=self._queue.active,
             stop=self._rooms.stop.requested,
-            problems=tuple(self._rooms.membership.problems),
-            # Nobody sees the status before the first window.
-            new_problems=self._rooms.membership.take_new_problems() if window > self._first_window else (),
-            tally=self._take_tally(),
+            problems=tuple(membership.problems),
+            new_problems=new_problems,
+            tally=tally,
+            absent=frozenset(membership.absent),
+            detached=frozenset(membership.detached),
+            is_asked=self._newcomers.is_asked,
+            has_given_up=has_given_up,
         )
-        with self._busy("gather", window=window):
-            return self._rooms.rank_group.gather(status)
 
-    def _train_window(self, window: int, statuses: Sequence[RankStatus]) -> None:
-        """Train a planned window, from its start to the body's step."""
+    def _train_window(self, window: int, statuses: Sequence[RankStatus]) -> bool:
+        """Train a planned window, from its start to the body's step; False if it is undone."""
+        self._service.restored = None
         self._start(window, statuses)
         while True:
             self._service.take_in()
@@ -136,9 +251,9 @@ class RankServer:
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
+                    self._await_reports(window)
                     self._service.await_answers(self._rooms.exchange.awaited(window), Question("update", window))
-                    self._step(window, lost_masked_tokens)
-                    return
+                    return self._step(window, lost_masked_tokens)
                 case decision:
                     self._service.carry_out(decision)
 
@@ -146,15 +261,18 @@ class RankServer:
         """Begin a planned window, in step with the other ranks."""
         limits = self._fixed_limits or in_flight_limits(status.demand for status in statuses)
         masked_tokens = sum(status.masked_tokens for status in statuses)
-        num_micro_batches = max(1, *(status.num_micro_batches for status in statuses))
+        trains_alone = self._rooms.strategy.trains_alone
+        num_micro_batches = 0 if trains_alone else max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
-        is_alone = not any(status.num_micro_batches for status in others)
-        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, is_alone)
-        self._micro_batches.begin(window, micro_batches, self._service.plans.pop(window).manifests, masked_tokens)
+        elsewhere = frozenset().union(*(status.active for status in others))
+        micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
+        manifests = self._service.plans.pop(window).manifests
+        self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
         self._rooms.inbox.begin()
+        clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)
         if exchange != "nothing":
-            self._rooms.exchange.expect(window, self._queue.schedule.participants, exchange == "weights")
+            self._rooms.exchange.expect(window, clients, exchange == "weights")
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""
@@ -166,19 +284,46 @@ class RankServer:
             self._service.wait()
         self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
-    def _step(self, window: int, lost_masked_tokens: int) -> None:
-        """Step the body; with the client model first, where both are clipped by one norm."""
+    def _step(self, window: int, lost_masked_tokens: int) -> bool:
+        """Step the body; with the client model first, where both are clipped by one norm.
+
+        Returns False, with nothing moved, if a client is lost that the run waits for.
+        """
         tally = self._micro_batches.tally
         tally.lost_masked_tokens += lost_masked_tokens
         tally.loss_sum += self._rooms.inbox.loss_sum
         tally.masked_tokens += self._rooms.inbox.masked_tokens
-        norm = self._update_norm(window) if self._rooms.service.holds_updates else 0.0
+        alone = self._rooms.inbox.reports.take()
+        tally.loss_sum += alone.loss_sum
+        tally.tokens += alone.tokens
+        tally.masked_tokens += alone.masked_tokens
+        tally.lost_masked_tokens += alone.lost_masked_tokens
+        held_norm = self._update_norm(window) if self._rooms.service.holds_updates else 0.0
+        if self._waits and not self._rolls_back_to_checkpoint and self._is_broken():
+            self._rooms.engine.drop_gradients()
+            return False
+        norm = held_norm if self._optimizer.gradient_clipping > 0 else 0.0
         started = time.monotonic()
         with self._busy("step", window=window):
             scale = self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows), norm)
         tally.busy_seconds += time.monotonic() - started
         self._service.commit(window, scale)
         self._rooms.commit_elsewhere(window, scale)
+        return True
+
+    def _is_broken(self) -> bool:
+        """Whether a client of any rank is missing from the window that is about to end."""
+        return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent)))
+
+    def _await_reports(self, window: int) -> None:
+        """Wait until each client that trains the window by itself has, or is gone."""
+        if not self._rooms.inbox.reports.awaited:
+            return
+        started = time.monotonic()
+        with self._rooms.trace.span("wait for clients", window=window):
+            while self._rooms.inbox.reports.awaited:
+                self._service.attend()
+        self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _update_norm(self, window: int) -> float:
         """The norm of the client model's gradient, once each client has sent it or is gone."""
@@ -218,7 +363,11 @@ class RankServer:
 
 def _too_few_clients(left: int, clients: ClientsSection, statuses: Sequence[RankStatus], saved: int) -> str:
     problems = [problem for status in statuses for problem in status.problems]
-    hint = f"saved up to window {saved}: start the clients again and add --resume" if saved else "nothing was saved yet"
+    hint = (
+        f"saved up to window {saved}: start the clients again and add --resume"
+        if saved > 0
+        else "nothing was saved yet"
+    )
     return (
         f"{'; '.join(problems) or 'clients were lost'}; {left} of {clients.expected} clients left, "
         f"the run needs {clients.required} (clients.minimum); {hint}"

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.server.queue.deadlines import Deadlines, Question
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -105,14 +105,11 @@ class RemoteExchange:
 
     # -- what another party must be told -----------------------------------------------------------
 
-    def admit(self, window: int, sessions: Mapping[str, str], with_reference: bool, timeout: float) -> None:
-        """Let clients open their streams to the aggregator; the run's first call begins it at
-        `window`. Waits until they may; WireError after `timeout` seconds.
+    def admit(self, window: int, sessions: Mapping[str, str], timeout: float) -> None:
+        """Let clients open their streams to the aggregator, also ones that come back; the run's
+        first call begins it at `window`. Waits until they may; WireError after `timeout` seconds.
         """
-        clients = [
-            pb.Admission(client=client, session=session, reference=with_reference)
-            for client, session in sorted(sessions.items())
-        ]
+        clients = [pb.Admission(client=client, session=session) for client, session in sorted(sessions.items())]
         self._has_admitted = False
         self._line.send(pb.Order(admit=pb.Admit(window=window, clients=clients)))
         deadline = time.monotonic() + timeout
@@ -120,6 +117,14 @@ class RemoteExchange:
             if time.monotonic() > deadline:
                 raise WireError(f"the aggregator admitted no clients in {timeout:.0f} s; look at its output")
             self._take(self._line.take(timeout=0.2))
+        # What is said of a client before it is admitted is about its last stay.
+        self._lost = [(client, error) for client, error in self._lost if client not in sessions]
+
+    def begin(self, client: str, with_reference: bool) -> None:
+        """The client's stream to this rank is open: it begins, with the reference or a state of its
+        own.
+        """
+        self._line.send(pb.Order(begin=pb.BeginClient(client=client, reference=with_reference)))
 
     def part_with(self, client: str) -> None:
         """The client has left the run."""
@@ -171,7 +176,8 @@ class RemoteExchange:
                 else:
                     self._deadlines.progress(client, Question("update", window), time.monotonic())
             case "lost":
-                self._lost.append((report.lost.client, WireError(report.lost.reason)))
+                kind = ConnectionLost if report.lost.may_return else WireError
+                self._lost.append((report.lost.client, kind(report.lost.reason)))
             case "combined":
                 window = report.combined.window
                 if self._windows.pop(window, None) is not None:

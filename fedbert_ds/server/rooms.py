@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,24 +14,26 @@ from fedbert_ds.federation.averaging import NobodyDelivered, combine
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
-from fedbert_ds.server.admission import Start
+from fedbert_ds.server.admission import Members
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
 from fedbert_ds.server.network.decoding import DecodedEvent
-from fedbert_ds.server.network.events import RankEndpoint
+from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
-from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.queue.pipeline_queue import Pack, PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.remote_exchange import Line, RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire.messages import Manifest
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class Rooms:
     strategy: Strategy
     staleness: int
     """Windows that a client may begin before earlier updates are combined."""
-    seated: frozenset[str]
-    """Clients with a seat at this rank."""
+    members: Members
     engine: BodyEngine
     rank_group: RankGroup
     stop: StopFlag
@@ -54,6 +55,7 @@ class Rooms:
     """`exchange`, where another party is the aggregator."""
     aggregator: Aggregator | None
     """None where another party is."""
+    cursors: Cursors
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -75,18 +77,21 @@ def build_rooms(
     aggregator: Aggregator | Line,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
-    start: Start,
+    members: Members,
+    first_window: int,
+    on_join: Callable[[JoinAsked | JoinAbandoned], None],
     stop: StopFlag,
     trace: Trace,
 ) -> Rooms:
-    """Build the rooms of this rank, for the clients that `start` seats here.
+    """Build the rooms of this rank, for the clients among `members` that have a seat here.
 
-    `take_event(seconds)` returns the endpoint's events, decoded. `aggregator` is this rank's own,
-    or the line to another party's.
+    `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
+    `aggregator` is this rank's own, or the line to another party's.
     """
-    strategy = strategy_of(config.federation, config.wire)
-    tokens = {client: seat.tokens for client, seat in start.seats.items() if seat.rank == rank_group.rank}
-    queue = _queue(config, engine.lockstep_forwards, start.first_window)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
+    waits = config.clients.on_loss == "wait"
+    queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
+    cursors = Cursors({})
     if isinstance(aggregator, Aggregator):
         own, remote = aggregator, None
         exchange: UpdateExchange | RemoteExchange = _exchange(contract, aggregator, rank_group)
@@ -94,27 +99,31 @@ def build_rooms(
     else:
         own, remote = None, RemoteExchange(aggregator, queue.deadlines)
         exchange, revoke = remote, _both(endpoint.revoke, remote.part_with)
-    inbox = Inbox(queue, exchange, contract, tokens)
+    inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)
-    membership = Membership(queue, exchange, inbox, outbox, revoke)
+    membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
     service = ClientService(
         queue,
         inbox,
         exchange,
         membership,
+        cursors,
         outbox,
         take_event,
+        on_join,
+        members.has_state,
         trace,
         own,
         contract.update_codec,
         config.wire.is_compressed,
-        holds_updates=strategy.clips_together and config.optimizer.gradient_clipping > 0,
+        holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
+        shares_moments=not strategy.halves_are_personal,
     )
     return Rooms(
         contract=contract,
         strategy=strategy,
         staleness=config.federation.staleness,
-        seated=frozenset(tokens),
+        members=members,
         engine=engine,
         rank_group=rank_group,
         stop=stop,
@@ -123,6 +132,7 @@ def build_rooms(
         exchange=exchange,
         remote=remote,
         aggregator=own,
+        cursors=cursors,
         inbox=inbox,
         outbox=outbox,
         membership=membership,
@@ -155,18 +165,30 @@ def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callab
     return both
 
 
-def _queue(config: RunConfig, lockstep_forwards: bool, first_window: int) -> PipelineQueue:
+def _queue(
+    config: RunConfig, strategy: Strategy, lockstep_forwards: bool, members: Members, first_window: int
+) -> PipelineQueue:
     window = config.window
     fixed = window.micro_batches_in_flight
-    # Under `order: fixed` nothing may depend on the clock.
-    answer_times = None if window.order == "fixed" else AnswerTimes()
+    # Under `order: fixed` nothing may depend on the clock, and a run that waits leaves nobody out.
+    leaves_out = window.order != "fixed" and config.clients.on_loss == "continue"
+    answer_times = AnswerTimes() if leaves_out else None
+    packing: Pack = partial(
+        pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch
+    )
     return PipelineQueue(
         INITIAL_IN_FLIGHT if fixed == "auto" else fixed,
-        partial(pack, capacity=window.tokens_per_micro_batch, clients_together=window.clients_per_micro_batch),
+        _no_micro_batches if strategy.trains_alone else packing,
         window.order,
         lockstep_forwards,
         first_window,
         config.run.windows,
         windows_ahead=max(1, config.federation.staleness),
         deadlines=Deadlines(config.clients.silence_timeout, answer_times),
+        takes_part=members.sampler.takes_part,
     )
+
+
+def _no_micro_batches(manifests: Sequence[Manifest]) -> tuple[()]:
+    """Clients that hold the whole model send no activations."""
+    return ()

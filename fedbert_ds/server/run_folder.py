@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.body.settings import zero_stage
 
 KEPT_CHECKPOINTS = 2
 COMPLETE = "complete.json"
@@ -23,12 +23,19 @@ UNCHANGED = (
     "wire.updates",
     "run.seed",
     "optimizer.name",
-    "body.zero_stage",
     "body.precision",
     "clients.expected",
     "clients.local",
 )
 """Keys that a resumed run must not change."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint of the body is divided among files."""
+
+    ranks: int
+    zero_stage: int
 
 
 @dataclass(frozen=True)
@@ -52,21 +59,42 @@ class CheckpointFolder:
         """Windows with a complete checkpoint."""
         return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())
 
-    def num_ranks(self) -> int | None:
-        """Number of ranks that wrote the complete checkpoints. None without one."""
-        marks = sorted(self._marks())
-        return int(json.loads(marks[-1].read_text(encoding="utf-8"))["ranks"]) if marks else None
+    def layout(self, window: int) -> Layout:
+        """How a complete checkpoint is divided; RunError if its mark does not say so."""
+        path = self.of(window) / COMPLETE
+        try:
+            mark = json.loads(path.read_text(encoding="utf-8"))
+            return Layout(int(mark["ranks"]), int(mark["zero_stage"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}: says not by how many ranks and at which ZeRO stage this was saved ({error!r}); add "
+                '"ranks" and "zero_stage" to it'
+            ) from error
 
-    def mark_complete(self, window: int, ranks: int) -> None:
+    def mark_complete(self, window: int, layout: Layout) -> None:
         """Mark the checkpoint of `window` complete; delete all but the newest two.
 
         All its parts are on disk already.
         """
-        write_text(self.of(window) / COMPLETE, json.dumps({"window": window, "ranks": ranks}))
+        mark = {"window": window, "ranks": layout.ranks, "zero_stage": layout.zero_stage}
+        write_text(self.of(window) / COMPLETE, json.dumps(mark))
         for old in sorted(self.complete_windows())[:-KEPT_CHECKPOINTS]:
-            # The mark goes first: a half-deleted checkpoint must not count.
-            (self.of(old) / COMPLETE).unlink()
-            shutil.rmtree(self.of(old))
+            self._remove(old)
+
+    def begin_at(self, window: int) -> None:
+        """Delete what a run that begins here will write again: later checkpoints, and those that
+        never came to be complete. Other ranks may write other files now, and none may be mixed.
+        """
+        kept = {old for old in self.complete_windows() if old <= window}
+        for path in self.path.glob("window-*"):
+            number = path.name.removeprefix("window-")
+            if number.isdecimal() and int(number) not in kept:
+                self._remove(int(number))
+
+    def _remove(self, window: int) -> None:
+        # The mark goes first: a half-deleted checkpoint must not count.
+        (self.of(window) / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(self.of(window))
 
     def _marks(self) -> list[Path]:
         return list(self.path.glob(f"window-*/{COMPLETE}"))
@@ -82,6 +110,11 @@ class RunFolder:
     def config(self) -> Path:
         """The resolved run file. Written first: a folder without it holds no run."""
         return self.path / "config.yaml"
+
+    @property
+    def run_id(self) -> Path:
+        """The run's id, which tells it from any other run."""
+        return self.path / "run.txt"
 
     @property
     def address(self) -> Path:
@@ -110,7 +143,8 @@ class RunFolder:
 
     @property
     def text_facts(self) -> Path:
-        """JSON of the `TextFacts`."""
+        """JSON of the `TextFacts`, or null where the server deals no text. Written last: text and
+        tokenizer are complete once it is there."""
         return self.path / "text.json"
 
     @property
@@ -147,12 +181,18 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the run file. From then on the folder holds a run."""
+        self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.config, dump_config(config))
 
-    def remove_if_unused(self) -> None:
+    def identify(self) -> str:
+        """The run's id; drawn at random, 32 hexadecimal digits, where it has none yet."""
+        if not self.run_id.is_file():
+            write_text(self.run_id, secrets.token_hex(16) + "\n")
+        return self.run_id.read_text(encoding="utf-8").strip()
+
+    def remove(self) -> None:
         """Delete the folder of a run that failed before it began."""
-        if not self.config.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def reveal_address(self, address: str) -> None:
         """Write the coordinator's address for scripts that start clients."""
@@ -163,10 +203,11 @@ class RunFolder:
         self.address.unlink(missing_ok=True)
 
 
-def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size: int) -> None:
+def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     """Check, before anything is written, that the folder fits a run that starts or resumes.
 
-    Raises RunError if it does not.
+    A run that saved nothing begins again with the text in its folder; ranks and ZeRO stage may
+    change. Raises RunError if the run does not fit.
     """
     path = folder.path
     if not resume:
@@ -175,12 +216,7 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool, world_size:
         return
     if not folder.config.is_file():
         raise RunError(f"{path}: no run to resume here; drop --resume or set run.directory")
-    if not folder.checkpoints.complete_windows():
-        raise RunError(f"{path}: this run saved no checkpoint; drop --resume and set another run.directory")
     check_unchanged(load_config(folder.config), config)
-    ranks = folder.checkpoints.num_ranks()
-    if ranks != world_size:
-        raise RunError(f"{path}: was saved by {ranks} ranks, this is {world_size}; start it with {ranks} ranks")
 
 
 def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
@@ -191,7 +227,6 @@ def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
             f"aggregator: {saved.run.directory} was saved {'without' if saved.aggregator is None else 'with'} this "
             "section, and the client model is where it was then; change it back, or drop --resume"
         )
-    before["body"]["zero_stage"], after["body"]["zero_stage"] = zero_stage(saved.body), zero_stage(now.body)
     for path in UNCHANGED:
         old, new = before, after
         for part in path.split("."):

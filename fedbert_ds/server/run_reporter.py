@@ -27,12 +27,13 @@ class RunReporter:
     """Prints and logs for the run, on rank 0 only."""
 
     def __init__(
-        self, config: RunConfig, world_size: int, text: TextFacts | None, half: ClientHalf, body: Body
+        self, config: RunConfig, world_size: int, text: TextFacts | None, half: ClientHalf, body: Body | None
     ) -> None:
         self._config = config
         self._world_size = world_size
         self._text = text
-        self._half_parameters, self._body_parameters = half.num_parameters, body.num_parameters
+        self._half_parameters = half.num_parameters
+        self._body_parameters = None if body is None else body.num_parameters
         self._model_config = half.config
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
@@ -44,20 +45,21 @@ class RunReporter:
         backend = "cuda, nccl" if torch.cuda.is_available() else "cpu, gloo"
         print(
             f"FedBERT-DS {__version__}   {config.run.directory}   {self._world_size} ranks ({backend})   "
-            f"ZeRO {zero_stage(config.body)}   {config.clients.expected} clients, {config.federation.mode}"
+            f"{self._sharding()}   {config.clients.expected} clients, {_mode_name(config)}"
         )
         if self._text is not None:
             print(f"text    {self._text.sentence}")
         print(
             f"model   {model.model_type} {model.num_hidden_layers} x {model.hidden_size}, "
             f"{model.vocab_size:,} word pieces; cut: {_cut_name(config)}; "
-            f"body {_millions(self._body_parameters)} parameters, client half {_millions(self._half_parameters)}"
+            f"{self._sizes()}"
         )
         remote = config.clients.expected - config.clients.local
         if remote:
             print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH --id NAME")
         if config.server.tls is None and config.server.host not in ("127.0.0.1", "localhost", "::1"):
-            print("warning server.tls is not set: activations cross the network in the clear")
+            what = "activations" if self._body_parameters is not None else "changes of weights"
+            print(f"warning server.tls is not set: {what} cross the network in the clear")
         sys.stdout.flush()
 
     @contextmanager
@@ -80,10 +82,35 @@ class RunReporter:
         rate = config.optimizer.learning_rate(window, config.run.windows)
         metrics = window_metrics(window, statuses, seconds, capacity, rate)
         self._log.append(metrics)
-        for status in statuses:
-            for problem in status.new_problems:
-                self._progress.note(f"warning {problem}")
+        self._tell_problems(statuses)
         self._progress.update(metrics)
+
+    def waits(self, statuses: Sequence[RankStatus]) -> None:
+        """Say for whom the run waits. Does nothing outside `following`."""
+        if self._progress is None:
+            return
+        self._tell_problems(statuses)
+        clients = self._config.clients
+        absent = sorted(client for status in statuses for client in status.absent)
+        if absent:
+            self._progress.note(f"waiting for {', '.join(absent)}, {clients.join_timeout:.0f} s at most")
+        else:
+            here = sum(len(status.clients) for status in statuses)
+            self._progress.note(
+                f"waiting for clients, {clients.join_timeout:.0f} s at most: {here} are here, {clients.required} are "
+                "needed (clients.minimum)"
+            )
+
+    def _tell_problems(self, statuses: Sequence[RankStatus]) -> None:
+        if self._progress is not None:
+            for status in statuses:
+                for problem in status.new_problems:
+                    self._progress.note(f"warning {problem}")
+
+    def roll_back(self, window: int) -> None:
+        """Forget the windows from `window` on: they run again. Does nothing outside `following`."""
+        if self._log is not None:
+            self._log.roll_back(window)
 
     def facts(self) -> dict[str, str]:
         """Versions, machine, model and duration: the first rows of the report's table."""
@@ -91,13 +118,22 @@ class RunReporter:
         return {
             "version": f"FedBERT-DS {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
             "machine": f"{self._world_size} ranks, {_device_name()}",
-            "body": f"{_millions(self._body_parameters)} parameters, ZeRO {zero_stage(config.body)}, "
-            f"{config.body.precision}",
+            "body": "none: clients hold the whole model"
+            if self._body_parameters is None
+            else f"{_millions(self._body_parameters)} parameters, {self._sharding()}, {config.body.precision}",
             "client half": f"{_millions(self._half_parameters)} parameters, cut: {_cut_name(config)}",
-            "clients": f"{config.clients.expected}, {config.federation.mode}",
+            "clients": f"{config.clients.expected}, {_mode_name(config)}",
             "text": self._text.sentence if self._text else "with the clients",
             "training time": f"{duration(time.monotonic() - self._started)} (this session)",
         }
+
+    def _sharding(self) -> str:
+        return "no body" if self._body_parameters is None else f"ZeRO {zero_stage(self._config.body)}"
+
+    def _sizes(self) -> str:
+        if self._body_parameters is None:
+            return f"{_millions(self._half_parameters)} parameters at each client"
+        return f"body {_millions(self._body_parameters)} parameters, client half {_millions(self._half_parameters)}"
 
 
 def window_metrics(
@@ -131,6 +167,13 @@ def window_metrics(
         clients=sum(len(status.clients) for status in statuses),
         learning_rate=learning_rate,
     )
+
+
+def _mode_name(config: RunConfig) -> str:
+    """The mode; of clients that step alone, by which rule their average moves the model."""
+    federation = config.federation
+    rule = "" if federation.server_optimizer == "none" else f", server {federation.server_optimizer}"
+    return f"{federation.mode}{rule}"
 
 
 def _cut_name(config: RunConfig) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,18 +15,18 @@ from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.reference import to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
-from fedbert_ds.model.cut import split
+from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Joins, fill, start_of, welcome_all
+from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, fill, start_of
 from fedbert_ds.server.body.engine import BodyEngine
-from fedbert_ds.server.checkpoint import Checkpoints, Cursors, read_client_model
+from fedbert_ds.server.body.no_body import NoBody
+from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.control_line import ControlLine, open_run, tls_of
 from fedbert_ds.server.hand_over import hand_over
@@ -34,7 +35,8 @@ from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import RankEndpoint
-from fedbert_ds.server.prepare import TextFacts, prepare_text, prepared_text
+from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
+from fedbert_ds.server.prepare import TextFacts, is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup
@@ -57,6 +59,8 @@ class Prepared:
 
     tokenizer: bytes
     facts: TextFacts | None
+    run: str
+    """The run's id."""
 
 
 def serve(config: RunConfig, resume: bool) -> int:
@@ -65,7 +69,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, stop = RankGroup(), StopSignal()
-    rule = strategy_of(config.federation, config.wire)
+    rule = strategy_of(config.federation, config.wire, config.cut)
     folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
@@ -80,12 +84,12 @@ def serve(config: RunConfig, resume: bool) -> int:
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
-        device = _device()
-        engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+        engine = _engine(config, body)
+        del body
         opened = None
         if config.aggregator is not None:
             opened = _open_elsewhere(config, ranks, resume, tokenizer, model_config)
-        expectation = _expectation(config, folder, resume, tokenizer, model_config)
+        expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
         if opened is not None and expectation.saved_windows is not None:
             both = expectation.saved_windows & frozenset(opened.saved_windows)
             expectation = replace(expectation, saved_windows=both)
@@ -96,7 +100,9 @@ def serve(config: RunConfig, resume: bool) -> int:
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window) if ranks.rank == 0 else None)
+        participants = rule.num_participants(config.clients.expected)
+        is_first = ranks.rank == 0
+        start = ranks.broadcast(start_of(joins, ranks.world_size, config.window, participants) if is_first else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
         aggregator: Aggregator | ControlLine
@@ -113,36 +119,67 @@ def serve(config: RunConfig, resume: bool) -> int:
             at_end.callback(aggregator.stop)
             aggregator.start()
         del half  # the aggregator has its own copy
+        members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
+        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
+        reception = None
+        if ranks.rank == 0:
+            reception = Reception(
+                joins.expectation,
+                invitation,
+                members,
+                joins.shard_sizes,
+                ranks.world_size,
+                config.clients.most,
+                rule,
+            )
         rooms = build_rooms(
-            config, contract, engine, endpoint, aggregator, decoding.next_event, ranks, start, stop, trace
+            config,
+            contract,
+            engine,
+            endpoint,
+            aggregator,
+            decoding.next_event,
+            ranks,
+            members,
+            start.first_window,
+            reception.hear if reception is not None else no_joins_here,
+            stop,
+            trace,
         )
         at_end.callback(decoding.stop)
         at_end.callback(rooms.service.settle)
-        endpoint.admit({client: start.seats[client].session for client in rooms.seated})
+        endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
-        cursors: Cursors = {}
-        if start.first_window:
-            engine.load(folder.checkpoints.path, start.first_window)
-            cursors = _load(rooms.aggregator, folder.checkpoints.client_model(start.first_window))
-        # Clients of a resumed run that have states of their own begin with these.
-        begins_with_reference = not (start.first_window and rule.halves_are_personal)
-        if rooms.remote is not None:
-            sessions = {client: start.seats[client].aggregator_session for client in rooms.seated}
-            rooms.remote.admit(start.first_window, sessions, begins_with_reference, config.clients.join_timeout)
+        if ranks.rank == 0:
+            folder.checkpoints.begin_at(start.first_window)
+        checkpoints = Checkpoints(rooms, folder.checkpoints)
+        if start.is_saved:
+            checkpoints.load(start.first_window)
+        elsewhere = _admission_elsewhere(config, rooms, start.first_window)
+        elsewhere({client: start.seats[client].aggregator_session for client in members.at(ranks.rank)})
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
-            welcome_all(joins, start, config, addresses, prepared.tokenizer, config_to_json(model_config), cursors)
-        limits = _fixed_limits(config)
-        rank = RankServer(rooms, config.run, config.clients, config.optimizer, limits, start.first_window)
-        own = rooms.aggregator
-        rank.connect(to_bytes(own.reference()) if own and begins_with_reference else None, clients.check)
-        checkpoints = Checkpoints(rooms, folder.checkpoints, cursors)
+            for client, seat in start.seats.items():
+                joins.welcome(client, invitation.to(seat))
+        rank = RankServer(
+            rooms,
+            config.run,
+            config.clients,
+            config.optimizer,
+            _fixed_limits(config),
+            start.first_window,
+            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks, elsewhere),
+            clients.revive if config.clients.on_loss == "wait" else clients.check,
+        )
+        rank.connect()
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
             # Clients end in the hand-over. A restarted one must not find this address.
             folder.hide_address()
+        # Without a body no collective keeps another rank from ending its clients before that.
+        ranks.barrier()
         figures = list(checkpoints.client_figures.values())
         hand_over(rooms, config, window, figures, model_config, tokenizer, reporter.facts())
         clients.wait(seconds=30)
@@ -155,7 +192,7 @@ def serve(config: RunConfig, resume: bool) -> int:
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of(config.federation, config.wire, config.cut)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
     if config.aggregator is not None:
         parameters = {}  # none of them comes here
@@ -181,48 +218,58 @@ def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
-    if resume:
+    folder.write_config(config)
+    if resume and is_prepared(folder):
         tokenizer, facts = prepared_text(folder)
     else:
-        folder.path.mkdir(parents=True, exist_ok=True)
         try:
             tokenizer, facts = prepare_text(config, folder)
         except BaseException:
-            folder.remove_if_unused()
+            if not resume:
+                folder.remove()
             raise
-    folder.write_config(config)
-    return Prepared(tokenizer_to_bytes(tokenizer), facts)
+    return Prepared(tokenizer_to_bytes(tokenizer), facts, folder.identify())
 
 
-def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body]:
-    """(transformers config, client half, body), built from the run's seed; equal on all ranks."""
+def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | None]:
+    """(transformers config, client half, body if there is one), built from the run's seed; equal on
+    all ranks.
+    """
     model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
     if config.data.sequence_length > longest_sequence(model.config):
         raise ConfigError(
             f"data.sequence_length {config.data.sequence_length} is longer than the model's position table, "
             f"{longest_sequence(model.config)}; lower it"
         )
+    if config.cut == "whole":
+        return model.config, undivided(model), None
     half, body = split(model, config.cut)
     if config.body.activation_checkpointing:
         body.enable_activation_checkpointing()
     return model.config, half, body
 
 
-def _expectation(config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any) -> Expectation:
+def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
+    if body is None:
+        return NoBody()
+    device = _device()
+    return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+
+
+def _expectation(
+    config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any, run: str
+) -> Expectation:
     saved = folder.checkpoints.complete_windows() if resume else None
-    clients_save = strategy_of(config.federation, config.wire).halves_are_personal
+    clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
-    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save)
+    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
 
 
-def _load(aggregator: Aggregator | None, path: Path) -> Cursors:
-    """Take the reference of a checkpoint over, if the aggregator is here; returns where each client
-    stands in its text.
-    """
-    reference, cursors = read_client_model(path, aggregator.shapes if aggregator is not None else {})
-    if aggregator is not None:
-        aggregator.load(reference)
-    return cursors
+def _admission_elsewhere(config: RunConfig, rooms: Rooms, first_window: int) -> Callable[[dict[str, str]], None]:
+    """Admits clients of this rank to the aggregator of another party, by their sessions there."""
+    if rooms.remote is None:
+        return lambda _: None
+    return partial(rooms.remote.admit, first_window, timeout=config.clients.join_timeout)
 
 
 def _open_elsewhere(config: RunConfig, ranks: RankGroup, resume: bool, tokenizer: Any, model_config: Any) -> pb.Opened:
@@ -251,7 +298,7 @@ def _train(
     rank: RankServer, reporter: RunReporter, checkpoints: Checkpoints, rooms: Rooms, clients: LocalClients
 ) -> int:
     try:
-        return rank.train(reporter.window, checkpoints.save)
+        return rank.train(reporter.window, checkpoints, reporter.roll_back, reporter.waits)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
         if rooms.remote is not None and rooms.rank_group.rank == 0:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.errors import RunError
@@ -125,9 +125,19 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, first_window: int = 0) -> None:
+        self._path = path
+        self._file = self._open(first_window)
+
+    def roll_back(self, window: int) -> None:
+        """Drop lines from `window` on, too."""
+        self.close()
+        self._file = self._open(window)
+
+    def _open(self, first_window: int) -> TextIO:
+        path = self._path
         kept = [row for row in read_metrics(path) if row.window < first_window] if path.is_file() else []
         write_text(path, "".join(map(_line, kept)))
-        self._file = path.open("a", encoding="utf-8")
+        return path.open("a", encoding="utf-8")
 
     def append(self, metrics: WindowMetrics) -> None:
         """Write one window."""

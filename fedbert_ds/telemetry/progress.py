@@ -87,13 +87,15 @@ class Progress:
             "wire": f"{short_bytes(recent.bytes_per_token)}/token",
             "left": f"{duration(left)} left",
         }
+        if not any(window.forwards for window in self._recent):  # there is no body
+            del pieces["busy"]
         # On a narrow terminal what changes least goes first, so that the line stays one line.
         for name in ("wire", "clients", "busy", "rate"):
             if width is None or len("  ".join(pieces.values())) <= width:
                 break
             if name == "clients" and self._recent[-1].clients < self._clients_expected:
                 continue
-            del pieces[name]
+            pieces.pop(name, None)
         return "  ".join(pieces.values())
 
 

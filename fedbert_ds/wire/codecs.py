@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.wire.compression import compress, decompress
+from fedbert_ds.wire.compression import Buffer, compress, decompress
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
 
@@ -104,6 +104,11 @@ def frame_dtypes(codec: str) -> tuple[torch.dtype, torch.dtype]:
     return (UNSCALED[codec], torch.float32) if codec in UNSCALED else (CODECS[codec].payload, CODECS[codec].scale_dtype)
 
 
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, writable, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
 def encode_row_index(row_index: Tensor, num_rows: int) -> bytes:
     """Row numbers [tokens], each below `num_rows`, in the fewest whole bits."""
     numbers = row_index.cpu().numpy()
@@ -140,7 +145,7 @@ def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: 
     return torch.from_numpy(positions.astype(np.int64))
 
 
-def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> bytes:
+def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> Buffer:
     """A frame's payload or scales, decompressed if they were compressed."""
     if compressed:
         return decompress(field, num_bytes, dtype.itemsize, what)
@@ -162,8 +167,8 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
-def _tensor(payload: bytes, dtype: torch.dtype) -> Tensor:
+def _tensor(payload: Buffer, dtype: torch.dtype) -> Tensor:
     if not payload:
         return torch.empty(0, dtype=dtype)
     # torch shares only memory it may write to.
-    return torch.frombuffer(bytearray(payload), dtype=dtype)
+    return torch.frombuffer(payload if isinstance(payload, bytearray) else bytearray(payload), dtype=dtype)

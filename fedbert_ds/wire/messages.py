@@ -13,6 +13,7 @@ from fedbert_ds.config import (
     RunSection,
     Section,
     SequenceSection,
+    WindowSection,
     WireSection,
 )
 from fedbert_ds.errors import WireError
@@ -28,7 +29,9 @@ class ClientSettings(Section):
     seed: int
     windows: int
     tokens: int
-    """Tokens this client brings to a window."""
+    """Tokens this client brings to a window that it takes part in."""
+    tokens_per_micro_batch: int
+    """Most tokens that it computes at once with `cut: whole`, unless one sequence is longer."""
     sequences: SequenceSection
     optimizer: OptimizerSection
     federation: FederationSection
@@ -42,6 +45,7 @@ def client_settings(
     federation: FederationSection,
     wire: WireSection,
     tokens: int,
+    tokens_per_micro_batch: int = WindowSection().tokens_per_micro_batch,
 ) -> ClientSettings:
     """The settings of a client with `tokens` tokens a window.
 
@@ -51,6 +55,7 @@ def client_settings(
         seed=run.seed,
         windows=run.windows,
         tokens=tokens,
+        tokens_per_micro_batch=tokens_per_micro_batch,
         sequences=SequenceSection(**sequences.model_dump(include=set(SequenceSection.model_fields))),
         optimizer=optimizer,
         federation=federation,
@@ -115,4 +120,7 @@ def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_t
         raise WireError(f"{who}: more masked tokens than tokens")
     if sum(lengths) > limit:
         raise WireError(f"{who}: {sum(lengths)} tokens instead of at most {limit}")
+    cursor = message.cursor
+    if not 0 <= cursor.position <= cursor.sequences:
+        raise WireError(f"{who}: a cursor at sequence {cursor.position} of {cursor.sequences}")
     return Manifest(client, message.window, lengths, masked)

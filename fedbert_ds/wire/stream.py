@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import CONDUCT, TRAIN, TlsFiles, connect
 from fedbert_ds.wire.conversation import (
@@ -242,16 +242,16 @@ class DialledStream(Generic[M]):
 
     def _why(self, error: grpc.RpcError | None) -> WireError:
         if error is None:
-            return WireError(
+            return ConnectionLost(
                 f"{self._address}: {self.other_side} ended the stream; look at its output, then start "
                 f"{self.this_side} again"
             )
         code, details = error.code(), error.details() or "no details"
         if code is grpc.StatusCode.FAILED_PRECONDITION:
-            return WireError(f"{self.other_side} refused {self.this_side}: {details}")
-        return WireError(
-            f"{self._address}: connection lost ({code.name.lower()}: {details}); start {self.this_side} again"
-        )
+            # It has restarted, or went on without this side: the session is over, not the run.
+            return ConnectionLost(f"{self.other_side} refused {self.this_side}: {details}")
+        kind = WireError if code in FINAL else ConnectionLost
+        return kind(f"{self._address}: connection lost ({code.name.lower()}: {details}); start {self.this_side} again")
 
 
 class ServerStream(DialledStream[pb.ServerMessage]):

@@ -21,6 +21,7 @@ from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import Batch, BatchStream, encode
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.queue.seats import window_shares
@@ -33,13 +34,13 @@ WORKER = Path(__file__).with_name("worker.py")
 ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 
-def write_text(folder: Path) -> dict[str, str]:
+def write_text(folder: Path, clients: Mapping[str, int] = CLIENTS) -> dict[str, str]:
     """Write made-up articles of unequal length and a tokenizer. Returns data paths by client."""
     words = random.Random(7)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     vocabulary = ["".join(words.choices(syllables, k=words.randint(1, 4))) for _ in range(400)]
     paths, everything = {}, []
-    for client, count in CLIENTS.items():
+    for client, count in clients.items():
         articles = [
             Article(f"{client} {number}", " ".join(words.choices(vocabulary, k=words.randint(20, 90))))
             for number in range(count)
@@ -73,8 +74,8 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
 
 
 def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
-    """Run the jobs one after another in 2 rank and 3 client processes, and one of an aggregator
-    where a job has one.
+    """Run the jobs one after another in 2 rank processes, one for each client with data, and one of
+    an aggregator where a job has one.
 
     A failure shows the processes' output.
     """
@@ -88,7 +89,7 @@ def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None
                                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         for rank in range(WORLD_SIZE)
     }  # fmt: skip
-    clients = {client: (["client", str(path), client], {}) for client in CLIENTS}
+    clients = {client: (["client", str(path), client], {}) for client in jobs[0]["data"]}
     others = {}
     if any("aggregator" in job["config"] for job in jobs):
         others = {"aggregator": (["aggregator", str(path)], {})}
@@ -125,7 +126,9 @@ def _output(folder: Path, processes: Mapping[str, subprocess.Popen]) -> str:
 
 
 class Centralized:
-    """Plain single-process training of the unsplit model on the clients' own sequences."""
+    """Plain single-process training of the unsplit model on the sequences of each window's
+    participants.
+    """
 
     def __init__(self, tree: dict, data: Mapping[str, str]) -> None:
         self.config: RunConfig = parse_config(tree, "test")
@@ -135,7 +138,10 @@ class Centralized:
         ).train()
         articles = {client: list(read_articles([path])) for client, path in data.items()}
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
-        self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share)
+        strategy = strategy_of(self.config.federation, self.config.wire)
+        participants = strategy.num_participants(len(data))
+        self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share, participants)
+        self.sampler = strategy.sampler(self.config.run.seed, dict.fromkeys(data, 0))
         self.streams = {
             client: BatchStream(
                 encode(articles[client], tokenizer, self.config.data.sequence_length), tokenizer,
@@ -154,7 +160,9 @@ class Centralized:
         optimizer = build_optimizer(list(self.model.named_parameters()), self.config.optimizer)
         for window in range(self.config.run.windows):
             batches = {
-                client: stream.next_batch(window, self.shares[client]) for client, stream in self.streams.items()
+                client: stream.next_batch(window, self.shares[client])
+                for client, stream in self.streams.items()
+                if self.sampler.takes_part(client, window)
             }
             self._accumulate(window, batches)
             clipping = self.config.optimizer.gradient_clipping

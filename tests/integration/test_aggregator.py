@@ -97,7 +97,7 @@ def test_kinds_of_messages_stay_with_their_party(runs: Path, name: str) -> None:
     }
     assert {"manifest", "activations", "gradient", "report combined"} <= ranks
     aggregator = {kind for kind, _ in _record(runs, name, "aggregator")}
-    orders = {f"order {kind}" for kind in ("admit", "expect", "commit", "save", "conclude", "finish", "drop")}
+    orders = {f"order {kind}" for kind in ("admit", "begin", "expect", "commit", "save", "conclude", "finish", "drop")}
     assert {"update", "order expect"} <= aggregator <= {"update"} | orders
 
 

@@ -65,13 +65,13 @@ def _recorded_messages(job: dict) -> list[tuple[str, bytes]]:
     received: list[tuple[str, bytes]] = []
 
     class RecordedStream(client_stream.ClientStream):
-        def __init__(self, client, session, reconnect_timeout, shares_memory, on_message, on_end) -> None:
+        def __init__(self, client, session, reconnect_timeout, shares_memory, on_message, *others) -> None:
             def recorded(of, message, frame, num_bytes) -> None:
                 kind = message.WhichOneof("body") or "order " + str(pb.Order.FromString(frame).WhichOneof("body"))
                 received.append((kind, frame))
                 on_message(of, message, frame, num_bytes)
 
-            super().__init__(client, session, reconnect_timeout, shares_memory, recorded, on_end)
+            super().__init__(client, session, reconnect_timeout, shares_memory, recorded, *others)
 
     class RecordedControl(stream.ControlStream):
         def receive(self):

@@ -7,15 +7,20 @@ import inspect
 import pytest
 
 from fedbert_ds import errors
-from fedbert_ds.errors import UserError, WireError, exit_with, one_line_errors
+from fedbert_ds.errors import ConnectionLost, ServerAway, UserError, WireError, exit_with, one_line_errors
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, UserError)]
 
 
 def test_every_kind_has_an_exit_code_of_its_own() -> None:
-    codes = {kind.__name__: kind.exit_code for kind in KINDS}
+    codes = {kind.__name__: kind.exit_code for kind in KINDS if kind is UserError or UserError in kind.__bases__}
     assert len(set(codes.values())) == len(codes) >= 6, codes
     assert all(0 < code < 126 for code in codes.values()), "0 is success, and from 126 on a shell means something else"
+
+
+@pytest.mark.parametrize("kind", [ConnectionLost, ServerAway])
+def test_a_lost_server_leaves_as_any_error_of_the_wire(kind: type[UserError]) -> None:
+    assert issubclass(kind, WireError) and kind.exit_code == WireError.exit_code
 
 
 @pytest.mark.parametrize("kind", KINDS)

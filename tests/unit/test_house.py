@@ -49,6 +49,7 @@ PURE = {
     "server/queue": {"errors", "server.queue", "wire"},
     "client/window_state.py": {"errors", "federation"},
     "federation/strategy.py": {"config"},
+    "federation/sampler.py": {"seeding"},
 }
 """Rooms without tensors, network, threads and clock, and the rooms that they may import."""
 IMPURE = {"torch", "numpy", "grpc", "time", "threading", "queue", "asyncio", "socket", "subprocess", "os", "pathlib"}

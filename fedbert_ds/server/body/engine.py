@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
+from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
 from fedbert_ds.server.body.device_work import DeviceWork, upload
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
@@ -55,9 +57,18 @@ class BodyEngine:
     with the same dropout seed: the cost of full activation checkpointing.
     """
 
-    def __init__(self, engine: Any, stage: int, world_size: int, device: torch.device, max_norm: float = 0.0) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        stage: int,
+        world_size: int,
+        device: torch.device,
+        max_norm: float = 0.0,
+        shapes: Shapes | None = None,
+    ) -> None:
         self._engine = engine
         self._stage = stage
+        self._shapes = shapes or {}
         self._world_size = world_size
         self._device = device
         self._inputs: dict[int, BodyInput] = {}
@@ -87,13 +98,21 @@ class BodyEngine:
             optimizer_section,
             partitioned=stage > 0,
         )
+        names = {parameter: name for name, parameter in body.named_parameters()}
+        ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        shapes = {names[parameter]: tuple(parameter.shape) for parameter in ordered}
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
         install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype)
         body.train()
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
         world_size = torch.distributed.get_world_size()
-        return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping)
+        return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
+
+    @property
+    def zero_stage(self) -> int:
+        """0 to 3."""
+        return self._stage
 
     @property
     def lockstep_forwards(self) -> bool:
@@ -155,6 +174,28 @@ class BodyEngine:
         self._engine.step()
         return self._clipping.scale
 
+    def drop_gradients(self) -> None:
+        """Forget what the backwards since the last `step` have accumulated; all ranks together.
+
+        DeepSpeed has no call for that. It does the same when a gradient is not finite.
+        """
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            self._engine.zero_grad()
+            if hasattr(optimizer, "clear_hp_grads"):  # bf16, with fp32 sums of its own
+                optimizer.zero_grad()
+        elif self._stage == 3:
+            optimizer._pre_step()
+            optimizer._partition_all_parameters()
+            optimizer._overflow_clean_up(optimizer.loss_scale)
+        else:
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+            optimizer.zero_grad(set_to_none=True)
+            optimizer._release_preflattened_grad_buffers()
+            for number in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[number] = None
+                optimizer.all_grad_tensors[number] = None
+
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """One unused token, so that a rank without work still runs the collectives."""
         return BodyInput(
@@ -179,11 +220,16 @@ class BodyEngine:
         """Write a DeepSpeed checkpoint of the state before `window`. All ranks call it."""
         self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
 
-    def load(self, folder: Path, window: int) -> None:
-        """Read a checkpoint that `save` wrote with the same number of ranks and ZeRO stage.
+    def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
+        """Read a checkpoint that `save` wrote with so many ranks at this ZeRO stage; this engine
+        may have others. All ranks call it.
 
-        Raises ConfigError if there is none.
+        Raises ConfigError if there is none, RunError if another layout's cannot be read.
         """
+        if (ranks, stage) != (self._world_size, self._stage):
+            saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
+            take_over(self._engine, self._stage, self._shapes, saved)
+            return
         path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
         if path is None:
             raise ConfigError(f"{folder}: no checkpoint of window {window}")

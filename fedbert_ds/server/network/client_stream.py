@@ -24,7 +24,8 @@ class ClientStream:
 
     Every method runs on the event loop. `on_message(stream, message, frame, num_bytes)` gets each
     message of the client once and in order: parsed, as it came, and its size without the delivery;
-    `handled(num_bytes)` must follow. `on_end(stream)` is called once. Without a connection the
+    `handled(num_bytes)` must follow. `on_end(stream)` is called once, and
+    `on_connection(stream, is_there)` when a connection is lost or is back. Without a connection the
     stream ends after `reconnect_timeout` seconds.
     """
 
@@ -36,6 +37,7 @@ class ClientStream:
         shares_memory: bool,
         on_message: Callable[[ClientStream, pb.ClientMessage, bytes, int], None],
         on_end: Callable[[ClientStream], None],
+        on_connection: Callable[[ClientStream, bool], None],
     ) -> None:
         self.client = client
         self.session = session
@@ -44,6 +46,9 @@ class ClientStream:
         self._shares_memory = shares_memory
         self._on_message = on_message
         self._on_end = on_end
+        self._on_connection = on_connection
+        self._is_lost = False
+        """There was a connection, and there is none."""
         self._conversation = Conversation()
         self._connection: object | None = None
         """Stands for the current connection; None while there is none."""
@@ -68,6 +73,9 @@ class ClientStream:
         self._conversation.resume(attach.received)
         self._share(accept(attach.shared) if attach.HasField("shared") and self._shares_memory else None)
         self._connection = connection = object()
+        if self._is_lost:
+            self._is_lost = False
+            self._on_connection(self, True)
         if not self._is_closing:
             self._stop_timer()
         self._wake()
@@ -167,6 +175,8 @@ class ClientStream:
         self._share(None)
         if not self.is_over and not self._is_closing:
             self._restart_timer()
+            self._is_lost = True
+            self._on_connection(self, False)
         self._wake()
 
     def _share(self, memory: SharedMemory | None) -> None:

@@ -14,7 +14,9 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.network.events import (
     POLL_SECONDS,
+    Attached,
     Connected,
+    Detached,
     Disconnected,
     Event,
     JoinAbandoned,
@@ -38,7 +40,7 @@ class Decoded:
     """[rows, width] fp32, or what is wrong with it; None for a message without a tensor."""
 
 
-DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Disconnected
+DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Detached | Attached | Disconnected
 
 
 def decoded(event: Event, contract: Contract) -> DecodedEvent:

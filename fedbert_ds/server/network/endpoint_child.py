@@ -17,7 +17,9 @@ from typing import Any
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.events import (
     POLL_SECONDS,
+    Attached,
     Connected,
+    Detached,
     Disconnected,
     JoinAbandoned,
     JoinAsked,
@@ -88,6 +90,10 @@ class EndpointChild:
                     self._send("received", client, num_bytes, body=frame)
                 case Connected(client):
                     self._send("connected", client)
+                case Detached(client):
+                    self._send("detached", client)
+                case Attached(client):
+                    self._send("attached", client)
                 case Disconnected(client):
                     self._send("disconnected", client)
                 case JoinAsked(hello) as asked:

@@ -13,7 +13,16 @@ from contextlib import suppress
 from typing import Any
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    Event,
+    JoinAbandoned,
+    JoinAsked,
+    Received,
+)
 from fedbert_ds.server.network.socket_channel import SocketChannel
 from fedbert_ds.server.network.traffic import Traffic
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -77,7 +86,7 @@ class EndpointProcess:
         return int(answer[0][1])
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let only these clients open a stream, each with its session; returns when it is so."""
+        """Let these clients open a stream, too, each with its session; returns when it is so."""
         self._admitted.clear()
         self._command("admit", sessions)
         if not self._is_over:  # `next_event` raises then
@@ -164,6 +173,10 @@ class EndpointProcess:
                 case "connected", [client]:
                     self._clients.add(client)
                     self._events.put((Connected(client), 0))
+                case "detached", [client]:
+                    self._events.put((Detached(client), 0))
+                case "attached", [client]:
+                    self._events.put((Attached(client), 0))
                 case "disconnected", [client]:
                     self._clients.discard(client)
                     self._events.put((Disconnected(client), 0))

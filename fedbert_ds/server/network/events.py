@@ -31,7 +31,7 @@ class JoinAbandoned:
 
 @dataclass(frozen=True)
 class Connected:
-    """A client opened its training stream with a valid session. A reconnect is no event."""
+    """A client opened its training stream with a valid session."""
 
     client: str
 
@@ -51,7 +51,21 @@ class Disconnected:
     client: str
 
 
-Event = JoinAsked | JoinAbandoned | Connected | Received | Disconnected
+@dataclass(frozen=True)
+class Detached:
+    """A client's connection is lost; it has a while to come back."""
+
+    client: str
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A client whose connection was lost is back, with the stream it had."""
+
+    client: str
+
+
+Event = JoinAsked | JoinAbandoned | Connected | Received | Detached | Attached | Disconnected
 
 
 def reply(answer: Future[pb.Welcome], outcome: pb.Welcome | WireError) -> None:
@@ -74,11 +88,11 @@ class RankEndpoint(Protocol):
         ...
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let only these clients open a training stream, each with its session, from now on."""
+        """Let these clients open a training stream, too, each with its session, from now on."""
         ...
 
     def revoke(self, client: str) -> None:
-        """Let a client open no further stream: it has missed steps of its half."""
+        """Let a client open no further stream with the session it has."""
         ...
 
     def next_event(self, timeout: float) -> Event | None:

@@ -16,7 +16,15 @@ from google.protobuf.message import DecodeError
 
 from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.server.network.client_stream import ClientStream
-from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    Event,
+    JoinAbandoned,
+    JoinAsked,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import JOIN, OPTIONS, TRAIN, TlsFiles, server_credentials
 
@@ -63,8 +71,8 @@ class Listener(Generic[M]):
         return asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(timeout=30)
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let only these clients open a stream, each with its session."""
-        self._sessions = dict(sessions)
+        """Let these clients open a stream, too, each with its session."""
+        self._sessions.update(sessions)
 
     def revoke(self, client: str) -> None:
         """Let a client open no further stream."""
@@ -139,7 +147,13 @@ class Listener(Generic[M]):
         if attach.received:
             raise WireError(f"client {attach.client}: its session is over; it was away for too long")
         stream = self._streams[attach.client] = ClientStream(
-            attach.client, attach.session, self._reconnect_timeout, self._shares_memory, self._hand_on, self._ended
+            attach.client,
+            attach.session,
+            self._reconnect_timeout,
+            self._shares_memory,
+            self._hand_on,
+            self._ended,
+            self._connection_changed,
         )
         self._events.put((Connected(attach.client), None))
         return stream
@@ -147,6 +161,10 @@ class Listener(Generic[M]):
     def _hand_on(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
         event = self._make_event(stream.client, message, frame, num_bytes)
         self._events.put((event, partial(stream.handled, num_bytes)))
+
+    def _connection_changed(self, stream: ClientStream, is_there: bool) -> None:
+        if self._streams.get(stream.client) is stream:
+            self._events.put((Attached(stream.client) if is_there else Detached(stream.client), None))
 
     def _close(self, stream: ClientStream) -> None:
         stream.close()

@@ -151,9 +151,13 @@ class Deadlines:
         self._open[client] = {asked: clock for asked, clock in clocks.items() if asked.kind not in ABOUT_A_PIECE}
         self._set_clock(client, question, _Clock(oldest + self._stopped, oldest))
 
+    def close_all(self, client: str) -> None:
+        """Close every question to a client: no answer is wanted any more."""
+        self._open.pop(client, None)
+
     def forget(self, client: str) -> None:
         """The client is gone: close its questions, drop what was learned of it."""
-        self._open.pop(client, None)
+        self.close_all(client)
         self._old.discard(client)
         self._last_answer.pop(client, None)
         if self.answer_times is not None:

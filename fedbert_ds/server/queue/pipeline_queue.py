@@ -34,7 +34,7 @@ from fedbert_ds.server.queue.deadlines import Deadlines, Question
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.queue.packing import Piece
-from fedbert_ds.server.queue.roster import Roster
+from fedbert_ds.server.queue.roster import Roster, TakesPart, everybody
 from fedbert_ds.server.queue.schedule import Kind, Schedule, State
 from fedbert_ds.wire.messages import Manifest
 
@@ -62,18 +62,20 @@ class PipelineQueue:
         num_windows: float = math.inf,
         windows_ahead: int = 1,
         deadlines: Deadlines | None = None,
+        takes_part: TakesPart = everybody,
     ) -> None:
         self.deadlines = deadlines or Deadlines()
         """Open questions of all clients, the rank's own too; `decide` says who expired."""
         self.schedule = Schedule()
         """Planned windows, for the rank to read."""
-        self._roster = Roster(first_window, num_windows)
+        self.roster = Roster(first_window, num_windows, takes_part)
+        """Clients and the windows they take part in, for the rank to read."""
         self._limits = InFlightLimits(micro_batches_in_flight, micro_batches_in_flight)
         self._pack = pack
         self._is_fixed = order == "fixed"
         self._is_lockstep = lockstep_forwards or order == "fixed"
         self._windows_ahead = windows_ahead
-        self._is_alone = False
+        self._elsewhere: frozenset[str] | None = None
         self._due: list[priority.Operation] = []
         """With lockstep, the operations left in the running window; the next one is last."""
         self._answers: list[tuple[str, Question]] = []
@@ -85,74 +87,89 @@ class PipelineQueue:
     @property
     def clients(self) -> frozenset[str]:
         """Connected clients."""
-        return self._roster.clients
+        return self.roster.clients
 
     @property
     def active(self) -> frozenset[str]:
         """Connected clients that are not suspended."""
-        return self._roster.active
+        return self.roster.active
 
     @property
     def next_window(self) -> int:
         """The next window that will be planned."""
-        return self._roster.next_window
+        return self.roster.next_window
 
     def is_connected(self, client: str) -> bool:
         """Whether it is one of `clients`."""
-        return self._roster.is_connected(client)
+        return self.roster.is_connected(client)
 
     # -- events ------------------------------------------------------------------------------------
 
-    def join(self, client: str, now: float) -> None:
-        """A client is here; its manifest of the next window that is not planned yet is awaited."""
-        self._roster.add(client)
-        if self._roster.owes_manifest(client):
+    def join(self, client: str, now: float, is_awaited: bool = True) -> None:
+        """A client is here; its manifest is awaited, once the next window to plan is one of its.
+
+        If it is not `is_awaited`, windows are planned without it until it has sent a manifest.
+        """
+        self.roster.add(client, is_awaited)
+        if self.roster.owes_manifest(client):
             self.deadlines.ask(client, MANIFEST, now)
 
     def lose(self, client: str) -> None:
         """A client is gone: its pieces count as lost, its questions are closed."""
-        if not self._roster.is_connected(client):
+        if not self.roster.is_connected(client):
             return
-        self._roster.remove(client)
+        self.roster.remove(client)
         self.schedule.drop(client)
         self.deadlines.forget(client)
         self._skipped.pop(client, None)
 
+    def hold(self, is_held: bool) -> None:
+        """Plan no window while held: clients are awaited that are not here."""
+        self.roster.is_held = is_held
+
+    def roll_back(self, window: int, now: float) -> None:
+        """Undo the windows from `window` on: every client must announce what it brings anew."""
+        self.schedule.roll_back()
+        self.roster.roll_back(window)
+        self._due.clear()
+        self._answers.clear()
+        self._skipped.clear()
+        for client in self.clients:
+            self.deadlines.close_all(client)
+            if self.roster.owes_manifest(client):
+                self.deadlines.ask(client, MANIFEST, now)
+
     def reactivate(self, client: str, now: float) -> None:
         """A client was heard from: if it was suspended, the next plan waits for it again."""
-        if self._roster.reactivate(client):
+        if self.roster.reactivate(client):
             self.deadlines.cancel(client, MANIFEST)
-            if self._roster.owes_manifest(client):
+            if self.roster.owes_manifest(client):
                 self.deadlines.ask(client, MANIFEST, now)
 
     def manifest(self, manifest: Manifest) -> bool:
-        """A client announces what it brings to the next window, while others may still run.
+        """A client announces what it brings to its next window, while others may still run.
 
         False if that window was planned without it, because it was suspended: it must be told
         which window is next.
         """
-        if not self._roster.announce(manifest):
+        if not self.roster.announce(manifest):
             return False
         self.deadlines.cancel(manifest.client, MANIFEST)
         return True
 
-    def activations(self, client: str, micro_batch: int) -> Piece:
-        """A client's activations of a micro-batch are here, checked; returns their piece."""
-        return self._answer(client, micro_batch, "activations")
+    def answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
+        """A client's activations, or its gradient of hidden states, are here; returns their piece.
 
-    def gradient(self, client: str, micro_batch: int) -> Piece:
-        """A client's gradient of its hidden states is here, checked; returns its piece."""
-        return self._answer(client, micro_batch, "gradient")
-
-    def _answer(self, client: str, micro_batch: int, kind: Kind) -> Piece:
-        self._roster.require(client)
+        They have been checked.
+        """
+        self.roster.require(client)
         piece = self.schedule.answer(client, micro_batch, kind)
         self._answers.append((client, Question(kind, micro_batch)))
         return piece
 
     def expected_piece(self, client: str, micro_batch: int, kind: Kind) -> Piece:
         """The piece that such a message belongs to, to check it first; WireError if none."""
-        self._roster.require(client)
+        self.roster.require(client)
         return self.schedule.awaited(client, micro_batch, kind).pieces[client]
 
     def was_skipped(self, client: str, micro_batch: int) -> bool:
@@ -160,17 +177,22 @@ class PipelineQueue:
         return micro_batch in self._skipped.get(client, ())
 
     def start(
-        self, num_micro_batches: int, now: float, limits: InFlightLimits | None = None, is_alone: bool = False
+        self,
+        num_micro_batches: int,
+        now: float,
+        limits: InFlightLimits | None = None,
+        elsewhere: frozenset[str] | None = None,
     ) -> tuple[int, ...]:
         """Begin the oldest planned window with this many micro-batches; returns their indices.
 
         Dummies fill it up to `num_micro_batches`. `limits` hold from now on; by default they stay.
-        `is_alone` says that no other rank has pieces in this window. If all of this rank's clients
-        are suspended then, no window is planned without them: nobody would train in it.
+        `elsewhere` are the active clients of other ranks (None: enough of them for every window).
+        A window whose participants are all here and all suspended is not planned: nobody would
+        train in it. One that has no participants here runs on this rank with dummies.
         """
         window = self.schedule.start(num_micro_batches)
         self._limits = limits or self._limits
-        self._is_alone = is_alone
+        self._elsewhere = elsewhere
         for micro_batch in window.live.values():
             for client in micro_batch.awaited:
                 self.deadlines.ask(client, Question("activations", micro_batch.index), now)
@@ -196,26 +218,28 @@ class PipelineQueue:
         if late.is_gone:
             self.lose(client)
             return Expire(client)
-        self._roster.suspend(client)
+        self.roster.suspend(client)
         self.deadlines.suspend(client, MANIFEST)
+        if not self.roster.takes_part([client]):
+            # Nothing is asked of it, until a window of its own is next.
+            self.deadlines.cancel(client, MANIFEST)
         skipped = self.schedule.drop(client)
         self._skipped[client].update(micro_batch for _, micro_batch in skipped)
         return Suspend(client, skipped)
 
     def _plan(self, now: float) -> Plan | None:
-        """The next window is planned once every active client has announced what it brings."""
+        """The next window is planned once every active participant has announced what it brings."""
         is_far_ahead = len(self.schedule.windows) > self._windows_ahead
-        would_be_empty = self._is_alone and self._roster.is_deserted
-        if not self._roster.is_complete or is_far_ahead or would_be_empty:
+        if not self.roster.is_complete or is_far_ahead or self.roster.would_be_empty(self._elsewhere):
             return None
-        number = self._roster.next_window
-        manifests, suspended = self._roster.close()
+        number = self.roster.next_window
+        manifests, suspended = self.roster.close()
         micro_batches = self.schedule.plan(number, self._pack(manifests))
-        if self._roster.is_over:
+        if self.roster.is_over:
             for client in self.clients:
                 self.deadlines.cancel(client, MANIFEST)
         else:
-            for client in {manifest.client for manifest in manifests} | suspended:
+            for client in self.roster.awaited:
                 if self.deadlines.asked_at(client, MANIFEST) is None:
                     self.deadlines.ask(client, MANIFEST, now)
         return Plan(number, micro_batches, manifests, suspended)

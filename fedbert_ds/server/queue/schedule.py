@@ -241,6 +241,11 @@ class Schedule:
         window.num_done += 1
         return tuple(micro_batch.pieces.values())
 
+    def roll_back(self) -> None:
+        """Forget every window, the running one too. Indices of micro-batches are not used again."""
+        self.windows.clear()
+        self.is_running = False
+
     def step(self) -> Window:
         """The running window has ended."""
         self.is_running = False

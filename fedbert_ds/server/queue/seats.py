@@ -16,9 +16,19 @@ def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]
     return ranks
 
 
-def window_shares(shard_sizes: Mapping[str, int], window_tokens: int, share: str) -> dict[str, int]:
-    """Tokens a window of each client: by its shard (`data`) or the same (`equal`); at least 1."""
+def window_shares(
+    shard_sizes: Mapping[str, int], window_tokens: int, share: str, participants: int | None = None
+) -> dict[str, int]:
+    """Tokens of each client in a window it takes part in: by its shard (`data`) or the same
+    (`equal`); at least 1.
+
+    All clients together bring `window_tokens`. Where only `participants` of K take part at a time,
+    each brings K / participants times that, so that a window holds `window_tokens` on average, if
+    each client takes part equally often; with `equal`, every window does.
+    """
+    count = len(shard_sizes)
+    together = count if participants is None else participants
     if share == "equal":
-        return {client: max(1, window_tokens // len(shard_sizes)) for client in shard_sizes}
-    total = sum(shard_sizes.values())
-    return {client: max(1, window_tokens * size // total) for client, size in shard_sizes.items()}
+        return {client: max(1, window_tokens // together) for client in shard_sizes}
+    total = sum(shard_sizes.values()) * together
+    return {client: max(1, window_tokens * size * count // total) for client, size in shard_sizes.items()}

@@ -149,7 +149,9 @@ def federation(
     sessions = opened(config, len(clients), resume).sessions
     ranks = [Rank(config, rank, session) for rank, session in enumerate(sessions)]
     for rank, names in zip(ranks, clients, strict=True):
-        rank.exchange.admit(window, {name: session_of(name) for name in names}, True, TIMEOUT)
+        rank.exchange.admit(window, {name: session_of(name) for name in names}, TIMEOUT)
+        for name in names:
+            rank.exchange.begin(name, with_reference=True)
     here = {name: Client(config, name) for names in clients for name in names}
     try:
         yield ranks, here

@@ -32,14 +32,14 @@ class FakeEndpoint:
         return 0, 0
 
 
-def admission(client: str, reference: bool = True) -> pb.Admission:
-    return pb.Admission(client=client, session=f"of {client}", reference=reference)
+def admission(client: str) -> pb.Admission:
+    return pb.Admission(client=client, session=f"of {client}")
 
 
 def made() -> tuple[FakeEndpoint, Guests]:
     endpoint = FakeEndpoint()
     guests = Guests(endpoint, ["zero", "one"])
-    guests.admit(1, pb.Admit(window=3, clients=[admission("bo"), admission("ada", reference=False)]))
+    guests.admit(1, pb.Admit(window=3, clients=[admission("bo"), admission("ada")]))
     guests.admit(0, pb.Admit(window=3, clients=[admission("cy")]))
     return endpoint, guests
 
@@ -54,16 +54,41 @@ def test_a_rank_hears_that_its_clients_may_come() -> None:
     assert guests.rank(rank_name(1)) == 1 and guests.rank(rank_name(2)) is None and guests.rank("ada") is None
 
 
-def test_only_who_begins_with_the_reference_gets_it() -> None:
+def test_a_client_begins_once_it_is_here_and_its_rank_says_so() -> None:
     _, guests = made()
-    assert guests.connect("bo") and not guests.connect("ada") and not guests.connect("nobody")
+    guests.let_begin("bo", None)
+    assert guests.take_beginnings() == {} and guests.under_way == set()
+    for client in ("bo", "ada", "nobody"):
+        guests.connect(client)
     assert guests.connected == {"ada", "bo"}
+    guests.let_begin("nobody", None)
+    assert guests.take_beginnings() == {"bo": None} and guests.under_way == {"bo"}
+    guests.let_begin("ada", 3)
+    assert guests.take_beginnings() == {"ada": 3} and guests.take_beginnings() == {}
+    assert guests.under_way == {"ada", "bo"}
+
+
+def test_a_client_that_comes_back_begins_anew() -> None:
+    endpoint, guests = made()
+    guests.connect("bo")
+    guests.let_begin("bo", None)
+    guests.take_beginnings()
+    guests.part_with("bo")
+    assert guests.under_way == set() and guests.connected == set()
+    guests.admit(1, pb.Admit(window=9, clients=[pb.Admission(client="bo", session="another")]))
+    assert endpoint.sessions["bo"] == "another" and guests.here == {"ada", "bo", "cy"}
+    guests.connect("bo")
+    assert guests.take_beginnings() == {}, "its rank has not said so"
+    guests.let_begin("bo", None)
+    assert guests.take_beginnings() == {"bo": None}
 
 
 def test_who_is_gone_does_not_come_back_but_its_updates_have_their_rank() -> None:
     endpoint, guests = made()
     guests.part_with("bo")
-    assert "bo" not in endpoint.sessions and guests.here == {"ada", "cy"} and not guests.connect("bo")
+    assert "bo" not in endpoint.sessions and guests.here == {"ada", "cy"}
+    guests.connect("bo")
+    assert guests.connected == set()
     updates = {client: ClientUpdate({}, weight) for weight, client in enumerate(("cy", "bo", "ada"))}
     assert [[update.weight for update in rank] for rank in guests.by_rank(updates)] == [[0], [2, 1]]
     guests.tell_rank_of("bo", pb.Report(lost=pb.Lost(client="bo")))

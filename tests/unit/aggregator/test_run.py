@@ -45,7 +45,12 @@ class Run:
         self.real = AggregatedRun(config, model, ["zero", "one"], self.endpoint, AggregatorFolder(folder))
         for rank, client in enumerate(("ada", "bo")):
             self.real.order(RANKS[rank], pb.Order(admit=pb.Admit(clients=[admission(client)])))
-            self.real.connected(client)
+            self.begin(rank, client)
+
+    def begin(self, rank: int, client: str, reference: bool = True) -> None:
+        """Both streams of an admitted client open."""
+        self.real.connected(client)
+        self.real.order(RANKS[rank], pb.Order(begin=pb.BeginClient(client=client, reference=reference)))
 
     def expect(self, window: int, average: bool = False) -> None:
         for rank, client in zip(RANKS, ("ada", "bo"), strict=True):
@@ -157,6 +162,57 @@ def test_nothing_is_saved_in_the_middle_of_a_window(tmp_path: Path) -> None:
     run.expect(0)
     with pytest.raises(WireError, match="while an earlier one is being combined"):
         run.real.order(RANKS[0], pb.Order(save=pb.Save(window=1)))
+
+
+def test_a_client_that_joins_in_the_middle_begins_with_the_newest_reference(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.real.disconnected("bo")
+    [lost] = run.reported("lost", rank=1)
+    assert lost.may_return and "lost its connection" in lost.reason
+    run.real.order(RANKS[1], pb.Order(drop=pb.Drop(client="bo", gone=True)))
+    for window in (0, 1):
+        run.expect(window)
+        run.update("ada", window)
+        run.commit(window)
+        run.until(lambda window=window: run.updates("ada")[-1:] == [window])
+        if window == 0:
+            run.real.order(RANKS[1], pb.Order(admit=pb.Admit(clients=[admission("bo")])))
+            run.real.order(RANKS[1], pb.Order(begin=pb.BeginClient(client="bo", reference=True)))
+    run.endpoint.sent.clear()
+    run.real.connected("bo")
+    run.expect(2)
+    run.update("ada", 2)
+    run.update("bo", 2)
+    run.commit(2)
+    run.until(lambda: run.updates("bo") == [2])
+    mine = [message for client, message in run.endpoint.sent if client == "bo"]
+    assert mine[0].reference.version == 2 and mine[0].reference.last, "windows 0 and 1 are in it"
+    assert run.updates("ada") == [2]
+
+
+def test_a_late_end_of_its_last_stream_does_not_part_with_a_client_that_is_back(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.real.order(RANKS[1], pb.Order(drop=pb.Drop(client="bo", gone=True)))
+    run.real.order(RANKS[1], pb.Order(admit=pb.Admit(clients=[admission("bo")])))
+    run.real.disconnected("bo")
+    assert run.reported("lost", rank=1) == []
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_client_with_a_state_of_its_own_must_not_miss_a_window(tmp_path: Path, is_late: bool) -> None:
+    run = Run(tmp_path, mode="parallel")
+    run.real.order(RANKS[1], pb.Order(admit=pb.Admit(clients=[admission("cy")])))
+    run.real.order(RANKS[1], pb.Order(begin=pb.BeginClient(client="cy", reference=False)))
+    if is_late:
+        run.expect(0, average=True)
+        run.update("ada", 0)
+        run.update("bo", 0)
+        run.commit(0)
+        run.until(lambda: run.updates("ada") == [0])
+    run.real.connected("cy")
+    lost = run.reported("lost", rank=1)
+    assert [(one.client, one.may_return) for one in lost] == ([("cy", True)] if is_late else [])
+    assert not any(client == "cy" and message.HasField("reference") for client, message in run.endpoint.sent)
 
 
 def test_a_rank_of_another_run_is_not_heard(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ import pytest
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
 from benchmarks.kernels.__main__ import build_parser as kernels_parser
+from benchmarks.memory.__main__ import build_parser as memory_parser
+from benchmarks.memory.runs import RUN_FILE as MEMORY_RUN_FILE
 from benchmarks.modes.__main__ import build_parser as modes_parser
 from benchmarks.modes.systems import RUN_FILE as MODES_RUN_FILE
 from benchmarks.naive.__main__ import build_parser as naive_parser
@@ -32,6 +34,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
     "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
     "python -m benchmarks.kernels": (kernels_parser, None),
+    "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
 }
 """How each program parses its options, and the run file that its overrides change."""

@@ -10,6 +10,8 @@ import pytest
 from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
+from benchmarks.memory.benchmark import table as memory_table
+from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
 from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
@@ -120,6 +122,16 @@ def test_pipeline(path):
             assert row["utilization"] >= 0.95
         elif path.stem == "pipeline-cpu":
             assert row["utilization"] >= row["utilization_bound"] - 0.03
+
+
+def test_memory_of_a_client():
+    record = json.loads((BENCHMARKS / "results" / "memory-client.json").read_text(encoding="utf-8"))
+    assert memory_table(record["rows"]) in README
+    assert record["settings"]["vocab_size"] == 30_522 and record["settings"]["sequence_length"] == 128
+    # What the page claims.
+    assert len(record["rows"]) == 2 * len(CASES)
+    for row in record["rows"]:
+        assert row["peak_mb"] <= {BASE: 1000, FACTORIZED: 600}[row["model"]]
 
 
 def test_the_short_table_of_links_is_the_record() -> None:

@@ -61,15 +61,15 @@ class Text:
         return Batch(ids, list(LENGTHS), positions, torch.randint(VOCABULARY, (len(positions),), generator=random))
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": 0, "position": self.cursor, "sequences": 1}
+        return {"epoch": 0, "position": self.cursor, "sequences": 1000}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.cursor = state["position"]
+    def load_state_dict(self, state: dict[str, int] | None) -> None:
+        self.cursor = state["position"] if state else 0
 
 
 def settings_of(**changes: Any) -> ClientSettings:
     fields: dict[str, Any] = {
-        "seed": 1, "windows": 6, "tokens": sum(LENGTHS),
+        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "tokens_per_micro_batch": 9,
         "sequences": SequenceSection(sequence_length=8, mask_probability=0.4),
         "federation": FederationSection(), "wire": WireSection(),
         "optimizer": OptimizerSection(name="sgd", lr=0.5, schedule="constant", gradient_clipping=0.0, weight_decay=0.0),
@@ -82,27 +82,21 @@ class Server:
     activations asked back.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        half: ClientHalf,
-        first_window: int = 0,
-        cursor: dict[str, int] | None = None,
-        **changes: Any,
-    ) -> None:
+    def __init__(self, folder: Path, half: ClientHalf, **changes: Any) -> None:
         self.sent: list[pb.ClientMessage] = []
         self.settings = settings_of(**changes)
         self.text = Text()
         self.half = half
         self.trainer = ClientTrainer(
-            half, self.text, self.settings, "ada", folder, first_window, cursor, torch.device("cpu"),  # type: ignore[arg-type]
-            self.sent.append,
+            half, self.text, self.settings, "ada", folder, torch.device("cpu"), self.sent.append,  # type: ignore[arg-type]
         )  # fmt: skip
         self.values: dict[int, pb.Activations] = {}
         self.window_of: dict[int, int] = {}
         self.masked_tokens: dict[int, int] = {}
         """M of each window."""
         self.manifests: list[pb.Manifest] = []
+        self.planned: dict[int, pb.Manifest] = {}
+        """The manifest of each planned window."""
         self.sizes: dict[int, tuple[int, int]] = {}
         """Tokens and masked tokens of each micro-batch."""
 
@@ -119,7 +113,7 @@ class Server:
     @property
     def answers(self) -> list[pb.ClientMessage]:
         """What was sent beside manifests."""
-        return [message for message in self.sent if message.WhichOneof("body") != "manifest"]
+        return [message for message in self.sent if message.WhichOneof("body") not in ("manifest", "begun")]
 
     def give_update(self, tensors: dict[str, Tensor], window: int = 0) -> None:
         for chunk in update_chunks(window, tensors.items(), weight=0.0):
@@ -130,12 +124,23 @@ class Server:
             self.trainer.handle(message)
 
     def begin(self) -> None:
-        self.trainer.begin()
-        self.give_reference(Reference(0, {name: p.detach() for name, p in self.half.named_parameters()}))
+        """A new run, with the weights that the half has."""
+        self.give_begin(reference=True)
+        self.give_reference(Reference(0, self.weights()))
+
+    def give_begin(self, window: int = 0, next_window: int | None = None, **fields: Any) -> None:
+        """Tell where to go on; by default with `window` itself."""
+        following = window if next_window is None else next_window
+        self.trainer.handle(pb.ServerMessage(begin=pb.Begin(window=window, next_window=following, **fields)))
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the half's weights."""
+        return {name: parameter.detach().clone() for name, parameter in self.half.named_parameters()}
 
     def plan(self, cuts: list[int], masked_tokens: int, first: int = 10) -> pb.Manifest:
         """Plan micro-batches `first`, `first` + 1, ... whose sequences end where `cuts` say."""
         manifest = self.take("manifest")
+        self.planned[manifest.window] = manifest
         bounds = [0, *cuts, len(manifest.lengths)]
         pieces = [
             pb.Piece(micro_batch=first + number, first_sequence=start, num_sequences=end - start)

@@ -32,10 +32,23 @@ class FakeStream:
         return message
 
 
-def pair(first_window: int = 0, **federation: Any) -> tuple[FakeStream, FakeStream, Parties]:
+def pair(first_window: int | None = 0, **federation: Any) -> tuple[FakeStream, FakeStream, Parties]:
+    """Of a client that has begun with a state of `first_window`; with None, of one that has not."""
     server, aggregator = FakeStream(), FakeStream()
     strategy = strategy_of(FederationSection(**federation), WireSection())
-    return server, aggregator, Parties(server, aggregator, strategy, first_window)
+    parties = Parties(server, aggregator, strategy)
+    if first_window is not None:
+        server.incoming.put(begin(first_window))
+        assert parties.receive() == begin(first_window)
+    return server, aggregator, parties
+
+
+def begin(window: int, next_window: int = 9, reference: bool = False) -> pb.ServerMessage:
+    return pb.ServerMessage(begin=pb.Begin(window=window, next_window=next_window, reference=reference))
+
+
+def reference(version: int, last: bool = True) -> pb.ServerMessage:
+    return pb.ServerMessage(reference=pb.ReferenceChunk(version=version, last=last))
 
 
 def update(window: int, last: bool = True) -> pb.ServerMessage:
@@ -62,11 +75,54 @@ def test_updates_go_to_the_aggregator_and_all_else_to_the_server() -> None:
 
 def test_messages_of_both_are_received() -> None:
     server, aggregator, parties = pair()
-    reference = pb.ServerMessage(reference=pb.ReferenceChunk(last=True))
     server.incoming.put(PLAN)
-    aggregator.incoming.put(reference)
+    aggregator.incoming.put(update(0))
     received = [parties.receive() for _ in range(2)]
-    assert PLAN in received and reference in received
+    assert PLAN in received and update(0) in received
+
+
+def test_a_reference_waits_for_the_begin_that_announces_it_and_says_its_window() -> None:
+    server, aggregator, parties = pair(first_window=None)
+    for message in (reference(4, last=False), reference(4), update(4)):
+        aggregator.incoming.put(message)
+    server.incoming.put(begin(0, reference=True))
+    expected = [begin(4, reference=True), reference(4, last=False), reference(4), update(4)]
+    assert [parties.receive() for _ in expected] == expected
+
+
+def test_a_begin_waits_for_its_reference_and_the_server_for_the_whole_of_it() -> None:
+    server, aggregator, parties = pair(first_window=None)
+    for message in (begin(0, reference=True), save(6), PLAN):
+        server.incoming.put(message)
+    for message in (reference(5, last=False), reference(5)):
+        aggregator.incoming.put(message)
+    expected = [begin(5, reference=True), reference(5, last=False), reference(5), PLAN]
+    assert [parties.receive() for _ in expected] == expected
+    aggregator.incoming.put(update(5))
+    assert [parties.receive(), parties.receive()] == [update(5), save(6)], "window 5 is not in the reference"
+
+
+def test_the_servers_last_word_waits_for_nothing() -> None:
+    server, _, parties = pair(first_window=None)
+    finish = pb.ServerMessage(finish=pb.Finish(reason="stopped"))
+    server.incoming.put(begin(0, reference=True))
+    server.incoming.put(finish)
+    assert parties.receive() == finish
+
+
+@pytest.mark.parametrize(
+    ("announced", "sent", "told"),
+    [(False, reference(0), "to a client that has one"), (True, update(0), "kind update before the reference")],
+)
+def test_what_the_aggregator_sends_at_the_beginning_fits_the_begin(
+    announced: bool, sent: pb.ServerMessage, told: str
+) -> None:
+    server, aggregator, parties = pair(first_window=None)
+    server.incoming.put(begin(0, reference=announced))
+    aggregator.incoming.put(sent)
+    with pytest.raises(WireError, match=told):
+        for _ in range(2):
+            parties.receive()
 
 
 @pytest.mark.parametrize("kind", ["update", "reference", "update_request"])
@@ -124,6 +180,11 @@ def test_after_the_aggregators_end_the_server_has_the_last_word(monkeypatch: pyt
     aggregator.incoming.put(pb.ServerMessage(finish=pb.Finish(reason="the server is gone", complete=False)))
     server.incoming.put(PLAN)
     assert parties.receive() == PLAN, "only the server ends the run"
+    server, aggregator, parties = pair()
+    aggregator.incoming.put(pb.ServerMessage(refused=pb.Refused(reason="lost its connection")))
+    refused = pb.ServerMessage(refused=pb.Refused(reason="it was lost", may_return=True))
+    server.incoming.put(refused)
+    assert parties.receive() == refused, "the server knows whether it may return"
     monkeypatch.setattr(parties_module, "LAST_WORD_SECONDS", 0.05)
     _, aggregator, parties = pair()
     aggregator.incoming.put(WireError("no aggregator"))

@@ -5,6 +5,7 @@ exit code.
 from __future__ import annotations
 
 import queue
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ from typing import Any
 
 import pytest
 
+from fedbert_ds.client import session
 from fedbert_ds.client.session import STOPPED, ClientOptions, run_client
 from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
-from fedbert_ds.errors import DataError, UserError, WireError
+from fedbert_ds.errors import DataError, ServerAway, UserError, WireError
 from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
@@ -37,8 +39,7 @@ class Served:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.endpoint = Endpoint("127.0.0.1", 0, None)
-        self.port = self.endpoint.start()
+        self.listen()
         self.folder = folder
         self.tokenizer = train_wordpiece(ARTICLES, 64)
         section = ModelSection(hidden_size=8, num_attention_heads=2, max_position_embeddings=16, dropout=0.0)
@@ -47,6 +48,16 @@ class Served:
         self.half = {name: parameter.detach() for name, parameter in split(model, "embeddings")[0].named_parameters()}
         self.outcome: queue.SimpleQueue[int | BaseException] = queue.SimpleQueue()
         write_shard(folder / "shard.jsonl", ARTICLES)
+
+    def listen(self) -> None:
+        """Start an endpoint, at a port of its own."""
+        self.endpoint = Endpoint("127.0.0.1", 0, None)
+        self.port = self.endpoint.start()
+
+    def restart(self) -> None:
+        """The server dies, and another one takes its place at another port."""
+        self.endpoint.stop(grace=0.0)
+        self.listen()
 
     def welcome(self, **changes: Any) -> pb.Welcome:
         config = RunConfig(run={"windows": 2}, data={"sequence_length": 16, "mask_probability": 0.3})
@@ -106,8 +117,19 @@ class Served:
         return asked.hello
 
     def give_half(self) -> None:
+        self.endpoint.send("ada", pb.ServerMessage(begin=pb.Begin(reference=True)))
         for message in reference_chunks(to_bytes(Reference(0, self.half))):
             self.endpoint.send("ada", message)
+
+    def train(self) -> None:
+        """Let the client in and get its first manifest."""
+        self.let_in()
+        self.give_half()
+        assert self.event(Received).message.manifest.window == 0
+
+    def finish(self, *, complete: bool) -> None:
+        reason = "the run is over" if complete else "it was stopped"
+        self.endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason=reason, complete=complete)))
 
 
 @pytest.fixture
@@ -122,6 +144,7 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
     (served.folder / "state").mkdir()
     for window in (4, 6):
         (served.folder / "state" / f"state-{window}.pt").touch()
+    (served.folder / "state" / "run.txt").write_text("this run\n")
     served.client()
     served.client(tokenizer=str(served.folder / "tokenizer"), cut=LayersCut(layers=2), name="bo")
     hellos = {}
@@ -131,7 +154,7 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
         asked.answer.set_exception(WireError("that will do"))
     assert [served.failed(), served.failed()] == ["the server refused this client: that will do"] * 2
     characters = sum(len(article.text) for article in ARTICLES)
-    common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6]}
+    common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6], "run": "this run"}
     assert hellos["ada"] == pb.Hello(client="ada", **common)
     assert hellos["bo"] == pb.Hello(
         client="bo", vocabulary_hash=vocabulary_hash(served.tokenizer), cut=cut_to_json(LayersCut(layers=2)), **common
@@ -147,11 +170,11 @@ def test_the_end_of_a_run_is_an_exit_code(
     served.give_half()
     received = served.event(Received)
     assert received.message.manifest.window == 0 and sum(received.message.manifest.lengths) <= 32
-    served.endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason="the run is over", complete=complete)))
+    served.finish(complete=complete)
     assert served.ended() == code
     printed = capfd.readouterr().out.splitlines()
     assert printed[0] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
-    assert printed[1].startswith("client ada: the run is over; peak memory ")
+    assert printed[1].startswith(f"client ada: {'the run is over' if complete else 'it was stopped'}; peak memory ")
 
 
 @pytest.mark.parametrize(
@@ -181,6 +204,7 @@ def test_a_server_that_dies_is_one_line(served: Served) -> None:
 def test_a_client_that_fails_leaves_its_stream(served: Served) -> None:
     served.client()
     served.let_in()
+    served.endpoint.send("ada", pb.ServerMessage(begin=pb.Begin(reference=True)))
     served.endpoint.send("ada", pb.ServerMessage(reference=pb.ReferenceChunk(payload=b"unknown", last=True)))
     assert "the server's reference client model: no reference" in served.failed()
     assert served.event(Disconnected) == Disconnected("ada")
@@ -202,10 +226,10 @@ def test_a_server_of_another_version_is_one_line(served: Served, changes: dict[s
 def test_a_client_goes_on_where_the_server_says(served: Served) -> None:
     """Without a state folder; a text that is not the one the cursor counts is one line."""
     served.client()
-    sequences = 10**6
-    asked = served.event(JoinAsked)
-    asked.answer.set_result(served.welcome(window=1, cursor=pb.Cursor(epoch=0, position=1, sequences=sequences)))
-    assert f"sequences, but {sequences} when the run was saved" in served.failed()
+    served.let_in()
+    cursor = pb.Cursor(epoch=0, position=1, sequences=10**6)
+    served.endpoint.send("ada", pb.ServerMessage(begin=pb.Begin(window=1, next_window=1, cursor=cursor)))
+    assert f"sequences, but had {10**6} before in this run" in served.failed()
 
 
 def test_others_that_do_not_come_are_one_line(served: Served) -> None:
@@ -223,6 +247,115 @@ def test_a_server_that_is_not_there_is_one_line(served: Served) -> None:
         assert served.failed() == (
             f"127.0.0.1:{port}: no server answers; check --server, that it runs, and TLS on both sides"
         )
+
+
+# -- a server that goes and comes ------------------------------------------------------------------
+
+
+@pytest.fixture
+def dials_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "BACKOFF_SECONDS", (0.01, 0.1))
+
+
+@pytest.fixture
+def address(served: Served) -> Path:
+    """The file that says where the server is."""
+    file = served.folder / f"server{session.ADDRESS_SUFFIX}"
+    file.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    return file
+
+
+@pytest.mark.usefixtures("dials_at_once")
+@pytest.mark.parametrize("is_saved", [False, True], ids=["lost", "stopped"])
+def test_a_client_joins_again_where_the_server_comes_back(
+    served: Served, address: Path, capfd: pytest.CaptureFixture[str], is_saved: bool
+) -> None:
+    served.client(server=str(address), rejoin_timeout=TIMEOUT)
+    served.let_in(reconnect_timeout=0.2)
+    served.give_half()
+    served.event(Received)
+    if is_saved:
+        served.finish(complete=False)
+    served.restart()
+    address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+    reason = "it was stopped" if is_saved else r".*connection lost \(.*"
+    assert re.search(rf"^client ada: {reason}; joins again, for 30 s at most$", capfd.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.usefixtures("dials_at_once")
+def test_whom_the_server_went_on_without_joins_again(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    served.client(rejoin_timeout=TIMEOUT)
+    served.train()
+    refused = pb.Refused(reason="it was silent", may_return=True)
+    served.endpoint.close("ada", pb.ServerMessage(refused=refused))
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+    assert "client ada: the server went on without this client: it was silent; joins again" in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("dials_at_once")
+def test_a_session_that_is_over_is_no_end(served: Served) -> None:
+    """The server gave its place up while its connection was down, and refuses the old session."""
+    served.client(rejoin_timeout=TIMEOUT)
+    asked = served.event(JoinAsked)
+    asked.answer.set_result(served.welcome(session="of the server before"))
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+
+
+@pytest.mark.usefixtures("dials_at_once")
+@pytest.mark.parametrize("at_join", [False, True])
+def test_who_is_refused_for_good_does_not_come_back(served: Served, at_join: bool) -> None:
+    served.client(rejoin_timeout=TIMEOUT)
+    if at_join:
+        served.event(JoinAsked).answer.set_exception(WireError("it sent NaN"))
+    else:
+        served.train()
+        served.endpoint.close("ada", pb.ServerMessage(refused=pb.Refused(reason="it sent NaN")))
+    assert served.failed() == "the server refused this client: it sent NaN"
+
+
+@pytest.mark.usefixtures("dials_at_once")
+@pytest.mark.parametrize("is_saved", [False, True], ids=["lost", "stopped"])
+def test_a_server_that_does_not_come_back_ends_the_client(served: Served, is_saved: bool) -> None:
+    """By an error, unless the run is saved: then it can be resumed."""
+    served.client(rejoin_timeout=0.5)
+    served.let_in(reconnect_timeout=0.2)
+    served.give_half()
+    served.event(Received)
+    if is_saved:
+        served.finish(complete=False)
+    served.endpoint.stop(grace=5.0 if is_saved else 0.0)
+    outcome = served.ended()
+    if is_saved:
+        assert outcome == STOPPED
+    else:
+        assert isinstance(outcome, ServerAway) and "no server answers; check --server" in str(outcome)
+
+
+@pytest.mark.usefixtures("dials_at_once")
+def test_a_client_waits_for_the_address_of_a_server_that_starts(served: Served, address: Path) -> None:
+    address.unlink()
+    served.client(server=str(address))
+    assert served.endpoint.next_event(0.5) is None
+    address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+
+
+def test_a_file_that_does_not_come_is_one_line(served: Served) -> None:
+    file = served.folder / "server.address"
+    served.client(server=str(file), connect_timeout=0.2)
+    assert served.failed() == f"{file}: no such file; is the server running, and is this its run folder?"
+
+
+# -- a client's own mistakes -----------------------------------------------------------------------
 
 
 def test_no_text_is_one_line_before_anything_is_sent(served: Served) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.client.state import KEPT_STATES, load_state, save_state, saved_windows
+from fedbert_ds.client.state import KEPT_STATES, claim, load_state, run_of, save_state, saved_windows
 from fedbert_ds.errors import RunError
 
 
@@ -109,3 +109,33 @@ def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         load_state(tmp_path, 8)
     assert not (tmp_path / "owned").exists()
+
+
+def test_later_states_go_when_the_run_went_back_behind_them(tmp_path: Path) -> None:
+    """Else the newest two would be ones that the server no longer has."""
+    for window in (3, 6):
+        save_state(tmp_path, window, state(window))
+    save_state(tmp_path, 4, state(4))
+    assert saved_windows(tmp_path) == (3, 4)
+    save_state(tmp_path, 2, state(2))
+    assert saved_windows(tmp_path) == (2,)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    assert run_of(folder) == ""
+    claim(folder, "first")
+    claim(folder, "second")
+    assert run_of(folder) == "second", "nothing was saved in the first"
+    save_state(folder, 5, state(1))
+    claim(folder, "second")
+    with pytest.raises(RunError, match="holds states of another run; give another --state folder, or remove this one"):
+        claim(folder, "third")
+    assert run_of(folder) == "second" and saved_windows(folder) == (5,)
+
+
+def test_states_without_a_run_are_not_taken_over(tmp_path: Path) -> None:
+    save_state(tmp_path, 5, state(1))
+    with pytest.raises(RunError, match="holds states of another run"):
+        claim(tmp_path, "mine")
+    assert run_of(tmp_path) == ""

@@ -114,15 +114,22 @@ def test_a_missed_window_that_was_announced_is_over() -> None:
     state.announce(0, "window 0")
     state.announce(3, "window 3")
     state.miss(0, 3)
-    assert state.applied == 3 and state.first_content(0) == "window 3"
+    assert state.applied == 3 and state.content(3) == "window 3"
+    with pytest.raises(WireError, match="window 0, which this client has not under way"):
+        state.content(0)
 
 
-def test_a_checkpoint_finds_the_first_batch_drawn_ahead() -> None:
-    state = state_of()
-    assert state.first_content(0) is None
-    for window in (4, 3):
-        state.announce(window, f"window {window}")
-    assert [state.first_content(window) for window in (0, 3, 4, 5)] == ["window 3", "window 3", "window 4", None]
+def test_a_client_that_joins_late_misses_from_its_first_window() -> None:
+    """It begins with the reference of window 4, and the next window that it can announce is 6."""
+    summed = state_of(first_window=4)
+    summed.miss(4, 6)
+    assert summed.applied == 4, "the sums of 4 and 5 are on their way"
+    summed.apply(4)
+    summed.apply(5)
+    assert summed.applied == 6
+    rarely = state_of(first_window=4, mode="parallel", average_every=10)
+    rarely.miss(4, 6)
+    assert rarely.applied == 6
 
 
 def test_what_the_server_may_not_ask_for_is_one_line() -> None:

@@ -233,10 +233,51 @@ def test_seed_client_and_window_each_matter(articles: list[Article], wordpiece: 
     assert unmasked(other_window) == unmasked(batch) and not equal(other_window, batch)
 
 
-def test_a_cursor_of_another_text_is_refused(articles: list[Article], wordpiece: PreTrainedTokenizerFast) -> None:
-    state = stream(encode(articles, wordpiece, 24), wordpiece).state_dict()
-    with pytest.raises(DataError, match="resume with the same text"):
-        stream(encode(articles[:-1], wordpiece, 24), wordpiece).load_state_dict(state)
+def test_a_cursor_of_more_text_is_refused(articles: list[Article], wordpiece: PreTrainedTokenizerFast) -> None:
+    whole, less = encode(articles, wordpiece, 24), encode(articles[:-1], wordpiece, 24)
+    state = stream(whole, wordpiece).state_dict()
+    message = f"^the shard has {less.num_sequences} sequences, but had {whole.num_sequences} before in this run; go on"
+    with pytest.raises(DataError, match=message):
+        stream(less, wordpiece).load_state_dict(state)
+
+
+def test_no_cursor_is_the_beginning(articles: list[Article], wordpiece: PreTrainedTokenizerFast) -> None:
+    text = encode(articles, wordpiece, 24)
+    batches = stream(text, wordpiece)
+    first = batches.next_batch(0, 500)
+    while batches.state_dict()["epoch"] == 0:
+        batches.next_batch(1, 3000)
+    batches.load_state_dict(None)
+    assert batches.state_dict() == {"epoch": 0, "position": 0, "sequences": text.num_sequences}
+    assert equal(batches.next_batch(0, 500), first)
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_text_added_behind_the_old_one_joins_in_the_next_epoch(
+    articles: list[Article], wordpiece: PreTrainedTokenizerFast, drawn: int
+) -> None:
+    """Until then batches are those of the old text, bit for bit; then every sequence comes once."""
+    old, new = encode(articles[:-1], wordpiece, 24), encode(articles, wordpiece, 24)
+    assert new.tokens[: old.num_tokens].tolist() == old.tokens.tolist() and new.num_sequences > old.num_sequences
+    before = stream(old, wordpiece)
+    for window in range(drawn):
+        before.next_batch(window, 1)
+    grown = stream(new, wordpiece)
+    grown.load_state_dict(before.state_dict())
+    for window in range(drawn, old.num_sequences):
+        assert grown.state_dict()["sequences"] == old.num_sequences
+        assert equal(grown.next_batch(window, 1), before.next_batch(window, 1))
+        # A window of the old epoch can be undone, too.
+        again = stream(new, wordpiece)
+        again.load_state_dict(grown.state_dict())
+        assert again.state_dict() == grown.state_dict()
+    assert grown.state_dict() == {"epoch": 1, "position": 0, "sequences": new.num_sequences}
+    epoch = [tuple(unmasked(grown.next_batch(window, 1))) for window in range(new.num_sequences)]
+    bounds = zip(new.offsets, new.offsets[1:], strict=False)
+    assert Counter(epoch) == Counter(tuple(new.tokens[begin:end].tolist()) for begin, end in bounds)
+    fresh = stream(new, wordpiece)
+    fresh.load_state_dict({"epoch": 1, "position": 0, "sequences": new.num_sequences})
+    assert [tuple(unmasked(fresh.next_batch(window, 1))) for window in range(new.num_sequences)] == epoch
 
 
 def test_masks_are_these_on_every_machine() -> None:

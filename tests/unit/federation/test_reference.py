@@ -69,6 +69,7 @@ WRONG = {
     "no metadata": safetensors.torch.save(WEIGHTS),
     "a tensor is missing": packed({"weights/bias": torch.zeros(2)}),
     "another shape": packed(WEIGHTS | {"weights/bias": torch.zeros(3)}),
+    "a kind that is unknown": packed(WEIGHTS | {"gradients/bias": torch.zeros(2)}),
     "another tensor": packed(WEIGHTS | {"weights/more": torch.zeros(3)}),
     "a moment of another shape": packed(WEIGHTS | {"optimizer/exp_avg/bias": torch.zeros(3)}),
     "a moment of nothing": packed(WEIGHTS, numbers={"more": {"step": 3}}),
@@ -92,8 +93,32 @@ def test_no_bytes_raise_anything_else(data: bytes) -> None:
 
 
 def test_it_ends_before_memory_does() -> None:
-    assembler = ReferenceAssembler({"bias": (2,)})
-    chunk = pb.ReferenceChunk(payload=bytes(CHUNK_BYTES))
-    with pytest.raises(WireError, match="larger than the client model can be"):
-        for _ in range(20):
-            assembler.add(chunk)
+    header_without_end = (1 << 40).to_bytes(8, "little")
+    more_moments = {f"optimizer/{number}/bias": torch.zeros(2) for number in range(30)}
+    for beginning in (header_without_end, packed(WEIGHTS), packed(WEIGHTS | more_moments)):
+        assembler = ReferenceAssembler(SHAPES)
+        with pytest.raises(WireError, match="larger than the client model can be"):
+            for _ in range(2):
+                assembler.add(pb.ReferenceChunk(payload=beginning))
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1000])
+def test_chunks_of_any_size_join(chunk_bytes: int) -> None:
+    one = reference()
+    data = to_bytes(one)
+    assembler = ReferenceAssembler(SHAPES)
+    starts = range(0, len(data), chunk_bytes)
+    results = [
+        assembler.add(pb.ReferenceChunk(payload=data[start : start + chunk_bytes], last=start == starts[-1]))
+        for start in starts
+    ]
+    assert results[:-1] == [None] * (len(starts) - 1)
+    assert results[-1] is not None
+    assert to_bytes(results[-1]) == data
+
+
+def test_a_file_cut_short_is_refused() -> None:
+    data = to_bytes(reference())
+    for end in (4, 20, len(data) - 1):
+        with pytest.raises(WireError, match="ends too early"):
+            ReferenceAssembler(SHAPES).add(pb.ReferenceChunk(payload=data[:end], last=True))

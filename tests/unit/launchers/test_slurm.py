@@ -78,11 +78,11 @@ def test_server_on_two_nodes_has_a_rank_for_each_gpu(submitted):
     assert "--resume" not in result.stdout
 
 
-def test_server_resumes_from_a_complete_checkpoint_only(submitted):
-    checkpoint = submitted["cwd"] / "runs" / "slurm-123" / "checkpoints" / "window-40"
-    checkpoint.mkdir(parents=True)
+def test_server_resumes_a_run_that_has_begun(submitted):
+    folder = submitted["cwd"] / "runs" / "slurm-123"
+    folder.mkdir(parents=True)
     assert "--resume" not in run("pretrain.sbatch", **submitted).stdout
-    (checkpoint / "complete.json").touch()
+    (folder / "config.yaml").touch()
     assert "--resume" in run("pretrain.sbatch", **submitted).stdout
 
 
@@ -104,13 +104,12 @@ def test_client_takes_the_shard_of_its_number():
     assert result.returncode == 0, result.stderr
     assert result.stdout == (
         "command   .venv/bin/fedbert-ds client --server gpu01:29600 --data shards/shard-3.jsonl --id client-3 "
-        "--state runs/clients/client-3 --device cpu\n"
+        "--state runs/clients/client-3 --connect-timeout 600 --rejoin-timeout 86400 --device cpu\n"
     )
 
 
-def test_client_reads_the_address_the_server_wrote(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "server.address").write_text("gpu07:29600\n")
+def test_client_is_told_where_the_server_writes_its_address(tmp_path):
+    """It looks there each time it joins: a requeued server may be on another node."""
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "shard-0.jsonl").touch()
     program = tmp_path / "fedbert-ds"
@@ -118,7 +117,7 @@ def test_client_reads_the_address_the_server_wrote(tmp_path):
     program.chmod(0o755)
     result = run("client.sbatch", cwd=tmp_path, RUN_DIR="run", FEDBERT_DS="./fedbert-ds")
     assert result.returncode == 0, result.stderr
-    assert "ran client --server gpu07:29600 --data shards/shard-0.jsonl --id client-0" in result.stdout
+    assert "ran client --server run/server.address --data shards/shard-0.jsonl --id client-0" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.model.samples import VOCABULARY, pack
+from unit.model.samples import VOCABULARY, pack, padded_logits
 
 from fedbert_ds.config import LayersCut
-from fedbert_ds.model.cut import split
+from fedbert_ds.model.cut import split, undivided
 
 
 def head_input(client: Any, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,3 +165,32 @@ def test_operations_are_counted_from_matrices(small_model) -> None:
     assert client.flops_per_token(0.5) == 6 * 0.5 * 8 * VOCABULARY
     layers = 3 * (12 * 16 * 16 + 2 * 16 * 10) - 8 * 16 * 16
     assert body.flops_per_token(0.5, sequence_length=10) == 6 * (8 * 16 + layers + 0.5 * (8 * 16 * 16 + 16 * 8))
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 7, 3], [1, 2]])
+def test_the_whole_model_at_a_client_is_the_model(small_model, architecture, lengths: list[int]) -> None:
+    """Loss and every gradient, against transformers' own forward over a padded batch."""
+    model, packed = small_model(architecture).double(), pack(lengths)
+    loss = functional.cross_entropy(padded_logits(model, packed), packed.labels, reduction="sum")
+    (loss * 0.25).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    client = undivided(small_model(architecture).double())
+    assert client.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    found = client.whole_backward(packed.input_ids, packed.lengths, packed.masked, packed.labels, 0.25)
+    assert found == pytest.approx(loss.item(), rel=1e-9)
+    for name, parameter in client.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-9, rtol=0, msg=name)
+
+
+def test_the_whole_model_takes_a_piece_without_masked_tokens(small_model, architecture) -> None:
+    client, packed = undivided(small_model(architecture)), pack([4])
+    nothing = torch.empty(0, dtype=torch.int64)
+    assert client.whole_backward(packed.input_ids, packed.lengths, nothing, nothing, 1.0) == 0.0
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in client.parameters())
+
+
+def test_operations_of_the_whole_model_are_those_of_its_halves(small_model, architecture) -> None:
+    half, body = split(small_model(architecture), "embeddings")
+    scores = 6.0 * 2 * 3 * 16 * 10
+    expected = half.flops_per_token(0.15) + body.flops_per_token(0.15, sequence_length=10) - scores
+    assert undivided(small_model(architecture)).flops_per_token(0.15) == pytest.approx(expected)

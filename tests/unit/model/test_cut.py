@@ -18,7 +18,7 @@ from unit.model.samples import Packed, pack, padded_logits
 from fedbert_ds.config import LayersCut, ModelSection
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.checkpoint import build_model
-from fedbert_ds.model.cut import body_skeleton, client_skeleton, merge, split
+from fedbert_ds.model.cut import body_skeleton, client_skeleton, merge, split, undivided
 
 LENGTHS = [5, 1, 7, 5, 2, 1]
 
@@ -210,3 +210,21 @@ def test_halves_of_different_cuts_do_not_merge(small_model) -> None:
     whole, _ = split(small_model("bert"), LayersCut(layers=1))
     with pytest.raises(ModelError, match="both halves hold"):
         merge(client.config, whole.state_dict(), body.state_dict())
+
+
+def test_the_whole_model_is_the_client_s_and_merges_with_nothing(small_model, architecture) -> None:
+    expected = small_model(architecture).state_dict()
+    client = undivided(small_model(architecture))
+    merged = merge(client.config, client.state_dict(), {}).state_dict()
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    skeleton = client_skeleton(client.config, "whole")
+    skeleton.load_state_dict(client.state_dict())
+    assert {name for name, _ in skeleton.named_parameters()} == {name for name, _ in client.named_parameters()}
+
+
+def test_the_whole_model_leaves_no_body(small_model) -> None:
+    with pytest.raises(ModelError, match="cut: whole leaves the server no body"):
+        split(small_model("bert"), "whole")
+    with pytest.raises(ModelError, match="leaves the server no body"):
+        body_skeleton(small_model("bert").config, "whole")

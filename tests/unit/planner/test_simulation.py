@@ -96,7 +96,8 @@ def test_slow_clients_gain_from_sharing_micro_batches():
 @given(
     ranks=st.integers(1, 3),
     clients=st.integers(1, 9),
-    mode=st.sampled_from(["parallel", "synchronous"]),
+    mode=st.sampled_from(["parallel", "synchronous", "sequential"]),
+    participants=st.none() | st.integers(1, 9),
     staleness=st.integers(0, 2),
     average_every=st.integers(1, 3),
     tokens=st.integers(1, 6000),
@@ -104,22 +105,24 @@ def test_slow_clients_gain_from_sharing_micro_batches():
     spread=st.floats(0.0, 1.0),
 )
 def test_any_federation_trains_on_every_token_once(
-    ranks, clients, mode, staleness, average_every, tokens, together, spread
+    ranks, clients, mode, participants, staleness, average_every, tokens, together, spread
 ):
+    chosen = {"participants": participants} if participants and mode != "sequential" else {}
     typical = ClientCosts(1e-5, 2e-5, 1e-3, rtt=0.05, up=1e6, down=1e6)
     scenario = replace(
         PLAIN,
         clients=Spread(spread, spread).clients(typical, clients),
         tokens_per_window=tokens,
         num_ranks=ranks,
-        strategy=strategy_of(FederationSection(mode=mode, average_every=average_every), WireSection()),
-        staleness=staleness,
+        strategy=strategy_of(FederationSection(mode=mode, average_every=average_every, **chosen), WireSection()),
+        staleness=staleness if mode == "synchronous" or (not chosen and mode == "parallel") else 0,
         clients_per_micro_batch=together,
         wire=Wire(1.0, 1.0, 1.0, 1.0, update=1e4),
         body=replace(BODY, per_micro_batch=1e-3, step=0.01, gather=0.001),
     )
     outcome = simulate(scenario, windows=5, settling=1)
-    assert [window.tokens for window in outcome.windows] == [clients * max(1, tokens // clients)] * 4
+    count = 1 if mode == "sequential" else min(clients, participants or clients)
+    assert [window.tokens for window in outcome.windows] == [count * max(1, tokens // count)] * 4
     assert 0.0 < outcome.busy_share <= 1.0 + 1e-9
     assert outcome.client_busy_share <= 1.0 + 1e-9 and outcome.link_busy_share <= 1.0 + 1e-9
 
@@ -131,3 +134,24 @@ def test_the_queues_own_cost_grows_with_micro_batches_alone():
         grown = replace(PLAIN, clients=(NEAR,) * clients, tokens_per_window=1024 * clients)
         counts[clients] = simulate(grown, windows=3, settling=1).events / clients
     assert counts[1000] == pytest.approx(counts[10], rel=0.1)
+
+
+def test_a_window_waits_for_its_participants_alone():
+    """Two of eight clients a round, one of them slow: only its rounds are slow."""
+    slow = replace(NEAR, rtt=1.0)
+    some = strategy_of(FederationSection(mode="parallel", average_every=2, participants=2), WireSection())
+    scenario = replace(PLAIN, clients=(slow,) + (NEAR,) * 7, strategy=some)
+    outcome = simulate(scenario, windows=40, settling=0)
+    sampler = some.sampler(0, {f"client-{number:05d}": 0 for number in range(8)})
+    has_slow = [sampler.takes_part("client-00000", window) for window in range(40)]
+    assert any(has_slow) and not all(has_slow)
+    near = simulate(replace(scenario, clients=(NEAR,) * 8), windows=40, settling=0)
+    late = []
+    for window, (mine, other) in enumerate(zip(outcome.windows, near.windows, strict=True)):
+        assert mine.tokens == 16384
+        late.append(mine.seconds - other.seconds)
+        # The average of the round before ends in the first window of a round.
+        if not has_slow[window] and not has_slow[max(0, window - 1)]:
+            assert late[-1] == pytest.approx(0.0, abs=1e-6)
+    slow_rounds = sum(has_slow) // 2
+    assert sum(late) > 2 * 0.5 * slow_rounds

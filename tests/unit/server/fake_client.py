@@ -20,10 +20,17 @@ from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_
 
 WIDTH = 4
 HALF = {"table": (3, WIDTH), "head": (2,)}
+SEQUENCES = 1000
+"""Of a client's text."""
 Alter = Callable[[int, pb.ClientMessage], list[pb.ClientMessage]]
 """(number of this message, message) -> what is sent instead."""
 GONE = pb.ClientMessage()
 """Sent by an `Alter`, it stands for a connection that breaks."""
+
+
+def cursor_at(position: int) -> pb.Cursor:
+    """Where a client stands that has drawn so many sequences."""
+    return pb.Cursor(epoch=0, position=position, sequences=SEQUENCES)
 
 
 class FakeClient:
@@ -51,16 +58,24 @@ class FakeClient:
         """Windows of which pieces were skipped."""
         self.updates: list[dict[str, Tensor]] = []
         """What the server sent: initial weights, then combined updates."""
+        self.begins: list[pb.Begin] = []
+        self.manifests: list[pb.Manifest] = []
+        """What it has announced, in order."""
+        self.states: dict[int, int] = {}
+        """With personal halves: the updates that each saved state has, by window."""
         self.codecs: set[str] = set()
         """Of hidden states."""
         self.hidden_states = 0
         self.finish: pb.Finish | None = None
         self.refusal: str | None = None
+        self.may_return = False
+        """It may join again, though it was refused."""
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire)
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
         self._alter = alter
         self._sent = itertools.count()
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)
+        self._next_window = self._cursor = 0
         self._gradients: dict[int, Tensor] = {}
         self._assembler = UpdateAssembler(HALF, "the server's update")
         self._reference = ReferenceAssembler(HALF)
@@ -69,12 +84,17 @@ class FakeClient:
         if window >= self._config.run.windows:
             return []
         self._windows.announce(window, None)
+        self._cursor += len(self.lengths)
         masked = [length // 2 for length in self.lengths]
-        return [pb.ClientMessage(manifest=pb.Manifest(window=window, lengths=self.lengths, masked=masked))]
+        manifest = pb.Manifest(window=window, lengths=self.lengths, masked=masked, cursor=cursor_at(self._cursor))
+        self.manifests.append(manifest)
+        return [pb.ClientMessage(manifest=manifest)]
 
     def handle(self, message: pb.ServerMessage) -> list[pb.ClientMessage]:
         answers: list[pb.ClientMessage] = []
         match message.WhichOneof("body"):
+            case "begin":
+                answers += self._begin(message.begin)
             case "plan":
                 answers += self._plan(message.plan)
             case "open":
@@ -94,37 +114,67 @@ class FakeClient:
             case "reference":
                 if (reference := self._reference.add(message.reference)) is not None:
                     self.updates.append(reference.weights)
-                    answers += self.manifest(0)
+                    answers += self.manifest(self._next_window)
             case "update":
                 if (complete := self._assembler.add(message.update)) is not None:
                     answers += self._take_update(message.update.window, dict(complete.tensors))
             case "save":
-                cursor = pb.Cursor(epoch=1, position=message.save.window, sequences=len(self.lengths))
-                saved = pb.Saved(window=message.save.window, flops_per_token=7.0, cursor=cursor)
+                self.states[message.save.window] = len(self.updates)
+                saved = pb.Saved(window=message.save.window, flops_per_token=7.0)
                 answers.append(pb.ClientMessage(saved=saved))
             case "update_request":
                 answers += self._own_update(message.update_request.window, weight=1.0)
             case "finish":
                 self.finish = message.finish
             case "refused":
-                self.refusal = message.refused.reason
+                self.refusal, self.may_return = message.refused.reason, message.refused.may_return
         return [altered for answer in answers for altered in self._alter(next(self._sent), answer)]
 
     def numbers(self, micro_batch: int, what: str, count: int) -> Tensor:
         random = torch.Generator().manual_seed(hash((self.name, micro_batch, what)) % 2**31)
         return torch.randn(count, WIDTH, generator=random)
 
+    def _begin(self, begin: pb.Begin) -> list[pb.ClientMessage]:
+        self.begins.append(begin)
+        self._next_window = begin.next_window
+        self._cursor = begin.cursor.position
+        self._windows = WindowState(self._strategy, self._config.federation.staleness, begin.window)
+        self._miss(begin.window, begin.next_window)
+        self._gradients.clear()
+        self._assembler = UpdateAssembler(HALF, "the server's update")
+        self._reference = ReferenceAssembler(HALF)
+        begun = pb.ClientMessage(begun=pb.Begun(attempt=begin.attempt))
+        if begin.reference:
+            return [begun]
+        if self._strategy.halves_are_personal:
+            assert begin.window in self.states, f"{self.name} has no state of window {begin.window}"
+        return [begun, *self.manifest(begin.next_window)]
+
     def _plan(self, plan: pb.Plan) -> list[pb.ClientMessage]:
         if plan.pieces:
             self._windows.plan(plan.window, {piece.micro_batch: piece for piece in plan.pieces})
         answers = self.manifest(plan.next_window)
-        if not plan.pieces:
-            self.missed += range(plan.window, plan.next_window)
-            self._windows.miss(plan.window, plan.next_window)
+        self._miss(plan.window + bool(plan.pieces), plan.next_window)
         return answers + self._activations_due()
 
+    def _miss(self, first: int, next_window: int) -> None:
+        self.missed += range(first, next_window)
+        self._windows.miss(first, next_window)
+
     def _activations_due(self) -> list[pb.ClientMessage]:
+        if self._strategy.trains_alone:
+            return [message for window, _ in self._windows.take_sendable() for message in self._train_alone(window)]
         return [self._activations(window, micro_batch) for window, micro_batch in self._windows.take_sendable()]
+
+    def _train_alone(self, window: int) -> list[pb.ClientMessage]:
+        """A report for each sequence, 2 nats a masked token."""
+        self._windows.finish(window, 0)
+        masked = [length // 2 for length in self.lengths]
+        parts = [
+            pb.Trained(window=window, loss_sum=2.0 * count, masked_tokens=count, last=number == len(masked) - 1)
+            for number, count in enumerate(masked)
+        ]
+        return [pb.ClientMessage(trained=part) for part in parts] + self._finish_window(window)
 
     def _finish_window(self, window: int) -> list[pb.ClientMessage]:
         match self._strategy.exchange_after(window):

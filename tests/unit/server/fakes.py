@@ -20,9 +20,8 @@ from unit.server.fake_client import HALF, WIDTH, FakeClient
 
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.reference import to_bytes
 from fedbert_ds.federation.strategy import strategy_of
-from fedbert_ds.server.admission import Seat, Start
+from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.checkpoint import Checkpoints
@@ -30,6 +29,7 @@ from fedbert_ds.server.contract import Contract, RankStatus, TensorContract
 from fedbert_ds.server.hand_over import collect_client_model
 from fedbert_ds.server.network.decoding import DecodedEvent, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAsked, Received
+from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rooms import build_rooms
@@ -37,6 +37,7 @@ from fedbert_ds.server.run_folder import CheckpointFolder
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL
 
 
 class FakeEngine:
@@ -52,11 +53,15 @@ class FakeEngine:
         self.lockstep_forwards = lockstep_forwards
         self.steps: list[float] = []
         self.saved: list[int] = []
+        self.loaded: list[int] = []
+        self.dropped: list[int] = []
+        """Backwards that were undone, each time that gradients were dropped."""
         self.backwards: list[tuple[int, bool]] = []
         self.tokens = 0
         self._clock, self._seconds = clock, seconds
         self._device_work = device_work
         self._inputs: dict[int, BodyInput] = {}
+        self._since_step = 0
 
     def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
         self._work()
@@ -74,6 +79,7 @@ class FakeEngine:
         body_input = self._inputs.pop(micro_batch)
         assert hidden_gradient.shape == (len(body_input.masked_positions), WIDTH)
         self.backwards.append((micro_batch, is_last))
+        self._since_step += 1
         leaf = body_input.activations.clone().requires_grad_()
         hidden = 2.0 * self._per_token(body_input, leaf)[body_input.masked_positions]
         hidden.backward(hidden_gradient)
@@ -82,7 +88,13 @@ class FakeEngine:
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         assert not self._inputs, "a step inside a window"
         self.steps.append(learning_rate)
+        self._since_step = 0
         return 1.0
+
+    def drop_gradients(self) -> None:
+        assert not self._inputs, "inside a window"
+        self.dropped.append(self._since_step)
+        self._since_step = 0
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         index = torch.zeros(1, dtype=torch.int64) if with_rows else None
@@ -91,6 +103,10 @@ class FakeEngine:
 
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
+
+    def load(self, folder: Path, window: int) -> None:
+        self.loaded.append(window)
+        self._since_step = 0
 
     def affordable_in_flight(self) -> int:
         return 8
@@ -110,6 +126,9 @@ class FakeRankGroup:
 
     def gather(self, mine: Any) -> list[Any]:
         return [mine]
+
+    def broadcast(self, from_rank_0: Any) -> Any:
+        return from_rank_0
 
     def barrier(self) -> None:
         pass
@@ -156,6 +175,10 @@ class FakeEndpoint:
         self.sent: list[tuple[str, pb.ServerMessage]] = []
         self.closed: set[str] = set()
         self.revoked: set[str] = set()
+        self.sessions: dict[str, str] = {}
+        """Of the clients that were admitted."""
+        self.on_gone: Callable[[str], None] = lambda client: None
+        """Called when the connection of a client breaks."""
         self._latency = latency
         self._arrival: dict[str, float] = {}
         self._count = itertools.count()
@@ -186,6 +209,7 @@ class FakeEndpoint:
             if answer.WhichOneof("body") is None:  # an altered answer that stands for a lost connection
                 self.closed.add(client)
                 self.post(client, Disconnected(client))
+                self.on_gone(client)
                 return
             self.post(client, Received(client, answer))
 
@@ -193,8 +217,28 @@ class FakeEndpoint:
         self.send(client, last)
         self.closed.add(client)
 
+    def admit(self, sessions: dict[str, str]) -> None:
+        self.sessions.update(sessions)
+
     def revoke(self, client: str) -> None:
         self.revoked.add(client)
+        self.sessions.pop(client, None)
+
+    def join(self, client: FakeClient, seconds: float = 0.0, **hello: Any) -> Future[pb.Welcome]:
+        """A client asks to join after so many seconds, and opens its stream when it is let in."""
+        event, answer = joined(hello_of(client.name, **hello))
+
+        def welcomed(done: Future[pb.Welcome]) -> None:
+            if done.exception() is None:
+                assert done.result().session == self.sessions[client.name], "it would be refused"
+                self.clients[client.name] = client
+                self.closed.discard(client.name)
+                self.post(client.name, Connected(client.name))
+
+        answer.add_done_callback(welcomed)
+        self._arrival[client.name] = max(self.clock.now, self._arrival.get(client.name, 0.0)) + seconds
+        self.post(client.name, event)
+        return answer
 
     def take_bytes(self) -> tuple[int, int]:
         return 0, 0
@@ -230,8 +274,23 @@ def contract(config: RunConfig) -> Contract:
     )
 
 
+EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
+
+
+def hello_of(client: str, **changes: Any) -> pb.Hello:
+    """What a client says that fits the run."""
+    return pb.Hello(**({"protocol": PROTOCOL, "client": client, "shard_characters": 1000} | changes))
+
+
+def invitation(config: RunConfig, *endpoints: str) -> Invitation:
+    return Invitation(config, endpoints or ("here:1",), b"tokenizer", "{}")
+
+
 class Served:
-    """A rank's rooms and its window loop around a fake engine; events are decoded on the spot."""
+    """A rank's rooms and its window loop around a fake engine; events are decoded on the spot.
+
+    Rank 0 takes joins with `reception`.
+    """
 
     def __init__(
         self,
@@ -249,30 +308,43 @@ class Served:
             return None if event is None else decoded(event, held_to)
 
         zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
-        strategy = strategy_of(config.federation, config.wire)
+        strategy = strategy_of(config.federation, config.wire, config.cut)
         self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
+        self.members = Members(places, strategy.sampler(config.run.seed, dict.fromkeys(places, 0)))
+        self.reception: Reception | None = None
+        if rank_group.rank == 0:
+            self.reception = Reception(
+                EXPECTATION, invitation(config, *["here:1"] * rank_group.world_size), self.members,
+                dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
+            )  # fmt: skip
         self.rooms = build_rooms(
-            config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, Start(dict(places), 0),
+            config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0,
+            no_joins_here if self.reception is None else self.reception.hear,
             stop or SimpleNamespace(requested=False), Trace(None),
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
-        self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0)
+        newcomers = Newcomers(self.reception, self.members, self.rooms.membership, endpoint.admit, rank_group)
+        self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0, newcomers)
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
         self.folder: Any = SimpleNamespace(
-            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, ranks: None
+            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, layout: None
         )
-        self.checkpoints = Checkpoints(self.rooms, self.folder, {})
+        self.checkpoints = Checkpoints(self.rooms, self.folder)
+        self.rolled_back: list[int] = []
+        """Windows that were undone, as the run's log hears of it."""
 
     def connect(self) -> None:
-        """Take every client's stream, and give it the reference."""
-        self.server.connect(to_bytes(self.aggregator.reference()), lambda: None)
+        """Take every client's stream, and tell it where to begin."""
+        self.server.connect()
 
     def train(self, statuses: list[RankStatus]) -> int:
         """From the first connection to the end; the window it stopped before."""
         self.connect()
-        return self.server.train(lambda window, told, seconds: statuses.extend(told), self.checkpoints.save)
+        return self.server.train(
+            lambda window, told, seconds: statuses.extend(told), self.checkpoints, self.rolled_back.append
+        )
 
 
 class Rank:
@@ -290,7 +362,7 @@ class Rank:
         device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
-        for module in ("rank", "client_service"):
+        for module in ("rank", "client_service", "newcomers"):
             monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
         for module in ("federation.aggregator", "federation.update_exchange", "server.network.outbox"):
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)

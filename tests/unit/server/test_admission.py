@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.admission import LONGEST_NAME, Expectation, Joins, start_of, welcome_all
+from fedbert_ds.federation.sampler import Everybody
+from fedbert_ds.server.admission import (
+    LONGEST_NAME,
+    Expectation,
+    Invitation,
+    Joins,
+    Members,
+    Seat,
+    new_session,
+    start_of,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import PROTOCOL
+from fedbert_ds.wire.messages import PROTOCOL, parse_settings
 
 EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
 
@@ -131,23 +141,43 @@ WINDOWS = st.frozensets(st.integers(1, 8), max_size=4)
 
 @settings(deadline=None)
 @given(server=WINDOWS, clients=st.lists(WINDOWS, min_size=1, max_size=4))
-def test_a_run_begins_at_the_newest_window_that_all_have(server: frozenset[int], clients: list[frozenset[int]]) -> None:
+def test_a_run_begins_at_the_newest_window_that_most_have(
+    server: frozenset[int], clients: list[frozenset[int]]
+) -> None:
+    """Those that lack its state, or all of their states, begin with the reference."""
     joins = Joins(len(clients), Expectation("v", "s", "c", server))
     for number, windows in enumerate(clients):
-        message = hello(f"client-{number}", saved_windows=windows)
-        if not windows:
-            with pytest.raises(WireError, match="has no saved state to resume from; give it the --state folder"):
-                join(joins, message)
-            return
-        join(joins, message)
-    common = [window for window in range(1, 9) if window in server and all(window in one for one in clients)]
-    if common:
-        assert joins.first_window() == common[-1]
-    else:
-        with pytest.raises(WireError, match="no window is saved by the server") as caught:
-            joins.first_window()
-        listed = ", ".join(map(str, sorted(server))) or "none"
-        assert f"({listed})" in str(caught.value)
+        join(joins, hello(f"client-{number}", saved_windows=windows))
+    have = {window: sum(window in one for one in clients) for window in sorted(server)}
+    first_window = joins.first_window()
+    if not server:
+        assert first_window == 0, "it was stopped before anything was saved"
+        return
+    assert have[first_window] == max(have.values())
+    assert all(have[window] < have[first_window] for window in server if window > first_window)
+
+
+@pytest.mark.parametrize(
+    ("kept", "first_window"),
+    [
+        ([{4, 6}, {4, 6}], 6),
+        ([{4, 6}, {4}], 4),  # 6 would make one of them begin anew
+        ([{4, 6}, {2, 4}, set()], 4),
+        ([{4, 6}, set()], 6),
+        ([set(), set()], 6),
+        ([{8}, {8}], 6),  # the server has not saved that one
+    ],
+    ids=str,
+)
+def test_some_clients_may_lack_their_states(kept: list[set[int]], first_window: int) -> None:
+    joins = Joins(len(kept), Expectation("v", "s", "c", frozenset({2, 4, 6})))
+    for number, windows in enumerate(kept):
+        join(joins, hello(f"client-{number}", saved_windows=windows))
+    start = start_of(joins, world_size=1, window=parse_config({}, "test").window)
+    assert start.first_window == first_window
+    members = Members(start.seats, Everybody(dict.fromkeys(start.seats, 0), 1))
+    has_state = [members.has_state(f"client-{number}", first_window) for number in range(len(kept))]
+    assert has_state == [first_window in windows for windows in kept]
 
 
 @settings(deadline=None)
@@ -166,6 +196,24 @@ def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     join(joins, hello("ada", saved_windows=[3, 5]))
     join(joins, hello("bo"))
     assert joins.first_window() == 0
+    seats = joins.seats(world_size=1, window_tokens=1000, share="equal")
+    assert not seats["ada"].saved_windows, "they are of another run"
+
+
+@pytest.mark.parametrize("run", ["another run", ""])
+def test_states_of_another_run_are_refused_where_clients_keep_states(run: str) -> None:
+    expectation = Expectation("v", "s", "c", frozenset({3, 5}), run="this run")
+    joins = Joins(2, expectation)
+    with pytest.raises(WireError, match="client ada has states of another run; give it another --state folder"):
+        join(joins, hello("ada", saved_windows=[5], run=run))
+    join(joins, hello("ada", run=run))
+    join(joins, hello("bo", saved_windows=[3], run="this run"))
+    assert joins.first_window() == 3
+    seats = joins.seats(world_size=1, window_tokens=10, share="equal")
+    assert seats["ada"].saved_windows == frozenset() and seats["bo"].saved_windows == {3}
+    indifferent = Joins(1, Expectation("v", "s", "c", frozenset({5}), clients_save=False, run="this run"))
+    join(indifferent, hello("ada", saved_windows=[5], run=run))
+    assert indifferent.seats(1, 10, "equal")["ada"].saved_windows == frozenset()
 
 
 # -- seats -----------------------------------------------------------------------------------------
@@ -192,25 +240,49 @@ def test_seats_with_equal_shares() -> None:
     assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}
 
 
-def test_a_welcome_says_where_the_text_goes_on_and_nothing_to_one_that_was_not_there() -> None:
-    joins = Joins(2, Expectation("v", "s", "c", frozenset({4}), clients_save=False))
-    answers = {name: join(joins, hello(name)) for name in ("ada", "bo")}
-    config = parse_config({"clients": {"expected": 2, "local": 0}}, "test")
-    start = start_of(joins, world_size=1, window=config.window)
-    ada, dee = {"epoch": 2, "position": 7, "sequences": 9}, {"epoch": 0, "position": 0, "sequences": 1}
-    welcome_all(joins, start, config, ["here:1"], b"", "{}", {"ada": ada, "dee": dee})
-    told = {name: answer.result(timeout=0) for name, answer in answers.items()}
-    assert told["ada"].cursor == pb.Cursor(**ada) and not told["bo"].HasField("cursor")
-    assert {welcome.window for welcome in told.values()} == {4}
-
-
 def test_a_welcome_names_the_aggregator_with_a_session_that_is_not_the_ranks() -> None:
-    joins = Joins(1, EXPECTATION)
-    answer = join(joins, hello("ada"))
-    section = {"address": "there:5", "secret": "file"}
-    config = parse_config({"clients": {"expected": 1, "local": 0}, "aggregator": section}, "test")
-    start = start_of(joins, world_size=1, window=config.window)
-    welcome_all(joins, start, config, ["here:1"], b"", "{}", {})
-    welcome = answer.result(timeout=0)
-    assert welcome.aggregator == "there:5" and welcome.aggregator_session == start.seats["ada"].aggregator_session
-    assert welcome.session != welcome.aggregator_session != ""
+    config = parse_config({"aggregator": {"address": "there:5", "secret": "file"}}, "test")
+    seats = [Seat(0, "secret", 77), Seat(0, "secret", 77)]
+    welcomes = [Invitation(config, ["here:1"], b"", "{}").to(seat) for seat in seats]
+    assert {welcome.aggregator for welcome in welcomes} == {"there:5"}
+    assert len({seats[0].session, *(welcome.aggregator_session for welcome in welcomes)}) == 3
+    alone = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}").to(seats[0])
+    assert not alone.aggregator and not alone.aggregator_session
+
+
+@pytest.mark.parametrize("clients_save", [False, True])
+def test_a_seat_knows_the_states_its_client_has_kept(clients_save: bool) -> None:
+    joins = Joins(1, Expectation("v", "s", "c", frozenset({4}), clients_save))
+    join(joins, hello("ada", saved_windows=[3, 4]))
+    seats = joins.seats(world_size=1, window_tokens=1000, share="equal")
+    assert seats["ada"].saved_windows == (frozenset({3, 4}) if clients_save else frozenset())
+
+
+def test_members_are_whoever_has_a_seat() -> None:
+    sampler = Everybody({"ada": 0, "bo": 0}, 1)
+    members = Members({"ada": Seat(0, "first", 600), "bo": Seat(1, "first", 400)}, sampler)
+    tokens = members.tokens
+    members.admit({"bo": Seat(1, "second", 400, frozenset({7})), "cy": Seat(0, "first", 300)}, first_window=5)
+    assert [sampler.takes_part(client, 4) for client in ("ada", "bo", "cy")] == [True, True, False]
+    assert sampler.takes_part("cy", 5), "a member that comes back counts as before, a new one from then on"
+    assert members.at(0) == {"ada", "cy"} and members.at(1) == {"bo"} and members.at(2) == frozenset()
+    assert members.seats["bo"].session == "second"
+    assert tokens == {"ada": 600, "bo": 400, "cy": 300}, "whoever holds this sees newcomers"
+    assert members.has_state("bo", 7) and not members.has_state("bo", 6)
+    assert not members.has_state("nobody", 7)
+    members.note_states(["bo", "cy"], 9)
+    assert members.has_state("bo", 7) and members.has_state("bo", 9) and members.has_state("cy", 9)
+    assert not members.has_state("ada", 9)
+
+
+def test_an_invitation_says_where_to_go_and_what_the_run_is() -> None:
+    config = parse_config({"clients": {"reconnect_timeout": 17.0}, "cut": "rows", "run": {"windows": 9}}, "test")
+    welcome = Invitation(config, ["here:1", "there:2"], b"tokens", "{}").to(Seat(1, "secret", 77))
+    assert (welcome.endpoint, welcome.session, welcome.reconnect_timeout) == ("there:2", "secret", 17.0)
+    assert (welcome.tokenizer, welcome.model_config, welcome.cut) == (b"tokens", "{}", '"rows"')
+    settings = parse_settings(welcome.settings)
+    assert (settings.tokens, settings.windows) == (77, 9)
+
+
+def test_sessions_are_secrets_of_their_own() -> None:
+    assert len({new_session() for _ in range(100)}) == 100

@@ -34,3 +34,11 @@ def test_a_folder_and_a_deepspeed_file_that_do_not_fit(tmp_path: Path) -> None:
 def test_a_mistake_does_not_wait_for_torch() -> None:
     program = "import sys, fedbert_ds.server.before_start as it; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0
+
+
+def test_without_a_body_no_deepspeed_file_is_read(tmp_path: Path) -> None:
+    body = {"deepspeed": str(tmp_path / "nowhere.json")}
+    tree = {"run": {"directory": str(tmp_path / "run")}, "body": body, "federation": {"mode": "parallel"}}
+    with pytest.raises(ConfigError, match=r"nowhere\.json"):
+        check_before_start(parse_config(tree, "test"), resume=False)
+    check_before_start(parse_config(tree | {"cut": "whole"}, "test"), resume=False)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from unit.server.fake_client import HALF, FakeClient
+from unit.server.fake_client import HALF, SEQUENCES, FakeClient
 from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference
-from fedbert_ds.server.checkpoint import Checkpoints, complete, read_client_model, write_client_model
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.checkpoint import complete, read_client_model, write_client_model
+from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -36,9 +36,9 @@ def test_rank_0_marks_after_all_have_written_and_before_anybody_goes_on(
     folder = CheckpointFolder(tmp_path)
     folder.of(5).mkdir(parents=True)
     ranks: Any = Ranks(rank, folder)
-    complete(ranks, folder, 5)
+    complete(ranks, folder, 5, 2)
     assert ranks.seen == [frozenset(), after]
-    assert folder.num_ranks() == (3 if after else None)
+    assert not after or folder.layout(5) == Layout(ranks=3, zero_stage=2)
 
 
 def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,10 +50,11 @@ def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypa
     clients = [FakeClient("ada", config), FakeClient("bo", config, alter=silent), FakeClient("cy", config)]
     rank = Rank(monkeypatch, config, clients)
     marked: list[tuple[int, frozenset[str]]] = []
-    rank.served.folder.mark_complete = lambda window, ranks: marked.append((window, rank.served.rooms.queue.clients))
+    rank.served.folder.mark_complete = lambda window, layout: marked.append((window, rank.served.rooms.queue.clients))
     assert rank.run() == 1
     reference, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
-    assert cursors == {name: {"epoch": 1, "position": 1, "sequences": 4} for name in ("ada", "cy")}
+    after_one_window = {"epoch": 0, "position": 4, "sequences": SEQUENCES}
+    assert cursors == dict.fromkeys(("ada", "bo", "cy"), after_one_window), "bo's window counts, too"
     assert reference.version == 1
     assert rank.engine.saved == [1] and marked == [(1, {"ada", "cy"})]
     assert clients[1].refusal == "client bo was silent for 300 s (clients.silence_timeout)"
@@ -63,11 +64,28 @@ def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypa
 def test_a_client_that_is_gone_keeps_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(clients={"minimum": 1}, run={"windows": 1})
     rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
-    old = {"epoch": 0, "position": 3, "sequences": 9}
-    rank.served.checkpoints = Checkpoints(rank.served.rooms, rank.served.folder, {"dee": old, "bo": old})
+    old = {"epoch": 2, "position": 3, "sequences": 900}
+    rank.served.rooms.cursors.roll_back({"dee": old, "bo": old})
     rank.run()
+    assert rank.clients[1].begins[0].cursor == pb.Cursor(**old)
     _, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
-    assert cursors["dee"] == old and cursors["bo"] == {"epoch": 1, "position": 1, "sequences": 4}
+    assert cursors["dee"] == old and cursors["bo"] == {"epoch": 0, "position": 7, "sequences": SEQUENCES}
+
+
+def test_what_was_saved_is_taken_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Body, reference and cursors; whoever connects then may begin with a state of its own."""
+    config = run_config(run={"windows": 3, "save_every": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+    assert rank.run() == 3
+    rooms = rank.served.rooms
+    at_3 = {name: tensor.clone() for name, tensor in rooms.aggregator.reference().weights.items()}
+    assert rooms.cursors.committed["bo"]["position"] == 12 and rooms.service.restored is None
+    rank.served.checkpoints.load(2)
+    assert rank.engine.loaded == [2] and rooms.service.restored == 2
+    reference = rooms.aggregator.reference()
+    assert reference.version == 2
+    assert not any(torch.equal(tensor, at_3[name]) for name, tensor in reference.weights.items())
+    assert rooms.cursors.committed["bo"]["position"] == 8
 
 
 def test_the_client_model_comes_back_bit_for_bit(tmp_path: Path) -> None:

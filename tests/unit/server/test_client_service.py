@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from unit.server.fake_client import HALF, FakeClient
-from unit.server.fakes import Rank, joined, run_config
+from unit.server.fake_client import HALF, FakeClient, cursor_at
+from unit.server.fakes import Rank, hello_of, joined, run_config
+from unit.server.queue.federation import queue_state
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
-from fedbert_ds.server.network.events import Received
+from fedbert_ds.federation.reference import Reference, from_bytes
+from fedbert_ds.server.network.decoding import Decoded
+from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, JoinAbandoned, Received
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Step
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import PROTOCOL
 
 
 @pytest.fixture
@@ -85,10 +89,186 @@ def test_who_is_asked_and_stays_silent_is_expired_and_the_rank_goes_on(rank: Ran
 
 
 def test_a_join_while_the_run_goes_on_is_answered(rank: Rank) -> None:
-    event, answer = joined(pb.Hello(client="late"))
-    assert rank.served.rooms.service.dispatch(event)
-    with pytest.raises(WireError, match="client late: this rank takes no joins; the run has its clients"):
+    wrong, answer = joined(pb.Hello(client="late"))
+    assert rank.served.rooms.service.dispatch(wrong)
+    with pytest.raises(WireError, match=f"client late speaks protocol 0, this server {PROTOCOL}"):
         answer.result(timeout=0)
+    good, waiting = joined(hello_of("late"))
+    assert rank.served.reception is not None and not rank.served.reception.is_asked
+    assert rank.served.rooms.service.dispatch(good)
+    assert rank.served.reception.is_asked and not waiting.done(), "it is let in between two windows"
+    assert rank.served.rooms.service.dispatch(JoinAbandoned(good.hello))
+    assert not rank.served.reception.is_asked
+
+
+# -- where clients go on ---------------------------------------------------------------------------
+
+
+def begun(rank: Rank, client: int = 0) -> pb.Begin:
+    return rank.clients[client].begins[-1]
+
+
+def test_a_client_that_comes_begins_with_the_reference_and_at_its_cursor(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(clients={"expected": 2, "minimum": 1}, optimizer={"gradient_clipping": 0.0})
+    rank = Rank(monkeypatch, config, [FakeClient("ada", config), FakeClient("bo", config)])
+    cursor = {"epoch": 3, "position": 40, "sequences": 900}
+    rank.served.rooms.cursors.roll_back({"bo": cursor})
+    rank.served.connect()
+    assert begun(rank, 0) == pb.Begin(reference=True), "from the beginning of its text"
+    assert begun(rank, 1) == pb.Begin(reference=True, cursor=pb.Cursor(**cursor))
+    assert all(client.updates[0].keys() == HALF.keys() for client in rank.clients)
+
+
+def test_a_client_that_comes_later_gets_the_windows_trained_since_and_the_moments(rank: Rank) -> None:
+    rooms = rank.served.rooms
+    rooms.aggregator.apply(0, {name: torch.ones(shape) for name, shape in HALF.items()})
+    while not rooms.service.plans:
+        rooms.service.attend()
+    rooms.membership.disconnect("bo")
+    rank.endpoint.sent.clear()
+    assert rooms.service.dispatch(Connected("bo"))
+    assert begun(rank, 1) == pb.Begin(window=1, next_window=1, reference=True)
+    chunks = b"".join(chunk.payload for name, chunk in sent(rank, "reference") if name == "bo")
+    reference, _ = from_bytes(chunks, HALF)
+    assert reference.version == 1 and reference.optimizer.keys() == HALF.keys()
+    assert all(torch.equal(t, rooms.aggregator.reference().weights[n]) for n, t in reference.weights.items())
+
+
+@pytest.mark.parametrize(("mode", "shares"), [("synchronous", True), ("parallel", False)])
+def test_moments_are_the_references_unless_halves_are_personal(
+    monkeypatch: pytest.MonkeyPatch, mode: str, shares: bool
+) -> None:
+    config = run_config(clients={"expected": 1, "minimum": 1}, federation={"mode": mode})
+    rank = Rank(monkeypatch, config, [FakeClient("ada", config)])
+    weights = {name: torch.ones(shape) for name, shape in HALF.items()}
+    moments = {n: {"step": torch.tensor(1.0), "exp_avg": t, "exp_avg_sq": t + 1.0} for n, t in weights.items()}
+    rank.served.aggregator.load(Reference(1, weights, moments))
+    rank.served.connect()
+    reference, _ = from_bytes(b"".join(chunk.payload for _, chunk in sent(rank, "reference")), HALF)
+    assert bool(reference.optimizer) == shares and rank.served.aggregator.reference().optimizer
+
+
+@pytest.mark.parametrize("has_state", [False, True])
+def test_after_a_checkpoint_was_loaded_a_client_begins_with_its_own_state_if_it_has_it(
+    monkeypatch: pytest.MonkeyPatch, has_state: bool
+) -> None:
+    config = run_config(clients={"expected": 1, "minimum": 1}, federation={"mode": "parallel"})
+    rank = Rank(monkeypatch, config, [FakeClient("ada", config)])
+    rooms = rank.served.rooms
+    rooms.members.note_states(["ada"], 0 if has_state else 5)
+    rank.clients[0].states[0] = 0
+    rooms.service.restored = 0
+    rank.served.connect()
+    assert begun(rank).reference != has_state
+    assert bool(sent(rank, "reference")) != has_state
+    rooms.service.roll_back(0)
+    assert begun(rank).attempt == 1 and begun(rank).reference != has_state, "the same when windows are undone"
+
+
+def rolled_back(rank: Rank) -> None:
+    """Undo window 0 while both are in the middle of it; what they answer is kept in the network."""
+    rooms = rank.served.rooms
+    rooms.queue.roll_back(0, rank.clock.now)
+    rooms.inbox.roll_back()
+    rooms.cursors.roll_back()
+    rooms.service.roll_back(0)
+
+
+def test_a_roll_back_is_told_to_all_and_plans_are_forgotten(rank: Rank) -> None:
+    service = rank.served.rooms.service
+    while not service.plans:
+        service.attend()
+    service.combined[0] = {}
+    rolled_back(rank)
+    assert not service.plans and not service.combined
+    assert [begun(rank, number) for number in (0, 1)] == [pb.Begin(attempt=1)] * 2
+    while not service.plans:
+        service.attend()
+    assert all([m.window for m in client.manifests] == [0, 1, 0, 1][: len(client.manifests)] for client in rank.clients)
+
+
+OLD = {
+    "manifest": pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4], masked=[1])),
+    "activations": pb.ClientMessage(activations=pb.Activations(window=0, micro_batch=0)),
+    "gradient": pb.ClientMessage(gradient=pb.Gradient(window=0, micro_batch=0)),
+    "update": pb.ClientMessage(update=pb.UpdateChunk(window=0, last=True, weight=1.0)),
+    "saved": pb.ClientMessage(saved=pb.Saved(window=0)),
+    "trained": pb.ClientMessage(trained=pb.Trained(window=0)),
+    "older begun": pb.ClientMessage(begun=pb.Begun(attempt=0)),
+}
+
+
+@pytest.mark.parametrize("kind", OLD)
+def test_what_a_client_sent_before_it_heard_of_a_roll_back_is_ignored(rank: Rank, kind: str) -> None:
+    """Each of these would be refused, or kept, at this time."""
+    rooms = rank.served.rooms
+    rank.clients[1].handle = lambda message: []  # type: ignore[method-assign]
+    rolled_back(rank)
+    queue, kept = queue_state(rooms.queue), {name: repr(value) for name, value in vars(rooms.inbox).items()}
+    for _ in range(2):
+        assert rooms.service.dispatch(Decoded("bo", OLD[kind], None))
+    assert rank.clients[1].refusal is None and rooms.queue.clients == {"ada", "bo"}
+    assert queue_state(rooms.queue) == queue
+    assert {name: repr(value) for name, value in vars(rooms.inbox).items()} == kept
+    assert rooms.cursors.committed == {}
+    # Now it has heard of it.
+    rooms.service.dispatch(Decoded("bo", pb.ClientMessage(begun=pb.Begun(attempt=1)), None))
+    good = pb.Manifest(window=0, lengths=[3, 5, 2, 4], masked=[1, 2, 1, 2], cursor=cursor_at(4))
+    rooms.service.dispatch(Decoded("bo", pb.ClientMessage(manifest=good), None))
+    rooms.cursors.commit(0)
+    assert rooms.cursors.committed["bo"]["position"] == 4
+    if kind not in ("older begun",):
+        rooms.service.dispatch(Decoded("bo", OLD[kind], None))
+        assert rooms.queue.clients == {"ada"}, "and whatever is out of place counts again"
+
+
+def test_only_the_last_of_two_roll_backs_counts(rank: Rank) -> None:
+    rooms = rank.served.rooms
+    rank.clients[1].handle = lambda message: []  # type: ignore[method-assign]
+    rolled_back(rank)
+    rolled_back(rank)
+    rooms.service.dispatch(Decoded("bo", pb.ClientMessage(begun=pb.Begun(attempt=1)), None))
+    rooms.service.dispatch(Decoded("bo", OLD["gradient"], None))
+    assert rooms.queue.clients == {"ada", "bo"}, "it has not heard of the second"
+    rooms.service.dispatch(Decoded("bo", pb.ClientMessage(begun=pb.Begun(attempt=2)), None))
+    rooms.service.dispatch(Decoded("bo", OLD["gradient"], None))
+    assert rooms.queue.clients == {"ada"}
+
+
+def test_whoever_connects_after_a_roll_back_has_nothing_old_to_say(rank: Rank) -> None:
+    rooms = rank.served.rooms
+    rank.clients[1].handle = lambda message: []  # type: ignore[method-assign]
+    rolled_back(rank)
+    rooms.service.dispatch(Disconnected("bo"))
+    rooms.service.dispatch(Connected("bo"))
+    rooms.service.dispatch(Decoded("bo", OLD["gradient"], None))
+    assert rooms.queue.clients == {"ada"}
+
+
+def test_a_lost_connection_is_kept_in_mind_until_it_is_back(rank: Rank) -> None:
+    service, membership = rank.served.rooms.service, rank.served.rooms.membership
+    assert service.dispatch(Detached("bo")) and service.dispatch(Detached("nobody"))
+    assert membership.detached == {"bo"} and rank.served.rooms.queue.clients == {"ada", "bo"}
+    assert service.dispatch(Attached("bo"))
+    assert membership.detached == set()
+    service.dispatch(Detached("bo"))
+    service.dispatch(Disconnected("bo"))
+    assert membership.detached == set() and rank.served.rooms.queue.clients == {"ada"}
+    assert service.dispatch(Attached("bo"))
+    assert membership.detached == set()
+
+
+def test_newcomers_are_awaited_where_the_run_says_so(rank: Rank) -> None:
+    service, queue = rank.served.rooms.service, rank.served.rooms.queue
+    service.dispatch(Disconnected("bo"))
+    service.awaits_newcomers = False
+    rank.clients[1].handle = lambda message: []  # type: ignore[method-assign]
+    service.dispatch(Connected("bo"))
+    assert queue.active == {"ada"} and queue.clients == {"ada", "bo"}
+    service.dispatch(Disconnected("bo"))
+    service.awaits_newcomers = True
+    service.dispatch(Connected("bo"))
+    assert queue.active == {"ada", "bo"}
 
 
 def test_the_end_is_told_to_all(rank: Rank) -> None:

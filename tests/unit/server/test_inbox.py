@@ -17,6 +17,7 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.network.decoding import Decoded, decoded
 from fedbert_ds.server.network.events import Received
@@ -38,6 +39,7 @@ class FedInbox(Inbox):
 
     queue: PipelineQueue
     exchange: UpdateExchange
+    cursors: Cursors
 
     def take(self, client: str, message: pb.ClientMessage) -> bool:
         event = decoded(Received(client, message), CONTRACT)
@@ -54,15 +56,25 @@ def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
     queue = PipelineQueue(1, one_micro_batch, num_windows=1)
     exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates.values()]})
-    made = FedInbox(queue, exchange, CONTRACT, {"ada": 6})
-    made.queue, made.exchange = queue, exchange
+    cursors = Cursors({})
+    made = FedInbox(queue, exchange, cursors, CONTRACT, {"ada": 6})
+    made.queue, made.exchange, made.cursors = queue, exchange, cursors
     queue.join("ada", 0.0)
-    made.take("ada", pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1])))
+    made.take("ada", manifest())
     assert isinstance(queue.decide(0.0), Plan)
     queue.start(1, 0.0)
     made.begin()
     assert isinstance(queue.decide(0.0), Open)
     return made
+
+
+CURSOR = {"epoch": 1, "position": 2, "sequences": 7}
+"""After window 0."""
+
+
+def manifest(**cursor: int) -> pb.ClientMessage:
+    fields = pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1], cursor=pb.Cursor(**(CURSOR | cursor)))
+    return pb.ClientMessage(manifest=fields)
 
 
 def kept_by(inbox: Any) -> Any:
@@ -230,5 +242,38 @@ def test_late_answers_of_a_skipped_piece_are_ignored(inbox: Any, monkeypatch: py
 
 def test_a_manifest_that_comes_too_late_is_told_apart(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox.queue, "manifest", lambda manifest: False)
-    late = pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4, 2], masked=[1, 1]))
-    assert inbox.take("ada", late) is False
+    assert inbox.take("ada", manifest()) is False
+
+
+# -- cursors and roll-backs ------------------------------------------------------------------------
+
+
+def test_a_manifest_says_where_its_clients_text_goes_on(inbox: Any) -> None:
+    assert inbox.cursors.committed == {}, "window 0 is not trained"
+    inbox.cursors.commit(0)
+    assert inbox.cursors.committed == {"ada": CURSOR}
+
+
+def test_a_manifest_that_is_refused_moves_no_cursor(inbox: Any) -> None:
+    refused(inbox, manifest(position=8))
+    refused(inbox, manifest(epoch=5))  # a second one
+    inbox.cursors.commit(0)
+    assert inbox.cursors.committed == {"ada": CURSOR}
+
+
+def test_after_a_roll_back_nothing_that_came_is_left(inbox: Any) -> None:
+    empty = kept_by(inbox)
+    inbox.take("ada", activations())
+    assert isinstance(inbox.queue.decide(0.0), Forward)
+    inbox.take("ada", gradient())
+    inbox.exchange.expect(0, ["ada"], True)
+    first, *_ = update_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
+    inbox.take("ada", pb.ClientMessage(update=first))
+    assert not inbox.is_empty
+    inbox.roll_back()
+    assert inbox.is_empty and (inbox.loss_sum, inbox.masked_tokens) == (0.0, 0)
+    kept = kept_by(inbox)
+    for books in (empty, kept):  # what was received was received
+        for place in ("queue", "_queue", "exchange", "_exchange", "update_bytes", "reports"):
+            del books[place]
+    assert kept == empty

@@ -84,6 +84,30 @@ def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: 
     assert f" 1 {expected} (see" in failure
 
 
+def test_whoever_has_ended_is_started_again(started: Callable[..., LocalClients], tmp_path: Path) -> None:
+    """With the same words, and its output goes on in the same log."""
+    clients = started(ada="import time; time.sleep(60)", bo='import sys; print("again"); sys.exit(9)')
+    ada, bo = clients.processes["ada"], clients.processes["bo"]
+    bo.wait(timeout=30)
+    clients.revive()
+    assert clients.processes["ada"] is ada and clients.processes["bo"] is not bo
+    arguments = clients.processes["bo"].args
+    assert isinstance(arguments, list) and arguments[1:] == bo.args[1:], "the same server and folder"
+
+
+def test_a_client_that_ends_again_and_again_ends_the_run(
+    started: Callable[..., LocalClients], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_clients, "MOST_REVIVALS", 2)
+    clients = started(bo='import sys; print("fedbert-ds: no text in x", file=sys.stderr); sys.exit(3)')
+    for _ in range(2):
+        clients.processes["bo"].wait(timeout=30)
+        clients.revive()
+    clients.processes["bo"].wait(timeout=30)
+    with pytest.raises(RunError, match=r"^bo ended 3 times: no text in x"):
+        clients.revive()
+
+
 def test_none_outlives_the_run(started: Callable[..., LocalClients]) -> None:
     clients = started(ada="import time; time.sleep(60)", bo="import time; time.sleep(60)")
     clients.check()

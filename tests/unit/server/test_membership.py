@@ -8,12 +8,23 @@ from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.queue.deadlines import Question
+from fedbert_ds.server.queue.decisions import Plan
+from fedbert_ds.wire.messages import Manifest
 
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    return rank_with(monkeypatch)
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    return rank_with(monkeypatch, on_loss="wait")
+
+
+def rank_with(monkeypatch: pytest.MonkeyPatch, on_loss: str = "continue") -> Rank:
     """ada and bo are connected, and their updates of window 0 are awaited."""
-    config = run_config(clients={"expected": 2, "minimum": 1})
+    config = run_config(clients={"expected": 2, "minimum": 1, "on_loss": on_loss})
     made = Rank(monkeypatch, config, [FakeClient("ada", config), FakeClient("bo", config)])
     for client in made.clients:
         made.served.rooms.membership.join(client.name, made.clock.now)
@@ -65,3 +76,61 @@ def test_a_suspended_client_stays_connected_and_hears_what_is_skipped(rank: Rank
         "client bo is late: windows go on without it until it answers; its update of window 0 is left out"
     ]
     assert rooms.queue.deadlines.asked_at("bo", Question("update", 0)) is None, "its update is not waited for"
+
+
+def announce(rank: Rank, *clients: str) -> None:
+    for client in clients:
+        manifest = Manifest(client, rank.served.rooms.queue.next_window, (4,), (2,))
+        rank.served.rooms.queue.manifest(manifest)
+        rank.served.rooms.cursors.announce(client, manifest.window, {"epoch": 0, "position": 1, "sequences": 9})
+
+
+def test_what_a_departed_client_announced_does_not_count_as_trained(rank: Rank) -> None:
+    announce(rank, "ada", "bo")
+    members(rank).disconnect("bo")
+    rank.served.rooms.cursors.commit(0)
+    assert rank.served.rooms.cursors.committed.keys() == {"ada"}
+
+
+@pytest.mark.parametrize("on_loss", ["continue", "wait"])
+def test_whoever_is_gone_is_absent_where_the_run_waits(monkeypatch: pytest.MonkeyPatch, on_loss: str) -> None:
+    rank = rank_with(monkeypatch, on_loss)
+    members(rank).disconnect("bo")
+    announce(rank, "ada")
+    decision = rank.served.rooms.queue.decide(rank.clock.now)
+    if on_loss == "continue":
+        assert members(rank).absent == set() and isinstance(decision, Plan)
+    else:
+        assert members(rank).absent == {"bo"} and decision is None, "no window is planned without it"
+
+
+@pytest.mark.parametrize("way", ["refuse", "expire", "disconnect", "evict"])
+def test_whatever_the_way_it_left_it_is_awaited_until_it_is_back(waiting: Rank, way: str) -> None:
+    reason = ["a loss of nan"] if way == "refuse" else []
+    getattr(members(waiting), way)("bo", *reason)
+    assert members(waiting).absent == {"bo"}
+    members(waiting).join("bo", waiting.clock.now)
+    assert members(waiting).absent == set()
+
+
+@pytest.mark.parametrize(("way", "may_return"), [("refuse", False), ("expire", True), ("evict", False)])
+def test_only_a_client_that_was_silent_is_told_that_it_may_return(rank: Rank, way: str, may_return: bool) -> None:
+    """One that breaks the protocol would do it again; an evicted one has joined already."""
+    reason = ["a loss of nan"] if way == "refuse" else []
+    getattr(members(rank), way)("bo", *reason)
+    assert rank.clients[1].refusal is not None and rank.clients[1].may_return == may_return
+
+
+def test_an_evicted_client_has_lost_its_place_and_its_connection(rank: Rank) -> None:
+    members(rank).detached.add("bo")
+    members(rank).evict("bo")
+    assert members(rank).detached == set()
+    assert rank.served.rooms.queue.clients == {"ada"} and rank.endpoint.revoked == {"bo"}
+    assert members(rank).problems == ["client bo disconnected, and joins again"]
+
+
+def test_windows_go_on_while_one_comes_that_is_not_awaited(rank: Rank) -> None:
+    members(rank).join("cy", rank.clock.now, is_awaited=False)
+    announce(rank, "ada", "bo")
+    decision = rank.served.rooms.queue.decide(rank.clock.now)
+    assert isinstance(decision, Plan) and {m.client for m in decision.manifests} == {"ada", "bo"}

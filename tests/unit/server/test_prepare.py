@@ -14,8 +14,8 @@ from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import vocabulary_hash
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.local_clients import client_name
-from fedbert_ds.server.prepare import prepare_text, prepared_text
-from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text
+from fedbert_ds.server.run_folder import Layout, RunFolder
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def config_of(source: Path, **sections: object) -> RunConfig:
 def test_every_article_is_dealt_to_one_client_or_held_out(tmp_path: Path, source: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
+    assert not is_prepared(folder)
     tokenizer, facts = prepare_text(config_of(source), folder)
+    assert is_prepared(folder)
     dealt = [[a.title for a in read_articles([str(folder.shard(client_name(n)))])] for n in range(3)]
     held_out = [article.title for article in read_articles([str(folder.held_out)])]
     titles = sorted([title for shard in dealt for title in shard] + held_out)
@@ -71,4 +73,27 @@ def test_without_local_clients_a_tokenizer_must_be_named(tmp_path: Path, source:
     named = {"path": str(first.tokenizer)}
     tokenizer, facts = prepare_text(config_of(source, clients=remote, tokenizer=named), folder)
     assert facts is None and vocabulary_hash(tokenizer) == vocabulary_hash(trained)
-    assert prepared_text(folder)[1] is None
+    assert is_prepared(folder) and prepared_text(folder)[1] is None
+
+
+def test_a_preparation_that_was_cut_short_does_not_count(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_text(config_of(source), folder)
+    assert folder.held_out.exists() and not is_prepared(folder)
+    _, facts = prepare_text(config_of(source), folder)
+    assert prepared_text(folder)[1] == facts
+
+
+def test_a_run_of_an_earlier_version_that_has_saved_is_prepared(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.of(3).mkdir(parents=True)
+    folder.checkpoints.mark_complete(3, Layout(1, 0))
+    assert is_prepared(folder)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fedbert_ds.config import parse_config
 from fedbert_ds.server import pretrain
+from fedbert_ds.server.run_folder import RunFolder
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -41,3 +43,13 @@ def test_the_folder_is_checked_before_the_rank_starts(
     path.write_text(f"body: {{deepspeed: zero.json}}\nrun: {{directory: {tmp_path}}}")
     assert run(monkeypatch, "--config", str(path)) == 6
     assert "holds a run already; add --resume" in capsys.readouterr().err
+
+
+def test_a_restart_resumes_a_run_that_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"run": {"directory": str(tmp_path / "run")}}, "test")
+    RunFolder(config.run.directory).write_config(config)
+    assert not pretrain.is_restart(config)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert pretrain.is_restart(config)
+    RunFolder(config.run.directory).remove()
+    assert not pretrain.is_restart(config), "it died before it had begun"

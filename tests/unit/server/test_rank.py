@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from unit.server.bad_clients import SOME, trio
-from unit.server.fake_client import HALF, Alter, FakeClient
-from unit.server.fakes import Rank, joined, run_config
+from unit.server.fake_client import GONE, HALF, Alter, FakeClient
+from unit.server.fakes import Rank, run_config
 
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.sampler import Sampler
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.network.events import Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -110,19 +113,125 @@ def test_a_large_half_over_a_slow_link_is_not_silence(monkeypatch: pytest.Monkey
     assert not rank.problems
 
 
+# -- who takes part --------------------------------------------------------------------------------
+
+
+def four(config: RunConfig, **alter: Alter) -> tuple[list[FakeClient], Sampler]:
+    """ada, bo, cy and di, each told its first window, and who of them takes part when."""
+    lengths = {"ada": (3, 5, 2, 4), "bo": (4, 3, 3, 2), "cy": (2, 2, 8, 1), "di": (7, 1)}
+    strategy = strategy_of(config.federation, config.wire)
+    sampler = strategy.sampler(config.run.seed, dict.fromkeys(lengths, 0))
+    clients = [
+        FakeClient(name, config, own, **({"alter": alter[name]} if name in alter else {}))
+        for name, own in lengths.items()
+    ]
+    return clients, sampler
+
+
+def in_window(clients: list[FakeClient], sampler: Sampler, window: int) -> list[FakeClient]:
+    return [client for client in clients if sampler.takes_part(client.name, window)]
+
+
+@pytest.mark.parametrize("order", ["arrival", "fixed"])
+@pytest.mark.parametrize(
+    "federation",
+    [
+        {"mode": "synchronous", "participants": 2},
+        {"mode": "synchronous", "participants": 2, "staleness": 1},
+        {"mode": "synchronous", "participants": 1},
+        {"mode": "parallel", "participants": 2, "average_every": 3},
+        {"mode": "sequential", "average_every": 2},
+    ],
+    ids=str,
+)
+def test_only_participants_train_and_everybody_gets_the_combined_update(
+    monkeypatch: pytest.MonkeyPatch, federation: dict[str, Any], order: str
+) -> None:
+    """FakeClient refuses a second step of a window, and whatever is not of its own windows."""
+    windows = 12
+    config = run_config(
+        run={"windows": windows, "save_every": 5}, federation=federation, window={"order": order},
+        clients={"expected": 4},
+    )  # fmt: skip
+    clients, sampler = four(config)
+    rank = Rank(monkeypatch, config, clients)
+    assert rank.run() == windows
+    assert not rank.problems
+    counts = [len(in_window(clients, sampler, window)) for window in range(windows)]
+    assert set(counts) == {federation.get("participants", 1)}
+    for window, status in enumerate(rank.statuses):
+        here = in_window(clients, sampler, window)
+        assert status.tally.tokens == sum(sum(client.lengths) for client in here)
+        assert status.tally.masked_tokens == sum(length // 2 for client in here for length in client.lengths)
+    every = federation.get("average_every", 1)
+    exchanges = [window for window in range(windows) if (window + 1) % every == 0]
+    for client in clients:
+        own = [window for window in range(windows) if sampler.takes_part(client.name, window)]
+        assert client.missed == [window for window in range(windows) if window not in own]
+        stepped = list(range(windows)) if federation["mode"] == "synchronous" else own
+        assert client.windows_stepped == stepped
+        assert len(client.updates) == 1 + len(exchanges)
+        for window, update in zip(exchanges, client.updates[1:], strict=True):
+            names = [len(other.name) for other in in_window(clients, sampler, window)]
+            # Values and weights are the lengths of names.
+            summed = float(sum(names)), sum(n * n for n in names) / sum(names)
+            expected = summed[0] if federation["mode"] == "synchronous" else summed[1]
+            torch.testing.assert_close(update["head"], torch.full((2,), expected))
+    # All say where they are, participants or not.
+    assert rank.engine.saved == [5, 10, 12]
+    assert rank.served.checkpoints.client_figures.keys() == {client.name for client in clients}
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "sequential"])
+def test_windows_of_a_lost_client_are_empty_and_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """bo leaves in its first window; what it should have trained later is a gradient of zero."""
+    windows = 12
+    participants = {"participants": 1} if mode == "synchronous" else {}
+    config = run_config(
+        run={"windows": windows}, federation={"mode": mode, **participants}, clients={"expected": 4, "minimum": 1}
+    )
+    gone: Alter = lambda number, message: [GONE] if message.WhichOneof("body") == "activations" else [message]  # noqa: E731
+    clients, sampler = four(config, bo=gone)
+    rank = Rank(monkeypatch, config, clients)
+    assert rank.run() == windows and len(rank.engine.steps) == windows
+    assert rank.problems == ["client bo disconnected"]
+    of_bo = [window for window in range(windows) if sampler.takes_part("bo", window)]
+    assert len(of_bo) > 1
+    for window, status in enumerate(rank.statuses):
+        assert (status.tally.masked_tokens == 0) == (window in of_bo), window
+        assert status.tally.forwards > 0, "a dummy keeps ranks in step"
+    lost = [status.tally.lost_masked_tokens for status in rank.statuses]
+    assert [window for window, masked in enumerate(lost) if masked] == of_bo[:1], "the others were not promised"
+    for client in clients:
+        if client.name != "bo":
+            assert len(client.updates) == 1 + windows
+
+
+def test_nobody_is_silent_who_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' turns take far longer than a client may be silent."""
+    config = run_config(
+        run={"windows": 16, "save_every": 4}, federation={"mode": "sequential", "average_every": 4},
+        clients={"expected": 4, "silence_timeout": 300.0},
+    )  # fmt: skip
+    clients, _ = four(config)
+    rank = Rank(monkeypatch, config, clients, latency=lambda client, event: 40.0)
+    begun = rank.clock.now
+    assert rank.run() == 16
+    assert not rank.problems
+    assert (rank.clock.now - begun) * 3 / 4 > 3 * 300.0, "so long each of them had nothing to say"
+
+
 # -- the rest of the protocol ----------------------------------------------------------------------
 
 
-def test_a_join_that_comes_too_late_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_join_that_is_one_too_many_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config()
     rank = Rank(monkeypatch, config, trio(config))
-    event, answer = joined(pb.Hello(client="late"))
-    gone_event, gone = joined(pb.Hello(client="gone"))
+    answer = rank.endpoint.join(FakeClient("late", config))
+    gone = rank.endpoint.join(FakeClient("gone", config))
     gone.cancel()
-    rank.endpoint.post("late", event)
-    rank.endpoint.post("gone", gone_event)
     assert rank.run() == 2
-    with pytest.raises(WireError, match="client late: this rank takes no joins"):
+    with pytest.raises(WireError, match=r"client late: the run has its 3 clients; raise clients\.maximum"):
         answer.result(timeout=0)
 
 

@@ -55,7 +55,7 @@ def test_without_a_minimum_one_bad_client_ends_the_run_and_is_named(monkeypatch:
     with pytest.raises(RunError) as caught:
         rank.run()
     assert str(caught.value).startswith("client bo: gradient of micro-batch")
-    assert "2 of 3 clients left, the run needs 3 (clients.minimum); nothing was saved yet" in str(caught.value)
+    assert "2 of 3 clients left, the run needs 3 (clients.minimum); saved up to window 1: " in str(caught.value)
 
 
 @pytest.mark.parametrize("federation", [{"mode": "synchronous"}, {"mode": "parallel"}], ids=lambda f: f["mode"])

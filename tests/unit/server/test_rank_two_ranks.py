@@ -46,6 +46,9 @@ class BoardRankGroup:
     def gather(self, mine: Any) -> list[Any]:
         return self._board.meet(self.rank, mine)
 
+    def broadcast(self, from_rank_0: Any) -> Any:
+        return self.gather(from_rank_0)[0]
+
     def barrier(self) -> None:
         self.gather(None)
 

@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.server.queue.deadlines import Deadlines, Question
 from fedbert_ds.server.remote_exchange import RemoteExchange
@@ -91,11 +91,25 @@ def test_an_update_that_comes_here_is_refused() -> None:
 def test_admission_waits_for_the_answer() -> None:
     line, _, exchange = made()
     with pytest.raises(WireError, match="admitted no clients"):
-        exchange.admit(4, {"ada": "s"}, with_reference=True, timeout=0.0)
+        exchange.admit(4, {"ada": "s"}, timeout=0.0)
     line.reports.append(pb.Report(admitted=pb.Admitted(window=4)))
-    exchange.admit(4, {"bo": "t", "ada": "s"}, with_reference=True, timeout=5.0)
-    admissions = [pb.Admission(client=c, session=s, reference=True) for c, s in (("ada", "s"), ("bo", "t"))]
+    exchange.admit(4, {"bo": "t", "ada": "s"}, timeout=5.0)
+    admissions = [pb.Admission(client=c, session=s) for c, s in (("ada", "s"), ("bo", "t"))]
     assert line.orders[-1] == pb.Order(admit=pb.Admit(window=4, clients=admissions))
+
+
+def test_what_was_said_of_a_client_before_it_came_back_is_forgotten() -> None:
+    line, _, exchange = made()
+    line.reports += [
+        pb.Report(lost=pb.Lost(client="ada", reason="gone")),
+        pb.Report(lost=pb.Lost(client="bo", reason="gone, too", may_return=True)),
+        pb.Report(admitted=pb.Admitted(window=4)),
+    ]
+    exchange.admit(4, {"ada": "new"}, timeout=5.0)
+    [(client, error)] = exchange.take_unsound()
+    assert client == "bo" and isinstance(error, ConnectionLost)
+    exchange.begin("ada", with_reference=False)
+    assert line.orders[-1] == pb.Order(begin=pb.BeginClient(client="ada", reference=False))
 
 
 def test_a_save_and_the_result_are_waited_for() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from fedbert_ds.config import AggregatorSection, RunConfig, load_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, CheckpointFolder, RunFolder, check_folder
+from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, CheckpointFolder, Layout, RunFolder, check_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -39,17 +39,17 @@ def written(checkpoints: CheckpointFolder, window: int) -> Path:
 
 
 def test_a_checkpoint_counts_once_it_is_marked(checkpoints: CheckpointFolder) -> None:
-    assert checkpoints.complete_windows() == frozenset() and checkpoints.num_ranks() is None
+    assert checkpoints.complete_windows() == frozenset()
     written(checkpoints, 5)
     assert checkpoints.complete_windows() == frozenset()
-    checkpoints.mark_complete(5, ranks=3)
-    assert checkpoints.complete_windows() == {5} and checkpoints.num_ranks() == 3
+    checkpoints.mark_complete(5, Layout(3, 2))
+    assert checkpoints.complete_windows() == {5} and checkpoints.layout(5) == Layout(ranks=3, zero_stage=2)
 
 
 def test_the_newest_two_are_kept(checkpoints: CheckpointFolder) -> None:
     for window in (9, 10, 200):
         written(checkpoints, window)
-        checkpoints.mark_complete(window, 1)
+        checkpoints.mark_complete(window, Layout(1, 0))
     assert checkpoints.complete_windows() == {10, 200}, "by number, not by name"
     assert {path.name for path in checkpoints.path.iterdir()} == {"window-10", "window-200"}
 
@@ -58,7 +58,7 @@ def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(checkpoints: Ch
     written(checkpoints, 1)
     for window in (2, 3, 4):
         written(checkpoints, window)
-        checkpoints.mark_complete(window, 1)
+        checkpoints.mark_complete(window, Layout(1, 0))
     assert checkpoints.complete_windows() == {3, 4}
     assert checkpoints.of(1).is_dir()
 
@@ -72,11 +72,11 @@ def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
 
     for window in (1, 2):
         written(checkpoints, window)
-        checkpoints.mark_complete(window, 1)
+        checkpoints.mark_complete(window, Layout(1, 0))
     written(checkpoints, 3)
     monkeypatch.setattr(shutil, "rmtree", crash)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.mark_complete(3, 1)
+        checkpoints.mark_complete(3, Layout(1, 0))
     assert checkpoints.complete_windows() == {2, 3}
 
 
@@ -91,9 +91,33 @@ def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
 
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="no space"):
-        checkpoints.mark_complete(1, 1)
+        checkpoints.mark_complete(1, Layout(1, 0))
     assert not (part / COMPLETE).exists()
     assert checkpoints.complete_windows() == frozenset()
+
+
+def test_a_run_removes_what_it_will_write_again(checkpoints: CheckpointFolder) -> None:
+    """Another number of ranks writes other files: those of before would be left among them."""
+    for window in (3, 6):
+        written(checkpoints, window)
+        checkpoints.mark_complete(window, Layout(4, 2))
+    written(checkpoints, 1)
+    written(checkpoints, 9)
+    (checkpoints.path / "window-notes").mkdir()
+    checkpoints.begin_at(3)
+    assert {path.name for path in checkpoints.path.iterdir()} == {"window-3", "window-notes"}
+    checkpoints.begin_at(0)
+    assert checkpoints.complete_windows() == frozenset()
+    CheckpointFolder(checkpoints.path / "nothing yet").begin_at(0)
+
+
+@pytest.mark.parametrize("mark", ['{"window": 5, "ranks": 2}', "[]", "{", '{"ranks": 2, "zero_stage": "two"}'])
+def test_a_mark_that_names_no_layout_is_one_line(checkpoints: CheckpointFolder, mark: str) -> None:
+    written(checkpoints, 5)
+    (checkpoints.of(5) / COMPLETE).write_text(mark)
+    with pytest.raises(RunError, match=r'complete\.json: says not by how many ranks .*; add "ranks"') as caught:
+        checkpoints.layout(5)
+    assert "\n" not in str(caught.value)
 
 
 # -- fit to start, fit to resume -------------------------------------------------------------------
@@ -105,7 +129,7 @@ def saved(folder: RunFolder) -> RunConfig:
     config = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}"])
     folder.write_config(config)
     written(folder.checkpoints, 5)
-    folder.checkpoints.mark_complete(5, ranks=2)
+    folder.checkpoints.mark_complete(5, Layout(2, 2))
     return config
 
 
@@ -121,24 +145,27 @@ def test_the_owner_of_the_client_model_stays(folder: RunFolder, saved: RunConfig
 
 
 def test_a_new_run_wants_an_empty_folder(folder: RunFolder) -> None:
-    check_folder(folder, RunConfig(), resume=False, world_size=1)
+    check_folder(folder, RunConfig(), resume=False)
     folder.path.mkdir()
-    check_folder(folder, RunConfig(), resume=False, world_size=1)
+    check_folder(folder, RunConfig(), resume=False)
     (folder.path / "notes.txt").touch()
     with pytest.raises(RunError, match="holds a run already; add --resume to continue it"):
-        check_folder(folder, RunConfig(), resume=False, world_size=1)
+        check_folder(folder, RunConfig(), resume=False)
 
 
 def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig) -> None:
-    check_folder(folder, saved, resume=True, world_size=2)
-    with pytest.raises(RunError, match="was saved by 2 ranks, this is 4; start it with 2 ranks"):
-        check_folder(folder, saved, resume=True, world_size=4)
-    (folder.checkpoints.of(5) / COMPLETE).unlink()
-    with pytest.raises(RunError, match="this run saved no checkpoint"):
-        check_folder(folder, saved, resume=True, world_size=2)
+    check_folder(folder, saved, resume=True)
     folder.config.unlink()
     with pytest.raises(RunError, match="no run to resume here"):
-        check_folder(folder, saved, resume=True, world_size=2)
+        check_folder(folder, saved, resume=True)
+
+
+def test_a_run_that_saved_nothing_begins_again(folder: RunFolder, saved: RunConfig) -> None:
+    (folder.checkpoints.of(5) / COMPLETE).unlink()
+    check_folder(folder, saved, resume=True)
+    another = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", "run.seed=5"])
+    with pytest.raises(RunError, match=r"^run\.seed is 5 now"):
+        check_folder(folder, another, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +179,6 @@ def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig)
         ("wire.updates=int8", "wire.updates"),
         ("run.seed=5", "run.seed"),
         ("optimizer.name=sgd", "optimizer.name"),
-        ("body.zero_stage=3", "body.zero_stage"),
         ("body.precision=bf16", "body.precision"),
         ("clients.expected=9", "clients.expected"),
         ("clients.local=1", "clients.local"),
@@ -161,7 +187,7 @@ def test_a_resumed_run_wants_its_own_folder(folder: RunFolder, saved: RunConfig)
 def test_what_must_not_change_is_named(folder: RunFolder, saved: RunConfig, override: str, key: str) -> None:
     changed = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", override])
     with pytest.raises(RunError, match=rf"^{key} is .* now and was .* when .* was saved; change it back"):
-        check_folder(folder, changed, resume=True, world_size=2)
+        check_folder(folder, changed, resume=True)
 
 
 def test_every_key_that_must_not_change_is_tried_above() -> None:
@@ -169,29 +195,29 @@ def test_every_key_that_must_not_change_is_tried_above() -> None:
     assert tuple(key for _, key in mark.args[1]) == UNCHANGED
 
 
-@pytest.mark.parametrize("override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch"])
+@pytest.mark.parametrize(
+    "override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch", "body.zero_stage=3"]
+)
 def test_the_rest_may_change(folder: RunFolder, saved: RunConfig, override: str) -> None:
     changed = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", override])
-    check_folder(folder, changed, resume=True, world_size=2)
-
-
-def test_a_stage_may_be_said_in_either_file(folder: RunFolder, saved: RunConfig) -> None:
-    """zero2.json names stage 2; the run file may name it instead."""
-    same = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}", "body.zero_stage=2"])
-    check_folder(folder, same, resume=True, world_size=2)
+    check_folder(folder, changed, resume=True)
 
 
 # -- the rest --------------------------------------------------------------------------------------
 
 
 def test_a_run_that_failed_before_it_began_leaves_nothing_in_the_way(folder: RunFolder) -> None:
-    folder.path.mkdir()
-    folder.held_out.write_text("{}")
-    folder.remove_if_unused()
-    assert not folder.path.exists()
     folder.write_config(RunConfig())
-    folder.remove_if_unused()
-    assert folder.config.is_file()
+    folder.held_out.write_text("{}")
+    folder.remove()
+    assert not folder.path.exists()
+    folder.remove()
+
+
+def test_a_run_keeps_the_id_it_drew(folder: RunFolder, tmp_path: Path) -> None:
+    drawn = folder.identify()
+    assert len(drawn) == 32 and folder.identify() == drawn
+    assert RunFolder(tmp_path / "another").identify() != drawn
 
 
 def test_the_address_is_there_while_clients_may_come(folder: RunFolder) -> None:

@@ -23,14 +23,14 @@ TEXT = TextFacts(("a.txt",), 10, 2, (6, 2), (750, 250))
 
 
 def status(problems: tuple[str, ...] = (), clients: frozenset[str] = frozenset(), **tally: Any) -> RankStatus:
-    return RankStatus(1, 1, Demand(0.0, 0.0, 0.0, 1), clients, False, problems, problems, Tally(**tally))
+    return RankStatus(1, 1, Demand(0.0, 0.0, 0.0, 1), clients, clients, False, problems, problems, tally=Tally(**tally))
 
 
-def reporter_of(config: RunConfig, text: TextFacts | None = TEXT) -> RunReporter:
+def reporter_of(config: RunConfig, text: TextFacts | None = TEXT, has_body: bool = True) -> RunReporter:
     model = SimpleNamespace(model_type="bert", num_hidden_layers=2, hidden_size=128, vocab_size=4000)
     half: Any = SimpleNamespace(num_parameters=530_000, config=model)
     body: Any = SimpleNamespace(num_parameters=1_340_000_000)
-    return RunReporter(config, 2, text, half, body)
+    return RunReporter(config, 2, text, half, body if has_body else None)
 
 
 def config_in(folder: Path, *overrides: str) -> RunConfig:
@@ -101,3 +101,14 @@ def test_facts_name_what_ran(tmp_path: Path) -> None:
     assert facts["machine"].startswith("2 ranks, ") and facts["body"] == "1.34 B parameters, ZeRO 2, fp32"
     assert facts["clients"] == "4, synchronous" and facts["text"] == "with the clients"
     assert list(facts)[-1] == "training time"
+
+
+def test_a_run_without_a_body_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(ROOT / "configs" / "diloco.yaml", [f"run.directory={tmp_path}", "server.host=0.0.0.0"])
+    reporter = reporter_of(config, has_body=False)
+    reporter.announce("127.0.0.1:29600")
+    out = capsys.readouterr().out
+    assert "no body   4 clients, parallel, server nesterov" in out and "ZeRO" not in out
+    assert "cut: whole; 0.5 M parameters at each client" in out
+    assert "warning server.tls is not set: changes of weights cross the network in the clear" in out
+    assert reporter.facts()["body"] == "none: clients hold the whole model"

@@ -62,6 +62,22 @@ def test_resuming_drops_the_windows_that_are_run_again(tmp_path):
     assert read_metrics(path) == [*rows(3), again]
 
 
+def test_windows_that_are_undone_leave_the_log_and_come_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    again = replace(ROW, window=2, loss=1.0)
+    with MetricsLog(path) as log:
+        for row in rows(4):
+            log.append(row)
+        log.roll_back(2)
+        assert read_metrics(path) == rows(2)
+        log.append(again)
+        log.roll_back(3)  # nothing to undo
+        assert read_metrics(path) == [*rows(2), again]
+        log.roll_back(0)
+        log.append(ROW)
+    assert read_metrics(path) == [ROW]
+
+
 def test_a_new_run_starts_empty(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, rows(5))

@@ -50,6 +50,12 @@ def test_a_log_file_gets_the_whole_line():
     )
 
 
+def test_without_a_body_nothing_is_said_of_one():
+    stream = io.StringIO()
+    run(Progress(600, 4, stream), [319], replace(ROW, forwards=0, backwards=0, busy_seconds=0.0))
+    assert stream.getvalue() == "window 320/600  loss 5.21  18.2k tokens/s  4/4 clients  1.1 kB/token  4:40 left\n"
+
+
 def test_a_log_file_hears_every_twentieth_of_the_run():
     stream = io.StringIO()
     with Progress(200, 4, stream, clock=lambda: 0.0) as progress:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbert_ds.config import Codec
+from fedbert_ds.config import Codec, UpdateCodec
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire.codecs import (
     LARGEST_VALUE,
@@ -92,8 +92,11 @@ def test_int8_is_within_half_a_step_of_its_row(tensor: Tensor) -> None:
             assert not got.any()
 
 
-WORST = {"int8": 1 / 254, "int8_group": 1 / 254, "fp8_e4m3": 1 / 28, "fp8_e5m2": 1 / 14, "int4_hadamard": 1 / 14}
-"""Half a step over the largest magnitude that shares its scale."""
+WORST = {
+    "int8": 1 / 254, "int8_group": 1 / 254, "fp8_e4m3": 1 / 28, "fp8_e5m2": 1 / 14, "int4_hadamard": 1 / 14,
+    "int2_hadamard": 1.0,
+}  # fmt: skip
+"""Half a step over the largest magnitude that shares its scale; two bits cut the largest off."""
 
 
 @settings(deadline=None)
@@ -130,7 +133,8 @@ def test_compression_takes_out_what_normal_numbers_leave_unused(codec: str) -> N
     """
     values = torch.randn(500, 768, generator=torch.Generator().manual_seed(1))
     plain, small = (encode(values, codec, compressed=compressed).ByteSize() for compressed in (False, True))
-    most = {"fp32": 0.85, "bf16": 0.69, "int8": 0.93, "int8_group": 0.96, "fp8_e4m3": 0.83, "fp8_e5m2": 0.71}
+    most = {"fp32": 0.85, "bf16": 0.69, "int8": 0.93, "int8_group": 0.96, "fp8_e4m3": 0.83, "fp8_e5m2": 0.71,
+            "int2_hadamard": 0.92}  # fmt: skip
     assert 0.5 * plain < small < most.get(codec, 0.89) * plain
 
 
@@ -144,13 +148,15 @@ def test_a_seed_decides_every_byte(codec: str) -> None:
 
 @pytest.mark.parametrize("codec", NAMES)
 def test_the_run_file_knows_every_codec(codec: str) -> None:
-    assert codec in get_args(Codec) and len(get_args(Codec)) == len(NAMES)
+    assert codec in get_args(UpdateCodec) and len(get_args(UpdateCodec)) == len(NAMES)
+    # Two bits are for changes of weights alone.
+    assert {*get_args(Codec), "int2_hadamard"} == {*get_args(UpdateCodec)}
 
 
 def test_bytes_of_a_row_of_768() -> None:
     assert {name: sum(frame_bytes(1, 768, name)) for name in NAMES} == {
         "fp32": 3072, "bf16": 1536, "int8": 772, "int8_group": 792, "fp8_e4m3": 772, "fp8_e5m2": 772,
-        "int4_hadamard": 408,
+        "int4_hadamard": 408, "int2_hadamard": 216,
     }  # fmt: skip
 
 

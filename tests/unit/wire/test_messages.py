@@ -13,6 +13,7 @@ from fedbert_ds.wire.messages import (
     Manifest,
     checked_manifest,
     client_settings,
+    cursor_numbers,
     cut_to_json,
     parse_cut,
     parse_settings,
@@ -52,6 +53,18 @@ def test_an_impossible_manifest(lengths: list[int], masked: list[int], reason: s
 def test_one_sequence_may_overshoot_the_share() -> None:
     message = pb.Manifest(lengths=[8], masked=[1])
     assert checked_manifest("ada", message, max_sequence=8, max_tokens=1).lengths == (8,)
+
+
+@pytest.mark.parametrize(("position", "sequences"), [(1, 0), (8, 7), (2**64 - 1, 7)])
+def test_a_cursor_behind_the_end_of_the_text_is_refused(position: int, sequences: int) -> None:
+    cursor = pb.Cursor(position=position, sequences=sequences)
+    message = pb.Manifest(window=7, lengths=[8], masked=[1], cursor=cursor)
+    reason = f"manifest of window 7: a cursor at sequence {position} of {sequences}$"
+    with pytest.raises(WireError, match=reason):
+        checked_manifest("ada", message, max_sequence=8, max_tokens=12)
+    message.cursor.position = sequences
+    assert checked_manifest("ada", message, max_sequence=8, max_tokens=12).window == 7
+    assert cursor_numbers(message.cursor) == {"epoch": 0, "position": sequences, "sequences": sequences}
 
 
 @settings(max_examples=200, deadline=None)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
-from fedbert_ds.server.network.events import Connected, Disconnected, Received
+from fedbert_ds.server.network.events import Connected, Detached, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import shared_memory
 from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, is_this_machine, offer
@@ -171,7 +171,8 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
         client.wait(timeout=TIMEOUT)
     while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
-    assert event == Disconnected("ada")
+    assert event == Detached("ada")
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
     assert own_memory() == before
     endpoint.stop(grace=0.1)
     assert not list(Path("/dev/shm").glob("*fedbert*"))

@@ -2,6 +2,7 @@
 bytes as counted."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
@@ -9,12 +10,12 @@ from torch.nn import functional
 
 from benchmarks.codecs.counted import crossing, message_bytes
 from benchmarks.codecs.split_training import RowFeedback, SplitTrainer
-from fedbert_ds.config import ModelSection, OptimizerSection, WireSection
+from fedbert_ds.config import Codec, ModelSection, OptimizerSection, WireSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
-from fedbert_ds.wire.codecs import NAMES, decode, encode
+from fedbert_ds.wire.codecs import decode, encode
 
 VOCABULARY, WIDTH, LENGTHS = 61, 16, [9, 9, 9]
 OPTIMIZER = OptimizerSection(lr=1e-2, gradient_clipping=0.0)
@@ -84,7 +85,7 @@ def test_what_is_owed_to_a_row_is_sent_later():
     assert (total / 50 - rows).abs().max() < 0.02 < (sent - rows).abs().max()
 
 
-@pytest.mark.parametrize("codec", NAMES)
+@pytest.mark.parametrize("codec", get_args(Codec))
 @pytest.mark.parametrize("cut", ["rows", "embeddings"])
 def test_bytes_are_counted_from_the_messages_a_window_takes(codec, cut):
     batch = batch_of(0)

@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 
 from benchmarks.modes import runs, systems
 from benchmarks.modes.benchmark import bench_modes
+from benchmarks.modes.comparison import ClientCosts
 from benchmarks.modes.systems import CENTRALIZED, ModesOptions, System
 from fedbert_ds.config import dump_config, load_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 
 ROOT = Path(__file__).parents[4]
@@ -106,6 +108,32 @@ def test_shipped_run_file_and_every_system(options):
         if system != CENTRALIZED:
             assert config.federation.mode == system.name
             assert config.federation.average_every == (system.average_every or 1)
+
+
+def test_methods_of_whole_models_are_settings_of_one_run_file(options):
+    options = replace(options, quick=False, whole=True, overrides=())
+    assert options.systems == systems.WHOLE_SYSTEMS and options.systems[0] == CENTRALIZED
+    configs = {
+        system.slug: load_config(systems.RUN_FILE, systems.overrides_of(system, options)) for system in options.systems
+    }
+    whole = {name: config for name, config in configs.items() if config.cut == "whole"}
+    assert list(whole) == ["whole-fedavg-20", "whole-diloco-20", "whole-muloco-20"]
+    assert {name: config.federation.server_optimizer for name, config in whole.items()} == {
+        "whole-fedavg-20": "none", "whole-diloco-20": "nesterov", "whole-muloco-20": "nesterov",
+    }  # fmt: skip
+    muloco = whole["whole-muloco-20"]
+    assert muloco.optimizer.name == "muon" and muloco.wire.updates == "int2_hadamard"
+
+
+def test_costs_are_read_from_what_clients_print(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert runs.client_costs(folder) is None
+    for name, memory, flops in (("a", 512, "0.45"), ("b", 688, "2.13")):
+        folder.log(name).parent.mkdir(parents=True)
+        folder.log(name).write_text(
+            f"client {name}: the run is complete; peak memory {memory} MB, {flops} MFLOP per token\n"
+        )
+    assert runs.client_costs(folder) == ClientCosts(flops_per_token=2.13e6, peak_memory_mb=688)
 
 
 def test_full_size_has_ten_clients(options):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.modes.comparison import Run, check_same_batches, draw, final, rows, table
+from benchmarks.modes.comparison import ClientCosts, Run, check_same_batches, draw, final, rows, table
 from benchmarks.modes.systems import System
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import WindowMetrics
@@ -83,6 +83,16 @@ def test_table_reads_from_the_final_rows_alone():
         "| parallel, average every 5 | 6.325 | 6.450 | +0.250 | 0.25 | 0.25 | 2 | 0 |",
     ]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_costs_of_clients_get_columns_where_they_are_known():
+    known = replace(RUNS[1], client=ClientCosts(flops_per_token=2_130_000.0, peak_memory_mb=688))
+    heads, _, words, baseline, ours, others = table(
+        final([RUNS[0], known, RUNS[2]], "centralized"), "centralized"
+    ).splitlines()[:6]
+    assert heads.endswith("| client FLOP per token | client peak memory |")
+    assert ours.endswith("| 2.13 M | 688 MB |") and others.endswith("|  |  |")
+    assert len({line.count("|") for line in (heads, words, baseline, ours, others)}) == 1
 
 
 def test_picture(tmp_path):

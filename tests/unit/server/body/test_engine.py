@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +35,33 @@ def test_kernels_are_chosen_for_what_deepspeed_will_make_of_the_weights(
     config = parse_config({"body": body}, "test")
     with pytest.raises(Installed):
         BodyEngine.build(torch.nn.Linear(2, 2), config.body, config.optimizer, config.kernels, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def undone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of runs in which windows were undone, and of the same runs without these."""
+    folder = tmp_path_factory.mktemp("undone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    worker = Path(__file__).with_name("drop_worker.py")
+    command = [sys.executable, str(worker), str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_window_that_is_undone_leaves_nothing_in_the_body(undone: Path, stage: int, precision: str) -> None:
+    """Three windows, with others undone in between, equal the three alone bit by bit: weights,
+    moments and what accumulates."""
+    for rank in range(2):
+        plain, dropped = (
+            torch.load(undone / f"{stage}-{precision}-{kind}-{rank}.pt", weights_only=True)
+            for kind in ("plain", "dropped")
+        )
+        assert plain.keys() == dropped.keys() and plain
+        for name, tensor in plain.items():
+            assert torch.equal(tensor, dropped[name]), name

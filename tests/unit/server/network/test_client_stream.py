@@ -56,8 +56,10 @@ class Server:
     def __init__(self, reconnect_timeout: float = TIMEOUT) -> None:
         self.messages: list[tuple[pb.ClientMessage, int]] = []
         self.ends = 0
+        self.connections: list[bool] = []
+        """False for a connection that was lost, True for one that came after it."""
         self.changed = asyncio.Event()
-        self.stream = ClientStream("ada", "s", reconnect_timeout, False, self._message, self._end)
+        self.stream = ClientStream("ada", "s", reconnect_timeout, False, self._message, self._end, self._connection)
 
     def _message(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
         parsed = pb.ClientMessage.FromString(frame)
@@ -68,6 +70,11 @@ class Server:
 
     def _end(self, stream: ClientStream) -> None:
         self.ends += 1
+        self.changed.set()
+
+    def _connection(self, stream: ClientStream, is_there: bool) -> None:
+        assert stream is self.stream
+        self.connections.append(is_there)
         self.changed.set()
 
     async def until(self, happened: Callable[[], bool]) -> None:
@@ -156,6 +163,39 @@ async def test_without_a_connection_it_ends_after_a_while() -> None:
     server.stream.put(save(0).SerializeToString())  # to nobody
     server.stream.finish()
     assert server.ends == 1
+
+
+@on_a_loop
+async def test_a_connection_that_is_lost_or_back_is_told() -> None:
+    server = Server(AWHILE)
+    first = Connection(server.stream)
+    assert server.connections == [], "the first one is no return"
+    second = Connection(server.stream)
+    await first.lose()
+    assert server.connections == [], "another had taken its place"
+    await second.lose()
+    assert server.connections == [False]
+    third = Connection(server.stream)
+    assert server.connections == [False, True]
+    await third.lose()
+    await server.until(lambda: server.ends == 1)
+    assert server.connections == [False, True, False]
+
+
+@on_a_loop
+async def test_nobody_hears_of_the_connection_of_a_stream_that_ends() -> None:
+    """Closed by the server, or left by the client."""
+    server = Server(AWHILE)
+    connection = Connection(server.stream)
+    server.stream.close()
+    await connection.lose()
+    await server.until(lambda: server.ends == 1)
+    assert server.connections == []
+    server = Server()
+    connection = Connection(server.stream)
+    connection.say(frame_of(Conversation(), pb.ClientMessage(leave=pb.Leave())))
+    await asyncio.wait_for(connection.reading, TIMEOUT)
+    assert server.ends == 1 and server.connections == []
 
 
 @on_a_loop

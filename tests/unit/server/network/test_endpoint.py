@@ -10,10 +10,19 @@ import grpc
 import pytest
 from unit.server.network.loopback import KINDS, TIMEOUT, Listening, Stream, listening, manifest, save, session_of
 
+from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network import endpoint_process
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
-from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    JoinAbandoned,
+    JoinAsked,
+    Received,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TRAIN, connect
@@ -51,10 +60,10 @@ def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Listening)
         for event in asked:
             assert isinstance(event, JoinAsked)
             if event.hello.client == "ada":
-                event.answer.set_result(pb.Welcome(endpoint="here", window=3))
+                event.answer.set_result(pb.Welcome(endpoint="here", session="secret"))
             else:
                 event.answer.set_exception(WireError("client bo has no text; check its --data"))
-        assert calls["ada"].result(timeout=TIMEOUT) == pb.Welcome(endpoint="here", window=3)
+        assert calls["ada"].result(timeout=TIMEOUT) == pb.Welcome(endpoint="here", session="secret")
         error = calls["bo"].exception(timeout=TIMEOUT)
         assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
         assert error.details() == "client bo has no text; check its --data"
@@ -139,8 +148,58 @@ def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
         assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
         endpoint.real.send("ada", save(2))
         assert next(call).save.window == 2
+        endpoint.no_event()
         call.cancel()
         said.put(None)
+    assert endpoint.event() == Detached("ada"), "the newer one's end counts, the older one's did not"
+    endpoint.no_event()
+
+
+def test_a_connection_that_is_lost_and_back_is_told_and_nothing_else_is(endpoint: Listening) -> None:
+    proxy = DelayProxy(endpoint.address)
+    with proxy as through:
+        ada = Stream(through, "ada")
+        assert endpoint.event() == Connected("ada")
+        endpoint.real.send("ada", save(1))
+        assert ada.receive() == save(1)
+        proxy.drop(outage_ms=0)
+        assert endpoint.event() == Detached("ada")
+        assert endpoint.event() == Attached("ada")
+        ada.send(manifest(1))
+        assert endpoint.event() == Received("ada", manifest(1))
+        ada.end()
+        assert endpoint.event() == Disconnected("ada")
+
+
+def test_admit_adds_clients_and_changes_sessions(streams, endpoint: Listening) -> None:
+    endpoint.real.admit({"cy": "session of cy"})
+    ada = streams("ada")
+    assert endpoint.event() == Connected("ada")
+    streams("cy")
+    assert endpoint.event() == Connected("cy")
+    endpoint.real.admit({"ada": "another session"})
+    endpoint.real.send("ada", save(1))
+    assert ada.receive() == save(1), "who is here stays"
+    endpoint.real.admit({"bo": "another session"})
+    assert "no such session" in streams("bo").refusal()
+    streams("bo", "another session")
+    assert endpoint.event() == Connected("bo")
+
+
+def test_a_client_takes_the_place_of_its_lost_process(streams, endpoint: Listening) -> None:
+    """The server closes the stream of the one before and lets the other in by another session."""
+    with DelayProxy(endpoint.address) as through:
+        before = Stream(through, "ada")
+        assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Detached("ada")
+    endpoint.real.close("ada", pb.ServerMessage(refused=pb.Refused(reason="it joins again")))
+    endpoint.real.revoke("ada")
+    endpoint.real.admit({"ada": "another session"})
+    now = streams("ada", "another session")
+    assert endpoint.event() == Connected("ada")
+    endpoint.real.send("ada", save(1))
+    assert now.receive() == save(1)
+    before.end()
     endpoint.no_event()
 
 

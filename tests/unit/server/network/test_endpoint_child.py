@@ -15,7 +15,7 @@ import pytest
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint_child import EndpointChild, received_frame
-from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, JoinAbandoned, JoinAsked
 from fedbert_ds.server.network.socket_channel import SocketChannel
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -94,11 +94,14 @@ def test_without_the_other_process_it_stops_at_once(child: Running) -> None:
 def test_events_are_reported_in_order_and_frames_as_they_came(child: Running) -> None:
     child.listener.events.put(Connected("ada"))
     child.listener.events.put(received_frame("ada", pb.ClientMessage(), b"a frame", 5))
-    child.listener.events.put(Disconnected("ada"))
-    reported = [child.channel.receive() for _ in range(3)]
+    for event in (Detached("ada"), Attached("ada"), Disconnected("ada")):
+        child.listener.events.put(event)
+    reported = [child.channel.receive() for _ in range(5)]
     assert reported == [
         (["connected", "ada"], b""),
         (["received", "ada", 5], b"a frame"),
+        (["detached", "ada"], b""),
+        (["attached", "ada"], b""),
         (["disconnected", "ada"], b""),
     ]
 
@@ -114,8 +117,8 @@ def test_joins_get_the_answer_with_their_number(child: Running) -> None:
         assert kind == "join" and pb.Hello.FromString(body) == join.hello
         numbers.append(number)
     child.channel.send(["refuse", numbers[1], "no text"])
-    child.channel.send(["welcome", numbers[0]], pb.Welcome(window=3).SerializeToString())
-    assert asked[0].answer.result(timeout=TIMEOUT) == pb.Welcome(window=3)
+    child.channel.send(["welcome", numbers[0]], pb.Welcome(endpoint="here:3").SerializeToString())
+    assert asked[0].answer.result(timeout=TIMEOUT) == pb.Welcome(endpoint="here:3")
     with pytest.raises(WireError, match="no text"):
         asked[1].answer.result(timeout=TIMEOUT)
     child.listener.events.put(JoinAbandoned(asked[2].hello))

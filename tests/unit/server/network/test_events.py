@@ -13,9 +13,9 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 def test_a_welcome_or_a_refusal_answers_a_join_once() -> None:
     answer: Future[pb.Welcome] = Future()
-    reply(answer, pb.Welcome(window=3))
+    reply(answer, pb.Welcome(endpoint="here:3"))
     reply(answer, WireError("too late"))
-    assert answer.result(timeout=0) == pb.Welcome(window=3)
+    assert answer.result(timeout=0) == pb.Welcome(endpoint="here:3")
     refused: Future[pb.Welcome] = Future()
     reply(refused, WireError("no text"))
     reply(refused, pb.Welcome())

@@ -80,9 +80,9 @@ def decided(queue: PipelineQueue, now: float = 0.0) -> list[str]:
 
 def trained(queue: PipelineQueue, client: str, index: int, now: float = 0.0) -> list[str]:
     """A client's micro-batch from activations to backward."""
-    queue.activations(client, index)
+    queue.answer(client, index, "activations")
     words = decided(queue, now)
-    queue.gradient(client, index)
+    queue.answer(client, index, "gradient")
     return words + decided(queue, now)
 
 

@@ -49,6 +49,7 @@ class Rank:
             num_windows=rules.num_windows,
             windows_ahead=rules.windows_ahead,
             deadlines=Deadlines(rules.silence_timeout, answer_times),
+            takes_part=rules.takes_part,
         )
         self.oracle = Oracle(rules)
         self.mute: dict[str, str | None] = {}
@@ -63,14 +64,14 @@ class Rank:
         self.oracle.hear(name, now)
         assert self.queue.active == self.oracle.active
 
-    def start(self, num_micro_batches: int, is_alone: bool, now: float) -> None:
+    def start(self, num_micro_batches: int, elsewhere: frozenset[str], now: float) -> None:
         """The planned window runs."""
         schedule, in_flight = self.queue.schedule, self.oracle.rules.in_flight
         assert schedule.num_micro_batches == len(self.oracle.windows[0].micro_batches)
         assert schedule.masked_tokens == self.oracle.masked_tokens()
-        expected = self.oracle.start(num_micro_batches, is_alone, now)
+        expected = self.oracle.start(num_micro_batches, elsewhere, now)
         limits = InFlightLimits(in_flight, in_flight)
-        assert self.queue.start(num_micro_batches, now, limits, is_alone) == expected
+        assert self.queue.start(num_micro_batches, now, limits, elsewhere) == expected
 
     def decide(self, now: float) -> Decision | None:
         """One decision of the queue, compared with what may be decided."""
@@ -112,10 +113,10 @@ class Federation:
 
     # -- what a client does ------------------------------------------------------------------------
 
-    def join(self, rank: int, name: str, mute: str | None = None) -> None:
+    def join(self, rank: int, name: str, mute: str | None = None, is_awaited: bool = True) -> None:
         here = self.ranks[rank]
-        here.queue.join(name, self.now)
-        here.oracle.join(name, self.now)
+        here.queue.join(name, self.now, is_awaited)
+        here.oracle.join(name, self.now, is_awaited)
         here.mute[name] = mute
 
     def lose(self, rank: int, name: str) -> None:
@@ -138,8 +139,7 @@ class Federation:
         expected = here.oracle.answer(name, kind, index)
         assert not here.queue.was_skipped(name, index)
         assert here.queue.expected_piece(name, index, kind) == expected
-        report = here.queue.activations if kind == "activations" else here.queue.gradient
-        assert report(name, index) == expected
+        assert here.queue.answer(name, index, kind) == expected
 
     def send_late(self, rank: int, name: str) -> None:
         """An answer for a skipped piece is not wanted, but shows that its client is there."""
@@ -169,6 +169,22 @@ class Federation:
         here = self.ranks[rank]
         assert here.queue.schedule.is_planned and not here.oracle.is_running
         self._issue(here, "Gather")
+
+    def roll_back(self, window: int) -> None:
+        """All ranks undo the windows from `window` on, and their clients hear of it."""
+        assert window <= self.finished
+        self.finished = window
+        for rank in self.ranks:
+            rank.queue.roll_back(window, self.now)
+            rank.oracle.roll_back(window, self.now)
+            rank.collectives.clear()
+            rank.is_blocked = False
+
+    def hold(self, is_held: bool) -> None:
+        """No rank plans a window meanwhile."""
+        for rank in self.ranks:
+            rank.queue.hold(is_held)
+            rank.oracle.is_held = is_held
 
     def decide(self, rank: int) -> Decision | None:
         """One decision of a rank."""
@@ -200,8 +216,10 @@ class Federation:
             self.finished += 1
         if kind == "Gather":
             counts = [each.queue.schedule.num_micro_batches for each in self.ranks]
+            active = [each.queue.active for each in self.ranks]
             for number, each in enumerate(self.ranks):
-                each.start(max(1, *counts), not any(counts[:number] + counts[number + 1 :]), self.now)
+                elsewhere = frozenset().union(*active[:number], *active[number + 1 :])
+                each.start(max(1, *counts), elsewhere, self.now)
 
     # -- what may happen ---------------------------------------------------------------------------
 

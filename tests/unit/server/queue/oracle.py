@@ -24,6 +24,10 @@ Kind = Literal["activations", "gradient"]
 MANIFEST = ("manifest", 0)
 
 
+def always(client: str, window: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Rules:
     """What a queue was told to keep to."""
@@ -38,6 +42,7 @@ class Rules:
     """Every client's deadline for pieces."""
     windows_ahead: int = 1
     num_windows: float = math.inf
+    takes_part: Callable[[str, int], bool] = always
 
 
 @dataclass(eq=False)
@@ -132,17 +137,27 @@ class Oracle:
         self.windows: deque[WindowBook] = deque()
         self.next_window = 0
         self.next_index = 0
-        self.is_running = self.is_alone = False
+        self.is_running = self.is_held = False
+        self.elsewhere: frozenset[str] | None = None
+        """Active clients of other ranks when the last window started."""
         self.last_members: set[str] = set()
         """Clients in the last window that was planned."""
         self.computed: list[list[Decision]] = []
         """Forward, Backward and Step of finished windows."""
         self.lost_masked_tokens: list[int] = []
 
-    @property
-    def wanted_manifest(self) -> int | None:
-        """The window that is to be planned next."""
-        return self.next_window if self.next_window < self.rules.num_windows else None
+    def wanted_manifest(self, name: str) -> int | None:
+        """The client's next window among those that are to be planned."""
+        window = self.next_window
+        while window < self.rules.num_windows:
+            if self.rules.takes_part(name, window):
+                return window
+            window += 1
+        return None
+
+    def is_next(self, name: str) -> bool:
+        """The window that is to be planned next is one of the client's."""
+        return self.wanted_manifest(name) == self.next_window
 
     @property
     def active(self) -> set[str]:
@@ -158,14 +173,25 @@ class Oracle:
 
     # -- events ------------------------------------------------------------------------------------
 
-    def join(self, name: str, now: float) -> None:
-        client = self.clients[name] = ClientBook(name, self.wanted_manifest)
-        if client.may_announce is not None:
+    def join(self, name: str, now: float, is_awaited: bool = True) -> None:
+        client = self.clients[name] = ClientBook(name, self.wanted_manifest(name), is_suspended=not is_awaited)
+        if self.is_next(name):
             client.owed[MANIFEST] = now
 
     def lose(self, name: str) -> None:
         self._drop(name)
         del self.clients[name]
+
+    def roll_back(self, window: int, now: float) -> None:
+        """Whoever is here begins anew with this window; only indices go on."""
+        self.windows.clear()
+        self.next_window, self.is_running = window, False
+        del self.computed[window:], self.lost_masked_tokens[window:]
+        for client in self.clients.values():
+            client.may_announce, client.announced = self.wanted_manifest(client.name), None
+            client.owed = {MANIFEST: now} if self.is_next(client.name) else {}
+            client.is_suspended = client.is_left_out = client.has_answered = False
+            client.skipped.clear()
 
     def hear(self, name: str, now: float) -> None:
         """A message came, whichever: a suspended client is active again."""
@@ -173,16 +199,16 @@ class Oracle:
         if client.is_suspended:
             client.is_suspended = False
             client.owed.pop(MANIFEST, None)
-            if client.announced is None and self.wanted_manifest is not None:
+            if client.announced is None and self.is_next(name):
                 client.owed[MANIFEST] = now
 
     def announce(self, manifest: Manifest) -> bool:
         """Whether the manifest must be taken: what comes too late is not."""
         client = self.clients[manifest.client]
         client.may_announce = None
-        if manifest.window != self.next_window:
+        if manifest.window != self.wanted_manifest(client.name):
             assert client.is_left_out and manifest.window < self.next_window
-            client.may_announce = self.wanted_manifest
+            client.may_announce = self.wanted_manifest(client.name)
             return False
         client.announced = manifest
         client.is_left_out = False
@@ -201,14 +227,14 @@ class Oracle:
         """Of the window to start."""
         return sum(piece.masked for entry in self.windows[0].micro_batches.values() for piece in entry.pieces)
 
-    def start(self, num_micro_batches: int, is_alone: bool, now: float) -> tuple[int, ...]:
+    def start(self, num_micro_batches: int, elsewhere: frozenset[str], now: float) -> tuple[int, ...]:
         """The micro-batches of the window that starts, dummies with them."""
         window = self.windows[0]
         window.masked = self.masked_tokens()
         for _ in range(num_micro_batches - len(window.micro_batches)):
             window.micro_batches[self.next_index] = MicroBatchBook(MicroBatch(self.next_index, ()))
             self.next_index += 1
-        self.is_running, self.is_alone = True, is_alone
+        self.is_running, self.elsewhere = True, elsewhere
         for client in self.clients.values():
             for (kind, index), since in client.owed.items():
                 if since == math.inf and index in window.micro_batches:
@@ -267,17 +293,23 @@ class Oracle:
         # A client that is not ready for a piece does not send it after it heard that the piece is
         # skipped.
         client.skipped += [what for what, since in client.owed_pieces.items() if since < math.inf]
-        client.owed = {MANIFEST: min(client.owed.values())}
+        # Of whom nothing is asked, no clock runs.
+        is_asked = self.rules.takes_part(client.name, self.next_window)
+        client.owed = {MANIFEST: min(client.owed.values())} if is_asked else {}
 
     def _planned(self, decision: Plan, now: float) -> None:
         assert decision.window == self.next_window < self.rules.num_windows
         assert len(self.windows) <= self.rules.windows_ahead, "planned too far ahead"
-        active = [client for client in self.clients.values() if not client.is_suspended]
-        assert active or not self.clients or not self.is_alone, "a window that nobody would train in"
+        assert not self.is_held, "planned while it was told to wait"
+        participants = [client for client in self.clients.values() if self.is_next(client.name)]
+        active = [client for client in participants if not client.is_suspended]
+        others = None if self.elsewhere is None else [name for name in self.elsewhere if self.is_next(name)]
+        assert active or not participants or others != [], "a window that nobody would train in"
         manifests = {client.name: client.announced for client in active}
         assert None not in manifests.values(), "planned without a manifest of somebody who is active"
         assert {manifest.client: manifest for manifest in decision.manifests} == manifests
-        told = {client.name for client in self.clients.values() if client.announced is not None}
+        told = {client.name for client in participants if client.announced is not None}
+        assert all(manifest.window == decision.window for manifest in decision.manifests)
         assert decision.suspended == told - manifests.keys()
         packed = pack([manifest for manifest in manifests.values() if manifest], self.rules.capacity)
         assert decision.micro_batches == tuple(
@@ -289,14 +321,15 @@ class Oracle:
         members = {client.name: (client, client.suspensions) for client in active}
         self.windows.append(WindowBook(decision.window, micro_batches, members))
         self.next_window += 1
-        for client in self.clients.values():
+        for client in participants:
             client.is_left_out |= client.is_suspended
-            if self.wanted_manifest is None:
-                client.owed.pop(MANIFEST, None)
+        for client in self.clients.values():
             if client.name in told:
-                client.announced, client.may_announce = None, self.wanted_manifest
-                if self.wanted_manifest is not None:
-                    client.owed.setdefault(MANIFEST, now)
+                client.announced, client.may_announce = None, self.wanted_manifest(client.name)
+            if self.next_window >= self.rules.num_windows:
+                client.owed.pop(MANIFEST, None)
+            elif self.is_next(client.name) and (client.announced is None or client.is_suspended):
+                client.owed.setdefault(MANIFEST, now)
 
     def _opened(self, decision: Open, now: float) -> None:
         window, entry = self.find(decision.micro_batch)

@@ -249,3 +249,19 @@ def test_a_suspended_client_owes_no_piece_but_its_silence_goes_on() -> None:
     assert deadlines.asked_at("ada", MANIFEST) == 0.0
     assert deadlines.late(10.0) is None
     assert deadlines.late(10.5) == Late("ada", is_gone=True)
+
+
+def test_closed_questions_make_nobody_late_and_what_was_learned_stays() -> None:
+    times = taught(AnswerTimes(floor=1.0), "ada", *[2.0] * FEW)
+    deadlines = Deadlines(silence_timeout=100.0, answer_times=times)
+    for question in (MANIFEST, GRADIENT, ACTIVATIONS, SAVED):
+        deadlines.ask("ada", question, 0.0)
+    assert deadlines.late(50.0) == Late("ada", is_gone=False)
+    deadlines.close_all("ada")
+    deadlines.close_all("nobody")
+    assert deadlines.late(1000.0) is None
+    assert all(deadlines.asked_at("ada", one) is None for one in (MANIFEST, GRADIENT, ACTIVATIONS, SAVED))
+    assert times.deadline("ada") == MULTIPLE * 2.0
+    deadlines.ask("ada", MANIFEST, 1000.0)
+    assert deadlines.late(1100.0) is None, "its clock is a new one"
+    assert deadlines.late(1100.5) == Late("ada", is_gone=True)

@@ -18,6 +18,7 @@ from unit.server.queue.federation import Choose, Federation, queue_state
 from unit.server.queue.oracle import Lengths, Oracle
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.federation.sampler import Sample
 from fedbert_ds.server.queue.decisions import Forward, Step
 from fedbert_ds.wire.messages import Manifest
 
@@ -55,6 +56,14 @@ def chooser(data: st.DataObject) -> Choose:
     return lambda options: options[data.draw(below(len(options))) if len(options) > 1 else 0]
 
 
+def drawn_participation(data: st.DataObject, most: int = len(NAMES)) -> Any:
+    """At most so many of all names in a round; often all of them."""
+    round_windows, count, seed = data.draw(
+        st.tuples(st.integers(1, 2), st.integers(1, most), st.integers(0, 99)), label="round, participants, seed"
+    )
+    return Sample(dict.fromkeys(NAMES, 0), round_windows, count, seed).takes_part
+
+
 def drawn_federation(data: st.DataObject, lengths: Lengths, **fixed: Any) -> Federation:
     windows_ahead = data.draw(st.integers(1, 3), label="windows ahead")
     drawn: dict[str, Any] = {
@@ -75,8 +84,8 @@ ANY_ORDER = settings(max_examples=100, deadline=None, suppress_health_check=list
 @ANY_ORDER
 @given(data=st.data())
 def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
-    """Whoever joins, leaves, is late or falls silent, and when: the oracle compares each decision
-    with its books.
+    """Whoever joins, leaves, is late or falls silent, whenever windows are undone or held up: the
+    oracle compares each decision with its books.
     """
     choose = chooser(data)
     timeout = 10.0
@@ -88,6 +97,7 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         silence_timeout=timeout,
         order=order,
         deadline=choose([3.0, math.inf]) if order == "arrival" else math.inf,
+        takes_part=drawn_participation(data),
         num_windows=choose([windows, math.inf]),
     )
     num_ranks = len(federation.ranks)
@@ -99,7 +109,8 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         deciding: list[Any] = [
             ("decide", number) for number, rank in enumerate(federation.ranks) if not rank.is_blocked
         ]
-        what = choose(["arrive", "decide", "arrive", "decide", "arrive", "decide", "clock", "lose", "join"])
+        usual = ["arrive", "decide"] * 4
+        what = choose([*usual, "clock", "lose", "join", "roll back", "hold"])
         connected = [(number, name) for number, rank in enumerate(federation.ranks) for name in rank.oracle.clients]
         if what == "arrive" and (arrivals := federation.possible()):
             federation.do(choose(arrivals))
@@ -110,7 +121,12 @@ def test_any_arrivals_losses_and_clocks(data: st.DataObject) -> None:
         elif what == "lose" and connected:
             federation.lose(*choose(connected))
         elif what == "join" and (absent := sorted(set(NAMES) - {name for _, name in connected})):
-            federation.join(choose(range(num_ranks)), choose(absent))
+            federation.join(choose(range(num_ranks)), choose(absent), is_awaited=choose([True, False]))
+        elif what == "roll back":
+            federation.roll_back(choose(range(federation.finished + 1)))
+        elif what == "hold":
+            federation.hold(choose([True, False]))
+    federation.hold(False)
     federation.run(windows, choose)
     collectives = [rank.collectives for rank in federation.ranks]
     # A rank may already have told that its next window is planned.
@@ -146,6 +162,36 @@ def test_late_clients_are_suspended_and_come_back(data: st.DataObject) -> None:
         assert rank.oracle.last_members == rank.oracle.clients.keys()
 
 
+@ANY_ORDER
+@given(data=st.data())
+def test_late_clients_come_back_where_few_take_part(data: st.DataObject) -> None:
+    """Nobody expires who is not asked for anything, and whoever is there at the end trains in its
+    own windows.
+    """
+    choose = chooser(data)
+    takes_part = drawn_participation(data, most=3)
+    federation = drawn_federation(
+        data, drawn_lengths(data), order="arrival", deadline=3.0, silence_timeout=1000.0, takes_part=takes_part
+    )
+    num_ranks = len(federation.ranks)
+    for name in NAMES:
+        federation.join(choose(range(num_ranks)), name)
+    for _ in range(data.draw(st.integers(10, 60), label="random events")):
+        federation.decide_all()
+        if choose([False, False, False, True]):
+            federation.now += 3.5
+        elif arrivals := federation.possible():
+            federation.do(choose(arrivals))
+    turns = itertools.count()
+    federation.run(federation.finished + 20, lambda options: options[next(turns) % len(options)])
+    assert not federation.expired
+    for rank in federation.ranks:
+        assert rank.queue.active == rank.oracle.clients.keys()
+        assert rank.oracle.lost_masked_tokens[-1] == 0
+        last = rank.oracle.next_window - 1
+        assert rank.oracle.last_members == {name for name in rank.oracle.clients if takes_part(name, last)}
+
+
 @settings(ANY_ORDER, max_examples=25)
 @given(data=st.data())
 def test_what_is_against_the_protocol_is_refused_at_any_time(data: st.DataObject) -> None:
@@ -153,7 +199,9 @@ def test_what_is_against_the_protocol_is_refused_at_any_time(data: st.DataObject
     it had not been.
     """
     choose = chooser(data)
-    federation = drawn_federation(data, drawn_lengths(data), num_ranks=data.draw(st.integers(1, 2)))
+    federation = drawn_federation(
+        data, drawn_lengths(data), num_ranks=data.draw(st.integers(1, 2)), takes_part=drawn_participation(data)
+    )
     for number, name in enumerate(NAMES[: data.draw(st.integers(1, 4))]):
         federation.join(number % len(federation.ranks), name)
 
@@ -177,29 +225,31 @@ def violate_all(federation: Federation) -> None:
 
 def violations(oracle: Oracle, now: float) -> Iterator[tuple[str, tuple[Any, ...]]]:
     """Calls that are against the protocol just now: method of the queue, arguments."""
-    expected = oracle.next_window
     indices = [*(entry.plan.index for _, entry in oracle.micro_batches), 10**6]
     for client in oracle.clients.values():
         yield "join", (client.name, now)
-        wrong = [window for window in (expected - 1, expected + 1, 10**6) if window >= 0]
+        expected = oracle.wanted_manifest(client.name)
+        assert expected is not None
+        others = {expected - 1, expected + 1, oracle.next_window - 1, oracle.next_window, 10**6} - {expected, -1}
+        wrong = sorted(others)
         if client.announced is not None:
             wrong.append(expected)
         if client.is_left_out:
-            wrong = [window for window in wrong if window >= expected]
+            wrong = [window for window in wrong if window >= oracle.next_window]
         yield from (("manifest", (Manifest(client.name, window, (1,), (0,)),)) for window in wrong)
         for kind in ("activations", "gradient"):
-            yield from ((kind, (client.name, index)) for index in indices if (kind, index) not in client.owed)
-    yield "manifest", (Manifest("nobody", expected, (1,), (0,)),)
+            yield from (("answer", (client.name, index, kind)) for index in indices if (kind, index) not in client.owed)
+    yield "manifest", (Manifest("nobody", oracle.next_window, (1,), (0,)),)
     for index in indices:
-        yield "activations", ("nobody", index)
-        yield "gradient", ("nobody", index)
+        yield "answer", ("nobody", index, "activations")
+        yield "answer", ("nobody", index, "gradient")
 
 
 @ANY_ORDER
 @given(data=st.data())
 def test_without_losses_nothing_is_lost(data: st.DataObject) -> None:
     lengths = drawn_lengths(data)
-    federation = drawn_federation(data, lengths)
+    federation = drawn_federation(data, lengths, takes_part=drawn_participation(data))
     for name in NAMES[: data.draw(st.integers(0, 6))]:
         federation.join(len(name) % len(federation.ranks), name)
     federation.run(3, chooser(data))
@@ -218,6 +268,7 @@ def test_fixed_order_follows_the_manifests_alone(data: st.DataObject) -> None:
         "num_ranks": data.draw(st.integers(1, 3)),
         "in_flight": data.draw(st.integers(1, 3)),
         "lockstep_forwards": data.draw(st.booleans()),
+        "takes_part": drawn_participation(data),
     }
     computed = []
     for choose in (lambda options: options[0], chooser(data)):
@@ -227,6 +278,57 @@ def test_fixed_order_follows_the_manifests_alone(data: st.DataObject) -> None:
         federation.run(3, choose)
         computed.append([_without_numbers(rank.oracle.computed) for rank in federation.ranks])
     assert computed[0] == computed[1]
+
+
+@ANY_ORDER
+@given(data=st.data())
+def test_windows_that_were_undone_are_trained_as_if_for_the_first_time(data: st.DataObject) -> None:
+    """After any events whatever, windows planned ahead among them: the schedule from there on is
+    that of queues that nothing ever happened to, if the same clients are there.
+    """
+    choose = chooser(data)
+    lengths = drawn_lengths(data)
+    options = {
+        "num_ranks": data.draw(st.integers(1, 3)),
+        "in_flight": data.draw(st.integers(1, 3)),
+        "lockstep_forwards": data.draw(st.booleans()),
+        "num_windows": 4,
+    }
+    places = {name: number % options["num_ranks"] for number, name in enumerate(NAMES[:4])}
+    undisturbed = drawn_federation(data, lengths, order="fixed", **options)
+    disturbed = drawn_federation(data, lengths, order="fixed", **options)
+    for federation in (undisturbed, disturbed):
+        for name, rank in places.items():
+            federation.join(rank, name)
+    undisturbed.run(4)
+    gone: set[str] = set()
+    for _ in range(data.draw(st.integers(1, 120), label="random events")):
+        deciding: list[Any] = [("decide", n) for n, rank in enumerate(disturbed.ranks) if not rank.is_blocked]
+        what = choose(["arrive", "decide", "arrive", "decide", "arrive", "decide", "lose", "return"])
+        if what == "arrive" and (arrivals := disturbed.possible()):
+            disturbed.do(choose(arrivals))
+        elif what == "decide" and deciding:
+            disturbed.do(choose(deciding))
+        elif what == "lose" and (here := sorted(places.keys() - gone)):
+            gone.add(name := choose(here))
+            disturbed.lose(places[name], name)
+        elif what == "return" and gone:
+            gone.remove(name := choose(sorted(gone)))
+            disturbed.join(places[name], name, is_awaited=choose([True, False]))
+    window = choose(range(disturbed.finished + 1))
+    disturbed.hold(True)
+    is_told_first = choose([True, False])
+    if is_told_first:
+        disturbed.roll_back(window)
+    for name in sorted(gone):
+        disturbed.join(places[name], name)
+    if not is_told_first:
+        disturbed.roll_back(window)
+    disturbed.hold(False)
+    disturbed.run(4, choose)
+    for one, other in zip(undisturbed.ranks, disturbed.ranks, strict=True):
+        assert _without_numbers(other.oracle.computed[window:]) == _without_numbers(one.oracle.computed[window:])
+        assert not any(other.oracle.lost_masked_tokens[window:])
 
 
 def _without_numbers(windows: list[list[Any]]) -> list[list[Any]]:

@@ -134,3 +134,21 @@ def test_what_is_dropped_before_the_start_is_not_lost() -> None:
     schedule.plan(1, [pieces("ada")])
     assert schedule.drop("ada") == ((0, 0), (1, 1))
     assert [window.lost_masked_tokens for window in schedule.windows] == [2, 0]
+
+
+@pytest.mark.parametrize("state", State)
+def test_a_roll_back_forgets_windows_in_any_state_but_not_the_indices(state: State) -> None:
+    schedule = scheduled("ada+bo", "ada", num_micro_batches=3)
+    ahead = schedule.plan(1, [pieces("ada")])
+    bring(schedule, 0, state)
+    schedule.roll_back()
+    assert not schedule.is_running and not schedule.is_planned and not schedule.participants
+    assert list(schedule.live) == [] and schedule.drop("ada") == ()
+    for index in (0, 1, 2, ahead[0].index):
+        assert schedule.window_of(index) is None
+        for kind in ("activations", "gradient"):
+            with pytest.raises(WireError, match="nobody asked for"):
+                schedule.answer("ada", index, kind)
+    (again,) = schedule.plan(0, [pieces("ada")])
+    assert again.index == 4, "answers to the forgotten ones must not fit"
+    assert schedule.is_planned and schedule.start(1).lost_masked_tokens == 0

@@ -47,3 +47,23 @@ def test_shares_follow_the_shards(sizes: dict[str, int], window_tokens: int) -> 
         assert shares[client] == 1 or exact - 1 - 1e-6 * exact <= shares[client] <= exact * (1 + 1e-9)
     assert sum(shares.values()) <= window_tokens + len(sizes)
     assert set(window_shares(sizes, window_tokens, "equal").values()) == {max(1, window_tokens // len(sizes))}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1, max_size=8),
+    window_tokens=st.integers(1000, 10**7),
+    data=st.data(),
+)
+def test_participants_bring_so_much_that_a_window_is_full_on_average(
+    sizes: dict[str, int], window_tokens: int, data: st.DataObject
+) -> None:
+    participants = data.draw(st.integers(1, len(sizes)), label="participants")
+    equal = window_shares(sizes, window_tokens, "equal", participants)
+    assert set(equal.values()) == {window_tokens // participants}
+    shares = window_shares(sizes, window_tokens, "data", participants)
+    # Of all windows, each client is in participants / K.
+    mean = sum(shares.values()) * participants / len(sizes)
+    assert window_tokens - participants <= mean <= window_tokens + len(sizes)
+    everybody = window_shares(sizes, window_tokens, "data", len(sizes))
+    assert everybody == window_shares(sizes, window_tokens, "data")

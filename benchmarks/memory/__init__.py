@@ -1,0 +1,1 @@
+"""Memory of a client process, by phase of a run."""

@@ -1,0 +1,184 @@
+"""Clients that join a run that is under way: new ones, and members that come back.
+
+Rank 0 hears them and decides; every rank carries the decision out between two windows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from fedbert_ds.errors import WireError
+from fedbert_ds.federation.strategy import Strategy
+from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat, check_hello, new_session
+from fedbert_ds.server.contract import RankStatus
+from fedbert_ds.server.membership import Membership
+from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, reply
+from fedbert_ds.server.queue.seats import window_shares
+from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+PATIENCE_SECONDS = 10.0
+"""How long a join waits while another process is connected under its name: that one may be dead,
+and the server may not have noticed."""
+
+
+@dataclass(frozen=True)
+class Admissions:
+    """What rank 0 decided about the joins so far."""
+
+    seats: Mapping[str, Seat]
+    """Of those that are let in."""
+    evicted: frozenset[str]
+    """Members whose lost connection no longer keeps their place."""
+
+
+@dataclass
+class _Join:
+    hello: pb.Hello
+    answer: Future[pb.Welcome]
+    asked: float
+    """Seconds of a monotonic clock."""
+
+
+@dataclass
+class Reception:
+    """The joins that rank 0 has heard and not answered.
+
+    `most_clients` may be connected at once. `shard_sizes` are characters of text, by client.
+    """
+
+    expectation: Expectation
+    invitation: Invitation
+    members: Members
+    shard_sizes: dict[str, int]
+    world_size: int
+    most_clients: int
+    strategy: Strategy
+    _joins: dict[str, _Join] = field(default_factory=dict)
+
+    def hear(self, event: JoinAsked | JoinAbandoned) -> None:
+        """Take a join in, or answer it with what is wrong with it; forget one that went away."""
+        name = event.hello.client
+        if isinstance(event, JoinAbandoned):
+            if name in self._joins and self._joins[name].hello is event.hello:
+                del self._joins[name]
+            return
+        try:
+            check_hello(event.hello, self.expectation)
+            if name in self._joins:
+                raise WireError(f"client {name} is joining already; give each client its own --id")
+        except WireError as error:
+            reply(event.answer, error)
+            return
+        self._joins[name] = _Join(event.hello, event.answer, time.monotonic())
+
+    @property
+    def is_asked(self) -> bool:
+        """There are joins to decide about."""
+        return bool(self._joins)
+
+    def decide(self, connected: frozenset[str], detached: frozenset[str], now: float) -> Admissions:
+        """Who is let in, and whose place they take. The others wait, or are refused.
+
+        `connected` are the clients of all ranks, `detached` those among them that have lost their
+        connection.
+        """
+        seats: dict[str, Seat] = {}
+        evicted = set()
+        for name, join in sorted(self._joins.items()):
+            if name in detached:
+                evicted.add(name)
+            elif name in connected:
+                if now - join.asked > PATIENCE_SECONDS:
+                    self._refuse(name, f"client {name} is here already; end it, or give each client its own --id")
+            elif name not in self.members.seats and len(connected | seats.keys()) >= self.most_clients:
+                self._refuse(name, f"client {name}: the run has its {self.most_clients} clients; raise clients.maximum")
+            else:
+                seats[name] = self._seat(join.hello)
+        return Admissions(seats, frozenset(evicted))
+
+    def welcome(self, admissions: Admissions) -> None:
+        """Answer the joins that are let in."""
+        for client, seat in admissions.seats.items():
+            reply(self._joins.pop(client).answer, self.invitation.to(seat))
+
+    def _seat(self, hello: pb.Hello) -> Seat:
+        """The seat a member had; for a new client one at the rank with the fewest tokens."""
+        states = self.expectation.own_states(hello)
+        before = self.members.seats.get(hello.client)
+        if before is not None:
+            return Seat(before.rank, new_session(), before.tokens, states)
+        self.shard_sizes[hello.client] = hello.shard_characters
+        window = self.invitation.config.window
+        participants = self.strategy.num_participants(len(self.shard_sizes))
+        tokens = window_shares(self.shard_sizes, window.tokens, window.share, participants)[hello.client]
+        loads = [sum(self.members.tokens[client] for client in self.members.at(n)) for n in range(self.world_size)]
+        return Seat(loads.index(min(loads)), new_session(), tokens, states)
+
+    def _refuse(self, client: str, reason: str) -> None:
+        reply(self._joins.pop(client).answer, WireError(reason))
+
+
+def no_joins_here(event: JoinAsked | JoinAbandoned) -> None:
+    """What a rank other than 0 does with a join."""
+    if isinstance(event, JoinAsked):
+        reason = f"client {event.hello.client[:100]}: this rank takes no joins; dial the coordinator"
+        reply(event.answer, WireError(reason))
+
+
+class Newcomers:
+    """Lets clients in between two windows. `reception` is rank 0's; the other ranks have none.
+
+    `admit` and `admit_elsewhere` take sessions by client: those of this rank, and those that an
+    aggregator of another party is to know.
+    """
+
+    def __init__(
+        self,
+        reception: Reception | None,
+        members: Members,
+        membership: Membership,
+        admit: Callable[[dict[str, str]], None],
+        rank_group: RankGroup,
+        admit_elsewhere: Callable[[dict[str, str]], None] = lambda _: None,
+    ) -> None:
+        self._reception = reception
+        self._members = members
+        self._membership = membership
+        self._admit = admit
+        self._rank_group = rank_group
+        self._admit_elsewhere = admit_elsewhere
+
+    @property
+    def is_asked(self) -> bool:
+        """This rank has heard joins that are not answered."""
+        return self._reception is not None and self._reception.is_asked
+
+    def let_in(self, statuses: Sequence[RankStatus], window: int) -> None:
+        """Decide about the joins so far and act on it. All ranks call it, with equal statuses.
+
+        New clients count from `window` on, which no rank has planned yet.
+        """
+        if not any(status.is_asked for status in statuses):
+            return
+        decided = None
+        if self._reception is not None:
+            connected = frozenset().union(*(status.clients for status in statuses))
+            detached = frozenset().union(*(status.detached for status in statuses))
+            decided = self._reception.decide(connected, detached, time.monotonic())
+        admissions = self._rank_group.broadcast(decided)
+        here = self._rank_group.rank
+        self._members.admit(admissions.seats, window)
+        for client in sorted(admissions.evicted & self._members.at(here)):
+            self._membership.evict(client)
+        mine = {client: seat for client, seat in admissions.seats.items() if seat.rank == here}
+        self._admit({client: seat.session for client, seat in mine.items()})
+        if mine:
+            self._admit_elsewhere({client: seat.aggregator_session for client, seat in mine.items()})
+        # A client dials its rank as soon as it is welcomed.
+        self._rank_group.barrier()
+        if self._reception is not None:
+            self._reception.welcome(admissions)

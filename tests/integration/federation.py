@@ -1,0 +1,137 @@
+"""The real programs of one run, each a process that tests start, kill and start again at will."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import yaml
+from integration.chaos_process import Kill, run_process
+
+PROCESSES = multiprocessing.get_context("forkserver")
+
+
+def fork_quickly() -> None:
+    """Have processes forked off one that has imported everything: each is up at once."""
+    # The process they are forked off finds modules by its environment alone.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
+    PROCESSES.set_forkserver_preload(["integration.chaos_process"])
+
+
+@dataclass
+class Federation:
+    """Ranks and clients of one run file, in `folder`. Leaving the block kills them all.
+
+    `data` is each client's text. Every process writes its output to a log of its name.
+    """
+
+    folder: Path
+    tree: Mapping[str, Any]
+    data: Mapping[str, str]
+    processes: dict[str, BaseProcess] = field(default_factory=dict)
+
+    def __enter__(self) -> Federation:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kill(*self.processes)
+
+    @property
+    def run_folder(self) -> Path:
+        """`run.directory`."""
+        return Path(self.tree["run"]["directory"])
+
+    @property
+    def num_windows(self) -> int:
+        """Windows that are trained and reported."""
+        path = self.run_folder / "metrics.jsonl"
+        return len(path.read_text().splitlines()) if path.is_file() else 0
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One row for each window."""
+        return [json.loads(line) for line in (self.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+    @property
+    def is_running(self) -> bool:
+        """Some process has not ended."""
+        return any(process.is_alive() for process in self.processes.values())
+
+    def state(self, client: str) -> Path:
+        """A client's state folder."""
+        return self.folder / f"state of {client}"
+
+    def failures(self) -> dict[str, int]:
+        """Exit codes of the processes that have ended otherwise than well."""
+        codes = {name: process.exitcode for name, process in self.processes.items()}
+        return {name: code for name, code in codes.items() if code}
+
+    def start_ranks(self, num: int, *overrides: str, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
+        """Start so many ranks; those there were are killed first."""
+        self.kill(*(name for name in self.processes if name.startswith("rank")))
+        (self.run_folder / "server.address").unlink(missing_ok=True)
+        config = self.folder / "run.yaml"
+        config.write_text(yaml.safe_dump(dict(self.tree)))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(num):
+            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num}
+            variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            arguments = ["--config", str(config), *overrides, *(["--resume"] if resume else [])]
+            self._start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
+
+    def start_client(self, name: str, process: str = "", kills: Sequence[Kill] = ()) -> None:
+        """Start a client, under another process name if its own is taken."""
+        arguments = ["client", "--server", str(self.run_folder / "server.address"), "--id", name, "--device", "cpu"]
+        arguments += ["--data", self.data[name], "--state", str(self.state(name)), "--rejoin-timeout", "120"]
+        self._start(process or name, arguments, {}, kills)
+
+    def kill(self, *names: str) -> None:
+        """Kill -9 these processes and forget them."""
+        for name in names:
+            self.processes[name].kill()
+        for name in names:
+            self.processes.pop(name).join(30)
+
+    def stop_ranks(self) -> None:
+        """Ask the ranks to save and end."""
+        for name, process in self.processes.items():
+            if name.startswith("rank") and process.pid is not None:
+                os.kill(process.pid, signal.SIGTERM)
+
+    def wait(
+        self, is_so: Callable[[], bool], timeout: float = 120.0, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait until it is so; AssertionError, with all logs, if it is not within `timeout` s."""
+        deadline = time.monotonic() + timeout
+        while not is_so():
+            time.sleep(0.02)
+            meanwhile()
+            assert time.monotonic() < deadline, f"not so within {timeout:.0f} s\n{self.logs()}"
+
+    def logs(self) -> str:
+        """The ends of all logs."""
+        logs = sorted(self.folder.glob("*.log"))
+        return "\n".join(f"--- {log.stem}\n{log.read_text(errors='replace')[-2500:]}" for log in logs)
+
+    def log(self, process: str) -> str:
+        """A process' output."""
+        path = self.folder / f"{process}.log"
+        return path.read_text(errors="replace") if path.is_file() else ""
+
+    def _start(self, name: str, arguments: list[str], variables: dict[str, str], kills: Sequence[Kill]) -> None:
+        process = PROCESSES.Process(
+            target=run_process, args=(name, arguments, variables, self.folder / f"{name}.log", list(kills))
+        )
+        process.start()
+        self.processes[name] = process

@@ -1,0 +1,194 @@
+"""Clients that join late, leave, return, change their text in a run under way: real programs."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.cluster import run_file, write_text
+from integration.federation import Federation, fork_quickly
+
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.shards import write_shard
+from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+
+pytestmark = pytest.mark.timeout(600)
+fork_quickly()
+
+SIX = ("ada", "bo", "cy", "di", "eve", "flo")
+WORDS = [a + b + c for a in "bdfg" for b in "aeiou" for c in ("", "n", "r")]
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder with the text of three clients and a tokenizer."""
+    write_text(tmp_path)
+    return tmp_path
+
+
+def federation(place: Path, names: Sequence[str] = ("ada", "bo"), **sections: Any) -> Federation:
+    who = {"expected": len(names), "join_timeout": 90, "reconnect_timeout": 0.5} | sections.pop("clients", {})
+    tree = run_file(
+        place,
+        "run",
+        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.0,
+               "max_position_embeddings": 40},
+        clients=who,
+        **{"run": {"windows": 40, "save_every": 1000}, "window": {"tokens": 300}} | sections,
+    )  # fmt: skip
+    return Federation(place, tree, {client: str(place / f"{client}.jsonl") for client in names})
+
+
+def article(number: int, rng: random.Random) -> Article:
+    """Sentences in which each word says much about the next: there is something to learn."""
+    words = [rng.choice(WORDS)]
+    for _ in range(80):
+        words.append(WORDS[(WORDS.index(words[-1]) * 7 + rng.randint(1, 3)) % len(WORDS)])
+    return Article(str(number), " ".join(words))
+
+
+def test_below_the_minimum_a_run_saves_and_waits(place) -> None:
+    with federation(place) as run:
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        run.kill("bo")
+        run.wait(lambda: "waiting for clients" in run.log("rank 0"))
+        waited_at = run.num_windows
+        assert [path.name for path in (run.run_folder / "checkpoints").glob("window-*/complete.json")]
+        time.sleep(1.0)
+        assert run.num_windows == waited_at, "a window ran below clients.minimum"
+        shutil.rmtree(run.state("bo"), ignore_errors=True)
+        run.start_client("bo")
+        run.wait(lambda: not run.is_running)
+        assert run.failures() == {}, run.logs()
+    assert [row["window"] for row in run.metrics()] == list(range(40))
+
+
+def test_nobody_comes_back(place) -> None:
+    with federation(place, clients={"join_timeout": 15}) as run:
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        run.kill("bo")
+        run.wait(lambda: "rank 0" in run.failures())
+    last = run.log("rank 0").splitlines()[-1]
+    assert "1 of 2 clients left, the run needs 2 (clients.minimum); saved up to window" in last, run.logs()
+
+
+def test_two_processes_under_one_name(place) -> None:
+    """The one that is here stays."""
+    with federation(place, run={"windows": 400, "save_every": 1000}) as run:
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        run.start_client("bo", process="another bo")
+        run.wait(lambda: "another bo" in run.failures() or not run.is_running)
+        assert "client bo is here already" in run.log("another bo"), run.logs()
+        run.wait(lambda: all(not process.is_alive() for name, process in run.processes.items()))
+    assert len(run.metrics()) == 400
+    assert {row["clients"] for row in run.metrics()} == {2}
+
+
+def test_a_client_returns_with_more_text(place) -> None:
+    """It goes on where it was; the new text joins in its next epoch."""
+    clients = {"on_loss": "wait"}
+    with federation(place, clients=clients, run={"windows": 30, "save_every": 1000}) as run:
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        run.kill("bo")
+        rng = random.Random(1)
+        with (place / "bo.jsonl").open("a") as file:
+            for number in range(5):
+                file.write(json.dumps({"title": "new", "text": article(number, rng).text}) + "\n")
+        run.start_client("bo")
+        run.wait(lambda: not run.is_running)
+        assert run.failures() == {}, run.logs()
+    assert not any(row["lost_masked_tokens"] for row in run.metrics())
+
+
+def test_a_client_returns_with_less_text(place) -> None:
+    with federation(place, clients={"on_loss": "wait", "join_timeout": 20}) as run:
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 6)
+        run.kill("bo")
+        lines = (place / "bo.jsonl").read_text().splitlines()
+        (place / "bo.jsonl").write_text(lines[0] + "\n")
+        run.start_client("bo")
+        run.wait(lambda: "bo" in run.failures())
+    assert "go on with the same text, or more behind it" in run.log("bo").splitlines()[-1], run.logs()
+
+
+def six_clients(place: Path, name: str) -> Federation:
+    rng = random.Random(5)
+    folder = place / name
+    folder.mkdir()
+    for client in SIX:
+        write_shard(folder / f"{client}.jsonl", [article(number, rng) for number in range(12)])
+    return federation(
+        folder,
+        SIX,
+        run={"windows": 60, "save_every": 1000},
+        window={"tokens": 600},
+        tokenizer={"path": str(place / "tokenizer")},
+        clients={"expected": 5, "minimum": 3, "maximum": 6},
+    )
+
+
+def held_out_loss(place: Path, run: Federation) -> float:
+    rng = random.Random(9)
+    text = place / "held_out.jsonl"
+    write_shard(text, [article(number, rng) for number in range(20)])
+    return evaluate_masked_lm(str(run.run_folder / "hf"), [str(text)], seed=1, sequence_length=32).loss
+
+
+def test_six_clients_of_which_some_leave_return_and_join_late(place) -> None:
+    """With another number of ranks at a resume; the result is as good as the undisturbed one's."""
+    calm = six_clients(place, "calm")
+    with calm:
+        calm.start_ranks(2)
+        for client in SIX[:5]:
+            calm.start_client(client)
+        calm.wait(lambda: not calm.is_running)
+        assert calm.failures() == {}, calm.logs()
+
+    run = six_clients(place, "stormy")
+    with run:
+        run.start_ranks(2)
+        for client in SIX[:5]:
+            run.start_client(client)
+        run.wait(lambda: run.num_windows >= 5)
+        run.kill("bo", "cy")  # two leave
+        run.wait(lambda: run.num_windows >= 10)
+        run.start_client("flo")  # one joins late
+        shutil.rmtree(run.state("bo"), ignore_errors=True)
+        run.start_client("bo")  # one returns, without its folder
+        run.wait(lambda: run.metrics()[-1]["clients"] == 5)
+        run.stop_ranks()
+        run.wait(lambda: "rank 0" in run.failures() and "rank 1" in run.failures())
+        stopped_at = run.num_windows
+        assert 10 <= stopped_at < 60, run.logs()
+        run.start_ranks(1, "clients.expected=5", resume=True)
+        run.wait(lambda: not run.is_running)
+        assert run.failures() == {}, run.logs()
+
+    rows = run.metrics()
+    assert [row["window"] for row in rows] == list(range(60))
+    assert {3, 5} <= {row["clients"] for row in rows[5:stopped_at]}
+    assert rows[-1]["clients"] == 5
+    before, calm_loss, loss = rows[0]["loss"], held_out_loss(place, calm), held_out_loss(place, run)
+    assert calm_loss < before - 0.5, "the undisturbed run has learned nothing"
+    assert abs(loss - calm_loss) < 0.25 * (before - calm_loss), (before, calm_loss, loss)

@@ -1,0 +1,108 @@
+"""Runs that are resumed as they were not left: without a checkpoint, longer, on other ranks.
+
+Real programs, as in chaos.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.chaos import MODES, train
+from integration.chaos_process import Kill
+from integration.cluster import CLIENTS, run_file, write_text
+from integration.federation import Federation, fork_quickly
+
+pytestmark = pytest.mark.timeout(1200)
+fork_quickly()
+
+TOLERANCE = 2e-4
+"""Of a loss: the order of sums differs, and AdamW divides small numbers."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ranks_that_die_before_the_first_checkpoint_begin_again(tmp_path: Path, mode: str) -> None:
+    whole = train(tmp_path, "whole", mode, [])
+    assert train(tmp_path, "killed", mode, [Kill("rank 1", "gradient", 1)]) == whole
+
+
+@dataclass
+class Part:
+    """One start of the ranks, until they end by themselves."""
+
+    windows: int
+    ranks: int
+    stage: int
+    overrides: tuple[str, ...] = field(default=())
+
+
+def train_parts(folder: Path, mode: str, *parts: Part, precision: str = "fp32") -> list[float]:
+    """Losses of a run that is trained in these parts, each the end of a run of so many windows."""
+    folder.mkdir()
+    data = write_text(folder)
+    tree = run_file(
+        folder,
+        "run",
+        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.0,
+               "max_position_embeddings": 40},
+        run={"windows": 2, "save_every": 1000},
+        window={"order": "fixed", "tokens": 400},
+        body={"precision": precision},
+        optimizer={"schedule": "constant", "lr": 0.003, "warmup_windows": 0},
+        clients={"join_timeout": 120, "reconnect_timeout": 0.5},
+        **MODES[mode],
+    )  # fmt: skip
+    run = Federation(folder, tree, data)
+    for number, part in enumerate(parts):
+        with run:
+            overrides = (f"run.windows={part.windows}", f"body.zero_stage={part.stage}")
+            run.start_ranks(part.ranks, *overrides, resume=number > 0)
+            for client in CLIENTS:
+                run.start_client(client)
+            run.wait(lambda: not run.is_running, 300)
+            assert run.failures() == {}, run.logs()
+    rows = run.metrics()
+    assert [row["window"] for row in rows] == list(range(parts[-1].windows))
+    return [row["loss"] for row in rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_finished_run_goes_on_to_a_larger_number_of_windows(tmp_path: Path, mode: str) -> None:
+    """With a constant learning rate it is the longer run, bit by bit."""
+    whole = train_parts(tmp_path / "whole", mode, Part(6, 2, 2))
+    assert train_parts(tmp_path / "extended", mode, Part(4, 2, 2), Part(6, 2, 2)) == whole
+
+
+def test_a_run_goes_on_with_other_ranks_and_stages(tmp_path: Path) -> None:
+    whole = train_parts(tmp_path / "whole", "synchronous", Part(8, 2, 2))
+    parts = [Part(2, 2, 3), Part(4, 1, 0), Part(6, 2, 1), Part(8, 1, 3)]
+    moved = train_parts(tmp_path / "moved", "synchronous", *parts)
+    assert max(abs(a - b) for a, b in zip(whole, moved, strict=True)) < TOLERANCE, (whole, moved)
+    assert whole[0] - whole[-1] > 100 * TOLERANCE, "there is nothing to compare"
+
+
+def test_in_parallel_mode_and_bf16_too(tmp_path: Path) -> None:
+    whole = train_parts(tmp_path / "whole", "parallel", Part(6, 2, 2), precision="bf16")
+    moved = train_parts(tmp_path / "moved", "parallel", Part(2, 1, 0), Part(4, 2, 3), Part(6, 2, 1), precision="bf16")
+    assert max(abs(a - b) for a, b in zip(whole, moved, strict=True)) < 0.02, (whole, moved)
+
+
+def test_states_of_another_run_are_refused_and_stay(tmp_path: Path) -> None:
+    train_parts(tmp_path / "first", "parallel", Part(2, 1, 0))
+    folder = tmp_path / "second"
+    folder.mkdir()
+    data = write_text(folder)
+    tree: dict[str, Any] = run_file(
+        folder, "run", run={"windows": 2}, clients={"join_timeout": 60}, federation={"mode": "parallel"}
+    )
+    with Federation(folder, tree, data) as run:
+        for client in CLIENTS:
+            (tmp_path / "first" / f"state of {client}").rename(run.state(client))
+        before = {path: path.read_bytes() for path in sorted(run.state("ada").iterdir())}
+        run.start_ranks(1)
+        run.start_client("ada")
+        run.wait(lambda: "ada" in run.failures())
+        assert "client ada has states of another run; give it another --state folder" in run.log("ada"), run.logs()
+        assert {path: path.read_bytes() for path in sorted(run.state("ada").iterdir())} == before

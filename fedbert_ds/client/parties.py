@@ -106,7 +106,7 @@ class Parties:
                 self._aggregator_lost = ConnectionLost(f"the aggregator ended its stream: {last.reason}")
 
     def _next_of_aggregator(self) -> pb.ServerMessage | None:
-        """The aggregator's next message, if it may be handed on; a Begin, if its reference comes."""
+        """The aggregator's next message, if it may be handed on; before a reference, its Begin."""
         if not self._has_begun or not self._of_aggregator:
             return None
         message = self._of_aggregator[0]

@@ -223,10 +223,7 @@ class ClientService:
         self.norms.clear()
         self._held.clear()
         for client in sorted(self._rolled_back):
-            if self.restored is None:
-                self._send_begin(client, window, with_reference=False)
-            else:
-                self._begin(client)
+            self._begin(client, kept=window if self.restored is None else None)
 
     def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
         """Tell the clients of a window that they may train it by themselves; returns those here."""
@@ -291,7 +288,7 @@ class ClientService:
                 self._rolled_back.discard(client)
             return
         if client in self._rolled_back:
-            return  # it sent this before it heard of the last roll-back
+            return  # sent before it heard of the last roll-back
         now = time.monotonic()
         self._queue.reactivate(client, now)
         if not self._inbox.receive(client, message, tensor, now):
@@ -300,37 +297,33 @@ class ClientService:
         if kind in ("activations", "gradient"):
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
-    def _begin(self, client: str) -> None:
-        """Tell a client where to go on: with its own state, if it has the one, or the reference."""
-        has_own = self.restored is not None and self._has_state(client, self.restored)
+    def _begin(self, client: str, kept: int | None = None) -> None:
+        """Tell a client where to go on: with the half that it has of window `kept`, or with a state
+        of its own, if it has the one, or with the reference.
+        """
+        if kept is None and self.restored is not None and self._has_state(client, self.restored):
+            kept = self.restored
         if isinstance(self._exchange, RemoteExchange):
-            self._exchange.begin(client, with_reference=not has_own)
-        if self.restored is not None and has_own:
-            self._send_begin(client, self.restored, with_reference=False)
+            self._exchange.begin(client, with_reference=kept is None)
+        reference = self._aggregator.reference() if kept is None and self._aggregator is not None else None
+        cursor = self._cursors.committed.get(client)
+        begin = pb.Begin(
+            attempt=self._attempt,
+            # A reference from elsewhere says itself which window it is of.
+            window=reference.version if reference is not None else kept or 0,
+            next_window=self._queue.roster.next_window_of(client),
+            cursor=pb.Cursor(**cursor) if cursor is not None else None,
+            reference=kept is None,
+        )
+        self._outbox.send(client, pb.ServerMessage(begin=begin))
+        if reference is None:
             return
-        if self._aggregator is None:
-            # The reference itself says of which window it is.
-            self._send_begin(client, 0, with_reference=True)
-            return
-        reference = self._aggregator.reference()
         if self._reference is None or self._reference[0] != reference.version:
             moments = reference.optimizer if self._shares_moments else {}
             data = to_bytes(Reference(reference.version, reference.weights, moments))
             self._reference = reference.version, data
         _, data = self._reference
-        self._send_begin(client, reference.version, with_reference=True)
         self._outbox.send_coded([client], lambda: reference_chunks(data))
-
-    def _send_begin(self, client: str, window: int, with_reference: bool) -> None:
-        cursor = self._cursors.committed.get(client)
-        begin = pb.Begin(
-            attempt=self._attempt,
-            window=window,
-            next_window=self._queue.roster.next_window_of(client),
-            cursor=pb.Cursor(**cursor) if cursor is not None else None,
-            reference=with_reference,
-        )
-        self._outbox.send(client, pb.ServerMessage(begin=begin))
 
     def _tell_plan(self, client: str, window: int, pieces: Sequence[pb.Piece]) -> None:
         plan = pb.Plan(window=window, pieces=pieces, next_window=self._queue.roster.next_window_of(client))

@@ -83,14 +83,14 @@ class RankStatus:
     demand: Demand
     clients: frozenset[str]
     """Connected clients."""
-    active: frozenset[str]
-    """Those that are not suspended."""
     stop: bool
     problems: tuple[str, ...]
     """Every problem with clients so far, a sentence each."""
     new_problems: tuple[str, ...]
     """Problems of the window that has just ended."""
     tally: Tally = field(default_factory=Tally)
+    active: frozenset[str] = frozenset()
+    """Those of `clients` that are not suspended."""
     absent: frozenset[str] = frozenset()
     """Clients of this rank without which no window may begin."""
     detached: frozenset[str] = frozenset()

@@ -216,6 +216,9 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
         return
     if not folder.config.is_file():
         raise RunError(f"{path}: no run to resume here; drop --resume or set run.directory")
+    last = max(folder.checkpoints.complete_windows(), default=0)
+    if last > config.run.windows:
+        raise RunError(f"{path}: is saved up to window {last}, run.windows is {config.run.windows}; raise it")
     check_unchanged(load_config(folder.config), config)
 
 

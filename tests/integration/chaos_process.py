@@ -127,12 +127,22 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     from fedbert_ds.server.body.engine import BodyEngine
     from fedbert_ds.server.body.no_body import NoBody
     from fedbert_ds.server.client_service import ClientService
+    from fedbert_ds.server.inbox import Inbox
     from fedbert_ds.server.micro_batches import MicroBatches
     from fedbert_ds.server.queue.decisions import Plan
-    from fedbert_ds.server.rank import RankServer
 
-    def in_window(self: Any, *_: Any) -> bool:
-        return bool(self._window == kill.window)
+    running: list[int] = []
+    """Windows that have begun and not stepped."""
+    begin = MicroBatches.begin
+
+    def begin_noted(self: MicroBatches, window: int, *arguments: Any) -> None:
+        running[:] = [window]
+        begin(self, window, *arguments)
+
+    MicroBatches.begin = begin_noted  # type: ignore[method-assign]
+
+    def in_window(*_: Any, **__: Any) -> bool:
+        return running == [kill.window]
 
     def plans(_: ClientService, decision: Any) -> bool:
         return isinstance(decision, Plan) and decision.window == kill.window
@@ -148,16 +158,16 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
             _before(MicroBatches, "forward", in_window, kill, folder)
             _before(ClientService, "start_alone", of_window, kill, folder, after=True)
         case "waiting":
-            _before(RankServer, "_wait", lambda self: self._micro_batches._window == kill.window, kill, folder)
-            _before(RankServer, "_await_reports", of_window, kill, folder)
+            _before(ClientService, "wait", in_window, kill, folder)
         case "gradient":
             _before(MicroBatches, "backward", in_window, kill, folder, after=True)
-            _before(RankServer, "_step", of_window, kill, folder)
+            _before(
+                Inbox, "receive", lambda _, __, message, *___: message.HasField("trained") and in_window(), kill, folder
+            )
         case "averaging":
             _before(ClientService, "send_combined", of_window, kill, folder)
         case "commit":
-            steps = iter(range(10**9))
             for engine in (BodyEngine, NoBody):
-                _before(engine, "step", lambda *_: next(steps) == kill.window, kill, folder, after=True)
+                _before(engine, "step", in_window, kill, folder, after=True)
         case "checkpoint":
-            _before(checkpoint, "complete", lambda _, __, window, ___: window == kill.window, kill, folder)
+            _before(checkpoint, "complete", lambda _, __, window, *___: window == kill.window, kill, folder)

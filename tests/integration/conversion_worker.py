@@ -36,8 +36,10 @@ class Case(NamedTuple):
 CASES = [Case(*case) for case in itertools.product(("adamw", "lamb", "sgd"), ("fp32", "bf16"), STAGES)]
 
 
-def build(case: Case) -> Any:
-    """A small body whose parameters do not divide evenly among ranks."""
+def build(case: Case) -> tuple[Any, Any]:
+    """A small body whose parameters do not divide evenly among ranks; DeepSpeed's engine in it."""
+    import deepspeed
+
     from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
@@ -55,7 +57,19 @@ def build(case: Case) -> Any:
     config = parse_config(tree, "conversion")
     model = build_model(config.model, 30, 0, 1)
     _, body = split(model, config.cut)
-    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
+    made: list[Any] = []
+    initialize = deepspeed.initialize
+
+    def seen(**arguments: Any) -> Any:
+        made.append(initialize(**arguments))
+        return made[0]
+
+    deepspeed.initialize = seen
+    try:
+        engine = BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
+    finally:
+        deepspeed.initialize = initialize
+    return engine, made[0][0]
 
 
 def train(engine: Any, window: int) -> Tensor:
@@ -76,43 +90,47 @@ def train(engine: Any, window: int) -> Tensor:
     return answers[0]
 
 
-def content(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """By parameter: fp32 weights, what the module computes with, moments and steps. As DeepSpeed
-    itself tells them."""
+def content(inner: Any, stage: int) -> dict[str, dict[str, Tensor]]:
+    """By parameter, [elements]: fp32 weights, what the module computes with, moments and steps, as
+    DeepSpeed's engine itself tells them.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
-    optimizer = engine._engine.optimizer
+    optimizer = inner.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
+    keys = sorted({key for state in base.state.values() for key in state if key.startswith("exp")})
+    masters: dict[Tensor, Tensor] = {}
+    is_rounded = stage == 0 and hasattr(optimizer, "fp32_groups")
+    for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) if is_rounded else ():
+        masters.update(zip(low, full, strict=True))
+    if stage in (1, 2):  # a load cuts this
+        for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, base.state)
+    steps = {float(state["step"]) for state in base.state.values() if "step" in state}
+    assert len(steps) <= 1, steps
+    computed = whole_module(inner, stage)
     result: dict[str, dict[str, Tensor]] = {}
-    masters = engine._unpartitioned_masters()
-    computed = whole_module(engine)
-    for name, parameter in engine._engine.module.named_parameters():
-        if engine._stage == 0:
-            master = masters[parameter]
-            moments = {key: value for key, value in base.state[master].items() if key.startswith("exp")}
+    for name, parameter in inner.module.named_parameters():
+        if stage == 0:
+            master = masters.get(parameter, parameter)
+            values = {key: base.state[master][key] for key in keys}
         else:
             master = safe_get_full_fp32_param(parameter)
-            keys = [key for state in base.state.values() for key in state if key.startswith("exp")]
-            if engine._stage < 3:
-                # DeepSpeed links them once, and a load cuts that again.
-                optimizer._hp_optimizer_states_linked = False
-                optimizer._lazy_init_hp_params_optimizer_state()
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in sorted(set(keys))}
-        values = {"weights": master, "computed": computed[name], **moments}
-        steps = {float(state["step"]) for state in base.state.values() if "step" in state}
-        assert len(steps) <= 1, steps
-        for step in steps:
-            values["step"] = torch.tensor(step)
+            values = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+        values |= {"weights": master, "computed": computed[name]}
+        if steps:
+            values["step"] = torch.tensor(max(steps))
         result[name] = {key: value.detach().clone().reshape(-1) for key, value in values.items()}
     return result
 
 
-def whole_module(engine: Any) -> dict[str, Tensor]:
+def whole_module(inner: Any, stage: int) -> dict[str, Tensor]:
     """The module's own weights, gathered."""
     import deepspeed
 
-    parameters = dict(engine._engine.module.named_parameters())
-    if engine._stage < 3:
+    parameters = dict(inner.module.named_parameters())
+    if stage < 3:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
     with deepspeed.zero.GatheredParameters(list(parameters.values())):
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -129,18 +147,20 @@ def main() -> None:
     results: dict[str, Any] = {}
     for case in CASES:
         if phase == "save":
-            engine = build(case)
+            engine, inner = build(case)
             for window in range(WINDOW):
                 train(engine, window)
             engine.save(folder / f"{case} by {ranks}", WINDOW)
-            results[str(case)] = content(engine), train(engine, WINDOW)
+            results[str(case)] = content(inner, engine.zero_stage), train(engine, WINDOW)
+            results[f"{case}, a window later"] = content(inner, engine.zero_stage), None
             continue
         for stage in STAGES:
-            engine = build(case._replace(stage=stage))
+            engine, inner = build(Case(case.optimizer, case.precision, stage))
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[f"{case} to {stage}"] = content(engine), train(engine, WINDOW)
+            results[f"{case} to {stage}"] = content(inner, engine.zero_stage), train(engine, WINDOW)
+            results[f"{case} to {stage}, a window later"] = content(inner, engine.zero_stage), None
             engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[f"{case} to {stage}, again"] = content(engine), None
+            results[f"{case} to {stage}, again"] = content(inner, engine.zero_stage), None
     if rank == 0:
         torch.save(results, folder / f"{phase} by {ranks} of {saved_by}.pt")
     shut_down()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from integration.conversion_worker import CASES, STAGES
+from integration.conversion_worker import CASES, STAGES, WINDOW
 
 pytestmark = pytest.mark.timeout(1800)
 
@@ -52,8 +52,17 @@ def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, dict]], before:
     """
     folder, contents = saved
     loaded = run(folder, "load", after, before)
-    assert len(loaded) == 2 * len(CASES) * len(STAGES)
+    assert len(loaded) == 3 * len(CASES) * len(STAGES)
     for key, (content, answer) in loaded.items():
+        if key.endswith("later"):
+            later, _ = contents[before][key.split(" to ")[0] + ", a window later"]
+            # Rounding differs between stages, and in bf16 gradients are rounded.
+            bound = 1e-5 if "fp32" in key else 2e-3
+            for name, values in later.items():
+                assert values.get("step") == content[name].get("step"), (key, name)
+                if not name.endswith("key.bias"):  # its true gradient is 0: AdamW divides rounding by rounding
+                    assert (content[name]["weights"] - values["weights"]).abs().max() < bound, (key, name)
+            continue
         expected, expected_answer = contents[before][key.split(" to ")[0]]
         assert content.keys() == expected.keys()
         for name, values in expected.items():
@@ -71,7 +80,9 @@ def test_what_is_compared_is_there_and_moves(saved: tuple[Path, dict[int, dict]]
         content, _ = contents[2][str(case)]
         for values in content.values():
             assert values.keys() == {"weights", "computed"} | moments[case.optimizer]
-            assert "step" not in values or values["step"] == 2
+            # At stage 0 with bf16, DeepSpeed steps once without gradients when it begins.
+            steps = WINDOW + (case.stage == 0 and case.precision == "bf16")
+            assert "step" not in values or values["step"] == steps
             rounded = values["weights"].to(torch.bfloat16) if case.precision == "bf16" else values["weights"]
             assert torch.equal(rounded, values["computed"])
         assert any(values["weights"].abs().max() > 0 for values in content.values())

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from fedbert_ds.cli import main
+from fedbert_ds.client import session
+from fedbert_ds.client.session import ClientOptions
 from fedbert_ds.config import ModelSection
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
@@ -59,3 +61,22 @@ def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, says, tmp_path, ca
         main(arguments)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedbert-ds: ")]
     assert exit_.value.code not in (0, None) and len(lines) == 1 and says in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ([], 3600.0),
+        (["--rejoin-timeout", "7"], 7.0),
+        (["--managed"], 0.0),
+        (["--managed", "--rejoin-timeout", "7"], 0.0),
+    ],
+    ids=str,
+)
+def test_a_client_joins_again_unless_a_launcher_sees_to_it(monkeypatch, words, seconds) -> None:
+    given: list[ClientOptions] = []
+    monkeypatch.setattr(session, "run_client", lambda options: given.append(options) or 75)
+    with pytest.raises(SystemExit) as exit_:
+        main(["client", "--server", "run/server.address", "--data", "y", "--id", "ada", *words])
+    assert exit_.value.code == 75
+    assert given[0].rejoin_timeout == seconds and given[0].server == "run/server.address"

@@ -174,6 +174,13 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "federation: staleness 1 would let a client begin its turn or round without the weights of the one before; "
      "set it to 0"),
     ({"clients": {"expected": 4, "minimum": 5}}, "clients: minimum 5 is above expected 4; lower it"),
+    ({"clients": {"expected": 4, "maximum": 3}}, "clients: maximum 3 is below expected 4; raise it"),
+    ({"clients": {"on_loss": "panic"}}, "clients.on_loss: input should be 'continue' or 'wait'"),
+    (
+        {"clients": {"on_loss": "wait"}, "federation": {"staleness": 1}},
+        "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may have "
+        "gone on by then; set one of them to its default",
+    ),
     ({"clients": {"expected": 2, "local": 3}}, "clients: local 3 is above expected 2; raise expected"),
     ({"data": {"sequence_length": 128}, "window": {"tokens_per_micro_batch": 127}},
      "data.sequence_length 128 does not fit window.tokens_per_micro_batch 127; raise the latter"),
@@ -245,6 +252,8 @@ def test_every_key_misspelt_by_one_letter_is_recognized() -> None:
         # A checkpoint brings its own position table and layers: the server compares them later.
         {"model": {"checkpoint": "google/some-bert"}, "data": {"sequence_length": 512}, "cut": {"layers": 5}},
         {"clients": {"expected": 4, "minimum": 4, "local": 0}},
+        {"clients": {"expected": 4, "maximum": 4}},
+        {"clients": {"on_loss": "wait"}, "federation": {"staleness": 0}},
         {"cut": {"layers": 1}},
         {"cut": "whole", "federation": {"mode": "parallel"}, "optimizer": {"name": "muon"}},
         {"wire": {"updates": "int2_hadamard"}, "federation": {"mode": "parallel"}},
@@ -436,6 +445,11 @@ def test_learning_rate_rises_then_falls(schedule: Any, warmup: int, windows: int
     if windows > warmup:
         assert max(rates) == rates[max(0, warmup - 1)] == 0.3
     assert optimizer.learning_rate(windows + 5, windows) in (0.0, 0.3) or warmup > windows
+
+
+def test_no_more_clients_than_expected_unless_said() -> None:
+    assert ClientsSection(expected=7, local=0).most == 7
+    assert ClientsSection(expected=7, maximum=9, local=0).most == 9
 
 
 def test_the_minimum_of_clients_is_everybody_unless_said() -> None:

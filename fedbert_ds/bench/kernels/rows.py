@@ -29,7 +29,14 @@ from fedbert_kernels.quantize import CODECS, dequantize, dequantize_reference, q
 
 EAGER, COMPILED = "torch", "torch.compile"
 EPSILON = 1e-12
-CODE_ERRORS = {"int8": 0.01, "int8_group": 0.01, "fp8_e4m3": 0.07, "fp8_e5m2": 0.13, "int4_hadamard": 0.15}
+CODE_ERRORS = {
+    "int8": 0.01,
+    "int8_group": 0.01,
+    "fp8_e4m3": 0.07,
+    "fp8_e5m2": 0.13,
+    "int4_hadamard": 0.15,
+    "int2_hadamard": 0.7,
+}
 """Of each codec, over the largest value: one code, the cost of rounding in another order."""
 
 

@@ -14,7 +14,7 @@ from fedbert_ds.bench.network.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
-from fedbert_ds.server.network.events import Connected, Received
+from fedbert_ds.server.network.events import Attached, Connected, Detached, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.stream import ServerStream
 
@@ -100,6 +100,8 @@ class _Transfer:
 
     def next_message(self) -> pb.ClientMessage:
         event = self._endpoint.next_event(PATIENCE)
+        while isinstance(event, Detached | Attached):  # the link drops, and the client is back
+            event = self._endpoint.next_event(PATIENCE)
         assert isinstance(event, Received), event
         self.received_bytes += self._endpoint.take_bytes()[0]
         return event.message

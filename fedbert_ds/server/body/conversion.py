@@ -9,6 +9,7 @@ numbers in other places, bit by bit. DeepSpeed then loads them as it does its ow
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,7 +157,12 @@ def fill(table: Table, like: Sequence[Tensor], saved: Sequence[Share], shapes: S
     share = Share(
         table,
         [torch.zeros(tensor.shape) for tensor in like],
-        {n: numbers | {key: torch.zeros(tensor.shape) for key in moments} for n, tensor in enumerate(like) if first},
+        # Numbers are copied: an optimizer counts the steps of each tensor in place.
+        {
+            n: copy.deepcopy(numbers) | {key: torch.zeros(tensor.shape) for key in moments}
+            for n, tensor in enumerate(like)
+            if first
+        },
     )
     for name, shape in shapes.items():
         for what in (MASTERS, *moments) if table.get(name) else ():

@@ -22,6 +22,7 @@ from fedbert_ds.server.body.clipping import WholeNormClipping
 from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
 from fedbert_ds.server.body.device_work import DeviceWork, upload
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 
@@ -107,6 +108,8 @@ class BodyEngine:
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
         world_size = torch.distributed.get_world_size()
+        if stage == 3:
+            clear_padding(engine.optimizer, shapes, torch.distributed.get_rank(), world_size)
         return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
 
     @property

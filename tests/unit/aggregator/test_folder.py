@@ -48,10 +48,20 @@ def test_a_damaged_reference_is_one_line(tmp_path: Path) -> None:
         folder.load(3, SHAPES)
 
 
+def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    for window in (2, 4):
+        folder.save(window, reference(window))
+    folder.begin_at(3)
+    assert folder.saved_windows() == (2,)
+    folder.begin_at(0)
+    assert folder.saved_windows() == ()
+
+
 def test_a_folder_fits_a_start_or_a_resume(tmp_path: Path) -> None:
     folder = AggregatorFolder(tmp_path / "new")
     folder.check(resume=False)
-    with pytest.raises(RunError, match="no saved client model"):
+    with pytest.raises(RunError, match="no run to resume here"):
         folder.check(resume=True)
     folder.save(2, reference(2))
     folder.check(resume=True)

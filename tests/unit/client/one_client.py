@@ -84,11 +84,14 @@ class Server:
 
     def __init__(self, folder: Path, half: ClientHalf, **changes: Any) -> None:
         self.sent: list[pb.ClientMessage] = []
+        """All but the Begun, which are in `attempts`."""
+        self.attempts: list[int] = []
+        """Those that the trainer says it has begun."""
         self.settings = settings_of(**changes)
         self.text = Text()
         self.half = half
         self.trainer = ClientTrainer(
-            half, self.text, self.settings, "ada", folder, torch.device("cpu"), self.sent.append,  # type: ignore[arg-type]
+            half, self.text, self.settings, "ada", folder, torch.device("cpu"), self._sent,  # type: ignore[arg-type]
         )  # fmt: skip
         self.values: dict[int, pb.Activations] = {}
         self.window_of: dict[int, int] = {}
@@ -99,6 +102,13 @@ class Server:
         """The manifest of each planned window."""
         self.sizes: dict[int, tuple[int, int]] = {}
         """Tokens and masked tokens of each micro-batch."""
+
+    def _sent(self, message: pb.ClientMessage) -> None:
+        if message.HasField("begun"):
+            assert not self.sent or self.attempts, "it is the first that a client says"
+            self.attempts.append(message.begun.attempt)
+        else:
+            self.sent.append(message)
 
     def take(self, kind: str) -> Any:
         """The oldest message sent, which must be of this kind; manifests are put aside."""
@@ -123,9 +133,9 @@ class Server:
         for message in reference_chunks(to_bytes(reference)):
             self.trainer.handle(message)
 
-    def begin(self) -> None:
-        """A new run, with the weights that the half has."""
-        self.give_begin(reference=True)
+    def begin(self, next_window: int = 0) -> None:
+        """A new run, with the weights that the half has; `next_window` is its first."""
+        self.give_begin(0, next_window, reference=True)
         self.give_reference(Reference(0, self.weights()))
 
     def give_begin(self, window: int = 0, next_window: int | None = None, **fields: Any) -> None:

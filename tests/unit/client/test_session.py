@@ -104,7 +104,10 @@ class Served:
         return str(error)
 
     def event(self, kind: type) -> Any:
+        """The next event but for a Begun, which must be of this kind."""
         event = self.endpoint.next_event(TIMEOUT)
+        if isinstance(event, Received) and event.message.HasField("begun"):
+            event = self.endpoint.next_event(TIMEOUT)
         assert isinstance(event, kind), event
         return event
 

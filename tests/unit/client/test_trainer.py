@@ -119,8 +119,8 @@ def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
 def test_a_client_announces_its_own_windows_and_draws_no_text_for_others(tmp_path: Path, mode: Any) -> None:
     """Windows 0, 1 and 3 are others'; their updates move its half."""
-    server = Server(tmp_path, half_of(), own_window=2, federation=FederationSection(mode=mode, average_every=1))
-    server.begin()
+    server = Server(tmp_path, half_of(), federation=FederationSection(mode=mode, average_every=1))
+    server.begin(next_window=2)
     manifest = server.take("manifest")
     assert manifest.window == 2 and server.text.cursor == len(LENGTHS)
     server.manifests.insert(0, manifest)
@@ -371,10 +371,7 @@ def test_a_window_is_undone_in_any_phase_and_trained_anew_bit_for_bit(tmp_path: 
         server.manifests.clear()
         server.give_begin(1, attempt=attempt, cursor=cursor)
         (answer,) = server.sent
-        manifest = undisturbed.planned[1]
-        assert answer.manifest.attempt == attempt
-        assert (answer.manifest.window, answer.manifest.cursor) == (1, manifest.cursor)
-        assert (answer.manifest.lengths, answer.manifest.masked) == (manifest.lengths, manifest.masked)
+        assert answer.manifest == undisturbed.planned[1] and server.attempts == [0, 1, 2][: attempt + 1]
     trained(server, range(1, 4), every)
     assert equal_weights(server, undisturbed)
 
@@ -386,10 +383,7 @@ def test_without_a_cursor_the_text_begins_anew(tmp_path: Path) -> None:
     planned(server)
     server.sent.clear()
     server.give_begin(0, attempt=1)
-    (again,) = server.sent
-    assert again.manifest.attempt == 1
-    again.manifest.attempt = 0
-    assert again == first
+    assert server.sent == [first] and server.attempts == [0, 1]
 
 
 def test_a_begin_ends_a_reference_that_was_on_its_way(tmp_path: Path) -> None:
@@ -413,7 +407,7 @@ def test_who_joins_while_windows_run_waits_for_their_updates(tmp_path: Path) -> 
     server.give_begin(2, next_window=4, reference=True, attempt=7)
     server.give_reference(Reference(2, server.weights()))
     manifest = server.plan([], 40)
-    assert (manifest.window, manifest.attempt) == (4, 7)
+    assert manifest.window == 4 and server.attempts == [7]
     server.give_credit(10)
     for window in (2, 3):
         assert not server.answers, "with weights that are about to change"
@@ -580,18 +574,21 @@ def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject)
 # -- the whole model -------------------------------------------------------------------------------
 
 
-def whole_server(folder: Path, average_every: int = 2, first_window: int = 0, **changes: Any) -> Server:
+def whole_server(folder: Path, average_every: int = 2, **changes: Any) -> Server:
     section = ModelSection(
         num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=0.0
     )
     federation = FederationSection(mode="parallel", average_every=average_every)
     half = undivided(build_model(section, VOCABULARY, 0, seed=5))
-    return Server(folder, half, first_window=first_window, federation=federation, **changes)
+    return Server(folder, half, federation=federation, **changes)
 
 
 def plan_whole(server: Server, window: int) -> None:
-    assert server.take("manifest").window == window
-    server.trainer.handle(pb.ServerMessage(plan=pb.Plan(window=window, next_window=window + 1)))
+    """The whole batch is one piece."""
+    manifest = server.planned[window] = server.take("manifest")
+    assert manifest.window == window
+    whole = pb.Piece(num_sequences=len(manifest.lengths))
+    server.trainer.handle(pb.ServerMessage(plan=pb.Plan(window=window, pieces=[whole], next_window=window + 1)))
 
 
 def run_whole(server: Server, window: int) -> list[pb.Trained]:
@@ -651,8 +648,8 @@ def test_a_whole_client_resumes_inside_a_round_bit_for_bit(tmp_path: Path) -> No
     whole.trainer.handle(pb.ServerMessage(save=pb.Save(window=1)))
     saved = whole.take("saved")
     assert saved.flops_per_token > 0
-    again = whole_server(tmp_path / "whole", first_window=1, optimizer=OptimizerSection(name="muon", lr=0.01))
-    again.trainer.begin()
+    again = whole_server(tmp_path / "whole", optimizer=OptimizerSection(name="muon", lr=0.01))
+    again.give_begin(1, cursor=whole.planned[0].cursor)
     for server in (whole, again):
         plan_whole(server, 1)
         run_whole(server, 1)

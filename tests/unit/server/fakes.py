@@ -9,6 +9,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rooms import build_rooms
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -42,6 +43,8 @@ from fedbert_ds.wire.messages import PROTOCOL
 
 class FakeEngine:
     """A body that doubles what it is given, and counts: easy to tell from any other function."""
+
+    zero_stage = 2
 
     def __init__(
         self,
@@ -104,7 +107,8 @@ class FakeEngine:
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
 
-    def load(self, folder: Path, window: int) -> None:
+    def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
+        assert stage == self.zero_stage
         self.loaded.append(window)
         self._since_step = 0
 
@@ -314,7 +318,8 @@ class Served:
         self.reception: Reception | None = None
         if rank_group.rank == 0:
             self.reception = Reception(
-                EXPECTATION, invitation(config, *["here:1"] * rank_group.world_size), self.members,
+                replace(EXPECTATION, clients_save=strategy.halves_are_personal),
+                invitation(config, *["here:1"] * rank_group.world_size), self.members,
                 dict.fromkeys(places, 1000), rank_group.world_size, config.clients.most, strategy,
             )  # fmt: skip
         self.rooms = build_rooms(
@@ -329,7 +334,10 @@ class Served:
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
         self.folder: Any = SimpleNamespace(
-            path=path, client_model=CheckpointFolder(path).client_model, mark_complete=lambda window, layout: None
+            path=path,
+            client_model=CheckpointFolder(path).client_model,
+            mark_complete=lambda window, layout: None,
+            layout=lambda window: Layout(rank_group.world_size, engine.zero_stage),
         )
         self.checkpoints = Checkpoints(self.rooms, self.folder)
         self.rolled_back: list[int] = []

@@ -38,7 +38,8 @@ def reception_of(members: Members, *, most: int = 3, mode: str = "synchronous", 
     shard_sizes = dict.fromkeys(members.seats, 1000)
     strategy = strategy_of(config.federation, config.wire, config.cut)
     welcoming = invitation(config, "rank-0:1", "rank-1:1")
-    return Reception(EXPECTATION, welcoming, members, shard_sizes, 2, most, strategy)
+    expectation = replace(EXPECTATION, clients_save=strategy.halves_are_personal, run="this run")
+    return Reception(expectation, welcoming, members, shard_sizes, 2, most, strategy)
 
 
 def members_with(seats: dict[str, Seat]) -> Members:
@@ -104,9 +105,10 @@ def test_a_member_that_comes_back_has_its_seat_and_a_new_session(clock: Clock, m
 @pytest.mark.parametrize(("mode", "keeps_states"), [("synchronous", False), ("parallel", True)])
 def test_states_count_where_clients_keep_them(clock: Clock, members: Members, mode: str, keeps_states: bool) -> None:
     reception = reception_of(members, mode=mode)
-    asks(reception, "bo", saved_windows=[3, 5])
-    asks(reception, "cy", saved_windows=[4])
-    seats = reception.decide(frozenset({"ada"}), NOBODY, clock.now).seats
+    asks(reception, "bo", saved_windows=[3, 5], run="this run")
+    asks(reception, "cy", saved_windows=[4], run="this run")
+    asks(reception, "ada", saved_windows=[5], run="another run")
+    seats = reception.decide(NOBODY, NOBODY, clock.now).seats
     members.admit(seats, 7)
     assert members.has_state("bo", 5) == members.has_state("cy", 4) == keeps_states
     assert not members.has_state("bo", 4) and not members.has_state("ada", 5) and not members.has_state("dee", 5)

@@ -9,10 +9,21 @@ from typing import Any
 import pytest
 import torch
 from unit.server.bad_clients import BAD
-from unit.server.fake_client import FakeClient
-from unit.server.fakes import Clock, FakeEndpoint, FakeEngine, InlineThread, Served, run_config, seats
+from unit.server.fake_client import GONE, FakeClient
+from unit.server.fakes import (
+    Clock,
+    FakeEndpoint,
+    FakeEngine,
+    InlineThread,
+    Served,
+    hello_of,
+    joined,
+    run_config,
+    seats,
+)
 
 from fedbert_ds.server.contract import RankStatus
+from fedbert_ds.server.network.events import Connected
 
 
 class Board:
@@ -78,6 +89,10 @@ class CollectiveEngine(FakeEngine):
         self._together(("step", learning_rate))
         return super().step(learning_rate, client_norm)
 
+    def drop_gradients(self) -> None:
+        self._together("drop")
+        super().drop_gradients()
+
     def _together(self, what: Any) -> None:
         both = self._board.meet(self._rank, what)
         assert both[0] == both[1], f"ranks disagree about a collective: {both}"
@@ -132,3 +147,61 @@ def test_two_ranks_keep_step_whoever_fails(
         # A dummy keeps the device busy, forward and backward, and is no work.
         work = tally.forwards + tally.backwards - 2 * tally.dummy_micro_batches
         assert round(tally.busy_seconds / SECONDS_OF_WORK) == work
+
+
+@pytest.mark.parametrize("after", [3, 9, 14, 21, 30])
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+def test_a_rank_that_waits_for_its_client_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, after: int, lockstep_forwards: bool
+) -> None:
+    """Rank 1 loses cy, which joins at rank 0 and comes back to rank 1; no rank moves meanwhile."""
+    monkeypatch.setattr("fedbert_ds.server.network.outbox.ThreadPoolExecutor", InlineThread)
+    config = run_config(clients={"on_loss": "wait"}, run={"windows": 3, "save_every": 2})
+    by_rank = [
+        [FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))],
+        [FakeClient("cy", config, (3, 4), lambda number, message: [message if number < after else GONE])],
+    ]
+    places = {
+        client.name: replace(seat, rank=number)
+        for number, clients in enumerate(by_rank)
+        for client, seat in zip(clients, seats(clients).values(), strict=True)
+    }
+    board, outcomes = Board(), [None, None]
+    engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
+    endpoints = [FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0) for number in range(2)]
+    again = FakeClient("cy", config, (3, 4))
+    asked, answer = joined(hello_of("cy"))
+
+    def back(done: Any) -> None:
+        assert done.result().session == endpoints[1].sessions["cy"], "its rank lets it in before it is welcomed"
+        endpoints[1].clients["cy"] = again
+        endpoints[1].closed.discard("cy")
+        endpoints[1].post("cy", Connected("cy"))
+
+    answer.add_done_callback(back)
+    endpoints[1].on_gone = lambda name: endpoints[0].post(name, asked)
+    statuses: list[RankStatus] = []
+    served: list[Served] = []
+
+    def serve(number: int) -> None:
+        try:
+            one = Served(config, engines[number], endpoints[number], BoardRankGroup(number, board), places)
+            served.append(one)
+            outcomes[number] = one.train(statuses if number == 0 else [])
+        except BaseException as error:
+            outcomes[number] = error
+            board.leave()
+
+    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert outcomes == [3, 3]
+    assert len(engines[0].steps) == len(engines[1].steps) == 3 and len(engines[0].dropped) == len(engines[1].dropped)
+    assert served[0].rolled_back == served[1].rolled_back
+    if answer.done():
+        assert len(served[0].rolled_back) == 1 and again.windows_stepped[-1] == 2
+    for client in by_rank[0]:
+        assert client.windows_stepped == [0, 1, 2], "each step once"
+    assert [status.tally.lost_masked_tokens for status in statuses] == [0] * 6

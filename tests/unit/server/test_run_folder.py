@@ -195,6 +195,16 @@ def test_every_key_that_must_not_change_is_tried_above() -> None:
     assert tuple(key for _, key in mark.args[1]) == UNCHANGED
 
 
+def test_a_run_does_not_end_before_what_it_has_saved(folder: RunFolder, saved: RunConfig) -> None:
+    def shortened(windows: int) -> RunConfig:
+        overrides = [f"run.directory={folder.path}", f"run.windows={windows}"]
+        return load_config(ROOT / "configs" / "default.yaml", overrides)
+
+    check_folder(folder, shortened(5), resume=True)
+    with pytest.raises(RunError, match=r"is saved up to window 5, run\.windows is 4; raise it"):
+        check_folder(folder, shortened(4), resume=True)
+
+
 @pytest.mark.parametrize(
     "override", ["run.windows=900", "optimizer.lr=0.5", "wire.activations=int8", "kernels=torch", "body.zero_stage=3"]
 )

@@ -22,6 +22,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("Hello", "saved_windows", "repeated uint32"): "numbers of windows it has saved",
     ("Hello", "run", "string"): "which run it saved them in; the server drew the name",
     ("ClientMessage", "attach", "Attach"): "first message of a stream",
+    ("ClientMessage", "begun", "Begun"): "an answer to Begin",
     ("ClientMessage", "manifest", "Manifest"): "sizes of a window",
     ("ClientMessage", "activations", "Activations"): "the cut itself",
     ("ClientMessage", "gradient", "Gradient"): "the way back",

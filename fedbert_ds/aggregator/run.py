@@ -12,13 +12,13 @@ from torch import Tensor
 from fedbert_ds.aggregator.expectations import Expectations
 from fedbert_ds.aggregator.folder import AggregatorFolder
 from fedbert_ds.aggregator.guests import Guests, RunEndpoint
+from fedbert_ds.aggregator.reference_messages import ReferenceMessages
 from fedbert_ds.aggregator.update_inbox import Shapes, UpdateInbox
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks, global_norm
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
-from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -77,8 +77,7 @@ class AggregatedRun:
         self._scales: dict[int, float] = {}
         """Committed windows whose update is not applied yet."""
         self._has_begun = False
-        self._reference: tuple[int, bytes] = -1, b""
-        """The last reference that was sent, and its version."""
+        self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
         self._collected: dict[str, ClientUpdate] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
         """The result is being collected, until this time."""
@@ -106,11 +105,15 @@ class AggregatedRun:
             case "admit":
                 self._admit(rank, order.admit)
             case "begin":
-                self._let_begin(order.begin)
+                own_state = None if order.begin.reference else self._aggregator.reference().version
+                self._guests.let_begin(order.begin.client, own_state)
+                self._begin_clients()
             case "expect":
                 self._expect(rank, order.expect)
             case "drop":
-                self._drop(order.drop)
+                self._forget(order.drop.client)
+                if order.drop.gone and order.drop.client in self._guests.here:
+                    self._part_with(order.drop.client, "the server has ended this client's part in the run")
             case "commit":
                 if not 0.0 < order.commit.scale <= 1.0 or order.commit.window in self._scales:
                     raise WireError(f"rank {rank}: window {order.commit.window} committed twice or badly scaled")
@@ -132,10 +135,6 @@ class AggregatedRun:
         self._has_begun = True
         self._guests.admit(rank, admit)
 
-    def _let_begin(self, begin: pb.BeginClient) -> None:
-        self._guests.let_begin(begin.client, None if begin.reference else self._aggregator.reference().version)
-        self._begin_clients()
-
     def _expect(self, rank: int, expect: pb.Expect) -> None:
         here = [client for client in expect.clients if client in self._guests.here]
         expectation = self._expectations.add(rank, expect.window, expect.average, here)
@@ -145,12 +144,6 @@ class AggregatedRun:
         for place in [place for place in self._early if place[0] <= expectation.window]:
             decode = self._early.pop(place)
             self._exchange.deliver(*place, decode)
-
-    def _drop(self, drop: pb.Drop) -> None:
-        client = drop.client
-        self._forget(client)
-        if drop.gone and client in self._guests.here:
-            self._part_with(client, "the server has ended this client's part in the run")
 
     def _save(self, window: int) -> None:
         if not self._exchange.is_idle or self._held is not None:
@@ -180,23 +173,9 @@ class AggregatedRun:
         for client, own_state in self._guests.take_beginnings().items():
             reference = self._aggregator.reference()
             if own_state is None:
-                self._send_reference(client, reference)
+                self._outbox.send_coded([client], self._reference.of(reference))
             elif own_state != reference.version:
                 self._lose(client, f"client {client} came to the aggregator after a window was over", may_return=True)
-
-    def _send_reference(self, client: str, reference: Reference) -> None:
-        version = reference.version
-        if self._reference[0] != version:
-            moments = {} if self._strategy.halves_are_personal else reference.optimizer
-            self._reference = version, to_bytes(Reference(version, reference.weights, moments))
-        data = self._reference[1]
-
-        def messages() -> Iterator[pb.ServerMessage]:
-            for message in reference_chunks(data):
-                message.reference.version = version
-                yield message
-
-        self._outbox.send_coded([client], messages)
 
     def receive(self, client: str, message: pb.ClientMessage) -> None:
         """Take a client's message; one that does not fit ends its part in the run."""
@@ -217,7 +196,9 @@ class AggregatedRun:
 
     def disconnected(self, client: str) -> None:
         """A client's stream has ended."""
-        if client in self._guests.connected and not self._is_concluded:
+        was_here = client in self._guests.connected
+        self._guests.connected.discard(client)
+        if was_here and not self._is_concluded:
             self._lose(client, f"client {client} lost its connection to the aggregator", may_return=True)
 
     def _deliver(self, client: str, window: int, decode: Callable[[], ClientUpdate]) -> None:

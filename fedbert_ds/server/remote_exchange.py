@@ -116,7 +116,7 @@ class RemoteExchange:
         while not self._has_admitted:
             if time.monotonic() > deadline:
                 raise WireError(f"the aggregator admitted no clients in {timeout:.0f} s; look at its output")
-            self._take(self._line.take(timeout=0.2))
+            self._take_reports(timeout=0.2)
         # What is said of a client before it is admitted is about its last stay.
         self._lost = [(client, error) for client, error in self._lost if client not in sessions]
 
@@ -158,32 +158,29 @@ class RemoteExchange:
         """The run is over, also for the aggregator."""
         self._line.send(pb.Order(finish=pb.Finish(reason=reason, complete=complete)))
 
-    def _take_reports(self) -> None:
-        while (report := self._line.take()) is not None:
-            self._take(report)
-
-    def _take(self, report: pb.Report | None) -> None:
-        if report is None:
-            return
-        match report.WhichOneof("body"):
-            case "admitted":
-                self._has_admitted = True
-            case "delivered":
-                window, client = report.delivered.window, report.delivered.client
-                if report.delivered.whole:
-                    self._deadlines.answered(client, Question("update", window), time.monotonic())
-                    self._windows.get(window, set()).discard(client)
-                else:
-                    self._deadlines.progress(client, Question("update", window), time.monotonic())
-            case "lost":
-                kind = ConnectionLost if report.lost.may_return else WireError
-                self._lost.append((report.lost.client, kind(report.lost.reason)))
-            case "combined":
-                window = report.combined.window
-                if self._windows.pop(window, None) is not None:
-                    self.norms[window] = report.combined.norm
-                    self._combined.append(window)
-            case "saved":
-                self._saved.add(report.saved.window)
-            case "concluded":
-                self.result = report.concluded.file or "client model"
+    def _take_reports(self, timeout: float = 0.0) -> None:
+        """Take every report in that has come; wait up to `timeout` s for the first."""
+        while (report := self._line.take(timeout)) is not None:
+            timeout = 0.0
+            match report.WhichOneof("body"):
+                case "admitted":
+                    self._has_admitted = True
+                case "delivered":
+                    window, client = report.delivered.window, report.delivered.client
+                    if report.delivered.whole:
+                        self._deadlines.answered(client, Question("update", window), time.monotonic())
+                        self._windows.get(window, set()).discard(client)
+                    else:
+                        self._deadlines.progress(client, Question("update", window), time.monotonic())
+                case "lost":
+                    kind = ConnectionLost if report.lost.may_return else WireError
+                    self._lost.append((report.lost.client, kind(report.lost.reason)))
+                case "combined":
+                    window = report.combined.window
+                    if self._windows.pop(window, None) is not None:
+                        self.norms[window] = report.combined.norm
+                        self._combined.append(window)
+                case "saved":
+                    self._saved.add(report.saved.window)
+                case "concluded":
+                    self.result = report.concluded.file or "client model"

@@ -92,7 +92,7 @@ def test_clipping_had_something_to_do(runs: Path) -> None:
 @pytest.mark.parametrize("name", MODES)
 def test_kinds_of_messages_stay_with_their_party(runs: Path, name: str) -> None:
     ranks = {kind for rank in (0, 1) for kind, _ in _record(runs, name, f"rank-{rank}")}
-    assert ranks <= {"manifest", "activations", "gradient", "saved"} | {
+    assert ranks <= {"begun", "manifest", "activations", "gradient", "saved"} | {
         f"report {kind}" for kind in ("admitted", "delivered", "combined", "saved", "concluded")
     }
     assert {"manifest", "activations", "gradient", "report combined"} <= ranks

@@ -32,6 +32,8 @@ OTHERS: dict[str, dict[str, Any]] = {
         "federation": {"mode": "parallel", "server_optimizer": "adam", "server_lr": 0.02},
         "wire": {"updates": "int8"},
     },
+    "sequential": {"federation": {"mode": "sequential", "average_every": 1}},
+    "two-of-three": {"federation": {"participants": 2}, "optimizer": {"lr": 0.01, "gradient_clipping": 0.05}},
 }
 
 

@@ -467,7 +467,7 @@ def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -
 def test_a_begin_that_runs_backwards_is_one_line(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     with pytest.raises(WireError, match="goes on with window 2 from a state of 3"):
-        server.give_begin(3, next_window=2, reference=True)
+        server.give_begin(3, next_window=2)
 
 
 @pytest.mark.parametrize("may_return", [False, True])

@@ -23,7 +23,7 @@ TEXT = TextFacts(("a.txt",), 10, 2, (6, 2), (750, 250))
 
 
 def status(problems: tuple[str, ...] = (), clients: frozenset[str] = frozenset(), **tally: Any) -> RankStatus:
-    return RankStatus(1, 1, Demand(0.0, 0.0, 0.0, 1), clients, clients, False, problems, problems, tally=Tally(**tally))
+    return RankStatus(1, 1, Demand(0.0, 0.0, 0.0, 1), clients, False, problems, problems, tally=Tally(**tally))
 
 
 def reporter_of(config: RunConfig, text: TextFacts | None = TEXT, has_body: bool = True) -> RunReporter:

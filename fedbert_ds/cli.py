@@ -1,4 +1,4 @@
-"""The console command `fedbert-ds`: take part as a client, evaluate a checkpoint, measure."""
+"""The console command `fedbert-ds`: be a client or an aggregator, merge, evaluate, measure."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedbert-ds {__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_client(subcommands)
+    _add_aggregator(subcommands)
+    _add_merge(subcommands)
     _add_eval(subcommands)
     add_benches(subcommands)
     _add_plan(subcommands)
@@ -108,6 +110,45 @@ def _cut(text: str) -> Cut:
     if kind == "layers" and layers.isdecimal() and int(layers) > 0:
         return LayersCut(layers=int(layers))
     raise ConfigError(f"--cut {text}: choose embeddings, rows, whole or layers:K")
+
+
+def _add_aggregator(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser(
+        "aggregator", help="own the client model of a run, as another party than the server"
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="run file with section aggregator")
+    parser.add_argument("--resume", action="store_true", help="go on with the client models saved in its folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
+    parser.set_defaults(run=_aggregator)
+
+
+def _aggregator(options: argparse.Namespace) -> None:
+    import signal
+
+    from fedbert_ds.aggregator.process import run_aggregator
+    from fedbert_ds.config import load_config
+
+    # What counts is on disk: a stop needs no farewell.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    raise SystemExit(run_aggregator(load_config(options.config, options.overrides, needs_body=False), options.resume))
+
+
+def _add_merge(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser("merge", help="join the halves that server and aggregator wrote to a model")
+    parser.add_argument("--body", type=Path, required=True, metavar="DIR", help="the server's folder: RUN/body")
+    parser.add_argument(
+        "--client-model", type=Path, required=True, metavar="FILE", help="the aggregator's client_model.safetensors"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new Hugging Face folder")
+    parser.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from fedbert_ds.model.halves import merge_folders
+
+    merge_folders(options.body, options.client_model, options.out)
+    print(f'model   {options.out}   a transformers checkpoint: AutoModelForMaskedLM.from_pretrained("{options.out}")')
 
 
 def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

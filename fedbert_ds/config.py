@@ -374,6 +374,41 @@ class ServerSection(Section):
     """Clients on this machine pass large messages through shared memory instead of sockets."""
 
 
+class AggregatorSection(Section):
+    """An aggregator of another party, which owns the client model: `fedbert-ds aggregator`.
+
+    Both parties have this section. Clients use the keys and certificates of their command lines.
+    """
+
+    address: str
+    """HOST:PORT at which ranks and clients reach the aggregator."""
+    secret: Path
+    """File with a secret that the two parties share and no client knows."""
+    host: str = "127.0.0.1"
+    """For the aggregator: address to listen on. 0.0.0.0 for remote ranks and clients. The port is
+    that of `address`."""
+    directory: Path | None = None
+    """For the aggregator: folder of its checkpoints and of the final client model. null is
+    `run.directory` with `-aggregator` added."""
+    seed: int | None = None
+    """For the aggregator: seed of the first client model. null means `run.seed`, which the server
+    knows, so it knows the first client model, too."""
+    tls: TlsSection | None = None
+    """For the aggregator: its files of mutual TLS. Ranks that dial it show `server.tls`."""
+
+    @model_validator(mode="after")
+    def _address(self) -> AggregatorSection:
+        host, _, port = self.address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise ValueError(f"address {self.address} is not HOST:PORT")
+        return self
+
+    @property
+    def port(self) -> int:
+        """The port of `address`."""
+        return int(self.address.rpartition(":")[2])
+
+
 class WireSection(Section):
     """Codecs of activations, gradients and client updates.
 
@@ -438,6 +473,8 @@ class RunConfig(Section):
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()
+    aggregator: AggregatorSection | None = None
+    """null: the ranks are the aggregator."""
     wire: WireSection = WireSection()
 
     @model_validator(mode="after")
@@ -480,6 +517,16 @@ class RunConfig(Section):
             )
         if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
             raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")
+        if self.aggregator is not None and self.clients.on_loss == "wait":
+            raise ValueError(
+                "clients.on_loss: wait undoes windows, which an aggregator of another party cannot; remove the section "
+                "aggregator or set on_loss: continue"
+            )
+        if self.aggregator is not None and self.cut == "whole":
+            raise ValueError(
+                "cut: whole leaves the server nothing but the client model, which the section aggregator gives to "
+                "another party; remove the section or change the cut"
+            )
         if self.cut == "whole":
             self._without_a_body()
         return self
@@ -510,12 +557,12 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 """Keys of older run files."""
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = True) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
     A relative body.deepspeed is looked up in the run file's folder first, then in the working
-    folder. Raises ConfigError, one line, for a missing file, bad YAML, an unknown key or a bad
-    value.
+    folder; it must exist unless `needs_body` is False. Raises ConfigError, one line, for
+    a missing file, bad YAML, an unknown key or a bad value.
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such run file; give one with --config")
@@ -532,7 +579,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
         body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
         config = config.model_copy(update={"body": body})
-    if config.cut != "whole" and not config.body.deepspeed.is_file():
+    if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
         raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
     return config
 

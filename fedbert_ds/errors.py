@@ -54,6 +54,10 @@ class RunError(UserError):
     exit_code = 6
 
 
+class AggregatorLost(RunError):
+    """The aggregator of another party is gone. The run can go on from the last checkpoint."""
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Print the error as one line on standard error and raise SystemExit with its exit code."""
     print(f"fedbert-ds: {error}", file=sys.stderr, flush=True)

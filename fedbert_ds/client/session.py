@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,21 +13,22 @@ import grpc
 import torch
 
 from fedbert_ds.client.footprint import return_free_memory
+from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.state import claim, run_of, saved_windows
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, DataError, ModelError, ServerAway, WireError
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
+from fedbert_ds.wire.stream import AggregatorStream, ServerStream
 
 
 @dataclass(frozen=True)
@@ -138,9 +140,8 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     del articles, tokenizer
     return_free_memory()
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
-    with ServerStream(
-        welcome.endpoint, options.tls, options.name, welcome.session, welcome.reconnect_timeout
-    ) as stream:
+    with ExitStack() as at_end:
+        stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire, half.cut))
         trainer = ClientTrainer(
             half,
             text,
@@ -158,6 +159,21 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         flush=True,
     )
     return trainer.finish
+
+
+def _open_streams(
+    at_end: ExitStack, options: ClientOptions, welcome: pb.Welcome, strategy: Strategy
+) -> ServerStream | Parties:
+    """The stream to this client's rank, and to the aggregator of another party if there is one."""
+    tls, name, timeout = options.tls, options.name, welcome.reconnect_timeout
+    server = at_end.enter_context(ServerStream(welcome.endpoint, tls, name, welcome.session, timeout))
+    if not welcome.aggregator:
+        return server
+    print(f"client {name}: client updates go to the aggregator at {welcome.aggregator}", flush=True)
+    aggregator = at_end.enter_context(
+        AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout)
+    )
+    return Parties(server, aggregator, strategy)
 
 
 def _shape_of(model: str) -> str:

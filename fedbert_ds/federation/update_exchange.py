@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedbert_ds.federation.client_update import ClientUpdate
 
-Combine = Callable[[list[ClientUpdate], bool], dict[str, Tensor]]
-"""(this rank's updates, whether to average) -> average or sum over all ranks, collectively."""
+Combine = Callable[[Mapping[str, ClientUpdate], bool], dict[str, Tensor]]
+"""(updates by client, whether to average) -> average or sum over all ranks, collectively."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ class UpdateExchange:
             ):
                 del self._windows[window]
                 # By name, so that the sum does not depend on who came first.
-                in_order = [update.result() for _, update in sorted(updates.decoded.items())]
+                in_order = {client: update.result() for client, update in sorted(updates.decoded.items())}
                 self._combining = window, self._thread.submit(self._combine, in_order, updates.average)
         return None
 

@@ -21,6 +21,11 @@ LONGEST_NAME = 100
 """Characters of a client's name. Every message about the client holds it."""
 
 
+def new_session() -> str:
+    """A secret that a client shows when it opens its stream."""
+    return secrets.token_hex(16)
+
+
 @dataclass(frozen=True)
 class Expectation:
     """What a client's Hello must match."""
@@ -52,6 +57,8 @@ class Seat:
     """Tokens of the client in each window that it takes part in."""
     saved_windows: frozenset[int] = frozenset()
     """Windows whose state the client has kept itself."""
+    aggregator_session: str = field(default_factory=new_session)
+    """Shown to an aggregator of another party, which must not know the rank's session."""
 
 
 @dataclass(frozen=True)
@@ -207,11 +214,6 @@ def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
         raise WireError(f"{who} has no text; check its --data")
 
 
-def new_session() -> str:
-    """A secret that a client shows when it opens its stream."""
-    return secrets.token_hex(16)
-
-
 def fill(
     joins: Joins,
     next_event: Callable[[float], Event | None],
@@ -278,7 +280,7 @@ class Invitation:
             seat.tokens,
             config.window.tokens_per_micro_batch,
         )
-        return pb.Welcome(
+        welcome = pb.Welcome(
             endpoint=self.endpoints[seat.rank],
             session=seat.session,
             model_config=self.model_config,
@@ -288,3 +290,6 @@ class Invitation:
             reconnect_timeout=config.clients.reconnect_timeout,
             run=self.run,
         )
+        if config.aggregator is not None:
+            welcome.aggregator, welcome.aggregator_session = config.aggregator.address, seat.aggregator_session
+        return welcome

@@ -34,8 +34,10 @@ class Checkpoints:
         saved = self._folder.layout(window)
         self._rooms.engine.load(self._folder.path, window, saved.ranks, saved.zero_stage)
         aggregator = self._rooms.aggregator
-        reference, cursors = read_client_model(self._folder.client_model(window), aggregator.shapes)
-        aggregator.load(reference)
+        shapes = aggregator.shapes if aggregator is not None else {}
+        reference, cursors = read_client_model(self._folder.client_model(window), shapes)
+        if aggregator is not None:
+            aggregator.load(reference)
         self._rooms.cursors.roll_back(cursors)
         self._rooms.service.restored = window
 
@@ -70,7 +72,13 @@ class Checkpoints:
         if not all(whole for _, whole, _ in parts):
             return False
         if rooms.rank_group.rank == 0:
-            write_client_model(self._folder.client_model(window), rooms.aggregator.reference(), cursors)
+            if rooms.aggregator is not None:
+                reference = rooms.aggregator.reference()
+            else:
+                assert rooms.remote is not None
+                rooms.remote.save(window, rooms.service.attend)
+                reference = Reference(window, {})  # the other party has the weights
+            write_client_model(self._folder.client_model(window), reference, cursors)
         complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
 

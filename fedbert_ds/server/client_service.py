@@ -8,8 +8,9 @@ from contextlib import suppress
 
 from torch import Tensor
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -30,6 +31,7 @@ from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import Manifest
@@ -43,14 +45,15 @@ class ClientService:
 
     `take_event(seconds)` returns the rank's next event, `on_join` takes the joins among them. A
     client that breaks the protocol is refused alone. `has_state(client, window)` says that a client
-    has a state of its own of this window, and begins with it.
+    has a state of its own of this window, and begins with it. Without an aggregator here,
+    `exchange` is that of another party's.
     """
 
     def __init__(
         self,
         queue: PipelineQueue,
         inbox: Inbox,
-        exchange: UpdateExchange,
+        exchange: UpdateExchange | RemoteExchange,
         membership: Membership,
         cursors: Cursors,
         outbox: Outbox,
@@ -58,7 +61,7 @@ class ClientService:
         on_join: Callable[[JoinAsked | JoinAbandoned], None],
         has_state: Callable[[str, int], bool],
         trace: Trace,
-        aggregator: Aggregator,
+        aggregator: Aggregator | None,
         update_codec: str,
         compressed: bool,
         holds_updates: bool = False,
@@ -78,7 +81,7 @@ class ClientService:
         self._update_codec = update_codec
         self._compressed = compressed
         self.holds_updates = holds_updates
-        """Combined updates wait in `combined` until the rank has stepped."""
+        """Combined updates wait until the rank has stepped; `norms` has theirs."""
         self._shares_moments = shares_moments
         """A client that begins needs what the reference's optimizer remembers."""
         self.awaits_newcomers = True
@@ -93,8 +96,10 @@ class ClientService:
         """The reference's version and bytes, as clients last got them."""
         self.plans: dict[int, Plan] = {}
         """Windows that are planned and have not begun."""
-        self.combined: dict[int, dict[str, Tensor]] = {}
-        """Updates that are held, by window."""
+        self.norms: dict[int, float] = {}
+        """Norms of combined updates that are held, by window."""
+        self._held: dict[int, dict[str, Tensor]] = {}
+        """These updates, where they are combined here."""
 
     def attend(self) -> None:
         """While the body is idle: take events in, plan and give credit ahead, hand updates out."""
@@ -173,18 +178,29 @@ class ClientService:
         for client, error in self._exchange.take_unsound():
             if not isinstance(error, WireError):
                 raise error
-            self._membership.refuse(client, str(error))
+            if self._queue.is_connected(client):
+                self._membership.refuse(client, str(error), may_return=isinstance(error, ConnectionLost))
         if (combined := self._exchange.poll()) is not None:
             window, tensors = combined
-            if self.holds_updates:
-                self.combined[window] = tensors
-                return
-            self.send_combined(window, tensors)
+            if isinstance(self._exchange, RemoteExchange):
+                self.norms[window] = self._exchange.norms.pop(window)
+            elif self.holds_updates:
+                self._held[window], self.norms[window] = tensors, global_norm(tensors)
+            else:
+                self.send_combined(window, tensors)
+
+    def commit(self, window: int, scale: float) -> None:
+        """The body has stepped, its gradient shrunk by `scale`: a held update goes out."""
+        self.norms.pop(window, None)
+        if (gradients := self._held.pop(window, None)) is not None:
+            clipped = {name: gradient * scale for name, gradient in gradients.items()} if scale < 1.0 else gradients
+            self.send_combined(window, clipped)
 
     def send_combined(self, window: int, tensors: Mapping[str, Tensor]) -> None:
         """Give what a window's updates were combined to, fp32 by name, to the aggregator and all
         clients.
         """
+        assert self._aggregator is not None
         self._aggregator.apply(window, tensors)
         self._reference = None
 
@@ -204,7 +220,8 @@ class ClientService:
         self._attempt += 1
         self._rolled_back = set(self._queue.clients)
         self.plans.clear()
-        self.combined.clear()
+        self.norms.clear()
+        self._held.clear()
         for client in sorted(self._rolled_back):
             self._begin(client, kept=window if self.restored is None else None)
 
@@ -253,7 +270,8 @@ class ClientService:
     def finish(self, reason: str, complete: bool) -> None:
         """Tell clients that the run is over. A run that is not `complete` may be resumed."""
         self._exchange.close()
-        self._aggregator.close()
+        if self._aggregator is not None:
+            self._aggregator.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
             self._outbox.close(client, pb.ServerMessage(finish=finish))
@@ -285,14 +303,17 @@ class ClientService:
         """
         if kept is None and self.restored is not None and self._has_state(client, self.restored):
             kept = self.restored
-        reference = self._aggregator.reference() if kept is None else None
+        if isinstance(self._exchange, RemoteExchange):
+            self._exchange.begin(client, with_reference=kept is None)
+        reference = self._aggregator.reference() if kept is None and self._aggregator is not None else None
         cursor = self._cursors.committed.get(client)
         begin = pb.Begin(
             attempt=self._attempt,
-            window=kept if reference is None else reference.version,
+            # A reference from elsewhere says itself which window it is of.
+            window=reference.version if reference is not None else kept or 0,
             next_window=self._queue.roster.next_window_of(client),
             cursor=pb.Cursor(**cursor) if cursor is not None else None,
-            reference=reference is not None,
+            reference=kept is None,
         )
         self._outbox.send(client, pb.ServerMessage(begin=begin))
         if reference is None:

@@ -11,6 +11,7 @@ from fedbert_ds.config import RunConfig, dump_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.model.checkpoint import save_merged
+from fedbert_ds.model.halves import write_body
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.server.run_folder import RunFolder
@@ -18,6 +19,7 @@ from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.progress import short_bytes
 from fedbert_ds.telemetry.report import write_report
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import cut_to_json
 
 ClientFigures = Sequence[pb.Saved]
 
@@ -28,6 +30,7 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     It is the aggregator's, or, as the strategy says, the average of the clients' halves, by masked
     tokens. Raises RunError, on every rank, when no client is left to hand one over.
     """
+    assert rooms.aggregator is not None
     if rooms.strategy.result_is_reference:
         return rooms.aggregator.reference().weights
     mine = sorted(rooms.queue.clients)
@@ -60,18 +63,25 @@ def hand_over(
     evaluated. Raises as `collect_client_model`.
     """
     folder = RunFolder(config.run.directory)
-    client_model = collect_client_model(rooms, window)
-    body = rooms.engine.full_state()
     is_complete = window == config.run.windows
+    client_model = None if rooms.remote is not None else collect_client_model(rooms, window)
+    if rooms.remote is not None:
+        _collect_elsewhere(rooms, window, is_complete)
+    body = rooms.engine.full_state()
     reason = "the run is complete" if is_complete else f"the run was stopped and saved at window {window}"
     rooms.service.finish(reason, is_complete)
     all_figures = rooms.rank_group.gather([(saved.peak_memory_bytes, saved.flops_per_token) for saved in figures])
     if rooms.rank_group.rank != 0:
         return
-    save_merged(folder.model, model_config, client_model, body, tokenizer)
+    if rooms.remote is not None:
+        rooms.remote.finish(reason, is_complete)
+        write_body(folder.body, body, model_config, cut_to_json(config.cut), window, tokenizer)
+        facts = facts | {"client updates": "by an aggregator of another party, their bytes not counted here"}
+    if client_model is not None:
+        save_merged(folder.model, model_config, client_model, body, tokenizer)
     facts = facts | _costs(folder, [pair for pairs in all_figures for pair in pairs])
     baselines: dict[str, float] = {}
-    if is_complete and folder.held_out.is_file():
+    if is_complete and client_model is not None and folder.held_out.is_file():
         baselines = _evaluate(folder, config, tokenizer, model_config.vocab_size)
         held_out, unigram = baselines["held out, at the end"], baselines["word frequency alone"]
         facts["held-out loss"] = f"{held_out:.3f} nats a masked token"
@@ -82,9 +92,31 @@ def hand_over(
         )
     write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines)
     print(f"clients {facts['client peak memory']} peak memory, {facts['client FLOP per token']} FLOP per token")
-    print(f'model   {folder.model}   a transformers checkpoint: AutoModelForMaskedLM.from_pretrained("{folder.model}")')
+    if client_model is not None:
+        loaded = f'AutoModelForMaskedLM.from_pretrained("{folder.model}")'
+        print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
+    else:
+        print(_where_the_halves_are(folder, rooms))
     state = "complete" if is_complete else f"stopped and saved at window {window}; continue with --resume"
     print(f"report  {folder.report}   {state}", flush=True)
+
+
+def _collect_elsewhere(rooms: Rooms, window: int, is_complete: bool) -> None:
+    """Have the aggregator of another party write the client model. All ranks call it."""
+    assert rooms.remote is not None
+    if rooms.rank_group.rank == 0:
+        rooms.remote.conclude(window, is_complete)
+    # Clients stay until it has their halves.
+    rooms.remote.await_result(rooms.service.attend)
+    rooms.rank_group.barrier()
+
+
+def _where_the_halves_are(folder: RunFolder, rooms: Rooms) -> str:
+    assert rooms.remote is not None
+    return (
+        f"body    {folder.body}   the aggregator has {rooms.remote.result}; where both parties agree: fedbert-ds merge "
+        f"--body {folder.body} --client-model FILE --out hf, and for its held-out loss: fedbert-ds eval --model hf"
+    )
 
 
 def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str, str]:

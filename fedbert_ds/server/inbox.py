@@ -17,6 +17,7 @@ from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
@@ -32,7 +33,7 @@ class Inbox:
     def __init__(
         self,
         queue: PipelineQueue,
-        exchange: UpdateExchange,
+        exchange: UpdateExchange | RemoteExchange,
         cursors: Cursors,
         contract: Contract,
         tokens: Mapping[str, int],

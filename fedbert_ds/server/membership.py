@@ -10,6 +10,7 @@ from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -23,7 +24,7 @@ class Membership:
     def __init__(
         self,
         queue: PipelineQueue,
-        exchange: UpdateExchange,
+        exchange: UpdateExchange | RemoteExchange,
         inbox: Inbox,
         cursors: Cursors,
         outbox: Outbox,

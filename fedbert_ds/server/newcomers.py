@@ -137,7 +137,11 @@ def no_joins_here(event: JoinAsked | JoinAbandoned) -> None:
 
 
 class Newcomers:
-    """Lets clients in between two windows. `reception` is rank 0's; the other ranks have none."""
+    """Lets clients in between two windows. `reception` is rank 0's; the other ranks have none.
+
+    `admit` and `admit_elsewhere` take sessions by client: those of this rank, and those that an
+    aggregator of another party is to know.
+    """
 
     def __init__(
         self,
@@ -146,12 +150,14 @@ class Newcomers:
         membership: Membership,
         admit: Callable[[dict[str, str]], None],
         rank_group: RankGroup,
+        admit_elsewhere: Callable[[dict[str, str]], None] = lambda _: None,
     ) -> None:
         self._reception = reception
         self._members = members
         self._membership = membership
         self._admit = admit
         self._rank_group = rank_group
+        self._admit_elsewhere = admit_elsewhere
 
     @property
     def is_asked(self) -> bool:
@@ -175,7 +181,10 @@ class Newcomers:
         self._members.admit(admissions.seats, window)
         for client in sorted(admissions.evicted & self._members.at(here)):
             self._membership.evict(client)
-        self._admit({client: seat.session for client, seat in admissions.seats.items() if seat.rank == here})
+        mine = {client: seat for client, seat in admissions.seats.items() if seat.rank == here}
+        self._admit({client: seat.session for client, seat in mine.items()})
+        if mine:
+            self._admit_elsewhere({client: seat.aggregator_session for client, seat in mine.items()})
         # A client dials its rank as soon as it is welcomed.
         self._rank_group.barrier()
         if self._reception is not None:

@@ -7,11 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
-from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.network.events import POLL_SECONDS
 from fedbert_ds.server.newcomers import Newcomers
@@ -301,19 +298,17 @@ class RankServer:
         tally.tokens += alone.tokens
         tally.masked_tokens += alone.masked_tokens
         tally.lost_masked_tokens += alone.lost_masked_tokens
-        gradients = self._combined_gradients(window) if self._rooms.service.holds_updates else None
+        held_norm = self._update_norm(window) if self._rooms.service.holds_updates else 0.0
         if self._waits and not self._rolls_back_to_checkpoint and self._is_broken():
             self._rooms.engine.drop_gradients()
             return False
-        is_clipped = gradients is not None and self._optimizer.gradient_clipping > 0
-        norm = global_norm(gradients) if gradients is not None and is_clipped else 0.0
+        norm = held_norm if self._optimizer.gradient_clipping > 0 else 0.0
         started = time.monotonic()
         with self._busy("step", window=window):
             scale = self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows), norm)
         tally.busy_seconds += time.monotonic() - started
-        if gradients is not None:
-            clipped = {name: gradient * scale for name, gradient in gradients.items()} if scale < 1.0 else gradients
-            self._service.send_combined(window, clipped)
+        self._service.commit(window, scale)
+        self._rooms.commit_elsewhere(window, scale)
         return True
 
     def _is_broken(self) -> bool:
@@ -330,14 +325,14 @@ class RankServer:
                 self._service.attend()
         self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
-    def _combined_gradients(self, window: int) -> dict[str, Tensor]:
-        """The client model's gradient of a window, once each client has sent it or is gone."""
+    def _update_norm(self, window: int) -> float:
+        """The norm of the client model's gradient, once each client has sent it or is gone."""
         started = time.monotonic()
         with self._rooms.trace.span("wait for updates", window=window):
-            while window not in self._service.combined:
+            while window not in self._service.norms:
                 self._service.attend()
         self._micro_batches.tally.wait_seconds += time.monotonic() - started
-        return self._service.combined.pop(window)
+        return self._service.norms[window]
 
     @contextmanager
     def _busy(self, what: str, **details: Any) -> Iterator[None]:

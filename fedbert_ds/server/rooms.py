@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +30,7 @@ from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
 from fedbert_ds.server.queue.pipeline_queue import Pack, PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.server.remote_exchange import Line, RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
@@ -49,8 +50,11 @@ class Rooms:
     stop: StopFlag
     trace: Trace
     queue: PipelineQueue
-    exchange: UpdateExchange
-    aggregator: Aggregator
+    exchange: UpdateExchange | RemoteExchange
+    remote: RemoteExchange | None
+    """`exchange`, where another party is the aggregator."""
+    aggregator: Aggregator | None
+    """None where another party is."""
     cursors: Cursors
     inbox: Inbox
     outbox: Outbox
@@ -58,13 +62,19 @@ class Rooms:
     service: ClientService
     micro_batches: MicroBatches
 
+    def commit_elsewhere(self, window: int, scale: float) -> None:
+        """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""
+        has_update = self.strategy.exchange_after(window) != "nothing"
+        if self.remote is not None and self.rank_group.rank == 0 and has_update:
+            self.remote.commit(window, scale)
+
 
 def build_rooms(
     config: RunConfig,
     contract: Contract,
     engine: BodyEngine,
     endpoint: RankEndpoint,
-    aggregator: Aggregator,
+    aggregator: Aggregator | Line,
     take_event: Callable[[float], DecodedEvent | None],
     rank_group: RankGroup,
     members: Members,
@@ -76,24 +86,22 @@ def build_rooms(
     """Build the rooms of this rank, for the clients among `members` that have a seat here.
 
     `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
+    `aggregator` is this rank's own, or the line to another party's.
     """
     strategy = strategy_of(config.federation, config.wire, config.cut)
     waits = config.clients.on_loss == "wait"
     queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
     cursors = Cursors({})
-    shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
-
-    def combined(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
-        try:
-            result = combine(updates, shapes, average=average, group=rank_group.update_group)
-        except NobodyDelivered:
-            return aggregator.unchanged(shapes)
-        return aggregator.answer(result) if average else result
-
-    exchange = UpdateExchange(combined)
+    if isinstance(aggregator, Aggregator):
+        own, remote = aggregator, None
+        exchange: UpdateExchange | RemoteExchange = _exchange(contract, aggregator, rank_group)
+        revoke: Callable[[str], None] = endpoint.revoke
+    else:
+        own, remote = None, RemoteExchange(aggregator, queue.deadlines)
+        exchange, revoke = remote, _both(endpoint.revoke, remote.part_with)
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)
-    membership = Membership(queue, exchange, inbox, cursors, outbox, endpoint.revoke, waits)
+    membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
     service = ClientService(
         queue,
         inbox,
@@ -105,7 +113,7 @@ def build_rooms(
         on_join,
         members.has_state,
         trace,
-        aggregator,
+        own,
         contract.update_codec,
         config.wire.is_compressed,
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
@@ -122,7 +130,8 @@ def build_rooms(
         trace=trace,
         queue=queue,
         exchange=exchange,
-        aggregator=aggregator,
+        remote=remote,
+        aggregator=own,
         cursors=cursors,
         inbox=inbox,
         outbox=outbox,
@@ -132,6 +141,28 @@ def build_rooms(
             engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
         ),
     )
+
+
+def _exchange(contract: Contract, aggregator: Aggregator, rank_group: RankGroup) -> UpdateExchange:
+    """The exchange of updates among the ranks."""
+    shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
+
+    def combined(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
+        try:
+            result = combine(list(updates.values()), shapes, average=average, group=rank_group.update_group)
+        except NobodyDelivered:
+            return aggregator.unchanged(shapes)
+        return aggregator.answer(result) if average else result
+
+    return UpdateExchange(combined)
+
+
+def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:
+    def both(client: str) -> None:
+        first(client)
+        second(client)
+
+    return both
 
 
 def _queue(

@@ -158,6 +158,11 @@ class RunFolder:
         return self.path / "hf"
 
     @property
+    def body(self) -> Path:
+        """The body and its tokenizer, where another party has the client model."""
+        return self.path / "body"
+
+    @property
     def report(self) -> Path:
         """The run's report."""
         return self.path / "report.html"
@@ -220,6 +225,11 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
 def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
     """Compare a saved run with its resumption. Raises RunError for the first changed key."""
     before, after = saved.model_dump(), now.model_dump()
+    if (saved.aggregator is None) != (now.aggregator is None):
+        raise RunError(
+            f"aggregator: {saved.run.directory} was saved {'without' if saved.aggregator is None else 'with'} this "
+            "section, and the client model is where it was then; change it back, or drop --resume"
+        )
     for path in UNCHANGED:
         old, new = before, after
         for part in path.split("."):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.control_line import ControlLine, open_run, tls_of
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
@@ -42,6 +45,7 @@ from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
@@ -82,7 +86,13 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
         del body
+        opened = None
+        if config.aggregator is not None:
+            opened = _open_elsewhere(config, ranks, resume, tokenizer, model_config)
         expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
+        if opened is not None and expectation.saved_windows is not None:
+            both = expectation.saved_windows & frozenset(opened.saved_windows)
+            expectation = replace(expectation, saved_windows=both)
         joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
@@ -93,7 +103,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        aggregator = _aggregator(config, half, rule)
+        aggregator = _aggregator(config, half, rule) if opened is None else _line(config, ranks.rank, opened, at_end)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
         invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
@@ -123,6 +133,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         checkpoints = Checkpoints(rooms, folder.checkpoints)
         if start.is_saved:
             checkpoints.load(start.first_window)
+        elsewhere = _admission_elsewhere(config, rooms, start.first_window)
+        elsewhere({client: start.seats[client].aggregator_session for client in members.at(ranks.rank)})
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
@@ -135,7 +147,7 @@ def serve(config: RunConfig, resume: bool) -> int:
             config.optimizer,
             _fixed_limits(config),
             start.first_window,
-            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks),
+            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks, elsewhere),
             clients.revive if config.clients.on_loss == "wait" else clients.check,
         )
         rank.connect()
@@ -160,6 +172,8 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
     strategy = strategy_of(config.federation, config.wire, config.cut)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
+    if config.aggregator is not None:
+        parameters = {}  # none of them comes here
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
     return Contract(
         activations=TensorContract(config.wire.activations, half.widths.activations, most),
@@ -239,6 +253,34 @@ def _expectation(
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
 
 
+def _admission_elsewhere(config: RunConfig, rooms: Rooms, first_window: int) -> Callable[[dict[str, str]], None]:
+    """Admits clients of this rank to the aggregator of another party, by their sessions there."""
+    if rooms.remote is None:
+        return lambda _: None
+    return partial(rooms.remote.admit, first_window, timeout=config.clients.join_timeout)
+
+
+def _open_elsewhere(config: RunConfig, ranks: RankGroup, resume: bool, tokenizer: Any, model_config: Any) -> pb.Opened:
+    """Name the run to the aggregator of another party. All ranks call it."""
+    opened = None
+    if ranks.rank == 0:
+        words, padding = len(tokenizer), tokenizer.pad_token_id
+        opened = open_run(
+            config, ranks.world_size, words, padding, shape_hash(model_config), resume
+        ).SerializeToString()
+    return pb.Opened.FromString(ranks.broadcast(opened))
+
+
+def _line(config: RunConfig, rank: int, opened: pb.Opened, at_end: ExitStack) -> ControlLine:
+    """The line to the aggregator of another party, dialled."""
+    assert config.aggregator is not None
+    timeout = config.clients.reconnect_timeout
+    line = ControlLine(config.aggregator.address, tls_of(config), rank, opened.sessions[rank], timeout)
+    at_end.callback(line.stop)
+    line.start()
+    return line
+
+
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:
     fixed = config.window.micro_batches_in_flight
     return None if fixed == "auto" else InFlightLimits(fixed, fixed)
@@ -251,6 +293,8 @@ def _train(
         return rank.train(reporter.window, checkpoints, reporter.roll_back, reporter.waits)
     except RunError as error:
         rooms.service.finish(f"the run ended: {error}", complete=False)
+        if rooms.remote is not None and rooms.rank_group.rank == 0:
+            rooms.remote.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 

@@ -45,6 +45,10 @@ JOIN = "/fedbert.Federation/Join"
 TRAIN = "/fedbert.Federation/Train"
 """The calls of the service. Train carries bytes: messages are kept serialized, to be sent again."""
 
+OPEN = "/fedbert.Aggregation/Open"
+CONDUCT = "/fedbert.Aggregation/Conduct"
+"""The ranks' calls at an aggregator of another party; Conduct carries bytes, as Train."""
+
 
 @dataclass(frozen=True)
 class TlsFiles:

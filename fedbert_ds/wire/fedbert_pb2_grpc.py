@@ -140,3 +140,123 @@ class Federation(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class AggregationStub(object):
+    """Where an aggregator of another party owns the client model. Clients call Federation.Train at its endpoint, too.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Open = channel.unary_unary(
+                '/fedbert.Aggregation/Open',
+                request_serializer=fedbert__ds_dot_wire_dot_fedbert__pb2.OpenRun.SerializeToString,
+                response_deserializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Opened.FromString,
+                _registered_method=True)
+        self.Conduct = channel.stream_stream(
+                '/fedbert.Aggregation/Conduct',
+                request_serializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Order.SerializeToString,
+                response_deserializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Report.FromString,
+                _registered_method=True)
+
+
+class AggregationServicer(object):
+    """Where an aggregator of another party owns the client model. Clients call Federation.Train at its endpoint, too.
+    """
+
+    def Open(self, request, context):
+        """The coordinator names the run to the aggregator. A run that an earlier call named is over then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Conduct(self, request_iterator, context):
+        """The conversation of one rank with the aggregator: no tensor passes here, in either direction.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AggregationServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Open': grpc.unary_unary_rpc_method_handler(
+                    servicer.Open,
+                    request_deserializer=fedbert__ds_dot_wire_dot_fedbert__pb2.OpenRun.FromString,
+                    response_serializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Opened.SerializeToString,
+            ),
+            'Conduct': grpc.stream_stream_rpc_method_handler(
+                    servicer.Conduct,
+                    request_deserializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Order.FromString,
+                    response_serializer=fedbert__ds_dot_wire_dot_fedbert__pb2.Report.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'fedbert.Aggregation', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('fedbert.Aggregation', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Aggregation(object):
+    """Where an aggregator of another party owns the client model. Clients call Federation.Train at its endpoint, too.
+    """
+
+    @staticmethod
+    def Open(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedbert.Aggregation/Open',
+            fedbert__ds_dot_wire_dot_fedbert__pb2.OpenRun.SerializeToString,
+            fedbert__ds_dot_wire_dot_fedbert__pb2.Opened.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Conduct(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/fedbert.Aggregation/Conduct',
+            fedbert__ds_dot_wire_dot_fedbert__pb2.Order.SerializeToString,
+            fedbert__ds_dot_wire_dot_fedbert__pb2.Report.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

@@ -87,8 +87,8 @@ def _before(owner: Any, name: str, is_due: Callable[..., bool], kill: Kill, fold
 
 
 def _arm_client(kill: Kill, folder: Path) -> None:
-    from fedbert_ds.client.stream import ServerStream
     from fedbert_ds.client.trainer import ClientTrainer
+    from fedbert_ds.wire.stream import ServerStream
 
     def receives(*fields: str) -> Callable[..., bool]:
         def is_due(_: ClientTrainer, message: pb.ServerMessage) -> bool:

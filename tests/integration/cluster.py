@@ -74,7 +74,8 @@ def run_file(folder: Path, name: str, **sections: Mapping) -> dict:
 
 
 def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None:
-    """Run the jobs one after another in 2 rank processes and one for each client with data.
+    """Run the jobs one after another in 2 rank processes, one for each client with data, and one of
+    an aggregator where a job has one.
 
     A failure shows the processes' output.
     """
@@ -89,7 +90,10 @@ def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None
         for rank in range(WORLD_SIZE)
     }  # fmt: skip
     clients = {client: (["client", str(path), client], {}) for client in jobs[0]["data"]}
-    with _processes(folder, ranks | clients) as processes:
+    others = {}
+    if any("aggregator" in job["config"] for job in jobs):
+        others = {"aggregator": (["aggregator", str(path)], {})}
+    with _processes(folder, others | ranks | clients) as processes:
         for name, process in processes.items():
             try:
                 process.wait(timeout)

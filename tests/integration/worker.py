@@ -2,11 +2,13 @@
 
     python worker.py rank JOBS.json
     python worker.py client JOBS.json NAME
+    python worker.py aggregator JOBS.json
 
 A job is {"config": run file as a mapping, "resume": bool, "mutation": name or null, "data":
 {client: path}}; with "forget": true a client begins without the state folder it had. Every client
 writes what the tests compare into its state folder: `input_gradients.pt`, and `sent.bin`, all bytes
-it sent.
+it sent. With "record": true every process writes what it received, or sent as a client, into
+`record-NAME.txt` of the run's folder: a line a message, its kind and its bytes in hexadecimal.
 """
 
 from __future__ import annotations
@@ -31,10 +33,62 @@ def run_rank(jobs: list[dict]) -> None:
     initialize()
     for number, job in enumerate(jobs):
         config = parse_config(job["config"], f"job {number}")
+        received = _recorded_messages(job)
         with mutations.applied(job.get("mutation")):
             check_before_start(config, job["resume"]) if torch.distributed.get_rank() == 0 else None
             serve(config, job["resume"])
+        _write_record(job, f"rank-{torch.distributed.get_rank()}", received)
     shut_down()
+
+
+def run_aggregator(jobs: list[dict]) -> None:
+    from fedbert_ds.aggregator import process
+    from fedbert_ds.config import parse_config
+
+    torch.set_num_threads(1)
+    for number, job in enumerate(jobs):
+        if "aggregator" in job["config"]:
+            received = _recorded_messages(job)
+            process.run_aggregator(parse_config(job["config"], f"job {number}"), job["resume"])
+            _write_record(job, "aggregator", received)
+
+
+def _recorded_messages(job: dict) -> list[tuple[str, bytes]]:
+    """A list that will hold every message that this process receives at its endpoint, or as a rank
+    from the aggregator, if the job says so.
+    """
+    from fedbert_ds.server import control_line
+    from fedbert_ds.server.network import client_stream, listener
+    from fedbert_ds.wire import fedbert_pb2 as pb
+    from fedbert_ds.wire import stream
+
+    received: list[tuple[str, bytes]] = []
+
+    class RecordedStream(client_stream.ClientStream):
+        def __init__(self, client, session, reconnect_timeout, shares_memory, on_message, *others) -> None:
+            def recorded(of, message, frame, num_bytes) -> None:
+                kind = message.WhichOneof("body") or "order " + str(pb.Order.FromString(frame).WhichOneof("body"))
+                received.append((kind, frame))
+                on_message(of, message, frame, num_bytes)
+
+            super().__init__(client, session, reconnect_timeout, shares_memory, recorded, *others)
+
+    class RecordedControl(stream.ControlStream):
+        def receive(self):
+            report = super().receive()
+            received.append((f"report {report.WhichOneof('body')}", report.SerializeToString()))
+            return report
+
+    does = job.get("record", False)
+    listener.ClientStream = RecordedStream if does else client_stream.ClientStream
+    control_line.ControlStream = RecordedControl if does else stream.ControlStream
+    return received
+
+
+def _write_record(job: dict, name: str, record: list[tuple[str, bytes]]) -> None:
+    if job.get("record"):
+        lines = "".join(f"{kind}\t{content.hex()}\n" for kind, content in record)
+        (Path(job["config"]["run"]["directory"]) / f"record-{name}.txt").write_text(lines)
 
 
 def run_client(jobs: list[dict], name: str) -> None:
@@ -53,6 +107,7 @@ def run_client(jobs: list[dict], name: str) -> None:
         )
         session.run_client(options)
         recorder.write(state)
+        _write_record(job, name, recorder.sent)
 
 
 class _Recorder:
@@ -64,6 +119,8 @@ class _Recorder:
 
     def __init__(self) -> None:
         self._sent: list[bytes] = []
+        self.sent: list[tuple[str, bytes]] = []
+        """The tensors among it, as (kind of message, payload)."""
         self._lengths: dict[int, list[int]] = {}
         self._sequences: dict[tuple[int, int], tuple[int, int]] = {}
         """First sequence, and one after the last, of each (window, micro-batch)."""
@@ -97,6 +154,13 @@ class _Recorder:
         from fedbert_ds.wire.codecs import decode_row_index
 
         self._sent.append(message.SerializeToString())
+        match message.WhichOneof("body"):
+            case "update":
+                self.sent.append(("update", message.update.payload))
+            case "activations":
+                self.sent.append(("activations", message.activations.values.payload))
+            case "gradient":
+                self.sent.append(("gradient", message.gradient.hidden.payload))
         if message.WhichOneof("body") == "manifest":
             self._lengths[message.manifest.window] = list(message.manifest.lengths)
         elif message.WhichOneof("body") == "activations":
@@ -138,4 +202,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     kind, path, *name = sys.argv[1:]
     work = json.loads(Path(path).read_text())
-    run_rank(work) if kind == "rank" else run_client(work, *name)
+    {"rank": run_rank, "client": run_client, "aggregator": run_aggregator}[kind](work, *name)

@@ -46,6 +46,9 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
         (["eval", "--model", "nowhere/at-all", "--data", "text.jsonl"], "nowhere/at-all"),
         (["client", "--server", "x:1", "--data", "y", "--cut", "middle"], "--cut middle: choose"),
         (["client", "--server", "x:1", "--data", "y", "--cut", "layers:0"], "--cut layers:0: choose"),
+        (["aggregator", "--config", "no.yaml"], "no.yaml: no such run file"),
+        (["aggregator", "--config", "empty.yaml"], "aggregator: the run file has no such section"),
+        (["merge", "--body", "b", "--client-model", "c", "--out", "o"], "b/body.safetensors: no half of a run"),
         (["client", "--server", "x:1", "--data", "y", "--ca", "ca.pem"], "--ca, --certificate and --key"),
         (["client", "--server", "x:1", "--data", "no-such-file.txt"], "no-such-file.txt"),
     ],
@@ -53,6 +56,7 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
 def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, says, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "empty.yaml").touch()
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedbert-ds: ")]

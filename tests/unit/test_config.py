@@ -186,6 +186,18 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "data.sequence_length 128 does not fit window.tokens_per_micro_batch 127; raise the latter"),
     ({"data": {"sequence_length": 129}},
      "data.sequence_length 129 is longer than the position table, model.max_position_embeddings 128"),
+    ({"aggregator": {"address": "here", "secret": "s"}}, "aggregator: address here is not HOST:PORT"),
+    ({"aggregator": {"address": ":5", "secret": "s"}}, "aggregator: address :5 is not HOST:PORT"),
+    ({"aggregator": {"address": "here:70000", "secret": "s"}}, "aggregator: address here:70000 is not HOST:PORT"),
+    ({"aggregator": {"adress": "here:5", "secret": "s"}},
+     "aggregator.adress is not a key; did you mean aggregator.address?"),
+    ({"aggregator": {"address": "here:5"}}, "aggregator.secret: field required"),
+    ({"aggregator": {"address": "here:5", "secret": "s"}, "clients": {"on_loss": "wait"}},
+     "clients.on_loss: wait undoes windows, which an aggregator of another party cannot; remove the section aggregator "
+     "or set on_loss: continue"),
+    ({"aggregator": {"address": "here:5", "secret": "s"}, "cut": "whole", "federation": {"mode": "parallel"}},
+     "cut: whole leaves the server nothing but the client model, which the section aggregator gives to another party; "
+     "remove the section or change the cut"),
     ({"optimizer": {"name": "muon"}},
      "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, or "
      "cut: whole"),

@@ -16,11 +16,11 @@ from multiprocessing.connection import Connection
 
 import psutil
 
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Connected, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.stream import ServerStream
 
 WIDTH = 768
 CODEC = "int8"

@@ -12,11 +12,11 @@ import torch
 
 from fedbert_ds.bench.network.endpoint import WIDTH, frame_of, sessions, spawn
 from fedbert_ds.bench.network.link import DelayProxy
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Attached, Connected, Detached, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.stream import ServerStream
 
 Row = dict[str, Any]
 CLIENT = "client-0"

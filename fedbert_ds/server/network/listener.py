@@ -123,6 +123,10 @@ class Listener(Generic[M]):
 
     # -- on the event loop -------------------------------------------------------------------------
 
+    def servicer(self) -> Servicer:
+        """The calls that are answered here."""
+        return Servicer(self)
+
     async def join(self, hello: pb.Hello) -> pb.Welcome:
         """Make a Join an event and wait for its answer; raises the answer if it is a UserError."""
         answer: Future[pb.Welcome] = Future()
@@ -178,7 +182,7 @@ class Listener(Generic[M]):
 
     async def _listen(self) -> int:
         self._server = grpc.aio.server(options=OPTIONS)
-        self._server.add_generic_rpc_handlers((_Servicer(self),))
+        self._server.add_generic_rpc_handlers((self.servicer(),))
         try:
             if self._tls is None:
                 port: int = self._server.add_insecure_port(self._address)
@@ -201,26 +205,29 @@ class Listener(Generic[M]):
             await self._server.stop(max(0.0, deadline - self._loop.time()))
 
 
-class _Servicer(grpc.GenericRpcHandler):
+class Servicer(grpc.GenericRpcHandler):
     """Passes calls on to the listener; the one place where a UserError becomes a gRPC status."""
 
     def __init__(self, listener: Listener[Any]) -> None:
         self._listener = listener
-        self._handlers = {
+        self.handlers = {
             JOIN: grpc.unary_unary_rpc_method_handler(self.join, pb.Hello.FromString, pb.Welcome.SerializeToString),
             TRAIN: grpc.stream_stream_rpc_method_handler(self.train),
         }
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
-        return self._handlers.get(details.method)
+        """The handler of a call, or None."""
+        return self.handlers.get(details.method)
 
     async def join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
+        """Join."""
         try:
             return await self._listener.join(request)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     async def train(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
+        """Train, and every other conversation of the same form."""
         frames = aiter(frames)
         first = pb.ClientMessage()
         with suppress(DecodeError):

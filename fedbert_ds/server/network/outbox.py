@@ -5,10 +5,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
-from fedbert_ds.server.network.events import RankEndpoint
 from fedbert_ds.wire import fedbert_pb2 as pb
+
+
+class Sends(Protocol):
+    """What an outbox needs of an endpoint; the methods are a RankEndpoint's."""
+
+    def send(self, client: str, message: pb.ServerMessage) -> None:
+        """Queue a message for a client; messages to one that is gone are dropped."""
+        ...
+
+    def close(self, client: str, last: pb.ServerMessage) -> None:
+        """Send one last message, then end the client's stream."""
+        ...
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes received and bytes queued to send since the last call."""
+        ...
 
 
 class Outbox:
@@ -18,7 +33,7 @@ class Outbox:
     call, at the latest by `settle`.
     """
 
-    def __init__(self, endpoint: RankEndpoint) -> None:
+    def __init__(self, endpoint: Sends) -> None:
         self._endpoint = endpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
         self._counting = threading.Lock()

@@ -467,7 +467,19 @@ def test_a_client_without_the_state_of_that_window_is_one_line(tmp_path: Path) -
 def test_a_begin_that_runs_backwards_is_one_line(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     with pytest.raises(WireError, match="goes on with window 2 from a state of 3"):
-        server.give_begin(3, next_window=2, reference=True)
+        server.give_begin(3, next_window=2)
+
+
+def test_a_reference_from_elsewhere_may_be_newer_than_the_next_window(tmp_path: Path) -> None:
+    server = Server(tmp_path, half_of())
+    server.give_begin(3, next_window=2, reference=True)
+    server.give_reference(Reference(3, server.weights(), {}))
+    assert server.take("manifest").window == 2
+    server.suspend(2, next_window=4)
+    assert server.take("manifest").window == 4
+    server.give_update({name: torch.zeros_like(w) for name, w in server.weights().items()}, window=3)
+    server.trainer.handle(pb.ServerMessage(save=pb.Save(window=4)))
+    assert server.take("saved").window == 4, "it has every window before it"
 
 
 @pytest.mark.parametrize("may_return", [False, True])

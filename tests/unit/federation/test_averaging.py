@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedbert_ds.federation.averaging import NobodyDelivered, combine
+from fedbert_ds.federation.averaging import NobodyDelivered, combine, combine_ranks
 from fedbert_ds.federation.client_update import ClientUpdate
 
 SHAPES = {"table": (3, 4), "bias": (4,), "scale": ()}
@@ -178,3 +178,26 @@ def test_two_ranks_are_plain_arithmetic_over_all_updates(case: int, two_ranks: d
     assert_nearest(got, plain(everybody, average))
     if len(everybody) == 1:
         assert all(torch.equal(got[name], everybody[0][0][name]) for name in SHAPES)
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_one_process_combines_two_ranks_bit_for_bit_as_they_do(
+    case: int, two_ranks: dict[int, list[dict[str, Any]]]
+) -> None:
+    average, ranks = CASES[case]
+    updates = [[ClientUpdate(tensors_of(seed), weight) for seed, weight in mine] for mine in ranks]
+    if two_ranks[0][case] is None:
+        with pytest.raises(NobodyDelivered):
+            combine_ranks(updates, SHAPES, average)
+        return
+    assert {name: t.tolist() for name, t in combine_ranks(updates, SHAPES, average).items()} == two_ranks[0][case]
+
+
+@settings(max_examples=30, deadline=None)
+@given(weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e9), max_size=5), average=st.booleans())
+def test_one_rank_in_one_process_is_one_rank(weights: list[float], average: bool) -> None:
+    updates = [ClientUpdate(tensors_of(seed), weight) for seed, weight in enumerate(weights)]
+    if average and not updates:
+        return
+    one, other = combine(updates, SHAPES, average, group=None), combine_ranks([updates], SHAPES, average)
+    assert all(torch.equal(one[name], other[name]) for name in SHAPES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ def update(value: float, weight: float = 1.0) -> Callable[[], ClientUpdate]:
     return lambda: ClientUpdate({"table": torch.full((2,), value)}, weight)
 
 
-def total(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+def total(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
     return {
-        "table": sum((tensors["table"] for tensors, _ in updates), torch.zeros(2)),
+        "table": sum((tensors["table"] for tensors, _ in updates.values()), torch.zeros(2)),
         "average": torch.tensor(average),
     }
 
@@ -63,8 +63,8 @@ def test_windows_come_out_in_order_whichever_is_complete_first() -> None:
 def test_the_sum_does_not_depend_on_who_came_first() -> None:
     orders: list[list[float]] = []
 
-    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
-        orders.append([weight for _, weight in updates])
+    def combine(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
+        orders.append([weight for _, weight in updates.values()])
         return {}
 
     exchange = UpdateExchange(combine)
@@ -122,7 +122,7 @@ def test_a_window_is_combined_after_the_caller_has_had_the_one_before() -> None:
     applied: list[int] = []
     seen: list[list[int]] = []
 
-    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+    def combine(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         seen.append(list(applied))
         return {}
 
@@ -146,7 +146,7 @@ def test_a_window_of_nobody_is_combined_too() -> None:
 def test_it_goes_on_beside_and_errors_come_out() -> None:
     let_go = threading.Event()
 
-    def combine(updates: list[ClientUpdate], average: bool) -> dict[str, Tensor]:
+    def combine(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         assert let_go.wait(20.0)
         raise RuntimeError("another rank is gone")
 

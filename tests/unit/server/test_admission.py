@@ -240,6 +240,16 @@ def test_seats_with_equal_shares() -> None:
     assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}
 
 
+def test_a_welcome_names_the_aggregator_with_a_session_that_is_not_the_ranks() -> None:
+    config = parse_config({"aggregator": {"address": "there:5", "secret": "file"}}, "test")
+    seats = [Seat(0, "secret", 77), Seat(0, "secret", 77)]
+    welcomes = [Invitation(config, ["here:1"], b"", "{}").to(seat) for seat in seats]
+    assert {welcome.aggregator for welcome in welcomes} == {"there:5"}
+    assert len({seats[0].session, *(welcome.aggregator_session for welcome in welcomes)}) == 3
+    alone = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}").to(seats[0])
+    assert not alone.aggregator and not alone.aggregator_session
+
+
 @pytest.mark.parametrize("clients_save", [False, True])
 def test_a_seat_knows_the_states_its_client_has_kept(clients_save: bool) -> None:
     joins = Joins(1, Expectation("v", "s", "c", frozenset({4}), clients_save))

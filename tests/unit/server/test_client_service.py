@@ -178,9 +178,9 @@ def test_a_roll_back_is_told_to_all_and_plans_are_forgotten(rank: Rank) -> None:
     service = rank.served.rooms.service
     while not service.plans:
         service.attend()
-    service.combined[0] = {}
+    service.norms[0] = 1.0
     rolled_back(rank)
-    assert not service.plans and not service.combined
+    assert not service.plans and not service.norms
     assert [begun(rank, number) for number in (0, 1)] == [pb.Begin(attempt=1)] * 2
     while not service.plans:
         service.attend()

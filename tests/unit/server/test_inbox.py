@@ -55,7 +55,7 @@ def one_micro_batch(_: Any) -> list[tuple[Piece, ...]]:
 def inbox() -> Any:
     """In window 0: micro-batch 0 is open for ada's two sequences, 6 tokens, 2 of them masked."""
     queue = PipelineQueue(1, one_micro_batch, num_windows=1)
-    exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates]})
+    exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates.values()]})
     cursors = Cursors({})
     made = FedInbox(queue, exchange, cursors, CONTRACT, {"ada": 6})
     made.queue, made.exchange, made.cursors = queue, exchange, cursors

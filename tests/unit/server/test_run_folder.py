@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import AggregatorSection, RunConfig, load_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, CheckpointFolder, Layout, RunFolder, check_folder
 
@@ -131,6 +131,17 @@ def saved(folder: RunFolder) -> RunConfig:
     written(folder.checkpoints, 5)
     folder.checkpoints.mark_complete(5, Layout(2, 2))
     return config
+
+
+def test_the_owner_of_the_client_model_stays(folder: RunFolder, saved: RunConfig) -> None:
+    elsewhere = saved.model_copy(update={"aggregator": AggregatorSection(address="here:5", secret=Path("s"))})
+    with pytest.raises(RunError, match=r"aggregator: .* was saved without this section"):
+        check_folder(folder, elsewhere, resume=True)
+    folder.write_config(elsewhere)
+    with pytest.raises(RunError, match=r"aggregator: .* was saved with this section"):
+        check_folder(folder, saved, resume=True)
+    moved = elsewhere.model_copy(update={"aggregator": AggregatorSection(address="there:6", secret=Path("s"))})
+    check_folder(folder, moved, resume=True)
 
 
 def test_a_new_run_wants_an_empty_folder(folder: RunFolder) -> None:

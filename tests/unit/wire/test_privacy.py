@@ -124,6 +124,68 @@ def test_every_field_a_client_can_send_has_a_reason() -> None:
     assert all(ALLOWED.values())
 
 
+RANK_MAY_SAY: dict[tuple[str, str, str], str] = {
+    ("OpenRun", "protocol", "uint32"): "a version",
+    ("OpenRun", "secret", "string"): "that both parties share",
+    ("OpenRun", "ranks", "uint32"): "a count",
+    ("OpenRun", "agreement", "string"): "keys of the run file that both have",
+    ("OpenRun", "shape_hash", "string"): "of the model's shape",
+    ("OpenRun", "vocabulary", "uint32"): "a count of words",
+    ("OpenRun", "pad_token", "uint32"): "the number of the padding",
+    ("OpenRun", "resume", "bool"): "what the server's user asked for",
+    ("Order", "admit", "Admit"): "who may open a stream",
+    ("Order", "begin", "BeginClient"): "that a client begins",
+    ("Order", "expect", "Expect"): "who takes part in a window",
+    ("Order", "drop", "Drop"): "who does not any more",
+    ("Order", "commit", "Commit"): "that the body steps",
+    ("Order", "save", "Save"): "that the reference is to be written",
+    ("Order", "conclude", "Conclude"): "that the result is to be written",
+    ("Order", "finish", "Finish"): "that the run is over",
+    ("Order", "attach", "Attach"): "first message of a stream",
+    ("Order", "leave", "Leave"): "that it goes",
+    ("Order", "delivery", "Delivery"): "on every message of a stream",
+    ("Admit", "window", "uint32"): "a count",
+    ("Admit", "clients", "repeated Admission"): "names and sessions",
+    ("Admission", "client", "string"): "a name",
+    ("Admission", "session", "string"): "a secret of the client's and the aggregator's",
+    ("BeginClient", "client", "string"): "a name",
+    ("BeginClient", "reference", "bool"): "what the client begins with",
+    ("Expect", "window", "uint32"): "a count",
+    ("Expect", "average", "bool"): "how updates combine",
+    ("Expect", "clients", "repeated string"): "names",
+    ("Drop", "client", "string"): "a name",
+    ("Drop", "gone", "bool"): "whether it comes back",
+    ("Commit", "window", "uint32"): "a count",
+    ("Commit", "scale", "double"): "one number a window, which clipping needs",
+    ("Save", "window", "uint32"): "a count",
+    ("Conclude", "window", "uint32"): "a count",
+    ("Conclude", "complete", "bool"): "whether the run goes on later",
+    ("Finish", "reason", "string"): "a sentence for the user",
+    ("Finish", "complete", "bool"): "the same",
+}
+"""What the server's ranks can say to an aggregator of another party: no activation, no manifest, no
+tensor.
+"""
+
+
+def test_every_field_a_rank_can_send_to_an_aggregator_has_a_reason() -> None:
+    service = pb.DESCRIPTOR.services_by_name["Aggregation"]
+    of_streams = {row for row in ALLOWED if row[0] in ("Attach", "Delivery", "Shared")}
+    found = fields_of(*(method.input_type for method in service.methods)) - of_streams
+    assert sorted(found - RANK_MAY_SAY.keys()) == [] and sorted(RANK_MAY_SAY.keys() - found) == []
+
+
+def test_no_bytes_pass_between_ranks_and_an_aggregator() -> None:
+    """So no tensor does, in either direction."""
+    service = pb.DESCRIPTOR.services_by_name["Aggregation"]
+    both = fields_of(*(d for method in service.methods for d in (method.input_type, method.output_type)))
+    assert [row for row in both if row[2].endswith("bytes") and row[1] != "shared_bytes"] == []
+    assert {row for row in both if row[2].endswith(("double", "float"))} == {
+        ("Commit", "scale", "double"),
+        ("Combined", "norm", "double"),
+    }
+
+
 def test_the_walk_sees_nested_messages() -> None:
     """A guard of this test itself."""
     assert ("TensorFrame", "payload", "bytes") in fields_of(pb.ClientMessage.DESCRIPTOR)

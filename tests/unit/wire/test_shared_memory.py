@@ -16,13 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Detached, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import shared_memory
 from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, is_this_machine, offer
+from fedbert_ds.wire.stream import ServerStream
 
 TIMEOUT = 60.0
 LARGE = 3 * LEAST_BYTES
@@ -142,7 +142,7 @@ def own_memory() -> int:
 
 CLIENT = """
 import sys
-from fedbert_ds.client.stream import ServerStream
+from fedbert_ds.wire.stream import ServerStream
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:

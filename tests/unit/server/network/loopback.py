@@ -7,13 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Event
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
+from fedbert_ds.wire.stream import ServerStream
 
 TIMEOUT = 20.0
 KINDS = [Endpoint, EndpointProcess]

@@ -35,7 +35,7 @@ while True:
 @pytest.fixture(autouse=True)
 def clients_leave_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody answers them here when they leave."""
-    monkeypatch.setattr("fedbert_ds.client.stream.LEAVE_SECONDS", 0.1)
+    monkeypatch.setattr("fedbert_ds.wire.stream.LEAVE_SECONDS", 0.1)
 
 
 def children() -> set[int]:

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from fedbert_ds.bench.network.link import DelayProxy
-from fedbert_ds.client import stream as stream_module
-from fedbert_ds.client.stream import ServerStream
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire import stream as stream_module
 from fedbert_ds.wire.conversation import UNREAD_BYTES
+from fedbert_ds.wire.stream import ServerStream
 
 TIMEOUT = 60.0
 

@@ -1,4 +1,4 @@
-"""A client's conversation with its rank; a thread dials again when a connection is lost."""
+"""The dialling end of a conversation; a thread dials again when a connection is lost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any, ClassVar, Generic, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.channel import TRAIN, TlsFiles, connect
+from fedbert_ds.wire.channel import CONDUCT, TRAIN, TlsFiles, connect
 from fedbert_ds.wire.conversation import (
     ACKNOWLEDGE_SECONDS,
     MESSAGE_BYTES,
@@ -42,13 +43,24 @@ FINAL = (
 LEAVE_SECONDS = 5.0
 """Longest wait for the goodbye to reach the server."""
 
+M = TypeVar("M", bound=Message)
+"""The message that is received."""
+S = TypeVar("S", bound="DialledStream[Any]")
 
-class ServerStream:
-    """Messages to and from the rank at `address`, each once and in order. Use as context manager.
+
+class DialledStream(Generic[M]):
+    """Messages to and from the endpoint at `address`, each once and in order. Use as context
+    manager.
 
     A lost connection is dialled again for `reconnect_timeout` seconds, while `send` and `receive`
-    wait. Both belong to one thread.
+    wait. Both belong to one thread. `M` has `attached` and `delivery` as a ServerMessage has them.
     """
+
+    call: ClassVar[str]
+    """The gRPC call that is dialled."""
+    message_type: type[M]
+    other_side: ClassVar[str] = "the server"
+    this_side: ClassVar[str] = "this client"
 
     def __init__(
         self,
@@ -69,7 +81,7 @@ class ServerStream:
         """Offered on this connection; the server may have opened it for large messages."""
         self._conversation = Conversation()
         self._changed = threading.Condition()
-        self._unread: deque[tuple[pb.ServerMessage, int]] = deque()
+        self._unread: deque[tuple[M, int]] = deque()
         self._unread_bytes = 0
         self._connection = 0
         """Number of this connection; the generator of an older one ends."""
@@ -81,7 +93,7 @@ class ServerStream:
         self._call: grpc.Call | None = None
         self._thread = threading.Thread(target=self._run, name=f"stream of {client}", daemon=True)
 
-    def __enter__(self) -> ServerStream:
+    def __enter__(self: S) -> S:
         self._thread.start()
         return self
 
@@ -106,7 +118,7 @@ class ServerStream:
         """The server has acknowledged every message."""
         return self._conversation.is_idle
 
-    def send(self, message: pb.ClientMessage) -> None:
+    def send(self, message: Message) -> None:
         """Queue a message; waits while KEPT_BYTES are unacknowledged. Dropped after the end."""
         body = message.SerializeToString()
         with self._changed:
@@ -118,7 +130,7 @@ class ServerStream:
                 self._conversation.put(body)
             self._changed.notify_all()
 
-    def receive(self) -> pb.ServerMessage:
+    def receive(self) -> M:
         """Wait for the next message; WireError with the reason once the stream has ended."""
         with self._changed:
             self._changed.wait_for(lambda: self._unread or self._ended is not None)
@@ -165,7 +177,7 @@ class ServerStream:
             self._memory, shared = offered
             attach.shared.CopyFrom(shared)
         with connect(self._address, self._tls) as channel:
-            call = channel.stream_stream(TRAIN)(self._frames(self._connection, attach))
+            call = channel.stream_stream(self.call)(self._frames(self._connection, attach))
             self._call = call
             try:
                 for frame in call:
@@ -174,7 +186,7 @@ class ServerStream:
                 return error
             except (WireError, DecodeError) as error:
                 with self._changed:
-                    self._ended = WireError(f"{self._address}: the server broke the protocol: {error}")
+                    self._ended = WireError(f"{self._address}: {self.other_side} broke the protocol: {error}")
                     self._changed.notify_all()
                 call.cancel()
         return None
@@ -196,14 +208,14 @@ class ServerStream:
                 yield frame
 
     def _take(self, frame: bytes) -> None:
-        message = pb.ServerMessage.FromString(frame)
+        message: Any = self.message_type.FromString(frame)
         delivery = message.delivery
         num_bytes = max(len(frame), delivery.shared_bytes, MESSAGE_BYTES)
         if delivery.shared_bytes:
             if self._memory is None:
                 raise WireError("a message in memory that is not shared")
             body = self._memory.incoming.read(delivery.shared_start, delivery.shared_bytes)
-            message = pb.ServerMessage.FromString(body)
+            message = self.message_type.FromString(body)
         with self._changed:
             if not self._attached:
                 self._conversation.resume(delivery.received)
@@ -223,7 +235,7 @@ class ServerStream:
     def _hang_up(self) -> None:
         with self._changed:
             if self._ended is None:
-                self._ended = WireError(f"{self._address}: this client left the stream")
+                self._ended = WireError(f"{self._address}: {self.this_side} left the stream")
             self._changed.notify_all()
         if self._call is not None:
             self._call.cancel()
@@ -231,11 +243,34 @@ class ServerStream:
     def _why(self, error: grpc.RpcError | None) -> WireError:
         if error is None:
             return ConnectionLost(
-                f"{self._address}: the server ended the stream; look at its output, then start this client again"
+                f"{self._address}: {self.other_side} ended the stream; look at its output, then start "
+                f"{self.this_side} again"
             )
         code, details = error.code(), error.details() or "no details"
         if code is grpc.StatusCode.FAILED_PRECONDITION:
-            # It has restarted, or went on without this client: the session is over, not the run.
-            return ConnectionLost(f"the server refused this client: {details}")
+            # It has restarted, or went on without this side: the session is over, not the run.
+            return ConnectionLost(f"{self.other_side} refused {self.this_side}: {details}")
         kind = WireError if code in FINAL else ConnectionLost
-        return kind(f"{self._address}: connection lost ({code.name.lower()}: {details}); start this client again")
+        return kind(f"{self._address}: connection lost ({code.name.lower()}: {details}); start {self.this_side} again")
+
+
+class ServerStream(DialledStream[pb.ServerMessage]):
+    """A client's conversation with its rank."""
+
+    call = TRAIN
+    message_type = pb.ServerMessage
+
+
+class AggregatorStream(ServerStream):
+    """A client's conversation with an aggregator of another party."""
+
+    other_side = "the aggregator"
+
+
+class ControlStream(DialledStream[pb.Report]):
+    """A rank's conversation with an aggregator of another party."""
+
+    call = CONDUCT
+    message_type = pb.Report
+    other_side = "the aggregator"
+    this_side = "this rank"

@@ -1,0 +1,103 @@
+"""The aggregator's endpoint: clients' streams as at a rank, and the ranks' calls."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import grpc
+
+from fedbert_ds.errors import UserError
+from fedbert_ds.server.network.events import Received
+from fedbert_ds.server.network.listener import Listener, Servicer
+from fedbert_ds.server.network.traffic import Traffic
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.aggregation import rank_name
+from fedbert_ds.wire.channel import CONDUCT, OPEN, TlsFiles
+
+A_RANK = rank_name(0)[0]
+
+
+@dataclass(frozen=True)
+class OpenAsked:
+    """A coordinator called Open. Its answer, or the UserError that refuses it, goes to `answer`."""
+
+    request: pb.OpenRun
+    answer: Future[pb.Opened]
+
+
+@dataclass(frozen=True)
+class Ordered:
+    """A message of a rank with an open conversation."""
+
+    rank: str
+    """Its name, as `rank_name` has it."""
+    order: pb.Order
+
+
+class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
+    """Ranks and clients open streams with the sessions that `admit` names."""
+
+    def __init__(
+        self, host: str, port: int, tls: TlsFiles | None, reconnect_timeout: float, shares_memory: bool = True
+    ) -> None:
+        super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received)
+        self._traffic = Traffic()
+
+    def admit(self, sessions: dict[str, str]) -> None:
+        """Let these ranks and clients open a stream, each with its session, and no others."""
+        self._sessions = dict(sessions)
+
+    def send(self, client: str, message: pb.ServerMessage) -> None:
+        """Queue a message for a client; messages to one that is gone are dropped."""
+        if self.is_connected(client):
+            self.send_body(client, self._traffic.serialize(message))
+
+    def close(self, client: str, last: pb.ServerMessage) -> None:
+        """Send one last message, then end the client's stream."""
+        if self.is_connected(client):
+            self.close_body(client, self._traffic.serialize(last))
+
+    def report(self, rank: str, report: pb.Report) -> None:
+        """Queue a message for a rank; messages to one that is gone are dropped."""
+        self.send_body(rank, report.SerializeToString())
+
+    def take_bytes(self) -> tuple[int, int]:
+        """Bytes received and bytes queued to send, clients' only, since the last call."""
+        return self._traffic.take()
+
+    def servicer(self) -> Servicer:
+        """The calls of clients and of ranks."""
+        return _Servicer(self)
+
+    async def open(self, request: pb.OpenRun) -> pb.Opened:
+        """Make an Open an event and wait for its answer; raises the answer if it is a UserError."""
+        answer: Future[pb.Opened] = Future()
+        self._events.put((OpenAsked(request, answer), None))
+        return await asyncio.wrap_future(answer)
+
+    def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Received | Ordered:
+        if client.startswith(A_RANK):
+            return Ordered(client, pb.Order.FromString(frame))
+        self._traffic.count_up(num_bytes)
+        return Received(client, message)
+
+
+class _Servicer(Servicer):
+    """A rank's calls beside a client's."""
+
+    def __init__(self, endpoint: AggregatorEndpoint) -> None:
+        super().__init__(endpoint)
+        self._endpoint = endpoint
+        self.handlers[OPEN] = grpc.unary_unary_rpc_method_handler(
+            self.open, pb.OpenRun.FromString, pb.Opened.SerializeToString
+        )
+        self.handlers[CONDUCT] = grpc.stream_stream_rpc_method_handler(self.train)
+
+    async def open(self, request: pb.OpenRun, context: grpc.aio.ServicerContext) -> pb.Opened:
+        """Open."""
+        try:
+            return await self._endpoint.open(request)
+        except UserError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

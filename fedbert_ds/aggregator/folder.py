@@ -1,0 +1,93 @@
+"""The aggregator's folder: references of saved windows, the newest two, and the final client
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedbert_ds.atomic_write import atomic_write, write_text
+from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.errors import RunError
+from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
+from fedbert_ds.model.halves import CLIENT_MODEL, write_client_model
+
+KEPT_REFERENCES = 2
+
+
+def folder_of(config: RunConfig) -> AggregatorFolder:
+    """The folder that a run file names."""
+    assert config.aggregator is not None
+    directory = config.run.directory
+    return AggregatorFolder(config.aggregator.directory or directory.with_name(f"{directory.name}-aggregator"))
+
+
+@dataclass(frozen=True)
+class AggregatorFolder:
+    """File names below the folder. It is not the server's run folder: another party owns it."""
+
+    path: Path
+
+    @property
+    def client_model(self) -> Path:
+        """The final client model, for `fedbert-ds merge`."""
+        return self.path / CLIENT_MODEL
+
+    def check(self, resume: bool) -> None:
+        """Raises RunError, before anything is written, if the folder does not fit a run that starts
+        or resumes.
+        """
+        holds_run = self.path.exists() and any(self.path.iterdir())
+        if holds_run and not resume:
+            raise RunError(f"{self.path}: holds a run already; add --resume, or set another aggregator.directory")
+        if resume and not holds_run:
+            raise RunError(f"{self.path}: no run to resume here; drop --resume or set aggregator.directory")
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the resolved run file."""
+        write_text(self.path / "config.yaml", dump_config(config))
+
+    def saved_windows(self) -> tuple[int, ...]:
+        """Windows with a saved reference, ascending."""
+        names = (path.stem.removeprefix("reference-") for path in self.path.glob("reference-*.safetensors"))
+        return tuple(sorted(int(name) for name in names if name.isdecimal()))
+
+    def save(self, window: int, reference: Reference) -> None:
+        """Write the reference before `window`; on disk when this returns. Keeps the newest two."""
+        with atomic_write(self._reference(window)) as partial:
+            partial.write_bytes(to_bytes(reference))
+        for old in self.saved_windows()[:-KEPT_REFERENCES]:
+            self._reference(old).unlink()
+
+    def load(self, window: int, shapes: Shapes) -> Reference:
+        """The reference before `window`. Later ones are deleted: the run goes on from here.
+
+        Raises RunError if it is missing or damaged.
+        """
+        path = self._reference(window)
+        try:
+            reference, _ = from_bytes(path.read_bytes(), shapes)
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"{path}: cannot be read ({error}); remove it to resume from the one before, or start anew"
+            ) from error
+        self.begin_at(window)
+        return reference
+
+    def begin_at(self, window: int) -> None:
+        """The run goes on before `window`: what was saved of later windows is deleted."""
+        for later in self.saved_windows():
+            if later > window:
+                self._reference(later).unlink()
+
+    def write_result(self, weights: Mapping[str, Tensor], model_config: Any, cut: str, window: int) -> None:
+        """Write the final client model, fp32 by name."""
+        write_client_model(self.client_model, weights, model_config, cut, window)
+
+    def _reference(self, window: int) -> Path:
+        return self.path / f"reference-{window}.safetensors"

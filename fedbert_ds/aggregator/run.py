@@ -1,0 +1,293 @@
+"""One run at the aggregator: orders of ranks and updates of clients in, combined updates out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedbert_ds.aggregator.expectations import Expectations
+from fedbert_ds.aggregator.folder import AggregatorFolder
+from fedbert_ds.aggregator.guests import Guests, RunEndpoint
+from fedbert_ds.aggregator.reference_messages import ReferenceMessages
+from fedbert_ds.aggregator.update_inbox import Shapes, UpdateInbox
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import RunError, WireError
+from fedbert_ds.federation.aggregator import Aggregator
+from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks, global_norm
+from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
+from fedbert_ds.federation.server_optimizer import rule_of
+from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.messages import cut_to_json
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """The first client model, and what is written beside the last one."""
+
+    weights: Mapping[str, Tensor]
+    """fp32 by name."""
+    exchanged: Shapes
+    """Shapes of the tensors in updates."""
+    model_config: Any
+    """transformers' config of the whole model."""
+
+
+class AggregatedRun:
+    """Owns the client model of one run. Used from one thread; `attend` does what is due.
+
+    A client that breaks the protocol is refused alone, and its rank told. Every other error is the
+    run's: `order` and `attend` raise WireError for an order that does not fit, RunError for a
+    checkpoint that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: ClientModel,
+        sessions: list[str],
+        endpoint: RunEndpoint,
+        folder: AggregatorFolder,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._endpoint, self._outbox = endpoint, Outbox(endpoint)
+        self._folder = folder
+        self._strategy = strategy_of(config.federation, config.wire, config.cut)
+        self._clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
+        self._aggregator = Aggregator(
+            model.weights, self._strategy, config.optimizer, config.run.windows, rule_of(config.federation)
+        )
+        # The order of a rank's own sums, whose result must be the same bit for bit.
+        self._shapes = {name: model.exchanged[name] for name in sorted(model.exchanged)}
+        self._exchange = UpdateExchange(self._combined)
+        self._expectations = Expectations(len(sessions))
+        self._inbox = UpdateInbox(model.exchanged, self._aggregator.shapes, self._strategy.update_codec)
+        self._guests = Guests(endpoint, sessions)
+        self._early: dict[tuple[int, str], Callable[[], ClientUpdate]] = {}
+        """Updates that came before every rank had announced their window."""
+        self._held: tuple[int, dict[str, Tensor]] | None = None
+        """A combined update, until the ranks commit its window."""
+        self._scales: dict[int, float] = {}
+        """Committed windows whose update is not applied yet."""
+        self._has_begun = False
+        self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
+        self._collected: dict[str, ClientUpdate] = {}
+        self._concluding: tuple[pb.Conclude, float] | None = None
+        """The result is being collected, until this time."""
+        self._is_concluded = False
+        """The result is written, so clients leave as they like."""
+        self.finish: pb.Finish | None = None
+        """The ranks' last order, once it has come."""
+
+    @property
+    def is_busy(self) -> bool:
+        """An update is being combined, which no event ends."""
+        return self._exchange.is_combining
+
+    # -- from ranks --------------------------------------------------------------------------------
+
+    def order(self, sender: str, order: pb.Order) -> None:
+        """Carry out a rank's order."""
+        rank = self._guests.rank(sender)
+        if rank is None:
+            return  # of a run that is over
+        kind = order.WhichOneof("body")
+        if kind in ("commit", "save", "conclude", "finish") and rank != 0:
+            raise WireError(f"rank {rank}: an order of kind {kind} is rank 0's")
+        match kind:
+            case "admit":
+                self._admit(rank, order.admit)
+            case "begin":
+                own_state = None if order.begin.reference else self._aggregator.reference().version
+                self._guests.let_begin(order.begin.client, own_state)
+                self._begin_clients()
+            case "expect":
+                self._expect(rank, order.expect)
+            case "drop":
+                self._forget(order.drop.client)
+                if order.drop.gone and order.drop.client in self._guests.here:
+                    self._part_with(order.drop.client, "the server has ended this client's part in the run")
+            case "commit":
+                if not 0.0 < order.commit.scale <= 1.0 or order.commit.window in self._scales:
+                    raise WireError(f"rank {rank}: window {order.commit.window} committed twice or badly scaled")
+                self._scales[order.commit.window] = order.commit.scale
+            case "save":
+                self._save(order.save.window)
+            case "conclude":
+                self._conclude(order.conclude)
+            case "finish":
+                self.finish = order.finish
+            case _:
+                raise WireError(f"rank {rank}: an order of kind {kind} was not expected")
+
+    def _admit(self, rank: int, admit: pb.Admit) -> None:
+        if not self._has_begun:
+            self._folder.begin_at(admit.window)
+            if admit.window:
+                self._aggregator.load(self._folder.load(admit.window, self._aggregator.shapes))
+        self._has_begun = True
+        self._guests.admit(rank, admit)
+
+    def _expect(self, rank: int, expect: pb.Expect) -> None:
+        here = [client for client in expect.clients if client in self._guests.here]
+        expectation = self._expectations.add(rank, expect.window, expect.average, here)
+        if expectation is None:
+            return
+        self._exchange.expect(expectation.window, expectation.clients, expectation.average)
+        for place in [place for place in self._early if place[0] <= expectation.window]:
+            decode = self._early.pop(place)
+            self._exchange.deliver(*place, decode)
+
+    def _save(self, window: int) -> None:
+        if not self._exchange.is_idle or self._held is not None:
+            raise WireError(f"window {window} is to be saved while an earlier one is being combined")
+        self._folder.save(window, self._aggregator.reference())
+        self._guests.tell_rank(0, pb.Report(saved=pb.SavedReference(window=window)))
+
+    def _conclude(self, conclude: pb.Conclude) -> None:
+        if self._strategy.result_is_reference:
+            self._write_result(conclude.window, self._aggregator.reference().weights)
+            return
+        self._inbox.collect(conclude.window)
+        request = pb.ServerMessage(update_request=pb.UpdateRequest(window=conclude.window))
+        for client in sorted(self._guests.under_way):
+            self._outbox.send(client, request)
+        self._concluding = conclude, time.monotonic() + self._config.clients.silence_timeout
+
+    # -- from clients ------------------------------------------------------------------------------
+
+    def connected(self, client: str) -> None:
+        """A client has opened its stream."""
+        self._guests.connect(client)
+        self._begin_clients()
+
+    def _begin_clients(self) -> None:
+        """Give clients that begin the reference; those that have its state must not be behind."""
+        for client, own_state in self._guests.take_beginnings().items():
+            reference = self._aggregator.reference()
+            if own_state is None:
+                self._outbox.send_coded([client], self._reference.of(reference))
+            elif own_state != reference.version:
+                self._lose(client, f"client {client} came to the aggregator after a window was over", may_return=True)
+
+    def receive(self, client: str, message: pb.ClientMessage) -> None:
+        """Take a client's message; one that does not fit ends its part in the run."""
+        if client not in self._guests.here:
+            return
+        try:
+            arrived = self._inbox.receive(client, message)
+            if arrived.decode is not None and arrived.is_model:
+                self._collected[client] = arrived.decode()
+            elif arrived.decode is not None:
+                self._deliver(client, arrived.window, arrived.decode)
+        except WireError as error:
+            self._lose(client, str(error))
+            return
+        if not arrived.is_model:
+            delivered = pb.Delivered(window=arrived.window, client=client, whole=arrived.decode is not None)
+            self._guests.tell_rank_of(client, pb.Report(delivered=delivered))
+
+    def disconnected(self, client: str) -> None:
+        """A client's stream has ended."""
+        was_here = client in self._guests.connected
+        self._guests.connected.discard(client)
+        if was_here and not self._is_concluded:
+            self._lose(client, f"client {client} lost its connection to the aggregator", may_return=True)
+
+    def _deliver(self, client: str, window: int, decode: Callable[[], ClientUpdate]) -> None:
+        if window <= self._expectations.complete:
+            self._exchange.deliver(window, client, decode)
+            return
+        early = [place for place in self._early if place[1] == client]
+        if (window, client) in early or len(early) > self._config.federation.staleness:
+            raise WireError(f"client {client}: an update of window {window}, which is not under way")
+        self._early[window, client] = decode
+
+    def _lose(self, client: str, reason: str, may_return: bool = False) -> None:
+        """A client is gone, and its rank does not know yet; whether it may join again."""
+        lost = pb.Lost(client=client, reason=reason, may_return=may_return)
+        self._guests.tell_rank_of(client, pb.Report(lost=lost))
+        self._forget(client)
+        self._part_with(client, reason)
+
+    def _forget(self, client: str) -> None:
+        """Await nothing more from a client. What it delivered counts, as it does among ranks."""
+        delivered = {window for window, name in self._early if name == client}
+        self._expectations.drop(client, delivered)
+        self._exchange.forget(client)
+
+    def _part_with(self, client: str, reason: str) -> None:
+        self._guests.part_with(client)
+        self._inbox.drop(client)
+        self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
+
+    # -- out ---------------------------------------------------------------------------------------
+
+    def attend(self) -> None:
+        """Combine, apply and send what is due. Raises errors of the threads."""
+        self._outbox.check()
+        for client, error in self._exchange.take_unsound():
+            if not isinstance(error, WireError):
+                raise error
+            if client in self._guests.here:
+                self._lose(client, str(error))
+        # One at a time: the next may build on what this one moves the reference to.
+        if self._held is None and (combined := self._exchange.poll()) is not None:
+            self._held = combined
+            window, tensors = combined
+            norm = global_norm(tensors) if self._clips else 0.0
+            self._guests.tell_all_ranks(pb.Report(combined=pb.Combined(window=window, norm=norm)))
+        if self._held is not None and self._held[0] in self._scales:
+            window, tensors = self._held
+            self._held = None
+            self._hand_out(window, tensors, self._scales.pop(window))
+        if self._concluding is not None:
+            conclude, deadline = self._concluding
+            if self._collected.keys() >= self._guests.under_way or time.monotonic() > deadline:
+                self._concluding = None
+                if not self._collected:
+                    raise RunError("no client was left to hand over its half; start all again with --resume")
+                # By masked tokens, as the ranks average.
+                average = combine_ranks(self._guests.by_rank(self._collected), self._aggregator.shapes, average=True)
+                self._write_result(conclude.window, average)
+
+    def close(self, report: pb.Report | None, finish: pb.Finish) -> None:
+        """Part with every rank, with one last report, and with every client."""
+        for client in sorted(self._guests.connected):
+            self._endpoint.close(client, pb.ServerMessage(finish=finish))
+        if report is not None:
+            self._guests.tell_all_ranks(report)
+        self._exchange.close()
+        self._aggregator.close()
+
+    def _combined(self, updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
+        """In the exchange's thread."""
+        try:
+            result = combine_ranks(self._guests.by_rank(updates), self._shapes, average)
+        except NobodyDelivered:
+            return self._aggregator.unchanged(self._shapes)
+        return self._aggregator.answer(result) if average else result
+
+    def _hand_out(self, window: int, tensors: dict[str, Tensor], scale: float) -> None:
+        """A window is committed: move the reference, and give clients the same."""
+        combined = {name: tensor * scale for name, tensor in tensors.items()} if scale < 1.0 else tensors
+        self._aggregator.apply(window, combined)
+        codec, compressed = self._strategy.update_codec, self._config.wire.is_compressed
+
+        def messages() -> Iterator[pb.ServerMessage]:
+            for chunk in update_chunks(window, combined.items(), 0.0, codec, compressed=compressed):
+                yield pb.ServerMessage(update=chunk)
+
+        self._outbox.send_coded(sorted(self._guests.under_way), messages)
+
+    def _write_result(self, window: int, weights: Mapping[str, Tensor]) -> None:
+        self._folder.write_result(weights, self._model.model_config, cut_to_json(self._config.cut), window)
+        self._is_concluded = True
+        self._guests.tell_all_ranks(pb.Report(concluded=pb.Concluded(file=str(self._folder.client_model))))

@@ -1,0 +1,210 @@
+"""An aggregator process from its start to its end, over loopback, with ranks that train nothing."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from unit.aggregator.coordinator import TIMEOUT, Process, Rank, config_of, federation, first_weights, opened
+
+from fedbert_ds.aggregator.process import STOPPED
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import AggregatorLost, ConfigError, RunError, WireError
+from fedbert_ds.wire import fedbert_pb2 as pb
+
+
+def attend(rank: Rank) -> None:
+    rank.exchange.take_unsound()
+    threading.Event().wait(0.01)
+
+
+def end(ranks: list[Rank], window: int, complete: bool = True) -> None:
+    ranks[0].exchange.conclude(window, complete)
+    for rank in ranks:
+        rank.exchange.await_result(lambda rank=rank: attend(rank))
+    ranks[0].exchange.finish("the run is over", complete)
+
+
+def test_a_run_moves_the_reference_and_gives_every_client_the_same(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    process = Process(config)
+    start = first_weights(config)
+    with federation(config, (("ada", "bo"), ("cy",))) as (ranks, clients):
+        for client in clients.values():
+            reference = client.reference()
+            assert reference.version == 0 and all(torch.equal(reference.weights[n], start[n]) for n in start)
+        clients["cy"].send(0, 4.0)  # before any rank has announced the window
+        ranks[1].exchange.expect(0, ["cy"], average=False)
+        ranks[0].exchange.expect(0, ["ada", "bo"], average=False)
+        for name, value in (("ada", 1.0), ("bo", 2.0)):
+            clients[name].send(0, value)
+        count = sum(tensor.numel() for tensor in start.values())
+        for rank in ranks:
+            assert rank.combined() == 0 and rank.exchange.norms[0] == pytest.approx(7.0 * count**0.5)
+        ranks[0].exchange.commit(0, 0.5)
+        for client in clients.values():
+            window, combined = client.update()
+            assert window == 0 and all((tensor == 3.5).all() for tensor in combined.values())
+        ranks[0].exchange.save(1, lambda: attend(ranks[0]))
+        end(ranks, 1)
+        assert process.ended() == 0
+    folder = tmp_path / "run-aggregator"
+    assert (folder / "reference-1.safetensors").is_file()
+    final = load_file(folder / "client_model.safetensors")
+    assert final.keys() == start.keys()
+    for name, tensor in final.items():  # one step of SGD, rate 0.5, with the clipped sum
+        torch.testing.assert_close(tensor, start[name] - 0.5 * 3.5, rtol=1e-5, atol=1e-5)
+
+
+def test_personal_halves_are_collected_for_the_result(tmp_path: Path) -> None:
+    config = config_of(tmp_path, federation={"mode": "parallel", "average_every": 2})
+    process = Process(config)
+    with federation(config, (("ada", "bo"),)) as (ranks, clients):
+        for client in clients.values():
+            client.reference()
+        ranks[0].exchange.expect(1, ["ada", "bo"], average=True)
+        for name, value, weight in (("ada", 1.0, 3.0), ("bo", 5.0, 1.0)):
+            clients[name].send(1, value, weight)
+        assert ranks[0].combined() == 1 and ranks[0].exchange.norms[1] == 0.0
+        ranks[0].exchange.commit(1, 1.0)
+        for client in clients.values():
+            assert all((tensor == 2.0).all() for tensor in client.update()[1].values())
+        ranks[0].exchange.conclude(2, complete=False)
+        for name, value in (("ada", 8.0), ("bo", 4.0)):
+            request = clients[name].stream.receive()
+            assert request.update_request.window == 2
+            clients[name].send(2, value)
+        ranks[0].exchange.await_result(lambda: attend(ranks[0]))
+        ranks[0].exchange.finish("stopped", complete=False)
+        assert process.ended() == STOPPED
+    final = load_file(tmp_path / "run-aggregator" / "client_model.safetensors")
+    assert all((tensor == 6.0).all() for tensor in final.values())
+
+
+def test_a_client_that_breaks_the_protocol_or_leaves_is_lost_alone(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    Process(config)
+    with federation(config, (("ada", "bo", "cy", "di"),)) as ([rank], clients):
+        for client in clients.values():
+            client.reference()
+        rank.exchange.expect(0, ["ada", "bo", "cy", "di"], average=False)
+        clients["ada"].send(0, 1.0)
+        clients["bo"].stream.send(pb.ClientMessage(activations=pb.Activations(window=0)))
+        assert rank.lost() == (
+            "bo", "client bo: a message of kind activations belongs to the server, not to the aggregator",
+        )  # fmt: skip
+        assert "belongs to the server" in clients["bo"].stream.receive().refused.reason
+        clients["cy"].send(0, float("nan"))
+        assert rank.lost()[0] == "cy"
+        clients["di"].leave()
+        assert rank.lost() == ("di", "client di lost its connection to the aggregator")
+        assert rank.combined() == 0
+        rank.exchange.commit(0, 1.0)
+        assert all((tensor == 1.0).all() for tensor in clients["ada"].update()[1].values())
+        rank.exchange.part_with("ada")
+        assert "ended this client's part" in clients["ada"].stream.receive().refused.reason
+        rank.exchange.finish("done", complete=False)
+
+
+def test_a_restarted_aggregator_goes_on_where_the_server_says(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    process = Process(config)
+    with federation(config, (("ada",),)) as ([rank], clients):
+        clients["ada"].reference()
+        for window in range(3):
+            rank.exchange.expect(window, ["ada"], average=False)
+            clients["ada"].send(window, 1.0)
+            assert rank.combined() == window
+            rank.exchange.commit(window, 1.0)
+            clients["ada"].update()
+            rank.exchange.save(window + 1, lambda: attend(rank))
+        rank.exchange.finish("stopped", complete=False)
+        assert process.ended() == STOPPED
+    assert isinstance(Process(config).ended(), RunError), "the folder holds a run"
+    Process(config, resume=True)
+    with pytest.raises(WireError, match=r"the aggregator refused this run: .* add --resume at the server"):
+        opened(config)
+    assert list(opened(config, resume=True).saved_windows) == [2, 3]
+    with federation(config, (("ada",),), window=2, resume=True) as ([rank], clients):
+        reference, start = clients["ada"].reference(), first_weights(config)
+        assert reference.version == 2
+        for name, tensor in reference.weights.items():
+            torch.testing.assert_close(tensor, start[name] - 2 * 0.5, rtol=1e-5, atol=1e-5)
+        rank.exchange.finish("done", complete=True)
+
+
+def test_a_server_that_comes_back_finds_the_aggregator_waiting(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    process = Process(config)
+    with federation(config, (("ada",),)) as (_, clients):
+        clients["ada"].reference()  # and the server is gone without a word
+    with federation(config, (("ada",),)) as ([rank], clients):
+        assert clients["ada"].reference().version == 0
+        rank.exchange.finish("done", complete=True)
+        assert process.ended() == 0
+
+
+def test_a_lost_aggregator_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    Process(config)
+    with federation(config, (("ada",),)) as ([rank], _):
+        rank.exchange.commit(0, 1.0)
+        rank.exchange.commit(0, 1.0)  # nonsense, so it gives up
+        with pytest.raises(AggregatorLost, match=r"cannot go on: .*committed twice.* both with --resume"):
+            rank.combined()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"optimizer": {"lr": 0.25}}, "optimizer.lr is 0.5 at the aggregator and 0.25 at the server"),
+        ({"model": {"checkpoint": "bert"}}, "model.checkpoint is false"),
+        ({"aggregator": {"secret": "other"}}, "does not know the aggregator's secret"),
+    ],
+)
+def test_a_server_that_does_not_fit_is_refused_and_the_aggregator_waits_on(
+    tmp_path: Path, changed: dict, told: str
+) -> None:
+    config = config_of(tmp_path)
+    Process(config)
+    (tmp_path / "other").write_text("another secret of nobody")
+    tree = config.model_dump(mode="json")
+    for section, values in changed.items():
+        if "secret" in values:
+            values = {"secret": str(tmp_path / "other")}
+        tree[section] |= values
+    from fedbert_ds.model.checkpoint import build_model, shape_hash
+    from fedbert_ds.server.control_line import open_run
+
+    shape = shape_hash(build_model(config.model, 23, 0, seed=0).config)
+    with pytest.raises(WireError, match="the aggregator refused this run: .*" + told):
+        open_run(RunConfig.model_validate(tree), 1, 23, 0, shape, False)
+    with pytest.raises(WireError, match="another shape"):
+        open_run(config, 1, 24, 0, shape, False)
+    with pytest.raises(WireError, match="a server of 0 ranks"):
+        open_run(config, 0, 23, 0, shape, False)
+    assert len(opened(config).sessions) == 1
+
+
+def test_a_seed_of_its_own_keeps_the_first_client_model_from_the_server(tmp_path: Path) -> None:
+    config = config_of(tmp_path, aggregator={"seed": 99})
+    Process(config)
+    with federation(config, (("ada",),)) as ([rank], clients):
+        weights = clients["ada"].reference().weights
+        assert not torch.equal(*(w["bert.embeddings.word_embeddings.weight"] for w in (weights, first_weights(config))))
+        assert all(torch.equal(weights[n], w) for n, w in first_weights(config, seed=99).items())
+        rank.exchange.finish("done", complete=True)
+
+
+def test_without_a_server_it_ends(tmp_path: Path) -> None:
+    error = Process(config_of(tmp_path, clients={"join_timeout": 0.2})).ended()
+    assert isinstance(error, RunError) and "no server came in 0 s (clients.join_timeout)" in str(error)
+
+
+def test_without_its_section_there_is_nothing_to_do() -> None:
+    error = Process(RunConfig()).ended()
+    assert isinstance(error, ConfigError) and "no such section" in str(error)
+    assert TIMEOUT

@@ -517,11 +517,6 @@ class RunConfig(Section):
             )
         if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
             raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")
-        if self.aggregator is not None and self.clients.on_loss == "wait":
-            raise ValueError(
-                "clients.on_loss: wait undoes windows, which an aggregator of another party cannot; remove the section "
-                "aggregator or set on_loss: continue"
-            )
         if self.aggregator is not None and self.cut == "whole":
             raise ValueError(
                 "cut: whole leaves the server nothing but the client model, which the section aggregator gives to "

@@ -51,6 +51,12 @@ class Expectations:
         self.complete = window
         return expectation
 
+    def undo(self, window: int) -> None:
+        """The windows from this one on were not announced."""
+        self._newest = {rank: min(newest, window - 1) for rank, newest in self._newest.items()}
+        self._parts = {number: part for number, part in self._parts.items() if number < window}
+        self.complete = min(self.complete, window - 1)
+
     def drop(self, client: str, delivered: Collection[int] = ()) -> None:
         """Expect nothing of a client in windows that are not complete, but for those whose update
         it has delivered.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate
@@ -27,6 +27,15 @@ class RunEndpoint(Sends, Protocol):
         ...
 
 
+class Beginning(NamedTuple):
+    """How a client begins."""
+
+    attempt: int
+    """Of the server's Begin."""
+    own_state: int | None
+    """The version of the reference that it has a state of; None if it begins with the reference."""
+
+
 class Guests:
     """Admits ranks, one with each of `sessions`, and their clients."""
 
@@ -36,10 +45,8 @@ class Guests:
         self._sessions = dict(zip(self._ranks, sessions, strict=True))
         self._rank_of: dict[str, int] = {}
         """Of every client that was admitted."""
-        self._beginnings: dict[str, int | None] = {}
-        """Clients whose rank has let them begin, and that have not: the version of the reference
-        that they have a state of, or None for one that begins with the reference.
-        """
+        self._beginnings: dict[str, Beginning] = {}
+        """Clients whose rank has let them begin, and that have not."""
         self.here: set[str] = set()
         """Clients that are admitted and not gone."""
         self.connected: set[str] = set()
@@ -51,6 +58,10 @@ class Guests:
     def rank(self, name: str) -> int | None:
         """A rank by its name at the endpoint; None if it is not one of this run."""
         return self._ranks.index(name) if name in self._ranks else None
+
+    def is_all(self, ranks: Collection[int]) -> bool:
+        """Whether these are all ranks of the run."""
+        return len(ranks) == len(self._ranks)
 
     def admit(self, rank: int, admit: pb.Admit) -> None:
         """Admit clients of a rank, and tell it so. Raises WireError for an impossible name."""
@@ -69,14 +80,12 @@ class Guests:
         if client in self.here:
             self.connected.add(client)
 
-    def let_begin(self, client: str, own_state: int | None) -> None:
-        """A client's rank lets it begin, with the reference, or with a state of its own, which is
-        that of a version of the reference.
-        """
+    def let_begin(self, client: str, beginning: Beginning) -> None:
+        """A client's rank lets it begin."""
         if client in self.here:
-            self._beginnings[client] = own_state
+            self._beginnings[client] = beginning
 
-    def take_beginnings(self) -> dict[str, int | None]:
+    def take_beginnings(self) -> dict[str, Beginning]:
         """Clients that begin now, each with what `let_begin` said: both their streams are open."""
         now = {client: self._beginnings.pop(client) for client in sorted(self._beginnings.keys() & self.connected)}
         self.under_way |= now.keys()

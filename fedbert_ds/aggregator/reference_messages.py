@@ -20,7 +20,7 @@ class ReferenceMessages:
         """A version, and its bytes."""
 
     def of(self, reference: Reference) -> Callable[[], Iterator[pb.ServerMessage]]:
-        """Makes the messages of a reference, each of which says its version.
+        """Makes the messages of a reference.
 
         The tensors may move afterwards: the bytes are as of this call.
         """
@@ -30,9 +30,4 @@ class ReferenceMessages:
             self._newest = version, to_bytes(Reference(version, reference.weights, moments))
         data = self._newest[1]
 
-        def messages() -> Iterator[pb.ServerMessage]:
-            for message in reference_chunks(data):
-                message.reference.version = version
-                yield message
-
-        return messages
+        return lambda: reference_chunks(data)

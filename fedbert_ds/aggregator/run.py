@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedbert_ds.aggregator.expectations import Expectations
 from fedbert_ds.aggregator.folder import AggregatorFolder
-from fedbert_ds.aggregator.guests import Guests, RunEndpoint
+from fedbert_ds.aggregator.guests import Beginning, Guests, RunEndpoint
 from fedbert_ds.aggregator.reference_messages import ReferenceMessages
 from fedbert_ds.aggregator.update_inbox import Shapes, UpdateInbox
 from fedbert_ds.config import RunConfig
@@ -77,6 +77,14 @@ class AggregatedRun:
         self._scales: dict[int, float] = {}
         """Committed windows whose update is not applied yet."""
         self._has_begun = False
+        self._attempt = 0
+        """How often windows were undone, as the ranks count."""
+        self._undoing: set[int] = set()
+        """Ranks that have undone windows, while others have not."""
+        self._waiting: list[pb.BeginClient] = []
+        """Clients to begin once the windows are undone at every rank."""
+        self._rolled_back: set[str] = set()
+        """Clients that have not heard of the last time."""
         self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
         self._collected: dict[str, ClientUpdate] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
@@ -105,15 +113,15 @@ class AggregatedRun:
             case "admit":
                 self._admit(rank, order.admit)
             case "begin":
-                own_state = None if order.begin.reference else self._aggregator.reference().version
-                self._guests.let_begin(order.begin.client, own_state)
-                self._begin_clients()
+                self._begin(order.begin)
             case "expect":
                 self._expect(rank, order.expect)
             case "drop":
                 self._forget(order.drop.client)
                 if order.drop.gone and order.drop.client in self._guests.here:
                     self._part_with(order.drop.client, "the server has ended this client's part in the run")
+            case "undo":
+                self._undo(rank, order.undo)
             case "commit":
                 if not 0.0 < order.commit.scale <= 1.0 or order.commit.window in self._scales:
                     raise WireError(f"rank {rank}: window {order.commit.window} committed twice or badly scaled")
@@ -145,6 +153,40 @@ class AggregatedRun:
             decode = self._early.pop(place)
             self._exchange.deliver(*place, decode)
 
+    def _begin(self, begin: pb.BeginClient) -> None:
+        if self._undoing:
+            self._waiting.append(begin)
+            return
+        own_state = None if begin.reference else self._aggregator.reference().version
+        self._guests.let_begin(begin.client, Beginning(begin.attempt, own_state))
+        self._begin_clients()
+
+    def _undo(self, rank: int, undo: pb.Undo) -> None:
+        """Forget the windows from this one on, with the last rank that says so."""
+        if undo.attempt <= self._attempt:
+            raise WireError(f"rank {rank}: windows undone for time {undo.attempt} after time {self._attempt}")
+        if not self._exchange.is_idle:
+            raise WireError(f"window {undo.window} is to be undone while it is being combined")
+        self._undoing.add(rank)
+        if not self._guests.is_all(self._undoing):
+            return
+        self._undoing.clear()
+        self._attempt = undo.attempt
+        self._expectations.undo(undo.window)
+        self._early = {place: update for place, update in self._early.items() if place[0] < undo.window}
+        self._scales = {window: scale for window, scale in self._scales.items() if window < undo.window}
+        if self._held is not None and self._held[0] >= undo.window:
+            self._held = None
+        if self._aggregator.reference().version > undo.window:
+            self._aggregator.load(self._folder.load(undo.window, self._aggregator.shapes))
+        self._rolled_back = set(self._guests.under_way)
+        for client in self._rolled_back:
+            self._inbox.drop(client)
+        self._guests.tell_all_ranks(pb.Report(undone=pb.Undone(attempt=undo.attempt)))
+        waiting, self._waiting = self._waiting, []
+        for begin in waiting:
+            self._begin(begin)
+
     def _save(self, window: int) -> None:
         if not self._exchange.is_idle or self._held is not None:
             raise WireError(f"window {window} is to be saved while an earlier one is being combined")
@@ -170,17 +212,26 @@ class AggregatedRun:
 
     def _begin_clients(self) -> None:
         """Give clients that begin the reference; those that have its state must not be behind."""
-        for client, own_state in self._guests.take_beginnings().items():
+        for client, (attempt, own_state) in self._guests.take_beginnings().items():
             reference = self._aggregator.reference()
+            if own_state is not None and own_state != reference.version:
+                self._lose(client, f"client {client} came to the aggregator after a window was over", may_return=True)
+                continue
+            begin = pb.Begin(attempt=attempt, window=reference.version, reference=own_state is None)
+            self._outbox.send(client, pb.ServerMessage(begin=begin))
             if own_state is None:
                 self._outbox.send_coded([client], self._reference.of(reference))
-            elif own_state != reference.version:
-                self._lose(client, f"client {client} came to the aggregator after a window was over", may_return=True)
 
     def receive(self, client: str, message: pb.ClientMessage) -> None:
         """Take a client's message; one that does not fit ends its part in the run."""
         if client not in self._guests.here:
             return
+        if message.HasField("begun"):
+            if message.begun.attempt == self._attempt:
+                self._rolled_back.discard(client)
+            return
+        if client in self._rolled_back:
+            return  # sent before it heard of the last roll-back
         try:
             arrived = self._inbox.receive(client, message)
             if arrived.decode is not None and arrived.is_model:
@@ -226,6 +277,7 @@ class AggregatedRun:
     def _part_with(self, client: str, reason: str) -> None:
         self._guests.part_with(client)
         self._inbox.drop(client)
+        self._rolled_back.discard(client)
         self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
 
     # -- out ---------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 
 OF_AGGREGATOR = frozenset({"update", "reference", "update_request"})
 """Kinds of messages about the client model, which only the aggregator sends."""
-OF_BOTH = frozenset({"finish", "refused"})
-"""The server's word ends the run. The aggregator's says that it is gone, or lost this client."""
+LAST_WORDS = frozenset({"finish", "refused"})
+"""The server's ends the run. The aggregator's says that it is gone, or lost this client."""
 
 UNHANDLED = 8
 """Messages of one party that may wait here; more wait in its stream, which slows it down."""
@@ -42,10 +42,11 @@ class Parties:
     """Sends and receives as one stream. Both belong to one thread; a thread per party listens.
 
     In one stream the order of messages sees to it that a client begins with the reference that a
-    Begin announces, and saves the half with the steps of all windows before. Here a Begin waits for
-    its reference, and takes its window from it; all else of the server waits until the reference is
-    whole, and a request to save for the combined updates before it. The aggregator's messages wait
-    for the first Begin.
+    Begin announces, and saves the half with the steps of all windows before. Here a Begin of the
+    server waits for the aggregator's of the same attempt, and takes its window from it if a
+    reference follows; what the aggregator sent before that is of windows that were undone. All else
+    of the server waits until the reference is whole, and a request to save for the combined updates
+    before it.
     """
 
     def __init__(self, server: Stream, aggregator: Stream, strategy: Strategy) -> None:
@@ -54,10 +55,10 @@ class Parties:
         self._of_server: deque[pb.ServerMessage] = deque()
         self._of_aggregator: deque[pb.ServerMessage] = deque()
         """Messages that wait, in their order."""
-        self._has_begun = False
-        """A Begin has come."""
         self._begin: pb.Begin | None = None
-        """One that waits for its reference."""
+        """The server's, which waits for the aggregator's."""
+        self._attempt = -1
+        """Of the last Begin that was handed on."""
         self._reference_arrives = False
         self._next_update = 0
         """Combined updates of all windows before this one are in the half or were handed on."""
@@ -70,7 +71,11 @@ class Parties:
 
     def send(self, message: pb.ClientMessage) -> None:
         """Send a message to the party that it is for."""
-        (self._aggregator if message.HasField("update") else self._server).send(message)
+        kind = message.WhichOneof("body")
+        if kind != "update":
+            self._server.send(message)
+        if kind in ("update", "begun"):
+            self._aggregator.send(message)
 
     def receive(self) -> pb.ServerMessage:
         """Wait for the next message of either party.
@@ -97,7 +102,7 @@ class Parties:
                 self._server_room.release()
             kind = arrived.WhichOneof("body")
             self._check(party, kind)
-            if kind not in OF_BOTH:
+            if kind not in LAST_WORDS:
                 (self._of_server if party is self._server else self._of_aggregator).append(arrived)
             elif party is self._server:
                 return arrived
@@ -106,49 +111,63 @@ class Parties:
                 self._aggregator_lost = ConnectionLost(f"the aggregator ended its stream: {last.reason}")
 
     def _next_of_aggregator(self) -> pb.ServerMessage | None:
-        """The aggregator's next message, if it may be handed on; before a reference, its Begin."""
-        if not self._has_begun or not self._of_aggregator:
-            return None
-        message = self._of_aggregator[0]
-        kind = message.WhichOneof("body")
-        if self._begin is not None:
-            if kind != "reference":
-                raise WireError(f"the aggregator sent a message of kind {kind} before the reference")
-            begin, self._begin = self._begin, None
-            begin.window = self._next_update = message.reference.version
-            self._reference_arrives = True
-            return pb.ServerMessage(begin=begin)
-        if kind == "reference":
-            if not self._reference_arrives:
-                raise WireError("the aggregator sent a reference client model to a client that has one")
-            self._reference_arrives = not message.reference.last
-        elif kind == "update" and message.update.last:
-            self._next_update = message.update.window + 1
-        self._of_aggregator.popleft()
-        self._aggregator_room.release()
-        return message
+        """The aggregator's next message, if it may be handed on; before all others a Begin."""
+        while self._of_aggregator:
+            message = self._of_aggregator[0]
+            kind = message.WhichOneof("body")
+            if kind == "begin" and message.begin.attempt > self._awaited_attempt:
+                return None  # the server's Begin of this attempt is on its way
+            self._of_aggregator.popleft()
+            self._aggregator_room.release()
+            if kind == "begin" and self._begin is not None and message.begin.attempt == self._begin.attempt:
+                return pb.ServerMessage(begin=self._begun(message.begin.window))
+            if self._begin is not None or kind == "begin":
+                continue  # of windows that were undone
+            if kind == "reference":
+                if not self._reference_arrives:
+                    raise WireError("the aggregator sent a reference client model to a client that has one")
+                self._reference_arrives = not message.reference.last
+            elif kind == "update" and message.update.last:
+                self._next_update = message.update.window + 1
+            return message
+        return None
+
+    @property
+    def _awaited_attempt(self) -> int:
+        return self._attempt if self._begin is None else self._begin.attempt
+
+    def _begun(self, window: int) -> pb.Begin:
+        """The server's Begin, now that the aggregator's has come."""
+        assert self._begin is not None
+        begin, self._begin = self._begin, None
+        self._attempt = begin.attempt
+        self._reference_arrives = begin.reference
+        if begin.reference:
+            begin.window = window
+        self._next_update = begin.window
+        return begin
 
     def _next_of_server(self) -> pb.ServerMessage | None:
         """The server's next message that may be handed on."""
-        if self._begin is not None or self._reference_arrives:
+        if self._reference_arrives:
             return None
         for place, message in enumerate(self._of_server):
             kind = message.WhichOneof("body")
-            if kind == "save" and not self._may_save(message):
+            if kind == "begin":
+                # A newer one takes the place of one that waits, and what lies between is over.
+                for _ in range(place + 1):
+                    self._of_server.popleft()
+                self._begin = message.begin
+                return self._next_of_aggregator()
+            if self._begin is not None or (kind == "save" and not self._may_save(message)):
                 continue
             del self._of_server[place]
-            if kind == "begin":
-                self._has_begun = True
-                if message.begin.reference:
-                    self._begin = message.begin
-                    return self._next_of_aggregator()
-                self._next_update = message.begin.window
             return message
         return None
 
     def _check(self, party: Stream, kind: str | None) -> None:
         is_aggregators = kind in OF_AGGREGATOR
-        if kind not in OF_BOTH and is_aggregators != (party is self._aggregator):
+        if kind not in LAST_WORDS | {"begin"} and is_aggregators != (party is self._aggregator):
             sender, other = ("aggregator", "server") if party is self._aggregator else ("server", "aggregator")
             raise WireError(f"the {sender} sent a message of kind {kind}, which is the {other}'s")
 

@@ -45,7 +45,8 @@ class Checkpoints:
         """Save the state before `window`. A client that does not answer in time is gone.
 
         Returns whether the checkpoint counts. One that misses a client does not, where the run
-        waits for clients that have states of their own: it goes back to the one before.
+        waits for clients that have states of their own, nor one that misses the aggregator of
+        another party: the run goes back to the one before.
         """
         rooms = self._rooms
         rooms.service.finish_exchanges()
@@ -71,16 +72,22 @@ class Checkpoints:
                 rooms.members.note_states(savers, window)
         if not all(whole for _, whole, _ in parts):
             return False
+        if not self._is_saved_elsewhere(window):
+            return False
         if rooms.rank_group.rank == 0:
-            if rooms.aggregator is not None:
-                reference = rooms.aggregator.reference()
-            else:
-                assert rooms.remote is not None
-                rooms.remote.save(window, rooms.service.attend)
-                reference = Reference(window, {})  # the other party has the weights
+            # Where another party has the weights, only the cursors are saved here.
+            reference = rooms.aggregator.reference() if rooms.aggregator is not None else Reference(window, {})
             write_client_model(self._folder.client_model(window), reference, cursors)
         complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
+
+    def _is_saved_elsewhere(self, window: int) -> bool:
+        """An aggregator of another party, if there is one, has saved the reference, too."""
+        rooms = self._rooms
+        if rooms.remote is None:
+            return True
+        is_saved = rooms.rank_group.rank == 0 and rooms.remote.save(window, rooms.service.attend)
+        return rooms.rank_group.broadcast(is_saved)
 
 
 def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int, zero_stage: int) -> None:

@@ -220,9 +220,11 @@ class ClientService:
         self._attempt += 1
         self._rolled_back = set(self._queue.clients)
         self.plans.clear()
+        if isinstance(self._exchange, RemoteExchange):
+            self._exchange.undo(window, self._attempt, self.attend)
         self.norms.clear()
         self._held.clear()
-        for client in sorted(self._rolled_back):
+        for client in sorted(self._rolled_back & self._queue.clients):
             self._begin(client, kept=window if self.restored is None else None)
 
     def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
@@ -304,7 +306,7 @@ class ClientService:
         if kept is None and self.restored is not None and self._has_state(client, self.restored):
             kept = self.restored
         if isinstance(self._exchange, RemoteExchange):
-            self._exchange.begin(client, with_reference=kept is None)
+            self._exchange.begin(client, self._attempt, with_reference=kept is None)
         reference = self._aggregator.reference() if kept is None and self._aggregator is not None else None
         cursor = self._cursors.committed.get(client)
         begin = pb.Begin(

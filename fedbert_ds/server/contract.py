@@ -99,3 +99,7 @@ class RankStatus:
     """This rank has heard clients that want to join."""
     has_given_up: bool = False
     """This rank has waited for clients for `clients.join_timeout`."""
+    lost_elsewhere: str = ""
+    """Why the aggregator of another party is gone for this rank, if it is."""
+    opened_elsewhere: bytes = b""
+    """From rank 0: what that aggregator said when it came back."""

@@ -100,10 +100,7 @@ class ControlLine:
             return report
         self._reports.put(report)  # for the next call
         reason = report.failed.reason if isinstance(report, pb.Report) else str(report)
-        raise AggregatorLost(
-            f"the aggregator at {self._address} is lost: {reason}; if a window was saved, start the aggregator and "
-            "this run again, both with --resume"
-        )
+        raise AggregatorLost(f"the aggregator at {self._address} is lost: {reason}")
 
     def _run(self) -> None:
         try:

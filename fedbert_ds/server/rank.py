@@ -97,8 +97,8 @@ class RankServer:
         the windows from `window` on are trained again, `on_wait(statuses)` that the run waits.
         """
         window = saved = reported = self._first_window
-        if self._rolls_back_to_checkpoint and not window:
-            # Clients must have a state to go back to, so that of window 0 is saved, too.
+        if (self._rolls_back_to_checkpoint or self._rooms.remote is not None) and not window:
+            # Others must have a state to go back to, so that of window 0 is saved, too.
             saved = NOTHING_SAVED
         self._service.awaits_newcomers = self._waits
         started = time.monotonic()
@@ -110,17 +110,22 @@ class RankServer:
                 on_window(window - 1, statuses, time.monotonic() - started)
                 reported = window
             started = time.monotonic()
-            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
+            lost_elsewhere = _lost_elsewhere(statuses)
+            if lost_elsewhere:
+                self._give_up_elsewhere(lost_elsewhere)
+            else:
+                self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             is_stopped = any(status.stop for status in statuses)
             is_ending = is_stopped or window == self._run.windows
             is_missed = any(status.absent for status in statuses)
-            if is_missed and (self._rolls_back_to_checkpoint or not is_ending):
-                window = reported = self._roll_back(saved if self._rolls_back_to_checkpoint else window, saving)
+            goes_far_back = self._rolls_back_to_checkpoint or bool(lost_elsewhere)
+            if lost_elsewhere or (is_missed and (self._rolls_back_to_checkpoint or not is_ending)):
+                window = reported = self._roll_back(saved if goes_far_back else window, saving, goes_far_back)
                 on_roll_back(window)
             is_over = is_stopped or window == self._run.windows
             is_short = not is_over and self._is_short(statuses)
             is_due = is_over or is_short or window % self._run.save_every == 0
-            if window > saved and is_due and not (is_missed and self._rolls_back_to_checkpoint):
+            if window > saved and is_due and not (is_missed and goes_far_back) and not lost_elsewhere:
                 if not saving.save(window):
                     continue  # somebody was lost: the windows since `saved` are trained again
                 saved = window
@@ -139,9 +144,24 @@ class RankServer:
     def _is_short(self, statuses: Sequence[RankStatus]) -> bool:
         """No window may begin with the clients there are."""
         here = frozenset().union(*(status.clients for status in statuses))
-        return any(status.absent for status in statuses) or len(here) < self._clients.required
+        is_missed = any(status.absent for status in statuses) or bool(_lost_elsewhere(statuses))
+        return is_missed or len(here) < self._clients.required
 
-    def _roll_back(self, window: int, saving: Saving) -> int:
+    def _give_up_elsewhere(self, reason: str) -> None:
+        """The aggregator of another party is lost to some rank, so to all; and to their clients,
+        which join again.
+        """
+        assert self._rooms.remote is not None
+        self._rooms.remote.give_up(reason)
+        self._service.hand_out_updates()
+
+    def _look_elsewhere(self, statuses: Sequence[RankStatus], window: int) -> None:
+        """Take up with the lost aggregator of another party, if it is back."""
+        assert self._rooms.remote is not None
+        if opened := statuses[0].opened_elsewhere:
+            self._rooms.remote.reopen(opened, window)
+
+    def _roll_back(self, window: int, saving: Saving, to_checkpoint: bool) -> int:
         """Undo what was done since the state before `window`; returns the window to go on with."""
         is_saved, window = window != NOTHING_SAVED, max(0, window)
         self._service.finish_exchanges()
@@ -149,7 +169,7 @@ class RankServer:
         self._queue.roll_back(window, time.monotonic())
         self._rooms.inbox.roll_back()
         self._micro_batches.take_tally()
-        if self._rolls_back_to_checkpoint and is_saved:
+        if to_checkpoint and is_saved:
             saving.load(window)
         else:
             self._rooms.cursors.roll_back()
@@ -169,7 +189,11 @@ class RankServer:
             self._watch()
             status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
             statuses = self._rooms.rank_group.gather(status)
-            self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
+            if lost_elsewhere := _lost_elsewhere(statuses):
+                self._give_up_elsewhere(lost_elsewhere)
+                self._look_elsewhere(statuses, window)
+            else:
+                self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             if not self._is_short(statuses):
                 self._queue.hold(False)
                 return True
@@ -196,6 +220,7 @@ class RankServer:
                     or is_last
                     or is_undone
                     or membership.absent
+                    or self._rooms.lost_elsewhere
                     or self._rooms.stop.requested
                 )
             ):
@@ -212,7 +237,8 @@ class RankServer:
     def _status(
         self, window: int, tally: Tally, new_problems: tuple[str, ...] = (), has_given_up: bool = False
     ) -> RankStatus:
-        membership = self._rooms.membership
+        membership, lost_elsewhere = self._rooms.membership, self._rooms.lost_elsewhere
+        looks_for_it = bool(lost_elsewhere) and self._rooms.rank_group.rank == 0
         return RankStatus(
             num_micro_batches=self._queue.schedule.num_micro_batches,
             masked_tokens=self._queue.schedule.masked_tokens,
@@ -227,6 +253,8 @@ class RankServer:
             detached=frozenset(membership.detached),
             is_asked=self._newcomers.is_asked,
             has_given_up=has_given_up,
+            lost_elsewhere=lost_elsewhere,
+            opened_elsewhere=self._rooms.remote.opened_again() if looks_for_it and self._rooms.remote else b"",
         )
 
     def _train_window(self, window: int, statuses: Sequence[RankStatus]) -> bool:
@@ -312,8 +340,10 @@ class RankServer:
         return True
 
     def _is_broken(self) -> bool:
-        """Whether a client of any rank is missing from the window that is about to end."""
-        return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent)))
+        """Whether a client of any rank is missing from the window that is about to end, or the
+        aggregator of another party.
+        """
+        return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere)))
 
     def _await_reports(self, window: int) -> None:
         """Wait until each client that trains the window by itself has, or is gone."""
@@ -329,10 +359,10 @@ class RankServer:
         """The norm of the client model's gradient, once each client has sent it or is gone."""
         started = time.monotonic()
         with self._rooms.trace.span("wait for updates", window=window):
-            while window not in self._service.norms:
+            while window not in self._service.norms and not self._rooms.lost_elsewhere:
                 self._service.attend()
         self._micro_batches.tally.wait_seconds += time.monotonic() - started
-        return self._service.norms[window]
+        return self._service.norms.get(window, 0.0)
 
     @contextmanager
     def _busy(self, what: str, **details: Any) -> Iterator[None]:
@@ -359,6 +389,11 @@ class RankServer:
         tally.bytes_up = up - tally.update_bytes_up
         tally.bytes_down = down - tally.update_bytes_down
         return tally
+
+
+def _lost_elsewhere(statuses: Sequence[RankStatus]) -> str:
+    """Why the aggregator of another party is gone, if any rank says that it is."""
+    return next((status.lost_elsewhere for status in statuses if status.lost_elsewhere), "")
 
 
 def _too_few_clients(left: int, clients: ClientsSection, statuses: Sequence[RankStatus], saved: int) -> str:

@@ -62,6 +62,11 @@ class Rooms:
     service: ClientService
     micro_batches: MicroBatches
 
+    @property
+    def lost_elsewhere(self) -> str:
+        """Why the aggregator of another party is gone, if it is."""
+        return self.remote.lost if self.remote is not None else ""
+
     def commit_elsewhere(self, window: int, scale: float) -> None:
         """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""
         has_update = self.strategy.exchange_after(window) != "nothing"
@@ -97,7 +102,7 @@ def build_rooms(
         exchange: UpdateExchange | RemoteExchange = _exchange(contract, aggregator, rank_group)
         revoke: Callable[[str], None] = endpoint.revoke
     else:
-        own, remote = None, RemoteExchange(aggregator, queue.deadlines)
+        own, remote = None, RemoteExchange(aggregator, queue.deadlines, first_window)
         exchange, revoke = remote, _both(endpoint.revoke, remote.part_with)
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)

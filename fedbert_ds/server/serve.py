@@ -28,7 +28,7 @@ from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
-from fedbert_ds.server.control_line import ControlLine, open_run, tls_of
+from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
@@ -45,7 +45,6 @@ from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.telemetry.trace import Trace
-from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
@@ -86,13 +85,15 @@ def serve(config: RunConfig, resume: bool) -> int:
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
         del body
-        opened = None
-        if config.aggregator is not None:
-            opened = _open_elsewhere(config, ranks, resume, tokenizer, model_config)
         expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
-        if opened is not None and expectation.saved_windows is not None:
-            both = expectation.saved_windows & frozenset(opened.saved_windows)
-            expectation = replace(expectation, saved_windows=both)
+        elsewhere = None
+        if config.aggregator is not None:
+            words, padding = len(tokenizer), tokenizer.pad_token_id
+            elsewhere = Elsewhere(config, ranks, words, padding, expectation.shape_hash)
+            at_end.callback(elsewhere.stop)
+            saved_there = elsewhere.open(resume)
+            if expectation.saved_windows is not None:
+                expectation = replace(expectation, saved_windows=expectation.saved_windows & saved_there)
         joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
@@ -103,7 +104,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract)
-        aggregator = _aggregator(config, half, rule) if opened is None else _line(config, ranks.rank, opened, at_end)
+        aggregator = elsewhere or _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
         invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
@@ -133,8 +134,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         checkpoints = Checkpoints(rooms, folder.checkpoints)
         if start.is_saved:
             checkpoints.load(start.first_window)
-        elsewhere = _admission_elsewhere(config, rooms, start.first_window)
-        elsewhere({client: start.seats[client].aggregator_session for client in members.at(ranks.rank)})
+        admit_elsewhere = _admission_elsewhere(config, rooms)
+        admit_elsewhere({client: start.seats[client].aggregator_session for client in members.at(ranks.rank)})
         # A client may come as soon as it is welcomed, so every rank must be ready for it.
         ranks.barrier()
         if ranks.rank == 0:
@@ -147,8 +148,8 @@ def serve(config: RunConfig, resume: bool) -> int:
             config.optimizer,
             _fixed_limits(config),
             start.first_window,
-            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks, elsewhere),
-            clients.revive if config.clients.on_loss == "wait" else clients.check,
+            Newcomers(reception, members, rooms.membership, endpoint.admit, ranks, admit_elsewhere),
+            clients.check if config.clients.on_loss == "continue" and elsewhere is None else clients.revive,
         )
         rank.connect()
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
@@ -253,32 +254,11 @@ def _expectation(
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
 
 
-def _admission_elsewhere(config: RunConfig, rooms: Rooms, first_window: int) -> Callable[[dict[str, str]], None]:
+def _admission_elsewhere(config: RunConfig, rooms: Rooms) -> Callable[[dict[str, str]], None]:
     """Admits clients of this rank to the aggregator of another party, by their sessions there."""
     if rooms.remote is None:
         return lambda _: None
-    return partial(rooms.remote.admit, first_window, timeout=config.clients.join_timeout)
-
-
-def _open_elsewhere(config: RunConfig, ranks: RankGroup, resume: bool, tokenizer: Any, model_config: Any) -> pb.Opened:
-    """Name the run to the aggregator of another party. All ranks call it."""
-    opened = None
-    if ranks.rank == 0:
-        words, padding = len(tokenizer), tokenizer.pad_token_id
-        opened = open_run(
-            config, ranks.world_size, words, padding, shape_hash(model_config), resume
-        ).SerializeToString()
-    return pb.Opened.FromString(ranks.broadcast(opened))
-
-
-def _line(config: RunConfig, rank: int, opened: pb.Opened, at_end: ExitStack) -> ControlLine:
-    """The line to the aggregator of another party, dialled."""
-    assert config.aggregator is not None
-    timeout = config.clients.reconnect_timeout
-    line = ControlLine(config.aggregator.address, tls_of(config), rank, opened.sessions[rank], timeout)
-    at_end.callback(line.stop)
-    line.start()
-    return line
+    return partial(rooms.remote.admit, timeout=config.clients.join_timeout)
 
 
 def _fixed_limits(config: RunConfig) -> InFlightLimits | None:

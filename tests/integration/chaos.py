@@ -7,7 +7,8 @@
 With `clients.on_loss: wait` a disturbed run ends with the losses and weights of the undisturbed
 one, bit by bit. A process dies by its own kill -9 in the phase that the schedule says. A client
 comes back at once as another process, in synchronous mode on another machine: without its folder.
-When a rank dies, all are started again with --resume, as a launcher does.
+When a rank dies, all are started again with --resume, as a launcher does; an aggregator of another
+party is started again with --resume by itself.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from integration.chaos_process import PHASES, Kill, is_done
-from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, run_file, write_text
+from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, aggregator_section, run_file, write_text
 from integration.federation import Federation, fork_quickly
 
 WINDOWS = 8
@@ -40,6 +41,8 @@ MODES: dict[str, dict[str, Any]] = {
     "synchronous": {},
     "parallel": {"federation": {"mode": "parallel", "average_every": 2}},
     "sequential": {"federation": {"mode": "sequential", "average_every": 2}},
+    "synchronous, aggregator elsewhere": {"optimizer": {"gradient_clipping": 0.05}, "aggregator": {}},
+    "parallel, aggregator elsewhere": {"federation": {"mode": "parallel", "average_every": 2}, "aggregator": {}},
     "whole": {
         "cut": "whole",
         "federation": {"mode": "parallel", "average_every": 2, "server_optimizer": "nesterov"},
@@ -47,6 +50,10 @@ MODES: dict[str, dict[str, Any]] = {
     },
 }
 VICTIMS = ("a client", "a rank", "all ranks")
+ELSEWHERE = "the aggregator"
+"""A victim in modes that have one."""
+PHASES_ELSEWHERE = ("manifest", "gradient", "averaging", "commit", "checkpoint")
+"""Of a window at an aggregator of another party, which sees no activations."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Disturbed:
         """Run to the end. AssertionError, with logs, if it does not come to it."""
         federation = self.federation
         with federation:
+            if "aggregator" in federation.tree:
+                federation.start_aggregator(kills=self.kills)
             federation.start_ranks(WORLD_SIZE, kills=self.kills)
             for client in CLIENTS:
                 federation.start_client(client, kills=self.kills)
@@ -90,6 +99,9 @@ class Disturbed:
                 federation.start_ranks(WORLD_SIZE, resume=True, kills=self.kills)
                 return
             assert code == -signal.SIGKILL, f"{name} ended with {code}\n{federation.logs()}"
+            if name == "aggregator":
+                federation.start_aggregator(resume=True, kills=self.kills)
+                continue
             if self.is_stateless:
                 shutil.rmtree(federation.state(name), ignore_errors=True)
             federation.start_client(name, kills=self.kills)
@@ -111,18 +123,25 @@ def train(folder: Path, name: str, mode: str, kills: Sequence[Kill], timeout: fl
         clients={"on_loss": "wait", "join_timeout": 120, "reconnect_timeout": 0.5},
         **MODES[mode],
     )  # fmt: skip
-    return Disturbed(Federation(place, tree, data), kills, mode == "synchronous").train(timeout)
+    if "aggregator" in tree:
+        tree["aggregator"] = aggregator_section(place)
+    return Disturbed(Federation(place, tree, data), kills, mode.startswith("synchronous")).train(timeout)
 
 
 def outcome(run_folder: Path) -> Outcome:
     """Losses and weights of a finished run."""
     from safetensors.torch import load_file
 
+    from fedbert_ds.model.halves import CLIENT_MODEL, merge_folders
+
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == list(range(WINDOWS)), [row["window"] for row in rows]
     assert not any(row["lost_masked_tokens"] for row in rows), "tokens were lost"
+    model, elsewhere = run_folder / "hf", run_folder.with_name(f"{run_folder.name}-aggregator")
+    if elsewhere.exists():
+        merge_folders(run_folder / "body", elsewhere / CLIENT_MODEL, model)
     digest = hashlib.sha256()
-    for name, tensor in sorted(load_file(run_folder / "hf" / "model.safetensors").items()):
+    for name, tensor in sorted(load_file(model / "model.safetensors").items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return Outcome(tuple(float(row["loss"]).hex() for row in rows), digest.hexdigest())
 
@@ -131,12 +150,14 @@ def kills_of(victim: str, phase: str, window: int, mode: str, rng: random.Random
     """The deaths of one disturbance, in `window` or the next one that has the phase."""
     if phase == "checkpoint":
         window = SAVE_EVERY
-    elif phase == "averaging" or (phase == "commit" and victim == "a client"):
+    elif phase == "averaging" or (phase == "commit" and victim == "a client") or victim == ELSEWHERE:
         window |= 1  # halves are averaged after odd windows
     if victim == "a client":
         names = sorted(CLIENTS)
         has_its_turn = names[window // 2 % len(names)]
         return [Kill(has_its_turn if mode == "sequential" else rng.choice(names), phase, window)]
+    if victim == ELSEWHERE:
+        return [Kill("aggregator", phase, window)]
     if victim == "a rank":
         return [Kill("rank 1", phase, window)]
     return [Kill(f"rank {rank}", phase, window) for rank in range(WORLD_SIZE)]
@@ -148,9 +169,10 @@ def schedule(seed: int) -> tuple[str, list[Kill]]:
     mode = rng.choice(sorted(MODES))
     kills: list[Kill] = []
     for _ in range(rng.randint(1, 3)):
-        victim = rng.choice(VICTIMS[:2])
+        victim = rng.choice([*VICTIMS[:2], *[ELSEWHERE] * ("aggregator" in MODES[mode])])
         window = rng.randint(1, WINDOWS - 2)
-        kills += kills_of(victim, rng.choice(PHASES), window, mode, rng)
+        phase = rng.choice(PHASES_ELSEWHERE if victim == ELSEWHERE else PHASES)
+        kills += kills_of(victim, phase, window, mode, rng)
     return mode, sorted(set(kills))
 
 
@@ -192,17 +214,20 @@ def _drawn(folder: Path, minutes: float, first_seed: int, only: int | None) -> i
 
 def _table(folder: Path, modes: Sequence[str]) -> int:
     rng, failures = random.Random(0), 0
-    print(f"{'mode':<12} {'killed':<10} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
+    print(f"{'mode':<34} {'killed':<15} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
     for mode in modes:
         undisturbed = train(folder, f"{mode}, undisturbed", mode, [])
-        for victim in VICTIMS:
+        for victim in [*VICTIMS, *[ELSEWHERE] * ("aggregator" in MODES[mode])]:
             cells = []
             for phase in PHASES:
+                if victim == ELSEWHERE and phase not in PHASES_ELSEWHERE:
+                    cells.append("-")
+                    continue
                 kills = kills_of(victim, phase, 4, mode, rng)
                 same = _is_same(folder, f"{mode}, {victim}, {phase}", mode, kills, undisturbed)
                 cells.append("identical" if same else "DIFFERENT")
                 failures += not same
-            print(f"{mode:<12} {victim:<10} " + " ".join(f"{cell:<12}" for cell in cells), flush=True)
+            print(f"{mode:<34} {victim:<15} " + " ".join(f"{cell:<12}" for cell in cells), flush=True)
     return 1 if failures else 0
 
 

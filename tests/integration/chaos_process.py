@@ -1,4 +1,4 @@
-"""A rank or client process that kills itself, as by kill -9, at a given moment of a given window.
+"""A process of a run that kills itself, as by kill -9, at a given moment of a given window.
 
 Each `Kill` happens once in a run: a mark in the folder says that it is done. The phases of a window
 are those of the server and of a client.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 # Imported before processes are forked off: each is up at once.
+import fedbert_ds.aggregator.process
 import fedbert_ds.client.session
 import fedbert_ds.client.trainer
 import fedbert_ds.server.serve  # noqa: F401
@@ -26,7 +27,7 @@ class Kill(NamedTuple):
     """One process's death."""
 
     who: str
-    """A client's name, or `rank 0`, `rank 1`, ..."""
+    """A client's name, or `rank 0`, `rank 1`, ..., or `aggregator`."""
     phase: str
     window: int
 
@@ -41,7 +42,8 @@ def run_process(who: str, arguments: list[str], variables: dict[str, str], log: 
     os.environ.update(variables)
     for kill in kills:
         if kill.who == who and not _mark(log.parent, kill).exists():
-            (_arm_rank if who.startswith("rank") else _arm_client)(kill, log.parent)
+            arm = _arm_aggregator if who == "aggregator" else _arm_rank if who.startswith("rank") else _arm_client
+            arm(kill, log.parent)
     if who.startswith("rank"):
         from fedbert_ds.server.pretrain import main
 
@@ -122,6 +124,27 @@ def _arm_client(kill: Kill, folder: Path) -> None:
             _before(ClientTrainer, "handle", receives("save"), kill, folder)
 
 
+def _arm_aggregator(kill: Kill, folder: Path) -> None:
+    from fedbert_ds.aggregator.folder import AggregatorFolder
+    from fedbert_ds.aggregator.guests import Guests
+    from fedbert_ds.aggregator.run import AggregatedRun
+
+    def of_window(_: Any, window: int, *__: Any) -> bool:
+        return window == kill.window
+
+    match kill.phase:
+        case "manifest":
+            _before(AggregatedRun, "order", lambda _, __, order: order.expect.window == kill.window, kill, folder)
+        case "gradient":
+            _before(AggregatedRun, "receive", lambda _, __, m: m.update.window == kill.window, kill, folder)
+        case "averaging":
+            _before(Guests, "tell_all_ranks", lambda _, report: report.combined.window == kill.window, kill, folder)
+        case "commit":
+            _before(AggregatedRun, "_hand_out", of_window, kill, folder, after=True)
+        case "checkpoint":
+            _before(AggregatorFolder, "save", of_window, kill, folder, after=True)
+
+
 def _arm_rank(kill: Kill, folder: Path) -> None:
     from fedbert_ds.server import checkpoint
     from fedbert_ds.server.body.engine import BodyEngine
@@ -130,6 +153,7 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     from fedbert_ds.server.inbox import Inbox
     from fedbert_ds.server.micro_batches import MicroBatches
     from fedbert_ds.server.queue.decisions import Plan
+    from fedbert_ds.server.remote_exchange import RemoteExchange
 
     running: list[int] = []
     """Windows that have begun and not stepped."""
@@ -150,6 +174,9 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     def of_window(_: Any, window: int, *__: Any) -> bool:
         return window == kill.window
 
+    def of_window_elsewhere(service: ClientService, window: int, *_: Any) -> bool:
+        return window == kill.window and isinstance(service._exchange, RemoteExchange)
+
     # Without a body the ranks wait for reports.
     match kill.phase:
         case "manifest":
@@ -166,6 +193,7 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
             )
         case "averaging":
             _before(ClientService, "send_combined", of_window, kill, folder)
+            _before(ClientService, "commit", of_window_elsewhere, kill, folder)
         case "commit":
             for engine in (BodyEngine, NoBody):
                 _before(engine, "step", in_window, kill, folder, after=True)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -50,6 +50,17 @@ def write_text(folder: Path, clients: Mapping[str, int] = CLIENTS) -> dict[str, 
         write_shard(Path(paths[client]), articles)
     train_wordpiece(everything, 300).save_pretrained(folder / "tokenizer")
     return paths
+
+
+def aggregator_section(folder: Path) -> dict[str, str]:
+    """An aggregator of another party: a port that nobody else takes, and a secret."""
+    (folder / "secret").write_text("a secret of two parties")
+    while True:
+        # Not one that systems give to whoever asks for any.
+        port = random.randrange(20000, 30000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return {"address": f"127.0.0.1:{port}", "secret": str(folder / "secret")}
 
 
 def run_file(folder: Path, name: str, **sections: Mapping) -> dict:

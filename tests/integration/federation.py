@@ -79,8 +79,7 @@ class Federation:
         """Start so many ranks; those there were are killed first."""
         self.kill(*(name for name in self.processes if name.startswith("rank")))
         (self.run_folder / "server.address").unlink(missing_ok=True)
-        config = self.folder / "run.yaml"
-        config.write_text(yaml.safe_dump(dict(self.tree)))
+        config = self._run_file()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -89,6 +88,11 @@ class Federation:
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             arguments = ["--config", str(config), *overrides, *(["--resume"] if resume else [])]
             self._start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
+
+    def start_aggregator(self, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
+        """Start the aggregator of another party."""
+        arguments = ["aggregator", "--config", str(self._run_file()), *(["--resume"] if resume else [])]
+        self._start("aggregator", arguments, {}, kills)
 
     def start_client(self, name: str, process: str = "", kills: Sequence[Kill] = ()) -> None:
         """Start a client, under another process name if its own is taken."""
@@ -128,6 +132,11 @@ class Federation:
         """A process' output."""
         path = self.folder / f"{process}.log"
         return path.read_text(errors="replace") if path.is_file() else ""
+
+    def _run_file(self) -> Path:
+        path = self.folder / "run.yaml"
+        path.write_text(yaml.safe_dump(dict(self.tree)))
+        return path
 
     def _start(self, name: str, arguments: list[str], variables: dict[str, str], kills: Sequence[Kill]) -> None:
         process = PROCESSES.Process(

@@ -5,15 +5,12 @@ what is the other party's.
 from __future__ import annotations
 
 import json
-import random
-import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from integration.cluster import CLIENTS, WINDOWS, ZERO, run_file, run_jobs, write_text
+from integration.cluster import CLIENTS, WINDOWS, ZERO, aggregator_section, run_file, run_jobs, write_text
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -44,13 +41,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file, in the same six processes."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_text(folder)
-    (folder / "secret").write_text("a secret of two parties")
     jobs: list[dict[str, Any]] = []
 
     def add(name: str, elsewhere: bool, resume: bool = False, mutation: str | None = None, **sections: Any) -> None:
         if elsewhere:
-            address = f"127.0.0.1:{_free_port()}"
-            sections["aggregator"] = {"address": address, "secret": str(folder / "secret")}
+            sections["aggregator"] = aggregator_section(folder)
         body = {"deepspeed": str(ZERO / "zero2.json")}
         tree = run_file(folder, name, model=MODEL, window={"order": "fixed"}, body=body, **sections)
         record = elsewhere and name in MODES
@@ -102,7 +97,7 @@ def test_kinds_of_messages_stay_with_their_party(runs: Path, name: str) -> None:
     assert {"manifest", "activations", "gradient", "report combined"} <= ranks
     aggregator = {kind for kind, _ in _record(runs, name, "aggregator")}
     orders = {f"order {kind}" for kind in ("admit", "begin", "expect", "commit", "save", "conclude", "finish", "drop")}
-    assert {"update", "order expect"} <= aggregator <= {"update"} | orders
+    assert {"update", "order expect"} <= aggregator <= {"update", "begun"} | orders
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -143,12 +138,3 @@ def _rows(tensors: dict[str, Tensor]) -> list[bytes]:
 
 def _losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def _free_port() -> int:
-    """Not one that systems give to whoever asks for any: jobs before it would take it."""
-    while True:
-        port = random.randrange(20000, 30000)
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port

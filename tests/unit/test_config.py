@@ -192,9 +192,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"aggregator": {"adress": "here:5", "secret": "s"}},
      "aggregator.adress is not a key; did you mean aggregator.address?"),
     ({"aggregator": {"address": "here:5"}}, "aggregator.secret: field required"),
-    ({"aggregator": {"address": "here:5", "secret": "s"}, "clients": {"on_loss": "wait"}},
-     "clients.on_loss: wait undoes windows, which an aggregator of another party cannot; remove the section aggregator "
-     "or set on_loss: continue"),
     ({"aggregator": {"address": "here:5", "secret": "s"}, "cut": "whole", "federation": {"mode": "parallel"}},
      "cut: whole leaves the server nothing but the client model, which the section aggregator gives to another party; "
      "remove the section or change the cut"),

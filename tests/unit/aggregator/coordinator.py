@@ -78,10 +78,10 @@ def opened(config: RunConfig, ranks: int = 1, resume: bool = False, **changes: A
 class Rank:
     """One rank's exchange, over a real line."""
 
-    def __init__(self, config: RunConfig, rank: int, session: str) -> None:
+    def __init__(self, config: RunConfig, rank: int, session: str, window: int = 0) -> None:
         assert config.aggregator is not None
         self.line = ControlLine(config.aggregator.address, None, rank, session, reconnect_timeout=5.0)
-        self.exchange = RemoteExchange(self.line, Deadlines())
+        self.exchange = RemoteExchange(self.line, Deadlines(), window)
         self.line.start()
 
     def combined(self) -> int:
@@ -114,9 +114,12 @@ class Client:
         self.stream.__enter__()
 
     def reference(self) -> Reference:
+        """The next one, which a Begin announces."""
+        begin = self.stream.receive().begin
         assembler = ReferenceAssembler(self.shapes)
         while (whole := assembler.add(self.stream.receive().reference)) is None:
             pass
+        assert begin.reference and begin.window == whole.version
         return whole
 
     def send(self, window: int, value: float, weight: float = 1.0) -> None:
@@ -147,11 +150,11 @@ def federation(
 ) -> Iterator[tuple[list[Rank], dict[str, Client]]]:
     """The ranks and clients of an open run; `clients` by rank. Hangs all lines up."""
     sessions = opened(config, len(clients), resume).sessions
-    ranks = [Rank(config, rank, session) for rank, session in enumerate(sessions)]
+    ranks = [Rank(config, rank, session, window) for rank, session in enumerate(sessions)]
     for rank, names in zip(ranks, clients, strict=True):
-        rank.exchange.admit(window, {name: session_of(name) for name in names}, TIMEOUT)
+        rank.exchange.admit({name: session_of(name) for name in names}, TIMEOUT)
         for name in names:
-            rank.exchange.begin(name, with_reference=True)
+            rank.exchange.begin(name, 0, with_reference=True)
     here = {name: Client(config, name) for names in clients for name in names}
     try:
         yield ranks, here

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from fedbert_ds.aggregator.guests import Guests
+from fedbert_ds.aggregator.guests import Beginning, Guests
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
+
+FROM_REFERENCE = Beginning(0, None)
 
 
 class FakeEndpoint:
@@ -56,22 +58,22 @@ def test_a_rank_hears_that_its_clients_may_come() -> None:
 
 def test_a_client_begins_once_it_is_here_and_its_rank_says_so() -> None:
     _, guests = made()
-    guests.let_begin("bo", None)
+    guests.let_begin("bo", FROM_REFERENCE)
     assert guests.take_beginnings() == {} and guests.under_way == set()
     for client in ("bo", "ada", "nobody"):
         guests.connect(client)
     assert guests.connected == {"ada", "bo"}
-    guests.let_begin("nobody", None)
-    assert guests.take_beginnings() == {"bo": None} and guests.under_way == {"bo"}
-    guests.let_begin("ada", 3)
-    assert guests.take_beginnings() == {"ada": 3} and guests.take_beginnings() == {}
+    guests.let_begin("nobody", FROM_REFERENCE)
+    assert guests.take_beginnings() == {"bo": FROM_REFERENCE} and guests.under_way == {"bo"}
+    guests.let_begin("ada", Beginning(2, 3))
+    assert guests.take_beginnings() == {"ada": Beginning(2, 3)} and guests.take_beginnings() == {}
     assert guests.under_way == {"ada", "bo"}
 
 
 def test_a_client_that_comes_back_begins_anew() -> None:
     endpoint, guests = made()
     guests.connect("bo")
-    guests.let_begin("bo", None)
+    guests.let_begin("bo", FROM_REFERENCE)
     guests.take_beginnings()
     guests.part_with("bo")
     assert guests.under_way == set() and guests.connected == set()
@@ -79,8 +81,8 @@ def test_a_client_that_comes_back_begins_anew() -> None:
     assert endpoint.sessions["bo"] == "another" and guests.here == {"ada", "bo", "cy"}
     guests.connect("bo")
     assert guests.take_beginnings() == {}, "its rank has not said so"
-    guests.let_begin("bo", None)
-    assert guests.take_beginnings() == {"bo": None}
+    guests.let_begin("bo", FROM_REFERENCE)
+    assert guests.take_beginnings() == {"bo": FROM_REFERENCE}
 
 
 def test_who_is_gone_does_not_come_back_but_its_updates_have_their_rank() -> None:

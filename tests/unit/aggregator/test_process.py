@@ -147,14 +147,17 @@ def test_a_server_that_comes_back_finds_the_aggregator_waiting(tmp_path: Path) -
         assert process.ended() == 0
 
 
-def test_a_lost_aggregator_ends_the_run_with_one_line(tmp_path: Path) -> None:
+def test_a_lost_aggregator_says_why_and_is_awaited_no_more(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     Process(config)
     with federation(config, (("ada",),)) as ([rank], _):
         rank.exchange.commit(0, 1.0)
         rank.exchange.commit(0, 1.0)  # nonsense, so it gives up
-        with pytest.raises(AggregatorLost, match=r"cannot go on: .*committed twice.* both with --resume"):
-            rank.combined()
+        client, reason = rank.lost()
+        assert client == "ada" and "cannot go on: rank 0: window 0 committed twice" in reason
+        assert rank.exchange.lost == reason and rank.exchange.is_idle
+        with pytest.raises(AggregatorLost, match=r"committed twice.*; start it and this run again, both with --resume"):
+            rank.exchange.await_result(lambda: attend(rank))
 
 
 @pytest.mark.parametrize(

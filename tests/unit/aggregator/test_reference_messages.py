@@ -18,12 +18,10 @@ def reference(version: int, value: float = 1.0) -> Reference:
 
 
 @pytest.mark.parametrize("shares_moments", [False, True])
-def test_messages_join_to_the_reference_and_say_its_version(
-    shares_moments: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_messages_join_to_the_reference(shares_moments: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_module, "CHUNK_BYTES", 50)
     chunks = [message.reference for message in ReferenceMessages(shares_moments).of(reference(5))()]
-    assert len(chunks) > 1 and {chunk.version for chunk in chunks} == {5}
+    assert len(chunks) > 1
     assembler = ReferenceAssembler(SHAPES)
     *_, whole = [assembler.add(chunk) for chunk in chunks]
     assert whole is not None and whole.version == 5 and torch.equal(whole.weights["table"], torch.ones(3, 2))

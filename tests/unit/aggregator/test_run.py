@@ -14,7 +14,8 @@ from fedbert_ds.aggregator.folder import AggregatorFolder
 from fedbert_ds.aggregator.run import AggregatedRun, ClientModel
 from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.client_update import update_chunks
+from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
+from fedbert_ds.federation.reference import from_bytes
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
 
@@ -47,10 +48,11 @@ class Run:
             self.real.order(RANKS[rank], pb.Order(admit=pb.Admit(clients=[admission(client)])))
             self.begin(rank, client)
 
-    def begin(self, rank: int, client: str, reference: bool = True) -> None:
-        """Both streams of an admitted client open."""
+    def begin(self, rank: int, client: str, reference: bool = True, attempt: int = 0) -> None:
+        """Both streams of an admitted client are open, and its rank lets it begin."""
         self.real.connected(client)
-        self.real.order(RANKS[rank], pb.Order(begin=pb.BeginClient(client=client, reference=reference)))
+        begin = pb.BeginClient(client=client, reference=reference, attempt=attempt)
+        self.real.order(RANKS[rank], pb.Order(begin=begin))
 
     def expect(self, window: int, average: bool = False, without: str | None = None) -> None:
         for rank, client in zip(RANKS, ("ada", "bo"), strict=True):
@@ -187,7 +189,7 @@ def test_a_client_that_joins_in_the_middle_begins_with_the_newest_reference(tmp_
     run.commit(2)
     run.until(lambda: run.updates("bo") == [2])
     mine = [message for client, message in run.endpoint.sent if client == "bo"]
-    assert mine[0].reference.version == 2 and mine[0].reference.last, "windows 0 and 1 are in it"
+    assert mine[0].begin.window == 2 and mine[1].reference.last, "windows 0 and 1 are in it"
     assert run.updates("ada") == [2]
 
 
@@ -214,6 +216,116 @@ def test_a_client_with_a_state_of_its_own_must_not_miss_a_window(tmp_path: Path,
     lost = run.reported("lost", rank=1)
     assert [(one.client, one.may_return) for one in lost] == ([("cy", True)] if is_late else [])
     assert not any(client == "cy" and message.HasField("reference") for client, message in run.endpoint.sent)
+
+
+# -- windows that are undone -----------------------------------------------------------------------
+
+
+def weights(run: Run) -> float:
+    """What every number of the reference is."""
+    run.begin(0, "ada")
+    run.until(lambda: any(client == "ada" and m.HasField("reference") for client, m in run.endpoint.sent))
+    data = b"".join(m.reference.payload for client, m in run.endpoint.sent if client == "ada")
+    return float(from_bytes(data, SHAPES)[0].weights["table"][0, 0])
+
+
+def undo(run: Run, window: int, attempt: int = 1, rank: int | None = None) -> None:
+    for name in RANKS if rank is None else [RANKS[rank]]:
+        run.real.order(name, pb.Order(undo=pb.Undo(window=window, attempt=attempt)))
+
+
+def begun(run: Run, client: str, attempt: int = 1) -> None:
+    run.real.receive(client, pb.ClientMessage(begun=pb.Begun(attempt=attempt)))
+
+
+def test_a_window_that_is_undone_leaves_nothing_and_is_combined_again(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.expect(0)
+    run.update("ada", 0, value=5.0)
+    run.update("bo", 0, value=5.0)
+    run.until(lambda: run.reported("combined"))
+    run.update("bo", 1, value=9.0)  # early, for the window after it
+    undo(run, 0, rank=0)
+    assert run.reported("undone") == [], "the other rank may still announce windows of before"
+    undo(run, 0, rank=1)
+    assert run.reported("undone") == run.reported("undone", rank=1) == [pb.Undone(attempt=1)]
+    run.endpoint.sent.clear()
+    for rank, client in enumerate(("ada", "bo")):
+        run.begin(rank, client, reference=False, attempt=1)
+    run.update("ada", 0, value=7.0)  # it has not heard of it
+    for client in ("ada", "bo"):
+        begun(run, client, attempt=0)
+        run.update(client, 0, value=7.0)
+        begun(run, client)
+    run.expect(0)
+    run.update("ada", 0, value=1.0)
+    run.update("bo", 0, value=2.0)
+    run.commit(0)
+    run.until(lambda: run.updates("ada") == [0])
+    [chunk] = [m.update for name, m in run.endpoint.sent if name == "ada" and m.update.name == "table"]
+    assert decoded(chunk) == 3.0
+    marks = [m.begin for name, m in run.endpoint.sent if name == "ada" and m.HasField("begin")]
+    assert marks == [pb.Begin(attempt=1, window=0)] and not run.reported("lost")
+
+
+def decoded(chunk: pb.UpdateChunk) -> float:
+    assembler = UpdateAssembler(SHAPES, "test")
+    assembler.take(chunk)
+    assembler.take(pb.UpdateChunk(last=True))
+    return float(assembler.finish().tensors["table"][0, 0])
+
+
+def test_the_reference_goes_back_to_what_was_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    for window in range(3):
+        run.expect(window)
+        run.update("ada", window)
+        run.update("bo", window)
+        run.commit(window)
+        run.until(lambda window=window: run.updates("ada")[-1:] == [window])
+        run.real.order(RANKS[0], pb.Order(save=pb.Save(window=window + 1)))
+    before = AggregatorFolder(tmp_path).load(2, SHAPES).weights["table"]
+    undo(run, 2)
+    run.endpoint.sent.clear()
+    assert weights(run) == float(before[0, 0])
+    assert AggregatorFolder(tmp_path).saved_windows() == (2,), "window 3 is saved again when it comes again"
+    assert [m.begin.window for client, m in run.endpoint.sent if m.HasField("begin")] == [2]
+
+
+def test_whoever_begins_while_windows_are_undone_gets_the_reference_of_afterwards(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.expect(0)
+    run.update("ada", 0)
+    run.update("bo", 0)
+    run.until(lambda: run.reported("combined"))
+    undo(run, 0, rank=0)
+    run.real.order(RANKS[0], pb.Order(admit=pb.Admit(clients=[admission("cy")])))
+    run.endpoint.sent.clear()
+    run.begin(0, "cy", attempt=1)
+    run.real.attend()
+    assert not run.endpoint.sent
+    undo(run, 0, rank=1)
+    run.until(lambda: any(m.HasField("reference") for client, m in run.endpoint.sent if client == "cy"))
+    begun_with = next(m.begin for client, m in run.endpoint.sent if client == "cy")
+    assert (begun_with.attempt, begun_with.window, begun_with.reference) == (1, 0, True)
+    run.expect(0)
+    run.update("cy", 0)  # it was not there before, so it need not say that it has heard
+    assert run.reported("delivered")[-1] == pb.Delivered(window=0, client="cy", whole=True)
+
+
+@pytest.mark.parametrize("attempt", [0, 1])
+def test_windows_are_not_undone_twice_for_one_time(tmp_path: Path, attempt: int) -> None:
+    run = Run(tmp_path)
+    undo(run, 0)
+    with pytest.raises(WireError, match=f"undone for time {attempt} after time 1"):
+        undo(run, 0, attempt, rank=0)
+
+
+def test_a_window_is_not_undone_while_it_is_combined(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.expect(0)
+    with pytest.raises(WireError, match="window 0 is to be undone while it is being combined"):
+        undo(run, 0)
 
 
 def test_a_rank_of_another_run_is_not_heard(tmp_path: Path) -> None:

@@ -39,16 +39,24 @@ def pair(first_window: int | None = 0, **federation: Any) -> tuple[FakeStream, F
     parties = Parties(server, aggregator, strategy)
     if first_window is not None:
         server.incoming.put(begin(first_window))
+        aggregator.incoming.put(mark(first_window))
         assert parties.receive() == begin(first_window)
     return server, aggregator, parties
 
 
-def begin(window: int, next_window: int = 9, reference: bool = False) -> pb.ServerMessage:
-    return pb.ServerMessage(begin=pb.Begin(window=window, next_window=next_window, reference=reference))
+def begin(window: int, next_window: int = 9, reference: bool = False, attempt: int = 0) -> pb.ServerMessage:
+    """The server's."""
+    begun = pb.Begin(window=window, next_window=next_window, reference=reference, attempt=attempt)
+    return pb.ServerMessage(begin=begun)
 
 
-def reference(version: int, last: bool = True) -> pb.ServerMessage:
-    return pb.ServerMessage(reference=pb.ReferenceChunk(version=version, last=last))
+def mark(window: int, attempt: int = 0) -> pb.ServerMessage:
+    """The aggregator's Begin."""
+    return pb.ServerMessage(begin=pb.Begin(window=window, attempt=attempt))
+
+
+def reference(last: bool = True) -> pb.ServerMessage:
+    return pb.ServerMessage(reference=pb.ReferenceChunk(last=last))
 
 
 def update(window: int, last: bool = True) -> pb.ServerMessage:
@@ -68,9 +76,10 @@ def test_updates_go_to_the_aggregator_and_all_else_to_the_server() -> None:
         pb.ClientMessage(gradient=pb.Gradient()),
         pb.ClientMessage(saved=pb.Saved()),
     ]
-    for message in [chunk, *others]:
+    begun = pb.ClientMessage(begun=pb.Begun(attempt=2))
+    for message in [chunk, *others, begun]:
         parties.send(message)
-    assert aggregator.sent == [chunk] and server.sent == others
+    assert aggregator.sent == [chunk, begun] and server.sent == [*others, begun], "both know what comes after"
 
 
 def test_messages_of_both_are_received() -> None:
@@ -81,12 +90,12 @@ def test_messages_of_both_are_received() -> None:
     assert PLAN in received and update(0) in received
 
 
-def test_a_reference_waits_for_the_begin_that_announces_it_and_says_its_window() -> None:
+def test_a_reference_waits_for_the_begin_that_announces_it_which_takes_its_window() -> None:
     server, aggregator, parties = pair(first_window=None)
-    for message in (reference(4, last=False), reference(4), update(4)):
+    for message in (mark(4), reference(last=False), reference(), update(4)):
         aggregator.incoming.put(message)
     server.incoming.put(begin(0, reference=True))
-    expected = [begin(4, reference=True), reference(4, last=False), reference(4), update(4)]
+    expected = [begin(4, reference=True), reference(last=False), reference(), update(4)]
     assert [parties.receive() for _ in expected] == expected
 
 
@@ -94,12 +103,71 @@ def test_a_begin_waits_for_its_reference_and_the_server_for_the_whole_of_it() ->
     server, aggregator, parties = pair(first_window=None)
     for message in (begin(0, reference=True), save(6), PLAN):
         server.incoming.put(message)
-    for message in (reference(5, last=False), reference(5)):
+    for message in (mark(5), reference(last=False), reference()):
         aggregator.incoming.put(message)
-    expected = [begin(5, reference=True), reference(5, last=False), reference(5), PLAN]
+    expected = [begin(5, reference=True), reference(last=False), reference(), PLAN]
     assert [parties.receive() for _ in expected] == expected
     aggregator.incoming.put(update(5))
     assert [parties.receive(), parties.receive()] == [update(5), save(6)], "window 5 is not in the reference"
+
+
+def test_a_begin_with_a_state_of_ones_own_keeps_its_window() -> None:
+    server, aggregator, parties = pair(first_window=None)
+    server.incoming.put(begin(3))
+    aggregator.incoming.put(mark(2))
+    assert parties.receive() == begin(3), "windows after which nothing is exchanged are not in the reference"
+
+
+@pytest.mark.parametrize("first", ["server", "aggregator", "between"])
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_after_a_roll_back_nothing_of_windows_that_were_undone_is_handed_on(first: str, has_reference: bool) -> None:
+    server, aggregator, parties = pair()
+    of_server = [begin(2, reference=has_reference, attempt=1), PLAN]
+    of_aggregator = [mark(2, attempt=1), *[reference()] * has_reference, update(2)]
+    undone = [update(1, last=False), update(1)]
+    expected = [of_server[0], *[reference()] * has_reference, update(2), PLAN]
+    if first == "server":
+        for message in of_server:
+            server.incoming.put(message)
+        for message in [*undone, *of_aggregator]:
+            aggregator.incoming.put(message)
+    else:
+        for message in undone:  # they came in time to count as not undone yet
+            aggregator.incoming.put(message)
+        assert [parties.receive() for _ in undone] == undone
+        for message in of_aggregator:
+            aggregator.incoming.put(message)
+        if first == "between":
+            server.incoming.put(save(1))  # of a window that is undone
+        for message in of_server:
+            server.incoming.put(message)
+        if first == "between":
+            assert parties.receive() == save(1)
+    got = [parties.receive() for _ in expected]
+    assert got[: 1 + has_reference] == expected[: 1 + has_reference]
+    assert all(message in got for message in expected)
+
+
+def test_of_two_begins_the_later_one_counts() -> None:
+    """The client was on its way to the aggregator when windows were undone: it hears of the last
+    time only.
+    """
+    server, aggregator, parties = pair(first_window=None)
+    for message in (begin(4, reference=True), begin(3, reference=True, attempt=1), PLAN):
+        server.incoming.put(message)
+    for message in (mark(3, attempt=1), reference()):
+        aggregator.incoming.put(message)
+    expected = [begin(3, reference=True, attempt=1), reference(), PLAN]
+    assert [parties.receive() for _ in expected] == expected
+
+
+def test_a_begin_of_before_the_roll_back_is_passed_over_with_all_that_follows() -> None:
+    server, aggregator, parties = pair(first_window=None)
+    server.incoming.put(begin(3, reference=True, attempt=1))
+    for message in (mark(5), reference(last=False), reference(), update(5), mark(3, attempt=1), reference()):
+        aggregator.incoming.put(message)
+    expected = [begin(3, reference=True, attempt=1), reference()]
+    assert [parties.receive() for _ in expected] == expected
 
 
 def test_the_servers_last_word_waits_for_nothing() -> None:
@@ -110,19 +178,11 @@ def test_the_servers_last_word_waits_for_nothing() -> None:
     assert parties.receive() == finish
 
 
-@pytest.mark.parametrize(
-    ("announced", "sent", "told"),
-    [(False, reference(0), "to a client that has one"), (True, update(0), "kind update before the reference")],
-)
-def test_what_the_aggregator_sends_at_the_beginning_fits_the_begin(
-    announced: bool, sent: pb.ServerMessage, told: str
-) -> None:
-    server, aggregator, parties = pair(first_window=None)
-    server.incoming.put(begin(0, reference=announced))
-    aggregator.incoming.put(sent)
-    with pytest.raises(WireError, match=told):
-        for _ in range(2):
-            parties.receive()
+def test_a_reference_that_no_begin_announced_is_an_error() -> None:
+    _, aggregator, parties = pair()
+    aggregator.incoming.put(reference())
+    with pytest.raises(WireError, match="to a client that has one"):
+        parties.receive()
 
 
 @pytest.mark.parametrize("kind", ["update", "reference", "update_request"])

@@ -40,7 +40,7 @@ def test_orders_go_and_reports_come(listening: tuple[AggregatorEndpoint, str]) -
     assert line.take(TIMEOUT) == pb.Report(admitted=pb.Admitted(window=2))
     endpoint.report(rank_name(1), pb.Report(failed=pb.Failed(reason="its disk is full")))
     for _ in range(2):  # and again, whoever asks
-        with pytest.raises(AggregatorLost, match=r"is lost: its disk is full; .* both with --resume"):
+        with pytest.raises(AggregatorLost, match=r"is lost: its disk is full$"):
             line.take(TIMEOUT)
     line.stop()
     line.stop()

@@ -30,7 +30,7 @@ class FakeLine:
 
 def made() -> tuple[FakeLine, Deadlines, RemoteExchange]:
     line, deadlines = FakeLine(), Deadlines()
-    return line, deadlines, RemoteExchange(line, deadlines)
+    return line, deadlines, RemoteExchange(line, deadlines, first_window=4)
 
 
 def delivered(window: int, client: str, whole: bool = True) -> pb.Report:
@@ -91,9 +91,9 @@ def test_an_update_that_comes_here_is_refused() -> None:
 def test_admission_waits_for_the_answer() -> None:
     line, _, exchange = made()
     with pytest.raises(WireError, match="admitted no clients"):
-        exchange.admit(4, {"ada": "s"}, timeout=0.0)
+        exchange.admit({"ada": "s"}, timeout=0.0)
     line.reports.append(pb.Report(admitted=pb.Admitted(window=4)))
-    exchange.admit(4, {"bo": "t", "ada": "s"}, timeout=5.0)
+    exchange.admit({"bo": "t", "ada": "s"}, timeout=5.0)
     admissions = [pb.Admission(client=c, session=s) for c, s in (("ada", "s"), ("bo", "t"))]
     assert line.orders[-1] == pb.Order(admit=pb.Admit(window=4, clients=admissions))
 
@@ -105,11 +105,11 @@ def test_what_was_said_of_a_client_before_it_came_back_is_forgotten() -> None:
         pb.Report(lost=pb.Lost(client="bo", reason="gone, too", may_return=True)),
         pb.Report(admitted=pb.Admitted(window=4)),
     ]
-    exchange.admit(4, {"ada": "new"}, timeout=5.0)
+    exchange.admit({"ada": "new"}, timeout=5.0)
     [(client, error)] = exchange.take_unsound()
     assert client == "bo" and isinstance(error, ConnectionLost)
-    exchange.begin("ada", with_reference=False)
-    assert line.orders[-1] == pb.Order(begin=pb.BeginClient(client="ada", reference=False))
+    exchange.begin("ada", 3, with_reference=False)
+    assert line.orders[-1] == pb.Order(begin=pb.BeginClient(client="ada", reference=False, attempt=3))
 
 
 def test_a_save_and_the_result_are_waited_for() -> None:

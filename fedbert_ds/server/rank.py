@@ -184,6 +184,8 @@ class RankServer:
         Raises RunError after `clients.join_timeout` seconds.
         """
         deadline = time.monotonic() + self._clients.join_timeout
+        # Nothing runs meanwhile, so the next window begins with whoever comes.
+        self._service.awaits_newcomers = True
         while True:
             self._service.attend()
             self._watch()
@@ -196,6 +198,7 @@ class RankServer:
                 self._newcomers.let_in(statuses, window + self._rooms.staleness + PLANNED_AHEAD)
             if not self._is_short(statuses):
                 self._queue.hold(False)
+                self._service.awaits_newcomers = self._waits
                 return True
             if any(status.stop for status in statuses):
                 return False

@@ -6,6 +6,7 @@ are those of the server and of a client.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -19,12 +20,13 @@ import fedbert_ds.client.session
 import fedbert_ds.client.trainer
 import fedbert_ds.server.serve  # noqa: F401
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.stream import ControlStream
 
 PHASES = ("manifest", "activations", "waiting", "gradient", "averaging", "commit", "checkpoint")
 
 
 class Kill(NamedTuple):
-    """One process's death."""
+    """One process's death, or, in the phase `line`, a rank's loss of its line to the aggregator."""
 
     who: str
     """A client's name, or `rank 0`, `rank 1`, ..., or `aggregator`."""
@@ -72,17 +74,35 @@ def _die(kill: Kill, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _before(owner: Any, name: str, is_due: Callable[..., bool], kill: Kill, folder: Path, after: bool = False) -> None:
+def _hang_up(kill: Kill, folder: Path) -> None:
+    """Lose the line to the aggregator of another party, and live on."""
+    if is_done(folder, kill):
+        return
+    _mark(folder, kill).touch()
+    print(f"--- {kill}", flush=True)
+    for line in [thing for thing in gc.get_objects() if isinstance(thing, ControlStream)]:
+        line._hang_up()
+
+
+def _before(
+    owner: Any,
+    name: str,
+    is_due: Callable[..., bool],
+    kill: Kill,
+    folder: Path,
+    after: bool = False,
+    then: Callable[[Kill, Path], None] = _die,
+) -> None:
     """Die when `owner.name` is called with arguments for which `is_due` holds."""
     original = getattr(owner, name)
 
     def called(*arguments: Any, **keywords: Any) -> Any:
         due = is_due(*arguments, **keywords)
         if due and not after:
-            _die(kill, folder)
+            then(kill, folder)
         result = original(*arguments, **keywords)
         if due:
-            _die(kill, folder)
+            then(kill, folder)
         return result
 
     setattr(owner, name, called)
@@ -199,3 +219,5 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
                 _before(engine, "step", in_window, kill, folder, after=True)
         case "checkpoint":
             _before(checkpoint, "complete", lambda _, __, window, *___: window == kill.window, kill, folder)
+        case "line":
+            _before(ClientService, "wait", in_window, kill, folder, then=_hang_up)

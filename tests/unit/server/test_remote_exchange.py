@@ -6,7 +6,7 @@ from collections import deque
 
 import pytest
 
-from fedbert_ds.errors import ConnectionLost, WireError
+from fedbert_ds.errors import AggregatorLost, ConnectionLost, WireError
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.server.queue.deadlines import Deadlines, Question
 from fedbert_ds.server.remote_exchange import RemoteExchange
@@ -128,3 +128,118 @@ def test_a_save_and_the_result_are_waited_for() -> None:
     exchange.commit(7, 0.5)
     exchange.finish("done", complete=True)
     assert attended == [True] and line.kinds() == ["save", "conclude", "commit", "finish"]
+
+
+def test_windows_are_undone_when_the_aggregator_says_so() -> None:
+    line, _, exchange = made()
+    exchange.norms[3] = 0.5
+    waited = []
+
+    def attend() -> None:
+        waited.append(exchange.is_combining)
+        if len(waited) == 3:
+            line.reports += [pb.Report(undone=pb.Undone(attempt=2))]
+        exchange.take_unsound()
+
+    exchange.undo(3, 2, attend)
+    assert line.orders == [pb.Order(undo=pb.Undo(window=3, attempt=2))]
+    assert waited == [True] * 3 and exchange.norms == {} and not exchange.is_combining
+
+
+# -- a lost aggregator -----------------------------------------------------------------------------
+
+
+class LostLine(FakeLine):
+    """Says nothing more, once it has said what there was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_lost = False
+        self.reopened: list[tuple[bytes, int]] = []
+
+    def take(self, timeout: float = 0.0) -> pb.Report | None:
+        if self.is_lost and not self.reports:
+            raise AggregatorLost("the aggregator is lost: no answer")
+        return super().take(timeout)
+
+    def reopen(self, opened: bytes, window: int) -> None:
+        self.reopened.append((opened, window))
+        self.is_lost = False
+
+
+def lost() -> tuple[LostLine, RemoteExchange]:
+    """With ada and bo here, whose updates of window 3 are awaited."""
+    line = LostLine()
+    exchange = RemoteExchange(line, Deadlines())
+    for client in ("ada", "bo", "cy"):
+        line.reports.append(pb.Report(admitted=pb.Admitted()))
+        exchange.admit({client: "s"}, timeout=5.0)
+    exchange.part_with("cy")
+    exchange.expect(3, ["ada", "bo"], average=False)
+    line.is_lost = True
+    return line, exchange
+
+
+def test_with_the_aggregator_all_its_clients_are_lost_and_nothing_is_awaited() -> None:
+    line, exchange = lost()
+    line.reports.append(delivered(3, "ada"))  # said before it was lost
+    assert exchange.poll() is None
+    assert exchange.lost == "the aggregator is lost: no answer"
+    gone = exchange.take_unsound()
+    assert [client for client, _ in gone] == ["ada", "bo"] and exchange.take_unsound() == []
+    assert all(isinstance(error, ConnectionLost) for _, error in gone), "they may join again"
+    assert exchange.is_idle and exchange.is_done(9) and not exchange.is_combining and not exchange.awaited(3)
+    exchange.give_up("another rank says so, too")
+    assert exchange.lost == "the aggregator is lost: no answer" and exchange.take_unsound() == []
+
+
+def test_a_loss_that_another_rank_has_seen_counts_here() -> None:
+    line, exchange = lost()
+    line.is_lost = False
+    line.reports.append(pb.Report(combined=pb.Combined(window=3)))
+    exchange.give_up("rank 1 has lost it")
+    assert [client for client, _ in exchange.take_unsound()] == ["ada", "bo"]
+    assert exchange.poll() is None and exchange.is_idle, "what comes after that is of a run that is over"
+
+
+@pytest.mark.parametrize("what", ["save", "undo", "admit", "result"])
+def test_who_waits_for_a_lost_aggregator_waits_no_more(what: str) -> None:
+    _, exchange = lost()
+
+    def attend() -> None:
+        exchange.poll()
+
+    match what:
+        case "save":
+            assert not exchange.save(3, attend), "it does not count"
+        case "undo":
+            exchange.undo(3, 1, attend)
+        case "admit":
+            exchange.admit({"dee": "s"}, timeout=60.0)
+        case "result":
+            with pytest.raises(AggregatorLost, match="no answer; start it and this run again, both with --resume"):
+                exchange.await_result(attend)
+    assert exchange.lost and not exchange.is_combining
+
+
+def test_a_save_that_was_made_before_does_not_stand_for_one_that_is_lost() -> None:
+    line, _, exchange = made()
+    line.reports.append(pb.Report(saved=pb.SavedReference(window=6)))
+    assert exchange.save(6, exchange.poll)
+    line.take = LostLine.take.__get__(line)  # type: ignore[method-assign]
+    line.is_lost = True  # type: ignore[attr-defined]
+    assert not exchange.save(6, exchange.poll)
+
+
+def test_an_aggregator_that_is_back_begins_where_the_run_goes_on() -> None:
+    line, exchange = lost()
+    exchange.poll()
+    exchange.take_unsound()
+    exchange.reopen(b"opened", 2)
+    assert line.reopened == [(b"opened", 2)] and exchange.lost == ""
+    line.reports.append(pb.Report(admitted=pb.Admitted(window=2)))
+    exchange.admit({"ada": "new"}, timeout=5.0)
+    assert line.orders[-1].admit.window == 2
+    exchange.expect(2, ["ada"], average=False)
+    line.reports.append(pb.Report(combined=pb.Combined(window=2, norm=1.0)))
+    assert exchange.poll() == (2, {})

@@ -1,0 +1,110 @@
+"""Runs whose aggregator is another party's and is lost, and comes back or does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.chaos import SAVE_EVERY, WINDOWS, outcome
+from integration.chaos_process import Kill
+from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, aggregator_section, run_file, write_text
+from integration.federation import Federation, fork_quickly
+
+pytestmark = pytest.mark.timeout(600)
+fork_quickly()
+
+
+def federation(folder: Path, on_loss: str = "continue", expected: int = 3, **clients: Any) -> Federation:
+    folder.mkdir()
+    data = write_text(folder, CLIENTS | {"dee": 3})
+    tree = run_file(
+        folder,
+        "run",
+        run={"windows": WINDOWS, "save_every": SAVE_EVERY},
+        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.1,
+               "max_position_embeddings": 40},
+        window={"order": "fixed", "tokens": 400},
+        optimizer={"lr": 0.01, "gradient_clipping": 0.05},
+        body={"deepspeed": str(ZERO / "zero2.json")},
+        clients={"on_loss": on_loss, "expected": expected, "minimum": 3, "join_timeout": 120,
+                 "reconnect_timeout": 0.5} | clients,
+        aggregator=aggregator_section(folder),
+    )  # fmt: skip
+    return Federation(folder, tree, data)
+
+
+def start(run: Federation, kills: list[Kill] | None = None) -> None:
+    run.start_aggregator(kills=kills or [])
+    run.start_ranks(WORLD_SIZE, kills=kills or [])
+    for client in CLIENTS:
+        run.start_client(client)
+
+
+def finish(run: Federation) -> None:
+    run.wait(lambda: not run.is_running)
+    assert run.failures() == {}, run.logs()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    run = federation(tmp_path_factory.mktemp("undisturbed") / "run")
+    with run:
+        start(run)
+        finish(run)
+    return outcome(run.run_folder)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_that_loses_the_aggregator_takes_all_back_to_what_was_saved(
+    tmp_path: Path, undisturbed: Any, rank: int
+) -> None:
+    run = federation(tmp_path / "run")
+    with run:
+        start(run, [Kill(f"rank {rank}", "line", 4)])
+        finish(run)
+        assert "is lost" in run.log("rank 0")
+    assert outcome(run.run_folder) == undisturbed
+
+
+def test_a_run_that_goes_on_without_clients_waits_for_its_aggregator(tmp_path: Path, undisturbed: Any) -> None:
+    run = federation(tmp_path / "run")
+    with run:
+        start(run, [Kill("aggregator", "commit", 4)])
+        run.wait(lambda: bool(run.failures()))
+        run.wait(lambda: "waiting for clients" in run.log("rank 0"))
+        run.kill("aggregator")
+        run.start_aggregator(resume=True)
+        finish(run)
+    assert outcome(run.run_folder) == undisturbed
+
+
+def test_a_run_whose_aggregator_does_not_come_back_ends_and_resumes(tmp_path: Path, undisturbed: Any) -> None:
+    """Resumed by one rank instead of two."""
+    run = federation(tmp_path / "run", "wait", join_timeout=4)
+    with run:
+        start(run, [Kill("aggregator", "commit", 5)])
+        run.wait(lambda: "rank 0" in run.failures())
+        assert "fedbert-ds: " in run.log("rank 0")
+        told = [line for line in run.log("rank 0").splitlines() if line.startswith("fedbert-ds: ")]
+        assert len(told) == 1 and "the aggregator" in told[0], told
+        run.kill("aggregator")
+        run.start_aggregator(resume=True)
+        run.start_ranks(1, "clients.join_timeout=60", resume=True)
+        finish(run)
+    assert [row["window"] for row in run.metrics()] == list(range(WINDOWS))
+    losses = [float.fromhex(loss) for loss in undisturbed.losses]
+    assert [row["loss"] for row in run.metrics()] == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_new_client_begins_with_the_aggregators_reference(tmp_path: Path) -> None:
+    run = federation(tmp_path / "run", minimum=3, maximum=4)
+    with run:
+        start(run)
+        run.wait(lambda: run.num_windows >= 1)
+        run.start_client("dee")
+        finish(run)
+        assert "dee" in run.log("rank 0") + run.log("dee")
+    rows = run.metrics()
+    assert [row["window"] for row in rows] == list(range(WINDOWS))
+    print(rows[0], rows[-1])

@@ -63,6 +63,10 @@ class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
         """Queue a message for a rank; messages to one that is gone are dropped."""
         self.send_body(rank, report.SerializeToString())
 
+    def close_rank(self, rank: str, last: pb.Report) -> None:
+        """Send one last message, then end the rank's stream; nothing more is heard of it."""
+        self.close_body(rank, last.SerializeToString())
+
     def take_bytes(self) -> tuple[int, int]:
         """Bytes received and bytes queued to send, clients' only, since the last call."""
         return self._traffic.take()

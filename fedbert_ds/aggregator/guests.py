@@ -26,6 +26,10 @@ class RunEndpoint(Sends, Protocol):
         """Queue a message for a rank; messages to one that is gone are dropped."""
         ...
 
+    def close_rank(self, rank: str, last: pb.Report) -> None:
+        """Send one last message, then end the rank's stream; nothing more is heard of it."""
+        ...
+
 
 class Beginning(NamedTuple):
     """How a client begins."""
@@ -114,6 +118,11 @@ class Guests:
     def tell_rank_of(self, client: str, report: pb.Report) -> None:
         """Tell the client's rank."""
         self.tell_rank(self._rank_of[client], report)
+
+    def part_with_ranks(self, last: pb.Report) -> None:
+        """Tell every rank one last thing, and hear nothing more of this run."""
+        for rank in self._ranks:
+            self._endpoint.close_rank(rank, last)
 
     def tell_all_ranks(self, report: pb.Report) -> None:
         """Tell every rank."""

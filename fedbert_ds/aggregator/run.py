@@ -315,7 +315,7 @@ class AggregatedRun:
         for client in sorted(self._guests.connected):
             self._endpoint.close(client, pb.ServerMessage(finish=finish))
         if report is not None:
-            self._guests.tell_all_ranks(report)
+            self._guests.part_with_ranks(report)
         self._exchange.close()
         self._aggregator.close()
 

@@ -76,7 +76,7 @@ class RemoteExchange:
         """Accept updates of this window from these clients; windows come in order."""
         self._windows[window] = set(clients)
         expect = pb.Expect(window=window, average=average, clients=sorted(self._windows[window]))
-        self._line.send(pb.Order(expect=expect))
+        self._send(pb.Order(expect=expect))
 
     def awaited(self, window: int) -> frozenset[str]:
         """Clients that have not delivered their update of this window."""
@@ -91,7 +91,7 @@ class RemoteExchange:
         left_out = [window for window, awaited in self._windows.items() if client in awaited]
         for window in left_out:
             self._windows[window].remove(client)
-        self._line.send(pb.Order(drop=pb.Drop(client=client)))
+        self._send(pb.Order(drop=pb.Drop(client=client)))
         return left_out
 
     def take_unsound(self) -> list[tuple[str, BaseException]]:
@@ -131,7 +131,7 @@ class RemoteExchange:
         self._clients |= sessions.keys()
         clients = [pb.Admission(client=client, session=session) for client, session in sorted(sessions.items())]
         self._has_admitted = False
-        self._line.send(pb.Order(admit=pb.Admit(window=self._first_window, clients=clients)))
+        self._send(pb.Order(admit=pb.Admit(window=self._first_window, clients=clients)))
         deadline = time.monotonic() + timeout
         while not self._has_admitted and not self.lost:
             if time.monotonic() > deadline:
@@ -145,22 +145,22 @@ class RemoteExchange:
         begins, with the reference or a state of its own.
         """
         begin = pb.BeginClient(client=client, reference=with_reference, attempt=attempt)
-        self._line.send(pb.Order(begin=begin))
+        self._send(pb.Order(begin=begin))
 
     def part_with(self, client: str) -> None:
         """The client has left the run."""
         self._clients.discard(client)
-        self._line.send(pb.Order(drop=pb.Drop(client=client, gone=True)))
+        self._send(pb.Order(drop=pb.Drop(client=client, gone=True)))
 
     def commit(self, window: int, scale: float) -> None:
         """The body steps in `window`, its gradient shrunk by `scale`: the reference moves, too."""
-        self._line.send(pb.Order(commit=pb.Commit(window=window, scale=scale)))
+        self._send(pb.Order(commit=pb.Commit(window=window, scale=scale)))
 
     def undo(self, window: int, attempt: int, attend: Callable[[], None]) -> None:
         """The windows from this one on have not happened, for time `attempt`; every rank says so.
         `attend` runs until the aggregator has forgotten them.
         """
-        self._line.send(pb.Order(undo=pb.Undo(window=window, attempt=attempt)))
+        self._send(pb.Order(undo=pb.Undo(window=window, attempt=attempt)))
         self._await(lambda: self._undone >= attempt, attend)
         self.norms.clear()
 
@@ -169,13 +169,13 @@ class RemoteExchange:
         the aggregator is lost before that.
         """
         self._saved.discard(window)
-        self._line.send(pb.Order(save=pb.Save(window=window)))
+        self._send(pb.Order(save=pb.Save(window=window)))
         self._await(lambda: window in self._saved, attend)
         return window in self._saved
 
     def conclude(self, window: int, complete: bool) -> None:
         """Have the final client model written."""
-        self._line.send(pb.Order(conclude=pb.Conclude(window=window, complete=complete)))
+        self._send(pb.Order(conclude=pb.Conclude(window=window, complete=complete)))
 
     def await_result(self, attend: Callable[[], None]) -> str:
         """The aggregator's file of the final client model; `attend` runs until it is written.
@@ -188,7 +188,7 @@ class RemoteExchange:
 
     def finish(self, reason: str, complete: bool) -> None:
         """The run is over, also for the aggregator."""
-        self._line.send(pb.Order(finish=pb.Finish(reason=reason, complete=complete)))
+        self._send(pb.Order(finish=pb.Finish(reason=reason, complete=complete)))
 
     # -- a lost aggregator -------------------------------------------------------------------------
 
@@ -211,6 +211,11 @@ class RemoteExchange:
         self._first_window = window
         self.lost = ""
         self.norms.clear()
+
+    def _send(self, order: pb.Order) -> None:
+        # It may be lost to another rank only: then what this one says is of a run that is over.
+        if not self.lost:
+            self._line.send(order)
 
     def _await(self, is_so: Callable[[], bool], attend: Callable[[], None]) -> None:
         self._is_awaiting = True

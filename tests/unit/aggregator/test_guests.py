@@ -24,6 +24,9 @@ class FakeEndpoint:
     def report(self, rank: str, report: pb.Report) -> None:
         self.reports.append((rank, report))
 
+    def close_rank(self, rank: str, last: pb.Report) -> None:
+        self.reports.append((rank, last))
+
     def send(self, client: str, message: pb.ServerMessage) -> None:
         raise AssertionError("guests send no messages to clients")
 

@@ -147,6 +147,24 @@ def test_a_server_that_comes_back_finds_the_aggregator_waiting(tmp_path: Path) -
         assert process.ended() == 0
 
 
+def test_a_rank_of_the_run_before_is_not_heard_in_the_next(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    process = Process(config)
+    with federation(config, (("ada",), ("bo",))) as ([_, old], clients):
+        clients["bo"].reference()
+        with federation(config, (("ada",), ("bo",)), resume=True) as ([first, second], again):
+            old.line.send(pb.Order(undo=pb.Undo(window=0, attempt=1)))
+            old.line.send(pb.Order(drop=pb.Drop(client="bo", gone=True)))
+            for client in again.values():
+                client.reference()
+            for rank, name in ((first, "ada"), (second, "bo")):
+                rank.exchange.expect(0, [name], average=False)
+                again[name].send(0, 1.0)
+            assert first.combined() == second.combined() == 0
+            first.exchange.finish("done", complete=True)
+            assert process.ended() == 0
+
+
 def test_a_lost_aggregator_says_why_and_is_awaited_no_more(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     Process(config)

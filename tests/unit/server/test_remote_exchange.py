@@ -189,6 +189,10 @@ def test_with_the_aggregator_all_its_clients_are_lost_and_nothing_is_awaited() -
     assert [client for client, _ in gone] == ["ada", "bo"] and exchange.take_unsound() == []
     assert all(isinstance(error, ConnectionLost) for _, error in gone), "they may join again"
     assert exchange.is_idle and exchange.is_done(9) and not exchange.is_combining and not exchange.awaited(3)
+    said = len(line.orders)
+    exchange.undo(3, 1, lambda: None)
+    exchange.forget("ada")
+    assert len(line.orders) == said, "what was said to a run that is over must not count in the next"
     exchange.give_up("another rank says so, too")
     assert exchange.lost == "the aggregator is lost: no answer" and exchange.take_unsound() == []
 

@@ -35,6 +35,8 @@ from integration.chaos_process import PHASES, Kill, is_done
 from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, aggregator_section, run_file, write_text
 from integration.federation import Federation, fork_quickly
 
+from fedbert_ds.telemetry.record import source_commit, write_record
+
 WINDOWS = 8
 SAVE_EVERY = 3
 MODES: dict[str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sequential": {"federation": {"mode": "sequential", "average_every": 2}},
     "synchronous, aggregator elsewhere": {"optimizer": {"gradient_clipping": 0.05}, "aggregator": {}},
     "parallel, aggregator elsewhere": {"federation": {"mode": "parallel", "average_every": 2}, "aggregator": {}},
+    "sequential, aggregator elsewhere": {"federation": {"mode": "sequential", "average_every": 2}, "aggregator": {}},
     "whole": {
         "cut": "whole",
         "federation": {"mode": "parallel", "average_every": 2, "server_optimizer": "nesterov"},
@@ -155,7 +158,7 @@ def kills_of(victim: str, phase: str, window: int, mode: str, rng: random.Random
     if victim == "a client":
         names = sorted(CLIENTS)
         has_its_turn = names[window // 2 % len(names)]
-        return [Kill(has_its_turn if mode == "sequential" else rng.choice(names), phase, window)]
+        return [Kill(has_its_turn if mode.startswith("sequential") else rng.choice(names), phase, window)]
     if victim == ELSEWHERE:
         return [Kill("aggregator", phase, window)]
     if victim == "a rank":
@@ -184,6 +187,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, metavar="N", help="the first of the schedules drawn")
     parser.add_argument("--table", action="store_true", help="every phase, process and mode once")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the table")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as a record")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs' folders here")
     options = parser.parse_args()
     fork_quickly()
@@ -191,7 +195,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         if options.table:
-            return _table(folder, options.modes)
+            return _table(folder, options.modes, options.out)
         first = options.seed if options.seed is not None else options.first_seed
         return _drawn(folder, options.minutes, first if first is not None else random.randrange(10**6), options.seed)
     finally:
@@ -212,23 +216,26 @@ def _drawn(folder: Path, minutes: float, first_seed: int, only: int | None) -> i
     return 1 if failures else 0
 
 
-def _table(folder: Path, modes: Sequence[str]) -> int:
-    rng, failures = random.Random(0), 0
+def _table(folder: Path, modes: Sequence[str], out: Path | None) -> int:
+    rng, rows = random.Random(0), []
+    commit = source_commit()
     print(f"{'mode':<34} {'killed':<15} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
     for mode in modes:
         undisturbed = train(folder, f"{mode}, undisturbed", mode, [])
         for victim in [*VICTIMS, *[ELSEWHERE] * ("aggregator" in MODES[mode])]:
-            cells = []
-            for phase in PHASES:
-                if victim == ELSEWHERE and phase not in PHASES_ELSEWHERE:
-                    cells.append("-")
-                    continue
+            cells = dict.fromkeys(PHASES, "-")
+            for phase in PHASES_ELSEWHERE if victim == ELSEWHERE else PHASES:
                 kills = kills_of(victim, phase, 4, mode, rng)
                 same = _is_same(folder, f"{mode}, {victim}, {phase}", mode, kills, undisturbed)
-                cells.append("identical" if same else "DIFFERENT")
-                failures += not same
-            print(f"{mode:<34} {victim:<15} " + " ".join(f"{cell:<12}" for cell in cells), flush=True)
-    return 1 if failures else 0
+                cells[phase] = "identical" if same else "DIFFERENT"
+            rows.append({"mode": mode, "killed": victim, **cells})
+            print(f"{mode:<34} {victim:<15} " + " ".join(f"{cell:<12}" for cell in cells.values()), flush=True)
+            if out is not None:
+                command = f"python tests/integration/chaos.py --table --out {out}"
+                write_record(out, command=command, commit=commit, rows=rows, windows=WINDOWS, save_every=SAVE_EVERY)
+    results = [cell for row in rows for cell in row.values()]
+    print(f"{results.count('identical')} identical, {results.count('DIFFERENT')} different", flush=True)
+    return 1 if "DIFFERENT" in results else 0
 
 
 def _is_same(folder: Path, name: str, mode: str, kills: Sequence[Kill], undisturbed: Outcome) -> bool:

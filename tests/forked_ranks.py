@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import sys
@@ -17,13 +19,19 @@ def run_two(run_rank: Callable[[int, Path], None], folder: Path) -> None:
 
     MASTER_ADDR and MASTER_PORT are in the environment.
     """
-    import deepspeed  # noqa: F401
+    import deepspeed
     import transformers.models.bert.modeling_bert  # noqa: F401
 
     import fedbert_ds.model.checkpoint
     import fedbert_ds.model.cut
     import fedbert_ds.server.body.engine  # noqa: F401
 
+    with contextlib.suppress(ImportError):
+        # DeepSpeed imports it for its first engine above stage 0, and with it torch's compiler.
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+
+    # For each engine of stage 3, DeepSpeed collects garbage: let it pass over what is there now.
+    gc.freeze()
     other = multiprocessing.get_context("fork").Process(target=_as_rank, args=(run_rank, 1, folder), daemon=True)
     other.start()
     _as_rank(run_rank, 0, folder)

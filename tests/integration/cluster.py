@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
+from integration.processes import start
+from integration.worker import run_aggregator, run_client, run_rank
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig, parse_config
@@ -30,7 +31,8 @@ WORLD_SIZE = 2
 CLIENTS = {"ada": 9, "bo": 5, "cy": 2}
 """Three clients and their numbers of articles: unequal shards."""
 WINDOWS = 5
-WORKER = Path(__file__).with_name("worker.py")
+Calls = Mapping[str, tuple[Callable[..., None], list, dict]]
+"""By process: what it calls, with what arguments and environment variables."""
 ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 
 
@@ -90,50 +92,50 @@ def run_jobs(folder: Path, jobs: Sequence[dict], timeout: float = 600.0) -> None
 
     A failure shows the processes' output.
     """
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs))
+    others = {"aggregator": (run_aggregator, [jobs], {})} if any("aggregator" in job["config"] for job in jobs) else {}
+    clients = {client: (run_client, [jobs, client], {}) for client in jobs[0]["data"]}
+    _run(folder, others | _ranks(WORLD_SIZE, run_rank, [jobs]) | clients, timeout)
+
+
+def run_ranks(folder: Path, num: int, target: Callable[..., None], arguments: list, timeout: float) -> None:
+    """Call `target` in so many rank processes. A failure shows their output."""
+    _run(folder, _ranks(num, target, arguments), timeout)
+
+
+def _ranks(num: int, target: Callable[..., None], arguments: list) -> Calls:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {
-        f"rank {rank}": (["rank", str(path)], {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": WORLD_SIZE,
-                                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        for rank in range(WORLD_SIZE)
-    }  # fmt: skip
-    clients = {client: (["client", str(path), client], {}) for client in jobs[0]["data"]}
-    others = {}
-    if any("aggregator" in job["config"] for job in jobs):
-        others = {"aggregator": (["aggregator", str(path)], {})}
-    with _processes(folder, others | ranks | clients) as processes:
-        for name, process in processes.items():
-            try:
-                process.wait(timeout)
-            except subprocess.TimeoutExpired:
-                raise AssertionError(f"{name} did not end in {timeout} s:\n{_output(folder, processes)}") from None
-            assert process.returncode == 0, f"{name} failed:\n{_output(folder, processes)}"
+        common = {"WORLD_SIZE": num, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": probe.getsockname()[1]}
+    return {f"rank {rank}": (target, arguments, {"RANK": rank, "LOCAL_RANK": rank} | common) for rank in range(num)}
+
+
+def _run(folder: Path, calls: Calls, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    with _processes(folder, calls) as processes:
+        # Where one fails, others may wait for it: look at all of them.
+        while running := [process for process in processes.values() if process.exitcode is None]:
+            ready = wait([process.sentinel for process in running], deadline - time.monotonic())
+            failed = {name: process.exitcode for name, process in processes.items() if process.exitcode}
+            assert not failed, f"exit codes {failed}:\n{_output(folder, processes)}"
+            assert ready, f"not all ended in {timeout} s:\n{_output(folder, processes)}"
 
 
 @contextmanager
-def _processes(folder: Path, commands: Mapping[str, tuple[list[str], dict]]) -> Iterator[dict[str, subprocess.Popen]]:
+def _processes(folder: Path, calls: Calls) -> Iterator[dict[str, BaseProcess]]:
     processes = {}
     try:
-        for name, (arguments, variables) in commands.items():
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-            environment |= {key: str(value) for key, value in variables.items()}
-            with (folder / f"{name}.log").open("wb") as log:
-                command = [sys.executable, str(WORKER), *arguments]
-                processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        for name, (target, arguments, variables) in calls.items():
+            variables = {"OMP_NUM_THREADS": 1, **variables}
+            processes[name] = start(target, arguments, variables, folder / f"{name}.log")
         yield processes
     finally:
         for process in processes.values():
             process.kill()
-            process.wait()
+            process.join()
 
 
-def _output(folder: Path, processes: Mapping[str, subprocess.Popen]) -> str:
-    return "\n".join(
-        f"--- {name}\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}" for name in processes
-    )
+def _output(folder: Path, names: Iterable[str]) -> str:
+    return "\n".join(f"--- {name}\n{(folder / f'{name}.log').read_text(errors='replace')[-3000:]}" for name in names)
 
 
 class Centralized:

@@ -1,16 +1,12 @@
-"""A rank of test_conversion.py: trains, saves, loads bodies at every ZeRO stage; one import.
+"""A rank of test_conversion.py: trains, saves, loads bodies at every ZeRO stage.
 
-    python conversion_worker.py FOLDER save|load
-
-`save` writes a checkpoint of every case, and what it holds by parameter; `load` loads each of them
-at every stage, and writes the same.
+`save` writes a checkpoint of every case, and what it holds by parameter; `load` loads them at other
+stages, and writes the same.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +15,12 @@ from torch import Tensor
 
 ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 STAGES = (0, 1, 2, 3)
+OPTIMIZERS = ("adamw", "lamb", "sgd")
+PRECISIONS = ("fp32", "bf16")
 WINDOW = 2
+
+Results = dict[str, tuple[dict[str, dict[str, Tensor]], Tensor | None]]
+"""By case: what the body holds, and what it answered."""
 
 
 class Case(NamedTuple):
@@ -33,7 +34,23 @@ class Case(NamedTuple):
         return "-".join(map(str, self))
 
 
-CASES = [Case(*case) for case in itertools.product(("adamw", "lamb", "sgd"), ("fp32", "bf16"), STAGES)]
+CASES = [Case(*case) for case in itertools.product(OPTIMIZERS, PRECISIONS, STAGES)]
+RANKS = ((2, 2), (2, 1), (1, 2))
+"""Ranks that save and that load."""
+
+
+def loads(saved_by: int, ranks: int) -> list[tuple[Case, int]]:
+    """What so many ranks load: a saved case and the stage to load it at.
+
+    All of RANKS together load every case at every stage once. Each of them goes from every stage to
+    every other in fp32 and in bf16, with another optimizer than the next.
+    """
+    turn = RANKS.index((saved_by, ranks))
+    return [
+        (Case(OPTIMIZERS[(turn + before + after + shift) % 3], precision, before), after)
+        for before, after in itertools.product(STAGES, STAGES)
+        for shift, precision in enumerate(PRECISIONS)
+    ]
 
 
 def build(case: Case) -> tuple[Any, Any]:
@@ -136,36 +153,44 @@ def whole_module(inner: Any, stage: int) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def main() -> None:
-    """One rank; both phases begin and end a process group of their own."""
-    from fedbert_ds.server.body.distributed import initialize, shut_down
-
-    folder, phase = Path(sys.argv[1]), sys.argv[2]
-    saved_by = int(os.environ.get("SAVED_BY", "2"))
-    initialize()
-    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    results: dict[str, Any] = {}
+def save(folder: Path) -> None:
+    """One rank: train and save every case."""
+    ranks = _join()
+    results: Results = {}
     for case in CASES:
-        if phase == "save":
-            engine, inner = build(case)
-            for window in range(WINDOW):
-                train(engine, window)
-            engine.save(folder / f"{case} by {ranks}", WINDOW)
-            results[str(case)] = content(inner, engine.zero_stage), train(engine, WINDOW)
-            results[f"{case}, a window later"] = content(inner, engine.zero_stage), None
-            continue
-        for stage in STAGES:
-            engine, inner = build(Case(case.optimizer, case.precision, stage))
-            engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[f"{case} to {stage}"] = content(inner, engine.zero_stage), train(engine, WINDOW)
-            results[f"{case} to {stage}, a window later"] = content(inner, engine.zero_stage), None
-            engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-            results[f"{case} to {stage}, again"] = content(inner, engine.zero_stage), None
-    if rank == 0:
-        torch.save(results, folder / f"{phase} by {ranks} of {saved_by}.pt")
+        engine, inner = build(case)
+        for window in range(WINDOW):
+            train(engine, window)
+        engine.save(folder / f"{case} by {ranks}", WINDOW)
+        results[str(case)] = content(inner, engine.zero_stage), train(engine, WINDOW)
+        results[f"{case}, a window later"] = content(inner, engine.zero_stage), None
+    _leave(results, folder / f"save by {ranks}.pt")
+
+
+def load(folder: Path, saved_by: int) -> None:
+    """One rank: load what so many ranks have saved, train on, load it again."""
+    ranks = _join()
+    results: Results = {}
+    for case, stage in loads(saved_by, ranks):
+        engine, inner = build(Case(case.optimizer, case.precision, stage))
+        engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
+        results[f"{case} to {stage}"] = content(inner, engine.zero_stage), train(engine, WINDOW)
+        results[f"{case} to {stage}, a window later"] = content(inner, engine.zero_stage), None
+        engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
+        results[f"{case} to {stage}, again"] = content(inner, engine.zero_stage), None
+    _leave(results, folder / f"load by {ranks} of {saved_by}.pt")
+
+
+def _join() -> int:
+    from fedbert_ds.server.body.distributed import initialize
+
+    initialize()
+    return torch.distributed.get_world_size()
+
+
+def _leave(results: Results, path: Path) -> None:
+    from fedbert_ds.server.body.distributed import shut_down
+
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, path)
     shut_down()
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    main()

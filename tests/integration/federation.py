@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,15 +15,8 @@ from typing import Any
 
 import yaml
 from integration.chaos_process import Kill, run_process
-
-PROCESSES = multiprocessing.get_context("forkserver")
-
-
-def fork_quickly() -> None:
-    """Have processes forked off one that has imported everything: each is up at once."""
-    # The process they are forked off finds modules by its environment alone.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *filter(None, sys.path)])
-    PROCESSES.set_forkserver_preload(["integration.chaos_process"])
+from integration.processes import PROCESSES
+from integration.processes import fork_quickly as fork_quickly
 
 
 @dataclass

@@ -16,7 +16,9 @@ from integration.federation import Federation, fork_quickly
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
+from fedbert_ds.errors import WireError
 from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+from fedbert_ds.server.serve import INTERRUPTED
 
 pytestmark = pytest.mark.timeout(600)
 fork_quickly()
@@ -86,17 +88,22 @@ def test_nobody_comes_back(place) -> None:
 
 def test_two_processes_under_one_name(place) -> None:
     """The one that is here stays."""
-    with federation(place, run={"windows": 400, "save_every": 1000}) as run:
+    with federation(place, run={"windows": 100_000, "save_every": 1000}) as run:
         run.start_ranks(1)
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 3)
         run.start_client("bo", process="another bo")
-        run.wait(lambda: "another bo" in run.failures() or not run.is_running)
+        run.wait(lambda: "another bo" in run.failures() or not run.processes["rank 0"].is_alive())
         assert "client bo is here already" in run.log("another bo"), run.logs()
-        run.wait(lambda: all(not process.is_alive() for name, process in run.processes.items()))
-    assert len(run.metrics()) == 400
-    assert {row["clients"] for row in run.metrics()} == {2}
+        refused_at = run.num_windows
+        run.wait(lambda: run.num_windows >= refused_at + 3 or not run.processes["rank 0"].is_alive())
+        run.stop_ranks()
+        run.wait(lambda: not run.processes["rank 0"].is_alive())
+        assert run.failures() == {"another bo": WireError.exit_code, "rank 0": INTERRUPTED}, run.logs()
+    rows = run.metrics()
+    assert [row["window"] for row in rows] == list(range(len(rows))) and len(rows) >= refused_at + 3
+    assert {row["clients"] for row in rows} == {2}
 
 
 def test_a_client_returns_with_more_text(place) -> None:

@@ -5,54 +5,51 @@ Real DeepSpeed and gloo. What is loaded is compared as DeepSpeed itself tells it
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import itertools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from integration.conversion_worker import CASES, STAGES, WINDOW
+from integration.cluster import run_ranks
+from integration.conversion_worker import CASES, RANKS, STAGES, WINDOW, Results, load, loads, save
 
 pytestmark = pytest.mark.timeout(1800)
 
-WORKER = Path(__file__).with_name("conversion_worker.py")
 
-
-def run(folder: Path, phase: str, ranks: int, saved_by: int) -> dict:
+def run(call: Callable[..., None], folder: Path, ranks: int, *arguments: Any, result: str) -> Results:
     """What rank 0 found out."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1",
-                     "MASTER_PORT": port, "SAVED_BY": saved_by, "OMP_NUM_THREADS": 1}  # fmt: skip
-        environment = os.environ | {key: str(value) for key, value in variables.items()}
-        with (folder / f"{rank}.log").open("wb") as log:
-            command = [sys.executable, str(WORKER), str(folder), phase]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-    codes = [process.wait(900) for process in processes]
-    assert not any(codes), "\n".join((folder / f"{n}.log").read_text()[-3000:] for n in range(ranks))
-    return torch.load(folder / f"{phase} by {ranks} of {saved_by}.pt", weights_only=True)
+    run_ranks(folder, ranks, call, [folder, *arguments], 900.0)
+    found: Results = torch.load(folder / f"{result}.pt", weights_only=True)
+    return found
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, dict]]:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, Results]]:
     """The checkpoints, and what they hold, by number of ranks."""
     folder = tmp_path_factory.mktemp("conversion")
-    return folder, {ranks: run(folder, "save", ranks, ranks) for ranks in (1, 2)}
+    return folder, {ranks: run(save, folder, ranks, result=f"save by {ranks}") for ranks in (1, 2)}
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
-def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, dict]], before: int, after: int) -> None:
+def test_every_case_is_loaded_at_every_stage() -> None:
+    for ranks in RANKS:
+        pairs = {(case.stage, after, case.precision) for case, after in loads(*ranks)}
+        assert pairs == set(itertools.product(STAGES, STAGES, ("fp32", "bf16")))
+        optimizers = {(case.optimizer, case.precision, case.stage) for case, _ in loads(*ranks)}
+        assert optimizers == {tuple(case) for case in CASES}
+    together = [load for ranks in RANKS for load in loads(*ranks)]
+    assert sorted(together) == sorted(itertools.product(CASES, STAGES))
+
+
+@pytest.mark.parametrize(("before", "after"), RANKS)
+def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, Results]], before: int, after: int) -> None:
     """Weights, rounded weights, moments and steps are equal bit by bit, and so is what the body
     answers; a second load, after a step, brings them back.
     """
     folder, contents = saved
-    loaded = run(folder, "load", after, before)
-    assert len(loaded) == 3 * len(CASES) * len(STAGES)
+    loaded = run(load, folder, after, before, result=f"load by {after} of {before}")
+    assert len(loaded) == 3 * len(loads(before, after))
     for key, (content, answer) in loaded.items():
         if key.endswith("later"):
             later, _ = contents[before][key.split(" to ")[0] + ", a window later"]
@@ -72,7 +69,7 @@ def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, dict]], before:
             assert torch.equal(answer, expected_answer), key
 
 
-def test_what_is_compared_is_there_and_moves(saved: tuple[Path, dict[int, dict]]) -> None:
+def test_what_is_compared_is_there_and_moves(saved: tuple[Path, dict[int, Results]]) -> None:
     """Two empty states would be equal too."""
     _, contents = saved
     moments = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "lamb": {"exp_avg", "exp_avg_sq", "step"}, "sgd": set()}

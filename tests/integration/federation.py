@@ -80,6 +80,11 @@ class Federation:
             arguments = ["--config", str(config), *overrides, *(["--resume"] if resume else [])]
             self._start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
 
+    def await_server(self) -> None:
+        """Wait until clients can join. One that does not find the server waits longer every time."""
+        address = self.run_folder / "server.address"
+        self.wait(lambda: address.is_file() or bool(self.failures()))
+
     def start_aggregator(self, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
         """Start the aggregator of another party."""
         arguments = ["aggregator", "--config", str(self._run_file()), *(["--resume"] if resume else [])]

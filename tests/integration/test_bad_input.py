@@ -11,13 +11,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
+from integration.chaos_process import run_process
 from integration.cluster import run_file, write_text
+from integration.processes import PROCESSES, fork_quickly
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece
@@ -43,7 +46,7 @@ def test_an_unknown_key_names_the_nearest(folder) -> None:
 
 def test_a_missing_data_file(folder) -> None:
     tree = run_file(folder, "missing-data", data={"source": [str(folder / "nowhere.txt")]}, clients={"local": 1})
-    _expect_failure(_pretrain(folder, tree), "nowhere.txt")
+    _expect_failure(_forked_pretrain(folder, tree), "nowhere.txt")
     assert not (folder / "missing-data").exists()
 
 
@@ -66,7 +69,8 @@ def test_a_deepspeed_file_that_sets_what_the_run_file_owns(folder) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here Triton can run")
 def test_triton_kernels_without_a_gpu(folder) -> None:
     tree = run_file(folder, "no-gpu") | {"kernels": "triton"}
-    _expect_failure(_pretrain(folder, tree), "kernels: triton needs a GPU, and there is none here; set kernels: auto")
+    refusal = "kernels: triton needs a GPU, and there is none here; set kernels: auto"
+    _expect_failure(_forked_pretrain(folder, tree), refusal)
     assert not (folder / "no-gpu").exists()
 
 
@@ -88,7 +92,7 @@ def test_a_port_in_use(folder) -> None:
         holder.listen()
         port = holder.getsockname()[1]
         tree = run_file(folder, "port", server={"port": port})
-        _expect_failure(_pretrain(folder, tree), f"127.0.0.1:{port}", "server.port")
+        _expect_failure(_forked_pretrain(folder, tree), f"127.0.0.1:{port}", "server.port")
     assert not (folder / "port").exists()
 
 
@@ -96,7 +100,8 @@ def test_an_unreachable_server(folder) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         server = f"127.0.0.1:{unused.getsockname()[1]}"
-        _expect_failure(_client(folder, server, "--connect-timeout", "1"), f"{server}: no server answers")
+        refused = _forked(folder, "ada", *_options(folder, server, "--connect-timeout", "1"))
+        _expect_failure(refused, f"{server}: no server answers")
 
 
 def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(folder) -> None:
@@ -133,7 +138,8 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
         for outcome, part in zip(outcomes, expected, strict=False):
             _expect_one_line(outcome["exit"], outcome["stderr"], part)
         assert outcomes[-1]["exit"] == 0, outcomes[-1]["stderr"]
-        assert server.wait(timeout=60) == 0
+        server.join(60)
+        assert server.exitcode == 0
 
 
 def test_activations_that_are_not_finite_end_the_run_with_a_reason(folder) -> None:
@@ -148,31 +154,56 @@ def test_activations_that_are_not_finite_end_the_run_with_a_reason(folder) -> No
     _expect_failure(_pretrain(folder, tree), "not finite; lower optimizer.lr")
 
 
-def _pretrain(folder: Path, tree: dict, *arguments: str) -> subprocess.CompletedProcess:
+def _run_file(folder: Path, tree: dict) -> Path:
     path = folder / f"{Path(tree['run']['directory']).name}.yaml"
     path.write_text(yaml.safe_dump(tree))
-    command = [sys.executable, str(PRETRAIN), "--config", str(path), *arguments]
+    return path
+
+
+def _pretrain(folder: Path, tree: dict, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(PRETRAIN), "--config", str(_run_file(folder, tree)), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
 
 
+def _forked_pretrain(folder: Path, tree: dict) -> subprocess.CompletedProcess:
+    """The same for mistakes found after torch is imported: it is there already."""
+    return _forked(folder, "rank 0", "--config", str(_run_file(folder, tree)))
+
+
+def _forked(folder: Path, who: str, *arguments: str) -> subprocess.CompletedProcess:
+    process, log = _fork(folder, who, *arguments)
+    try:
+        process.join(120)
+        assert process.exitcode is not None, log.read_text()
+    finally:
+        process.kill()
+        process.join()
+    return subprocess.CompletedProcess(arguments, process.exitcode, stderr=log.read_text())
+
+
+def _fork(folder: Path, who: str, *arguments: str) -> tuple[BaseProcess, Path]:
+    """A started process, and the file that its output goes to."""
+    log = folder / f"{who}.log"
+    log.unlink(missing_ok=True)
+    fork_quickly()
+    process = PROCESSES.Process(target=run_process, args=(who, list(arguments), {}, log, []))
+    process.start()
+    return process, log
+
+
 @contextmanager
-def _running(folder: Path, tree: dict) -> Iterator[tuple[subprocess.Popen, str]]:
-    path = folder / "running.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    with (folder / "running.log").open("w") as log:
-        server = subprocess.Popen(
-            [sys.executable, str(PRETRAIN), "--config", str(path)], stdout=log, stderr=log, env=_environment()
-        )
+def _running(folder: Path, tree: dict) -> Iterator[tuple[BaseProcess, str]]:
+    server, log = _fork(folder, "rank 0", "--config", str(_run_file(folder, tree)))
     try:
         address = Path(tree["run"]["directory"]) / "server.address"
         deadline = time.monotonic() + 90
         while not address.is_file():
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "running.log").read_text()
+            assert server.is_alive() and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         yield server, address.read_text().strip()
     finally:
         server.kill()
-        server.wait()
+        server.join()
 
 
 def _options(folder: Path, server: str, *arguments: str, data: str = "ada.jsonl") -> list[str]:
@@ -207,11 +238,6 @@ def _clients(folder: Path, commands: list[list[str]], protocols: dict[int, int])
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
-
-
-def _client(folder: Path, server: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "fedbert_ds.cli", *_options(folder, server, *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=_environment())
 
 
 def _environment() -> dict[str, str]:

@@ -58,6 +58,7 @@ def article(number: int, rng: random.Random) -> Article:
 def test_below_the_minimum_a_run_saves_and_waits(place) -> None:
     with federation(place) as run:
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 3)
@@ -77,6 +78,7 @@ def test_below_the_minimum_a_run_saves_and_waits(place) -> None:
 def test_nobody_comes_back(place) -> None:
     with federation(place, clients={"join_timeout": 15}) as run:
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 3)
@@ -90,6 +92,7 @@ def test_two_processes_under_one_name(place) -> None:
     """The one that is here stays."""
     with federation(place, run={"windows": 100_000, "save_every": 1000}) as run:
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 3)
@@ -111,6 +114,7 @@ def test_a_client_returns_with_more_text(place) -> None:
     clients = {"on_loss": "wait"}
     with federation(place, clients=clients, run={"windows": 30, "save_every": 1000}) as run:
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 3)
@@ -128,6 +132,7 @@ def test_a_client_returns_with_more_text(place) -> None:
 def test_a_client_returns_with_less_text(place) -> None:
     with federation(place, clients={"on_loss": "wait", "join_timeout": 20}) as run:
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.start_client("bo")
         run.wait(lambda: run.num_windows >= 6)
@@ -167,6 +172,7 @@ def test_six_clients_of_which_some_leave_return_and_join_late(place) -> None:
     calm = six_clients(place, "calm")
     with calm:
         calm.start_ranks(2)
+        calm.await_server()
         for client in SIX[:5]:
             calm.start_client(client)
         calm.wait(lambda: not calm.is_running)
@@ -175,6 +181,7 @@ def test_six_clients_of_which_some_leave_return_and_join_late(place) -> None:
     run = six_clients(place, "stormy")
     with run:
         run.start_ranks(2)
+        run.await_server()
         for client in SIX[:5]:
             run.start_client(client)
         run.wait(lambda: run.num_windows >= 5)

@@ -5,7 +5,10 @@ Real programs, as in chaos.py.
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from integration.federation import Federation, fork_quickly
 pytestmark = pytest.mark.timeout(1200)
 fork_quickly()
 
+WINDOWS = 8
 TOLERANCE = 2e-4
 """Of a loss: the order of sums differs, and AdamW divides small numbers."""
 
@@ -36,6 +40,26 @@ class Part:
     ranks: int
     stage: int
     overrides: tuple[str, ...] = field(default=())
+
+
+@dataclass
+class Whole:
+    """A run that was never stopped."""
+
+    losses: list[float]
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Whole]:
+    """By mode, a run of WINDOWS windows on two ranks at stage 2."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @cache
+    def of(mode: str) -> Whole:
+        return Whole(train_parts(folder / mode, mode, Part(WINDOWS, 2, 2)), folder / mode)
+
+    return of
 
 
 def train_parts(folder: Path, mode: str, *parts: Part, precision: str = "fp32") -> list[float]:
@@ -59,6 +83,7 @@ def train_parts(folder: Path, mode: str, *parts: Part, precision: str = "fp32") 
         with run:
             overrides = (f"run.windows={part.windows}", f"body.zero_stage={part.stage}")
             run.start_ranks(part.ranks, *overrides, resume=number > 0)
+            run.await_server()
             for client in CLIENTS:
                 run.start_client(client)
             run.wait(lambda: not run.is_running, 300)
@@ -69,18 +94,19 @@ def train_parts(folder: Path, mode: str, *parts: Part, precision: str = "fp32") 
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "parallel"])
-def test_a_finished_run_goes_on_to_a_larger_number_of_windows(tmp_path: Path, mode: str) -> None:
+def test_a_finished_run_goes_on_to_a_larger_number_of_windows(
+    tmp_path: Path, whole: Callable[[str], Whole], mode: str
+) -> None:
     """With a constant learning rate it is the longer run, bit by bit."""
-    whole = train_parts(tmp_path / "whole", mode, Part(6, 2, 2))
-    assert train_parts(tmp_path / "extended", mode, Part(4, 2, 2), Part(6, 2, 2)) == whole
+    extended = train_parts(tmp_path / "extended", mode, Part(4, 2, 2), Part(WINDOWS, 2, 2))
+    assert extended == whole(mode).losses
 
 
-def test_a_run_goes_on_with_other_ranks_and_stages(tmp_path: Path) -> None:
-    whole = train_parts(tmp_path / "whole", "synchronous", Part(8, 2, 2))
-    parts = [Part(2, 2, 3), Part(4, 1, 0), Part(6, 2, 1), Part(8, 1, 3)]
-    moved = train_parts(tmp_path / "moved", "synchronous", *parts)
-    assert max(abs(a - b) for a, b in zip(whole, moved, strict=True)) < TOLERANCE, (whole, moved)
-    assert whole[0] - whole[-1] > 100 * TOLERANCE, "there is nothing to compare"
+def test_a_run_goes_on_with_other_ranks_and_stages(tmp_path: Path, whole: Callable[[str], Whole]) -> None:
+    parts = [Part(2, 2, 3), Part(4, 1, 0), Part(6, 2, 1), Part(WINDOWS, 1, 3)]
+    expected, moved = whole("synchronous").losses, train_parts(tmp_path / "moved", "synchronous", *parts)
+    assert max(abs(a - b) for a, b in zip(expected, moved, strict=True)) < TOLERANCE, (expected, moved)
+    assert expected[0] - expected[-1] > 100 * TOLERANCE, "there is nothing to compare"
 
 
 def test_in_parallel_mode_and_bf16_too(tmp_path: Path) -> None:
@@ -89,8 +115,7 @@ def test_in_parallel_mode_and_bf16_too(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(whole, moved, strict=True)) < 0.02, (whole, moved)
 
 
-def test_states_of_another_run_are_refused_and_stay(tmp_path: Path) -> None:
-    train_parts(tmp_path / "first", "parallel", Part(2, 1, 0))
+def test_states_of_another_run_are_refused_and_stay(tmp_path: Path, whole: Callable[[str], Whole]) -> None:
     folder = tmp_path / "second"
     folder.mkdir()
     data = write_text(folder)
@@ -98,10 +123,10 @@ def test_states_of_another_run_are_refused_and_stay(tmp_path: Path) -> None:
         folder, "run", run={"windows": 2}, clients={"join_timeout": 60}, federation={"mode": "parallel"}
     )
     with Federation(folder, tree, data) as run:
-        for client in CLIENTS:
-            (tmp_path / "first" / f"state of {client}").rename(run.state(client))
+        shutil.copytree(whole("parallel").folder / "state of ada", run.state("ada"))
         before = {path: path.read_bytes() for path in sorted(run.state("ada").iterdir())}
         run.start_ranks(1)
+        run.await_server()
         run.start_client("ada")
         run.wait(lambda: "ada" in run.failures())
         assert "client ada has states of another run; give it another --state folder" in run.log("ada"), run.logs()

@@ -81,7 +81,7 @@ class Federation:
             self._start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
 
     def await_server(self) -> None:
-        """Wait until clients can join. One that does not find the server waits longer every time."""
+        """Wait until clients can join. One that finds no server waits longer every time."""
         address = self.run_folder / "server.address"
         self.wait(lambda: address.is_file() or bool(self.failures()))
 

@@ -101,13 +101,14 @@ def test_the_result_is_the_reference_and_a_round_leaves_all_clients_there(runs, 
     folder, _ = runs
     run, last = folder / f"{name}-undisturbed", ROUNDS * LOCAL_STEPS
     model = _weights(run)
-    shapes = {key: tuple(tensor.shape) for key, tensor in _state(run, "ada", last).items()}
+    halves = [_half(run, client, last) for client in CLIENTS]
+    shapes = {key: tuple(tensor.shape) for key, tensor in halves[0].items()}
     reference, cursors = read_client_model(CheckpointFolder(run / "checkpoints").client_model(last), shapes)
     assert reference.version == last and cursors.keys() == CLIENTS.keys()
     for key, tensor in reference.weights.items():
         assert torch.equal(model[key], tensor), key
-        for client in CLIENTS:
-            assert torch.equal(_state(run, client, last)[key], tensor), (client, key)
+        for client, half in zip(CLIENTS, halves, strict=True):
+            assert torch.equal(half[key], tensor), (client, key)
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -151,6 +152,6 @@ def _metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def _state(run: Path, client: str, window: int) -> dict[str, Tensor]:
+def _half(run: Path, client: str, window: int) -> dict[str, Tensor]:
     half: dict[str, Tensor] = load_state(run / "clients" / client, window)["half"]
     return half

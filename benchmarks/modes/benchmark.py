@@ -14,6 +14,7 @@ from benchmarks.modes.comparison import check_same_batches, draw, final, rows, t
 from benchmarks.modes.runs import check_same_text, finished, text_facts
 from benchmarks.modes.systems import CENTRALIZED, NUM_RANKS, RUN_FILE, ModesOptions, overrides_of
 from benchmarks.modes.tuning import at_rate, best_rates, tried
+from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -46,6 +47,8 @@ def bench_modes(options: ModesOptions) -> None:
         final=final_rows,
         **({"tuning": [trial.row() for trial in trials]} if trials else {}),
     )
+    if trials:
+        print(f"\n{tuning_table([trial.row() for trial in trials])}", flush=True)
     drawn = options.out.with_suffix(".png")
     draw(drawn, runs, CENTRALIZED.name)
     print(f"\n{table(final_rows, CENTRALIZED.name)}\n\nrecord  {options.out}\npicture {drawn}", flush=True)

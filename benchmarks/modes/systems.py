@@ -91,6 +91,8 @@ QUICK = (
     "clients.local=2",
 )
 """What makes a run file a matter of a minute: it shows that everything works, and nothing else."""
+QUICK_WHOLE = (*QUICK, f"run.windows={ROUND}")
+"""The same for whole models: a round has to end."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
     every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
     stale = (f"federation.staleness={system.staleness}",) if system.staleness else ()
     return (
-        *(QUICK if options.quick else ()),
+        *(() if not options.quick else QUICK_WHOLE if options.whole else QUICK),
         *options.overrides,
         f"data.source={json.dumps([options.data])}",
         f"run.directory={json.dumps(str(options.work / system.slug))}",

@@ -8,13 +8,14 @@ held-out loss is its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.modes.runs import finished
 from benchmarks.modes.systems import CENTRALIZED, RUN_FILE, ModesOptions, System, overrides_of
 from fedbert_ds.config import load_config
+from fedbert_ds.telemetry.tables import markdown
 
 SAME_STEPS = {System("synchronous"): CENTRALIZED}
 """Systems that take another one's steps, and so its learning rate."""
@@ -69,6 +70,19 @@ def best_rates(trials: Sequence[Trial]) -> dict[System, float]:
     worst_first = sorted(trials, key=_loss, reverse=True)
     best = {trial.system: trial.learning_rate for trial in worst_first}
     return best | {system: best[other] for system, other in SAME_STEPS.items() if other in best}
+
+
+def table(trials: Sequence[Mapping[str, Any]]) -> str:
+    """The record's trials as a Markdown table: a line a system, a column a rate, the best bold."""
+    rates = sorted({row["learning_rate"] for row in trials})
+    systems = dict.fromkeys(System(row["system"], row["average_every"]) for row in trials)
+    losses = {(row["system"], row["average_every"], row["learning_rate"]): row["held_out_loss"] for row in trials}
+
+    def cells(system: System) -> list[str]:
+        of_rates = [losses[system.name, system.average_every, rate] for rate in rates]
+        return [system.label, *(f"**{loss:.3f}**" if loss == min(of_rates) else f"{loss:.3f}" for loss in of_rates)]
+
+    return markdown(["held-out loss at learning rate", *(f"{rate:.1e}" for rate in rates)], map(cells, systems))
 
 
 def _loss(trial: Trial) -> float:

@@ -126,6 +126,12 @@ def test_methods_of_whole_models_are_settings_of_one_run_file(options):
     assert muloco.optimizer.name == "muon" and muloco.wire.updates == "int2_hadamard"
 
 
+def test_quick_whole_models_end_on_a_round(options):
+    options = replace(options, whole=True, overrides=())
+    for system in options.systems:
+        assert load_config(systems.RUN_FILE, systems.overrides_of(system, options)).run.windows == systems.ROUND
+
+
 def test_costs_are_read_from_what_clients_print(tmp_path):
     folder = RunFolder(tmp_path)
     assert runs.client_costs(folder) is None

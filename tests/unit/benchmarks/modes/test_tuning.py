@@ -13,7 +13,7 @@ import pytest
 from benchmarks.modes import tuning
 from benchmarks.modes.comparison import Run
 from benchmarks.modes.systems import CENTRALIZED, RUN_FILE, ModesOptions, System, overrides_of
-from benchmarks.modes.tuning import Trial, at_rate, best_rates, tried
+from benchmarks.modes.tuning import Trial, at_rate, best_rates, table, tried
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import ConfigError
 
@@ -41,6 +41,19 @@ def test_the_rate_of_the_lowest_loss() -> None:
     ]  # fmt: skip
     assert best_rates(trials) == {CENTRALIZED: 2e-3, System("synchronous"): 2e-3, SEQUENTIAL: 1e-3}
     assert best_rates([]) == {}
+
+
+def test_table() -> None:
+    trials = [
+        trial(CENTRALIZED, 1e-3, 6.5), trial(CENTRALIZED, 2e-3, 6.4), trial(SEQUENTIAL, 1e-3, 6.8),
+        trial(SEQUENTIAL, 2e-3, 6.9),
+    ]  # fmt: skip
+    assert table([trial.row() for trial in trials]).splitlines() == [
+        "| held-out loss at learning rate | 1.0e-03 | 2.0e-03 |",
+        "| --- | --: | --: |",
+        "| centralized | 6.500 | **6.400** |",
+        "| sequential, average every 10 | **6.800** | 6.900 |",
+    ]
 
 
 def test_a_rate_comes_after_what_the_user_set() -> None:

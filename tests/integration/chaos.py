@@ -179,8 +179,8 @@ def schedule(seed: int) -> tuple[str, list[Kill]]:
     return mode, sorted(set(kills))
 
 
-def main() -> int:
-    """Run as the command line says; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The program's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, metavar="M", help="how long to draw schedules")
     parser.add_argument("--seed", type=int, metavar="N", help="one schedule")
@@ -189,7 +189,12 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as a record")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs' folders here")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run as the command line says; returns the exit code."""
+    options = build_parser().parse_args()
     fork_quickly()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="chaos"))
     folder.mkdir(parents=True, exist_ok=True)

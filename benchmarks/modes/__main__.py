@@ -22,7 +22,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("runs/bench-modes"), metavar="DIR", help="for the runs")
     parser.add_argument("--windows", type=int, metavar="N", help="windows of each run (default: the run file's)")
     parser.add_argument("--staleness", action="store_true", help="exact windows beside bounded staleness instead")
-    parser.add_argument("--whole", action="store_true", help="clients that hold the whole model instead")
+    parser.add_argument("--whole", action="store_true", help="clients that hold the whole model or take turns instead")
+    parser.add_argument(
+        "--learning-rates", type=float, nargs="+", default=[], metavar="LR", help="try these, for each system its best"
+    )
+    parser.add_argument("--tuning-windows", type=int, metavar="N", help="windows of each try (default: as compared)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/wikitext.yaml")
     return parser
 

@@ -13,6 +13,8 @@ from typing import Any
 from benchmarks.modes.comparison import check_same_batches, draw, final, rows, table
 from benchmarks.modes.runs import check_same_text, finished, text_facts
 from benchmarks.modes.systems import CENTRALIZED, NUM_RANKS, RUN_FILE, ModesOptions, overrides_of
+from benchmarks.modes.tuning import at_rate, best_rates, tried
+from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -24,10 +26,13 @@ def bench_modes(options: ModesOptions) -> None:
     Raises a UserError when the settings or the text are wrong or a run fails, naming its log.
     """
     exit_on_sigterm()
-    configs = {system: load_config(RUN_FILE, overrides_of(system, options)) for system in options.systems}
     commit = source_commit()
+    trials = tried(options, commit) if options.learning_rates else []
+    best = best_rates(trials)
+    tuned = {system: at_rate(options, best.get(system)) for system in options.systems}
+    configs = {system: load_config(RUN_FILE, overrides_of(system, theirs)) for system, theirs in tuned.items()}
     reference = configs[CENTRALIZED].run.directory
-    runs = [finished(system, config, options, commit, reference) for system, config in configs.items()]
+    runs = [finished(system, config, tuned[system], commit, reference) for system, config in configs.items()]
     check_same_batches(runs)
     check_same_text([config.run.directory for config in configs.values()])
     final_rows = final(runs, CENTRALIZED.name)
@@ -40,7 +45,10 @@ def bench_modes(options: ModesOptions) -> None:
         ranks=NUM_RANKS,
         text=text_facts(reference),
         final=final_rows,
+        **({"tuning": [trial.row() for trial in trials]} if trials else {}),
     )
+    if trials:
+        print(f"\n{tuning_table([trial.row() for trial in trials])}", flush=True)
     drawn = options.out.with_suffix(".png")
     draw(drawn, runs, CENTRALIZED.name)
     print(f"\n{table(final_rows, CENTRALIZED.name)}\n\nrecord  {options.out}\npicture {drawn}", flush=True)

@@ -51,7 +51,11 @@ class Run:
 
 
 def check_same_batches(runs: Sequence[Run]) -> None:
-    """RunError unless all runs had the same tokens, masked tokens and held-out text."""
+    """RunError unless all runs had the same tokens, masked tokens and held-out text.
+
+    Where clients take turns a window is one client's, so its batches differ by design: of such a
+    run only held-out text and number of windows are checked.
+    """
     first = runs[0]
     for run in runs[1:]:
         if run.unigram_loss != first.unigram_loss:
@@ -60,6 +64,8 @@ def check_same_batches(runs: Sequence[Run]) -> None:
             raise RunError(
                 f"{run.system.label}: {len(run.windows)} windows, {first.system.label} has {len(first.windows)}"
             )
+        if run.system.takes_turns:
+            continue
         for mine, theirs in zip(run.windows, first.windows, strict=True):
             if (mine.tokens, mine.masked_tokens) != (theirs.tokens, theirs.masked_tokens):
                 raise RunError(
@@ -95,14 +101,15 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
 
     def cells(row: Mapping[str, Any]) -> list[str]:
         label = System(row["system"], row["average_every"], row.get("staleness", 0)).label
-        losses = [label, f"{row['training_loss']:.3f}", f"{row['held_out_loss']:.3f}"]
+        rate = [f"{row['learning_rate']:.1e}"] if rates else []
+        losses = [label, *rate, f"{row['training_loss']:.3f}", f"{row['held_out_loss']:.3f}"]
         if row["system"] == baseline:
-            return losses + [""] * (len(heads) - 3)
+            return losses + [""] * (len(heads) - len(losses))
         halves = row["bytes_per_token_averaging"]
         return [
             *losses,
             _signed(row["held_out_difference"]),
-            _significant(row["largest_difference"]),
+            "" if row["largest_difference"] is None else _significant(row["largest_difference"]),
             _significant(row["largest_weight_difference"]),
             f"{row['bytes_per_token'] - halves:,.0f}",
             f"{halves:,.0f}",
@@ -111,16 +118,21 @@ def table(final_rows: Sequence[Mapping[str, Any]], baseline: str) -> str:
 
     # Records of before have no costs of clients.
     costs = any(row.get("client_flops_per_token") for row in final_rows)
-    heads = ["system", "training loss, end", "held-out loss", f"above {baseline}"]
+    rates = len({row.get("learning_rate") for row in final_rows}) > 1
+    heads = ["system", *(["learning rate"] if rates else [])]
+    heads += ["training loss, end", "held-out loss", f"above {baseline}"]
     heads += ["largest difference: a window's loss", "a weight, at the end"]
     heads += ["bytes per token: activations and gradients", "client updates"]
     heads += ["client FLOP per token", "client peak memory"] if costs else []
-    word_frequency = ["word frequency alone", "", f"{final_rows[0]['unigram_loss']:.3f}"] + [""] * (len(heads) - 3)
+    word_frequency = [""] * len(heads)
+    word_frequency[0] = "word frequency alone"
+    word_frequency[heads.index("held-out loss")] = f"{final_rows[0]['unigram_loss']:.3f}"
     return markdown(heads, [word_frequency, *map(cells, final_rows)])
 
 
 def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
-    """Smoothed training loss against tokens, a line a system; below, the difference to baseline."""
+    """Smoothed training loss against tokens, a line a system; below, the difference to baseline,
+    but where clients take turns: their windows are of other text."""
     reference, colors = smoothed(_find(runs, baseline).windows), cycle(COLORS)
     with picture(path, 8, 7, rows=2, sharex=True, height_ratios=(3, 2)) as (_, (losses, differences)):
         for run in runs:
@@ -132,7 +144,9 @@ def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
             if run.system.name != baseline:
                 style = {"color": next(colors), "linewidth": 1.4}
             losses.plot(tokens, curve, label=label, **style)
-            differences.plot(tokens, [mine - theirs for mine, theirs in zip(curve, reference, strict=True)], **style)
+            if not run.system.takes_turns:
+                above = [mine - theirs for mine, theirs in zip(curve, reference, strict=True)]
+                differences.plot(tokens, above, **style)
         label = f"word frequency alone: held out {runs[0].unigram_loss:.2f}"
         losses.axhline(runs[0].unigram_loss, color=REFERENCE, linewidth=1.0, linestyle="--", label=label)
         losses.set_ylabel("training loss, smoothed,\nnats per masked token")
@@ -146,18 +160,19 @@ def draw(path: Path, runs: Sequence[Run], baseline: str) -> None:
 def _final(run: Run, reference: Run) -> dict[str, Any]:
     whole = summary(run.windows)
     last = summary(run.windows[-max(1, len(run.windows) // LAST_SHARE) :])
-    largest = max(abs(mine.loss - theirs.loss) for mine, theirs in zip(run.windows, reference.windows, strict=True))
+    pairs = [] if run.system.takes_turns else list(zip(run.windows, reference.windows, strict=True))
     return {
         "system": run.system.name,
         "average_every": run.system.average_every,
         "staleness": run.system.staleness,
+        "learning_rate": max(row.learning_rate for row in run.windows),
         "windows": whole.windows,
         "tokens": whole.tokens,
         "training_loss": last.loss,
         "held_out_loss": run.held_out_loss,
         "unigram_loss": run.unigram_loss,
         "held_out_difference": run.held_out_loss - reference.held_out_loss,
-        "largest_difference": largest,
+        "largest_difference": max((abs(mine.loss - theirs.loss) for mine, theirs in pairs), default=None),
         "largest_weight_difference": run.weight_difference,
         "bytes_per_token": whole.bytes_per_token,
         "bytes_per_token_up": whole.bytes_per_token_up,

@@ -26,6 +26,11 @@ class System:
     """Windows a client may begin before the exchange of earlier ones is done."""
 
     @property
+    def takes_turns(self) -> bool:
+        """One client at a time trains, so that no window holds the batches of the others'."""
+        return self.name == "sequential"
+
+    @property
     def label(self) -> str:
         """For a reader."""
         every = f", average every {self.average_every}" if self.average_every else ""
@@ -66,7 +71,14 @@ WHOLE_MODEL = {
     ),
 }
 """Methods of clients that hold the whole model, and what each sets beside the cut."""
-WHOLE_SYSTEMS = (CENTRALIZED, System("synchronous"), *(System(name, ROUND) for name in WHOLE_MODEL))
+TURN = 10
+"""Windows in which one client trains before the next one's turn, in `sequential` mode."""
+WHOLE_SYSTEMS = (
+    CENTRALIZED,
+    System("synchronous"),
+    System("sequential", TURN),
+    *(System(name, ROUND) for name in WHOLE_MODEL),
+)
 QUICK_SYSTEMS = (CENTRALIZED, System("synchronous"), System("parallel", 5))
 QUICK = (
     "run.windows=12",
@@ -79,6 +91,8 @@ QUICK = (
     "clients.local=2",
 )
 """What makes a run file a matter of a minute: it shows that everything works, and nothing else."""
+QUICK_WHOLE = (*QUICK, f"run.windows={ROUND}")
+"""The same for whole models: a round has to end."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,10 @@ class ModesOptions:
     """Compare exact windows with bounded staleness, not rarer averages."""
     whole: bool = False
     """Compare a body at the server with clients that hold the whole model."""
+    learning_rates: tuple[float, ...] = ()
+    """Each system's own is the best of these; none: the run file's for all."""
+    tuning_windows: int | None = None
+    """Windows of each run that tries a learning rate; None: as many as are compared."""
     overrides: tuple[str, ...] = ()
     """`section.key=value`, for every system alike."""
 
@@ -117,7 +135,7 @@ def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
     every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
     stale = (f"federation.staleness={system.staleness}",) if system.staleness else ()
     return (
-        *(QUICK if options.quick else ()),
+        *(() if not options.quick else QUICK_WHOLE if options.whole else QUICK),
         *options.overrides,
         f"data.source={json.dumps([options.data])}",
         f"run.directory={json.dumps(str(options.work / system.slug))}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from fedbert_ds.errors import WireError
@@ -62,10 +62,6 @@ class Guests:
     def rank(self, name: str) -> int | None:
         """A rank by its name at the endpoint; None if it is not one of this run."""
         return self._ranks.index(name) if name in self._ranks else None
-
-    def is_all(self, ranks: Collection[int]) -> bool:
-        """Whether these are all ranks of the run."""
-        return len(ranks) == len(self._ranks)
 
     def admit(self, rank: int, admit: pb.Admit) -> None:
         """Admit clients of a rank, and tell it so. Raises WireError for an impossible name."""

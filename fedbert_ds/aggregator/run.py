@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from fedbert_ds.aggregator.expectations import Expectations
 from fedbert_ds.aggregator.folder import AggregatorFolder
 from fedbert_ds.aggregator.guests import Beginning, Guests, RunEndpoint
 from fedbert_ds.aggregator.reference_messages import ReferenceMessages
+from fedbert_ds.aggregator.roll_back import RollBack
 from fedbert_ds.aggregator.update_inbox import Shapes, UpdateInbox
+from fedbert_ds.aggregator.window_updates import Committed, WindowUpdates
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks, global_norm
+from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
-from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import cut_to_json
@@ -60,31 +60,17 @@ class AggregatedRun:
         self._endpoint, self._outbox = endpoint, Outbox(endpoint)
         self._folder = folder
         self._strategy = strategy_of(config.federation, config.wire, config.cut)
-        self._clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
         self._aggregator = Aggregator(
             model.weights, self._strategy, config.optimizer, config.run.windows, rule_of(config.federation)
         )
         # The order of a rank's own sums, whose result must be the same bit for bit.
         self._shapes = {name: model.exchanged[name] for name in sorted(model.exchanged)}
-        self._exchange = UpdateExchange(self._combined)
-        self._expectations = Expectations(len(sessions))
+        clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
+        self._updates = WindowUpdates(self._combined, len(sessions), config.federation.staleness, clips)
         self._inbox = UpdateInbox(model.exchanged, self._aggregator.shapes, self._strategy.update_codec)
         self._guests = Guests(endpoint, sessions)
-        self._early: dict[tuple[int, str], Callable[[], ClientUpdate]] = {}
-        """Updates that came before every rank had announced their window."""
-        self._held: tuple[int, dict[str, Tensor]] | None = None
-        """A combined update, until the ranks commit its window."""
-        self._scales: dict[int, float] = {}
-        """Committed windows whose update is not applied yet."""
         self._has_begun = False
-        self._attempt = 0
-        """How often windows were undone, as the ranks count."""
-        self._undoing: set[int] = set()
-        """Ranks that have undone windows, while others have not."""
-        self._waiting: list[pb.BeginClient] = []
-        """Clients to begin once the windows are undone at every rank."""
-        self._rolled_back: set[str] = set()
-        """Clients that have not heard of the last time."""
+        self._roll_back = RollBack(len(sessions))
         self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
         self._collected: dict[str, ClientUpdate] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
@@ -97,7 +83,7 @@ class AggregatedRun:
     @property
     def is_busy(self) -> bool:
         """An update is being combined, which no event ends."""
-        return self._exchange.is_combining
+        return self._updates.is_combining
 
     # -- from ranks --------------------------------------------------------------------------------
 
@@ -117,15 +103,13 @@ class AggregatedRun:
             case "expect":
                 self._expect(rank, order.expect)
             case "drop":
-                self._forget(order.drop.client)
+                self._updates.forget(order.drop.client)
                 if order.drop.gone and order.drop.client in self._guests.here:
                     self._part_with(order.drop.client, "the server has ended this client's part in the run")
             case "undo":
                 self._undo(rank, order.undo)
             case "commit":
-                if not 0.0 < order.commit.scale <= 1.0 or order.commit.window in self._scales:
-                    raise WireError(f"rank {rank}: window {order.commit.window} committed twice or badly scaled")
-                self._scales[order.commit.window] = order.commit.scale
+                self._updates.commit(order.commit.window, order.commit.scale)
             case "save":
                 self._save(order.save.window)
             case "conclude":
@@ -145,17 +129,10 @@ class AggregatedRun:
 
     def _expect(self, rank: int, expect: pb.Expect) -> None:
         here = [client for client in expect.clients if client in self._guests.here]
-        expectation = self._expectations.add(rank, expect.window, expect.average, here)
-        if expectation is None:
-            return
-        self._exchange.expect(expectation.window, expectation.clients, expectation.average)
-        for place in [place for place in self._early if place[0] <= expectation.window]:
-            decode = self._early.pop(place)
-            self._exchange.deliver(*place, decode)
+        self._updates.expect(rank, expect.window, expect.average, here)
 
     def _begin(self, begin: pb.BeginClient) -> None:
-        if self._undoing:
-            self._waiting.append(begin)
+        if self._roll_back.waits(begin):
             return
         own_state = None if begin.reference else self._aggregator.reference().version
         self._guests.let_begin(begin.client, Beginning(begin.attempt, own_state))
@@ -163,32 +140,19 @@ class AggregatedRun:
 
     def _undo(self, rank: int, undo: pb.Undo) -> None:
         """Forget the windows from this one on, with the last rank that says so."""
-        if undo.attempt <= self._attempt:
-            raise WireError(f"rank {rank}: windows undone for time {undo.attempt} after time {self._attempt}")
-        if not self._exchange.is_idle:
-            raise WireError(f"window {undo.window} is to be undone while it is being combined")
-        self._undoing.add(rank)
-        if not self._guests.is_all(self._undoing):
+        if not self._roll_back.add(rank, undo.attempt):
             return
-        self._undoing.clear()
-        self._attempt = undo.attempt
-        self._expectations.undo(undo.window)
-        self._early = {place: update for place, update in self._early.items() if place[0] < undo.window}
-        self._scales = {window: scale for window, scale in self._scales.items() if window < undo.window}
-        if self._held is not None and self._held[0] >= undo.window:
-            self._held = None
+        self._updates.undo(undo.window)
         if self._aggregator.reference().version > undo.window:
             self._aggregator.load(self._folder.load(undo.window, self._aggregator.shapes))
-        self._rolled_back = set(self._guests.under_way)
-        for client in self._rolled_back:
+        for client in self._guests.under_way:
             self._inbox.drop(client)
         self._guests.tell_all_ranks(pb.Report(undone=pb.Undone(attempt=undo.attempt)))
-        waiting, self._waiting = self._waiting, []
-        for begin in waiting:
+        for begin in self._roll_back.undone(self._guests.under_way):
             self._begin(begin)
 
     def _save(self, window: int) -> None:
-        if not self._exchange.is_idle or self._held is not None:
+        if not self._updates.is_idle:
             raise WireError(f"window {window} is to be saved while an earlier one is being combined")
         self._folder.save(window, self._aggregator.reference())
         self._guests.tell_rank(0, pb.Report(saved=pb.SavedReference(window=window)))
@@ -224,20 +188,14 @@ class AggregatedRun:
 
     def receive(self, client: str, message: pb.ClientMessage) -> None:
         """Take a client's message; one that does not fit ends its part in the run."""
-        if client not in self._guests.here:
+        if client not in self._guests.here or not self._roll_back.hears(client, message):
             return
-        if message.HasField("begun"):
-            if message.begun.attempt == self._attempt:
-                self._rolled_back.discard(client)
-            return
-        if client in self._rolled_back:
-            return  # sent before it heard of the last roll-back
         try:
             arrived = self._inbox.receive(client, message)
             if arrived.decode is not None and arrived.is_model:
                 self._collected[client] = arrived.decode()
             elif arrived.decode is not None:
-                self._deliver(client, arrived.window, arrived.decode)
+                self._updates.deliver(client, arrived.window, arrived.decode)
         except WireError as error:
             self._lose(client, str(error))
             return
@@ -252,32 +210,17 @@ class AggregatedRun:
         if was_here and not self._is_concluded:
             self._lose(client, f"client {client} lost its connection to the aggregator", may_return=True)
 
-    def _deliver(self, client: str, window: int, decode: Callable[[], ClientUpdate]) -> None:
-        if window <= self._expectations.complete:
-            self._exchange.deliver(window, client, decode)
-            return
-        early = [place for place in self._early if place[1] == client]
-        if (window, client) in early or len(early) > self._config.federation.staleness:
-            raise WireError(f"client {client}: an update of window {window}, which is not under way")
-        self._early[window, client] = decode
-
     def _lose(self, client: str, reason: str, may_return: bool = False) -> None:
         """A client is gone, and its rank does not know yet; whether it may join again."""
         lost = pb.Lost(client=client, reason=reason, may_return=may_return)
         self._guests.tell_rank_of(client, pb.Report(lost=lost))
-        self._forget(client)
+        self._updates.forget(client)
         self._part_with(client, reason)
-
-    def _forget(self, client: str) -> None:
-        """Await nothing more from a client. What it delivered counts, as it does among ranks."""
-        delivered = {window for window, name in self._early if name == client}
-        self._expectations.drop(client, delivered)
-        self._exchange.forget(client)
 
     def _part_with(self, client: str, reason: str) -> None:
         self._guests.part_with(client)
         self._inbox.drop(client)
-        self._rolled_back.discard(client)
+        self._roll_back.forget(client)
         self._outbox.close(client, pb.ServerMessage(refused=pb.Refused(reason=reason)))
 
     # -- out ---------------------------------------------------------------------------------------
@@ -285,21 +228,16 @@ class AggregatedRun:
     def attend(self) -> None:
         """Combine, apply and send what is due. Raises errors of the threads."""
         self._outbox.check()
-        for client, error in self._exchange.take_unsound():
+        for client, error in self._updates.take_unsound():
             if not isinstance(error, WireError):
                 raise error
             if client in self._guests.here:
                 self._lose(client, str(error))
-        # One at a time: the next may build on what this one moves the reference to.
-        if self._held is None and (combined := self._exchange.poll()) is not None:
-            self._held = combined
-            window, tensors = combined
-            norm = global_norm(tensors) if self._clips else 0.0
+        if (combined := self._updates.take_combined()) is not None:
+            window, norm = combined
             self._guests.tell_all_ranks(pb.Report(combined=pb.Combined(window=window, norm=norm)))
-        if self._held is not None and self._held[0] in self._scales:
-            window, tensors = self._held
-            self._held = None
-            self._hand_out(window, tensors, self._scales.pop(window))
+        if (committed := self._updates.take_committed()) is not None:
+            self._hand_out(committed)
         if self._concluding is not None:
             conclude, deadline = self._concluding
             if self._collected.keys() >= self._guests.under_way or time.monotonic() > deadline:
@@ -316,7 +254,7 @@ class AggregatedRun:
             self._endpoint.close(client, pb.ServerMessage(finish=finish))
         if report is not None:
             self._guests.part_with_ranks(report)
-        self._exchange.close()
+        self._updates.close()
         self._aggregator.close()
 
     def _combined(self, updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
@@ -327,9 +265,9 @@ class AggregatedRun:
             return self._aggregator.unchanged(self._shapes)
         return self._aggregator.answer(result) if average else result
 
-    def _hand_out(self, window: int, tensors: dict[str, Tensor], scale: float) -> None:
-        """A window is committed: move the reference, and give clients the same."""
-        combined = {name: tensor * scale for name, tensor in tensors.items()} if scale < 1.0 else tensors
+    def _hand_out(self, committed: Committed) -> None:
+        """Move the reference by a committed update, and give clients the same."""
+        window, combined = committed
         self._aggregator.apply(window, combined)
         codec, compressed = self._strategy.update_codec, self._config.wire.is_compressed
 

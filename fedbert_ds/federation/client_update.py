@@ -124,8 +124,9 @@ class UpdateAssembler:
     def take(self, chunk: pb.UpdateChunk) -> bool:
         """Keep a chunk's bytes; True for the last one. WireError on anything unexpected."""
         if chunk.last:
-            # A count of tokens; NaN or infinity would spread to everybody's average.
-            if not 0 <= chunk.weight <= LARGEST_WEIGHT:
+            # A count of tokens. NaN or infinity would spread to everybody's average, and with tiny
+            # fractions a product over a sum is no longer exact.
+            if not (0 <= chunk.weight <= LARGEST_WEIGHT and chunk.weight.is_integer()):
                 raise WireError(f"{self._who}: a weight of {chunk.weight}")
             for name, tensor_shape in self._shapes.items():
                 buffer = self._buffers.get(name)

@@ -31,6 +31,7 @@ from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
+from fedbert_ds.server.remote_aggregator import RemoteAggregator
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -45,8 +46,7 @@ class ClientService:
 
     `take_event(seconds)` returns the rank's next event, `on_join` takes the joins among them. A
     client that breaks the protocol is refused alone. `has_state(client, window)` says that a client
-    has a state of its own of this window, and begins with it. Without an aggregator here,
-    `exchange` is that of another party's.
+    has a state of its own of this window, and begins with it. `exchange` fits the `aggregator`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class ClientService:
         on_join: Callable[[JoinAsked | JoinAbandoned], None],
         has_state: Callable[[str, int], bool],
         trace: Trace,
-        aggregator: Aggregator | None,
+        aggregator: Aggregator | RemoteAggregator,
         update_codec: str,
         compressed: bool,
         holds_updates: bool = False,
@@ -200,7 +200,7 @@ class ClientService:
         """Give what a window's updates were combined to, fp32 by name, to the aggregator and all
         clients.
         """
-        assert self._aggregator is not None
+        assert isinstance(self._aggregator, Aggregator)
         self._aggregator.apply(window, tensors)
         self._reference = None
 
@@ -220,8 +220,8 @@ class ClientService:
         self._attempt += 1
         self._rolled_back = set(self._queue.clients)
         self.plans.clear()
-        if isinstance(self._exchange, RemoteExchange):
-            self._exchange.undo(window, self._attempt, self.attend)
+        if isinstance(self._aggregator, RemoteAggregator):
+            self._aggregator.undo(window, self._attempt, self.attend)
         self.norms.clear()
         self._held.clear()
         for client in sorted(self._rolled_back & self._queue.clients):
@@ -272,7 +272,7 @@ class ClientService:
     def finish(self, reason: str, complete: bool) -> None:
         """Tell clients that the run is over. A run that is not `complete` may be resumed."""
         self._exchange.close()
-        if self._aggregator is not None:
+        if isinstance(self._aggregator, Aggregator):
             self._aggregator.close()
         finish = pb.Finish(reason=reason, complete=complete)
         for client in self._queue.clients:
@@ -305,9 +305,11 @@ class ClientService:
         """
         if kept is None and self.restored is not None and self._has_state(client, self.restored):
             kept = self.restored
-        if isinstance(self._exchange, RemoteExchange):
-            self._exchange.begin(client, self._attempt, with_reference=kept is None)
-        reference = self._aggregator.reference() if kept is None and self._aggregator is not None else None
+        reference = None
+        if isinstance(self._aggregator, RemoteAggregator):
+            self._aggregator.begin(client, self._attempt, with_reference=kept is None)
+        elif kept is None:
+            reference = self._aggregator.reference()
         cursor = self._cursors.committed.get(client)
         begin = pb.Begin(
             attempt=self._attempt,

@@ -30,7 +30,8 @@ from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
 from fedbert_ds.server.queue.pipeline_queue import Pack, PipelineQueue
 from fedbert_ds.server.rank_group import RankGroup
-from fedbert_ds.server.remote_exchange import Line, RemoteExchange
+from fedbert_ds.server.remote_aggregator import Line, RemoteAggregator
+from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
@@ -51,10 +52,10 @@ class Rooms:
     trace: Trace
     queue: PipelineQueue
     exchange: UpdateExchange | RemoteExchange
-    remote: RemoteExchange | None
-    """`exchange`, where another party is the aggregator."""
+    remote: RemoteAggregator | None
+    """The aggregator of another party, if there is one."""
     aggregator: Aggregator | None
-    """None where another party is."""
+    """This rank's own, if there is none."""
     cursors: Cursors
     inbox: Inbox
     outbox: Outbox
@@ -97,13 +98,13 @@ def build_rooms(
     waits = config.clients.on_loss == "wait"
     queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
     cursors = Cursors({})
-    if isinstance(aggregator, Aggregator):
-        own, remote = aggregator, None
-        exchange: UpdateExchange | RemoteExchange = _exchange(contract, aggregator, rank_group)
-        revoke: Callable[[str], None] = endpoint.revoke
+    owner = aggregator if isinstance(aggregator, Aggregator) else RemoteAggregator(aggregator, first_window)
+    revoke: Callable[[str], None] = endpoint.revoke
+    if isinstance(owner, Aggregator):
+        exchange: UpdateExchange | RemoteExchange = _exchange(contract, owner, rank_group)
     else:
-        own, remote = None, RemoteExchange(aggregator, queue.deadlines, first_window)
-        exchange, revoke = remote, _both(endpoint.revoke, remote.part_with)
+        exchange = RemoteExchange(owner, queue.deadlines)
+        revoke = _both(endpoint.revoke, owner.part_with)
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
@@ -118,7 +119,7 @@ def build_rooms(
         on_join,
         members.has_state,
         trace,
-        own,
+        owner,
         contract.update_codec,
         config.wire.is_compressed,
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
@@ -135,8 +136,8 @@ def build_rooms(
         trace=trace,
         queue=queue,
         exchange=exchange,
-        remote=remote,
-        aggregator=own,
+        remote=owner if isinstance(owner, RemoteAggregator) else None,
+        aggregator=owner if isinstance(owner, Aggregator) else None,
         cursors=cursors,
         inbox=inbox,
         outbox=outbox,

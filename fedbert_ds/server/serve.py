@@ -86,14 +86,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         engine = _engine(config, body)
         del body
         expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
-        elsewhere = None
-        if config.aggregator is not None:
-            words, padding = len(tokenizer), tokenizer.pad_token_id
-            elsewhere = Elsewhere(config, ranks, words, padding, expectation.shape_hash)
-            at_end.callback(elsewhere.stop)
-            saved_there = elsewhere.open(resume)
-            if expectation.saved_windows is not None:
-                expectation = replace(expectation, saved_windows=expectation.saved_windows & saved_there)
+        elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
             at_end.callback(folder.hide_address)
@@ -252,6 +245,22 @@ def _expectation(
     clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
+
+
+def _open_elsewhere(
+    config: RunConfig, ranks: RankGroup, resume: bool, tokenizer: Any, expectation: Expectation, at_end: ExitStack
+) -> tuple[Elsewhere | None, Expectation]:
+    """The aggregator of another party, if there is one; what has been saved there, too, is
+    expected.
+    """
+    if config.aggregator is None:
+        return None, expectation
+    elsewhere = Elsewhere(config, ranks, len(tokenizer), tokenizer.pad_token_id, expectation.shape_hash)
+    at_end.callback(elsewhere.stop)
+    saved = elsewhere.open(resume)
+    if expectation.saved_windows is not None:
+        expectation = replace(expectation, saved_windows=expectation.saved_windows & saved)
+    return elsewhere, expectation
 
 
 def _admission_elsewhere(config: RunConfig, rooms: Rooms) -> Callable[[dict[str, str]], None]:

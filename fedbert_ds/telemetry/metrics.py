@@ -54,7 +54,7 @@ class WindowMetrics:
     update_bytes_down: int
     """Bytes to clients as combined updates; the reference they begin with is left out."""
     clients: int
-    """Clients that took part."""
+    """Clients that were connected, whether they took part or not."""
     learning_rate: float
     """Learning rate of the step."""
 

@@ -43,9 +43,9 @@ MODES: dict[str, dict[str, Any]] = {
     "synchronous": {},
     "parallel": {"federation": {"mode": "parallel", "average_every": 2}},
     "sequential": {"federation": {"mode": "sequential", "average_every": 2}},
-    "synchronous, aggregator elsewhere": {"optimizer": {"gradient_clipping": 0.05}, "aggregator": {}},
-    "parallel, aggregator elsewhere": {"federation": {"mode": "parallel", "average_every": 2}, "aggregator": {}},
-    "sequential, aggregator elsewhere": {"federation": {"mode": "sequential", "average_every": 2}, "aggregator": {}},
+    "synchronous-elsewhere": {"optimizer": {"gradient_clipping": 0.05}, "aggregator": {}},
+    "parallel-elsewhere": {"federation": {"mode": "parallel", "average_every": 2}, "aggregator": {}},
+    "sequential-elsewhere": {"federation": {"mode": "sequential", "average_every": 2}, "aggregator": {}},
     "whole": {
         "cut": "whole",
         "federation": {"mode": "parallel", "average_every": 2, "server_optimizer": "nesterov"},
@@ -179,8 +179,8 @@ def schedule(seed: int) -> tuple[str, list[Kill]]:
     return mode, sorted(set(kills))
 
 
-def main() -> int:
-    """Run as the command line says; returns the exit code."""
+def build_parser() -> argparse.ArgumentParser:
+    """The program's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.0, metavar="M", help="how long to draw schedules")
     parser.add_argument("--seed", type=int, metavar="N", help="one schedule")
@@ -189,7 +189,12 @@ def main() -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of the table")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as a record")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs' folders here")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Run as the command line says; returns the exit code."""
+    options = build_parser().parse_args()
     fork_quickly()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="chaos"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +224,7 @@ def _drawn(folder: Path, minutes: float, first_seed: int, only: int | None) -> i
 def _table(folder: Path, modes: Sequence[str], out: Path | None) -> int:
     rng, rows = random.Random(0), []
     commit = source_commit()
-    print(f"{'mode':<34} {'killed':<15} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
+    print(f"{'mode':<24} {'killed':<15} " + " ".join(f"{phase:<12}" for phase in PHASES), flush=True)
     for mode in modes:
         undisturbed = train(folder, f"{mode}, undisturbed", mode, [])
         for victim in [*VICTIMS, *[ELSEWHERE] * ("aggregator" in MODES[mode])]:
@@ -229,7 +234,7 @@ def _table(folder: Path, modes: Sequence[str], out: Path | None) -> int:
                 same = _is_same(folder, f"{mode}, {victim}, {phase}", mode, kills, undisturbed)
                 cells[phase] = "identical" if same else "DIFFERENT"
             rows.append({"mode": mode, "killed": victim, **cells})
-            print(f"{mode:<34} {victim:<15} " + " ".join(f"{cell:<12}" for cell in cells.values()), flush=True)
+            print(f"{mode:<24} {victim:<15} " + " ".join(f"{cell:<12}" for cell in cells.values()), flush=True)
             if out is not None:
                 command = f"python tests/integration/chaos.py --table --out {out}"
                 write_record(out, command=command, commit=commit, rows=rows, windows=WINDOWS, save_every=SAVE_EVERY)

@@ -19,8 +19,8 @@ import fedbert_ds.aggregator.process
 import fedbert_ds.client.session
 import fedbert_ds.client.trainer
 import fedbert_ds.server.serve  # noqa: F401
+from fedbert_ds.server.control_line import ControlLine
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.stream import ControlStream
 
 PHASES = ("manifest", "activations", "waiting", "gradient", "averaging", "commit", "checkpoint")
 
@@ -80,8 +80,8 @@ def _hang_up(kill: Kill, folder: Path) -> None:
         return
     _mark(folder, kill).touch()
     print(f"--- {kill}", flush=True)
-    for line in [thing for thing in gc.get_objects() if isinstance(thing, ControlStream)]:
-        line._hang_up()
+    for line in [thing for thing in gc.get_objects() if isinstance(thing, ControlLine)]:
+        line.stop()
 
 
 def _before(
@@ -148,6 +148,7 @@ def _arm_aggregator(kill: Kill, folder: Path) -> None:
     from fedbert_ds.aggregator.folder import AggregatorFolder
     from fedbert_ds.aggregator.guests import Guests
     from fedbert_ds.aggregator.run import AggregatedRun
+    from fedbert_ds.federation.aggregator import Aggregator
 
     def of_window(_: Any, window: int, *__: Any) -> bool:
         return window == kill.window
@@ -160,7 +161,7 @@ def _arm_aggregator(kill: Kill, folder: Path) -> None:
         case "averaging":
             _before(Guests, "tell_all_ranks", lambda _, report: report.combined.window == kill.window, kill, folder)
         case "commit":
-            _before(AggregatedRun, "_hand_out", of_window, kill, folder, after=True)
+            _before(Aggregator, "apply", of_window, kill, folder, after=True)
         case "checkpoint":
             _before(AggregatorFolder, "save", of_window, kill, folder, after=True)
 
@@ -173,7 +174,7 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     from fedbert_ds.server.inbox import Inbox
     from fedbert_ds.server.micro_batches import MicroBatches
     from fedbert_ds.server.queue.decisions import Plan
-    from fedbert_ds.server.remote_exchange import RemoteExchange
+    from fedbert_ds.server.rooms import Rooms
 
     running: list[int] = []
     """Windows that have begun and not stepped."""
@@ -194,8 +195,8 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
     def of_window(_: Any, window: int, *__: Any) -> bool:
         return window == kill.window
 
-    def of_window_elsewhere(service: ClientService, window: int, *_: Any) -> bool:
-        return window == kill.window and isinstance(service._exchange, RemoteExchange)
+    def of_window_elsewhere(rooms: Rooms, window: int, _: float) -> bool:
+        return window == kill.window and rooms.remote is not None
 
     # Without a body the ranks wait for reports.
     match kill.phase:
@@ -213,7 +214,7 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
             )
         case "averaging":
             _before(ClientService, "send_combined", of_window, kill, folder)
-            _before(ClientService, "commit", of_window_elsewhere, kill, folder)
+            _before(Rooms, "commit_elsewhere", of_window_elsewhere, kill, folder)
         case "commit":
             for engine in (BodyEngine, NoBody):
                 _before(engine, "step", in_window, kill, folder, after=True)

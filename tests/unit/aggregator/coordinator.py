@@ -21,6 +21,7 @@ from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.control_line import ControlLine, open_run
 from fedbert_ds.server.queue.deadlines import Deadlines
+from fedbert_ds.server.remote_aggregator import RemoteAggregator
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.stream import AggregatorStream
@@ -81,7 +82,8 @@ class Rank:
     def __init__(self, config: RunConfig, rank: int, session: str, window: int = 0) -> None:
         assert config.aggregator is not None
         self.line = ControlLine(config.aggregator.address, None, rank, session, reconnect_timeout=5.0)
-        self.exchange = RemoteExchange(self.line, Deadlines(), window)
+        self.remote = RemoteAggregator(self.line, window)
+        self.exchange = RemoteExchange(self.remote, Deadlines())
         self.line.start()
 
     def combined(self) -> int:
@@ -152,9 +154,9 @@ def federation(
     sessions = opened(config, len(clients), resume).sessions
     ranks = [Rank(config, rank, session, window) for rank, session in enumerate(sessions)]
     for rank, names in zip(ranks, clients, strict=True):
-        rank.exchange.admit({name: session_of(name) for name in names}, TIMEOUT)
+        rank.remote.admit({name: session_of(name) for name in names}, TIMEOUT)
         for name in names:
-            rank.exchange.begin(name, 0, with_reference=True)
+            rank.remote.begin(name, 0, with_reference=True)
     here = {name: Client(config, name) for names in clients for name in names}
     try:
         yield ranks, here

@@ -22,10 +22,10 @@ def attend(rank: Rank) -> None:
 
 
 def end(ranks: list[Rank], window: int, complete: bool = True) -> None:
-    ranks[0].exchange.conclude(window, complete)
+    ranks[0].remote.conclude(window, complete)
     for rank in ranks:
-        rank.exchange.await_result(lambda rank=rank: attend(rank))
-    ranks[0].exchange.finish("the run is over", complete)
+        rank.remote.await_result(lambda rank=rank: attend(rank))
+    ranks[0].remote.finish("the run is over", complete)
 
 
 def test_a_run_moves_the_reference_and_gives_every_client_the_same(tmp_path: Path) -> None:
@@ -44,11 +44,11 @@ def test_a_run_moves_the_reference_and_gives_every_client_the_same(tmp_path: Pat
         count = sum(tensor.numel() for tensor in start.values())
         for rank in ranks:
             assert rank.combined() == 0 and rank.exchange.norms[0] == pytest.approx(7.0 * count**0.5)
-        ranks[0].exchange.commit(0, 0.5)
+        ranks[0].remote.commit(0, 0.5)
         for client in clients.values():
             window, combined = client.update()
             assert window == 0 and all((tensor == 3.5).all() for tensor in combined.values())
-        ranks[0].exchange.save(1, lambda: attend(ranks[0]))
+        ranks[0].remote.save(1, lambda: attend(ranks[0]))
         end(ranks, 1)
         assert process.ended() == 0
     folder = tmp_path / "run-aggregator"
@@ -69,16 +69,16 @@ def test_personal_halves_are_collected_for_the_result(tmp_path: Path) -> None:
         for name, value, weight in (("ada", 1.0, 3.0), ("bo", 5.0, 1.0)):
             clients[name].send(1, value, weight)
         assert ranks[0].combined() == 1 and ranks[0].exchange.norms[1] == 0.0
-        ranks[0].exchange.commit(1, 1.0)
+        ranks[0].remote.commit(1, 1.0)
         for client in clients.values():
             assert all((tensor == 2.0).all() for tensor in client.update()[1].values())
-        ranks[0].exchange.conclude(2, complete=False)
+        ranks[0].remote.conclude(2, complete=False)
         for name, value in (("ada", 8.0), ("bo", 4.0)):
             request = clients[name].stream.receive()
             assert request.update_request.window == 2
             clients[name].send(2, value)
-        ranks[0].exchange.await_result(lambda: attend(ranks[0]))
-        ranks[0].exchange.finish("stopped", complete=False)
+        ranks[0].remote.await_result(lambda: attend(ranks[0]))
+        ranks[0].remote.finish("stopped", complete=False)
         assert process.ended() == STOPPED
     final = load_file(tmp_path / "run-aggregator" / "client_model.safetensors")
     assert all((tensor == 6.0).all() for tensor in final.values())
@@ -102,11 +102,11 @@ def test_a_client_that_breaks_the_protocol_or_leaves_is_lost_alone(tmp_path: Pat
         clients["di"].leave()
         assert rank.lost() == ("di", "client di lost its connection to the aggregator")
         assert rank.combined() == 0
-        rank.exchange.commit(0, 1.0)
+        rank.remote.commit(0, 1.0)
         assert all((tensor == 1.0).all() for tensor in clients["ada"].update()[1].values())
-        rank.exchange.part_with("ada")
+        rank.remote.part_with("ada")
         assert "ended this client's part" in clients["ada"].stream.receive().refused.reason
-        rank.exchange.finish("done", complete=False)
+        rank.remote.finish("done", complete=False)
 
 
 def test_a_restarted_aggregator_goes_on_where_the_server_says(tmp_path: Path) -> None:
@@ -118,10 +118,10 @@ def test_a_restarted_aggregator_goes_on_where_the_server_says(tmp_path: Path) ->
             rank.exchange.expect(window, ["ada"], average=False)
             clients["ada"].send(window, 1.0)
             assert rank.combined() == window
-            rank.exchange.commit(window, 1.0)
+            rank.remote.commit(window, 1.0)
             clients["ada"].update()
-            rank.exchange.save(window + 1, lambda: attend(rank))
-        rank.exchange.finish("stopped", complete=False)
+            rank.remote.save(window + 1, lambda: attend(rank))
+        rank.remote.finish("stopped", complete=False)
         assert process.ended() == STOPPED
     assert isinstance(Process(config).ended(), RunError), "the folder holds a run"
     Process(config, resume=True)
@@ -133,7 +133,7 @@ def test_a_restarted_aggregator_goes_on_where_the_server_says(tmp_path: Path) ->
         assert reference.version == 2
         for name, tensor in reference.weights.items():
             torch.testing.assert_close(tensor, start[name] - 2 * 0.5, rtol=1e-5, atol=1e-5)
-        rank.exchange.finish("done", complete=True)
+        rank.remote.finish("done", complete=True)
 
 
 def test_a_server_that_comes_back_finds_the_aggregator_waiting(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_server_that_comes_back_finds_the_aggregator_waiting(tmp_path: Path) -
         clients["ada"].reference()  # and the server is gone without a word
     with federation(config, (("ada",),)) as ([rank], clients):
         assert clients["ada"].reference().version == 0
-        rank.exchange.finish("done", complete=True)
+        rank.remote.finish("done", complete=True)
         assert process.ended() == 0
 
 
@@ -161,7 +161,7 @@ def test_a_rank_of_the_run_before_is_not_heard_in_the_next(tmp_path: Path) -> No
                 rank.exchange.expect(0, [name], average=False)
                 again[name].send(0, 1.0)
             assert first.combined() == second.combined() == 0
-            first.exchange.finish("done", complete=True)
+            first.remote.finish("done", complete=True)
             assert process.ended() == 0
 
 
@@ -169,13 +169,13 @@ def test_a_lost_aggregator_says_why_and_is_awaited_no_more(tmp_path: Path) -> No
     config = config_of(tmp_path)
     Process(config)
     with federation(config, (("ada",),)) as ([rank], _):
-        rank.exchange.commit(0, 1.0)
-        rank.exchange.commit(0, 1.0)  # nonsense, so it gives up
+        rank.remote.commit(0, 1.0)
+        rank.remote.commit(0, 1.0)  # nonsense, so it gives up
         client, reason = rank.lost()
-        assert client == "ada" and "cannot go on: rank 0: window 0 committed twice" in reason
-        assert rank.exchange.lost == reason and rank.exchange.is_idle
+        assert client == "ada" and "cannot go on: window 0 committed twice" in reason
+        assert rank.remote.lost == reason and rank.exchange.is_idle
         with pytest.raises(AggregatorLost, match=r"committed twice.*; start it and this run again, both with --resume"):
-            rank.exchange.await_result(lambda: attend(rank))
+            rank.remote.await_result(lambda: attend(rank))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_a_seed_of_its_own_keeps_the_first_client_model_from_the_server(tmp_path
         weights = clients["ada"].reference().weights
         assert not torch.equal(*(w["bert.embeddings.word_embeddings.weight"] for w in (weights, first_weights(config))))
         assert all(torch.equal(weights[n], w) for n, w in first_weights(config, seed=99).items())
-        rank.exchange.finish("done", complete=True)
+        rank.remote.finish("done", complete=True)
 
 
 def test_without_a_server_it_ends(tmp_path: Path) -> None:

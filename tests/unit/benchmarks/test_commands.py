@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from integration.chaos import build_parser as chaos_parser
 
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
@@ -36,6 +37,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.kernels": (kernels_parser, None),
     "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
+    "python tests/integration/chaos.py": (chaos_parser, None),
 }
 """How each program parses its options, and the run file that its overrides change."""
 

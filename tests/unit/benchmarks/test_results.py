@@ -13,6 +13,7 @@ from benchmarks.codecs.settings import BASELINE, Setting, all_in
 from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
+from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
@@ -50,6 +51,55 @@ def test_modes(path):
     assert final["synchronous", None]["largest_weight_difference"] < 1e-6
     for row in final.values():
         assert row["held_out_loss"] < row["unigram_loss"] - 0.3
+
+
+def whole_models(name="whole-wikitext"):
+    record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return record, {row["system"].removeprefix("whole-"): row for row in record["final"]}
+
+
+@pytest.mark.parametrize("name", ["whole-wikitext", "whole-wikitext-one-rate"])
+def test_whole_models_and_turns(name):
+    record, final = whole_models(name)
+    assert re.fullmatch("[0-9a-f]{40}", record["commit"])
+    assert list(final) == ["centralized", "synchronous", "sequential", "fedavg", "diloco", "muloco"]
+    assert len(record["rows"]) == len(final) * record["settings"]["run"]["windows"]
+    assert table(record["final"], "centralized") in README
+    assert (BENCHMARKS / "results" / f"{name}.png").is_file()
+    # What the page claims.
+    assert final["synchronous"]["largest_difference"] < 2e-6
+    assert final["sequential"]["largest_difference"] is None
+    assert final["sequential"]["held_out_loss"] < final["centralized"]["held_out_loss"]
+    assert final["diloco"]["held_out_loss"] > final["diloco"]["unigram_loss"]
+    for method in ("fedavg", "muloco"):
+        assert 0.07 < final[method]["held_out_difference"] < 0.08
+    bytes_per_token = {method: row["bytes_per_token"] for method, row in final.items()}
+    assert 15.5 < bytes_per_token["synchronous"] / bytes_per_token["fedavg"] < 16.5
+    assert bytes_per_token["synchronous"] / bytes_per_token["muloco"] > 100
+    assert 11.5 < bytes_per_token["fedavg"] / bytes_per_token["muloco"] < 12.5
+
+
+def test_learning_rates_of_whole_models_are_the_best_of_the_trials():
+    record, final = whole_models()
+    assert tuning_table(record["tuning"]) in README
+    for row in record["tuning"]:
+        rates = {other["learning_rate"]: other["held_out_loss"] for other in record["tuning"]
+                 if other["system"] == row["system"]}  # fmt: skip
+        assert final[row["system"].removeprefix("whole-")]["learning_rate"] == min(rates, key=lambda rate: rates[rate])
+
+
+def test_the_short_tables_of_whole_models_are_the_record():
+    _, final = whole_models()
+    names = {"synchronous": "synchronous", "sequential": "sequential", "fedavg": "FedAvg", "diloco": "DiLoCo"}
+    page = (BENCHMARKS.parent / "docs" / "whole.md").read_text(encoding="utf-8")
+    for method, name in (names | {"muloco": "MuLoCo"}).items():
+        row = final[method]
+        loss, both = f"{row['held_out_loss']:.3f}", f"{row['bytes_per_token']:,.0f}"
+        work = f"{row['client_flops_per_token'] / 1e6:.2f} M"
+        above = f"{row['held_out_difference']:+.3f}" if method != "synchronous" else "0.000"
+        memory = f"{row['client_peak_memory_mb']} MB"
+        assert f"| {name} | {loss} | {above} | {both} | {work} | {memory} |" in README
+        assert method == "sequential" or f" | {loss} | {both} | {work} |" in page
 
 
 @pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("staleness-")], ids=lambda p: p.name)

@@ -223,6 +223,8 @@ def changed(place: int, **changes: object) -> list[pb.UpdateChunk]:
         (changed(-1, weight=math.nan), "a weight of nan"),
         (changed(-1, weight=math.inf), "a weight of inf"),
         (changed(-1, weight=-1.0), r"a weight of -1\.0"),
+        (changed(-1, weight=0.5), r"a weight of 0\.5"),
+        (changed(-1, weight=5e-324), "a weight of 5e-324"),
         (changed(-1, weight=2 * LARGEST_WEIGHT), "a weight of 1.8"),
     ],
 )

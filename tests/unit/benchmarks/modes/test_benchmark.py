@@ -121,8 +121,15 @@ def test_methods_of_whole_models_are_settings_of_one_run_file(options):
     assert {name: config.federation.server_optimizer for name, config in whole.items()} == {
         "whole-fedavg-20": "none", "whole-diloco-20": "nesterov", "whole-muloco-20": "nesterov",
     }  # fmt: skip
+    assert configs["sequential-10"].federation.mode == "sequential"
     muloco = whole["whole-muloco-20"]
     assert muloco.optimizer.name == "muon" and muloco.wire.updates == "int2_hadamard"
+
+
+def test_quick_whole_models_end_on_a_round(options):
+    options = replace(options, whole=True, overrides=())
+    for system in options.systems:
+        assert load_config(systems.RUN_FILE, systems.overrides_of(system, options)).run.windows == systems.ROUND
 
 
 def test_costs_are_read_from_what_clients_print(tmp_path):
@@ -231,3 +238,29 @@ def test_a_run_is_ended_with_the_bench(tmp_path):
         bench.wait()
     with pytest.raises(ProcessLookupError):
         os.kill(int(log.read_text()), 0)
+
+
+def test_each_system_trains_at_its_own_best_rate(options, runner, monkeypatch, capsys):
+    def evaluate(folder, config):
+        # Centralized training is best at the higher rate, averaging at the lower.
+        wish = {"centralized": 2e-3}.get(folder.name, 1e-3)
+        return 6.0 + abs(config.optimizer.lr - wish), 6.75
+
+    monkeypatch.setattr(runs, "evaluate", evaluate)
+    bench_modes(replace(options, learning_rates=(1e-3, 2e-3)))
+    assert runner == [
+        "centralized",
+        "centralized",
+        "parallel-5",
+        "parallel-5",
+        "centralized",
+        "synchronous",
+        "parallel-5",
+    ]
+    record = json.loads(options.out.read_text())
+    rates = {name: load_config(options.work / name / "config.yaml").optimizer.lr for name in runner}
+    assert rates == {"centralized": 2e-3, "synchronous": 2e-3, "parallel-5": 1e-3}
+    assert [(row["system"], row["learning_rate"], row["held_out_loss"]) for row in record["tuning"]] == [
+        ("centralized", 1e-3, 6.001), ("centralized", 2e-3, 6.0), ("parallel", 1e-3, 6.0), ("parallel", 2e-3, 6.001),
+    ]  # fmt: skip
+    assert str(options.work) not in options.out.read_text(), "no path of this machine"

@@ -95,9 +95,40 @@ def test_costs_of_clients_get_columns_where_they_are_known():
     assert len({line.count("|") for line in (heads, words, baseline, ours, others)}) == 1
 
 
-def test_picture(tmp_path):
+def test_learning_rates_get_a_column_where_they_differ():
+    faster = replace(RUNS[1], windows=[replace(row, learning_rate=3e-4) for row in RUNS[1].windows])
+    lines = table(final([RUNS[0], faster, RUNS[2]], "centralized"), "centralized").splitlines()
+    assert lines[0].startswith("| system | learning rate | training loss, end | held-out loss |")
+    assert lines[2].startswith("| word frequency alone |  |  | 6.700 |")
+    assert lines[3].startswith("| centralized | 1.0e-04 | 6.075 | 6.200 |")
+    assert lines[4].startswith("| synchronous | 3.0e-04 | 6.075 | 6.200 | 0.000 |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def in_turns():
+    """Windows of other text: twice the tokens in every other one, none in the rest."""
+    metrics = run(System("sequential", 10)).windows
+    uneven = [replace(row, tokens=2000 * (row.window % 2), masked_tokens=300 * (row.window % 2)) for row in metrics]
+    return replace(run(System("sequential", 10), 0.5), windows=uneven)
+
+
+def test_where_clients_take_turns_windows_are_not_compared():
+    check_same_batches([*RUNS, in_turns()])
+    row = final([*RUNS, in_turns()], "centralized")[-1]
+    assert row["largest_difference"] is None and row["held_out_difference"] == pytest.approx(0.5)
+    assert "| sequential, average every 10 |" in (line := table([*final(RUNS, "centralized"), row], "centralized"))
+    assert line.splitlines()[-1].split(" | ")[4] == ""
+    shorter = replace(in_turns(), windows=in_turns().windows[:-1])
+    other_text = replace(in_turns(), unigram_loss=6.8)
+    for odd, complaint in ((shorter, "39 windows"), (other_text, "held-out text")):
+        with pytest.raises(RunError, match=complaint):
+            check_same_batches([RUNS[0], odd])
+
+
+@pytest.mark.parametrize("runs", [RUNS, (*RUNS, in_turns())], ids=["same windows", "turns"])
+def test_picture(tmp_path, runs):
     path = tmp_path / "results" / "picture.png"
-    draw(path, RUNS, "centralized")
+    draw(path, runs, "centralized")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

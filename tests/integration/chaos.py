@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,6 +247,15 @@ def _table(folder: Path, modes: Sequence[str], out: Path | None) -> int:
     results = [cell for row in rows for cell in row.values()]
     print(f"{results.count('identical')} identical, {results.count('DIFFERENT')} different", flush=True)
     return 1 if "DIFFERENT" in results else 0
+
+
+def page_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows of a record as a table in Markdown: = for a run that ended identically."""
+    heads = ["mode", "killed", *PHASES]
+    signs = {"identical": "=", "DIFFERENT": "≠"}
+    lines = [[signs.get(row[head], row[head]) for head in heads] for row in rows]
+    rules = ["---"] * 2 + [":-:"] * len(PHASES)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rules, *lines])
 
 
 def _is_same(folder: Path, name: str, mode: str, kills: Sequence[Kill], undisturbed: Outcome) -> bool:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+from integration.chaos import ELSEWHERE, MODES, PHASES, VICTIMS
+from integration.chaos import page_table as chaos_table
 
 from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
@@ -182,6 +184,17 @@ def test_memory_of_a_client():
     assert len(record["rows"]) == 2 * len(CASES)
     for row in record["rows"]:
         assert row["peak_mb"] <= {BASE: 1000, FACTORIZED: 600}[row["model"]]
+
+
+def test_killed_processes_leave_no_trace():
+    record = json.loads((BENCHMARKS / "results" / "chaos.json").read_text(encoding="utf-8"))
+    assert chaos_table(record["rows"]) in README
+    found = {(row["mode"], row["killed"]): {row[phase] for phase in PHASES} for row in record["rows"]}
+    expected = {(mode, victim) for mode in MODES if "aggregator" not in MODES[mode] for victim in VICTIMS}
+    elsewhere = {mode for mode in MODES if "aggregator" in MODES[mode]}
+    assert found.keys() == expected | {(mode, victim) for mode in elsewhere for victim in ("a client", ELSEWHERE)}
+    for (_, victim), results in found.items():
+        assert results == ({"identical", "-"} if victim == ELSEWHERE else {"identical"})
 
 
 def test_the_short_table_of_links_is_the_record() -> None:

@@ -49,7 +49,8 @@ class _Side(asyncio.BufferedProtocol):
     """One socket of a connection: its bytes go to the other when the link would deliver them."""
 
     transport: asyncio.Transport
-    other: _Side
+    other: _Side | None = None
+    """None until the connection to the target is there."""
 
     def __init__(self, relay: _Relay, counter: str) -> None:
         self._relay = relay
@@ -71,6 +72,8 @@ class _Side(asyncio.BufferedProtocol):
     def start(self, other: _Side) -> None:
         self.other = other
         self.transport.resume_reading()
+        # Before Python 3.11.4 a transport reads on after a pause in `connection_made`.
+        self._deliver()
 
     def get_buffer(self, sizehint: int) -> bytearray:
         return self._buffer
@@ -91,24 +94,24 @@ class _Side(asyncio.BufferedProtocol):
             self._deliver()
 
     def _deliver(self) -> None:
-        self._timer = None
-        if not self.other._writable:
+        self._timer, other = None, self.other
+        if other is None or not other._writable:
             return
         now = self._relay.loop.time()
-        while self._queue and self._queue[0][0] <= now and self.other._writable:
+        while self._queue and self._queue[0][0] <= now and other._writable:
             _, data = self._queue.popleft()
             self._queued -= len(data)
             if not data:
-                if self.other.transport.can_write_eof() and not self.other.transport.is_closing():
+                if other.transport.can_write_eof() and not other.transport.is_closing():
                     # The other side may have hung up already, which is told a moment later.
                     with suppress(OSError):
-                        self.other.transport.write_eof()
+                        other.transport.write_eof()
                 continue
             allowed = self._relay.spend(self, len(data), self._counter)
-            self.other.transport.write(data[:allowed])
+            other.transport.write(data[:allowed])
             if allowed < len(data):
-                return self._relay.cut_all([self, self.other])
-        if self._queue and self.other._writable:
+                return self._relay.cut_all([self, other])
+        if self._queue and other._writable:
             self._timer = self._relay.loop.call_at(self._queue[0][0], self._deliver)
         if not self._reading and self._queued <= self._relay.queue_bytes and not self.transport.is_closing():
             self._reading = True
@@ -119,7 +122,7 @@ class _Side(asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self._writable = True
-        if self.other._timer is None:
+        if self.other is not None and self.other._timer is None:
             self.other._deliver()
 
     def eof_received(self) -> bool:
@@ -131,7 +134,7 @@ class _Side(asyncio.BufferedProtocol):
             self._timer.cancel()
         self._queue.clear()
         self._relay.sides.discard(self)
-        if hasattr(self, "other"):
+        if self.other is not None:
             self.other.transport.abort() if error else self.other.transport.close()
 
 
@@ -149,7 +152,7 @@ class _Relay:
         self.counts = {"connections": 0, "cuts": 0, "bytes_up": 0, "bytes_down": 0}
         self._settings = settings
         self._random = random.Random(settings.seed)
-        self._left: dict[frozenset[_Side], int] = {}
+        self._left: dict[frozenset[_Side | None], int] = {}
         self._closed_until = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -195,13 +198,13 @@ class _Relay:
             return
         up, down = _Side(self, "bytes_up"), _Side(self, "bytes_down")
         await self.loop.connect_accepted_socket(lambda: up, client)
+        if rest:
+            up.carry(rest)
         await self.loop.connect_accepted_socket(lambda: down, server)
         self.sides |= {up, down}
         self.counts["connections"] += 1
         up.start(down)
         down.start(up)
-        if rest:
-            up.carry(rest)
 
     async def _asked(self, client: socket.socket) -> tuple[str, bytes]:
         """The address in a client's CONNECT, and the bytes that came after it."""
@@ -221,7 +224,7 @@ class _Relay:
         """How many of `count` bytes the connection carries before it is cut."""
         low_high, cuts = self._settings.cut_bytes, self._settings.cuts
         if low_high is not None and (cuts is None or self.counts["cuts"] < cuts):
-            connection = frozenset((side, side.other))
+            connection: frozenset[_Side | None] = frozenset((side, side.other))
             left = self._left.setdefault(connection, self._random.randint(*low_high))
             count = min(count, left)
             self._left[connection] = left - count

@@ -19,6 +19,7 @@ from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.reference import Reference, ReferenceAssembler
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
+from fedbert_ds.server.admission import new_session
 from fedbert_ds.server.control_line import ControlLine, open_run
 from fedbert_ds.server.queue.deadlines import Deadlines
 from fedbert_ds.server.remote_aggregator import RemoteAggregator
@@ -108,11 +109,11 @@ class Rank:
 class Client:
     """A client's stream to the aggregator."""
 
-    def __init__(self, config: RunConfig, name: str) -> None:
+    def __init__(self, config: RunConfig, name: str, session: str) -> None:
         assert config.aggregator is not None
         self.shapes = {name: tuple(tensor.shape) for name, tensor in first_weights(config).items()}
         address = config.aggregator.address
-        self.stream = AggregatorStream(address, None, name, session_of(name), 5.0, shares_memory=False)
+        self.stream = AggregatorStream(address, None, name, session, 5.0, shares_memory=False)
         self.stream.__enter__()
 
     def reference(self) -> Reference:
@@ -142,10 +143,6 @@ class Client:
         self.stream.__exit__()
 
 
-def session_of(client: str) -> str:
-    return f"session of {client}"
-
-
 @contextmanager
 def federation(
     config: RunConfig, clients: tuple[tuple[str, ...], ...], window: int = 0, resume: bool = False
@@ -153,11 +150,12 @@ def federation(
     """The ranks and clients of an open run; `clients` by rank. Hangs all lines up."""
     sessions = opened(config, len(clients), resume).sessions
     ranks = [Rank(config, rank, session, window) for rank, session in enumerate(sessions)]
+    of_clients = {name: new_session() for names in clients for name in names}
     for rank, names in zip(ranks, clients, strict=True):
-        rank.remote.admit({name: session_of(name) for name in names}, TIMEOUT)
+        rank.remote.admit({name: of_clients[name] for name in names}, TIMEOUT)
         for name in names:
             rank.remote.begin(name, 0, with_reference=True)
-    here = {name: Client(config, name) for names in clients for name in names}
+    here = {name: Client(config, name, session) for name, session in of_clients.items()}
     try:
         yield ranks, here
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from typing import Any
 
 import pytest
@@ -21,15 +22,22 @@ class FakeStream:
     def __init__(self) -> None:
         self.sent: list[pb.ClientMessage] = []
         self.incoming: queue.SimpleQueue[pb.ServerMessage | WireError] = queue.SimpleQueue()
+        self._asked = threading.Semaphore(0)
 
     def send(self, message: pb.ClientMessage) -> None:
         self.sent.append(message)
 
     def receive(self) -> pb.ServerMessage:
-        message = self.incoming.get(timeout=30.0)
+        self._asked.release()
+        message = self.incoming.get()
         if isinstance(message, WireError):
             raise message
         return message
+
+    def listened_to(self, num: int) -> None:
+        """Wait until so many more messages are where `Parties.receive` finds them."""
+        for _ in range(num):
+            assert self._asked.acquire(timeout=30.0)
 
 
 def pair(first_window: int | None = 0, **federation: Any) -> tuple[FakeStream, FakeStream, Parties]:
@@ -127,8 +135,10 @@ def test_after_a_roll_back_nothing_of_windows_that_were_undone_is_handed_on(firs
     undone = [update(1, last=False), update(1)]
     expected = [of_server[0], *[reference()] * has_reference, update(2), PLAN]
     if first == "server":
+        server.listened_to(2)  # for the first Begin, and for what comes next
         for message in of_server:
             server.incoming.put(message)
+        server.listened_to(len(of_server))
         for message in [*undone, *of_aggregator]:
             aggregator.incoming.put(message)
     else:

@@ -52,7 +52,7 @@ def assemble(messages: list[pb.UpdateChunk]) -> ClientUpdate | None:
     shapes=st.dictionaries(
         st.text("abc.", min_size=1), st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=4
     ),
-    weight=st.floats(0, LARGEST_WEIGHT),
+    weight=st.integers(0, int(LARGEST_WEIGHT)).map(float),
     chunk_bytes=st.integers(1, 70),
     compressed=st.booleans(),
 )

@@ -54,9 +54,11 @@ class Served:
         self.endpoint = Endpoint("127.0.0.1", 0, None)
         self.port = self.endpoint.start()
 
-    def restart(self) -> None:
-        """The server dies, and another one takes its place at another port."""
-        self.endpoint.stop(grace=0.0)
+    def restart(self, grace: float = 0.0) -> None:
+        """The server dies, or ends with so many seconds for its last words, and another one takes
+        its place at another port.
+        """
+        self.endpoint.stop(grace)
         self.listen()
 
     def welcome(self, **changes: Any) -> pb.Welcome:
@@ -274,12 +276,12 @@ def test_a_client_joins_again_where_the_server_comes_back(
     served: Served, address: Path, capfd: pytest.CaptureFixture[str], is_saved: bool
 ) -> None:
     served.client(server=str(address), rejoin_timeout=TIMEOUT)
-    served.let_in(reconnect_timeout=0.2)
+    served.let_in(reconnect_timeout=TIMEOUT if is_saved else 0.2)
     served.give_half()
     served.event(Received)
     if is_saved:
         served.finish(complete=False)
-    served.restart()
+    served.restart(grace=TIMEOUT if is_saved else 0.0)
     address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
     served.train()
     served.finish(complete=True)

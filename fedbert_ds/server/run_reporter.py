@@ -92,7 +92,10 @@ class RunReporter:
         self._tell_problems(statuses)
         clients = self._config.clients
         absent = sorted(client for status in statuses for client in status.absent)
-        if absent:
+        lost_elsewhere = next((status.lost_elsewhere for status in statuses if status.lost_elsewhere), "")
+        if lost_elsewhere:
+            self._progress.note(f"{lost_elsewhere}; waiting for it, {clients.join_timeout:.0f} s at most")
+        elif absent:
             self._progress.note(f"waiting for {', '.join(absent)}, {clients.join_timeout:.0f} s at most")
         else:
             here = sum(len(status.clients) for status in statuses)

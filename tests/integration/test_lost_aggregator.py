@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_without_clients_waits_for_its_aggregator(tmp_path: P
     with run:
         start(run, [Kill("aggregator", "commit", 4)])
         run.wait(lambda: bool(run.failures()))
-        run.wait(lambda: "waiting for clients" in run.log("rank 0"))
+        run.wait(lambda: "waiting for it" in run.log("rank 0"))
         run.kill("aggregator")
         run.start_aggregator(resume=True)
         finish(run)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,6 +73,21 @@ def test_windows_go_to_the_metrics_file_and_warnings_are_said_once(
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(row["window"], row["loss"]) for row in rows] == [(0, 4.0), (1, 3.0)]
     assert capsys.readouterr().out.count("warning client bo disconnected") == 1
+
+
+def test_for_whom_a_run_waits_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = reporter_of(config_in(tmp_path, "clients.join_timeout=60"))
+    here = status(clients=frozenset({"ada"}))
+    with reporter.following(first_window=0):
+        reporter.waits([here, status(clients=frozenset({"bo"}))])
+        reporter.waits([here, replace(status(), absent=frozenset({"cy", "bo"}))])
+        reporter.waits([replace(here, absent=frozenset({"bo"})), replace(here, lost_elsewhere="it is lost: no answer")])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "waiting" in line]
+    assert lines == [
+        "waiting for clients, 60 s at most: 2 are here, 4 are needed (clients.minimum)",
+        "waiting for bo, cy, 60 s at most",
+        "it is lost: no answer; waiting for it, 60 s at most",
+    ]
 
 
 def test_the_opening_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,6 +245,8 @@ def test_a_window_that_is_undone_leaves_nothing_and_is_combined_again(tmp_path: 
     run.update("bo", 0, value=5.0)
     run.until(lambda: run.reported("combined"))
     run.update("bo", 1, value=9.0)  # early, for the window after it
+    half, *_ = update_chunks(1, [("table", torch.ones(2, 2))], 1.0)
+    run.real.receive("ada", pb.ClientMessage(update=half))  # the rest of it does not come
     undo(run, 0, rank=0)
     assert run.reported("undone") == [], "the other rank may still announce windows of before"
     undo(run, 0, rank=1)

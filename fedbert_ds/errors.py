@@ -48,6 +48,10 @@ class ServerAway(WireError):
     """No server answers at its address, for now."""
 
 
+class RunOver(ServerAway):
+    """The run is complete. There is no server unless it is extended."""
+
+
 class RunError(UserError):
     """The run cannot go on, or its directory does not fit."""
 

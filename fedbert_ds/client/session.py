@@ -20,12 +20,13 @@ from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import ConnectionLost, DataError, ModelError, ServerAway, WireError
+from fedbert_ds.errors import ConnectionLost, DataError, ModelError, RunOver, ServerAway, WireError
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
+from fedbert_ds.wire.address_file import look_up
 from fedbert_ds.wire.channel import TlsFiles, connect
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
@@ -61,9 +62,6 @@ class ClientOptions:
     """A launcher started this client and ends it through the server; signals are ignored."""
 
 
-ADDRESS_SUFFIX = ".address"
-"""Ends the name of a file that holds the server's address."""
-
 BACKOFF_SECONDS = (0.5, 30.0)
 """First and longest wait before joining again; it doubles, times 0.5 to 1.5 at random."""
 
@@ -78,8 +76,9 @@ def run_client(options: ClientOptions) -> int:
     """Take part in a run from join to finish; returns the exit code, 0 or STOPPED.
 
     With `rejoin_timeout` it joins again, as often as it takes, when the server is gone or has
-    stopped. Raises DataError for missing or empty text, WireError for a server that cannot be
-    reached or refuses, RunError for a state that cannot be read.
+    stopped. A run that became complete without this client ends well for it, too. Raises DataError
+    for missing or empty text, WireError for a server that cannot be reached or refuses, RunError
+    for a state that cannot be read.
     """
     if options.managed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -88,6 +87,9 @@ def run_client(options: ClientOptions) -> int:
     while True:
         try:
             finish = _take_part(options, patience)
+        except RunOver:
+            print(f"client {options.name}: the run is complete", flush=True)
+            return 0
         except ServerAway:
             if is_saved:
                 return STOPPED
@@ -186,14 +188,20 @@ def _shape_of(model: str) -> str:
 
 
 def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcome:
-    """The server's answer to a Join; ServerAway if none answers within `patience` seconds."""
-    deadline, (backoff, longest) = time.monotonic() + patience, BACKOFF_SECONDS
+    """The server's answer to a Join; ServerAway if none answers within `patience` seconds.
+
+    RunOver if the run is complete and nobody extends it within `connect_timeout`.
+    """
+    begun, (backoff, longest) = time.monotonic(), BACKOFF_SECONDS
+    deadline = begun + patience
     while True:
         seconds_left = max(0.1, deadline - time.monotonic())
         try:
             # It may come back elsewhere, so its address is looked up every time.
-            return _ask(_address(options.server), options, hello, seconds_left)
-        except ServerAway:
+            return _ask(look_up(options.server), options, hello, seconds_left)
+        except ServerAway as away:
+            if isinstance(away, RunOver):
+                deadline = min(deadline, begun + options.connect_timeout)
             if time.monotonic() + backoff > deadline:
                 raise
         time.sleep(backoff * random.uniform(0.5, 1.5))
@@ -212,16 +220,6 @@ def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float)
             return rpc.FederationStub(channel).Join(hello, timeout=options.join_timeout)
         except grpc.RpcError as error:
             raise _wire_error(address, error) from error
-
-
-def _address(server: str) -> str:
-    """The server's address, read from its file if `server` names one."""
-    if not server.endswith(ADDRESS_SUFFIX):
-        return server
-    try:
-        return Path(server).read_text(encoding="utf-8").strip()
-    except OSError:
-        raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?") from None
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:

@@ -118,7 +118,8 @@ class RunFolder:
 
     @property
     def address(self) -> Path:
-        """HOST:PORT of the coordinator. Exists while it takes joins or trains."""
+        """Tells clients where the coordinator is while it takes joins or trains, or that the run is
+        complete."""
         return self.path / "server.address"
 
     @property
@@ -193,14 +194,6 @@ class RunFolder:
     def remove(self) -> None:
         """Delete the folder of a run that failed before it began."""
         shutil.rmtree(self.path, ignore_errors=True)
-
-    def reveal_address(self, address: str) -> None:
-        """Write the coordinator's address for scripts that start clients."""
-        write_text(self.address, address + "\n")
-
-    def hide_address(self) -> None:
-        """Remove the address. Scripts that start clients then wait for the next run's."""
-        self.address.unlink(missing_ok=True)
 
 
 def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:

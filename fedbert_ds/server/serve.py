@@ -45,6 +45,7 @@ from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.telemetry.trace import Trace
+from fedbert_ds.wire import address_file
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
@@ -67,9 +68,21 @@ def serve(config: RunConfig, resume: bool) -> int:
 
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
-    ranks, stop = RankGroup(), StopSignal()
+    ranks, folder = RankGroup(), RunFolder(config.run.directory)
+    window = _run(config, resume, ranks, folder)
+    # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
+    if ranks.rank != 0:
+        return 0
+    if window < config.run.windows:
+        return INTERRUPTED
+    address_file.close(folder.address)
+    return 0
+
+
+def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -> int:
+    """Train and hand over; returns the window that the run has come to."""
+    stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
-    folder = RunFolder(config.run.directory)
     clients = LocalClients(folder)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
@@ -89,8 +102,8 @@ def serve(config: RunConfig, resume: bool) -> int:
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
-            at_end.callback(folder.hide_address)
-            folder.reveal_address(addresses[0])
+            at_end.callback(address_file.hide, folder.address)
+            address_file.reveal(folder.address, addresses[0])
             reporter.announce(addresses[0])
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
@@ -149,7 +162,7 @@ def serve(config: RunConfig, resume: bool) -> int:
             window = _train(rank, reporter, checkpoints, rooms, clients)
         if ranks.rank == 0:
             # Clients end in the hand-over. A restarted one must not find this address.
-            folder.hide_address()
+            address_file.hide(folder.address)
         # Without a body no collective keeps another rank from ending its clients before that.
         ranks.barrier()
         figures = list(checkpoints.client_figures.values())
@@ -158,8 +171,7 @@ def serve(config: RunConfig, resume: bool) -> int:
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still
         # writing.
         ranks.barrier()
-        # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
-        return INTERRUPTED if ranks.rank == 0 and window < config.run.windows else 0
+        return window
 
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
@@ -191,6 +203,8 @@ def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:
     folder.write_config(config)
+    # Left by a run that was killed, or that is extended now.
+    address_file.hide(folder.address)
     if resume and is_prepared(folder):
         tokenizer, facts = prepared_text(folder)
     else:

@@ -18,6 +18,9 @@ from integration.chaos_process import Kill
 from integration.cluster import CLIENTS, run_file, write_text
 from integration.federation import Federation, fork_quickly
 
+from fedbert_ds.errors import RunOver
+from fedbert_ds.wire.address_file import look_up
+
 pytestmark = pytest.mark.timeout(1200)
 fork_quickly()
 
@@ -107,6 +110,8 @@ def test_a_run_goes_on_with_other_ranks_and_stages(tmp_path: Path, whole: Callab
     expected, moved = whole("synchronous").losses, train_parts(tmp_path / "moved", "synchronous", *parts)
     assert max(abs(a - b) for a, b in zip(expected, moved, strict=True)) < TOLERANCE, (expected, moved)
     assert expected[0] - expected[-1] > 100 * TOLERANCE, "there is nothing to compare"
+    with pytest.raises(RunOver):
+        look_up(str(tmp_path / "moved" / "run" / "server.address"))
 
 
 def test_in_parallel_mode_and_bf16_too(tmp_path: Path) -> None:

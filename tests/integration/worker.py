@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -186,10 +187,12 @@ class _Recorder:
 
 def _address(folder: Path) -> str:
     """The coordinator's address. It removes the file before clients hear that the run is over."""
-    path = folder / "server.address"
+    from fedbert_ds.errors import ServerAway
+    from fedbert_ds.wire.address_file import look_up
+
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if path.is_file():
-            return path.read_text().strip()
+        with suppress(ServerAway):
+            return look_up(str(folder / "server.address"))
         time.sleep(0.05)
     raise SystemExit(f"{folder}: no server came up")

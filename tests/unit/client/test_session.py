@@ -26,6 +26,7 @@ from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
+from fedbert_ds.wire import address_file
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
@@ -265,8 +266,8 @@ def dials_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def address(served: Served) -> Path:
     """The file that says where the server is."""
-    file = served.folder / f"server{session.ADDRESS_SUFFIX}"
-    file.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    file = served.folder / "server.address"
+    address_file.reveal(file, f"127.0.0.1:{served.port}")
     return file
 
 
@@ -350,6 +351,30 @@ def test_a_client_waits_for_the_address_of_a_server_that_starts(served: Served, 
     served.client(server=str(address))
     assert served.endpoint.next_event(0.5) is None
     address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+
+
+@pytest.mark.usefixtures("dials_at_once")
+def test_a_client_that_was_away_when_its_run_became_complete_ends_well(
+    served: Served, address: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It need not wait as long as for a server that is gone."""
+    served.client(server=str(address), rejoin_timeout=3600, connect_timeout=0.2)
+    served.let_in(reconnect_timeout=0.2)
+    address_file.close(address)
+    served.endpoint.stop(grace=0.0)
+    assert served.ended() == 0
+    assert capfd.readouterr().out.endswith("client ada: the run is complete\n")
+
+
+@pytest.mark.usefixtures("dials_at_once")
+def test_a_client_waits_for_the_server_that_extends_a_complete_run(served: Served, address: Path) -> None:
+    address_file.close(address)
+    served.client(server=str(address))
+    assert served.endpoint.next_event(0.5) is None
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
     served.train()
     served.finish(complete=True)
     assert served.ended() == 0

@@ -228,11 +228,3 @@ def test_a_run_keeps_the_id_it_drew(folder: RunFolder, tmp_path: Path) -> None:
     drawn = folder.identify()
     assert len(drawn) == 32 and folder.identify() == drawn
     assert RunFolder(tmp_path / "another").identify() != drawn
-
-
-def test_the_address_is_there_while_clients_may_come(folder: RunFolder) -> None:
-    folder.reveal_address("gpu-1:29600")
-    assert folder.address.read_text() == "gpu-1:29600\n"
-    folder.hide_address()
-    folder.hide_address()
-    assert not folder.address.exists()

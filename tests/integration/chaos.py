@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from integration.chaos_process import PHASES, Kill, is_done
-from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, aggregator_section, run_file, write_text
+from integration.cluster import CLIENTS, WORLD_SIZE, aggregator_section, run_file, write_text
 from integration.federation import Federation, fork_quickly
 
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -125,10 +125,8 @@ def train(folder: Path, name: str, mode: str, kills: Sequence[Kill], timeout: fl
         place,
         "run",
         run={"windows": WINDOWS, "save_every": SAVE_EVERY},
-        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.1,
-               "max_position_embeddings": 40},
+        model={"num_hidden_layers": 2, "dropout": 0.1},
         window={"order": "fixed", "tokens": 400},
-        body={"deepspeed": str(ZERO / "zero2.json")},
         clients={"on_loss": "wait", "join_timeout": 120, "reconnect_timeout": 0.5},
         **MODES[mode],
     )  # fmt: skip

@@ -29,8 +29,7 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
     from integration.cluster import ZERO, run_file, write_text
 
     data = write_text(folder)
-    dropout = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "dropout": 0.1,
-               "max_position_embeddings": 40}  # fmt: skip
+    dropout = {"dropout": 0.1}
     parallel = {"mode": "parallel", "average_every": 2}
     todo = []
 

@@ -39,8 +39,7 @@ def federation(place: Path, names: Sequence[str] = ("ada", "bo"), **sections: An
     tree = run_file(
         place,
         "run",
-        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.0,
-               "max_position_embeddings": 40},
+        model={"num_hidden_layers": 2},
         clients=who,
         **{"run": {"windows": 40, "save_every": 1000}, "window": {"tokens": 300}} | sections,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from integration.chaos import SAVE_EVERY, WINDOWS, outcome
 from integration.chaos_process import Kill
-from integration.cluster import CLIENTS, WORLD_SIZE, ZERO, aggregator_section, run_file, write_text
+from integration.cluster import CLIENTS, WORLD_SIZE, aggregator_section, run_file, write_text
 from integration.federation import Federation, fork_quickly
 
 pytestmark = pytest.mark.timeout(600)
@@ -22,11 +22,9 @@ def federation(folder: Path, on_loss: str = "continue", windows: int = WINDOWS, 
         folder,
         "run",
         run={"windows": windows, "save_every": SAVE_EVERY},
-        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.0,
-               "max_position_embeddings": 40},
+        model={"num_hidden_layers": 2},
         window={"order": "fixed", "tokens": 400},
         optimizer={"lr": 0.01, "gradient_clipping": 0.05},
-        body={"deepspeed": str(ZERO / "zero2.json")},
         clients={"on_loss": on_loss, "expected": 3, "minimum": 3, "join_timeout": 120,
                  "reconnect_timeout": 0.5} | clients,
         aggregator=aggregator_section(folder),

@@ -72,8 +72,7 @@ def train_parts(folder: Path, mode: str, *parts: Part, precision: str = "fp32") 
     tree = run_file(
         folder,
         "run",
-        model={"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "dropout": 0.0,
-               "max_position_embeddings": 40},
+        model={"num_hidden_layers": 2},
         run={"windows": 2, "save_every": 1000},
         window={"order": "fixed", "tokens": 400},
         body={"precision": precision},

@@ -264,7 +264,7 @@ def test_unusual_but_right(tree: dict[str, Any]) -> None:
     parse_config(tree, "mine.yaml")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     tree=st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -388,7 +388,7 @@ def test_shipped_files_come_back_equal(path: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "config.yaml") == config
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lr=st.floats(1e-300, 1e300),
     eps=st.floats(1e-300, 1.0),

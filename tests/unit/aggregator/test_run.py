@@ -70,6 +70,13 @@ class Run:
         mine = [report for name, report in self.endpoint.reports if name == RANKS[rank]]
         return [getattr(report, kind) for report in mine if report.WhichOneof("body") == kind]
 
+    def combine(self, window: int) -> None:
+        """Both clients deliver a window, and it is combined."""
+        self.expect(window)
+        self.update("ada", window)
+        self.update("bo", window)
+        self.until(lambda: self.reported("combined"))
+
     def updates(self, client: str) -> list[int]:
         """Windows whose combined update is on its way to a client."""
         chunks = [m.update for name, m in self.endpoint.sent if name == client and m.HasField("update")]
@@ -85,10 +92,7 @@ class Run:
 
 def test_nothing_moves_before_the_ranks_commit(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.expect(0)
-    run.update("ada", 0)
-    run.update("bo", 0)
-    run.until(lambda: run.reported("combined"))
+    run.combine(0)
     for _ in range(20):
         run.real.attend()
     assert run.updates("ada") == []
@@ -296,10 +300,7 @@ def test_the_reference_goes_back_to_what_was_saved(tmp_path: Path) -> None:
 
 def test_whoever_begins_while_windows_are_undone_gets_the_reference_of_afterwards(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.expect(0)
-    run.update("ada", 0)
-    run.update("bo", 0)
-    run.until(lambda: run.reported("combined"))
+    run.combine(0)
     undo(run, 0, rank=0)
     run.real.order(RANKS[0], pb.Order(admit=pb.Admit(clients=[admission("cy")])))
     run.endpoint.sent.clear()

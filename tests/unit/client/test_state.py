@@ -88,7 +88,7 @@ def test_a_damaged_state_is_one_line(tmp_path: Path, content: bytes) -> None:
     assert len(str(e.value)) < 200 + len(str(tmp_path))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0.0, 0.999))
 def test_a_state_that_was_cut_short_is_one_line(tmp_path: Path, share: float) -> None:
     save_state(tmp_path, 8, state(1))

@@ -53,7 +53,7 @@ def test_the_manifest_counts_what_comes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_gradients_are_those_of_the_unsplit_computation(tmp_path: Path, cut: Any, data: st.DataObject) -> None:
     """Whatever the micro-batches, and in whatever order their messages come."""
@@ -547,7 +547,7 @@ def test_messages_out_of_turn_are_one_line(tmp_path: Path) -> None:
         server.trainer.handle(pb.ServerMessage(input_gradient=early))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_message_is_handled_or_one_line(tmp_path: Path, data: st.DataObject) -> None:
     """Messages of the right kind with numbers drawn at random, and their bytes changed."""

@@ -37,7 +37,7 @@ def batch_of(lengths: list[int], share: float = 0.5, seed: int = 0) -> Batch:
     return Batch(torch.randint(3, VOCABULARY, (tokens,), generator=random), lengths, positions, labels)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=12), capacity=st.integers(1, 30),
        seed=st.integers(0, 2**31))  # fmt: skip
 def test_every_sequence_is_in_one_part_in_order_within_the_bound(lengths, capacity, seed) -> None:

@@ -152,7 +152,7 @@ def test_what_the_server_may_not_ask_for_is_one_line() -> None:
         state.open(0, 10)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_any_course_of_windows_sends_each_open_piece_once_and_in_time(data: st.DataObject) -> None:
     """Windows are planned ahead, pieces opened, skipped and finished, updates delayed, windows

@@ -20,7 +20,7 @@ from fedbert_ds.seeding import generator
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-SHARED_FIXTURES = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SHARED_FIXTURES = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def stream(text: EncodedText, tokenizer: PreTrainedTokenizerFast, **changes: object) -> BatchStream:

@@ -22,7 +22,7 @@ def numbered(count: int) -> list[Article]:
     return [Article(str(number), f"word{number % 7} " * (number % 5)) for number in range(count)]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     how=st.sampled_from(HOW),
     num_clients=st.integers(1, 9),
@@ -85,7 +85,7 @@ def test_too_few_articles_for_the_clients(how: str) -> None:
         deal(numbered(3), 4, how, 2.0, 0)  # type: ignore[arg-type]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(count=st.integers(2, 200), share=st.floats(0.001, 0.999), seed=st.integers(0, 5))
 def test_hold_out_keeps_the_share_apart(count: int, share: float, seed: int) -> None:
     articles = numbered(count)

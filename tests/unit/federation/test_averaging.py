@@ -44,7 +44,7 @@ def assert_nearest(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-7, atol=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weights=st.lists(st.floats(0.5, 1e6), min_size=1, max_size=6),
     average=st.booleans(),
@@ -58,7 +58,7 @@ def test_one_rank_is_plain_arithmetic(weights: list[float], average: bool, size:
         assert all(torch.equal(tensors[name], old[name]) for name in SHAPES), "arguments are left alone"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     weight=st.just(0.0) | st.floats(1e-3, 2.0**53),
     values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=8),
@@ -70,7 +70,7 @@ def test_one_update_comes_back_bit_for_bit(weight: float, values: list[float]) -
     assert torch.equal(combined["it"], tensor)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e9), min_size=1, max_size=6))
 def test_the_weights_of_an_average_sum_to_one(weights: list[float]) -> None:
     """So the average of equal updates is that update."""
@@ -78,7 +78,7 @@ def test_the_weights_of_an_average_sum_to_one(weights: list[float]) -> None:
     assert_nearest(combine(updates, SHAPES, average=True, group=None), plain(updates[:1], average=False))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(order=st.permutations(range(5)), average=st.booleans())
 def test_permuting_clients_changes_nothing_but_rounding(order: list[int], average: bool) -> None:
     """To the bit, too, where it matters: the exchange hands updates over by the names of their
@@ -193,7 +193,7 @@ def test_one_process_combines_two_ranks_bit_for_bit_as_they_do(
     assert {name: t.tolist() for name, t in combine_ranks(updates, SHAPES, average).items()} == two_ranks[0][case]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=st.lists(st.just(0.0) | st.floats(1e-3, 1e9), max_size=5), average=st.booleans())
 def test_one_rank_in_one_process_is_one_rank(weights: list[float], average: bool) -> None:
     updates = [ClientUpdate(tensors_of(seed), weight) for seed, weight in enumerate(weights)]

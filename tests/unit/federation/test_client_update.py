@@ -47,7 +47,7 @@ def assemble(messages: list[pb.UpdateChunk]) -> ClientUpdate | None:
     return joined.add(messages[-1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shapes=st.dictionaries(
         st.text("abc.", min_size=1), st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=4
@@ -122,7 +122,7 @@ def test_a_compressed_update_longer_or_larger_than_it_may_be_is_refused() -> Non
         joined.add(last)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(touched=st.lists(st.booleans(), min_size=1, max_size=40), codec=st.sampled_from(NAMES))
 def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
     table = torch.randn(len(touched), 6) * torch.tensor(touched)[:, None]
@@ -240,7 +240,7 @@ def test_a_refusal_is_short_whatever_was_sent() -> None:
         assert len(str(caught.value)) < 300
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_damaged_chunks_are_joined_or_refused(data: st.DataObject) -> None:
     """Chunks dropped, doubled, swapped, or with bytes changed."""

@@ -102,7 +102,7 @@ def joined(client: str, chunks: Sequence[pb.UpdateChunk], codec: str) -> Any:
 
 
 @pytest.mark.parametrize(("rule", "codec"), SETTINGS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     orders=st.lists(st.permutations(CLIENTS), min_size=2, max_size=2),
     weights=st.lists(st.integers(1, 10**6), min_size=4, max_size=4),
@@ -120,7 +120,7 @@ def test_permuting_clients_changes_no_bit(rule: str, codec: str, orders: list[li
 
 
 @pytest.mark.parametrize(("rule", "codec"), [pair for pair in SETTINGS if pair[0] != "synchronous"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(weights=st.lists(st.integers(1, 10**9).map(float), min_size=1, max_size=4))
 def test_weights_sum_to_one(rule: str, codec: str, weights: list[float]) -> None:
     """So clients that all say the same move the reference as one of them does."""
@@ -135,7 +135,7 @@ def test_weights_sum_to_one(rule: str, codec: str, weights: list[float]) -> None
 
 
 @pytest.mark.parametrize("rule", AVERAGES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(weight=st.integers(0, 2**53).map(float), size=st.sampled_from([1e-6, 1.0, 1e5]))
 def test_one_client_is_the_identity(rule: str, weight: float, size: float) -> None:
     """Its weights are the reference, to the bit."""

@@ -27,7 +27,7 @@ def participants(sampler: Sampler, members: Members, window: int) -> list[str]:
     return sorted(name for name in members if sampler.takes_part(name, window))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(names=NAMES, count=st.integers(1, 12), seed=st.integers(0, 2**40), every=st.integers(1, 5))
 def test_each_round_has_m_of_k_and_all_its_windows_the_same(
     names: list[str], count: int, seed: int, every: int
@@ -42,7 +42,7 @@ def test_each_round_has_m_of_k_and_all_its_windows_the_same(
         assert participants(summed, members, round_) == chosen[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(names=NAMES, count=st.integers(1, 9), seed=st.integers(0, 99), order=st.randoms(use_true_random=False))
 def test_neither_the_order_of_names_nor_what_was_asked_before_matters(
     names: list[str], count: int, seed: int, order: random.Random
@@ -98,7 +98,7 @@ def test_all_take_part_unless_the_run_file_says_otherwise() -> None:
         assert all(participants(sampler, members, window) == ["ada", "bo"] for window in range(7))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(names=NAMES, every=st.integers(1, 4))
 def test_turns_go_round_in_the_order_of_names(names: list[str], every: int) -> None:
     members = dict.fromkeys(names, 0)

@@ -93,7 +93,7 @@ def test_without_momentum_and_with_a_rate_of_one_it_is_fedavg(kind: Any) -> None
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(lr=st.floats(0.01, 2.0), momentum=st.floats(0.01, 0.99), seeds=st.lists(st.integers(0, 99), min_size=3))
 def test_momentum_steps_as_torchs_sgd(nesterov: bool, lr: float, momentum: float, seeds: list[int]) -> None:
     parameter = torch.nn.Parameter(torch.zeros(3, 4))
@@ -109,7 +109,7 @@ def test_momentum_steps_as_torchs_sgd(nesterov: bool, lr: float, momentum: float
 
 
 @pytest.mark.parametrize("rule", RULES, ids=names)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(order=st.permutations(range(4)))
 def test_permuting_clients_changes_nothing_but_rounding(rule: Rule, order: list[int]) -> None:
     updates = [ClientUpdate(tensors_of(seed), weight=1.0 + seed) for seed in range(4)]

@@ -135,7 +135,7 @@ def test_fedavg_of_one_client_is_the_identity() -> None:
     assert largest_difference(federation.reference, alone) < 1e-6
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(rule=st.sampled_from(sorted(RULES)), order=st.permutations(["ada", "bo", "cy"]))
 def test_permuting_clients_changes_nothing(rule: str, order: list[str]) -> None:
     """Names are dealt to shards anew: sums run in another order, and no name has a meaning."""
@@ -163,7 +163,7 @@ def test_after_a_round_every_client_is_at_the_reference_to_the_bit(rule: str) ->
         assert all(at_reference) == (window % 2 == 1)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_plain_sgd_averaged_every_window_is_centralized_training(sizes: list[int], seed: int) -> None:
     """With weights in proportion to masked tokens; the shares sum to one whatever they are."""

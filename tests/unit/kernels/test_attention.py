@@ -144,7 +144,7 @@ grid = given(
 
 
 @needs_triton
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @grid
 @example([], 1, 16, torch.float32, 0.0, None, 1.0)
 @example([0, 0], 2, 32, torch.float16, 0.1, 3, 1.0)
@@ -167,7 +167,7 @@ def test_kernels_walk_a_long_sequence() -> None:
     assert_as_good_as_torch(kernels, [5, 300], 1, 16, torch.float16, dropout=0.2, sliding_window=100)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @grid
 @example([], 1, 16, torch.float32, 0.0, None, 1.0)
 @example([0, 5, 0, 3, 5], 2, 32, torch.float32, 0.1, 3, 1.0)

@@ -41,7 +41,7 @@ def _with(compute, **options: Any):
     return lambda *parts: compute(*parts, **options)
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(
     num_rows=st.one_of(st.sampled_from([0, 1]), st.integers(1, 60)),
     width=st.one_of(st.sampled_from([255, 257, 768, 1025]), st.integers(8, 100)),

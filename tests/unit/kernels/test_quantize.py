@@ -32,7 +32,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 @needs_triton
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     codec=st.sampled_from(sorted(CODECS)),
     num_rows=st.integers(1, 4),
@@ -128,7 +128,7 @@ def test_the_rotation_spreads_an_outlier(body) -> None:
     assert (values - x).norm() < 0.8 * (plain - x).norm() or (values[0, :5].abs() > 0).any()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     tail=st.sampled_from([0.0, 1.0, 4.0]),
     kept=st.integers(1, 64),

@@ -26,7 +26,7 @@ def attend_one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return torch.cat([scaled_dot_product_attention(*piece) for piece in pieces], dim=2).transpose(1, 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=LENGTH_MIXES)
 def test_each_sequence_attends_to_itself_alone(lengths: list[int]) -> None:
     torch.manual_seed(0)
@@ -66,7 +66,7 @@ def whole_and_halves():
     return build(), *split(build(), "embeddings")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lengths=LENGTH_MIXES)
 def test_packed_model_equals_padded_model_with_a_mask(whole_and_halves, lengths: list[int]) -> None:
     whole, client, body = whole_and_halves

@@ -92,7 +92,7 @@ def test_slow_clients_gain_from_sharing_micro_batches():
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     ranks=st.integers(1, 3),
     clients=st.integers(1, 9),

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.config import parse_config
@@ -139,7 +139,6 @@ def test_when_the_run_does_not_start_everybody_hears_why() -> None:
 WINDOWS = st.frozensets(st.integers(1, 8), max_size=4)
 
 
-@settings(deadline=None)
 @given(server=WINDOWS, clients=st.lists(WINDOWS, min_size=1, max_size=4))
 def test_a_run_begins_at_the_newest_window_that_most_have(
     server: frozenset[int], clients: list[frozenset[int]]
@@ -180,7 +179,6 @@ def test_some_clients_may_lack_their_states(kept: list[set[int]], first_window: 
     assert has_state == [first_window in windows for windows in kept]
 
 
-@settings(deadline=None)
 @given(server=WINDOWS.filter(bool), clients=st.lists(WINDOWS, min_size=1, max_size=4))
 def test_where_clients_keep_no_state_a_run_begins_at_the_servers_newest_window(
     server: frozenset[int], clients: list[frozenset[int]]

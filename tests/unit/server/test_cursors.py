@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.server.cursors import Cursor, Cursors
@@ -63,7 +63,6 @@ def test_what_is_read_is_a_copy() -> None:
     assert cursors.committed == {"ada": at(1)}
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_course_of_windows(data: st.DataObject) -> None:
     """Compared with the plain definition: the cursor after a client's last trained window."""

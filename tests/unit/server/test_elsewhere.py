@@ -53,6 +53,20 @@ def lose(elsewhere: Elsewhere, process: Process) -> None:
     assert isinstance(process.ended(), WireError)
 
 
+@contextmanager
+def found_again(folder: Path, window: int) -> Iterator[tuple[Elsewhere, bytes]]:
+    """One whose aggregator had saved this window, was lost and is found again, and what it said."""
+    config = config_of(folder)
+    process = Process(config)
+    with elsewhere_of(config) as elsewhere:
+        assert elsewhere.open(resume=False) == frozenset()
+        saved(elsewhere, window)
+        lose(elsewhere, process)
+        assert elsewhere.opened_again() == elsewhere.opened_again() == b"", "it is looked for once"
+        Process(config, resume=True)
+        yield elsewhere, until_found(elsewhere)
+
+
 def saved(elsewhere: Elsewhere, window: int) -> None:
     elsewhere.send(pb.Order(admit=pb.Admit(window=0)))
     elsewhere.send(pb.Order(save=pb.Save(window=window)))
@@ -61,15 +75,7 @@ def saved(elsewhere: Elsewhere, window: int) -> None:
 
 
 def test_a_lost_aggregator_is_found_when_it_is_back(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    process = Process(config)
-    with elsewhere_of(config) as elsewhere:
-        assert elsewhere.open(resume=False) == frozenset()
-        saved(elsewhere, 2)
-        lose(elsewhere, process)
-        assert elsewhere.opened_again() == elsewhere.opened_again() == b"", "it is looked for once"
-        Process(config, resume=True)
-        opened = until_found(elsewhere)
+    with found_again(tmp_path, window=2) as (elsewhere, opened):
         assert elsewhere.opened_again() == opened, "until it is dialled"
         elsewhere.reopen(opened, 2)
         elsewhere.send(pb.Order(admit=pb.Admit(window=2)))
@@ -91,16 +97,9 @@ def test_it_may_be_lost_more_than_once(tmp_path: Path) -> None:
 
 
 def test_an_aggregator_without_its_folder_is_no_return(tmp_path: Path) -> None:
-    config = config_of(tmp_path)
-    process = Process(config)
-    with elsewhere_of(config) as elsewhere:
-        elsewhere.open(resume=False)
-        saved(elsewhere, 1)
-        lose(elsewhere, process)
-        Process(config, resume=True)
-        opened = until_found(elsewhere)
-        with pytest.raises(RunError, match=r"without the client model of window 3 \(it has 1\); give it its folder"):
-            elsewhere.reopen(opened, 3)
+    told = r"without the client model of window 3 \(it has 1\); give it its folder"
+    with found_again(tmp_path, window=1) as (elsewhere, opened), pytest.raises(RunError, match=told):
+        elsewhere.reopen(opened, 3)
 
 
 def test_why_an_aggregator_does_not_come_back_is_told(tmp_path: Path) -> None:

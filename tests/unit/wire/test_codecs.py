@@ -51,7 +51,6 @@ def bits(tensor: Tensor) -> list[int]:
     return tensor.view(torch.int32).flatten().tolist()
 
 
-@settings(deadline=None)
 @given(tensor=tensors())
 def test_fp32_is_bit_exact(tensor: Tensor) -> None:
     back = decode(encode(tensor, "fp32"), tensor.shape, "fp32", "it")
@@ -69,7 +68,6 @@ def nearest_bf16(value: float) -> float:
     return back
 
 
-@settings(deadline=None)
 @given(tensor=tensors())
 def test_bf16_is_the_nearest(tensor: Tensor) -> None:
     back = decode(encode(tensor, "bf16"), tensor.shape, "bf16", "it")
@@ -77,7 +75,6 @@ def test_bf16_is_the_nearest(tensor: Tensor) -> None:
     assert bits(back) == bits(expected)
 
 
-@settings(deadline=None)
 @given(tensor=tensors())
 def test_int8_is_within_half_a_step_of_its_row(tensor: Tensor) -> None:
     frame = encode(tensor, "int8")
@@ -99,7 +96,6 @@ WORST = {
 """Half a step over the largest magnitude that shares its scale; two bits cut the largest off."""
 
 
-@settings(deadline=None)
 @given(codec=st.sampled_from(SCALED), tensor=tensors(), seed=st.none() | st.integers(0, 2**63 - 1))
 def test_what_is_rounded_stays_within_a_step(codec: str, tensor: Tensor, seed: int | None) -> None:
     """To nearest within half a step of what shares the scale, at random within one."""
@@ -118,7 +114,6 @@ def test_what_is_rounded_stays_within_a_step(codec: str, tensor: Tensor, seed: i
         assert (error[:, part] <= bound).all()
 
 
-@settings(deadline=None)
 @given(codec=st.sampled_from(NAMES), tensor=tensors())
 def test_compression_changes_no_bit(codec: str, tensor: Tensor) -> None:
     tensor = tensor / 16
@@ -283,7 +278,6 @@ def test_a_refusal_is_short_whatever_was_sent(codec: str) -> None:
 # -- row numbers -----------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, 70_000), max_size=50), data=st.data())
 def test_row_numbers_round_trip(rows: list[int], data: st.DataObject) -> None:
     num_rows = data.draw(st.integers(max(rows, default=0) + 1, 80_000))
@@ -310,7 +304,7 @@ def test_row_numbers_out_of_range_are_refused() -> None:
             decode_row_index(payload, tokens, num_rows, "it")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(payload=st.binary(max_size=12), tokens=st.integers(0, 30), num_rows=st.integers(1, 300))
 def test_any_row_numbers_are_in_range_or_refused(payload: bytes, tokens: int, num_rows: int) -> None:
     try:
@@ -323,7 +317,6 @@ def test_any_row_numbers_are_in_range_or_refused(payload: bytes, tokens: int, nu
 # -- masked positions ------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(masked=st.lists(st.booleans(), max_size=40))
 def test_positions_round_trip(masked: list[bool]) -> None:
     positions = torch.tensor(masked, dtype=torch.bool).nonzero().flatten()
@@ -337,7 +330,7 @@ def test_positions_by_hand() -> None:
     assert encode_positions(torch.tensor([0, 2, 9]), 11) == bytes([0b10100000, 0b01000000])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(payload=st.binary(max_size=5), tokens=st.integers(0, 40), masked=st.integers(0, 40))
 def test_any_positions_are_good_or_refused(payload: bytes, tokens: int, masked: int) -> None:
     try:
@@ -352,7 +345,7 @@ def test_any_positions_are_good_or_refused(payload: bytes, tokens: int, masked: 
 # -- anything at all -------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     codec=st.sampled_from(NAMES),
     claimed=st.one_of(st.sampled_from(NAMES), st.text(max_size=5)),
@@ -376,7 +369,7 @@ def test_any_frame_is_decoded_or_refused(
     assert claimed == codec and shape == [2, 3]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(codec=st.sampled_from(NAMES), compressed=st.booleans(), data=st.data())
 def test_a_damaged_frame_is_decoded_or_refused(codec: str, compressed: bool, data: st.DataObject) -> None:
     """Bytes of a good frame are changed, cut or added on the wire."""

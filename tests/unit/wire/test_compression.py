@@ -13,7 +13,6 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.wire.compression import compress, decompress, largest_frame
 
 
-@settings(deadline=None)
 @given(itemsize=st.sampled_from([1, 2, 4]), data=st.data())
 def test_what_goes_in_comes_out(itemsize: int, data: st.DataObject) -> None:
     content = data.draw(st.binary(max_size=200)) * itemsize
@@ -35,7 +34,7 @@ def test_planes_keep_exponents_from_being_diluted() -> None:
     assert len(compress(content, 2)) < 0.55 * len(content)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(frame=st.binary(max_size=60), num_bytes=st.sampled_from([0, 4, 24]))
 def test_anything_else_is_refused(frame: bytes, num_bytes: int) -> None:
     try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.errors import WireError
@@ -66,7 +66,6 @@ EVENTS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(EVENTS)
 def test_every_message_comes_once_and_in_order_whatever_is_lost(events: list[tuple[str, int]]) -> None:
     ends = End(), End()

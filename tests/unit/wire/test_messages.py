@@ -67,7 +67,7 @@ def test_a_cursor_behind_the_end_of_the_text_is_refused(position: int, sequences
     assert cursor_numbers(message.cursor) == {"epoch": 0, "position": sequences, "sequences": sequences}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     lengths=st.lists(st.integers(0, 12) | UINT32, max_size=6),
     masked=st.lists(st.integers(0, 12) | UINT32, max_size=6),

@@ -38,7 +38,7 @@ def memory() -> Iterator[tuple[SharedMemory, pb.Shared]]:
     offered[0].close()
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, RING_BYTES // 2)), max_size=40))
 def test_a_ring_never_overwrites_what_is_not_freed(steps: list[tuple[bool, int]]) -> None:
     offered = offer()

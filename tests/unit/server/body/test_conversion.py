@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.errors import RunError
@@ -53,7 +53,6 @@ def layout(shapes: dict[str, tuple[int, ...]], stage: int, ranks: int) -> list[t
     return [(table, [torch.empty(part)]) for table in group_tables(mappings)]
 
 
-@settings(deadline=None)
 @given(SHAPES, st.sampled_from([0, 1, 3]), st.integers(1, 4), st.sampled_from([0, 1, 3]), st.integers(1, 4))
 def test_every_layout_to_every_layout(
     shapes: dict[str, tuple[int, ...]], before: int, saved_by: int, after: int, ranks: int

@@ -30,7 +30,7 @@ def federations(draw: st.DrawFn) -> list[Manifest]:
 TOGETHER = st.integers(1, 4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(manifests=federations(), together=TOGETHER)
 def test_every_sequence_is_in_one_piece_of_one_micro_batch(manifests: list[Manifest], together: int) -> None:
     placed = [piece for pieces in pack(manifests, CAPACITY, together) for piece in pieces]
@@ -44,7 +44,7 @@ def test_every_sequence_is_in_one_piece_of_one_micro_batch(manifests: list[Manif
         assert end == len(manifest.lengths)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(manifests=federations(), together=TOGETHER)
 def test_micro_batches_fit(manifests: list[Manifest], together: int) -> None:
     packed = pack(manifests, CAPACITY, together)
@@ -60,7 +60,7 @@ def test_micro_batches_fit(manifests: list[Manifest], together: int) -> None:
         assert placed == sorted(placed), "clients one after another"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(manifests=federations(), together=TOGETHER, data=st.data())
 def test_the_plan_does_not_depend_on_who_came_first(
     manifests: list[Manifest], together: int, data: st.DataObject

@@ -78,7 +78,7 @@ def drawn_federation(data: st.DataObject, lengths: Lengths, **fixed: Any) -> Fed
     return Federation(**(drawn | fixed), lengths=lengths, capacity=CAPACITY)
 
 
-ANY_ORDER = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+ANY_ORDER = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 @ANY_ORDER

@@ -10,7 +10,7 @@ from fedbert_ds.server.queue.seats import assign_clients, window_shares
 SHARES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 10_000), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shares=SHARES, world_size=st.integers(1, 6))
 def test_ranks_are_balanced(shares: dict[str, int], world_size: int) -> None:
     """Every client has a rank, and no two ranks differ by more than one client could mend (heaviest
@@ -33,7 +33,7 @@ def test_seats_by_hand() -> None:
     assert assign_clients({"a": 5, "b": 4, "c": 3, "d": 3, "e": 3}, 2) == {"a": 0, "b": 1, "c": 1, "d": 0, "e": 1}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**12), min_size=1, max_size=8),
     window_tokens=st.integers(1, 10**7),
@@ -49,7 +49,7 @@ def test_shares_follow_the_shards(sizes: dict[str, int], window_tokens: int) -> 
     assert set(window_shares(sizes, window_tokens, "equal").values()) == {max(1, window_tokens // len(sizes))}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1, 10**9), min_size=1, max_size=8),
     window_tokens=st.integers(1000, 10**7),

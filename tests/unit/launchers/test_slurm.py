@@ -86,6 +86,23 @@ def test_server_resumes_a_run_that_has_begun(submitted):
     assert "--resume" in run("pretrain.sbatch", **submitted).stdout
 
 
+@pytest.mark.parametrize(
+    ("ends", "is_left"),
+    [("exit 0", True), ("touch $STOPPED", False), ("exit 1", False)],
+    ids=["complete", "stopped", "failed"],
+)
+def test_only_a_complete_run_leaves_word_for_its_clients(submitted, ends, is_left):
+    """An address would be that of a server that is gone."""
+    address = submitted["cwd"] / "runs" / "slurm-123" / "server.address"
+    address.parent.mkdir(parents=True)
+    srun = submitted["cwd"] / "bin" / "srun"
+    srun.write_text(f"#!/bin/sh\necho complete > {address}\n{ends}\n")
+    srun.chmod(0o755)
+    result = run("pretrain.sbatch", **submitted | {"DRY_RUN": "", "PYTHON": sys.executable})
+    assert result.returncode == {"exit 0": 0, "touch $STOPPED": 130, "exit 1": 1}[ends], result.stderr
+    assert address.exists() == is_left
+
+
 def test_server_outside_a_job_or_the_repository_is_one_line(tmp_path):
     outside_job = run("pretrain.sbatch")
     assert outside_job.returncode == 1

@@ -68,7 +68,16 @@ class ModelSection(Section):
     """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow
     models learn sooner with 0.02 x sqrt(768 / hidden_size)."""
     dropout: Probability = 0.1
-    """Dropout of hidden states and attention probabilities, from scratch or from a checkpoint."""
+    """Dropout of hidden states, from scratch or from a checkpoint."""
+    attention_dropout: Probability | None = None
+    """Dropout of attention probabilities. null means `dropout`. Attention is faster with 0.0, which
+    ModernBERT trains with."""
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """As fields of a transformers config."""
+        attention = self.dropout if self.attention_dropout is None else self.attention_dropout
+        return {"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": attention}
 
     @model_validator(mode="after")
     def _shape(self) -> ModelSection:
@@ -194,7 +203,7 @@ class OptimizerSection(Section):
 class BodySection(Section):
     """The body under DeepSpeed."""
 
-    deepspeed: Path = Path("deepspeed/zero2.json")
+    deepspeed: Path = Path("deepspeed/zero1.json")
     """DeepSpeed JSON file, relative to the run file."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
@@ -313,6 +322,9 @@ class ClientsSection(Section):
     back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
+    local_device: Literal["cpu", "cuda"] = "cpu"
+    """Where those compute. `cuda` deals them to all GPUs of this machine, on which the ranks
+    compute, too."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds to wait at the start for `expected` clients to join, then for their streams; and in a
     run for clients that it cannot go on without."""

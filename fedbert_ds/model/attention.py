@@ -47,8 +47,10 @@ class Packing:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"sequence lengths must be positive and at least one, got {list(lengths)}")
         num_tokens, longest = sum(lengths), max(lengths)
-        # Tensors of T entries are made on the device: a copy would wait for its work.
-        counts = torch.tensor(lengths, dtype=torch.int64).to(device)
+        # A copy from memory that is not pinned would wait for the device's work. Tensors of T
+        # entries are made there.
+        on_host = torch.tensor(lengths, dtype=torch.int64, pin_memory=torch.device(device).type != "cpu")
+        counts = on_host.to(device, non_blocking=True)
         ends = counts.cumsum(0)
         starts = ends - counts
         tokens = torch.arange(num_tokens, device=device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from fedbert_ds.server.body.distributed import PATIENCE
 
 T = TypeVar("T")
 
@@ -18,8 +19,8 @@ class RankGroup:
     """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-        self.update_group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.update_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         """A second group, for a thread beside the body: within one group, all ranks must run their
         operations in the same order."""
         self.rank = dist.get_rank()

@@ -165,7 +165,12 @@ def test_every_room_has_its_tests() -> None:
     assert sorted(set(missing) - TESTED_ELSEWHERE.keys()) == []
 
 
-OF_OTHERS = {"_attn_implementation", "_forward_hooks", "_global_mapping", "_python_dispatch"}
+OF_OTHERS = {
+    *("_attn_implementation", "_forward_hooks", "_global_mapping", "_python_dispatch"),
+    # How a device is made of Python.
+    *("_C", "_disabled_torch_function_impl", "_make_wrapper_subclass", "_setup_privateuseone_for_python_backend"),
+    *("_local_scalar_dense", "_to_copy", "_unique2"),
+}
 """Names of transformers and torch with an underscore and no public equivalent."""
 
 

@@ -1,7 +1,7 @@
-"""Work of the body's device, whose result is copied back while the next micro-batch computes.
+"""Work of the body's device: uploads, computation and downloads beside one another.
 
-On a GPU the computation is queued and its result is copied to pinned memory on a stream of its own;
-the host goes on. On a CPU all of it is done at once.
+On a GPU all three are queued, each on a stream of its own, and the host goes on. On a CPU they are
+done at once.
 """
 
 from __future__ import annotations
@@ -22,30 +22,6 @@ class DeviceWork:
         self._seconds = seconds
         self._events = events
 
-    @classmethod
-    def start(cls, device: torch.device, compute: Callable[[], Tensor], copies: Any = None) -> DeviceWork:
-        """Start `compute` and the copy of its result to the CPU, in fp32.
-
-        `copies` is the stream of that copy; a GPU needs one, a CPU ignores it.
-        """
-        if device.type != "cuda":
-            started = time.monotonic()
-            tensor = compute().to(device="cpu", dtype=torch.float32)
-            return cls(tensor, time.monotonic() - started)
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        result = compute().to(torch.float32)
-        ended.record()
-        copies.wait_event(ended)
-        with torch.cuda.stream(copies):
-            tensor = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
-            tensor.copy_(result, non_blocking=True)
-            # No other tensor may get its memory while the copy still reads it.
-            result.record_stream(copies)
-            copied = torch.cuda.Event()
-            copied.record()
-        return cls(tensor, events=(began, ended, copied))
-
     @property
     def is_done(self) -> bool:
         """Whether the result is here."""
@@ -60,13 +36,43 @@ class DeviceWork:
         return self._tensor, self._seconds
 
 
-def upload(tensor: Tensor, device: torch.device, copies: Any = None) -> Tensor:
-    """The tensor on the device. On a GPU, stream `copies` copies it and the current one waits."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    with torch.cuda.stream(copies):
-        there = tensor.pin_memory().to(device, non_blocking=True)
-    current = torch.cuda.current_stream(device)
-    current.wait_stream(copies)
-    there.record_stream(current)
-    return there
+class Device:
+    """Queues the work of one device. What is uploaded or computed here stays there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type != "cpu":
+            self._module = torch.get_device_module(device)
+            # A copy down waits for the computation. The next one up must not wait behind it.
+            self._up, self._down = self._module.Stream(device), self._module.Stream(device)
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """The tensor on the device; the computation that is queued next waits for it."""
+        if tensor.device.type == self.device.type:
+            return tensor
+        with self._module.stream(self._up):
+            there = tensor.pin_memory().to(self.device, non_blocking=True)
+        current = self._module.current_stream(self.device)
+        current.wait_stream(self._up)
+        there.record_stream(current)
+        return there
+
+    def start(self, compute: Callable[[], Tensor]) -> DeviceWork:
+        """Start `compute` and the copy of its result to the CPU, in fp32."""
+        if self.device.type == "cpu":
+            started = time.monotonic()
+            tensor = compute().to(torch.float32)
+            return DeviceWork(tensor, time.monotonic() - started)
+        began, ended = (self._module.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        result = compute().to(torch.float32)
+        ended.record()
+        self._down.wait_event(ended)
+        with self._module.stream(self._down):
+            tensor = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
+            tensor.copy_(result, non_blocking=True)
+            # No other tensor may get its memory while the copy still reads it.
+            result.record_stream(self._down)
+            copied = self._module.Event()
+            copied.record()
+        return DeviceWork(tensor, events=(began, ended, copied))

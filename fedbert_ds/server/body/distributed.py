@@ -7,15 +7,21 @@ import os
 import warnings
 from datetime import timedelta
 
+from fedbert_ds.server.body.links import check_links
+
+PATIENCE = timedelta(days=1)
+"""Of every collective: one rank may wait for its clients, and the others for it."""
+
 
 def initialize() -> None:
     """Join the other ranks by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Unset variables mean a run of one rank.
+    Unset variables mean a run of one rank. Raises ConfigError if nodes cannot meet.
     """
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else _free_port())
+    check_links(os.environ)
     import torch
 
     use_cuda = torch.cuda.is_available()
@@ -36,7 +42,17 @@ def initialize() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", timeout=timedelta(days=1), verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", timeout=PATIENCE, verbose=False)
+
+
+def be_patient() -> None:
+    """Give groups that DeepSpeed has made the world's PATIENCE; by default a collective ends the
+    run after 10 minutes on GPUs, 30 on CPUs.
+    """
+    import torch.distributed.distributed_c10d as c10d
+
+    for group in c10d._world.pg_map:
+        c10d._set_pg_timeout(PATIENCE, group)
 
 
 def shut_down() -> None:

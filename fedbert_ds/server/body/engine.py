@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
@@ -20,7 +22,8 @@ from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
 from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
-from fedbert_ds.server.body.device_work import DeviceWork, upload
+from fedbert_ds.server.body.device_work import Device, DeviceWork
+from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
 from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
@@ -42,10 +45,10 @@ class BodyInput:
     seed: int
     """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
 
-    def to(self, device: torch.device, copies: Any = None) -> BodyInput:
-        """The same input on a device. On a GPU, the stream `copies` copies it."""
-        index = None if self.row_index is None else upload(self.row_index, device, copies)
-        activations, positions = (upload(t, device, copies) for t in (self.activations, self.masked_positions))
+    def to(self, device: Device) -> BodyInput:
+        """The same input on a device."""
+        index = None if self.row_index is None else device.upload(self.row_index)
+        activations, positions = device.upload(self.activations), device.upload(self.masked_positions)
         return BodyInput(activations, positions, self.cu_seqlens, index, self.seed)
 
 
@@ -71,11 +74,9 @@ class BodyEngine:
         self._stage = stage
         self._shapes = shapes or {}
         self._world_size = world_size
-        self._device = device
+        self._device = Device(device)
         self._inputs: dict[int, BodyInput] = {}
         self._hidden: dict[int, Tensor] = {}
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        """The stream of copies to and from the device, beside the computation."""
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
@@ -107,7 +108,12 @@ class BodyEngine:
         body.train()
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
+        be_patient()
         world_size = torch.distributed.get_world_size()
+        if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
+            # It reads a value of every gradient from the device. The norm, read after it, tells the
+            # same.
+            engine.optimizer.overflow_checker = SimpleNamespace(check=lambda: False)
         if stage == 3:
             clear_padding(engine.optimizer, shapes, torch.distributed.get_rank(), world_size)
         return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
@@ -124,7 +130,7 @@ class BodyEngine:
 
     def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
         """Hidden states [masked, width] fp32; the micro-batch is in flight until its backward."""
-        return DeviceWork.start(self._device, lambda: self._forward(micro_batch, body_input), self._copies)
+        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)))
 
     def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
         """d(loss)/d(activations) fp32, in the shape of the forward's activations.
@@ -133,11 +139,10 @@ class BodyEngine:
         Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of
         the window, where ZeRO finishes its reduction.
         """
-        compute = partial(self._backward, micro_batch, hidden_gradient, is_last)
-        return DeviceWork.start(self._device, compute, self._copies)
+        gradient = self._device.upload(hidden_gradient)
+        return self._device.start(partial(self._backward, micro_batch, gradient, is_last))
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
-        body_input = body_input.to(self._device, self._copies)
         if self._stage == 3:
             with torch.no_grad():
                 hidden = self._run(body_input)
@@ -155,7 +160,7 @@ class BodyEngine:
         else:
             hidden = self._hidden.pop(micro_batch)
         # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
-        loss = (hidden.float() * upload(hidden_gradient, self._device, self._copies)).sum() * self._world_size
+        loss = (hidden.float() * hidden_gradient).sum() * self._world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
         gradient = body_input.activations.grad

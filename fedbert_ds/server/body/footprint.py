@@ -18,7 +18,7 @@ need the rest."""
 
 @dataclass
 class Saved:
-    """Storages that a graph keeps for its backward: bytes by address."""
+    """Storages that a graph keeps for its backward: bytes by identity."""
 
     storages: dict[int, int] = field(default_factory=dict)
 
@@ -32,12 +32,12 @@ class Saved:
 def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
     """Count what graphs built inside this block keep. Parameters do not count."""
     saved = Saved()
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            saved.storages[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in known:
+            saved.storages[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -46,8 +46,8 @@ def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
 
 def memory_budget(device: torch.device) -> int:
     """Bytes for micro-batches in flight on this rank: a share of the memory that is free now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+    if device.type != "cpu":
+        free, _ = torch.get_device_module(device).mem_get_info(device)
         return int(SHARE * free)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return int(SHARE * psutil.virtual_memory().available) // ranks_here

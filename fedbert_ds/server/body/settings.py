@@ -38,6 +38,8 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    # By default it waits for the device in every forward.
+    settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     return settings
 
 

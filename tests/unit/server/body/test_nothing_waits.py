@@ -1,0 +1,90 @@
+"""The body under DeepSpeed, on a device that notes waits and collectives: the host waits for no
+forward or backward, and ranks meet once a window.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[4]
+MICRO_BATCHES, COPY = 4, 10.0
+"""As the worker and its device have them."""
+STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
+MUTATIONS = ("timers", "item", "pageable", "lengths", "one stream")
+CASES = [(stage, precision, "") for stage in STAGES for precision in PRECISIONS]
+CASES += [(1, "bf16", mutation) for mutation in MUTATIONS]
+
+Told = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def told() -> Told:
+    """(stage, precision, mutation) -> what the worker tells of its last window."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    command = [sys.executable, str(Path(__file__).with_name("waits_worker.py")), json.dumps(CASES)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"forwards"')]
+    by_case = dict(zip(CASES, rows, strict=True))
+    return lambda stage, precision, mutation="": by_case[stage, precision, mutation]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_forwards_and_backwards_wait_for_nothing(told: Told, stage: int, precision: str) -> None:
+    waits = told(stage, precision)
+    assert waits["forwards"] == []
+    if stage < 3:
+        assert waits["backwards"] == []
+    else:
+        # DeepSpeed ends every backward at stage 3 with a wait for its reductions.
+        assert all("zero/stage3.py" in wait for wait in waits["backwards"])
+        assert len(waits["backwards"]) == MICRO_BATCHES
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_waits_for_the_norm_alone(told: Told, stage: int, precision: str) -> None:
+    """Whether it is finite, and by how much it is to be clipped; DeepSpeed asks more than once, but
+    not for each parameter.
+    """
+    waits = told(stage, precision)["step"]
+    assert 1 <= len(waits) <= 8, waits
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_cross_ranks_once_a_window_up_to_stage_1(told: Told, stage: int, precision: str) -> None:
+    """Above it in every backward, by DeepSpeed's design; why the shipped run files take stage 1."""
+    once, every_time = [0] + [0] * (MICRO_BATCHES - 1) + [1], [0] + [1] * MICRO_BATCHES
+    assert told(stage, precision)["collectives"] == (once if stage < 2 else every_time)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_copies_and_computation_are_beside_one_another(told: Told, stage: int) -> None:
+    """Only the first micro-batch of a window waits for its three uploads."""
+    assert told(stage, "bf16")["idle"] == 3 * COPY
+
+
+@pytest.mark.parametrize("mutation", ["timers", "item", "pageable", "lengths"])
+def test_a_wait_is_noticed(told: Told, mutation: str) -> None:
+    assert len(told(1, "bf16", mutation)["forwards"]) >= MICRO_BATCHES
+
+
+def test_a_copy_up_that_waits_behind_one_down_is_noticed(told: Told) -> None:
+    assert told(1, "bf16", "one stream")["idle"] > 3 * COPY

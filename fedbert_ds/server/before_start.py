@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.body.settings import deepspeed_settings
 from fedbert_ds.server.run_folder import RunFolder, check_folder
 
@@ -15,8 +16,13 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
     if config.cut != "whole":
         deepspeed_settings(config.body, config.optimizer)
     check_folder(RunFolder(config.run.directory), config, resume)
+    # torch is imported here: other mistakes need not wait for it.
+    if config.clients.local_device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise ConfigError("clients.local_device: cuda, and this machine has no GPU that torch can use; set cpu")
     if config.kernels == "triton":
-        # Imported here: other mistakes need not wait for torch.
         import torch
 
         from fedbert_ds.model.kernels import check_kernels

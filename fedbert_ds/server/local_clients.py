@@ -41,6 +41,8 @@ class LocalClients:
     """The client processes. `check` finds one that failed, `wait` and `stop` end them."""
 
     folder: RunFolder
+    devices: Sequence[str] = ("cpu",)
+    """To which clients are dealt: `cpu`, or `cuda:0`, `cuda:1`, ..."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _revivals: dict[str, int] = field(default_factory=dict)
     _server: str = ""
@@ -56,6 +58,7 @@ class LocalClients:
             shard = self.folder.shard(name)
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
             command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
+            command += ["--device", self._device(name)]
             with self.folder.log(name).open("ab") as log:
                 self.processes[name] = subprocess.Popen(
                     command,
@@ -66,6 +69,11 @@ class LocalClients:
                     # Ctrl-C reaches only the launcher's process group: the server ends clients.
                     start_new_session=True,
                 )
+
+    def _device(self, name: str) -> str:
+        # One that is started again keeps its place.
+        number = list(self.processes).index(name) if name in self.processes else len(self.processes)
+        return self.devices[number % len(self.devices)]
 
     def check(self) -> None:
         """Raise RunError with the last line of each failed client, if any failed."""

@@ -83,7 +83,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     """Train and hand over; returns the window that the run has come to."""
     stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
-    clients = LocalClients(folder)
+    clients = LocalClients(folder, _client_devices(config.clients.local_device))
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order
@@ -300,6 +300,10 @@ def _train(
             rooms.remote.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
+
+
+def _client_devices(choice: str) -> list[str]:
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if choice == "cuda" else ["cpu"]
 
 
 def _device() -> torch.device:

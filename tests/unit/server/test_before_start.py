@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.errors import ConfigError, RunError
@@ -42,3 +43,16 @@ def test_without_a_body_no_deepspeed_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.json"):
         check_before_start(parse_config(tree, "test"), resume=False)
     check_before_start(parse_config(tree | {"cut": "whole"}, "test"), resume=False)
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_clients_that_are_to_have_gpus_need_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    clients = config_in(tmp_path).clients.model_copy(update={"local_device": "cuda"})
+    config = config_in(tmp_path).model_copy(update={"clients": clients})
+    if has_gpu:
+        return check_before_start(config, resume=False)
+    with pytest.raises(ConfigError, match=r"clients\.local_device: cuda, and this machine has no GPU"):
+        check_before_start(config, resume=False)

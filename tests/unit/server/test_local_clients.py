@@ -50,6 +50,37 @@ def test_names_sort_as_numbers() -> None:
     assert names == sorted(names) and names[3] == "client-03"
 
 
+def test_clients_are_dealt_to_devices_and_keep_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    class Ended:
+        def __init__(self, command: list[str], **_: object) -> None:
+            commands.append(command)
+
+        def poll(self) -> int:
+            return 1
+
+    monkeypatch.setattr(local_clients.subprocess, "Popen", Ended)
+    names = [client_name(number) for number in range(3)]
+    for name in names:
+        (tmp_path / "clients" / name).mkdir(parents=True)
+    clients = LocalClients(RunFolder(tmp_path), ["cuda:0", "cuda:1"])
+    clients.start("127.0.0.1:1", names)
+    clients.revive()
+    asked = [command[command.index("--device") + 1] for command in commands]
+    assert asked == ["cuda:0", "cuda:1", "cuda:0"] * 2
+    clients.processes.clear()
+
+
+def test_by_default_clients_leave_the_gpus_to_the_ranks(started: Callable[..., LocalClients], tmp_path: Path) -> None:
+    started(ada='import sys; sys.exit(sys.argv[sys.argv.index("--device") + 1])')
+    log = RunFolder(tmp_path).log("ada")
+    deadline = time.monotonic() + 30.0
+    while log.read_text() != "cpu\n":
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_a_failed_client_is_named_with_its_last_line(started: Callable[..., LocalClients], tmp_path: Path) -> None:
     clients = started(
         ada="import time; time.sleep(60)",
@@ -80,7 +111,7 @@ def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: 
     assert not set(failure.split()) & set(RANK_VARIABLES)
     folder = clients.folder.clients / "ada"
     expected = ["-m", "fedbert_ds.cli", "client", "--server", "127.0.0.1:1", "--id", "ada"]
-    expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed"]
+    expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed", "--device", "cpu"]
     assert f" 1 {expected} (see" in failure
 
 

@@ -5,7 +5,7 @@ side. Scores are in log2 units, because the hardware has exp2. Factors common to
 applied at the end. The dropout mask is drawn where it is needed.
 """
 
-from fedbert_kernels.interpreter import dot, jit, narrow, tl
+from fedbert_kernels.interpreter import dot, jit, jit_for_any, narrow, tl
 from fedbert_kernels.philox import keep_mask, load_seed
 
 
@@ -123,7 +123,7 @@ def _forward_step(
     return total, denominator, new_largest
 
 
-@jit
+@jit_for_any("num_tokens")
 def attention_forward_kernel(
     q_ptr,  # [T, heads, D]; last stride 1, as for k and v
     k_ptr,  # [T, heads, D]
@@ -309,7 +309,7 @@ def _score_gradient(
         return p, p * (dp - delta[:, None])
 
 
-@jit
+@jit_for_any("num_tokens")
 def attention_backward_q_kernel(
     dout_ptr,  # [T, heads, D]; last stride 1, as for q, k, v
     q_ptr,  # [T, heads, D]
@@ -529,7 +529,7 @@ def _backward_kv_step(
     return dk, dv
 
 
-@jit
+@jit_for_any("num_tokens")
 def attention_backward_kv_kernel(
     dout_ptr,  # [T, heads, D]; last stride 1, as for q, k, v
     q_ptr,  # [T, heads, D]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, on_its_device, runs_triton, tl
+from fedbert_kernels.interpreter import INTERPRETED, jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,7 +37,7 @@ def _normal(h, FAST: tl.constexpr):
     return cumulative, exponential * 0.3989422804014327
 
 
-@jit
+@jit_for_any("num_rows")
 def _forward_kernel(
     x_ptr,  # [num_rows, width]
     bias_ptr,  # [width]; unused without HAS_BIAS
@@ -61,7 +61,7 @@ def _forward_kernel(
     tl.store(y_ptr + offsets, narrow(h * cumulative, y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit_for_any("num_rows")
 def _backward_kernel(
     dy_ptr,  # [num_rows, width]
     x_ptr,  # [num_rows, width]

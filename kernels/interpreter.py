@@ -47,6 +47,14 @@ INTERPRETED = tl.constexpr(HAVE_TRITON and os.environ.get("TRITON_INTERPRET", "0
 """Whether kernels run in Triton's interpreter; fixed at import, as in Triton itself."""
 
 
+def jit_for_any(*counts: str) -> Any:
+    """`jit`, but these counts get no variant of their own where 16 divides them, or for 1.
+
+    They change with every micro-batch: a run would stop to compile in mid-window.
+    """
+    return triton.jit(do_not_specialize=list(counts))
+
+
 def runs_triton(tensor: Tensor) -> bool:
     """Whether a kernel can take this tensor: on a GPU with Triton, or in the interpreter."""
     return bool(INTERPRETED) or (HAVE_TRITON and tensor.is_cuda)

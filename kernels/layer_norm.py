@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import INTERPRETED, jit, narrow, on_its_device, runs_triton, tl
+from fedbert_kernels.interpreter import INTERPRETED, jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import LEVELS, random_16, random_16_reference, row_drop_threshold
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +54,7 @@ def _load_vector(pointer, columns, inside, PRESENT: tl.constexpr):
         return tl.zeros(columns.shape, tl.float32)
 
 
-@jit
+@jit_for_any("num_rows")
 def _forward_kernel(
     x_ptr,  # [num_rows, width]
     residual_ptr,  # [num_rows, width]; unused without HAS_RESIDUAL
@@ -96,7 +96,7 @@ def _forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=row_inside)
 
 
-@jit
+@jit_for_any("num_rows")
 def _backward_kernel(
     dy_ptr,  # [num_rows, width]
     x_ptr,  # [num_rows, width]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
-from fedbert_kernels.interpreter import jit, narrow, on_its_device, runs_triton, tl
+from fedbert_kernels.interpreter import jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import random_16, random_16_reference
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -136,7 +136,7 @@ def _fp8_value(code, MANTISSA_BITS: tl.constexpr, BIAS: tl.constexpr):
     return tl.where(code >= 0x80, -value, value)
 
 
-@jit
+@jit_for_any("num_rows")
 def _quantize_kernel(
     x_ptr,  # [num_rows, width]
     rows_ptr,  # [num_selected] int64 into num_rows; unused without HAS_ROWS
@@ -204,7 +204,7 @@ def _quantize_kernel(
     tl.store(places, code.to(payload_ptr.dtype.element_ty), mask=columns < payload_width)
 
 
-@jit
+@jit_for_any("num_rows")
 def _dequantize_kernel(
     payload_ptr,  # [num_rows, payload_width] int8 or uint8
     scales_ptr,  # [num_rows, num_scales] fp32 or bf16

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -185,3 +186,19 @@ def test_a_case_must_name_every_argument() -> None:
 
     with pytest.raises(ValueError, match="SIZE"):
         compile_without_gpu(CompileCase("k", Kernel, {"x_ptr": "*fp32"}, {}), 90)
+
+
+def has_one_variant(kernel: Any, count: str) -> bool:
+    """Whether the kernel is compiled once for all values of a count."""
+    if hasattr(kernel, "kwargs"):  # in the interpreter
+        return count in kernel.kwargs.get("do_not_specialize", ())
+    return any(parameter.name == count and parameter.do_not_specialize for parameter in kernel.params)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens(module: str) -> None:
+    """By default Triton compiles one variant for multiples of 16, one for 1, one for the rest."""
+    for case in compile_cases(module):
+        for count in {"num_rows", "num_tokens"} & case.signature.keys():
+            assert has_one_variant(case.kernel, count), (case.name, count)
+            assert count not in case.divisible_by_16, "it is compiled here as it is in a run"

@@ -214,10 +214,9 @@ def test_a_timed_step_is_forward_and_backward_of_the_operator(case: RowCase) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "launch_forward", watch(calls, "forward", module.launch_forward))
         patch.setattr(module, "launch_backward", watch(calls, "backward", module.launch_backward))
-        gradients = training_step(case, True, "cpu", num_bytes=1 << 11)()
+        gradients = training_step(case, True, "cpu", num_rows=8)()
     assert calls == ["forward", "backward"]
-    num_rows = (1 << 11) // case.width // case.dtype.itemsize
-    assert gradients[0].shape == (num_rows, case.width) and gradients[0].dtype == case.dtype
+    assert gradients[0].shape == (8, case.width) and gradients[0].dtype == case.dtype
     assert [gradient.shape for gradient in gradients[2 if case.kernel == LAYER_NORM else 1 :]] == [(case.width,)] * (
         3 if case.kernel == LAYER_NORM else 1
     )

@@ -43,7 +43,7 @@ def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed:
         torch.manual_seed(seed)
         if section.checkpoint is None:
             return AutoModelForMaskedLM.from_config(config_of(section, vocab_size, pad_token_id), dtype=torch.float32)
-        return _from_checkpoint(section.checkpoint, section.dropout, vocab_size)
+        return _from_checkpoint(section.checkpoint, section.dropouts, vocab_size)
 
 
 def shape_hash(hf_config: Any) -> str:
@@ -123,8 +123,7 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
         "num_attention_heads": section.num_attention_heads,
         "intermediate_size": section.intermediate_size or 4 * section.hidden_size,
         "max_position_embeddings": section.max_position_embeddings,
-        "hidden_dropout_prob": section.dropout,
-        "attention_probs_dropout_prob": section.dropout,
+        **section.dropouts,
     }
     if section.architecture == "electra":
         hf_config: Any = ElectraConfig(**fields, embedding_size=section.embedding_size or section.hidden_size)
@@ -152,7 +151,7 @@ def _check(hf_config: Any) -> None:
         raise ModelError(f"position_embedding_type {hf_config.position_embedding_type} is not supported, only absolute")
 
 
-def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTrainedModel:
+def _from_checkpoint(checkpoint: str, dropouts: dict[str, float], vocab_size: int) -> PreTrainedModel:
     try:
         hf_config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
@@ -165,7 +164,7 @@ def _from_checkpoint(checkpoint: str, dropout: float, vocab_size: int) -> PreTra
             f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; "
             "use the checkpoint's own tokenizer (tokenizer.path)"
         )
-    hf_config.hidden_dropout_prob = hf_config.attention_probs_dropout_prob = dropout
+    hf_config.update(dropouts)
     try:
         with quiet_transformers():
             model, loading = AutoModelForMaskedLM.from_pretrained(

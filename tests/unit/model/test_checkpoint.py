@@ -91,6 +91,23 @@ def test_checkpoint_continues_with_its_weights_and_our_dropout(small_model, arch
     assert set(drops) == {0.25}
 
 
+@pytest.mark.parametrize("attention", [None, 0.0])
+@pytest.mark.parametrize("is_new", [True, False])
+def test_attention_has_a_dropout_of_its_own(
+    small_model, architecture, tmp_path: Path, attention: float | None, is_new: bool
+) -> None:
+    small_model(architecture).save_pretrained(tmp_path)
+    section = ModelSection(
+        checkpoint=None if is_new else str(tmp_path), architecture=architecture, dropout=0.25,
+        attention_dropout=attention,
+    )  # fmt: skip
+    _, body = split(build_model(section, VOCABULARY, PAD, seed=1), "embeddings")
+    drops = {name: m.p for name, m in body.named_modules() if isinstance(m, torch.nn.Dropout)}
+    in_attention = {p for name, p in drops.items() if name.endswith("attention.self.dropout")}
+    assert in_attention == {0.25 if attention is None else attention}
+    assert {p for name, p in drops.items() if not name.endswith("attention.self.dropout")} == {0.25}
+
+
 def test_bare_encoder_gets_a_new_head_from_the_seed(
     small_model, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -44,6 +44,19 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362}
+"""Dense products of 16-bit floats, by what the card's name holds; the makers' data sheets."""
+
+
+def nominal_rate(device: torch.device, dtype: torch.dtype) -> float | None:
+    """The card's nominal peak in FLOP/s, which no product reaches; None where it is not known."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return None
+    name = torch.cuda.get_device_properties(device).name
+    known = [card for card in NOMINAL_TFLOPS if card in name]
+    return NOMINAL_TFLOPS[max(known, key=len)] * 1e12 if known else None
+
+
 def time_side_by_side(
     candidates: Mapping[str, Call],
     device: torch.device,

@@ -2,7 +2,8 @@
 
 A step is forward, backward and optimizer step of one window: sequences of one length, or sentences
 of a text. A GPU trains BERT-base and BERT-large in bf16, a CPU a small BERT in fp32. The ways take
-turns in one process with a dense matrix product, whose rate divides the model's FLOP/s (MFU).
+turns in one process with a dense matrix product, whose rate divides the model's FLOP/s (MFU). Of a
+card whose nominal peak is known, the share of that is told, too: no product reaches it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from fedbert_ds.bench.body.encoders import Shape, Step, Window, has_flash_attn, packed_step, padded_step, varlen_step
-from fedbert_ds.bench.device import default_device, describe, matmul, peak_memory, time_side_by_side
+from fedbert_ds.bench.device import default_device, describe, matmul, nominal_rate, peak_memory, time_side_by_side
 from fedbert_ds.bench.lengths import sentence_lengths
 from fedbert_ds.config import Kernels
 from fedbert_ds.errors import ConfigError
@@ -183,6 +184,7 @@ def _measure(
         {**{name: step.run for name, step in steps.items()}, PRODUCT: product}, device, options.rounds
     )
     rate = product_flops / timings[PRODUCT].median
+    nominal = nominal_rate(device, plan.dtype)
     return [
         {
             "model": shape.name,
@@ -199,6 +201,7 @@ def _measure(
             "flops_per_second": step.flops / timings[name].median,
             "matmul_flops_per_second": rate,
             "mfu": step.flops / timings[name].median / rate,
+            "share_of_nominal": step.flops / timings[name].median / nominal if nominal else None,
             "peak_memory_bytes": memory[name],
         }
         for name, step in steps.items()
@@ -220,6 +223,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
+    shares = [row.get("share_of_nominal") for row in rows]
+    if any(shares):
+        heads.append("of the card's peak")
+        cells = [[*line, f"{100 * share:.0f} %" if share else "-"] for line, share in zip(cells, shares, strict=True)]
     return markdown(heads, cells, words=3)
 
 

@@ -84,6 +84,16 @@ def test_record_and_picture(options, capsys):
     assert table(record["rows"][2:]) in capsys.readouterr().out
 
 
+def test_a_known_card_is_measured_by_its_peak_too(options, monkeypatch, capsys):
+    bench_body(options)
+    assert "of the card's peak" not in capsys.readouterr().out
+    monkeypatch.setattr(module, "nominal_rate", lambda *_: 1e15)
+    bench_body(options)
+    for row in json.loads(options.out.read_text())["rows"]:
+        assert row["share_of_nominal"] == pytest.approx(row["flops_per_second"] / 1e15)
+    assert "| of the card's peak |" in capsys.readouterr().out
+
+
 def test_a_way_that_fails_is_left_out_and_said(options, monkeypatch, capsys):
     def fail(*_, by_length=False, **__):
         if by_length:

@@ -203,7 +203,7 @@ class OptimizerSection(Section):
 class BodySection(Section):
     """The body under DeepSpeed."""
 
-    deepspeed: Path = Path("deepspeed/zero1.json")
+    deepspeed: Path = Path("deepspeed/zero2.json")
     """DeepSpeed JSON file, relative to the run file."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""

@@ -11,6 +11,7 @@ import torch
 
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue import priority
 from fedbert_ds.server.queue.schedule import State
 from fedbert_ds.server.run_reporter import RunReporter
@@ -25,13 +26,17 @@ def applied(name: str | None) -> Iterator[None]:
         yield
 
 
-_forward, _backward = BodyEngine.forward, BodyEngine.backward
+_backward, _of_a_window = BodyEngine.backward, WindowGradient.__init__
 _window = RunReporter.window
 
 
 def _without_world_size(self, micro_batch, hidden_gradient, is_last):
     self._world_size = 1
     return _backward(self, micro_batch, hidden_gradient, is_last)
+
+
+def _as_if_one_rank(self, engine, world_size):
+    _of_a_window(self, engine, 1)
 
 
 def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last):
@@ -46,8 +51,17 @@ def _drops_first_micro_batch(self, micro_batch, hidden_gradient, is_last):
 
 
 def _forward_keeps_graph(self, micro_batch, body_input):
-    self._stage = 2
-    return _forward(self, micro_batch, body_input)
+    body_input.activations.requires_grad_(True)
+    hidden = self._hidden[micro_batch] = self._run(body_input)
+    self._inputs[micro_batch] = body_input
+    return hidden.detach()
+
+
+def _backward_through_kept_graph(self, micro_batch, hidden_gradient, is_last):
+    activations, hidden = self._inputs.pop(micro_batch).activations, self._hidden.pop(micro_batch)
+    self._engine.set_gradient_accumulation_boundary(is_last)
+    self._engine.backward((hidden.float() * hidden_gradient).sum() * self._world_size)
+    return activations.grad / self._world_size
 
 
 def _newest_backward_first(window, is_fixed):
@@ -70,13 +84,17 @@ VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_bac
 INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RunReporter, "window", _stops_before_window_3)]}
 
 FAULTS: dict[str, Patches] = {
-    "gradient scale off by the world size": [(BodyEngine, "backward", _without_world_size)],
+    "gradient scale off by the world size": [
+        (BodyEngine, "backward", _without_world_size),
+        (WindowGradient, "__init__", _as_if_one_rank),
+    ],
     "input gradient scale off by the world size": [(BodyEngine, "backward", _input_gradient_not_divided)],
     "a micro-batch dropped": [(BodyEngine, "backward", _drops_first_micro_batch)],
     # With kept graphs, DeepSpeed's stage 3 happens to be right while backwards follow the order of
     # forwards.
     "ZeRO 3 without its re-run": [
-        (BodyEngine, "forward", _forward_keeps_graph),
+        (BodyEngine, "_forward", _forward_keeps_graph),
+        (BodyEngine, "_backward", _backward_through_kept_graph),
         (priority, "next_backward", _newest_backward_first),
     ],
 }

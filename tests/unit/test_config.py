@@ -32,7 +32,7 @@ SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 def run_file(tmp_path: Path) -> Any:
     """A function that writes a run file. The default DeepSpeed file lies beside it."""
     (tmp_path / "deepspeed").mkdir()
-    (tmp_path / "deepspeed" / "zero1.json").write_text("{}")
+    (tmp_path / "deepspeed" / "zero2.json").write_text("{}")
 
     def write(text: str) -> Path:
         path = tmp_path / "mine.yaml"
@@ -293,7 +293,7 @@ def test_any_tree_is_a_configuration_or_one_line(tree: Any) -> None:
 
 def test_an_empty_file_is_the_defaults(run_file: Any) -> None:
     config = load_config(run_file(""))
-    assert config.body.deepspeed.name == "zero1.json" and config.body.deepspeed.is_absolute()
+    assert config.body.deepspeed.name == "zero2.json" and config.body.deepspeed.is_absolute()
     assert config.model_copy(update={"body": RunConfig().body}) == RunConfig()
 
 
@@ -369,10 +369,10 @@ def test_the_deepspeed_file_is_looked_for_beside_the_run_file_first(
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "deepspeed").mkdir(parents=True)
-    (elsewhere / "deepspeed" / "zero1.json").write_text("{}")
+    (elsewhere / "deepspeed" / "zero2.json").write_text("{}")
     (elsewhere / "own.json").write_text("{}")
     monkeypatch.chdir(elsewhere)
-    assert load_config(run_file("")).body.deepspeed == tmp_path / "deepspeed" / "zero1.json"
+    assert load_config(run_file("")).body.deepspeed == tmp_path / "deepspeed" / "zero2.json"
     assert load_config(run_file("body: {deepspeed: own.json}")).body.deepspeed == Path("own.json")
     absolute = elsewhere / "own.json"
     assert load_config(run_file(f"body: {{deepspeed: {absolute}}}")).body.deepspeed == absolute

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
 from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
+from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 
 
@@ -80,6 +80,7 @@ class BodyEngine:
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
+        self._gradient = WindowGradient(engine, world_size)
 
     @classmethod
     def build(
@@ -137,7 +138,7 @@ class BodyEngine:
 
         `hidden_gradient` [masked, width] is d(loss)/d(hidden) for the whole window's loss.
         Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of
-        the window, where ZeRO finishes its reduction.
+        the window, where stage 3 finishes its reduction.
         """
         gradient = self._device.upload(hidden_gradient)
         return self._device.start(partial(self._backward, micro_batch, gradient, is_last))
@@ -154,11 +155,11 @@ class BodyEngine:
 
     def _backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
         body_input = self._inputs.pop(micro_batch)
-        if self._stage == 3:
-            body_input.activations.requires_grad_(True)
-            hidden = self._run(body_input)
-        else:
+        if self._stage < 3:
             hidden = self._hidden.pop(micro_batch)
+            return self._gradient.backward(hidden, hidden_gradient, body_input.activations)
+        body_input.activations.requires_grad_(True)
+        hidden = self._run(body_input)
         # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
         loss = (hidden.float() * hidden_gradient).sum() * self._world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
@@ -175,6 +176,8 @@ class BodyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self._stage < 3:
+            self._gradient.give()
         if self._clipping is None:
             self._engine.step()
             return 1.0
@@ -185,24 +188,14 @@ class BodyEngine:
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated; all ranks together.
 
-        DeepSpeed has no call for that. It does the same when a gradient is not finite.
+        DeepSpeed has no call for that. At stage 3 it does the same when a gradient is not finite.
         """
-        optimizer = self._engine.optimizer
-        if self._stage == 0:
-            self._engine.zero_grad()
-            if hasattr(optimizer, "clear_hp_grads"):  # bf16, with fp32 sums of its own
-                optimizer.zero_grad()
-        elif self._stage == 3:
+        self._gradient.drop()
+        if self._stage == 3:
+            optimizer = self._engine.optimizer
             optimizer._pre_step()
             optimizer._partition_all_parameters()
             optimizer._overflow_clean_up(optimizer.loss_scale)
-        else:
-            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
-            optimizer.zero_grad(set_to_none=True)
-            optimizer._release_preflattened_grad_buffers()
-            for number in optimizer.averaged_gradients:
-                optimizer.averaged_gradients[number] = None
-                optimizer.all_grad_tensors[number] = None
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """One unused token, so that a rank without work still runs the collectives."""
@@ -259,9 +252,9 @@ class BodyEngine:
 
     def _run(self, body_input: BodyInput) -> Tensor:
         torch.manual_seed(body_input.seed)
-        return self._engine(
-            body_input.activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
-        )
+        # DeepSpeed's own forward prepares for a backward of its own, as there is at stage 3.
+        forward = self._engine if self._stage == 3 else self._engine.module
+        return forward(body_input.activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
 
     def _unpartitioned_masters(self) -> dict[Tensor, Tensor]:
         """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""

@@ -37,8 +37,8 @@ def test_shipped_files_name_their_stage_and_leave_our_keys_alone(stage: int) -> 
 
 def test_every_shipped_run_file_has_settings() -> None:
     for path in (ROOT / "configs").glob("*.yaml"):
-        # At stages 2 and 3 ranks wait for each other in every backward.
-        assert zero_stage(load_config(path).body) == 1
+        # At stage 3 ranks wait for each other in every forward and backward.
+        assert zero_stage(load_config(path).body) < 3
 
 
 def test_the_run_file_overrides_the_stage(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def built(stage: int, precision: str, mutation: str) -> BodyEngine:
 
 def window(engine: BodyEngine) -> dict[str, Any]:
     """Train one with all micro-batches in flight: waits, time in which the device was idle, and
-    numbers of collectives: of all forwards, then of each backward.
+    numbers of collectives: of all forwards, of each backward, of the step.
     """
     DEVICE.synchronize()
     DEVICE.take_waits()
@@ -80,7 +80,7 @@ def window(engine: BodyEngine) -> dict[str, Any]:
     DEVICE.take_waits()
     engine.step(0.01)
     step = DEVICE.take_waits()
-    DEVICE.take_collectives()
+    collectives.append(len(DEVICE.take_collectives()))
     return {"forwards": forwards, "backwards": backwards, "step": step, "idle": idle, "collectives": collectives}
 
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
+def config(tmp_path_factory) -> Iterator[Path]:
+    """A run file. Whatever of its run is left in the end is killed: it would train for ever."""
     folder = tmp_path_factory.mktemp("launcher")
     write_text(folder)
     tree = run_file(
@@ -39,7 +41,9 @@ def config(tmp_path_factory) -> Path:
     )
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(tree))
-    return path
+    yield path
+    for process in _processes(path):
+        process.kill()
 
 
 def test_interrupt_then_resume(config) -> None:
@@ -92,10 +96,13 @@ def _windows(run: Path) -> int:
 
 
 def _left(config: Path) -> list[str]:
-    """Ranks and clients of this run that still run."""
+    """Commands of ranks and clients of this run that still run."""
+    return [" ".join(process.info["cmdline"]) for process in _processes(config)]
+
+
+def _processes(config: Path) -> list[psutil.Process]:
     here = str(config.parent)
-    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
-    return [command for command in commands if here in command]
+    return [process for process in psutil.process_iter(["cmdline"]) if here in " ".join(process.info["cmdline"] or [])]
 
 
 def _wait_for(condition, process: subprocess.Popen | None, config: Path) -> None:

@@ -44,6 +44,11 @@ def add_benches(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     body.add_argument("--rounds", type=int, default=7, metavar="N", help="measurements of each; medians count (7)")
     body.set_defaults(run=_body)
 
+    host = benches.add_parser("host", help="the host's time for a micro-batch, beside plain transformers")
+    add_out(host, "the record")
+    host.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each; medians count (15)")
+    host.set_defaults(run=_host)
+
     kernels = benches.add_parser("kernels", help="each fused kernel beside the other ways to compute the same")
     add_kernels_options(kernels)
     kernels.set_defaults(run=_kernels)
@@ -128,6 +133,12 @@ def _body(options: argparse.Namespace) -> None:
     from fedbert_ds.bench.body.benchmark import BodyOptions, bench_body
 
     bench_body(typed(BodyOptions, options))
+
+
+def _host(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.host.benchmark import HostOptions, bench_host
+
+    bench_host(typed(HostOptions, options))
 
 
 def _kernels(options: argparse.Namespace) -> None:

@@ -60,6 +60,8 @@ class RunReporter:
         if config.server.tls is None and config.server.host not in ("127.0.0.1", "localhost", "::1"):
             what = "activations" if self._body_parameters is not None else "changes of weights"
             print(f"warning server.tls is not set: {what} cross the network in the clear")
+        if torch.cuda.is_available() and self._body_parameters is not None and config.body.precision == "fp32":
+            print("warning body.precision is fp32: a GPU computes many times faster in bf16")
         sys.stdout.flush()
 
     @contextmanager

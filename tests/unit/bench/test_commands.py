@@ -20,6 +20,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
         {"quick": True, "what": ("streams",), "streams": 9, "minutes": 2.0},
     ),
     "body": (["--dropout", "0.2", "--kernels", "torch"], {"dropout": 0.2, "kernels": "torch", "rounds": 7}),
+    "host": (["--rounds", "3"], {"rounds": 3, "quick": False}),
     "kernels": (["--kernel", "attention", "--tune"], {"kernels": ("attention",), "tune": True}),
 }  # fmt: skip
 

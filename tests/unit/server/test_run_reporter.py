@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.server.contract import RankStatus, Tally
@@ -117,6 +118,15 @@ def test_facts_name_what_ran(tmp_path: Path) -> None:
     assert facts["machine"].startswith("2 ranks, ") and facts["body"] == "1.34 B parameters, ZeRO 2, fp32"
     assert facts["clients"] == "4, synchronous" and facts["text"] == "with the clients"
     assert list(facts)[-1] == "training time"
+
+
+@pytest.mark.parametrize(("precision", "has_gpu"), [("fp32", True), ("bf16", True), ("fp32", False)])
+def test_a_gpu_that_computes_in_fp32_is_worth_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, precision: str, has_gpu: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    reporter_of(config_in(tmp_path, f"body.precision={precision}")).announce("127.0.0.1:1")
+    assert ("in bf16" in capsys.readouterr().out) == (has_gpu and precision == "fp32")
 
 
 def test_a_run_without_a_body_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,116 @@
+"""`fedbert-ds bench host`: the host's time for a micro-batch, where arithmetic is next to nothing.
+
+A GPU waits for the host that launches its work. Forward and backward of the body through the engine
+take turns with the same transformers layers called plainly, on the CPU, at a toy width.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedbert_ds.bench.device import time_side_by_side
+from fedbert_ds.config import ModelSection, RunConfig, parse_config
+from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.cut import split
+from fedbert_ds.server.body.distributed import initialize, shut_down
+from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.telemetry.record import source_commit, write_record
+from fedbert_ds.telemetry.tables import markdown
+
+WIDTH, SEQUENCES, LENGTH, MASKED_EVERY = 16, 4, 16, 7
+PLAIN = "transformers' layers, plainly"
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """What a user gives the benchmark."""
+
+    out: Path
+    """The record."""
+    command: str
+    """What the user typed, for the record."""
+    rounds: int = 15
+    """Measurements of each; medians count."""
+    quick: bool = False
+
+
+def bench_host(options: HostOptions) -> None:
+    """Measure every ZeRO stage beside plain layers, write the record, print the table."""
+    commit = source_commit()
+    layers, rounds, seconds = (2, 2, 0.01) if options.quick else (12, options.rounds, 0.5)
+    initialize()
+    ways = {PLAIN: plain(layers)} | {f"engine, ZeRO {stage}": engine(layers, stage) for stage in range(4)}
+    timings = time_side_by_side(ways, CPU, rounds, seconds)
+    rows = [
+        {
+            "way": name,
+            "seconds": timing.median,
+            "fastest": timing.fastest,
+            "slowest": timing.slowest,
+            "beside_plain": timing.median / timings[PLAIN].median,
+        }
+        for name, timing in timings.items()
+    ]
+    shut_down()
+    settings = {"layers": layers, "width": WIDTH, "sequences": SEQUENCES, "length": LENGTH, "rounds": rounds}
+    write_record(
+        options.out,
+        command=options.command,
+        commit=commit,
+        rows=rows,
+        settings=settings | {"precision": "fp32", "threads": torch.get_num_threads()},
+    )
+    print(f"{table(rows)}\n\nrecord  {options.out}", flush=True)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    cells = [[row["way"], f"{1e3 * row['seconds']:.1f}", f"{row['beside_plain']:.2f}x"] for row in rows]
+    return markdown(["way", "ms a micro-batch", "beside plain layers"], cells)
+
+
+def plain(layers: int) -> Callable[[], None]:
+    """Forward and backward of a model's layers, on sequences of one length."""
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = build_model(_config(layers, 0, Path(folder)).model, 100, 0, 1)
+    model.train()
+    hidden, gradient = (torch.randn(SEQUENCES, LENGTH, WIDTH) for _ in range(2))
+
+    def run() -> None:
+        inputs = hidden.clone().requires_grad_(True)
+        model.bert.encoder(inputs).last_hidden_state.backward(gradient)
+
+    return run
+
+
+def engine(layers: int, stage: int) -> Callable[[], None]:
+    """The same, packed, through the engine under DeepSpeed: results are on the CPU afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(layers, stage, Path(folder))
+        _, body = split(build_model(config.model, 100, 0, 1), "embeddings")
+        built = BodyEngine.build(body, config.body, config.optimizer, "torch", CPU)
+    tokens = SEQUENCES * LENGTH
+    activations, masked = torch.randn(tokens, WIDTH), torch.arange(0, tokens, MASKED_EVERY)
+    bounds = torch.arange(0, tokens + 1, LENGTH, dtype=torch.int32)
+    gradient = torch.randn(len(masked), WIDTH)
+
+    def run() -> None:
+        built.forward(0, BodyInput(activations.clone(), masked, bounds, None, 7)).result()
+        built.backward(0, gradient, is_last=False).result()
+
+    return run
+
+
+def _config(layers: int, stage: int, folder: Path) -> RunConfig:
+    file = folder / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    model = ModelSection(hidden_size=WIDTH, num_attention_heads=2, num_hidden_layers=layers)
+    return parse_config({"model": model.model_dump(), "body": {"deepspeed": str(file)}}, "bench host")

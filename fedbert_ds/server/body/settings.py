@@ -17,6 +17,7 @@ OURS = {
     "scheduler": "optimizer.schedule",
     "bf16": "body.precision",
     "fp16": "body.precision",
+    "torch_autocast": "body.precision",
 }
 """DeepSpeed keys that the run file owns, and the run-file key that sets each."""
 

@@ -18,6 +18,7 @@ from benchmarks.modes.comparison import table
 from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
+from fedbert_ds.bench.host.benchmark import table as host_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
@@ -184,6 +185,16 @@ def test_memory_of_a_client():
     assert len(record["rows"]) == 2 * len(CASES)
     for row in record["rows"]:
         assert row["peak_mb"] <= {BASE: 1000, FACTORIZED: 600}[row["model"]]
+
+
+@pytest.mark.parametrize("name", ["host-cpu", "host-cpu-before"])
+def test_host_time(name):
+    record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    assert host_table(record["rows"]) in README
+    beside = {row["way"]: row["beside_plain"] for row in record["rows"]}
+    if name == "host-cpu":
+        # What the page claims.
+        assert all(beside[f"engine, ZeRO {stage}"] <= 1.075 for stage in range(3))
 
 
 def test_killed_processes_leave_no_trace():

@@ -168,7 +168,6 @@ class RankServer:
         self._queue.hold(True)
         self._queue.roll_back(window, time.monotonic())
         self._rooms.inbox.roll_back()
-        self._micro_batches.take_tally()
         if to_checkpoint and is_saved:
             saving.load(window)
         else:

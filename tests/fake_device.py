@@ -1,9 +1,10 @@
 """A stand-in for a GPU: it computes on the CPU, keeps a GPU's time, notes waits and collectives.
 
 Its tensors are of the device `fake`. Each operation takes OPERATION on the stream of the moment, a
-copy to or from the host COPY. The host takes no time itself: its clock moves when it waits. What
-would make the host wait for a GPU's work is noted with the place that asked for it: a value that is
-read, a copy of or to memory that is not pinned, a shape that depends on values, a synchronization.
+copy to or from the host COPY; memory and views take nothing. The host takes no time itself: its
+clock moves when it waits. What would make the host wait for a GPU's work is noted with the place
+that asked for it: a value that is read, a copy of or to memory that is not pinned, a shape that
+depends on values, a synchronization. Bytes that cross are counted by dtype.
 
 Installing it cannot be undone, so it belongs in a process of its own.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -89,6 +91,11 @@ class Device:
         self.waits: list[str] = []
         self.collectives: list[str] = []
         """Operations of torch.distributed, by name."""
+        self.up: Counter[str] = Counter()
+        """Bytes copied from the host, by dtype."""
+        self.down: Counter[str] = Counter()
+        self.pinned_bytes = 0
+        """Bytes that the host itself has copied into pinned memory."""
 
     def take_waits(self) -> list[str]:
         """Waits since the last call."""
@@ -99,6 +106,12 @@ class Device:
         """Collectives since the last call."""
         collectives, self.collectives = self.collectives, []
         return collectives
+
+    def take_bytes(self) -> dict[str, Any]:
+        """Bytes since the last call."""
+        taken = {"up": dict(self.up), "down": dict(self.down), "pinned": self.pinned_bytes}
+        self.up, self.down, self.pinned_bytes = Counter(), Counter(), 0
+        return taken
 
     def wait(self, why: str, until: float | None = None) -> None:
         """The host waits, by default for the current stream."""
@@ -211,7 +224,7 @@ def run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         DEVICE.wait(str(operation))
     if "device" in kwargs:
         kwargs = kwargs | {"device": "cpu"}
-    DEVICE.current.spend(OPERATION)
+    DEVICE.current.spend(0.0 if operation.is_view else OPERATION)
     results = operation(*tree_map(_values, args), **tree_map(_values, kwargs))
 
     def result(value: Any) -> Any:
@@ -261,6 +274,7 @@ def _copy_across(target: Tensor, source: Tensor, non_blocking: bool = False) -> 
 
 def _cross(source: Tensor, is_queued: bool) -> None:
     DEVICE.current.spend(COPY)
+    (DEVICE.down if is_there(source) else DEVICE.up)[str(source.dtype)] += source.nbytes
     if not is_queued:
         DEVICE.wait("a copy from the device" if is_there(source) else "a copy to the device")
 
@@ -268,21 +282,32 @@ def _cross(source: Tensor, is_queued: bool) -> None:
 # -- pinned memory, which a machine without a GPU cannot have --------------------------------------
 
 
+PINNED: dict[int, Any] = {}
+"""Memory said to be pinned, by address; it is kept, so that no other gets the address."""
+
+
 def is_pinned(tensor: Tensor) -> bool:
-    """Whether `pin_memory` made it."""
-    return getattr(tensor, "is_said_to_be_pinned", False)
+    """Whether its memory is said to be pinned."""
+    return not tensor.numel() or tensor.untyped_storage().data_ptr() in PINNED
 
 
 def _pin(tensor: Tensor, device: object = None) -> Tensor:
-    pinned = tensor.clone()
-    pinned.is_said_to_be_pinned = True  # type: ignore[attr-defined]
-    return pinned
+    if is_pinned(tensor):
+        return tensor
+    DEVICE.pinned_bytes += tensor.nbytes
+    return _said_to_be_pinned(tensor.clone())
+
+
+def _said_to_be_pinned(tensor: Tensor) -> Tensor:
+    storage = tensor.untyped_storage()
+    PINNED[storage.data_ptr()] = storage
+    return tensor
 
 
 def _pins(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def made(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
         tensor = make(*args, **kwargs)
-        return _pin(tensor) if pin_memory else tensor
+        return _said_to_be_pinned(tensor) if pin_memory else tensor
 
     return made
 
@@ -345,7 +370,7 @@ def _factory(name: str) -> Callable[..., Tensor]:
     overload = getattr(operation, name.partition(".")[2] or "default")
 
     def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        DEVICE.current.spend(OPERATION)
+        DEVICE.current.spend(0.0 if name.startswith("empty") else OPERATION)
         return DeviceTensor(overload(*args, **(kwargs | {"device": "cpu"})))
 
     return make

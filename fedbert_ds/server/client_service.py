@@ -36,6 +36,7 @@ from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import Manifest
+from fedbert_kernels.encoded import Encoded
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -284,7 +285,7 @@ class ClientService:
         with suppress(Exception):  # it was raised before, or another error is under way
             self._outbox.settle()
 
-    def _receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None) -> None:
+    def _receive(self, client: str, message: pb.ClientMessage, tensor: Encoded | WireError | None) -> None:
         if message.HasField("begun"):
             if message.begun.attempt == self._attempt:
                 self._rolled_back.discard(client)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedbert_ds.config import Codec, UpdateCodec
 from fedbert_ds.server.queue.in_flight import Demand
+from fedbert_kernels.encoded import Encoded
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,8 +45,8 @@ class Contract:
 class Arrived:
     """A piece's activations, as they arrived."""
 
-    values: Tensor
-    """[tokens, width], or [rows, width] with cut: rows; fp32."""
+    values: Encoded
+    """[tokens, width], or [rows, width] with cut: rows."""
     row_index: Tensor | None
     """[tokens] int64 into `values`, with cut: rows."""
     masked_positions: Tensor

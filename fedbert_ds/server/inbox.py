@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from torch import Tensor
-
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
@@ -22,6 +20,7 @@ from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
 from fedbert_ds.wire.messages import checked_manifest, cursor_numbers
+from fedbert_kernels.encoded import Encoded
 
 
 class Inbox:
@@ -46,7 +45,7 @@ class Inbox:
         """Tokens of each client in a window."""
         self._saving = self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
-        self._gradients: dict[tuple[int, str], Tensor] = {}
+        self._gradients: dict[tuple[int, str], Encoded] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self.reports = Reports()
         """Of clients that train by themselves."""
@@ -79,7 +78,7 @@ class Inbox:
         """The activations of a client's piece. KeyError if not here."""
         return self._activations.pop((micro_batch, client))
 
-    def take_gradient(self, micro_batch: int, client: str) -> Tensor:
+    def take_gradient(self, micro_batch: int, client: str) -> Encoded:
         """d(loss)/d(hidden) of a client's piece, [masked, width] fp32. KeyError if not here."""
         return self._gradients.pop((micro_batch, client))
 
@@ -108,10 +107,10 @@ class Inbox:
         """Whether no activations and no gradients wait to be taken."""
         return not self._activations and not self._gradients
 
-    def receive(self, client: str, message: pb.ClientMessage, tensor: Tensor | WireError | None, now: float) -> bool:
+    def receive(self, client: str, message: pb.ClientMessage, tensor: Encoded | WireError | None, now: float) -> bool:
         """Check a message and keep its content. False for a manifest that comes too late.
 
-        `tensor` is the message's decoded tensor, or what is wrong with it. `now` is in seconds of a
+        `tensor` is the message's tensor, or what is wrong with it. `now` is in seconds of a
         monotonic clock. Raises WireError for a malformed or unexpected message.
         """
         match message.WhichOneof("body"):
@@ -145,7 +144,7 @@ class Inbox:
                 raise WireError(f"client {client}: a message of kind {other} was not expected")
         return True
 
-    def _receive_activations(self, client: str, message: pb.Activations, tensor: Tensor | WireError | None) -> None:
+    def _receive_activations(self, client: str, message: pb.Activations, tensor: Encoded | WireError | None) -> None:
         micro_batch = message.micro_batch
         who = sender(client, "activations", micro_batch)
         if self._queue.was_skipped(client, micro_batch):
@@ -162,7 +161,7 @@ class Inbox:
         self._queue.answer(client, micro_batch, "activations")
         self._activations[micro_batch, client] = Arrived(values, row_index, positions)
 
-    def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Tensor | WireError | None) -> None:
+    def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Encoded | WireError | None) -> None:
         micro_batch = message.micro_batch
         who = sender(client, "gradient", micro_batch)
         if self._queue.was_skipped(client, micro_batch):
@@ -207,7 +206,7 @@ class Inbox:
             self._exchange.deliver(window, client, assembler.finish)
 
 
-def _planned(frame: pb.TensorFrame, shape: tuple[int, int], tensor: Tensor | WireError | None, who: str) -> Tensor:
+def _planned(frame: pb.TensorFrame, shape: tuple[int, int], tensor: Encoded | WireError | None, who: str) -> Encoded:
     """The tensor of a frame. Raises WireError for another shape than the planned one."""
     if tuple(frame.shape) != shape:
         raise WireError(f"{who}: shape {frame.shape[:8]} instead of {list(shape)}")

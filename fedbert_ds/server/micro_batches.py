@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from fedbert_ds.config import WireSection
 from fedbert_ds.seeding import stable_seed
@@ -21,8 +18,9 @@ from fedbert_ds.server.queue.decisions import Backward, Forward
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import encode
+from fedbert_ds.wire.codecs import to_frame
 from fedbert_ds.wire.messages import Manifest
+from fedbert_kernels.encoded import Encoded
 
 
 @dataclass
@@ -64,7 +62,7 @@ class MicroBatches:
         self._manifests: dict[str, Manifest] = {}
         self._masked_tokens = 0
         self._in_flight: dict[int, InFlight] = {}
-        self._pending_sends: deque[tuple[DeviceWork, Callable[[Tensor], bool]]] = deque()
+        self._pending_sends: deque[tuple[DeviceWork, Callable[[Encoded], bool]]] = deque()
         """Results under way on the device, and the function that sends each.
 
         It returns false for a dummy's result, which nobody receives.
@@ -93,23 +91,28 @@ class MicroBatches:
         else:
             width = self._contract.activations.width
             body_input = self._engine.dummy_input(width, self._contract.is_rows_cut, seed)
-        work = self._engine.forward(micro_batch, body_input)
+        work = self._engine.forward(micro_batch, body_input, self._wire.hidden_states)
         self.tally.forwards += 1
         self.tally.tokens += sum(piece.tokens for piece in pieces)
         self.tally.dummy_micro_batches += not pieces
         self._in_flight[micro_batch] = InFlight(pieces, [len(item.values) for item in arrived])
         self._pending_sends.append((work, partial(self._send_hidden, micro_batch, pieces)))
 
-    def backward(self, decision: Backward, gradients: Mapping[str, Tensor]) -> None:
-        """Run a backward with d(loss)/d(hidden) by client, [masked, width] fp32.
+    def backward(self, decision: Backward, gradients: Mapping[str, Encoded]) -> None:
+        """Run a backward with d(loss)/d(hidden) by client, [masked, width].
 
         A piece without a gradient gets zeros.
         """
-        micro_batch, width = decision.micro_batch, self._contract.gradients.width
+        micro_batch, form = decision.micro_batch, self._contract.gradients
         flight = self._in_flight.pop(micro_batch)
-        pieces = [gradients.get(piece.client, torch.zeros(piece.masked, width)) for piece in flight.pieces]
-        hidden_gradient = torch.cat(pieces) if pieces else torch.zeros(0, width)
-        work = self._engine.backward(micro_batch, hidden_gradient, decision.is_last)
+        parts = [
+            gradients[piece.client]
+            if piece.client in gradients
+            else Encoded.zeros(piece.masked, form.width, form.codec)
+            for piece in flight.pieces
+        ]
+        parts = parts or [Encoded.zeros(0, form.width, form.codec)]
+        work = self._engine.backward(micro_batch, parts, decision.is_last, self._wire.gradients)
         self.tally.backwards += 1
         send = partial(self._send_input_gradients, micro_batch, flight, frozenset(gradients))
         self._pending_sends.append((work, send))
@@ -123,9 +126,9 @@ class MicroBatches:
         """Send results that the device has finished. With `wait`, first wait for the oldest."""
         while self._pending_sends and (wait or self._pending_sends[0][0].is_done):
             work, send = self._pending_sends.popleft()
-            tensor, seconds = work.result()
+            encoded, seconds = work.result()
             # A dummy is not work.
-            self.tally.busy_seconds += seconds if send(tensor) else 0.0
+            self.tally.busy_seconds += seconds if send(encoded) else 0.0
             wait = False
 
     def end(self) -> None:
@@ -140,32 +143,32 @@ class MicroBatches:
         tally, self.tally = self.tally, Tally()
         return tally
 
-    def _send_hidden(self, micro_batch: int, pieces: tuple[Piece, ...], hidden: Tensor) -> bool:
+    def _send_hidden(self, micro_batch: int, pieces: tuple[Piece, ...], hidden: Encoded) -> bool:
         window, wire, masked_tokens = self._window, self._wire, self._masked_tokens
 
-        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
-            frame = encode(rows, wire.hidden_states, compressed=wire.is_compressed)
+        def message(rows: Encoded) -> pb.ServerMessage:
+            frame = to_frame(rows, compressed=wire.is_compressed)
             place = {"window": window, "micro_batch": micro_batch}
-            yield pb.ServerMessage(hidden=pb.Hidden(**place, values=frame, masked_tokens=masked_tokens))
+            return pb.ServerMessage(hidden=pb.Hidden(**place, values=frame, masked_tokens=masked_tokens))
 
         for piece, rows in zip(pieces, hidden.split([piece.masked for piece in pieces]), strict=True):
             self._trace.begin("gradient", piece.client, micro_batch=micro_batch)
-            self._outbox.send_coded([piece.client], partial(message, rows))
+            self._outbox.send_framed(piece.client, partial(message, rows))
         return bool(pieces)
 
     def _send_input_gradients(
-        self, micro_batch: int, flight: InFlight, present: frozenset[str], gradient: Tensor
+        self, micro_batch: int, flight: InFlight, present: frozenset[str], gradient: Encoded
     ) -> bool:
         if not flight.pieces:
             return False
         window, wire = self._window, self._wire
 
-        def message(rows: Tensor) -> Iterator[pb.ServerMessage]:
-            frame = encode(rows, wire.gradients, compressed=wire.is_compressed)
+        def message(rows: Encoded) -> pb.ServerMessage:
+            frame = to_frame(rows, compressed=wire.is_compressed)
             input_gradient = pb.InputGradient(window=window, micro_batch=micro_batch, values=frame)
-            yield pb.ServerMessage(input_gradient=input_gradient)
+            return pb.ServerMessage(input_gradient=input_gradient)
 
         for piece, rows in zip(flight.pieces, gradient.split(flight.values_per_piece), strict=True):
             if piece.client in present:
-                self._outbox.send_coded([piece.client], partial(message, rows))
+                self._outbox.send_framed(piece.client, partial(message, rows))
         return True

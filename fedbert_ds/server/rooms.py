@@ -22,6 +22,7 @@ from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
+from fedbert_ds.server.network.codec_threads import codec_threads_here
 from fedbert_ds.server.network.decoding import DecodedEvent
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
@@ -106,7 +107,7 @@ def build_rooms(
         exchange = RemoteExchange(owner, queue.deadlines)
         revoke = _both(endpoint.revoke, owner.part_with)
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
-    outbox = Outbox(endpoint)
+    outbox = Outbox(endpoint, codec_threads_here())
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
     service = ClientService(
         queue,

@@ -31,6 +31,7 @@ from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
+from fedbert_ds.server.network.codec_threads import codec_threads_here
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
@@ -109,7 +110,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
-        decoding = Decoding(endpoint.next_event, contract)
+        decoding = Decoding(endpoint.next_event, contract, codec_threads_here(), pinned=torch.cuda.is_available())
         aggregator = elsewhere or _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))

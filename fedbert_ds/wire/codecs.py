@@ -1,6 +1,6 @@
-"""Tensor frames: a tensor as codec, shape and bytes, and back; only an expected frame is decoded.
+"""Tensor frames: an encoded tensor as a message, and back; only an expected frame is taken.
 
-`fedbert_kernels.quantize` rounds and scales, on the tensor's device; framing and checks are here.
+`fedbert_kernels.encoded` rounds and scales, on the tensor's device; framing and checks are here.
 """
 
 from __future__ import annotations
@@ -13,16 +13,12 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.wire.compression import Buffer, compress, decompress
+from fedbert_ds.wire.compression import compress, decompress_planes, put_together
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
-from fedbert_kernels.quantize import CODECS, FLOATS, dequantize, quantize
+from fedbert_kernels.encoded import NAMES, Encoded, form
 
 LARGEST_VALUE = 1e6
 """Above any value of a sane run; larger ones could overflow a micro-batch shared by clients."""
-
-UNSCALED = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Codecs without scales: a dtype each. `CODECS` are the codecs with scales."""
-NAMES = (*UNSCALED, *CODECS)
 
 
 def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: bool = False) -> TensorFrame:
@@ -33,33 +29,41 @@ def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: b
     `compressed` compresses without loss. Raises WireError for values that are not finite, which
     rounding would hide.
     """
-    values = tensor.detach()
-    if codec in UNSCALED:
-        payload = values.to(UNSCALED[codec])
-        scales, checked = payload.new_empty(0), payload
-    elif codec in CODECS:
-        values = values if values.dtype in FLOATS else values.to(torch.float32)
-        random = None if seed is None else torch.tensor([seed, 0], device=values.device)
-        payload, scales = quantize(values, codec, seed=random)
-        checked = scales  # infinite for a value that is not finite
-    else:
+    if codec not in NAMES:
         raise WireError(f"codec {codec!r} is unknown; choose one of {', '.join(NAMES)}")
-    if not torch.isfinite(checked).all():
-        raise WireError(
-            "an activation or gradient is not finite; lower optimizer.lr, raise optimizer.warmup_windows "
-            "or check the checkpoint the run continues from"
-        )
-    parts = {
-        name: compress(_bytes(part), part.itemsize) if compressed else _bytes(part)
-        for name, part in (("payload", payload), ("scales", scales))
-    }
-    return TensorFrame(codec=codec, shape=values.shape, compressed=compressed, **parts)
+    return to_frame(Encoded.of(tensor.detach(), codec, seed), compressed=compressed)
 
 
 def decode(
     frame: TensorFrame, shape: Sequence[int], codec: str, what: str, device: torch.device | str = "cpu"
 ) -> Tensor:
     """The fp32 tensor of `shape`, [rows, width], in a frame of `codec`; it moves to `device` coded.
+
+    Raises WireError as `from_frame`.
+    """
+    return from_frame(frame, shape, codec, what).to(device).decode()
+
+
+def to_frame(encoded: Encoded, *, compressed: bool = False) -> TensorFrame:
+    """Frame an encoded tensor. Raises WireError for values that were not finite."""
+    if not encoded.is_finite:
+        raise WireError(
+            "an activation or gradient is not finite; lower optimizer.lr, raise optimizer.warmup_windows "
+            "or check the checkpoint the run continues from"
+        )
+    payload, scales = encoded.payload, encoded.scales
+    return TensorFrame(
+        codec=encoded.codec,
+        shape=(len(encoded), encoded.width),
+        compressed=compressed,
+        payload=_bytes(payload, compressed),
+        scales=_bytes(payload.new_empty(0) if scales is None else scales, compressed),
+    )
+
+
+def from_frame(frame: TensorFrame, shape: Sequence[int], codec: str, what: str, *, pinned: bool = False) -> Encoded:
+    """The encoded tensor of `shape`, [rows, width], in a frame of `codec`, on the CPU; `pinned` in
+    memory that a GPU copies from by itself.
 
     Raises WireError naming `what` for another shape, codec or size, and for values that are not
     finite or beyond LARGEST_VALUE. Sizes are compared before memory is allocated.
@@ -69,39 +73,26 @@ def decode(
     if frame.codec != codec:
         raise WireError(f"{what}: codec {frame.codec[:20]!r} instead of {codec!r}")
     rows, width = shape
-    payload_bytes, scale_bytes = frame_bytes(rows, width, codec)
-    payload_type, scale_type = frame_dtypes(codec)
+    payload_form, scale_form = form(width, codec)
+    no_scales = 0, torch.float32
     # Every access to a field copies it.
-    coded = _content(frame.payload, frame.compressed, payload_bytes, payload_type, what)
-    coded_scales = _content(frame.scales, frame.compressed, scale_bytes, scale_type, f"{what}: scales")
-    if codec in UNSCALED:
-        values = _tensor(coded, payload_type).view(rows, width).to(device).to(torch.float32)
-    else:
-        form = CODECS[codec]
-        payload = _tensor(coded, payload_type).view(rows, form.payload_width(width)).to(device)
-        scales = _tensor(coded_scales, scale_type).view(rows, form.num_scales(width)).to(device)
-        values = dequantize(payload, scales, codec, width)
-    if values.numel():
-        largest = float(values.abs().max())  # NaN if any value is
-        if not math.isfinite(largest):
-            raise WireError(f"{what}: a value is not finite")
-        if largest > LARGEST_VALUE:
-            raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {LARGEST_VALUE:.0e}")
-    return values
+    payload = _planes(frame.payload, frame.compressed, rows, payload_form, what)
+    scales = _planes(frame.scales, frame.compressed, rows, scale_form or no_scales, f"{what}: scales")
+    encoded = Encoded(
+        codec,
+        width,
+        _tensor(payload, frame.compressed, rows, payload_form, pinned),
+        None if scale_form is None else _tensor(scales, frame.compressed, rows, scale_form, pinned),
+    )
+    if not encoded.bound <= LARGEST_VALUE:
+        _check_values(encoded, what)
+    return encoded
 
 
 def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
     """Bytes of payload and scales in the frame of a tensor [rows, width], uncompressed."""
-    if codec in UNSCALED:
-        return rows * width * UNSCALED[codec].itemsize, 0
-    form = CODECS[codec]
-    payload = rows * form.payload_width(width) * form.payload.itemsize
-    return payload, rows * form.num_scales(width) * form.scale_dtype.itemsize
-
-
-def frame_dtypes(codec: str) -> tuple[torch.dtype, torch.dtype]:
-    """Dtypes of payload and scales; codecs without scales name one, too."""
-    return (UNSCALED[codec], torch.float32) if codec in UNSCALED else (CODECS[codec].payload, CODECS[codec].scale_dtype)
+    payload, scales = form(width, codec)
+    return _num_bytes(rows, payload), _num_bytes(rows, scales) if scales else 0
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -145,15 +136,6 @@ def decode_positions(payload: bytes, num_tokens: int, num_positions: int, what: 
     return torch.from_numpy(positions.astype(np.int64))
 
 
-def _content(field: bytes, compressed: bool, num_bytes: int, dtype: torch.dtype, what: str) -> Buffer:
-    """A frame's payload or scales, decompressed if they were compressed."""
-    if compressed:
-        return decompress(field, num_bytes, dtype.itemsize, what)
-    if len(field) != num_bytes:
-        raise WireError(f"{what}: {len(field)} bytes instead of {num_bytes}")
-    return field
-
-
 def _shifts(num_rows: int) -> np.ndarray:
     """Places of a row number's bits, highest first; none for one row."""
     return np.arange((num_rows - 1).bit_length())[::-1]
@@ -163,12 +145,37 @@ def _whole_bytes(bits: int) -> int:
     return -(-bits // 8)
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().flatten().view(torch.uint8).numpy().tobytes()
+def _num_bytes(rows: int, part: tuple[int, torch.dtype]) -> int:
+    columns, dtype = part
+    return rows * columns * dtype.itemsize
 
 
-def _tensor(payload: Buffer, dtype: torch.dtype) -> Tensor:
-    if not payload:
-        return torch.empty(0, dtype=dtype)
-    # torch shares only memory it may write to.
-    return torch.frombuffer(payload if isinstance(payload, bytearray) else bytearray(payload), dtype=dtype)
+def _planes(field: bytes, compressed: bool, rows: int, part: tuple[int, torch.dtype], what: str) -> bytes:
+    """The bytes of a frame's payload or scales, as they are or in compression's planes."""
+    num_bytes = _num_bytes(rows, part)
+    if compressed:
+        return decompress_planes(field, num_bytes, what)
+    if len(field) != num_bytes:
+        raise WireError(f"{what}: {len(field)} bytes instead of {num_bytes}")
+    return field
+
+
+def _tensor(planes: bytes, compressed: bool, rows: int, part: tuple[int, torch.dtype], pinned: bool) -> Tensor:
+    columns, dtype = part
+    content = torch.empty(len(planes), dtype=torch.uint8, pin_memory=pinned)
+    put_together(planes, dtype.itemsize if compressed else 1, content.numpy())
+    return content.view(dtype).view(rows, columns)
+
+
+def _check_values(encoded: Encoded, what: str) -> None:
+    """Decode it: its bound is larger than its values."""
+    largest = float(encoded.decode().abs().max())  # NaN if any value is
+    if not math.isfinite(largest):
+        raise WireError(f"{what}: a value is not finite")
+    if largest > LARGEST_VALUE:
+        raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {LARGEST_VALUE:.0e}")
+
+
+def _bytes(tensor: Tensor, compressed: bool) -> bytes:
+    content = byte_view(tensor.cpu().contiguous())
+    return compress(content, tensor.itemsize) if compressed else bytes(content)

@@ -85,7 +85,12 @@ def from_planes(planes: bytes, itemsize: int) -> Buffer:
     if itemsize == 1:
         return planes
     content = bytearray(len(planes))
-    values = np.frombuffer(content, np.uint8).reshape(-1, itemsize)
+    put_together(planes, itemsize, np.frombuffer(content, np.uint8))
+    return content
+
+
+def put_together(planes: bytes, itemsize: int, content: np.ndarray) -> None:
+    """As `from_planes`, into `content`, uint8, of the same size."""
+    values = content.reshape(-1, itemsize)
     for place, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(itemsize, -1)):
         values[:, place] = plane
-    return content

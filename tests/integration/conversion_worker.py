@@ -94,15 +94,17 @@ def train(engine: Any, window: int) -> Tensor:
     answered to the first half, [2, 6].
     """
     from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_kernels.encoded import Encoded
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     answers = []
     for half in range(2) if ranks == 1 else (rank,):
         drawn = torch.Generator().manual_seed(10 * window + half)
         positions, bounds = torch.tensor([1, 3]), torch.tensor([0, 6], dtype=torch.int32)
-        body_input = BodyInput(torch.randn(6, 6, generator=drawn), positions, bounds, None, 3)
-        answers.append(engine.forward(half, body_input).result()[0])
-        engine.backward(half, torch.randn(2, 6, generator=drawn), half == 1 or ranks > 1).result()
+        activations, gradient = (Encoded.of(torch.randn(rows, 6, generator=drawn), "fp32") for rows in (6, 2))
+        body_input = BodyInput([activations], positions, bounds, None, 3)
+        answers.append(engine.forward(half, body_input).result()[0].decode())
+        engine.backward(half, [gradient], half == 1 or ranks > 1).result()
     engine.step(0.01)
     return answers[0]
 

@@ -65,6 +65,7 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+    from fedbert_kernels.encoded import Encoded
 
     config = parse_config(
         {
@@ -81,12 +82,13 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
     random = torch.Generator().manual_seed(torch.distributed.get_rank())
     for number, lengths in enumerate(LENGTHS):
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        values = torch.randn(sum(lengths), 32, generator=random)
-        engine.forward(number, BodyInput(values, torch.arange(0, sum(lengths), 2), bounds, None, number))
+        values = Encoded.of(torch.randn(sum(lengths), 32, generator=random), "fp32")
+        engine.forward(number, BodyInput([values], torch.arange(0, sum(lengths), 2), bounds, None, number))
     for number, lengths in enumerate(LENGTHS):
         gradient = torch.randn(len(range(0, sum(lengths), 2)), 32, generator=random) / 10
         is_last = number + 1 == len(LENGTHS)
-        results[f"input {number}"] = engine.backward(number, gradient, is_last=is_last).result()[0]
+        encoded, _ = engine.backward(number, [Encoded.of(gradient, "fp32")], is_last=is_last).result()
+        results[f"input {number}"] = encoded.decode()
     engine.step(config.optimizer.lr)
     return results | engine.full_state()
 

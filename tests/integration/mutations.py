@@ -15,6 +15,7 @@ from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue import priority
 from fedbert_ds.server.queue.schedule import State
 from fedbert_ds.server.run_reporter import RunReporter
+from fedbert_kernels.encoded import Encoded
 
 
 @contextmanager
@@ -30,37 +31,37 @@ _backward, _of_a_window = BodyEngine.backward, WindowGradient.__init__
 _window = RunReporter.window
 
 
-def _without_world_size(self, micro_batch, hidden_gradient, is_last):
+def _without_world_size(self, *arguments):
     self._world_size = 1
-    return _backward(self, micro_batch, hidden_gradient, is_last)
+    return _backward(self, *arguments)
 
 
 def _as_if_one_rank(self, engine, world_size):
     _of_a_window(self, engine, 1)
 
 
-def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last):
+def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last, codec):
     gradient, seconds = _backward(self, micro_batch, hidden_gradient, is_last).result()
-    return DeviceWork(gradient * self._world_size, seconds)
+    return DeviceWork(Encoded.of(gradient.decode() * self._world_size, codec), seconds)
 
 
-def _drops_first_micro_batch(self, micro_batch, hidden_gradient, is_last):
+def _drops_first_micro_batch(self, micro_batch, hidden_gradient, is_last, codec):
     if micro_batch == 0:
-        hidden_gradient = torch.zeros_like(hidden_gradient)
-    return _backward(self, micro_batch, hidden_gradient, is_last)
+        hidden_gradient = [part.map(torch.zeros_like) for part in hidden_gradient]
+    return _backward(self, micro_batch, hidden_gradient, is_last, codec)
 
 
 def _forward_keeps_graph(self, micro_batch, body_input):
-    body_input.activations.requires_grad_(True)
-    hidden = self._hidden[micro_batch] = self._run(body_input)
-    self._inputs[micro_batch] = body_input
+    activations = body_input.activations[0].decode().detach().requires_grad_(True)
+    hidden = self._run(body_input, activations)
+    self._graphs[micro_batch] = activations, hidden
     return hidden.detach()
 
 
 def _backward_through_kept_graph(self, micro_batch, hidden_gradient, is_last):
-    activations, hidden = self._inputs.pop(micro_batch).activations, self._hidden.pop(micro_batch)
+    activations, hidden = self._graphs.pop(micro_batch)
     self._engine.set_gradient_accumulation_boundary(is_last)
-    self._engine.backward((hidden.float() * hidden_gradient).sum() * self._world_size)
+    self._engine.backward((hidden.float() * hidden_gradient.decode()).sum() * self._world_size)
     return activations.grad / self._world_size
 
 

@@ -23,8 +23,10 @@ from fedbert_ds.server.body.distributed import initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
+from fedbert_kernels.encoded import Encoded
 
 WIDTH, SEQUENCES, LENGTH, MASKED_EVERY = 16, 4, 16, 7
+CODEC = "fp32"
 PLAIN = "transformers' layers, plainly"
 CPU = torch.device("cpu")
 
@@ -98,13 +100,13 @@ def engine(layers: int, stage: int) -> Callable[[], None]:
         _, body = split(build_model(config.model, 100, 0, 1), "embeddings")
         built = BodyEngine.build(body, config.body, config.optimizer, "torch", CPU)
     tokens = SEQUENCES * LENGTH
-    activations, masked = torch.randn(tokens, WIDTH), torch.arange(0, tokens, MASKED_EVERY)
+    activations, masked = Encoded.of(torch.randn(tokens, WIDTH), CODEC), torch.arange(0, tokens, MASKED_EVERY)
     bounds = torch.arange(0, tokens + 1, LENGTH, dtype=torch.int32)
-    gradient = torch.randn(len(masked), WIDTH)
+    gradient = Encoded.of(torch.randn(len(masked), WIDTH), CODEC)
 
     def run() -> None:
-        built.forward(0, BodyInput(activations.clone(), masked, bounds, None, 7)).result()
-        built.backward(0, gradient, is_last=False).result()
+        built.forward(0, BodyInput([activations], masked, bounds, None, 7), CODEC).result()
+        built.backward(0, [gradient], False, CODEC).result()
 
     return run
 

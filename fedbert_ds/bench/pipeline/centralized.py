@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fedbert_kernels.encoded import Encoded
+
 if TYPE_CHECKING:
     from fedbert_ds.config import RunConfig
     from fedbert_ds.data.masking import Batch
@@ -88,7 +90,7 @@ class MicroBatch:
     labels: Tensor
     """[masked] int64."""
     body_input: BodyInput
-    gradient: Tensor
+    gradient: Encoded
     """[masked, H] of the hidden states, made up."""
 
 
@@ -99,15 +101,14 @@ def train_body(engine: BodyEngine, half: ClientHalf | None, window: list[MicroBa
         is_last = index + 1 == len(window)
         if half is None:
             engine.forward(index, micro_batch.body_input)
-            engine.backward(index, micro_batch.gradient, is_last).result()
+            engine.backward(index, [micro_batch.gradient], is_last).result()
             continue
         activations = half.embed(micro_batch.input_ids, micro_batch.lengths)
-        hidden, _ = engine.forward(
-            index, replace(micro_batch.body_input, activations=activations.values.detach())
-        ).result()
-        _, gradient = half.head_backward(hidden, micro_batch.labels, 1.0 / num_masked)
-        input_gradient, _ = engine.backward(index, gradient, is_last).result()
-        activations.values.backward(input_gradient)
+        values = Encoded.of(activations.values.detach(), "fp32")
+        hidden, _ = engine.forward(index, replace(micro_batch.body_input, activations=[values])).result()
+        _, gradient = half.head_backward(hidden.decode(), micro_batch.labels, 1.0 / num_masked)
+        input_gradient, _ = engine.backward(index, [Encoded.of(gradient, "fp32")], is_last).result()
+        activations.values.backward(input_gradient.decode())
 
 
 def micro_batches_of(config: RunConfig, half: ClientHalf, batches: Mapping[str, Batch]) -> list[MicroBatch]:
@@ -152,14 +153,14 @@ def _micro_batch(half: ClientHalf, parts: list[Batch], random: torch.Generator) 
     with torch.no_grad():
         activations = half.embed(input_ids, lengths)
     body_input = BodyInput(
-        activations=activations.values.detach(),
+        activations=[Encoded.of(activations.values.detach(), "fp32")],
         masked_positions=positions,
         cu_seqlens=_bounds(lengths).to(torch.int32),
         row_index=activations.row_index,
         seed=1,
     )
     gradient = 1e-4 * torch.randn(len(positions), half.widths.hidden, generator=random)
-    return MicroBatch(input_ids, lengths, labels, body_input, gradient)
+    return MicroBatch(input_ids, lengths, labels, body_input, Encoded.of(gradient, "fp32"))
 
 
 def _bounds(lengths: list[int]) -> Tensor:

@@ -7,18 +7,20 @@ done at once.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedbert_kernels.encoded import Encoded
+
 
 class DeviceWork:
-    """A tensor that the device computes, and the seconds that it took."""
+    """A tensor that the device computes and encodes, and the seconds that it took."""
 
-    def __init__(self, tensor: Tensor, seconds: float = 0.0, events: tuple[Any, Any, Any] | None = None) -> None:
-        self._tensor = tensor
+    def __init__(self, encoded: Encoded, seconds: float = 0.0, events: tuple[Any, Any, Any] | None = None) -> None:
+        self._encoded = encoded
         self._seconds = seconds
         self._events = events
 
@@ -27,13 +29,13 @@ class DeviceWork:
         """Whether the result is here."""
         return self._events is None or self._events[2].query()
 
-    def result(self) -> tuple[Tensor, float]:
-        """(tensor, fp32 on the CPU; seconds of device computation). Waits for both."""
+    def result(self) -> tuple[Encoded, float]:
+        """(encoded tensor on the CPU, seconds of device computation). Waits for both."""
         if self._events is not None:
             began, ended, copied = self._events
             copied.synchronize()
             self._seconds, self._events = began.elapsed_time(ended) / 1e3, None
-        return self._tensor, self._seconds
+        return self._encoded, self._seconds
 
 
 class Device:
@@ -46,33 +48,45 @@ class Device:
             # A copy down waits for the computation. The next one up must not wait behind it.
             self._up, self._down = self._module.Stream(device), self._module.Stream(device)
 
-    def upload(self, tensor: Tensor) -> Tensor:
-        """The tensor on the device; the computation that is queued next waits for it."""
-        if tensor.device.type == self.device.type:
-            return tensor
+    def upload(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parts on the device, joined; the computation that is queued next waits for them.
+
+        Parts in pinned memory are copied from where they are.
+        """
+        first = parts[0]
+        if first.device.type == self.device.type:
+            return first if len(parts) == 1 else torch.cat(list(parts))
+        lengths = [len(part) for part in parts]
         with self._module.stream(self._up):
-            there = tensor.pin_memory().to(self.device, non_blocking=True)
+            there = torch.empty((sum(lengths), *first.shape[1:]), dtype=first.dtype, device=self.device)
+            for part, place in zip(parts, there.split(lengths), strict=True):
+                place.copy_(part.pin_memory(), non_blocking=True)
         current = self._module.current_stream(self.device)
         current.wait_stream(self._up)
         there.record_stream(current)
         return there
 
-    def start(self, compute: Callable[[], Tensor]) -> DeviceWork:
-        """Start `compute` and the copy of its result to the CPU, in fp32."""
+    def start(self, compute: Callable[[], Tensor], codec: str) -> DeviceWork:
+        """Start `compute`, the coding of its result and the copy of the codes to the CPU."""
         if self.device.type == "cpu":
             started = time.monotonic()
-            tensor = compute().to(torch.float32)
-            return DeviceWork(tensor, time.monotonic() - started)
+            encoded = Encoded.of(compute(), codec)
+            return DeviceWork(encoded, time.monotonic() - started)
         began, ended = (self._module.Event(enable_timing=True) for _ in range(2))
         began.record()
-        result = compute().to(torch.float32)
+        result = Encoded.of(compute(), codec)
         ended.record()
         self._down.wait_event(ended)
         with self._module.stream(self._down):
-            tensor = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
-            tensor.copy_(result, non_blocking=True)
-            # No other tensor may get its memory while the copy still reads it.
-            result.record_stream(self._down)
+            encoded = result.map(self._download)
             copied = self._module.Event()
             copied.record()
-        return DeviceWork(tensor, events=(began, ended, copied))
+        return DeviceWork(encoded, events=(began, ended, copied))
+
+    def _download(self, there: Tensor) -> Tensor:
+        """The tensor in pinned memory, once the current stream has copied it."""
+        tensor = torch.empty(there.shape, dtype=there.dtype, pin_memory=True)
+        tensor.copy_(there, non_blocking=True)
+        # No other tensor may get its memory while the copy still reads it.
+        there.record_stream(self._down)
+        return tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,14 +29,15 @@ from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
+from fedbert_kernels.encoded import Encoded
 
 
 @dataclass(frozen=True)
 class BodyInput:
     """Input of one forward of the body, on the CPU or the body's device."""
 
-    activations: Tensor
-    """[tokens, width], or [rows, width] with cut: rows; float."""
+    activations: Sequence[Encoded]
+    """[tokens, width], or [rows, width] with cut: rows, in parts: the pieces'."""
     masked_positions: Tensor
     """[masked] int64: positions whose hidden states are wanted."""
     cu_seqlens: Tensor
@@ -46,10 +48,10 @@ class BodyInput:
     """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
 
     def to(self, device: Device) -> BodyInput:
-        """The same input on a device."""
-        index = None if self.row_index is None else device.upload(self.row_index)
-        activations, positions = device.upload(self.activations), device.upload(self.masked_positions)
-        return BodyInput(activations, positions, self.cu_seqlens, index, self.seed)
+        """The same input on a device, its activations in one part."""
+        index = None if self.row_index is None else device.upload([self.row_index])
+        activations = Encoded.join(self.activations, device.upload)
+        return BodyInput([activations], device.upload([self.masked_positions]), self.cu_seqlens, index, self.seed)
 
 
 class BodyEngine:
@@ -76,7 +78,9 @@ class BodyEngine:
         self._world_size = world_size
         self._device = Device(device)
         self._inputs: dict[int, BodyInput] = {}
-        self._hidden: dict[int, Tensor] = {}
+        """At stage 3."""
+        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
+        """Up to stage 2: activations and hidden states."""
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
@@ -129,42 +133,47 @@ class BodyEngine:
         """Whether forwards hold collectives: all ranks must run the same operations in order."""
         return self._stage == 3
 
-    def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
-        """Hidden states [masked, width] fp32; the micro-batch is in flight until its backward."""
-        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)))
-
-    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
-        """d(loss)/d(activations) fp32, in the shape of the forward's activations.
-
-        `hidden_gradient` [masked, width] is d(loss)/d(hidden) for the whole window's loss.
-        Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward of
-        the window, where stage 3 finishes its reduction.
+    def forward(self, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
+        """Hidden states [masked, width], in a codec; the micro-batch is in flight until its
+        backward.
         """
-        gradient = self._device.upload(hidden_gradient)
-        return self._device.start(partial(self._backward, micro_batch, gradient, is_last))
+        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)), codec)
+
+    def backward(
+        self, micro_batch: int, hidden_gradient: Sequence[Encoded], is_last: bool, codec: str = "fp32"
+    ) -> DeviceWork:
+        """d(loss)/d(activations) in a codec, in the shape of the forward's activations.
+
+        `hidden_gradient` [masked, width], in parts, is d(loss)/d(hidden) for the whole window's
+        loss. Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward
+        of the window, where stage 3 finishes its reduction.
+        """
+        gradient = Encoded.join(hidden_gradient, self._device.upload)
+        return self._device.start(partial(self._backward, micro_batch, gradient, is_last), codec)
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
+        activations = _activations(body_input)
         if self._stage == 3:
+            self._inputs[micro_batch] = body_input
             with torch.no_grad():
-                hidden = self._run(body_input)
-        else:
-            body_input.activations.requires_grad_(True)
-            hidden = self._hidden[micro_batch] = self._run_measured(body_input)
-        self._inputs[micro_batch] = body_input
+                return self._run(body_input, activations).detach()
+        hidden = self._run_measured(body_input, activations.requires_grad_(True))
+        self._graphs[micro_batch] = activations, hidden
         return hidden.detach()
 
-    def _backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> Tensor:
-        body_input = self._inputs.pop(micro_batch)
+    def _backward(self, micro_batch: int, encoded_gradient: Encoded, is_last: bool) -> Tensor:
+        hidden_gradient = encoded_gradient.decode()
         if self._stage < 3:
-            hidden = self._hidden.pop(micro_batch)
-            return self._gradient.backward(hidden, hidden_gradient, body_input.activations)
-        body_input.activations.requires_grad_(True)
-        hidden = self._run(body_input)
+            activations, hidden = self._graphs.pop(micro_batch)
+            return self._gradient.backward(hidden, hidden_gradient, activations)
+        body_input = self._inputs.pop(micro_batch)
+        activations = _activations(body_input).requires_grad_(True)
+        hidden = self._run(body_input, activations)
         # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
         loss = (hidden.float() * hidden_gradient).sum() * self._world_size
         self._engine.set_gradient_accumulation_boundary(is_last)
         self._engine.backward(loss)
-        gradient = body_input.activations.grad
+        gradient = activations.grad
         assert gradient is not None
         return gradient.to(torch.float32) / self._world_size
 
@@ -200,7 +209,7 @@ class BodyEngine:
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """One unused token, so that a rank without work still runs the collectives."""
         return BodyInput(
-            activations=torch.zeros(1, width),
+            activations=[Encoded.zeros(1, width, "fp32")],
             masked_positions=torch.zeros(0, dtype=torch.int64),
             cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
             row_index=torch.zeros(1, dtype=torch.int64) if with_rows else None,
@@ -242,19 +251,19 @@ class BodyEngine:
         """
         return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else MOST_IN_FLIGHT
 
-    def _run_measured(self, body_input: BodyInput) -> Tensor:
+    def _run_measured(self, body_input: BodyInput, activations: Tensor) -> Tensor:
         if self._bytes_in_flight or not len(body_input.masked_positions):
-            return self._run(body_input)
+            return self._run(body_input, activations)
         with saved_bytes(self._engine.module.parameters()) as saved:
-            hidden = self._run(body_input)
+            hidden = self._run(body_input, activations)
         self._bytes_in_flight = saved.num_bytes
         return hidden
 
-    def _run(self, body_input: BodyInput) -> Tensor:
+    def _run(self, body_input: BodyInput, activations: Tensor) -> Tensor:
         torch.manual_seed(body_input.seed)
         # DeepSpeed's own forward prepares for a backward of its own, as there is at stage 3.
         forward = self._engine if self._stage == 3 else self._engine.module
-        return forward(body_input.activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
+        return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
 
     def _unpartitioned_masters(self) -> dict[Tensor, Tensor]:
         """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""
@@ -264,3 +273,10 @@ class BodyEngine:
             for low_group, full_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 masters.update(zip(low_group, full_group, strict=True))
         return masters
+
+
+def _activations(body_input: BodyInput) -> Tensor:
+    """The values [tokens or rows, width], fp32; a tensor of its own for autograd."""
+    (activations,) = body_input.activations
+    # The codes of fp32 are the values.
+    return activations.decode().detach()

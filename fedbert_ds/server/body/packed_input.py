@@ -15,7 +15,7 @@ from fedbert_ds.wire.messages import Manifest
 def packed_input(
     pieces: Sequence[Piece], arrived: Sequence[Arrived], manifests: Mapping[str, Manifest], seed: int
 ) -> BodyInput:
-    """Concatenate the pieces of a micro-batch.
+    """Put the pieces of a micro-batch one after another; activations stay in parts.
 
     Positions, sequence bounds and row numbers shift by the pieces before. `arrived` holds each
     piece's activations. `manifests`, by client, give sequence lengths.
@@ -32,7 +32,7 @@ def packed_input(
         tokens_before += piece.tokens
         rows_before += len(item.values)
     return BodyInput(
-        activations=torch.cat([item.values for item in arrived]),
+        activations=[item.values for item in arrived],
         masked_positions=torch.cat(positions),
         cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
         row_index=torch.cat(row_indices) if row_indices else None,

@@ -1,14 +1,14 @@
-"""A rank's events with tensors in place of bytes; a thread decodes them beside the body."""
+"""A rank's events with codes in place of bytes: threads decompress and check them."""
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.contract import Contract, TensorContract
@@ -24,7 +24,8 @@ from fedbert_ds.server.network.events import (
     Received,
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import decode
+from fedbert_ds.wire.codecs import from_frame
+from fedbert_kernels.encoded import Encoded
 
 EVENTS_AHEAD = 64
 """Decoded events that may wait for the body. More wait at the endpoint and slow clients down."""
@@ -36,18 +37,21 @@ class Decoded:
 
     client: str
     message: pb.ClientMessage
-    tensor: Tensor | WireError | None
-    """[rows, width] fp32, or what is wrong with it; None for a message without a tensor."""
+    tensor: Encoded | WireError | None
+    """[rows, width], or what is wrong with it; None for a message without a tensor."""
 
 
 DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Detached | Attached | Disconnected
 
 
-def decoded(event: Event, contract: Contract) -> DecodedEvent:
-    """The event, its message's tensor decoded. A bad tensor travels on as a WireError."""
+def decoded(event: Event, contract: Contract, pinned: bool = False) -> DecodedEvent:
+    """The event, its message's tensor decompressed, in `pinned` memory for a GPU.
+
+    A bad tensor travels on as a WireError.
+    """
     if not isinstance(event, Received):
         return event
-    return Decoded(event.client, event.message, _tensor(event.client, event.message, contract))
+    return Decoded(event.client, event.message, _tensor(event.client, event.message, contract, pinned))
 
 
 def sender(client: str, what: str, micro_batch: int) -> str:
@@ -56,17 +60,24 @@ def sender(client: str, what: str, micro_batch: int) -> str:
 
 
 class Decoding:
-    """Hands an endpoint's events on, in order and decoded, through a thread.
+    """Hands an endpoint's events on, in order and decoded. A thread takes them; `threads` others
+    decode, into `pinned` memory for a GPU.
 
     `source` is the endpoint's `next_event`. After `start` nobody else may take events from it.
     """
 
-    def __init__(self, source: Callable[[float], Event | None], contract: Contract) -> None:
+    def __init__(
+        self, source: Callable[[float], Event | None], contract: Contract, threads: int = 1, pinned: bool = False
+    ) -> None:
         self._source = source
         self._contract = contract
-        self._events: queue.Queue[DecodedEvent | BaseException] = queue.Queue(EVENTS_AHEAD)
+        self._pinned = pinned
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoding")
+        self._events: queue.Queue[Future[DecodedEvent]] = queue.Queue(EVENTS_AHEAD)
+        self._oldest: Future[DecodedEvent] | None = None
+        """Taken from the queue and not handed on; an error stays here."""
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -77,6 +88,7 @@ class Decoding:
         self._is_over.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     @property
     def is_running(self) -> bool:
@@ -85,13 +97,18 @@ class Decoding:
 
     def next_event(self, timeout: float) -> DecodedEvent | None:
         """The oldest event, waiting up to `timeout` seconds. Raises what the source raised."""
-        try:
-            event = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
-        except queue.Empty:
-            return None
-        if isinstance(event, BaseException):
-            self._events.put_nowait(event)
-            raise event
+        ends = time.monotonic() + timeout
+        if self._oldest is None:
+            try:
+                self._oldest = self._events.get(timeout=timeout) if timeout > 0 else self._events.get_nowait()
+            except queue.Empty:
+                return None
+        if not self._oldest.done():
+            wait([self._oldest], max(0.0, ends - time.monotonic()))
+            if not self._oldest.done():
+                return None
+        event = self._oldest.result()
+        self._oldest = None
         return event
 
     # -- in the thread -----------------------------------------------------------------------------
@@ -101,34 +118,35 @@ class Decoding:
             try:
                 event = self._source(POLL_SECONDS)
                 if event is not None:
-                    self._hand_on(decoded(event, self._contract))
+                    self._hand_on(self._pool.submit(decoded, event, self._contract, self._pinned))
             except BaseException as error:
-                self._hand_on(error)
-                return
+                failed: Future[DecodedEvent] = Future()
+                failed.set_exception(error)
+                return self._hand_on(failed)
 
-    def _hand_on(self, event: DecodedEvent | BaseException) -> None:
+    def _hand_on(self, event: Future[DecodedEvent]) -> None:
         while not self._is_over.is_set():
             with suppress(queue.Full):
                 return self._events.put(event, timeout=POLL_SECONDS)
 
 
-def _tensor(client: str, message: pb.ClientMessage, contract: Contract) -> Tensor | WireError | None:
+def _tensor(client: str, message: pb.ClientMessage, contract: Contract, pinned: bool) -> Encoded | WireError | None:
     match message.WhichOneof("body"):
         case "activations":
             frame, micro_batch = message.activations.values, message.activations.micro_batch
-            return _decode(frame, contract.activations, sender(client, "activations", micro_batch))
+            return _encoded(frame, contract.activations, sender(client, "activations", micro_batch), pinned)
         case "gradient":
             frame, micro_batch = message.gradient.hidden, message.gradient.micro_batch
-            return _decode(frame, contract.gradients, sender(client, "gradient", micro_batch))
+            return _encoded(frame, contract.gradients, sender(client, "gradient", micro_batch), pinned)
     return None
 
 
-def _decode(frame: pb.TensorFrame, contract: TensorContract, who: str) -> Tensor | WireError:
+def _encoded(frame: pb.TensorFrame, contract: TensorContract, who: str, pinned: bool) -> Encoded | WireError:
     rows = frame.shape[0] if len(frame.shape) == 2 else 0
     if rows > contract.most_rows:
         # Before memory is taken for it; the plan knows a smaller number still.
         return WireError(f"{who}: {rows} rows; no piece has more than {contract.most_rows}")
     try:
-        return decode(frame, (rows, contract.width), contract.codec, who)
+        return from_frame(frame, (rows, contract.width), contract.codec, who, pinned=pinned)
     except WireError as error:
         return error

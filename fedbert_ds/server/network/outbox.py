@@ -1,4 +1,4 @@
-"""A rank's messages to its clients, encoded and sent by a thread beside the body."""
+"""A rank's messages to its clients, compressed and sent by threads beside the body."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Sends(Protocol):
 class Outbox:
     """Messages leave in the order of the calls. Used from one thread.
 
-    An error in the thread, such as a WireError for values that are not finite, is raised by a later
-    call, at the latest by `settle`.
+    A thread sends them; `threads` others compress. An error in one of them, such as a WireError for
+    values that are not finite, is raised by a later call, at the latest by `settle`.
     """
 
-    def __init__(self, endpoint: Sends) -> None:
+    def __init__(self, endpoint: Sends, threads: int = 1) -> None:
         self._endpoint = endpoint
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="outbox")
+        self._framing = ThreadPoolExecutor(threads, thread_name_prefix="framing")
         self._counting = threading.Lock()
         """Held while a message is sent and counted, so that `take_bytes` sees both or neither."""
         self._update_bytes = self._update_bytes_taken = 0
@@ -45,8 +46,13 @@ class Outbox:
         """Send a message that needs no encoding."""
         self._put(self._send, (client,), lambda: (message,))
 
+    def send_framed(self, client: str, make: Callable[[], pb.ServerMessage]) -> None:
+        """Send the message that `make` frames, beside others that are framed."""
+        framed = self._framing.submit(make)
+        self._put(self._send, (client,), lambda: (framed.result(),))
+
     def send_coded(self, clients: Sequence[str], make: Callable[[], Iterable[pb.ServerMessage]]) -> None:
-        """Send each of these clients the messages that `make` encodes, in the thread."""
+        """Send each of these clients the messages that `make` encodes, one at a time."""
         self._put(self._send, tuple(clients), make)
 
     def close(self, client: str, last: pb.ServerMessage) -> None:

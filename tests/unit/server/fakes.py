@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
+from fedbert_kernels.encoded import Encoded
 
 
 class FakeEngine:
@@ -51,7 +52,7 @@ class FakeEngine:
         clock: Clock | None = None,
         seconds: float = 0.0,
         lockstep_forwards: bool = False,
-        device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
+        device_work: Callable[[Encoded, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.lockstep_forwards = lockstep_forwards
         self.steps: list[float] = []
@@ -66,27 +67,29 @@ class FakeEngine:
         self._inputs: dict[int, BodyInput] = {}
         self._since_step = 0
 
-    def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
+    def forward(self, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
         self._work()
         assert micro_batch not in self._inputs
         self._inputs[micro_batch] = body_input
         bounds = body_input.cu_seqlens.tolist()
         assert bounds[0] == 0 and bounds == sorted(set(bounds)), "every sequence has tokens"
-        per_token = self._per_token(body_input, body_input.activations)
+        per_token = self._per_token(body_input, Encoded.join(body_input.activations).decode())
         assert len(per_token) == bounds[-1]
         self.tokens += len(per_token)
-        return self._device_work(2.0 * per_token[body_input.masked_positions], self._seconds)
+        return self._device_work(Encoded.of(2.0 * per_token[body_input.masked_positions], codec), self._seconds)
 
-    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
         self._work()
         body_input = self._inputs.pop(micro_batch)
+        hidden_gradient = Encoded.join(parts).decode()
         assert hidden_gradient.shape == (len(body_input.masked_positions), WIDTH)
         self.backwards.append((micro_batch, is_last))
         self._since_step += 1
-        leaf = body_input.activations.clone().requires_grad_()
+        leaf = Encoded.join(body_input.activations).decode().clone().requires_grad_()
         hidden = 2.0 * self._per_token(body_input, leaf)[body_input.masked_positions]
         hidden.backward(hidden_gradient)
-        return self._device_work(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad, self._seconds)
+        gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        return self._device_work(Encoded.of(gradient, codec), self._seconds)
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         assert not self._inputs, "a step inside a window"
@@ -102,7 +105,9 @@ class FakeEngine:
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         index = torch.zeros(1, dtype=torch.int64) if with_rows else None
         nowhere = torch.zeros(0, dtype=torch.int64)
-        return BodyInput(torch.zeros(1, width), nowhere, torch.tensor([0, 1], dtype=torch.int32), index, seed)
+        return BodyInput(
+            [Encoded.zeros(1, width, "fp32")], nowhere, torch.tensor([0, 1], dtype=torch.int32), index, seed
+        )
 
     def save(self, folder: Path, window: int) -> None:
         self.saved.append(window)
@@ -367,7 +372,7 @@ class Rank:
         latency: Latency = lambda client, event: 0.0,
         seconds_of_work: float = 0.0,
         lockstep_forwards: bool = False,
-        device_work: Callable[[Tensor, float], DeviceWork] = DeviceWork,
+        device_work: Callable[[Encoded, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
         for module in ("rank", "client_service", "newcomers"):

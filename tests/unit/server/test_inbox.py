@@ -26,6 +26,7 @@ from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode, encode_positions
+from fedbert_kernels.encoded import Encoded
 
 CONTRACT = Contract(
     TensorContract("fp32", WIDTH, 8), TensorContract("fp32", WIDTH, 8), 8, False, HALF, {"table": HALF["table"]}
@@ -136,7 +137,7 @@ def test_activations_that_are_refused_leave_no_trace(inbox: Any, changes: dict[s
     refused(inbox, gradient())
     inbox.take("ada", activations())
     arrived = inbox.take_activations(0, "ada")
-    assert arrived.masked_positions.tolist() == [1, 4] and torch.equal(arrived.values, torch.ones(6, WIDTH))
+    assert arrived.masked_positions.tolist() == [1, 4] and torch.equal(arrived.values.decode(), torch.ones(6, WIDTH))
     refused(inbox, activations())
 
 
@@ -159,13 +160,13 @@ def test_gradients_that_are_refused_leave_no_trace(inbox: Any, changes: dict[str
     assert (inbox.loss_sum, inbox.masked_tokens) == (0.0, 0)
     inbox.take("ada", gradient())
     assert (inbox.loss_sum, inbox.masked_tokens) == (3.0, 2)
-    assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
+    assert torch.equal(inbox.take_gradient(0, "ada").decode(), torch.ones(2, WIDTH))
 
 
 def test_a_tensor_is_taken_only_if_it_is_what_was_planned(inbox: Any) -> None:
-    values = torch.full((6, WIDTH), 2.0)
+    values, other = (Encoded.of(torch.full((rows, WIDTH), 2.0), "fp32") for rows in (6, 5))
     with pytest.raises(WireError, match="shape"):
-        inbox.receive("ada", activations(values=encode(torch.ones(5, WIDTH), "fp32")), torch.ones(5, WIDTH), 0.0)
+        inbox.receive("ada", activations(values=encode(torch.ones(5, WIDTH), "fp32")), other, 0.0)
     with pytest.raises(WireError, match="not finite"):
         inbox.receive("ada", activations(), WireError("client ada: a value is not finite"), 0.0)
     inbox.receive("ada", activations(), values, 0.0)
@@ -225,7 +226,7 @@ def test_what_is_lost_is_forgotten_but_for_gradients_in_time(inbox: Any) -> None
     inbox.drop("ada")
     with pytest.raises(KeyError):
         inbox.take_activations(0, "ada")
-    assert torch.equal(inbox.take_gradient(0, "ada"), torch.ones(2, WIDTH))
+    assert torch.equal(inbox.take_gradient(0, "ada").decode(), torch.ones(2, WIDTH))
 
 
 def test_late_answers_of_a_skipped_piece_are_ignored(inbox: Any, monkeypatch: pytest.MonkeyPatch) -> None:

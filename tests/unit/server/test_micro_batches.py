@@ -4,11 +4,11 @@ what counts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from unit.server.fake_client import WIDTH, FakeClient
 from unit.server.fakes import FakeEngine, Rank, contract, run_config
 
@@ -20,12 +20,13 @@ from fedbert_ds.server.queue.decisions import Backward, Forward
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
+from fedbert_kernels.encoded import Encoded
 
 ADA, BO = Piece("ada", 0, 1, 3, 1), Piece("bo", 0, 1, 2, 2)
 MANIFESTS = (Manifest("ada", 0, (3,), (1,)), Manifest("bo", 0, (2,), (2,)))
 ARRIVED = [
-    Arrived(torch.ones(3, WIDTH), None, torch.tensor([2])),
-    Arrived(torch.full((2, WIDTH), 5.0), None, torch.tensor([0, 1])),
+    Arrived(Encoded.of(torch.ones(3, WIDTH), "fp32"), None, torch.tensor([2])),
+    Arrived(Encoded.of(torch.full((2, WIDTH), 5.0), "fp32"), None, torch.tensor([0, 1])),
 ]
 
 
@@ -35,18 +36,18 @@ class Engine(FakeEngine):
     def __init__(self) -> None:
         super().__init__(seconds=2.0, device_work=self._started)
         self.inputs: list[BodyInput] = []
-        self.gradients: list[Tensor] = []
+        self.gradients: list[Encoded] = []
         self.done = True
 
-    def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
+    def forward(self, micro_batch: int, body_input: BodyInput, codec: str = "") -> DeviceWork:
         self.inputs.append(body_input)
-        return super().forward(micro_batch, body_input)
+        return super().forward(micro_batch, body_input, codec)
 
-    def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
-        self.gradients.append(hidden_gradient)
-        return super().backward(micro_batch, hidden_gradient, is_last)
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "") -> DeviceWork:
+        self.gradients.append(Encoded.join(parts))
+        return super().backward(micro_batch, parts, is_last, codec)
 
-    def _started(self, tensor: Tensor, seconds: float) -> DeviceWork:
+    def _started(self, encoded: Encoded, seconds: float) -> DeviceWork:
         engine = self
 
         class Work(DeviceWork):
@@ -54,18 +55,17 @@ class Engine(FakeEngine):
             def is_done(self) -> bool:
                 return engine.done
 
-        return Work(tensor, seconds)
+        return Work(encoded, seconds)
 
 
 class Outbox:
-    """Encodes at once, and keeps who got what."""
+    """Frames at once, and keeps who got what."""
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
 
-    def send_coded(self, clients: list[str], make: Any) -> None:
-        for message in make():
-            self.sent += [(client, message.WhichOneof("body")) for client in clients]
+    def send_framed(self, client: str, make: Any) -> None:
+        self.sent.append((client, make().WhichOneof("body")))
 
 
 def made(seed: int = 1, rank: int = 0) -> tuple[MicroBatches, Engine, Outbox]:
@@ -74,6 +74,10 @@ def made(seed: int = 1, rank: int = 0) -> tuple[MicroBatches, Engine, Outbox]:
     outbox: Any = Outbox()
     micro_batches = MicroBatches(engine, contract(config), config.wire, outbox, Trace(None), seed, rank)
     return micro_batches, engine, outbox
+
+
+def ones(rows: int) -> Encoded:
+    return Encoded.of(torch.ones(rows, WIDTH), "fp32")
 
 
 def seeds(
@@ -100,10 +104,10 @@ def test_a_piece_without_a_gradient_gets_zeros_and_hears_nothing() -> None:
     micro_batches, engine, outbox = made()
     micro_batches.begin(0, [0], MANIFESTS, masked_tokens=3)
     micro_batches.forward(Forward(0, (ADA, BO)), ARRIVED)
-    micro_batches.backward(Backward(0, (BO,), True), {"bo": torch.ones(2, WIDTH)})
+    micro_batches.backward(Backward(0, (BO,), True), {"bo": ones(2)})
     micro_batches.end()
     (gradient,) = engine.gradients
-    assert torch.equal(gradient, torch.cat([torch.zeros(1, WIDTH), torch.ones(2, WIDTH)]))
+    assert torch.equal(gradient.decode(), torch.cat([torch.zeros(1, WIDTH), torch.ones(2, WIDTH)]))
     assert outbox.sent == [("ada", "hidden"), ("bo", "hidden"), ("bo", "input_gradient")]
 
 
@@ -128,7 +132,7 @@ def test_a_dummy_keeps_ranks_in_step_and_is_no_work() -> None:
     micro_batches.forward(Forward(0, (ADA, BO)), ARRIVED)
     micro_batches.forward(Forward(1, ()), [])
     micro_batches.backward(Backward(1, (), False), {})
-    gradients = {"ada": torch.ones(1, WIDTH), "bo": torch.ones(2, WIDTH)}
+    gradients = {"ada": ones(1), "bo": ones(2)}
     micro_batches.backward(Backward(0, (ADA, BO), True), gradients)
     micro_batches.end()
     tally = micro_batches.take_tally()

@@ -65,16 +65,17 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool) -> dict[str, torc
 def accumulate(engine, window: int) -> None:
     """Forwards and backwards of a window; its numbers follow from `window` and the rank alone."""
     from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_kernels.encoded import Encoded
 
     random = torch.Generator().manual_seed(1000 * window + torch.distributed.get_rank())
     for number, lengths in enumerate(LENGTHS):
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        values = torch.randn(sum(lengths), WIDTH, generator=random)
-        place = BodyInput(values, torch.arange(0, sum(lengths), 2), bounds, None, 10 * window + number)
+        values = Encoded.of(torch.randn(sum(lengths), WIDTH, generator=random), "fp32")
+        place = BodyInput([values], torch.arange(0, sum(lengths), 2), bounds, None, 10 * window + number)
         engine.forward(number, place)
     for number, lengths in enumerate(LENGTHS):
         gradient = torch.randn(len(range(0, sum(lengths), 2)), WIDTH, generator=random)
-        engine.backward(number, gradient, is_last=number + 1 == len(LENGTHS)).result()
+        engine.backward(number, [Encoded.of(gradient, "fp32")], is_last=number + 1 == len(LENGTHS)).result()
 
 
 if __name__ == "__main__":

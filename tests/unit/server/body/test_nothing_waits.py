@@ -1,5 +1,5 @@
-"""The body under DeepSpeed, on a device that notes waits and collectives: the host waits for no
-forward or backward, and ranks meet once a window.
+"""The body under DeepSpeed, on a device that notes waits, copies and collectives: the host waits
+for no forward or backward, codes cross in place of values, and ranks meet once a window.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.utils import backend_registration
+
+from fedbert_kernels.encoded import form
 
 pytestmark = [
     pytest.mark.timeout(300),
@@ -28,27 +31,31 @@ MICRO_BATCHES, COPY = 4, 10.0
 """As the worker and its device have them."""
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 MUTATIONS = ("timers", "item", "pageable", "lengths", "one stream")
-CASES = [(stage, precision, "") for stage in STAGES for precision in PRECISIONS]
-CASES += [(1, "bf16", mutation) for mutation in MUTATIONS]
+CODECS = ("fp32", "bf16", "int8_group", "fp8_e4m3", "fp8_e5m2", "int4_hadamard")
+"""Beside int8, which all other cases have."""
+CASES = [(stage, precision, "int8", "") for stage in STAGES for precision in PRECISIONS]
+CASES += [(1, "bf16", codec, "") for codec in CODECS]
+CASES += [(1, "bf16", "int8", mutation) for mutation in MUTATIONS]
+ACTIVATION_ROWS, MASKED, WIDTH, TOKENS, SEQUENCES = 20, 3, 32, 24, 3
 
 Told = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def told() -> Told:
-    """(stage, precision, mutation) -> what the worker tells of its last window."""
+    """(stage, precision, codec, mutation) -> what the worker tells of its last window."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **alone, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     command = [sys.executable, str(Path(__file__).with_name("waits_worker.py")), json.dumps(CASES)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"forwards"')]
     by_case = dict(zip(CASES, rows, strict=True))
-    return lambda stage, precision, mutation="": by_case[stage, precision, mutation]
+    return lambda stage, precision, codec="int8", mutation="": by_case[stage, precision, codec, mutation]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -85,14 +92,33 @@ def test_gradients_cross_ranks_once_a_window_up_to_stage_2(told: Told, stage: in
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_copies_and_computation_are_beside_one_another(told: Told, stage: int) -> None:
-    """Only the first micro-batch of a window waits for its three uploads."""
-    assert told(stage, "bf16")["idle"] == 3 * COPY
+    """Only the first micro-batch of a window waits for its uploads: codes and scales of two pieces,
+    positions, row numbers.
+    """
+    assert told(stage, "bf16")["idle"] == 6 * COPY
+
+
+@pytest.mark.parametrize("codec", ["int8", *CODECS])
+def test_codes_cross_in_place_of_values(told: Told, codec: str) -> None:
+    """Bytes by dtype, up and down, are those of the codec's own form; beside them go positions, row
+    numbers and lengths up, int64.
+    """
+    crossed = told(1, "bf16", codec)["crossed"]
+    expected: Counter[str] = Counter()
+    for columns, dtype in (part for part in form(WIDTH, codec) if part):
+        expected[str(dtype)] += MICRO_BATCHES * (ACTIVATION_ROWS + MASKED) * columns * dtype.itemsize
+    places = MICRO_BATCHES * 8 * (MASKED + TOKENS)
+    assert crossed["down"] == expected
+    assert crossed["up"] == expected | {"torch.int64": places + MICRO_BATCHES * 8 * SEQUENCES}
+    # Codes are pinned where threads have put them: here the host copies none of them.
+    assert crossed["pinned"] == places
+    assert told(1, "bf16", codec)["forwards"] == [] == told(1, "bf16", codec)["backwards"]
 
 
 @pytest.mark.parametrize("mutation", ["timers", "item", "pageable", "lengths"])
 def test_a_wait_is_noticed(told: Told, mutation: str) -> None:
-    assert len(told(1, "bf16", mutation)["forwards"]) >= MICRO_BATCHES
+    assert len(told(1, "bf16", mutation=mutation)["forwards"]) >= MICRO_BATCHES
 
 
 def test_a_copy_up_that_waits_behind_one_down_is_noticed(told: Told) -> None:
-    assert told(1, "bf16", "one stream")["idle"] > 3 * COPY
+    assert told(1, "bf16", mutation="one stream")["idle"] > 6 * COPY

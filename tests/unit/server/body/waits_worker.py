@@ -1,6 +1,6 @@
 """A program: the windows of a body under DeepSpeed on a device that notes every wait; prints these.
 
-    python waits_worker.py '[[STAGE, PRECISION, MUTATION], ...]'
+    python waits_worker.py '[[STAGE, PRECISION, CODEC, MUTATION], ...]'
 
 A mutation puts a wait into the path; none is "".
 """
@@ -17,6 +17,7 @@ import fake_device
 import pytest
 import torch
 from fake_device import DEVICE, DeviceTensor
+from torch import Tensor
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.model import attention
@@ -25,20 +26,22 @@ from fedbert_ds.model.cut import Body, split
 from fedbert_ds.server.body.device_work import Device
 from fedbert_ds.server.body.distributed import initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.wire.codecs import encode, from_frame
+from fedbert_kernels.encoded import Encoded
 
 WINDOWS, MICRO_BATCHES, WIDTH = 3, 4, 32
 
 
-def main(cases: list[tuple[int, str, str]]) -> None:
+def main(cases: list[tuple[int, str, str, str]]) -> None:
     """Print for each case the waits of its last window: DeepSpeed learns in the first."""
     kept = fake_device.install()
     initialize()
-    for stage, precision, mutation in cases:
+    for stage, precision, codec, mutation in cases:
         with pytest.MonkeyPatch.context() as patch:
             mutate(patch, mutation)
             engine = built(stage, precision, mutation)
             for _ in range(WINDOWS):
-                told = window(engine)
+                told = window(engine, codec)
         print(json.dumps(told))
     shut_down()
     del kept
@@ -59,36 +62,48 @@ def built(stage: int, precision: str, mutation: str) -> BodyEngine:
         return BodyEngine.build(body.to(device), config.body, config.optimizer, "torch", device)
 
 
-def window(engine: BodyEngine) -> dict[str, Any]:
-    """Train one with all micro-batches in flight: waits, time in which the device was idle, and
-    numbers of collectives: of all forwards, of each backward, of the step.
+def window(engine: BodyEngine, codec: str) -> dict[str, Any]:
+    """Train one with all micro-batches in flight: waits, time in which the device was idle, bytes
+    that crossed, and numbers of collectives: of all forwards, of each backward, of the step.
     """
+    inputs = [micro_batch(number, codec) for number in range(MICRO_BATCHES)]
+    gradients = [[arrived(torch.ones(rows, WIDTH), codec) for rows in (1, 2)] for _ in range(MICRO_BATCHES)]
     DEVICE.synchronize()
     DEVICE.take_waits()
+    DEVICE.take_bytes()
     began = DEVICE.now
-    works = [engine.forward(number, micro_batch(number)) for number in range(MICRO_BATCHES)]
+    works = [engine.forward(number, inputs[number], codec) for number in range(MICRO_BATCHES)]
     forwards, collectives = DEVICE.take_waits(), [len(DEVICE.take_collectives())]
     for number in range(MICRO_BATCHES):
-        works.append(engine.backward(number, torch.ones(3, WIDTH), number == MICRO_BATCHES - 1))
+        works.append(engine.backward(number, gradients[number], number == MICRO_BATCHES - 1, codec))
         collectives.append(len(DEVICE.take_collectives()))
     backwards = DEVICE.take_waits()
-    idle = DEVICE.compute.free_at - began
+    idle, crossed = DEVICE.compute.free_at - began, DEVICE.take_bytes()
     for work in works:
-        tensor, seconds = work.result()
-        assert not isinstance(tensor, DeviceTensor) and tensor.isfinite().all()
+        encoded, seconds = work.result()
+        assert not isinstance(encoded.payload, DeviceTensor) and encoded.is_finite
         idle -= seconds
     DEVICE.take_waits()
     engine.step(0.01)
     step = DEVICE.take_waits()
     collectives.append(len(DEVICE.take_collectives()))
-    return {"forwards": forwards, "backwards": backwards, "step": step, "idle": idle, "collectives": collectives}
+    waits = {"forwards": forwards, "backwards": backwards, "step": step}
+    return waits | {"idle": idle, "collectives": collectives, "crossed": crossed}
 
 
-def micro_batch(number: int) -> BodyInput:
-    """Sequences of unequal lengths whose equal ones are apart, so that attention sorts them."""
+def arrived(values: Tensor, codec: str) -> Encoded:
+    """A tensor as the decoding threads hand it on."""
+    frame = encode(values, codec, compressed=True)
+    return from_frame(frame, values.shape, codec, "it", pinned=True)
+
+
+def micro_batch(number: int, codec: str) -> BodyInput:
+    """Pieces of two clients; sequences of unequal lengths whose equal ones are apart, so that
+    attention sorts them.
+    """
     generator = torch.Generator().manual_seed(number)
     return BodyInput(
-        torch.randn(20, WIDTH, generator=generator),
+        [arrived(torch.randn(rows, WIDTH, generator=generator), codec) for rows in (12, 8)],
         torch.tensor([1, 5, 9]),
         torch.tensor([0, 10, 14, 24], dtype=torch.int32),
         torch.randint(20, (24,), generator=generator),
@@ -112,7 +127,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: str) -> None:
         case "item":
             patch.setattr(Body, "forward", reads)
         case "pageable":
-            patch.setattr(Device, "upload", lambda self, tensor: tensor.to(self.device))
+            patch.setattr(Device, "upload", lambda self, parts: torch.cat(list(parts)).to(self.device))
         case "lengths":
             patch.setattr(attention, "torch", PageableTorch())
         case "one stream":

@@ -18,7 +18,6 @@ from fedbert_ds.config import Codec, UpdateCodec
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire.codecs import (
     LARGEST_VALUE,
-    NAMES,
     decode,
     decode_positions,
     decode_row_index,
@@ -26,9 +25,11 @@ from fedbert_ds.wire.codecs import (
     encode_positions,
     encode_row_index,
     frame_bytes,
+    from_frame,
 )
 from fedbert_ds.wire.compression import compress
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
+from fedbert_kernels.encoded import NAMES, Encoded, form
 from fedbert_kernels.quantize import CODECS
 
 SCALED = sorted(CODECS)
@@ -367,6 +368,37 @@ def test_any_frame_is_decoded_or_refused(
     assert values.shape == (2, 3) and values.dtype is torch.float32
     assert torch.isfinite(values).all() and float(values.abs().max()) <= LARGEST_VALUE
     assert claimed == codec and shape == [2, 3]
+
+
+@settings(max_examples=400)
+@given(codec=st.sampled_from(NAMES), data=st.data())
+def test_a_frame_is_refused_exactly_for_a_value_that_is_unsound(codec: str, data: st.DataObject) -> None:
+    """What is checked are codes and scales, in place of the values that a device makes of them."""
+    scale = st.one_of(
+        st.floats(-(2.0**20), 2.0**20, width=32), st.sampled_from([0.0, -0.0, math.nan, math.inf, -math.inf, 1e-45])
+    )
+    rows, width = 2, data.draw(st.sampled_from([3, 64, 70]))
+    (columns, dtype), scale_form = form(width, codec)
+    num_bytes = rows * columns * dtype.itemsize
+    code = st.binary(min_size=num_bytes, max_size=num_bytes)
+    near = torch.tensor(data.draw(st.lists(scale, min_size=num_bytes // 2, max_size=num_bytes // 2)))
+    payload = data.draw(code) if scale_form else near.to(dtype).view(torch.uint8).numpy().tobytes()[:num_bytes]
+    scales = torch.empty(0)
+    if scale_form:
+        count = rows * scale_form[0]
+        scales = torch.tensor(data.draw(st.lists(scale, min_size=count, max_size=count))).to(scale_form[1])
+    it = TensorFrame(
+        codec=codec, shape=(rows, width), payload=payload, scales=scales.view(torch.uint8).numpy().tobytes()
+    )
+    coded = torch.frombuffer(bytearray(payload), dtype=dtype).view(rows, columns)
+    values = Encoded(codec, width, coded, scales.view(rows, -1) if scale_form else None).decode()
+    is_sound = float(values.abs().max()) <= LARGEST_VALUE
+    try:
+        assert from_frame(it, (rows, width), codec, "it").decode().view(torch.int32).equal(values.view(torch.int32))
+    except WireError as error:
+        assert not is_sound and str(error).startswith("it: a value")
+    else:
+        assert is_sound
 
 
 @settings(max_examples=200)

@@ -5,6 +5,7 @@ beside them.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +48,8 @@ class Source:
 
 
 @contextmanager
-def decoded_from(source: Source) -> Iterator[Decoding]:
-    it = Decoding(source, CONTRACT)
+def decoded_from(source: Source, threads: int = 1) -> Iterator[Decoding]:
+    it = Decoding(source, CONTRACT, threads)
     it.start()
     try:
         yield it
@@ -109,6 +110,60 @@ def test_a_bad_tensor_is_an_error_that_travels_with_its_message() -> None:
     assert isinstance(first.tensor, WireError)
     assert str(first.tensor).startswith("client ada: activations of micro-batch 3: ")
     assert torch.equal(second.tensor.decode(), torch.ones(2, WIDTH)), "others go on"
+
+
+def test_threads_decode_beside_each_other_and_events_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first decoding ends last: it waits until all others have begun."""
+    begun = [threading.Event() for _ in range(3)]
+    real = decoding.decoded
+
+    def slow(event: Any, contract: Contract, pinned: bool) -> Any:
+        number = event.message.manifest.window
+        begun[number].set()
+        if number == 0:
+            assert all(other.wait(TIMEOUT) for other in begun)
+        return real(event, contract, pinned)
+
+    monkeypatch.setattr(decoding, "decoded", slow)
+    source = Source()
+    with decoded_from(source, threads=2) as it:
+        for number in range(3):
+            source.events.put(Received("ada", pb.ClientMessage(manifest=pb.Manifest(window=number))))
+        got: list[Any] = [it.next_event(TIMEOUT) for _ in range(3)]
+    assert [event.message.manifest.window for event in got] == [0, 1, 2]
+
+
+def test_an_event_that_is_being_decoded_is_not_waited_for_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_go, begun = threading.Event(), threading.Event()
+
+    def slow(event: Any, contract: Contract, pinned: bool) -> Any:
+        begun.set()
+        assert let_go.wait(TIMEOUT)
+        return event
+
+    monkeypatch.setattr(decoding, "decoded", slow)
+    source = Source()
+    with decoded_from(source) as it:
+        source.events.put(Connected("ada"))
+        assert begun.wait(TIMEOUT)
+        assert it.next_event(0) is None and it.next_event(0.01) is None
+        let_go.set()
+        assert it.next_event(TIMEOUT) == Connected("ada"), "it comes once it is decoded"
+
+
+def test_codes_for_a_gpu_are_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    pinned: list[bool] = []
+
+    def noted(*sizes: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    for wanted in (True, False):
+        made: Any = decoded(activations(2), CONTRACT, wanted)
+        assert torch.equal(made.tensor.decode(), torch.ones(2, WIDTH))
+    assert pinned == [True, True, False, False], "payload and scales"
 
 
 def test_the_end_of_the_source_comes_out_and_stays() -> None:

@@ -37,9 +37,9 @@ OPEN = pb.ServerMessage(open=pb.Open(window=1))
 UPDATE = pb.ServerMessage(update=pb.UpdateChunk(payload=bytes(1000)))
 
 
-def outbox_and_endpoint() -> tuple[Outbox, Any]:
+def outbox_and_endpoint(threads: int = 1) -> tuple[Outbox, Any]:
     endpoint = Endpoint()
-    return Outbox(endpoint), endpoint  # type: ignore[arg-type]
+    return Outbox(endpoint, threads), endpoint  # type: ignore[arg-type]
 
 
 def test_messages_leave_in_order_and_are_encoded_in_the_thread() -> None:
@@ -60,6 +60,30 @@ def test_messages_leave_in_order_and_are_encoded_in_the_thread() -> None:
     assert threading.current_thread().name not in endpoint.threads
 
 
+def test_threads_frame_beside_each_other_and_messages_leave_in_order() -> None:
+    """The first framing ends last: it waits until the third has begun."""
+    outbox, endpoint = outbox_and_endpoint(threads=2)
+    last_began = threading.Event()
+
+    def first() -> pb.ServerMessage:
+        assert last_began.wait(20.0)
+        return pb.ServerMessage(hidden=pb.Hidden())
+
+    def last() -> pb.ServerMessage:
+        last_began.set()
+        return pb.ServerMessage(input_gradient=pb.InputGradient())
+
+    outbox.send_framed("ada", first)
+    outbox.send_framed("bo", lambda: OPEN)
+    outbox.send("ada", OPEN)
+    outbox.send_framed("ada", last)
+    outbox.close("ada", pb.ServerMessage(finish=pb.Finish()))
+    outbox.settle()
+    assert endpoint.sent == [
+        ("ada", "hidden"), ("bo", "open"), ("ada", "open"), ("ada", "input_gradient"), ("ada", "close finish")
+    ]  # fmt: skip
+
+
 def test_bytes_of_client_updates_are_counted_apart_and_once() -> None:
     outbox, _ = outbox_and_endpoint()
     outbox.send("ada", OPEN)
@@ -70,17 +94,21 @@ def test_bytes_of_client_updates_are_counted_apart_and_once() -> None:
     assert outbox.take_bytes() == (7, 0, 0)
 
 
-def test_an_error_in_the_thread_is_raised_by_the_next_call() -> None:
+@pytest.mark.parametrize("kind", ["coded", "framed"])
+def test_an_error_in_the_thread_is_raised_by_the_next_call(kind: str) -> None:
     outbox, endpoint = outbox_and_endpoint()
 
     let_go = threading.Event()
 
-    def fails() -> list[pb.ServerMessage]:
+    def fails() -> Any:
         assert let_go.wait(20.0)
         raise WireError("not finite")
 
     outbox.check()
-    outbox.send_coded(["ada"], fails)
+    if kind == "coded":
+        outbox.send_coded(["ada"], fails)
+    else:
+        outbox.send_framed("ada", fails)
     let_go.set()
     with pytest.raises(WireError, match="not finite"):
         outbox.settle()

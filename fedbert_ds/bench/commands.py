@@ -28,9 +28,9 @@ def add_benches(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     network.add_argument(
         "--what",
         nargs="+",
-        choices=["ingress", "transfers", "streams"],
-        default=["ingress", "transfers"],
-        help="rates and costs, large transfers over a link that drops, many streams for long (ingress transfers)",
+        choices=["codecs", "ingress", "transfers", "streams"],
+        default=["codecs", "ingress", "transfers"],
+        help="codecs, rates and costs, large transfers over a link that drops, many streams (all but streams)",
     )
     network.add_argument("--streams", type=int, default=256, metavar="N", help="clients of streams (256)")
     network.add_argument("--minutes", type=float, default=10.0, metavar="M", help="of streams (10)")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE, byte_view, decode, encode, frame_bytes
+from fedbert_ds.wire.codecs import LARGEST_VALUE, byte_view, decode, encode, frame_bytes, payload_itemsize
 from fedbert_ds.wire.compression import (
     Buffer,
     compressed_parts,
@@ -19,7 +19,6 @@ from fedbert_ds.wire.compression import (
     from_planes,
     largest_frame,
 )
-from fedbert_kernels.encoded import form
 
 CHUNK_BYTES = 1 << 20
 
@@ -221,4 +220,4 @@ def _is_coded(shape: Sequence[int], codec: str) -> bool:
 
 def _itemsize(shape: Sequence[int], codec: str) -> int:
     """Bytes of one value; a codec with scales has codes of one byte."""
-    return form(shape[1], codec)[0][1].itemsize if _is_coded(shape, codec) else 4
+    return payload_itemsize(codec) if _is_coded(shape, codec) else 4

@@ -95,6 +95,11 @@ def frame_bytes(rows: int, width: int, codec: str) -> tuple[int, int]:
     return _num_bytes(rows, payload), _num_bytes(rows, scales) if scales else 0
 
 
+def payload_itemsize(codec: str) -> int:
+    """Bytes of one entry of a payload."""
+    return form(1, codec)[0][1].itemsize
+
+
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, writable, not copied."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

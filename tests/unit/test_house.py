@@ -30,12 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     # Another party's process: it listens as a rank does, and has nothing of the server else.
     "aggregator": BASE | {"federation", "model", "server.network", "wire"},
     "server.queue": BASE | {"wire"},
-    "server.contract": BASE | {"server.queue"},
-    "server.network": BASE | {"server.contract", "wire"},
-    "server.body": BASE | {"model", "server.contract", "server.queue", "wire"},
+    "server.contract": BASE | {"kernels", "server.queue"},
+    "server.network": BASE | {"kernels", "server.contract", "wire"},
+    "server.body": BASE | {"kernels", "model", "server.contract", "server.queue", "wire"},
     "server": BASE
-    | {"data", "evaluation", "federation", "model", "server.body", "server.contract", "server.network"}
-    | {"server.queue", "telemetry", "wire"},
+    | {"data", "evaluation", "federation", "kernels", "model", "server.body", "server.contract"}
+    | {"server.network", "server.queue", "telemetry", "wire"},
     # Both replay a run: the planner on a clock, benchmarks with real processes.
     "planner": BASE | {"client", "federation", "model", "server.body", "server.queue", "telemetry", "wire"},
     "bench": BASE

@@ -1,5 +1,6 @@
 """`fedbert-ds bench network`: what a rank's endpoint accepts and what that costs, without a model.
 
+codecs      tokens/s of a rank's decoding and encoding threads, beside its link: a minute
 ingress     rates and processor time over loopback, a few minutes
 transfers   100 MB of activations, and a client update over a link that drops: a minute
 streams     many clients at one endpoint for a long time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.bench.network import ingress, streams, transfers
+from fedbert_ds.bench.network import codecs, ingress, streams, transfers
 from fedbert_ds.telemetry.record import source_commit, write_record
 
 QUICK_MINUTES = 0.1
@@ -26,7 +27,7 @@ class NetworkOptions:
     """The record."""
     command: str
     """What the user typed, for the record."""
-    what: tuple[str, ...] = ("ingress", "transfers")
+    what: tuple[str, ...] = ("codecs", "ingress", "transfers")
     """Parts, in this order."""
     streams: int = 256
     minutes: float = 10.0
@@ -53,6 +54,7 @@ def _streams(options: NetworkOptions) -> Iterator[dict[str, Any]]:
 
 
 PARTS: dict[str, tuple[Callable[[NetworkOptions], Iterator[dict[str, Any]]], Callable[[dict[str, Any]], str]]] = {
+    "codecs": (lambda options: codecs.codec_rows(options.quick), codecs.describe),
     "ingress": (lambda options: ingress.ingress_rows(options.quick), ingress.describe),
     "transfers": (lambda options: transfers.transfer_rows(options.quick), transfers.describe),
     "streams": (_streams, streams.describe),

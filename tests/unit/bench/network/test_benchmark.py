@@ -17,14 +17,14 @@ def test_parts_are_measured_in_turn(
     def part(name: str) -> tuple:
         return lambda options: iter([{"what": name, "quick": options.quick}]), lambda row: row["what"].upper()
 
-    parts = {name: part(name) for name in ("ingress", "transfers", "streams")}
+    parts = {name: part(name) for name in ("codecs", "ingress", "transfers", "streams")}
     monkeypatch.setattr(benchmark, "PARTS", parts)
     options = NetworkOptions(out=tmp_path / "network.json", command="fedbert-ds bench network", quick=True)
     bench_network(options)
     record = json.loads(options.out.read_text())
     assert record["command"] == "fedbert-ds bench network"
-    assert record["rows"] == [{"what": "ingress", "quick": True}, {"what": "transfers", "quick": True}]
-    assert capsys.readouterr().out.splitlines()[:2] == ["INGRESS", "TRANSFERS"]
+    assert record["rows"] == [{"what": name, "quick": True} for name in ("codecs", "ingress", "transfers")]
+    assert capsys.readouterr().out.splitlines()[:3] == ["CODECS", "INGRESS", "TRANSFERS"]
 
 
 def test_streams_are_as_many_and_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,5 +28,6 @@ def test_every_token_and_label_is_in_one_micro_batch() -> None:
     assert [m.body_input.masked_positions.tolist() for m in window] == [[1, 4], [1], [0, 6]]
     assert [m.body_input.cu_seqlens.tolist() for m in window] == [[0, 4, 9], [0, 3], [0, 7]]
     for micro_batch in window:
-        assert micro_batch.body_input.activations.shape == (len(micro_batch.input_ids), 16)
+        (activations,) = micro_batch.body_input.activations
+        assert (len(activations), activations.width) == (len(micro_batch.input_ids), 16)
         assert micro_batch.gradient.shape == (len(micro_batch.labels), 16)

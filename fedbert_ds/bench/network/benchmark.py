@@ -1,6 +1,6 @@
 """`fedbert-ds bench network`: what a rank's endpoint accepts and what that costs, without a model.
 
-codecs      tokens/s of a rank's decoding and encoding threads, beside its link: a minute
+codecs      tokens/s of a rank's decoding and encoding threads, beside what a body needs: a minute
 ingress     rates and processor time over loopback, a few minutes
 transfers   100 MB of activations, and a client update over a link that drops: a minute
 streams     many clients at one endpoint for a long time

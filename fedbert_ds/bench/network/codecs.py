@@ -1,4 +1,4 @@
-"""What a rank's threads take in and send out again, in tokens/s, beside what a link carries.
+"""What a rank's threads take in and send out again, in tokens/s, beside what a body needs.
 
 Micro-batches of int8 messages pass the decoding threads, and the body's answers the outbox; there
 is neither a body nor a network. Two ways take turns: `codes`, where threads decompress, check and
@@ -36,8 +36,8 @@ PIECES, PIECE_TOKENS, MASK_SHARE = 4, 2048, 0.15
 """Of a micro-batch: clients, their tokens, and the share of these that is masked."""
 DISTINCT_SHARE = 0.305
 """Share of distinct words among 2048 tokens of WikiText, as the planner counts them."""
-LINK_BYTES = 10e9 / 8
-"""Bytes/s of a link, both ways together."""
+NEEDED = 780_000
+"""Tokens/s of a body of BERT-base on an H200, as estimated."""
 CUTS = ("embeddings", "rows")
 WAYS = ("values", "codes")
 ROUNDS, MICRO_BATCHES = 7, 8
@@ -55,7 +55,7 @@ class Traffic:
     rows: int
     """Rows of activations of a piece."""
     bytes_per_token: float
-    """Both ways."""
+    """Each way."""
 
 
 def codec_rows(is_quick: bool) -> Iterator[Row]:
@@ -79,8 +79,10 @@ def codec_rows(is_quick: bool) -> Iterator[Row]:
                 "threads_each_way": threads[way],
                 "tokens_per_second": round(tokens / wall),
                 "cpu_microseconds_per_token": round(1e6 * cpu / tokens, 3),
-                "bytes_per_token": round(traffic.bytes_per_token, 1),
-                "link_tokens_per_second": round(LINK_BYTES / traffic.bytes_per_token),
+                "bytes_per_token_each_way": round(traffic.bytes_per_token, 1),
+                "needed_tokens_per_second": NEEDED,
+                "cores_needed": round(NEEDED * cpu / tokens, 2),
+                "gbit_needed_each_way": round(8e-9 * NEEDED * traffic.bytes_per_token, 2),
                 "rounds": rounds,
                 "load": round(os.getloadavg()[0], 1),
             }
@@ -88,11 +90,11 @@ def codec_rows(is_quick: bool) -> Iterator[Row]:
 
 def describe(row: Row) -> str:
     """One line of a row."""
-    cores = row["cpu_microseconds_per_token"] * row["link_tokens_per_second"] / 1e6
     return (
         f"codecs  {row['cut']:10}  {row['way']:6} by {row['threads_each_way']:>2} threads each way  "
         f"{row['tokens_per_second'] / 1e3:,.0f}k tokens/s, {row['cpu_microseconds_per_token']:.2f} CPU us a token; "
-        f"a link of 10 Gbit/s carries {row['link_tokens_per_second'] / 1e3:,.0f}k, which take {cores:.1f} cores"
+        f"{row['needed_tokens_per_second'] / 1e3:.0f}k take {row['cores_needed']:.1f} cores and "
+        f"{row['gbit_needed_each_way']:.1f} Gbit/s each way"
     )
 
 
@@ -115,7 +117,7 @@ def traffic_of(cut: str) -> Traffic:
             )
             up.append(message)
             down.append(values)
-            num_bytes += 2 * message.ByteSize()
+            num_bytes += message.ByteSize()
     return Traffic(up, down, rows, num_bytes / (PIECES * PIECE_TOKENS))
 
 

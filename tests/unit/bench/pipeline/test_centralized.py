@@ -30,4 +30,4 @@ def test_every_token_and_label_is_in_one_micro_batch() -> None:
     for micro_batch in window:
         (activations,) = micro_batch.body_input.activations
         assert (len(activations), activations.width) == (len(micro_batch.input_ids), 16)
-        assert micro_batch.gradient.shape == (len(micro_batch.labels), 16)
+        assert (len(micro_batch.gradient), micro_batch.gradient.width) == (len(micro_batch.labels), 16)

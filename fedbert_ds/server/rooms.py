@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -33,8 +34,11 @@ from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.remote_aggregator import Line, RemoteAggregator
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
+from fedbert_ds.telemetry.time_account import TimeAccount
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,17 @@ class Rooms:
     membership: Membership
     service: ClientService
     micro_batches: MicroBatches
+    time: TimeAccount
 
     @property
     def lost_elsewhere(self) -> str:
         """Why the aggregator of another party is gone, if it is."""
         return self.remote.lost if self.remote is not None else ""
+
+    def gathered(self, mine: T) -> list[T]:
+        """One value of every rank, in order of ranks. Waits for all of them."""
+        with self.time.charged("ranks"):
+            return self.rank_group.gather(mine)
 
     def commit_elsewhere(self, window: int, scale: float) -> None:
         """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""
@@ -108,6 +118,7 @@ def build_rooms(
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
     outbox = Outbox(endpoint)
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
+    account = TimeAccount()
     service = ClientService(
         queue,
         inbox,
@@ -122,6 +133,7 @@ def build_rooms(
         owner,
         contract.update_codec,
         config.wire.is_compressed,
+        account,
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
         shares_moments=not strategy.halves_are_personal,
     )
@@ -143,6 +155,7 @@ def build_rooms(
         outbox=outbox,
         membership=membership,
         service=service,
+        time=account,
         micro_batches=MicroBatches(
             engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
         ),

@@ -26,6 +26,7 @@ from fedbert_ds.server.addresses import advertised_host, listening_port, local_h
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
+from fedbert_ds.server.body.peak import peak_of, together
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
@@ -97,6 +98,8 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         model_config, half, body = _halves(config, tokenizer)
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
+        if body is not None:
+            reporter.peak = together(ranks.gather(peak_of(_device(), _dtype(config))))
         del body
         expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
@@ -304,6 +307,10 @@ def _train(
 
 def _client_devices(choice: str) -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if choice == "cuda" else ["cpu"]
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.body.precision == "bf16" else torch.float32
 
 
 def _device() -> torch.device:

@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedbert_ds.server.body.pace import Load, Pace
+
+HOLD_UP_CYCLES = 100_000_000
+"""Of a GPU, some 60 ms: longer than the host takes to launch a forward or a backward."""
+
 
 class DeviceWork:
-    """A tensor that the device computes, and the seconds that it took."""
+    """A tensor that the device computes, and the seconds that it took.
 
-    def __init__(self, tensor: Tensor, seconds: float = 0.0, events: tuple[Any, Any, Any] | None = None) -> None:
+    On a GPU `events` mark the computation's beginning and end and the end of the copy;
+    `computed(seconds)` says what of the time between the first two was computation.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        seconds: float = 0.0,
+        events: tuple[Any, Any, Any] | None = None,
+        computed: Callable[[float], float] = lambda seconds: seconds,
+    ) -> None:
         self._tensor = tensor
         self._seconds = seconds
         self._events = events
+        self._computed = computed
 
     @property
     def is_done(self) -> bool:
@@ -32,7 +49,7 @@ class DeviceWork:
         if self._events is not None:
             began, ended, copied = self._events
             copied.synchronize()
-            self._seconds, self._events = began.elapsed_time(ended) / 1e3, None
+            self._seconds, self._events = self._computed(began.elapsed_time(ended) / 1e3), None
         return self._tensor, self._seconds
 
 
@@ -41,6 +58,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._pace = Pace()
         if device.type != "cpu":
             self._module = torch.get_device_module(device)
             # A copy down waits for the computation. The next one up must not wait behind it.
@@ -57,16 +75,20 @@ class Device:
         there.record_stream(current)
         return there
 
-    def start(self, compute: Callable[[], Tensor]) -> DeviceWork:
+    def start(self, compute: Callable[[], Tensor], load: Load) -> DeviceWork:
         """Start `compute` and the copy of its result to the CPU, in fp32."""
         if self.device.type == "cpu":
             started = time.monotonic()
             tensor = compute().to(torch.float32)
             return DeviceWork(tensor, time.monotonic() - started)
         began, ended = (self._module.Event(enable_timing=True) for _ in range(2))
+        if self._pace.wants_sample(load):
+            # The host then launches all of it before the device begins.
+            self._module._sleep(HOLD_UP_CYCLES)
         began.record()
         result = compute().to(torch.float32)
         ended.record()
+        may_have_gaps = began.query()
         self._down.wait_event(ended)
         with self._module.stream(self._down):
             tensor = torch.empty(result.shape, dtype=torch.float32, pin_memory=True)
@@ -75,4 +97,5 @@ class Device:
             result.record_stream(self._down)
             copied = self._module.Event()
             copied.record()
-        return DeviceWork(tensor, events=(began, ended, copied))
+        computed = partial(self._pace.computed, load, may_have_gaps=may_have_gaps)
+        return DeviceWork(tensor, events=(began, ended, copied), computed=computed)

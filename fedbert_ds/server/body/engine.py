@@ -24,6 +24,7 @@ from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.pace import Load
 from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.body.window_gradient import WindowGradient
@@ -44,6 +45,11 @@ class BodyInput:
     """[tokens] int64 into the rows of `activations`; None unless cut: rows."""
     seed: int
     """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return int(self.cu_seqlens[-1])
 
     def to(self, device: Device) -> BodyInput:
         """The same input on a device."""
@@ -131,7 +137,8 @@ class BodyEngine:
 
     def forward(self, micro_batch: int, body_input: BodyInput) -> DeviceWork:
         """Hidden states [masked, width] fp32; the micro-batch is in flight until its backward."""
-        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)))
+        load = Load("forward", body_input.tokens)
+        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)), load)
 
     def backward(self, micro_batch: int, hidden_gradient: Tensor, is_last: bool) -> DeviceWork:
         """d(loss)/d(activations) fp32, in the shape of the forward's activations.
@@ -141,7 +148,8 @@ class BodyEngine:
         the window, where stage 3 finishes its reduction.
         """
         gradient = self._device.upload(hidden_gradient)
-        return self._device.start(partial(self._backward, micro_batch, gradient, is_last))
+        load = Load("backward", self._inputs[micro_batch].tokens)
+        return self._device.start(partial(self._backward, micro_batch, gradient, is_last), load)
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
         if self._stage == 3:

@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from fedbert_ds.server.body.device_work import Device
+from fedbert_ds.server.body.pace import Load
 
 CPU = torch.device("cpu")
+LOAD = Load("forward", 100)
 
 
 def test_a_cpu_is_done_at_once() -> None:
-    work = Device(CPU).start(lambda: torch.ones(2, 3, dtype=torch.bfloat16))
+    work = Device(CPU).start(lambda: torch.ones(2, 3, dtype=torch.bfloat16), LOAD)
     assert work.is_done
     tensor, seconds = work.result()
     assert tensor.dtype is torch.float32 and torch.equal(tensor, torch.ones(2, 3)) and seconds >= 0.0
@@ -89,7 +91,7 @@ def test_a_gpu_copies_up_and_down_beside_the_computation(monkeypatch: pytest.Mon
         log.append(f"compute on {streams.stream_now.name}")
         return there
 
-    work = device.start(compute)
+    work = device.start(compute, LOAD)
     assert not work.is_done
     assert log == [
         "record event 0 on compute",
@@ -110,7 +112,7 @@ def test_a_gpu_copies_up_and_down_beside_the_computation(monkeypatch: pytest.Mon
 def test_on_a_gpu() -> None:
     device = Device(torch.device("cuda"))
     values = torch.randn(1000, 1000)
-    works = [device.start(lambda n=n: device.upload(values) * n) for n in range(20)]
+    works = [device.start(lambda n=n: device.upload(values) * n, LOAD) for n in range(20)]
     for n, work in enumerate(works):
         tensor, seconds = work.result()
         torch.testing.assert_close(tensor, values * n)

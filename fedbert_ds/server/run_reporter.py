@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,8 +44,10 @@ class RunReporter:
         self._progress: Progress | None = None
         self._started = time.monotonic()
 
-    def announce(self, address: str) -> None:
-        """Print the opening lines. Remote clients join at `address` (HOST:PORT)."""
+    def announce(self, address: str, cores: Collection[int] = ()) -> None:
+        """Print the opening lines. Remote clients join at `address` (HOST:PORT). `cores` are those
+        that this rank is bound to.
+        """
         config, model = self._config, self._model_config
         backend = "cuda, nccl" if torch.cuda.is_available() else "cpu, gloo"
         print(
@@ -59,6 +61,8 @@ class RunReporter:
             f"{model.vocab_size:,} word pieces; cut: {_cut_name(config)}; "
             f"{self._sizes()}"
         )
+        if cores:
+            print(f"cores   {len(cores)} for rank 0, near its GPU: {_ranges(cores)}; {torch.get_num_threads()} threads")
         remote = config.clients.expected - config.clients.local
         if remote:
             print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH --id NAME")
@@ -243,6 +247,14 @@ def time_parts(tally: Tally, shortest_step: float) -> TimeParts:
     # A device may compute while the host waits for clients; that time is no one else's either.
     busy = max(0.0, min(tally.busy_seconds + shortest_step, left))
     return TimeParts(busy, tally.wait_seconds, ranks, tally.saving_seconds, left - busy)
+
+
+def _ranges(numbers: Collection[int]) -> str:
+    """0-3,8 for 0, 1, 2, 3 and 8."""
+    ordered = sorted(numbers)
+    begins = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in zip(begins, ends, strict=True))
 
 
 def _mode_name(config: RunConfig) -> str:

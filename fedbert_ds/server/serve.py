@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
+from fedbert_ds.server.body.cores import allowed_cores, bind, place_of, share_of, threads_for
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.body.peak import peak_of, together
@@ -84,7 +86,9 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     """Train and hand over; returns the window that the run has come to."""
     stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
-    clients = LocalClients(folder, _client_devices(config.clients.local_device))
+    launched_on = allowed_cores()
+    cores = _bind(ranks)
+    clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order
@@ -107,7 +111,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         if ranks.rank == 0:
             at_end.callback(address_file.hide, folder.address)
             address_file.reveal(folder.address, addresses[0])
-            reporter.announce(addresses[0])
+            reporter.announce(addresses[0], cores)
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
@@ -303,6 +307,19 @@ def _train(
             rooms.remote.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
+
+
+def _bind(ranks: RankGroup) -> frozenset[int]:
+    """Bind this rank to its share of the node's cores, where it has a GPU; returns them."""
+    if not torch.cuda.is_available():
+        return frozenset()
+    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device()))
+    cores = share_of(ranks.rank, places)
+    if cores:
+        bind(cores)
+    if (threads := threads_for(cores, os.environ)) is not None:
+        torch.set_num_threads(threads)
+    return cores
 
 
 def _client_devices(choice: str) -> list[str]:

@@ -1,10 +1,10 @@
 """A stand-in for a GPU: it computes on the CPU, keeps a GPU's time, notes waits and collectives.
 
 Its tensors are of the device `fake`. Each operation takes OPERATION on the stream of the moment, a
-copy to or from the host COPY; memory and views take nothing. The host takes no time itself: its
-clock moves when it waits. What would make the host wait for a GPU's work is noted with the place
-that asked for it: a value that is read, a copy of or to memory that is not pinned, a shape that
-depends on values, a synchronization. Bytes that cross are counted by dtype.
+copy to or from the host COPY; memory and views take nothing. The host takes no time itself, unless
+`launch_time` is set: its clock moves when it waits. What would make the host wait for a GPU's work
+is noted with the place that asked for it: a value that is read, a copy of or to memory that is not
+pinned, a shape that depends on values, a synchronization. Bytes that cross are counted by dtype.
 
 Installing it cannot be undone, so it belongs in a process of its own.
 """
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 OPERATION = 1.0
 COPY = 10.0
+HOLD_UP = 1e5
 NAME = "fake"
 
 aten = torch.ops.aten
@@ -44,11 +45,13 @@ class Stream:
     """Does one thing after another."""
 
     def __init__(self, device: object = None) -> None:
-        self.free_at = 0.0
+        self.free_at = self.worked = 0.0
 
     def spend(self, time: float) -> None:
         """Be busy for so long, once free and told to."""
+        DEVICE.now += DEVICE.launch_time
         self.free_at = max(self.free_at, DEVICE.now) + time
+        self.worked += time
 
     def wait_event(self, event: Event) -> None:
         self.free_at = max(self.free_at, event.at)
@@ -67,7 +70,7 @@ class Event:
         self.at = math.inf
 
     def record(self, stream: Stream | None = None) -> None:
-        self.at = (stream or DEVICE.current).free_at
+        self.at = max((stream or DEVICE.current).free_at, DEVICE.now)
 
     def query(self) -> bool:
         return self.at <= DEVICE.now
@@ -88,6 +91,8 @@ class Device:
         self.compute = self.current = Stream()
         self.now = 0.0
         """The host's clock."""
+        self.launch_time = 0.0
+        """Of the host, for an operation."""
         self.waits: list[str] = []
         self.collectives: list[str] = []
         """Operations of torch.distributed, by name."""
@@ -131,6 +136,10 @@ class Device:
         before, self.current = self.current, stream
         yield
         self.current = before
+
+    def _sleep(self, cycles: int) -> None:
+        self.current.spend(HOLD_UP)
+        self.current.worked -= HOLD_UP
 
     def mem_get_info(self, device: object = None) -> tuple[int, int]:
         return 1 << 34, 1 << 34

@@ -1,4 +1,4 @@
-"""The device under a benchmark: its peak rates, and times of several candidates side by side."""
+"""The device under a benchmark: its rates, and times of several candidates side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fedbert_ds.server.body.peak import matmul
 
 Call = Callable[[], Any]
 CALLS_AHEAD = 64
@@ -44,19 +46,6 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
-NOMINAL_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362}
-"""Dense products of 16-bit floats, by what the card's name holds; the makers' data sheets."""
-
-
-def nominal_rate(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The card's nominal peak in FLOP/s, which no product reaches; None where it is not known."""
-    if device.type != "cuda" or dtype.itemsize != 2:
-        return None
-    name = torch.cuda.get_device_properties(device).name
-    known = [card for card in NOMINAL_TFLOPS if card in name]
-    return NOMINAL_TFLOPS[max(known, key=len)] * 1e12 if known else None
-
-
 def time_side_by_side(
     candidates: Mapping[str, Call],
     device: torch.device,
@@ -82,13 +71,6 @@ def time_side_by_side(
         for name in names[first:] + names[:first]:
             times[name].append(_time(candidates[name], device, calls[name], ahead))
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in times.items()}
-
-
-def matmul(device: torch.device, dtype: torch.dtype, size: int | None = None) -> tuple[Call, float]:
-    """A product of square matrices that saturates the device, and its floating-point operations."""
-    size = size or (8192 if device.type == "cuda" else 1024)
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return lambda: left @ right, 2.0 * size**3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:

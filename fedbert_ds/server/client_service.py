@@ -33,6 +33,7 @@ from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Susp
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.server.remote_aggregator import RemoteAggregator
 from fedbert_ds.server.remote_exchange import RemoteExchange
+from fedbert_ds.telemetry.time_account import TimeAccount
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import Manifest
@@ -65,6 +66,7 @@ class ClientService:
         aggregator: Aggregator | RemoteAggregator,
         update_codec: str,
         compressed: bool,
+        account: TimeAccount,
         holds_updates: bool = False,
         shares_moments: bool = True,
     ) -> None:
@@ -81,6 +83,7 @@ class ClientService:
         self._aggregator = aggregator
         self._update_codec = update_codec
         self._compressed = compressed
+        self._account = account
         self.holds_updates = holds_updates
         """Combined updates wait until the rank has stepped; `norms` has theirs."""
         self._shares_moments = shares_moments
@@ -111,7 +114,10 @@ class ClientService:
 
     def wait(self) -> None:
         """Wait a little for one event and take it in."""
-        self.dispatch(self.next_event(COMBINING_POLL_SECONDS if self._exchange.is_combining else POLL_SECONDS))
+        is_combining = self._exchange.is_combining
+        with self._account.charged("ranks" if is_combining else "clients"):
+            event = self.next_event(COMBINING_POLL_SECONDS if is_combining else POLL_SECONDS)
+        self.dispatch(event)
 
     def take_in(self) -> None:
         """Take in every event that has arrived."""

@@ -62,8 +62,19 @@ class Tally:
     tokens: int = 0
     masked_tokens: int = 0
     lost_masked_tokens: int = 0
+    squared_lengths: int = 0
+    """Sum of the squares of the sequences' lengths: what attention costs."""
+    seconds: float = 0.0
+    """Wall time since the counts of the window before."""
     busy_seconds: float = 0.0
+    """Forwards and backwards, on the device."""
+    step_seconds: float = 0.0
+    """The optimizer's step, with its waits for other ranks."""
     wait_seconds: float = 0.0
+    """Waits for clients."""
+    rank_wait_seconds: float = 0.0
+    """Waits for other ranks outside the step."""
+    saving_seconds: float = 0.0
     forwards: int = 0
     backwards: int = 0
     dummy_micro_batches: int = 0

@@ -15,7 +15,7 @@ from fedbert_ds.model.halves import write_body
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.server.run_folder import RunFolder
-from fedbert_ds.telemetry.metrics import read_metrics, summary
+from fedbert_ds.telemetry.metrics import Summary, read_metrics, summary
 from fedbert_ds.telemetry.progress import short_bytes
 from fedbert_ds.telemetry.report import write_report
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -92,6 +92,8 @@ def hand_over(
         )
     write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines)
     print(f"clients {facts['client peak memory']} peak memory, {facts['client FLOP per token']} FLOP per token")
+    rate = facts.get("rate of the body")
+    print(f"time    {facts['time']}" + (f"; {rate}" if rate else ""))
     if client_model is not None:
         loaded = f'AutoModelForMaskedLM.from_pretrained("{folder.model}")'
         print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
@@ -122,6 +124,7 @@ def _where_the_halves_are(folder: RunFolder, rooms: Rooms) -> str:
 def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str, str]:
     totals = summary(read_metrics(folder.metrics))
     return {
+        "time": time_sentence(totals),
         "bytes per token": (
             f"{short_bytes(totals.bytes_per_token_up)} up, {short_bytes(totals.bytes_per_token_down)} down, "
             f"{short_bytes(totals.update_bytes_per_token)} of client updates"
@@ -129,6 +132,18 @@ def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str,
         "client peak memory": short_bytes(max((memory for memory, _ in figures), default=0)),
         "client FLOP per token": f"{max((flops for _, flops in figures), default=0.0) / 1e6:.2f} M",
     }
+
+
+def time_sentence(totals: Summary) -> str:
+    """Where the ranks' time went; the shares make 100 %."""
+    parts = {
+        "body computing": totals.busy_share,
+        "waiting for clients": totals.wait_share,
+        "for other ranks": totals.rank_wait_share,
+        "saving": totals.saving_share,
+        "host": totals.host_share,
+    }
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts.items())
 
 
 def _evaluate(folder: RunFolder, config: RunConfig, tokenizer: Any, vocab_size: int) -> dict[str, float]:

@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.body.cores import children_on
 from fedbert_ds.server.run_folder import RunFolder
 
 RANK_VARIABLES = (
@@ -43,6 +44,8 @@ class LocalClients:
     folder: RunFolder
     devices: Sequence[str] = ("cpu",)
     """To which clients are dealt: `cpu`, or `cuda:0`, `cuda:1`, ..."""
+    cores: Collection[int] = ()
+    """That clients may use, where this rank is bound to fewer; none: the rank's."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _revivals: dict[str, int] = field(default_factory=dict)
     _server: str = ""
@@ -59,7 +62,7 @@ class LocalClients:
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
             command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
             command += ["--device", self._device(name)]
-            with self.folder.log(name).open("ab") as log:
+            with self.folder.log(name).open("ab") as log, children_on(self.cores):
                 self.processes[name] = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,

@@ -94,6 +94,8 @@ class MicroBatches:
         work = self._engine.forward(micro_batch, body_input, self._wire.hidden_states)
         self.tally.forwards += 1
         self.tally.tokens += sum(piece.tokens for piece in pieces)
+        if pieces:
+            self.tally.squared_lengths += int(body_input.cu_seqlens.diff().square().sum())
         self.tally.dummy_micro_batches += not pieces
         self._in_flight[micro_batch] = InFlight(pieces, [len(item.values) for item in arrived])
         self._pending_sends.append((work, partial(self._send_hidden, micro_batch, pieces)))

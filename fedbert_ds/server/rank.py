@@ -17,8 +17,8 @@ from fedbert_ds.server.queue.decisions import Backward, Forward, Step
 from fedbert_ds.server.queue.in_flight import Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.rooms import Rooms
 
-OnWindow = Callable[[int, Sequence[RankStatus], float], None]
-"""(finished window, statuses of all ranks, seconds of the window)"""
+OnWindow = Callable[[int, Sequence[RankStatus]], None]
+"""(finished window, statuses of all ranks)"""
 
 NOTHING_SAVED = -1
 
@@ -101,15 +101,13 @@ class RankServer:
             # Others must have a state to go back to, so that of window 0 is saved, too.
             saved = NOTHING_SAVED
         self._service.awaits_newcomers = self._waits
-        started = time.monotonic()
         is_undone = False
         while True:
             statuses = self._gather(window, is_undone)
             self.clients = frozenset().union(*(status.clients for status in statuses))
             if window > reported:
-                on_window(window - 1, statuses, time.monotonic() - started)
+                on_window(window - 1, statuses)
                 reported = window
-            started = time.monotonic()
             lost_elsewhere = _lost_elsewhere(statuses)
             if lost_elsewhere:
                 self._give_up_elsewhere(lost_elsewhere)
@@ -126,7 +124,9 @@ class RankServer:
             is_short = not is_over and self._is_short(statuses)
             is_due = is_over or is_short or window % self._run.save_every == 0
             if window > saved and is_due and not (is_missed and goes_far_back) and not lost_elsewhere:
-                if not saving.save(window):
+                with self._rooms.time.charged("saving"):
+                    is_saved = saving.save(window)
+                if not is_saved:
                     continue  # somebody was lost: the windows since `saved` are trained again
                 saved = window
             if is_short:
@@ -189,7 +189,7 @@ class RankServer:
             self._service.attend()
             self._watch()
             status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
-            statuses = self._rooms.rank_group.gather(status)
+            statuses = self._rooms.gathered(status)
             if lost_elsewhere := _lost_elsewhere(statuses):
                 self._give_up_elsewhere(lost_elsewhere)
                 self._look_elsewhere(statuses, window)
@@ -234,7 +234,7 @@ class RankServer:
         new_problems = membership.take_new_problems() if window > self._first_window else ()
         status = self._status(window, self._take_tally(), new_problems)
         with self._busy("gather", window=window):
-            return self._rooms.rank_group.gather(status)
+            return self._rooms.gathered(status)
 
     def _status(
         self, window: int, tally: Tally, new_problems: tuple[str, ...] = (), has_given_up: bool = False
@@ -309,10 +309,8 @@ class RankServer:
         if self._micro_batches.has_pending_sends:
             self._micro_batches.send_finished(wait=True)
             return
-        started = time.monotonic()
         with self._rooms.trace.span("wait"):
             self._service.wait()
-        self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _step(self, window: int, lost_masked_tokens: int) -> bool:
         """Step the body; with the client model first, where both are clipped by one norm.
@@ -336,7 +334,7 @@ class RankServer:
         started = time.monotonic()
         with self._busy("step", window=window):
             scale = self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows), norm)
-        tally.busy_seconds += time.monotonic() - started
+        tally.step_seconds += time.monotonic() - started
         self._service.commit(window, scale)
         self._rooms.commit_elsewhere(window, scale)
         return True
@@ -345,25 +343,21 @@ class RankServer:
         """Whether a client of any rank is missing from the window that is about to end, or the
         aggregator of another party.
         """
-        return any(self._rooms.rank_group.gather(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere)))
+        return any(self._rooms.gathered(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere)))
 
     def _await_reports(self, window: int) -> None:
         """Wait until each client that trains the window by itself has, or is gone."""
         if not self._rooms.inbox.reports.awaited:
             return
-        started = time.monotonic()
         with self._rooms.trace.span("wait for clients", window=window):
             while self._rooms.inbox.reports.awaited:
                 self._service.attend()
-        self._micro_batches.tally.wait_seconds += time.monotonic() - started
 
     def _update_norm(self, window: int) -> float:
         """The norm of the client model's gradient, once each client has sent it or is gone."""
-        started = time.monotonic()
         with self._rooms.trace.span("wait for updates", window=window):
             while window not in self._service.norms and not self._rooms.lost_elsewhere:
                 self._service.attend()
-        self._micro_batches.tally.wait_seconds += time.monotonic() - started
         return self._service.norms.get(window, 0.0)
 
     @contextmanager
@@ -385,6 +379,10 @@ class RankServer:
 
     def _take_tally(self) -> Tally:
         tally = self._micro_batches.take_tally()
+        seconds = self._rooms.time.take()
+        tally.seconds = sum(seconds.values())
+        tally.wait_seconds, tally.rank_wait_seconds = seconds.get("clients", 0.0), seconds.get("ranks", 0.0)
+        tally.saving_seconds = seconds.get("saving", 0.0)
         up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
         tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes

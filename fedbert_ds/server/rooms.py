@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,7 +23,6 @@ from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
-from fedbert_ds.server.network.codec_threads import codec_threads_here
 from fedbert_ds.server.network.decoding import DecodedEvent
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
@@ -34,8 +34,11 @@ from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.remote_aggregator import Line, RemoteAggregator
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.server.stop_signal import StopFlag
+from fedbert_ds.telemetry.time_account import TimeAccount
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,17 @@ class Rooms:
     membership: Membership
     service: ClientService
     micro_batches: MicroBatches
+    time: TimeAccount
 
     @property
     def lost_elsewhere(self) -> str:
         """Why the aggregator of another party is gone, if it is."""
         return self.remote.lost if self.remote is not None else ""
+
+    def gathered(self, mine: T) -> list[T]:
+        """One value of every rank, in order of ranks. Waits for all of them."""
+        with self.time.charged("ranks"):
+            return self.rank_group.gather(mine)
 
     def commit_elsewhere(self, window: int, scale: float) -> None:
         """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""
@@ -89,11 +98,13 @@ def build_rooms(
     on_join: Callable[[JoinAsked | JoinAbandoned], None],
     stop: StopFlag,
     trace: Trace,
+    codec_threads: int = 1,
 ) -> Rooms:
     """Build the rooms of this rank, for the clients among `members` that have a seat here.
 
     `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
-    `aggregator` is this rank's own, or the line to another party's.
+    `aggregator` is this rank's own, or the line to another party's. `codec_threads` compress
+    messages.
     """
     strategy = strategy_of(config.federation, config.wire, config.cut)
     waits = config.clients.on_loss == "wait"
@@ -107,8 +118,9 @@ def build_rooms(
         exchange = RemoteExchange(owner, queue.deadlines)
         revoke = _both(endpoint.revoke, owner.part_with)
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
-    outbox = Outbox(endpoint, codec_threads_here())
+    outbox = Outbox(endpoint, codec_threads)
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
+    account = TimeAccount()
     service = ClientService(
         queue,
         inbox,
@@ -123,6 +135,7 @@ def build_rooms(
         owner,
         contract.update_codec,
         config.wire.is_compressed,
+        account,
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
         shares_moments=not strategy.halves_are_personal,
     )
@@ -144,6 +157,7 @@ def build_rooms(
         outbox=outbox,
         membership=membership,
         service=service,
+        time=account,
         micro_batches=MicroBatches(
             engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
         ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from fedbert_ds import __version__
 from fedbert_ds.config import LayersCut, RunConfig
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.server.body.peak import Peak
 from fedbert_ds.server.body.settings import zero_stage
-from fedbert_ds.server.contract import RankStatus
+from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts
 from fedbert_ds.server.run_folder import RunFolder
-from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
-from fedbert_ds.telemetry.progress import Progress, duration
+from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
+from fedbert_ds.telemetry.progress import Progress, duration, short_number
 
 
 class RunReporter:
@@ -34,13 +36,18 @@ class RunReporter:
         self._text = text
         self._half_parameters = half.num_parameters
         self._body_parameters = None if body is None else body.num_parameters
+        self._flops_per_token = _flops_per_token(body)
         self._model_config = half.config
+        self.peak: Peak | None = None
+        """FLOP/s that all ranks together can reach, once they have measured it."""
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._started = time.monotonic()
 
-    def announce(self, address: str) -> None:
-        """Print the opening lines. Remote clients join at `address` (HOST:PORT)."""
+    def announce(self, address: str, cores: Collection[int] = ()) -> None:
+        """Print the opening lines. Remote clients join at `address` (HOST:PORT). `cores` are those
+        that this rank is bound to.
+        """
         config, model = self._config, self._model_config
         backend = "cuda, nccl" if torch.cuda.is_available() else "cpu, gloo"
         print(
@@ -54,6 +61,8 @@ class RunReporter:
             f"{model.vocab_size:,} word pieces; cut: {_cut_name(config)}; "
             f"{self._sizes()}"
         )
+        if cores:
+            print(f"cores   {len(cores)} for rank 0, near its GPU: {_ranges(cores)}; {torch.get_num_threads()} threads")
         remote = config.clients.expected - config.clients.local
         if remote:
             print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH --id NAME")
@@ -69,20 +78,21 @@ class RunReporter:
         """Inside this block `window` writes metrics and shows progress."""
         self._started = time.monotonic()
         run, clients = self._config.run, self._config.clients
+        measured = self.peak.measured if self.peak is not None else None
         with (
             MetricsLog(RunFolder(run.directory).metrics, first_window) as self._log,
-            Progress(run.windows, clients.expected, sys.stdout) as self._progress,
+            Progress(run.windows, clients.expected, sys.stdout, peak_flops=measured) as self._progress,
         ):
             yield
 
-    def window(self, window: int, statuses: Sequence[RankStatus], seconds: float) -> None:
+    def window(self, window: int, statuses: Sequence[RankStatus]) -> None:
         """Log and show a finished window, of all ranks. Does nothing outside `following`."""
         if self._log is None or self._progress is None:
             return
         config = self._config
         capacity = config.window.tokens_per_micro_batch
         rate = config.optimizer.learning_rate(window, config.run.windows)
-        metrics = window_metrics(window, statuses, seconds, capacity, rate)
+        metrics = window_metrics(window, statuses, capacity, rate, self._flops_per_token)
         self._log.append(metrics)
         self._tell_problems(statuses)
         self._progress.update(metrics)
@@ -130,7 +140,11 @@ class RunReporter:
             "clients": f"{config.clients.expected}, {_mode_name(config)}",
             "text": self._text.sentence if self._text else "with the clients",
             "training time": f"{duration(time.monotonic() - self._started)} (this session)",
-        }
+        } | ({} if self.peak is None else {"rate of the body": self._rate(self.peak)})
+
+    def _rate(self, peak: Peak) -> str:
+        totals = summary(read_metrics(RunFolder(self._config.run.directory).metrics))
+        return rate_sentence(totals.flops_per_second, peak)
 
     def _sharding(self) -> str:
         return "no body" if self._body_parameters is None else f"ZeRO {zero_stage(self._config.body)}"
@@ -142,36 +156,105 @@ class RunReporter:
 
 
 def window_metrics(
-    window: int, statuses: Sequence[RankStatus], seconds: float, capacity: int, learning_rate: float
+    window: int,
+    statuses: Sequence[RankStatus],
+    capacity: int,
+    learning_rate: float,
+    flops_per_token: Callable[[float, float], float],
 ) -> WindowMetrics:
-    """The metrics of one window, all ranks together. `capacity` is tokens per micro-batch."""
+    """The metrics of one window, all ranks together. `capacity` is tokens per micro-batch,
+    `flops_per_token` as `Body.flops_per_token`.
+    """
     tallies = [status.tally for status in statuses]
 
     def total(name: str) -> Any:
         return sum(getattr(tally, name) for tally in tallies)
 
     places = (total("forwards") - total("dummy_micro_batches")) * capacity
-    masked = total("masked_tokens")
+    tokens, masked = total("tokens"), total("masked_tokens")
+    times = [time_parts(tally, min(each.step_seconds for each in tallies)) for tally in tallies]
+
+    def mean(part: Callable[[TimeParts], float]) -> float:
+        return sum(map(part, times)) / len(times)
+
     return WindowMetrics(
         window=window,
         loss=total("loss_sum") / masked if masked else float("nan"),
-        tokens=total("tokens"),
+        tokens=tokens,
         masked_tokens=masked,
         lost_masked_tokens=total("lost_masked_tokens"),
-        seconds=seconds,
-        busy_seconds=total("busy_seconds") / len(tallies),
-        wait_seconds=total("wait_seconds") / len(tallies),
+        seconds=total("seconds") / len(tallies),
+        busy_seconds=mean(lambda parts: parts.busy),
+        wait_seconds=mean(lambda parts: parts.clients),
         forwards=total("forwards"),
         backwards=total("backwards"),
         dummy_micro_batches=total("dummy_micro_batches"),
-        fill=total("tokens") / places if places else 0.0,
+        fill=tokens / places if places else 0.0,
         bytes_up=total("bytes_up"),
         bytes_down=total("bytes_down"),
         update_bytes_up=total("update_bytes_up"),
         update_bytes_down=total("update_bytes_down"),
         clients=sum(len(status.clients) for status in statuses),
         learning_rate=learning_rate,
+        rank_wait_seconds=mean(lambda parts: parts.ranks),
+        saving_seconds=mean(lambda parts: parts.saving),
+        host_seconds=mean(lambda parts: parts.host),
+        flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
     )
+
+
+def rate_sentence(flops_per_second: float, peak: Peak) -> str:
+    """What the body reaches, beside what could be reached."""
+    nominal = "" if peak.nominal is None else f", {100 * flops_per_second / peak.nominal:.0f} % of the data sheet's"
+    return (
+        f"{_in_units(flops_per_second)}, {100 * flops_per_second / peak.measured:.0f} % of a dense product's "
+        f"{_in_units(peak.measured)}{nominal}"
+    )
+
+
+def _in_units(flops_per_second: float) -> str:
+    number = short_number(flops_per_second)
+    digits = number.rstrip("kMGT")
+    return f"{digits} {number[len(digits) :]}FLOP/s"
+
+
+def _flops_per_token(body: Body | None) -> Callable[[float, float], float]:
+    """`body.flops_per_token`, of a mask share and a length; it is linear in both."""
+    if body is None:
+        return lambda mask_share, length: 0.0
+    # Taken now: ZeRO stage 3 leaves parameters without entries.
+    least, masked, longer = (body.flops_per_token(*case) for case in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
+    return lambda mask_share, length: least + (masked - least) * mask_share + (longer - least) * length
+
+
+@dataclass(frozen=True)
+class TimeParts:
+    """What one rank spent its time on, in seconds. Together they are the wall time."""
+
+    busy: float
+    clients: float
+    ranks: float
+    saving: float
+    host: float
+
+
+def time_parts(tally: Tally, shortest_step: float) -> TimeParts:
+    """A rank's time in a window. All ranks end a step together, so what it takes longer than
+    `shortest_step`, that of the last to come, is a wait for other ranks.
+    """
+    ranks = tally.rank_wait_seconds + tally.step_seconds - shortest_step
+    left = tally.seconds - tally.wait_seconds - ranks - tally.saving_seconds
+    # A device may compute while the host waits for clients; that time is no one else's either.
+    busy = max(0.0, min(tally.busy_seconds + shortest_step, left))
+    return TimeParts(busy, tally.wait_seconds, ranks, tally.saving_seconds, left - busy)
+
+
+def _ranges(numbers: Collection[int]) -> str:
+    """0-3,8 for 0, 1, 2, 3 and 8."""
+    ordered = sorted(numbers)
+    begins = [n for n in ordered if n - 1 not in numbers]
+    ends = [n for n in ordered if n + 1 not in numbers]
+    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in zip(begins, ends, strict=True))
 
 
 def _mode_name(config: RunConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
@@ -24,14 +25,16 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
+from fedbert_ds.server.body.cores import allowed_cores, bind, place_of, share_of, threads_for
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
+from fedbert_ds.server.body.peak import peak_of, together
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
-from fedbert_ds.server.network.codec_threads import codec_threads_here
+from fedbert_ds.server.network.codec_threads import codec_threads
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
@@ -84,7 +87,10 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     """Train and hand over; returns the window that the run has come to."""
     stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
-    clients = LocalClients(folder, _client_devices(config.clients.local_device))
+    launched_on = allowed_cores()
+    cores = _bind(ranks)
+    threads = codec_threads(cores, launched_on, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
+    clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order
@@ -98,6 +104,8 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         model_config, half, body = _halves(config, tokenizer)
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
+        if body is not None:
+            reporter.peak = together(ranks.gather(peak_of(_device(), _dtype(config))))
         del body
         expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
@@ -105,12 +113,12 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         if ranks.rank == 0:
             at_end.callback(address_file.hide, folder.address)
             address_file.reveal(folder.address, addresses[0])
-            reporter.announce(addresses[0])
+            reporter.announce(addresses[0], cores)
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
         contract = build_contract(config, half)
-        decoding = Decoding(endpoint.next_event, contract, codec_threads_here(), pinned=torch.cuda.is_available())
+        decoding = Decoding(endpoint.next_event, contract, threads, pinned=torch.cuda.is_available())
         aggregator = elsewhere or _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
@@ -131,6 +139,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             reception.hear if reception is not None else no_joins_here,
             stop,
             trace,
+            threads,
         )
         at_end.callback(decoding.stop)
         at_end.callback(rooms.service.settle)
@@ -303,8 +312,25 @@ def _train(
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 
 
+def _bind(ranks: RankGroup) -> frozenset[int]:
+    """Bind this rank to its share of the node's cores, where it has a GPU; returns them."""
+    if not torch.cuda.is_available():
+        return frozenset()
+    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device()))
+    cores = share_of(ranks.rank, places)
+    if cores:
+        bind(cores)
+    if (threads := threads_for(cores, os.environ)) is not None:
+        torch.set_num_threads(threads)
+    return cores
+
+
 def _client_devices(choice: str) -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] if choice == "cuda" else ["cpu"]
+
+
+def _dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.body.precision == "bf16" else torch.float32
 
 
 def _device() -> torch.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -32,11 +32,11 @@ class WindowMetrics:
     lost_masked_tokens: int
     """Masked tokens that were promised and left out because their client was late or gone."""
     seconds: float
-    """Wall time from the first manifest to the step's end."""
+    """Wall time since the end of the window before; mean over ranks, as are its parts."""
     busy_seconds: float
-    """Part of `seconds` the body computed; mean over ranks."""
+    """Part of `seconds` the body computed: forwards, backwards, the step."""
     wait_seconds: float
-    """Part of `seconds` the body waited for clients; mean over ranks."""
+    """Part of `seconds` the rank waited for clients."""
     forwards: int
     """Forward passes, over all ranks."""
     backwards: int
@@ -57,6 +57,17 @@ class WindowMetrics:
     """Clients that were connected, whether they took part or not."""
     learning_rate: float
     """Learning rate of the step."""
+    # Those below are missing from files of earlier versions.
+    rank_wait_seconds: float = 0.0
+    """Part of `seconds` the rank waited for other ranks; within forwards and backwards, where ranks
+    meet at ZeRO stage 3, it counts as computing."""
+    saving_seconds: float = 0.0
+    """Part of `seconds` that saves took, without waits for clients."""
+    host_seconds: float = 0.0
+    """The rest of `seconds`: the host packs, decodes, launches, keeps books."""
+    flops: float = 0.0
+    """Floating-point operations of the body's matrix products, over all ranks; what is computed
+    again, for want of memory, is not counted."""
 
     @property
     def wire_bytes(self) -> int:
@@ -75,7 +86,14 @@ class Summary:
     """Mean over the stretch, weighted by masked tokens; not a number when nothing was masked."""
     tokens_per_second: float
     busy_share: float
+    """Of the time: the body computed. With the next four shares it makes one."""
     wait_share: float
+    """Of the time: ranks waited for clients."""
+    rank_wait_share: float
+    saving_share: float
+    host_share: float
+    flops_per_second: float
+    """Of all ranks together."""
     fill: float
     dummy_share: float
     lost_share: float
@@ -109,6 +127,10 @@ def summary(rows: Sequence[WindowMetrics]) -> Summary:
         tokens_per_second=_share(tokens, seconds),
         busy_share=_share(sum(row.busy_seconds for row in rows), seconds),
         wait_share=_share(sum(row.wait_seconds for row in rows), seconds),
+        rank_wait_share=_share(sum(row.rank_wait_seconds for row in rows), seconds),
+        saving_share=_share(sum(row.saving_seconds for row in rows), seconds),
+        host_share=_share(sum(row.host_seconds for row in rows), seconds),
+        flops_per_second=_share(sum(row.flops for row in rows), seconds),
         fill=_share(tokens, capacity),
         dummy_share=_share(sum(row.dummy_micro_batches for row in rows), forwards),
         lost_share=_share(lost, masked + lost),
@@ -181,7 +203,7 @@ def _line(metrics: WindowMetrics) -> str:
 def _parse(line: str, place: str) -> WindowMetrics:
     try:
         values: dict[str, Any] = json.loads(line)
-        if set(values) != _NAMES:
+        if not _REQUIRED <= set(values) <= _NAMES:
             raise ValueError("fields differ")
         return WindowMetrics(**(values | {name: math.nan for name, value in values.items() if value is None}))
     except (ValueError, TypeError) as error:
@@ -193,3 +215,4 @@ def _share(part: float, whole: float, otherwise: float = 0.0) -> float:
 
 
 _NAMES = {field.name for field in fields(WindowMetrics)}
+_REQUIRED = {field.name for field in fields(WindowMetrics) if field.default is MISSING}

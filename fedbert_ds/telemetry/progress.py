@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from fedbert_ds.telemetry.metrics import WindowMetrics, summary
+from fedbert_ds.telemetry.metrics import Summary, WindowMetrics, summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -22,13 +22,22 @@ BAR_WIDTH = 12
 
 
 class Progress:
-    """Shows each finished window on `stream`; use as a context manager."""
+    """Shows each finished window on `stream`; use as a context manager.
+
+    `peak_flops` is what the body's FLOP/s are compared with.
+    """
 
     def __init__(
-        self, total_windows: int, clients_expected: int, stream: TextIO, clock: Callable[[], float] = time.monotonic
+        self,
+        total_windows: int,
+        clients_expected: int,
+        stream: TextIO,
+        clock: Callable[[], float] = time.monotonic,
+        peak_flops: float | None = None,
     ) -> None:
         self._total_windows = total_windows
         self._clients_expected = clients_expected
+        self._peak_flops = peak_flops
         self._stream = stream
         self._clock = clock
         self._recent: deque[WindowMetrics] = deque(maxlen=RECENT_WINDOWS)
@@ -82,7 +91,7 @@ class Progress:
         pieces = {
             "loss": f"loss {recent.loss:.2f}",
             "rate": f"{short_number(recent.tokens_per_second)} tokens/s",
-            "busy": f"body busy {100 * recent.busy_share:.0f} %",
+            "busy": f"body busy {100 * recent.busy_share:.0f} %{self._share_of_peak(recent)}",
             "clients": f"{self._recent[-1].clients}/{self._clients_expected} clients",
             "wire": f"{short_bytes(recent.bytes_per_token)}/token",
             "left": f"{duration(left)} left",
@@ -98,10 +107,13 @@ class Progress:
             pieces.pop(name, None)
         return "  ".join(pieces.values())
 
+    def _share_of_peak(self, recent: Summary) -> str:
+        return f", {100 * recent.flops_per_second / self._peak_flops:.0f} % of peak" if self._peak_flops else ""
+
 
 def short_number(value: float) -> str:
-    """Three significant digits with k, M or G: 18.2k, 780k, 1.50M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Three significant digits with k, M, G or T: 18.2k, 780k, 1.50M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size * 0.9995:
             scaled = value / size
             return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"

@@ -98,6 +98,9 @@ def _body(whole: Summary) -> Table:
     return [
         ("busy", _percent(whole.busy_share)),
         ("waiting for clients", _percent(whole.wait_share)),
+        ("waiting for other ranks", _percent(whole.rank_wait_share)),
+        ("saving", _percent(whole.saving_share)),
+        ("host", _percent(whole.host_share)),
         ("fill of micro-batches", _percent(whole.fill)),
         ("dummy micro-batches", _percent(whole.dummy_share)),
     ]

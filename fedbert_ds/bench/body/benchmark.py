@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from fedbert_ds.bench.body.encoders import Shape, Step, Window, has_flash_attn, packed_step, padded_step, varlen_step
-from fedbert_ds.bench.device import default_device, describe, matmul, nominal_rate, peak_memory, time_side_by_side
+from fedbert_ds.bench.device import default_device, describe, peak_memory, time_side_by_side
 from fedbert_ds.bench.lengths import sentence_lengths
 from fedbert_ds.config import Kernels
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.kernels import check_kernels
+from fedbert_ds.server.body.peak import matmul, nominal_rate
 from fedbert_ds.telemetry.plots import COLORS, PALE, picture, short_ticks
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown

@@ -8,21 +8,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedbert_ds.server.body.pace import Load, Pace
 from fedbert_kernels.encoded import Encoded
+
+HOLD_UP_CYCLES = 100_000_000
+"""Of a GPU, some 60 ms: longer than the host takes to launch a forward or a backward."""
 
 
 class DeviceWork:
-    """A tensor that the device computes and encodes, and the seconds that it took."""
+    """A tensor that the device computes and encodes, and the seconds that it took.
 
-    def __init__(self, encoded: Encoded, seconds: float = 0.0, events: tuple[Any, Any, Any] | None = None) -> None:
+    On a GPU `events` mark the computation's beginning and end and the end of the copy;
+    `computed(seconds)` says what of the time between the first two was computation.
+    """
+
+    def __init__(
+        self,
+        encoded: Encoded,
+        seconds: float = 0.0,
+        events: tuple[Any, Any, Any] | None = None,
+        computed: Callable[[float], float] = lambda seconds: seconds,
+    ) -> None:
         self._encoded = encoded
         self._seconds = seconds
         self._events = events
+        self._computed = computed
 
     @property
     def is_done(self) -> bool:
@@ -34,7 +50,7 @@ class DeviceWork:
         if self._events is not None:
             began, ended, copied = self._events
             copied.synchronize()
-            self._seconds, self._events = began.elapsed_time(ended) / 1e3, None
+            self._seconds, self._events = self._computed(began.elapsed_time(ended) / 1e3), None
         return self._encoded, self._seconds
 
 
@@ -43,6 +59,7 @@ class Device:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._pace = Pace()
         if device.type != "cpu":
             self._module = torch.get_device_module(device)
             # A copy down waits for the computation. The next one up must not wait behind it.
@@ -66,22 +83,27 @@ class Device:
         there.record_stream(current)
         return there
 
-    def start(self, compute: Callable[[], Tensor], codec: str) -> DeviceWork:
+    def start(self, compute: Callable[[], Tensor], load: Load, codec: str) -> DeviceWork:
         """Start `compute`, the coding of its result and the copy of the codes to the CPU."""
         if self.device.type == "cpu":
             started = time.monotonic()
             encoded = Encoded.of(compute(), codec)
             return DeviceWork(encoded, time.monotonic() - started)
         began, ended = (self._module.Event(enable_timing=True) for _ in range(2))
+        if self._pace.wants_sample(load):
+            # The host then launches all of it before the device begins.
+            self._module._sleep(HOLD_UP_CYCLES)
         began.record()
         result = Encoded.of(compute(), codec)
         ended.record()
+        may_have_gaps = began.query()
         self._down.wait_event(ended)
         with self._module.stream(self._down):
             encoded = result.map(self._download)
             copied = self._module.Event()
             copied.record()
-        return DeviceWork(encoded, events=(began, ended, copied))
+        computed = partial(self._pace.computed, load, may_have_gaps=may_have_gaps)
+        return DeviceWork(encoded, events=(began, ended, copied), computed=computed)
 
     def _download(self, there: Tensor) -> Tensor:
         """The tensor in pinned memory, once the current stream has copied it."""

@@ -25,6 +25,7 @@ from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.pace import Load
 from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.body.window_gradient import WindowGradient
@@ -46,6 +47,11 @@ class BodyInput:
     """[tokens] int64 into the rows of `activations`; None unless cut: rows."""
     seed: int
     """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return int(self.cu_seqlens[-1])
 
     def to(self, device: Device) -> BodyInput:
         """The same input on a device, its activations in one part."""
@@ -81,6 +87,7 @@ class BodyEngine:
         """At stage 3."""
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         """Up to stage 2: activations and hidden states."""
+        self._tokens: dict[int, int] = {}
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
@@ -137,7 +144,9 @@ class BodyEngine:
         """Hidden states [masked, width], in a codec; the micro-batch is in flight until its
         backward.
         """
-        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)), codec)
+        load = Load("forward", body_input.tokens)
+        self._tokens[micro_batch] = body_input.tokens
+        return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)), load, codec)
 
     def backward(
         self, micro_batch: int, hidden_gradient: Sequence[Encoded], is_last: bool, codec: str = "fp32"
@@ -149,7 +158,8 @@ class BodyEngine:
         of the window, where stage 3 finishes its reduction.
         """
         gradient = Encoded.join(hidden_gradient, self._device.upload)
-        return self._device.start(partial(self._backward, micro_batch, gradient, is_last), codec)
+        load = Load("backward", self._tokens.pop(micro_batch))
+        return self._device.start(partial(self._backward, micro_batch, gradient, is_last), load, codec)
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
         activations = _activations(body_input)

@@ -355,9 +355,7 @@ class Served:
     def train(self, statuses: list[RankStatus]) -> int:
         """From the first connection to the end; the window it stopped before."""
         self.connect()
-        return self.server.train(
-            lambda window, told, seconds: statuses.extend(told), self.checkpoints, self.rolled_back.append
-        )
+        return self.server.train(lambda window, told: statuses.extend(told), self.checkpoints, self.rolled_back.append)
 
 
 class Rank:
@@ -375,8 +373,8 @@ class Rank:
         device_work: Callable[[Encoded, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
-        for module in ("rank", "client_service", "newcomers"):
-            monkeypatch.setattr(f"fedbert_ds.server.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
+        for module in ("server.rank", "server.client_service", "server.newcomers", "telemetry.time_account"):
+            monkeypatch.setattr(f"fedbert_ds.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
         for module in ("federation.aggregator", "federation.update_exchange", "server.network.outbox"):
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)
         self.clients = clients

@@ -321,6 +321,10 @@ def test_the_next_windows_activations_are_here_before_the_step(monkeypatch: pyte
     assert all(client.windows_stepped == list(range(windows)) for client in clients)
     waits = [status.tally.wait_seconds for status in rank.statuses]
     busy = [status.tally.busy_seconds for status in rank.statuses]
+    # Nothing else takes time here.
+    assert [status.tally.seconds for status in rank.statuses] == pytest.approx(
+        [wait + work for wait, work in zip(waits, busy, strict=True)]
+    )
     assert min(busy) == pytest.approx(2 * 48 * 0.1)
     # The first window begins with nothing; later ones find activations that came while the one
     # before ended.

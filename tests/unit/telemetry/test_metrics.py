@@ -95,6 +95,16 @@ def test_a_line_cut_short_by_a_crash_is_left_out_and_overwritten(tmp_path):
     assert [row.window for row in read_metrics(path)] == [0, 1, 2]
 
 
+def test_a_file_of_a_version_that_knew_fewer_parts_of_the_time_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [replace(ROW, host_seconds=2.0, flops=3.0)])
+    line = json.loads(path.read_text())
+    path.write_text(
+        json.dumps({name: value for name, value in line.items() if name not in ("host_seconds", "flops")}) + "\n"
+    )
+    assert read_metrics(path) == [ROW]
+
+
 @pytest.mark.parametrize("line", ["no json", "[]", '{"window": 1}', "3"])
 def test_other_damage_names_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

@@ -50,6 +50,12 @@ def test_a_log_file_gets_the_whole_line():
     )
 
 
+def test_what_the_body_reaches_is_told_beside_what_it_could():
+    stream = io.StringIO()
+    run(Progress(600, 4, stream, peak_flops=8e12), [319], replace(ROW, flops=2e12))
+    assert "  body busy 71 %, 25 % of peak  " in stream.getvalue()
+
+
 def test_without_a_body_nothing_is_said_of_one():
     stream = io.StringIO()
     run(Progress(600, 4, stream), [319], replace(ROW, forwards=0, backwards=0, busy_seconds=0.0))

@@ -11,14 +11,16 @@ import pytest
 import torch
 
 from fedbert_ds.server.body.device_work import Device
+from fedbert_ds.server.body.pace import Load
 from fedbert_ds.wire.codecs import to_frame
 from fedbert_kernels.encoded import NAMES, Encoded
 
 CPU = torch.device("cpu")
+LOAD = Load("forward", 100)
 
 
 def test_a_cpu_is_done_at_once() -> None:
-    work = Device(CPU).start(lambda: torch.ones(2, 3, dtype=torch.bfloat16), "int8")
+    work = Device(CPU).start(lambda: torch.ones(2, 3, dtype=torch.bfloat16), LOAD, "int8")
     assert work.is_done
     encoded, seconds = work.result()
     assert encoded.codec == "int8" and torch.equal(encoded.decode(), torch.ones(2, 3)) and seconds >= 0.0
@@ -107,7 +109,7 @@ def test_a_gpu_copies_up_and_down_beside_the_computation(monkeypatch: pytest.Mon
     monkeypatch.setattr(
         Encoded, "of", lambda values, codec: log.append(f"{codec} on {streams.stream_now.name}") or encoded
     )
-    work = device.start(compute, "int8")
+    work = device.start(compute, LOAD, "int8")
     assert not work.is_done
     assert log == [
         "record event 0 on compute",
@@ -132,7 +134,7 @@ def test_on_a_gpu(codec: str) -> None:
     values = torch.randn(1000, 1000)
     coded = Encoded.of(values, codec)
     works = [
-        device.start(lambda n=n: Encoded.join(coded.split([300, 700]), device.upload).decode() * n, codec)
+        device.start(lambda n=n: Encoded.join(coded.split([300, 700]), device.upload).decode() * n, LOAD, codec)
         for n in range(20)
     ]
     for n, work in enumerate(works):

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[4]
 MICRO_BATCHES, COPY = 4, 10.0
 """As the worker and its device have them."""
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
-MUTATIONS = ("timers", "item", "pageable", "lengths", "one stream")
+MUTATIONS = ("timers", "item", "pageable", "lengths", "one stream", "slow host")
 CODECS = ("fp32", "bf16", "int8_group", "fp8_e4m3", "fp8_e5m2", "int4_hadamard")
 """Beside int8, which all other cases have."""
 CASES = [(stage, precision, "int8", "") for stage in STAGES for precision in PRECISIONS]
@@ -122,3 +122,10 @@ def test_a_wait_is_noticed(told: Told, mutation: str) -> None:
 
 def test_a_copy_up_that_waits_behind_one_down_is_noticed(told: Told) -> None:
     assert told(1, "bf16", mutation="one stream")["idle"] > 6 * COPY
+
+
+@pytest.mark.parametrize("mutation", ["", "slow host"])
+def test_what_the_device_is_said_to_have_worked_is_what_it_has(told: Told, mutation: str) -> None:
+    """Also where it waits three quarters of the time for the host to launch."""
+    row = told(1, "bf16", mutation=mutation)
+    assert row["told"] == pytest.approx(row["worked"], rel=0.02)

@@ -128,4 +128,5 @@ def test_a_copy_up_that_waits_behind_one_down_is_noticed(told: Told) -> None:
 def test_what_the_device_is_said_to_have_worked_is_what_it_has(told: Told, mutation: str) -> None:
     """Also where it waits three quarters of the time for the host to launch."""
     row = told(1, "bf16", mutation=mutation)
-    assert row["told"] == pytest.approx(row["worked"], rel=0.02)
+    # Sampled is a backward that adds to the window's gradient; the first, one of four here, copies.
+    assert row["told"] == pytest.approx(row["worked"], rel=0.03)

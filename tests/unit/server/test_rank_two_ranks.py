@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from unit.server.bad_clients import BAD
 from unit.server.fake_client import GONE, FakeClient
 from unit.server.fakes import (
@@ -24,8 +23,11 @@ from unit.server.fakes import (
 )
 
 from fedbert_ds.server.admission import Seat
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.network.events import Connected
+from fedbert_kernels.encoded import Encoded
 
 
 class Board:
@@ -77,14 +79,14 @@ class CollectiveEngine(FakeEngine):
         super().__init__(seconds=SECONDS_OF_WORK, lockstep_forwards=lockstep_forwards)
         self._rank, self._board = rank, board
 
-    def forward(self, micro_batch: int, body_input: Any) -> torch.Tensor:
+    def forward(self, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
         if self.lockstep_forwards:
             self._together("forward")
-        return super().forward(micro_batch, body_input)
+        return super().forward(micro_batch, body_input, codec)
 
-    def backward(self, micro_batch: int, hidden_gradient: torch.Tensor, is_last: bool) -> torch.Tensor:
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
         self._together(("backward", is_last))
-        return super().backward(micro_batch, hidden_gradient, is_last)
+        return super().backward(micro_batch, parts, is_last, codec)
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         # Not the norm: updates of these ranks are combined apart.

@@ -3,6 +3,7 @@
 # make compile-check   compile every kernel without a GPU, compare golden tables (some 4 minutes)
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit
 # make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
+# make card            all that a GPU is needed for, in 12 minutes (MINUTES=5, OUT=FILE.json, ARGS="--only waits")
 # make setup           the environment alone        make clean    remove it and what tools left
 #
 # make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"    another run file, overrides, resume
@@ -16,6 +17,8 @@ PYTHON ?=
 PIP_FLAGS ?=
 CONFIG ?= configs/default.yaml
 ARGS ?=
+MINUTES ?= 12
+OUT ?= runs/card.json
 
 ifeq ($(DEVICE),cuda)
 EXTRAS := server,data,dev,gpu
@@ -41,7 +44,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same chaos setup clean
+.PHONY: pretrain test compile-check same chaos card setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -61,6 +64,9 @@ same: $(STAMP)
 
 chaos: $(STAMP)
 	@python tests/integration/chaos.py $(ARGS)
+
+card: $(STAMP)
+	@python -m benchmarks.card --minutes $(MINUTES) --out $(OUT) $(ARGS)
 
 setup: $(STAMP)
 	@:

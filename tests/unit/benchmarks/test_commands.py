@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from integration.chaos import build_parser as chaos_parser
 
+from benchmarks.card.__main__ import build_parser as card_parser
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
 from benchmarks.kernels.__main__ import build_parser as kernels_parser
@@ -33,6 +34,7 @@ RECORDS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] = {
     "fedbert-ds": (installed_parser, None),
     "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
+    "python -m benchmarks.card": (card_parser, None),
     "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
     "python -m benchmarks.kernels": (kernels_parser, None),
     "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),

@@ -129,7 +129,7 @@ def test_the_cores_of_a_bound_rank_are_said(tmp_path: Path, capsys: pytest.Captu
     reporter.announce("here:1", frozenset({0, 1, 2, 8, 10, 11}))
     assert "cores   6 for rank 0, near its GPU: 0-2,8,10-11; " in capsys.readouterr().out
     reporter.announce("here:1")
-    assert "cores" not in capsys.readouterr().out
+    assert "cores   " not in capsys.readouterr().out
 
 
 def test_for_whom_a_run_waits_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,1 @@
+"""All that a GPU is needed for, in the minutes that one is lent."""

@@ -18,10 +18,12 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_kernels.encoded import Encoded
 
 SETTINGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 WARM_UP = 3
 IN_FLIGHT = 4
+CODEC = "int8"
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,14 @@ class _Window:
         self._case = case
         self._masked = torch.arange(0, case.tokens, round(1 / MASK_SHARE))
         self._bounds = torch.arange(0, case.tokens + 1, case.length, dtype=torch.int32)
-        self._activations = torch.randn(case.tokens, case.shape.hidden_size)
-        self._gradient = 1e-6 * torch.randn(len(self._masked), case.shape.hidden_size)
+        self._activations, self._gradient = (
+            # As the decoding threads leave them.
+            Encoded.of(values, CODEC).map(lambda part: part.pin_memory() if device.type == "cuda" else part)
+            for values in (
+                torch.randn(case.tokens, case.shape.hidden_size),
+                1e-6 * torch.randn(len(self._masked), case.shape.hidden_size),
+            )
+        )
 
     def run(self) -> tuple[float, float]:
         """Seconds that the device computed as the engine tells, and that the host launched."""
@@ -85,11 +93,11 @@ class _Window:
         for number in range(last + 1 + IN_FLIGHT):
             started = time.perf_counter()
             if number <= last:
-                inputs = BodyInput(self._activations.clone(), self._masked, self._bounds, None, number)
-                under_way.append(self.engine.forward(number, inputs))
+                inputs = BodyInput([self._activations], self._masked, self._bounds, None, number)
+                under_way.append(self.engine.forward(number, inputs, CODEC))
             if number >= IN_FLIGHT:
                 back = number - IN_FLIGHT
-                under_way.append(self.engine.backward(back, self._gradient.clone(), back == last))
+                under_way.append(self.engine.backward(back, [self._gradient], back == last, CODEC))
             host += time.perf_counter() - started
             while under_way and under_way[0].is_done:
                 computed += under_way.popleft().result()[1]

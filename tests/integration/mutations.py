@@ -70,11 +70,11 @@ def _newest_backward_first(window, is_fixed):
     return newest if newest is not None and newest.state is State.GRADIENTS_READY else None
 
 
-def _stops_before_window_3(self, window, statuses, seconds):
+def _stops_before_window_3(self, window, statuses):
     # Like SLURM's warning: on one rank only, while window 2 runs.
     if window == 1 and torch.distributed.get_rank() == 0:
         signal.raise_signal(signal.SIGUSR1)
-    return _window(self, window, statuses, seconds)
+    return _window(self, window, statuses)
 
 
 Patches = list[tuple[object, str, object]]

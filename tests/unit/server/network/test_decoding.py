@@ -4,11 +4,13 @@ beside them.
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from fedbert_ds.server.network.decoding import Decoded, Decoding, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import encode
+from fedbert_kernels.encoded import NAMES, Encoded
 
 TIMEOUT = 20.0
 
@@ -110,6 +113,35 @@ def test_a_bad_tensor_is_an_error_that_travels_with_its_message() -> None:
     assert isinstance(first.tensor, WireError)
     assert str(first.tensor).startswith("client ada: activations of micro-batch 3: ")
     assert torch.equal(second.tensor.decode(), torch.ones(2, WIDTH)), "others go on"
+
+
+@pytest.mark.parametrize("kind", ["activations", "gradient"])
+@pytest.mark.parametrize("codec", [name for name in NAMES if name != "int2_hadamard"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 2e6])
+def test_an_unsound_value_is_its_clients_fault_in_every_codec(kind: str, codec: Any, value: float) -> None:
+    """The client encodes without a check of its own."""
+    values = torch.full((3, WIDTH), 0.5)
+    values[1, 2] = value
+    coded, sound = Encoded.of(values, codec), Encoded.of(torch.full((3, WIDTH), 0.5), codec)
+    form = TensorContract(codec, WIDTH, 8)
+    contract = replace(CONTRACT, activations=form, gradients=form)
+
+    def received(encoded: Encoded) -> Any:
+        frame = encode(torch.zeros(3, WIDTH), codec)
+        for name, part in (("payload", encoded.payload), ("scales", encoded.scales)):
+            if part is not None:
+                setattr(frame, name, part.view(torch.uint8).numpy().tobytes())
+        if kind == "activations":
+            message = pb.ClientMessage(activations=pb.Activations(micro_batch=3, values=frame))
+        else:
+            message = pb.ClientMessage(gradient=pb.Gradient(micro_batch=3, hidden=frame))
+        made = decoded(Received("ada", message), contract)
+        assert isinstance(made, Decoded)
+        return made.tensor
+
+    refusal = received(coded)
+    assert isinstance(refusal, WireError) and str(refusal).startswith(f"client ada: {kind} of micro-batch 3: a value")
+    assert torch.equal(received(sound).decode(), sound.decode())
 
 
 def test_threads_decode_beside_each_other_and_events_stay_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

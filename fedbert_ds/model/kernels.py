@@ -47,7 +47,7 @@ def install_kernels(
             f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
         )
     if whole_weights:
-        patch_modules(body, "triton", dtype)
+        patch_modules(body, "triton", dtype, recompute=body.recomputed == "elementwise")
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "server.queue": BASE | {"wire"},
     "server.contract": BASE | {"server.queue"},
     "server.network": BASE | {"server.contract", "wire"},
-    "server.body": BASE | {"model", "server.contract", "server.queue", "wire"},
+    "server.body": BASE | {"kernels", "model", "server.contract", "server.queue", "wire"},
     "server": BASE
     | {"data", "evaluation", "federation", "model", "server.body", "server.contract", "server.network"}
     | {"server.queue", "telemetry", "wire"},

@@ -11,6 +11,8 @@ import psutil
 import torch
 from torch import Tensor
 
+from fedbert_kernels.recompute import watching
+
 SHARE = 0.5
 """Share of the memory that is free when the body is built. Optimizer states and network buffers
 need the rest."""
@@ -34,13 +36,16 @@ def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
     saved = Saved()
     known = {parameter.untyped_storage()._cdata for parameter in parameters}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             saved.storages[storage._cdata] = storage.nbytes()
+
+    def pack(tensor: Tensor) -> Tensor:
+        count(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with watching(count), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
 
 

@@ -1,0 +1,108 @@
+"""Cheap results are computed again in backward, not kept until then.
+
+Autograd keeps the inputs of a matrix product for its backward. Where such an input is the result of
+`cheap`, and the forward runs inside `recomputing`, its recipe is kept instead: function and
+arguments, which are kept for other reasons, or are such results themselves. Backward computes each
+once, with the same bits. No matrix product runs again.
+
+Torch's own selective checkpointing does the same through a dispatch mode, in Python for every
+operator: several times the host's time of a forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_is_active: ContextVar[bool] = ContextVar("_is_active", default=False)
+_watcher: ContextVar[Callable[[Tensor], None] | None] = ContextVar("_watcher", default=None)
+
+
+def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, which must give the same bits whenever it is called."""
+    result = function(*arguments)
+    if _is_active.get() and result.requires_grad:
+        whole = result if result._base is None else result._base
+        whole._recipe = _Recipe(function, arguments)  # type: ignore[attr-defined]
+    return result
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Graphs built inside keep recipes in place of cheap results."""
+    token = _is_active.set(True)
+    watcher = _watcher.get()
+    pack = _pack if watcher is None else partial(_pack_watched, watcher)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+            yield
+    finally:
+        _is_active.reset(token)
+
+
+@contextmanager
+def watching(watcher: Callable[[Tensor], None]) -> Iterator[None]:
+    """Call `watcher` with each tensor that graphs built inside `recomputing` keep.
+
+    Hooks on saved tensors that are older than `recomputing` do not see them.
+    """
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+class _Recipe:
+    """How to compute a result again, once."""
+
+    __slots__ = ("_arguments", "_function", "_value")
+
+    def __init__(self, function: Callable[..., Tensor], arguments: Sequence[Any]) -> None:
+        self._function = function
+        self._arguments = [_pack(argument) if isinstance(argument, Tensor) else argument for argument in arguments]
+        self._value: Tensor | None = None
+
+    def value(self) -> Tensor:
+        if self._value is None:
+            self._value = self._function(*map(_unpack, self._arguments))
+        return self._value
+
+
+class _Dropped(NamedTuple):
+    """A view of a result that is not kept."""
+
+    recipe: _Recipe
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+# The hooks run for every tensor that autograd keeps.
+
+
+def _pack(tensor: Tensor) -> Tensor | _Dropped:
+    base = tensor._base
+    recipe = getattr(tensor if base is None else base, "_recipe", None)
+    if recipe is None:
+        return tensor
+    return _Dropped(recipe, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def _pack_watched(watcher: Callable[[Tensor], None], tensor: Tensor) -> Tensor | _Dropped:
+    packed = _pack(tensor)
+    if packed is tensor:
+        watcher(tensor)
+    return packed
+
+
+def _unpack(packed: Any) -> Any:
+    if type(packed) is _Dropped:
+        return packed.recipe.value().as_strided(packed.shape, packed.strides, packed.offset)
+    return packed

@@ -26,6 +26,7 @@ from fedbert_ds.telemetry.tables import markdown
 
 WIDTH, SEQUENCES, LENGTH, MASKED_EVERY = 16, 4, 16, 7
 PLAIN = "transformers' layers, plainly"
+RECOMPUTED = "engine, ZeRO 1, `activation_checkpointing: elementwise`"
 CPU = torch.device("cpu")
 
 
@@ -47,7 +48,11 @@ def bench_host(options: HostOptions) -> None:
     commit = source_commit()
     layers, rounds, seconds = (2, 2, 0.01) if options.quick else (12, options.rounds, 0.5)
     initialize()
-    ways = {PLAIN: plain(layers)} | {f"engine, ZeRO {stage}": engine(layers, stage) for stage in range(4)}
+    ways = {PLAIN: plain(layers)}
+    for stage in range(4):
+        ways[f"engine, ZeRO {stage}"] = engine(layers, stage)
+        if stage == 1:
+            ways[RECOMPUTED] = engine(layers, stage, "elementwise")
     timings = time_side_by_side(ways, CPU, rounds, seconds)
     rows = [
         {
@@ -91,10 +96,10 @@ def plain(layers: int) -> Callable[[], None]:
     return run
 
 
-def engine(layers: int, stage: int) -> Callable[[], None]:
+def engine(layers: int, stage: int, checkpointing: str = "none") -> Callable[[], None]:
     """The same, packed, through the engine under DeepSpeed: results are on the CPU afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(layers, stage, Path(folder))
+        config = _config(layers, stage, Path(folder), checkpointing)
         _, body = split(build_model(config.model, 100, 0, 1), "embeddings")
         built = BodyEngine.build(body, config.body, config.optimizer, "torch", CPU)
     tokens = SEQUENCES * LENGTH
@@ -109,8 +114,9 @@ def engine(layers: int, stage: int) -> Callable[[], None]:
     return run
 
 
-def _config(layers: int, stage: int, folder: Path) -> RunConfig:
+def _config(layers: int, stage: int, folder: Path, checkpointing: str = "none") -> RunConfig:
     file = folder / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     model = ModelSection(hidden_size=WIDTH, num_attention_heads=2, num_hidden_layers=layers)
-    return parse_config({"model": model.model_dump(), "body": {"deepspeed": str(file)}}, "bench host")
+    body = {"deepspeed": str(file), "activation_checkpointing": checkpointing}
+    return parse_config({"model": model.model_dump(), "body": body}, "bench host")

@@ -10,10 +10,12 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fedbert_ds.bench.device import time_side_by_side
 from fedbert_ds.config import ModelSection, RunConfig, parse_config
@@ -26,6 +28,7 @@ from fedbert_ds.telemetry.tables import markdown
 
 WIDTH, SEQUENCES, LENGTH, MASKED_EVERY = 16, 4, 16, 7
 PLAIN = "transformers' layers, plainly"
+SELECTIVE = "the same under torch's selective checkpointing"
 RECOMPUTED = "engine, ZeRO 1, `activation_checkpointing: elementwise`"
 CPU = torch.device("cpu")
 
@@ -48,7 +51,7 @@ def bench_host(options: HostOptions) -> None:
     commit = source_commit()
     layers, rounds, seconds = (2, 2, 0.01) if options.quick else (12, options.rounds, 0.5)
     initialize()
-    ways = {PLAIN: plain(layers)}
+    ways = {PLAIN: plain(layers), SELECTIVE: plain(layers, is_selective=True)}
     for stage in range(4):
         ways[f"engine, ZeRO {stage}"] = engine(layers, stage)
         if stage == 1:
@@ -82,11 +85,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["way", "ms a micro-batch", "beside plain layers"], cells)
 
 
-def plain(layers: int) -> Callable[[], None]:
-    """Forward and backward of a model's layers, on sequences of one length."""
+def plain(layers: int, is_selective: bool = False) -> Callable[[], None]:
+    """Forward and backward of a model's layers, on sequences of one length.
+
+    Selective checkpointing keeps matrix products and attention and computes the rest again.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model: Any = build_model(_config(layers, 0, Path(folder)).model, 100, 0, 1)
     model.train()
+    if is_selective:
+        aten = torch.ops.aten
+        kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+        kept.append(aten._scaled_dot_product_flash_attention_for_cpu.default)
+        contexts = partial(create_selective_checkpoint_contexts, kept)
+        for layer in model.bert.encoder.layer:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     hidden, gradient = (torch.randn(SEQUENCES, LENGTH, WIDTH) for _ in range(2))
 
     def run() -> None:

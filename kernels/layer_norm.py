@@ -421,19 +421,12 @@ def residual_layer_norm(
     """
     _check(x, residual, bias, weight, shift, seed)
     threshold = row_drop_threshold(dropout)
-    if seed is None:
-        seed = dropout_seed(dropout, x.device)
+    if threshold and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     residual = None if residual is None else residual.reshape(rows.shape).contiguous()
     seed = seed if threshold else None
     return _residual_layer_norm(rows, residual, bias, weight, shift, threshold, epsilon, seed)[0].view(x.shape)
-
-
-def dropout_seed(dropout: float, device: torch.device) -> Tensor | None:
-    """A seed from torch's generator, [2] int64; None if nothing would be dropped."""
-    if not row_drop_threshold(dropout):
-        return None
-    return torch.randint(-(2**63), 2**63 - 1, (2,), device=device)
 
 
 def _check(

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
-from fedbert_kernels.layer_norm import LARGEST_WIDTH, dropout_seed, residual_layer_norm
+from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
 from fedbert_kernels.recompute import cheap
 from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
+from fedbert_kernels.row_philox import row_drop_threshold
 
 Kernels = Literal["auto", "triton", "torch"]
 PROJECTION = "projection"
@@ -166,7 +167,8 @@ def _dense_gelu(bias_gelu: Callable[..., Tensor], self: Any, hidden_states: Tens
 def _cheap_layer_norm(
     x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor | None, dropout: float, epsilon: float
 ) -> Tensor:
-    seed = dropout_seed(dropout, x.device)
+    # As the operator would draw it, but once: what is computed again takes the same.
+    seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device) if row_drop_threshold(dropout) else None
     return cheap(residual_layer_norm, x, residual, bias, weight, shift, dropout, epsilon, seed)
 
 

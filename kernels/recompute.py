@@ -27,7 +27,8 @@ _watcher: ContextVar[Callable[[Tensor], None] | None] = ContextVar("_watcher", d
 def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, which must give the same bits whenever it is called."""
     result = function(*arguments)
-    if _is_active.get() and result.requires_grad:
+    # What is compiled as a whole keeps what torch's partitioner chooses, cheap results rarely.
+    if not torch.compiler.is_compiling() and _is_active.get() and result.requires_grad:
         whole = result if result._base is None else result._base
         whole._recipe = _Recipe(function, arguments)  # type: ignore[attr-defined]
     return result

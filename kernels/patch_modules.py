@@ -23,7 +23,7 @@ from torch.nn import functional
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
-from fedbert_kernels.recompute import cheap
+from fedbert_kernels.recompute import cheap, consume
 from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
 from fedbert_kernels.row_philox import row_drop_threshold
 
@@ -133,7 +133,7 @@ def _one_projection(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     parts = (self.query, self.key, self.value)
     weight = cheap(_joined, *(part.weight for part in parts))
     bias = torch.cat([part.bias for part in parts])
-    qkv = functional.linear(hidden_states, weight, bias).unflatten(-1, (3, -1, self.attention_head_size))
+    qkv = consume(functional.linear, hidden_states, weight, bias).unflatten(-1, (3, -1, self.attention_head_size))
     query, key, value = (tensor.transpose(1, 2) for tensor in qkv.unbind(-3))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     dropout = self.dropout.p if self.training else 0.0
@@ -150,7 +150,7 @@ def _joined(*weights: Tensor) -> Tensor:
 def _dense_dropout_residual_norm(
     residual_layer_norm: Callable[..., Tensor], self: Any, hidden_states: Tensor, input_tensor: Tensor
 ) -> Tensor:
-    x = functional.linear(hidden_states, self.dense.weight)
+    x = consume(functional.linear, hidden_states, self.dense.weight)
     # The dtypes differ under autocast, where the residual stream is fp32.
     dtype = torch.promote_types(x.dtype, input_tensor.dtype)
     dropout = self.dropout.p if self.dropout.training else 0.0
@@ -161,7 +161,7 @@ def _dense_dropout_residual_norm(
 
 
 def _dense_gelu(bias_gelu: Callable[..., Tensor], self: Any, hidden_states: Tensor) -> Tensor:
-    return bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)
+    return bias_gelu(consume(functional.linear, hidden_states, self.dense.weight), self.dense.bias)
 
 
 def _cheap_layer_norm(
@@ -169,7 +169,7 @@ def _cheap_layer_norm(
 ) -> Tensor:
     # As the operator would draw it, but once: what is computed again takes the same.
     seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device) if row_drop_threshold(dropout) else None
-    return cheap(residual_layer_norm, x, residual, bias, weight, shift, dropout, epsilon, seed)
+    return cheap(partial(consume, residual_layer_norm), x, residual, bias, weight, shift, dropout, epsilon, seed)
 
 
 _CHEAP: dict[str, Callable[..., Tensor]] = {LAYER_NORM: _cheap_layer_norm, GELU: partial(cheap, bias_gelu)}

@@ -1,9 +1,9 @@
 """Cheap results are computed again in backward, not kept until then.
 
 Autograd keeps the inputs of a matrix product for its backward. Where such an input is the result of
-`cheap`, and the forward runs inside `recomputing`, its recipe is kept instead: function and
-arguments, which are kept for other reasons, or are such results themselves. Backward computes each
-once, with the same bits. No matrix product runs again.
+`cheap`, `consume` runs the product, and both are inside `recomputing`, its recipe is kept instead:
+function and arguments, which are kept for other reasons, or are such results themselves. Backward
+computes each once, with the same bits. No matrix product runs again.
 
 Torch's own selective checkpointing does the same through a dispatch mode, in Python for every
 operator: several times the host's time of a forward and backward.
@@ -34,25 +34,29 @@ def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return result
 
 
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Graphs built inside keep recipes in place of cheap results."""
-    token = _is_active.set(True)
+def consume(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`function(*arguments)`, whose graph keeps recipes in place of cheap results."""
+    if not _is_active.get():
+        return function(*arguments)
     watcher = _watcher.get()
     pack = _pack if watcher is None else partial(_pack_watched, watcher)
+    with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
+        return function(*arguments)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Inside, `cheap` notes recipes and `consume` keeps them."""
+    token = _is_active.set(True)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
-            yield
+        yield
     finally:
         _is_active.reset(token)
 
 
 @contextmanager
 def watching(watcher: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `watcher` with each tensor that graphs built inside `recomputing` keep.
-
-    Hooks on saved tensors that are older than `recomputing` do not see them.
-    """
+    """Call `watcher` with each tensor that `consume` keeps: other hooks do not see those."""
     token = _watcher.set(watcher)
     try:
         yield
@@ -85,7 +89,7 @@ class _Dropped(NamedTuple):
     offset: int | torch.SymInt
 
 
-# The hooks run for every tensor that autograd keeps.
+# Hooks cost the host a few microseconds a tensor, so that `consume` alone has them.
 
 
 def _pack(tensor: Tensor) -> Tensor | _Dropped:

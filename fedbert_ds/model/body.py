@@ -23,7 +23,7 @@ from fedbert_ds.model.architecture import (
     widths,
 )
 from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
-from fedbert_kernels.recompute import cheap, recomputing
+from fedbert_kernels.recompute import cheap, consume, recomputing
 
 Recomputed = Literal["none", "elementwise", "layers"]
 """What backward computes again."""
@@ -114,6 +114,8 @@ class Body(nn.Module):
             for module in self.modules():
                 if isinstance(module, (nn.LayerNorm, nn.GELU, GELUActivation)):
                     module.forward = partial(cheap, module.forward)  # type: ignore[method-assign]
+                elif isinstance(module, nn.Linear):
+                    module.forward = partial(consume, module.forward)  # type: ignore[method-assign]
 
     @property
     def widths(self) -> Widths:

@@ -200,6 +200,11 @@ class OptimizerSection(Section):
         return self.lr * max(0.0, remaining) ** (self.power if self.schedule == "polynomial" else 1.0)
 
 
+def _checkpointing(value: Any) -> Any:
+    # Older run files have true and false.
+    return {True: "layers", False: "none"}[value] if isinstance(value, bool) else value
+
+
 class BodySection(Section):
     """The body under DeepSpeed."""
 
@@ -209,8 +214,21 @@ class BodySection(Section):
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the body. Master weights are fp32 either way."""
-    activation_checkpointing: bool = False
-    """Recompute layer activations in backward instead of keeping them."""
+    activation_checkpointing: Annotated[
+        Literal["auto", "none", "elementwise", "layers"], BeforeValidator(_checkpointing)
+    ] = "auto"
+    """What backward computes again, so that a micro-batch in flight takes less memory. Results are
+    the same to the bit. `elementwise`: LayerNorm and GELU, no matrix product. `layers`: all but
+    each layer's input, for a third more computation. `auto`: `elementwise` on a GPU, `none` on a
+    CPU. At ZeRO stage 3, where a forward keeps its input alone in any case, only `layers` changes
+    anything: the memory of a backward."""
+
+    def recomputed(self, device_type: str, stage: int) -> Literal["none", "elementwise", "layers"]:
+        """What backward computes again on such a device at this ZeRO stage."""
+        what = self.activation_checkpointing
+        if what == "auto":
+            what = "none" if device_type == "cpu" else "elementwise"
+        return "none" if what == "elementwise" and stage == 3 else what
 
 
 def _participants(value: Any) -> Any:

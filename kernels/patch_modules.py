@@ -20,25 +20,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
-from fedbert_kernels.layer_norm import LARGEST_WIDTH
+from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
+from fedbert_kernels.recompute import cheap, consume
 from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
+from fedbert_kernels.row_philox import row_drop_threshold
 
 Kernels = Literal["auto", "triton", "torch"]
 PROJECTION = "projection"
 
 
-def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None) -> int:
+def patch_modules(
+    model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtype | None = None, recompute: bool = False
+) -> int:
     """Let the modules of `model` run the fused kernels where one fits; returns their number.
 
     `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's
     interpreter: ValueError otherwise. `auto` is `triton` where that can run, else `torch`. A second
     call changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
-    gated GELU.
+    gated GELU. A model on the meta device, where nothing runs, can have `triton` anywhere.
 
     Where torch.compile's LayerNorm or GELU is as fast on this card, it runs in place of ours
     (`row_choice`). The first call on a card measures both, for this model's widths and dropout and
-    for `dtype`, in which it will run (None: the parameters' dtype).
+    for `dtype`, in which it will run (None: the parameters' dtype). With `recompute` ours always
+    run: backward can compute their results again (`recompute.recomputing`).
     """
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
@@ -51,19 +57,20 @@ def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtyp
         )
     kinds = {module: kind for module in model.modules() if (kind := _kind(module)) is not None}
     cases = {module: _row_case(kind, module, dtype) for module, kind in kinds.items() if kind != PROJECTION}
-    ours = kept(cases.values(), next(model.parameters()).device) if cases else {}
+    ours = kept(cases.values(), next(model.parameters()).device) if cases and not recompute else {}
     for module in kinds:
         forward: Callable[..., Any] = _one_projection
         if module in cases:
             case = cases[module]
-            forward = partial(_AROUND[case.kernel], operator(case.kernel, ours[case.name]))
+            compute = _CHEAP[case.kernel] if recompute else operator(case.kernel, ours[case.name])
+            forward = partial(_AROUND[case.kernel], compute)
         module.forward = MethodType(forward, module)
     return len(kinds)
 
 
 def _can_run_triton(model: nn.Module) -> bool:
     devices = {parameter.device.type for parameter in model.parameters()}
-    return bool(INTERPRETED) or (HAVE_TRITON and devices == {"cuda"})
+    return bool(INTERPRETED) or (HAVE_TRITON and devices == {"cuda"}) or devices == {"meta"}
 
 
 def _kind(module: nn.Module) -> str | None:
@@ -124,8 +131,9 @@ def _one_projection(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     # that the product reads and writes. It saves two readings of the input and the sum of its three
     # gradients.
     parts = (self.query, self.key, self.value)
-    weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-    qkv = functional.linear(hidden_states, weight, bias).unflatten(-1, (3, -1, self.attention_head_size))
+    weight = cheap(_joined, *(part.weight for part in parts))
+    bias = torch.cat([part.bias for part in parts])
+    qkv = consume(functional.linear, hidden_states, weight, bias).unflatten(-1, (3, -1, self.attention_head_size))
     query, key, value = (tensor.transpose(1, 2) for tensor in qkv.unbind(-3))
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
     dropout = self.dropout.p if self.training else 0.0
@@ -135,10 +143,14 @@ def _one_projection(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     return attended.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
 
 
+def _joined(*weights: Tensor) -> Tensor:
+    return torch.cat(weights)
+
+
 def _dense_dropout_residual_norm(
     residual_layer_norm: Callable[..., Tensor], self: Any, hidden_states: Tensor, input_tensor: Tensor
 ) -> Tensor:
-    x = functional.linear(hidden_states, self.dense.weight)
+    x = consume(functional.linear, hidden_states, self.dense.weight)
     # The dtypes differ under autocast, where the residual stream is fp32.
     dtype = torch.promote_types(x.dtype, input_tensor.dtype)
     dropout = self.dropout.p if self.dropout.training else 0.0
@@ -149,8 +161,18 @@ def _dense_dropout_residual_norm(
 
 
 def _dense_gelu(bias_gelu: Callable[..., Tensor], self: Any, hidden_states: Tensor) -> Tensor:
-    return bias_gelu(functional.linear(hidden_states, self.dense.weight), self.dense.bias)
+    return bias_gelu(consume(functional.linear, hidden_states, self.dense.weight), self.dense.bias)
 
 
+def _cheap_layer_norm(
+    x: Tensor, residual: Tensor, bias: Tensor, weight: Tensor, shift: Tensor | None, dropout: float, epsilon: float
+) -> Tensor:
+    # As the operator would draw it, but once: what is computed again takes the same.
+    seed = torch.randint(-(2**63), 2**63 - 1, (2,), device=x.device) if row_drop_threshold(dropout) else None
+    return cheap(partial(consume, residual_layer_norm), x, residual, bias, weight, shift, dropout, epsilon, seed)
+
+
+_CHEAP: dict[str, Callable[..., Tensor]] = {LAYER_NORM: _cheap_layer_norm, GELU: partial(cheap, bias_gelu)}
+"""Our operators, whose results backward can compute again."""
 _AROUND: dict[str, Callable[..., Any]] = {LAYER_NORM: _dense_dropout_residual_norm, GELU: _dense_gelu}
 """A module's new forward, given the operator for its LayerNorm or GELU."""

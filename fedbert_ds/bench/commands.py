@@ -49,6 +49,10 @@ def add_benches(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     host.add_argument("--rounds", type=int, default=15, metavar="N", help="measurements of each; medians count (15)")
     host.set_defaults(run=_host)
 
+    memory = benches.add_parser("memory", help="bytes a token that a micro-batch in flight keeps, counted on a CPU")
+    add_out(memory, "the record")
+    memory.set_defaults(run=_memory)
+
     kernels = benches.add_parser("kernels", help="each fused kernel beside the other ways to compute the same")
     add_kernels_options(kernels)
     kernels.set_defaults(run=_kernels)
@@ -139,6 +143,12 @@ def _host(options: argparse.Namespace) -> None:
     from fedbert_ds.bench.host.benchmark import HostOptions, bench_host
 
     bench_host(typed(HostOptions, options))
+
+
+def _memory(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.memory.benchmark import MemoryOptions, bench_memory
+
+    bench_memory(typed(MemoryOptions, options))
 
 
 def _kernels(options: argparse.Namespace) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fedbert_kernels.recompute import cheap
+
 PACKED_ATTENTION = "fedbert_packed"
 """Value of a transformers config's `_attn_implementation` that selects `packed_attention`."""
 
@@ -49,7 +51,7 @@ class Packing:
         num_tokens, longest = sum(lengths), max(lengths)
         # A copy from memory that is not pinned would wait for the device's work. Tensors of T
         # entries are made there.
-        on_host = torch.tensor(lengths, dtype=torch.int64, pin_memory=torch.device(device).type != "cpu")
+        on_host = torch.tensor(lengths, dtype=torch.int64, pin_memory=torch.device(device).type not in ("cpu", "meta"))
         counts = on_host.to(device, non_blocking=True)
         ends = counts.cumsum(0)
         starts = ends - counts
@@ -180,7 +182,7 @@ def keep_masked_positions(module: torch.nn.Module, inputs: Any, keywords: dict[s
     meet.
     """
     attended, *rest = output
-    return attended.index_select(1, keywords["masked_positions"]), *rest
+    return cheap(torch.index_select, attended, 1, keywords["masked_positions"]), *rest
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.activations import GELUActivation
 
 from fedbert_ds.config import Cut, LayersCut
 from fedbert_ds.model.architecture import (
@@ -21,6 +23,10 @@ from fedbert_ds.model.architecture import (
     widths,
 )
 from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_kernels.recompute import cheap, consume, recomputing
+
+Recomputed = Literal["none", "elementwise", "layers"]
+"""What backward computes again."""
 
 
 class Body(nn.Module):
@@ -37,6 +43,8 @@ class Body(nn.Module):
         self.cut = cut
         self.triton = False
         """Whether attention is the Triton kernel; `kernels.install_kernels` sets it."""
+        self.recomputed: Recomputed = "none"
+        """What `recompute` was called with."""
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
@@ -57,6 +65,12 @@ class Body(nn.Module):
         `masked_positions` is [m] int64 into T. `cu_seqlens` is [n + 1] int32, best on the CPU.
         ValueError if these do not fit.
         """
+        with recomputing() if self.recomputed == "elementwise" else nullcontext():
+            return self._forward(activations, masked_positions, cu_seqlens, row_index)
+
+    def _forward(
+        self, activations: Tensor, masked_positions: Tensor, cu_seqlens: Tensor, row_index: Tensor | None
+    ) -> Tensor:
         base: Any = self.get_submodule(self._parts.base)
         dtype = next(self.parameters()).dtype
         if self.cut == "rows":
@@ -84,12 +98,24 @@ class Body(nn.Module):
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
 
-    def enable_activation_checkpointing(self) -> None:
-        """Keep only each layer's input in forward; backward recomputes, with the same dropout."""
+    def recompute(self, what: Recomputed) -> None:
+        """Keep less in forward; backward computes the rest again, with the same dropout. Once only.
+
+        `elementwise`: results of LayerNorm and GELU. `layers`: everything but each layer's input.
+        """
+        self.recomputed = what
         base: Any = self.get_submodule(self._parts.base)
-        for layer in base.encoder.layer:
-            layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        if what == "layers":
+            for layer in base.encoder.layer:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        elif what == "elementwise":
+            # Where `patch_modules` fuses one of these, it is read and not called.
+            for module in self.modules():
+                if isinstance(module, (nn.LayerNorm, nn.GELU, GELUActivation)):
+                    module.forward = partial(cheap, module.forward)  # type: ignore[method-assign]
+                elif isinstance(module, nn.Linear):
+                    module.forward = partial(consume, module.forward)  # type: ignore[method-assign]
 
     @property
     def widths(self) -> Widths:

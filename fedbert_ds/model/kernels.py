@@ -47,11 +47,14 @@ def install_kernels(
             f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
         )
     if whole_weights:
-        patch_modules(body, "triton", dtype)
+        patch_modules(body, "triton", dtype, recompute=body.recomputed == "elementwise")
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:
-    if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
+    if kernels == "torch" or device.type == "meta":
+        # Nothing runs on the meta device, so that Triton's operators can be had there.
+        return kernels != "torch"
+    if kernels == "auto" and device.type != "cuda":
         return False
     from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 

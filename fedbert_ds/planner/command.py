@@ -66,7 +66,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def machines_of(options: argparse.Namespace) -> Machines:
     """The machines in the options; ConfigError for numbers out of range."""
-    for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency"):
+    for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency", "gpu_memory"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
     if options.rtt < 0 or options.spread < 0:
@@ -76,6 +76,7 @@ def machines_of(options: argparse.Namespace) -> Machines:
         gpus=options.gpus,
         gpu_flops=options.tflops * 1e12,
         efficiency=options.efficiency,
+        gpu_memory=options.gpu_memory * 1e9,
         price=options.price,
         clients=options.clients,
         client_flops=options.client_gflops * 1e9,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
-from fedbert_ds.server.body.footprint import SHARE
+from fedbert_ds.server.body.footprint import SHARE, bytes_kept
+from fedbert_ds.server.body.settings import zero_stage
 
 COMPRESSED = {
     "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,
@@ -64,9 +67,15 @@ class Model:
 
 
 def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
-    """The scenario of a run file on these machines; ModelError if there is no such model."""
+    """The scenario of a run file on these machines.
+
+    Raises ModelError if there is no such model, ConfigError as `deepspeed_settings`.
+    """
     hf_config = _hf_config(config)
     model = _model(config, hf_config)
+    kept, stage = bytes_in_flight(config, hf_config), zero_stage(config.body)
+    # Stage 3 runs every forward twice, and so does backward if it computes layers again.
+    forwards_again = (stage == 3) + (config.body.recomputed("cuda", stage) == "layers")
     rate = machines.gpu_flops * machines.efficiency
     reduced = 2 * model.body_parameters * 2 / machines.between_gpus if machines.gpus > 1 else 0.0
     typical = ClientCosts(
@@ -80,7 +89,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
     scenario = Scenario(
         body=BodyCosts(
             forward_per_token=model.body_flops / 3 / rate,
-            backward_per_token=model.body_flops * 2 / 3 / rate,
+            backward_per_token=model.body_flops * (2 + forwards_again) / 3 / rate,
             per_micro_batch=1e-3,
             # Weights, gradients and two moments, fp32, are read and most of them written.
             step=7 * 4 * model.body_parameters / machines.gpus / machines.gpu_bandwidth + reduced,
@@ -95,26 +104,35 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         num_ranks=machines.gpus,
         clients_per_micro_batch=config.window.clients_per_micro_batch,
         micro_batches_in_flight=config.window.micro_batches_in_flight,
-        affordable_in_flight=affordable_in_flight(config, hf_config, machines),
+        affordable_in_flight=max(1, int(SHARE * machines.gpu_memory / kept)),
+        bytes_kept_per_token=kept / config.window.tokens_per_micro_batch,
         staleness=config.federation.staleness,
         server_bytes_per_second=machines.network,
     )
     return scenario, model
 
 
-def affordable_in_flight(config: RunConfig, hf_config: Any, machines: Machines) -> int:
-    """Micro-batches whose graphs a GPU holds.
+def bytes_in_flight(config: RunConfig, hf_config: Any) -> int:
+    """What a GPU keeps of a whole micro-batch between forward and backward.
 
-    In bf16 a layer keeps 34 H bytes a token, with attention that keeps no scores, or 2 H with
-    activation checkpointing (Korthikanti et al. 2022, "Reducing Activation Recomputation in Large
-    Transformer Models", section 4).
+    At ZeRO stage 3 the input alone, in fp32; before that, also what the forward keeps.
     """
-    values = 2 if config.body.activation_checkpointing else 34
-    bytes_per_token = values * hf_config.hidden_size * hf_config.num_hidden_layers
-    if config.body.precision == "fp32":
-        bytes_per_token *= 2
-    held = SHARE * machines.gpu_memory / (bytes_per_token * config.window.tokens_per_micro_batch)
-    return max(1, int(held))
+    from fedbert_ds.model.architecture import widths
+
+    tokens, length = config.window.tokens_per_micro_batch, config.data.sequence_length
+    rows = None
+    if config.cut == "rows":
+        clients = config.window.clients_per_micro_batch
+        rows = clients * min(hf_config.vocab_size, distinct_rows(max(1, tokens // clients)))
+    received = 4 * widths(hf_config, config.cut).activations * (rows or tokens)
+    stage = zero_stage(config.body)
+    if stage == 3:
+        return received
+    recomputed = config.body.recomputed("cuda", stage)
+    dtype = torch.bfloat16 if config.body.precision == "bf16" else torch.float32
+    lengths = [min(length, tokens)] * max(1, tokens // length)
+    masked = round(config.data.mask_probability * sum(lengths))
+    return received + bytes_kept(hf_config, config.cut, config.kernels, recomputed, dtype, lengths, masked, rows)
 
 
 def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:

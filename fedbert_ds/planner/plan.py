@@ -35,9 +35,15 @@ class Prediction:
     """Both ways, activations and gradients."""
     bytes_per_token_averaging: float
     bottleneck: str
-    """body, network, clients or flush."""
+    """body, network, clients, memory or flush."""
     in_flight: int
     """Micro-batches, at most, in the last window."""
+    wanted_in_flight: int
+    """What would have hidden the clients' round trips then."""
+    affordable_in_flight: int
+    """What a GPU's memory holds."""
+    bytes_kept_per_token: float
+    """Of a GPU's memory, by a micro-batch in flight."""
     dummy_share: float
     days: float
     cost: float
@@ -77,6 +83,9 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
         bytes_per_token_averaging=averaging,
         bottleneck=bottleneck(outcome),
         in_flight=outcome.windows[-1].in_flight,
+        wanted_in_flight=outcome.windows[-1].wanted_in_flight,
+        affordable_in_flight=scenario.affordable_in_flight,
+        bytes_kept_per_token=scenario.bytes_kept_per_token,
         dummy_share=outcome.dummy_share,
         days=seconds / 86400,
         cost=seconds / 3600 * scenario.num_ranks * price,
@@ -85,11 +94,18 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
 
 
 def bottleneck(outcome: Outcome) -> str:
-    """The bottleneck; `flush`: nothing is busy, windows wait for round trips and exchanges."""
+    """The bottleneck.
+
+    If nothing is busy: `memory` where it holds fewer micro-batches in flight than round trips need,
+    else `flush`: the ends of windows wait for round trips and exchanges.
+    """
     if outcome.busy_share >= BUSY:
         return "body"
     busiest = max((outcome.link_busy_share, "network"), (outcome.client_busy_share, "clients"))
-    return busiest[1] if busiest[0] >= BUSIEST else "flush"
+    if busiest[0] >= BUSIEST:
+        return busiest[1]
+    last = outcome.windows[-1]
+    return "memory" if last.in_flight < last.wanted_in_flight else "flush"
 
 
 def whole_model(config: RunConfig, machines: Machines, model: Model) -> WholeModel:
@@ -124,8 +140,10 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
         "body": "the body is saturated: more GPUs make it faster",
         "network": "links hold it back: a smaller codec, cut: rows, or more clients",
         "clients": "clients' machines hold it back: more clients, or a smaller share for slow ones",
+        "memory": "too few micro-batches are in flight: body.activation_checkpointing: layers, or more clients to a "
+        "micro-batch, which then answer sooner: window.clients_per_micro_batch",
         "flush": "nothing is busy: larger window.tokens, average_every, federation.staleness: 1, or, for slow clients, "
-        "more clients at work at a time: window.clients_per_micro_batch, body.activation_checkpointing",
+        "more clients at work at a time: window.clients_per_micro_batch",
     }[plan.bottleneck]
     body, half = model.body_parameters / 1e6, model.half_parameters / 1e6
     better = other.tokens_per_second > plan.tokens_per_second
@@ -135,6 +153,8 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
             f"client half {half:.1f} M",
             f"speed    {plan.tokens_per_second:,.0f} tokens/s, body busy {100 * plan.busy_share:.1f} %, "
             f"{plan.in_flight} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
+            f"memory   {plan.bytes_kept_per_token / 1e3:,.1f} kB a token in flight: {machines.gpu_memory / 1e9:g} GB "
+            f"hold {plan.affordable_in_flight:,} micro-batches, clients' answers need {plan.wanted_in_flight:,}",
             f"limit    {plan.bottleneck}: {advice}",
             f"wire     {plan.bytes_per_token:,.0f} bytes a token both ways, "
             f"{plan.bytes_per_token_averaging:,.0f} more for client updates",

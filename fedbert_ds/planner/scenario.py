@@ -83,6 +83,8 @@ class Scenario:
     micro_batches_in_flight: int | Literal["auto"] = "auto"
     affordable_in_flight: int = 64
     """Micro-batches in flight that memory holds."""
+    bytes_kept_per_token: float = 0.0
+    """What a micro-batch in flight keeps of a GPU's memory; 0 if unknown."""
     staleness: int = 0
     client_cores: int | None = None
     """Cores that all clients share, if they run on one machine; None: each client has its own."""

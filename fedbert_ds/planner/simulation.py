@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from fedbert_ds.client.window_state import WindowState
@@ -13,7 +13,13 @@ from fedbert_ds.planner.clock import Clock, Cores, Pipe
 from fedbert_ds.planner.scenario import ClientCosts, Scenario
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.decisions import Backward, Decision, Expire, Forward, Open, Plan, Step, Suspend
-from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT, Demand, InFlightLimits, in_flight_limits
+from fedbert_ds.server.queue.in_flight import (
+    INITIAL_IN_FLIGHT,
+    MOST_IN_FLIGHT,
+    Demand,
+    InFlightLimits,
+    in_flight_limits,
+)
 from fedbert_ds.server.queue.packing import Piece, pack
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.server.queue.roster import next_window_of
@@ -36,6 +42,8 @@ class WindowResult:
     forwards: int
     in_flight: int
     """The limit it ran with."""
+    wanted_in_flight: int = 0
+    """What would hide the clients' round trips, whatever memory holds."""
 
 
 @dataclass
@@ -295,6 +303,7 @@ class _Simulation:
         self.clock = Clock()
         self.window = 0
         self.coordinator_seconds = 0.0
+        self._wanted_in_flight = 0
         self.cores = Cores(scenario.client_cores) if scenario.client_cores else None
         names = [f"client-{number:05d}" for number in range(len(scenario.clients))]
         # Any seed: a plan is for no run in particular.
@@ -347,9 +356,13 @@ class _Simulation:
 
     def _start(self) -> None:
         if self.scenario.micro_batches_in_flight == "auto":
-            limits = in_flight_limits(rank.demand() for rank in self.ranks)
+            demands = [rank.demand() for rank in self.ranks]
+            limits = in_flight_limits(demands)
+            boundless = [replace(demand, affordable=MOST_IN_FLIGHT) for demand in demands]
+            self._wanted_in_flight = in_flight_limits(boundless).in_flight
         else:
             limits = InFlightLimits(self.scenario.micro_batches_in_flight, self.scenario.micro_batches_in_flight)
+            self._wanted_in_flight = limits.in_flight
         most = max(1, *(rank.queue.schedule.num_micro_batches for rank in self.ranks))
         for rank in self.ranks:
             rank.in_flight = limits.in_flight
@@ -380,6 +393,7 @@ class _Simulation:
                 dummy_micro_batches=sum(rank.dummies for rank in self.ranks),
                 forwards=sum(rank.forwards for rank in self.ranks),
                 in_flight=self.ranks[0].in_flight,
+                wanted_in_flight=self._wanted_in_flight,
             )
         )
         self._started_at = self.clock.now

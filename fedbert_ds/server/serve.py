@@ -239,10 +239,7 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | 
         )
     if config.cut == "whole":
         return model.config, undivided(model), None
-    half, body = split(model, config.cut)
-    if config.body.activation_checkpointing:
-        body.enable_activation_checkpointing()
-    return model.config, half, body
+    return model.config, *split(model, config.cut)
 
 
 def _engine(config: RunConfig, body: Body | None) -> BodyEngine:

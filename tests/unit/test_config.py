@@ -457,3 +457,15 @@ def test_the_minimum_of_clients_is_everybody_unless_said() -> None:
 def test_hidden_states_are_coded_as_activations_unless_said() -> None:
     assert WireSection(activations="int8").hidden_states == "int8"
     assert WireSection(activations="int8", hidden="bf16").hidden_states == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [("auto", ("none", "elementwise", "none")), ("elementwise", ("elementwise", "elementwise", "none"))]
+    + [(word, ("none",) * 3) for word in ("none", False)]
+    + [(word, ("layers",) * 3) for word in ("layers", True)],
+)
+def test_what_backward_computes_again(written: Any, expected: tuple[str, ...]) -> None:
+    """On a CPU, on a GPU, and there at stage 3. Older files have true and false."""
+    body = parse_config({"body": {"activation_checkpointing": written}}, "test").body
+    assert tuple(body.recomputed(*place) for place in (("cpu", 2), ("cuda", 0), ("cuda", 3))) == expected

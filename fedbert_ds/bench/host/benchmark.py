@@ -10,10 +10,12 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fedbert_ds.bench.device import time_side_by_side
 from fedbert_ds.config import ModelSection, RunConfig, parse_config
@@ -28,6 +30,8 @@ from fedbert_kernels.encoded import Encoded
 WIDTH, SEQUENCES, LENGTH, MASKED_EVERY = 16, 4, 16, 7
 CODEC = "fp32"
 PLAIN = "transformers' layers, plainly"
+SELECTIVE = "the same under torch's selective checkpointing"
+RECOMPUTED = "engine, ZeRO 1, `activation_checkpointing: elementwise`"
 CPU = torch.device("cpu")
 
 
@@ -49,7 +53,11 @@ def bench_host(options: HostOptions) -> None:
     commit = source_commit()
     layers, rounds, seconds = (2, 2, 0.01) if options.quick else (12, options.rounds, 0.5)
     initialize()
-    ways = {PLAIN: plain(layers)} | {f"engine, ZeRO {stage}": engine(layers, stage) for stage in range(4)}
+    ways = {PLAIN: plain(layers), SELECTIVE: plain(layers, is_selective=True)}
+    for stage in range(4):
+        ways[f"engine, ZeRO {stage}"] = engine(layers, stage)
+        if stage == 1:
+            ways[RECOMPUTED] = engine(layers, stage, "elementwise")
     timings = time_side_by_side(ways, CPU, rounds, seconds)
     rows = [
         {
@@ -79,11 +87,22 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["way", "ms a micro-batch", "beside plain layers"], cells)
 
 
-def plain(layers: int) -> Callable[[], None]:
-    """Forward and backward of a model's layers, on sequences of one length."""
+def plain(layers: int, is_selective: bool = False) -> Callable[[], None]:
+    """Forward and backward of a model's layers, on sequences of one length.
+
+    Selective checkpointing keeps matrix products and attention and computes the rest again.
+    """
     with tempfile.TemporaryDirectory() as folder:
         model: Any = build_model(_config(layers, 0, Path(folder)).model, 100, 0, 1)
     model.train()
+    if is_selective:
+        aten = torch.ops.aten
+        kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+        kept.append(aten._scaled_dot_product_flash_attention_for_cpu.default)
+        contexts = partial(create_selective_checkpoint_contexts, kept)
+        for layer in model.bert.encoder.layer:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, context_fn=contexts)
     hidden, gradient = (torch.randn(SEQUENCES, LENGTH, WIDTH) for _ in range(2))
 
     def run() -> None:
@@ -93,10 +112,10 @@ def plain(layers: int) -> Callable[[], None]:
     return run
 
 
-def engine(layers: int, stage: int) -> Callable[[], None]:
+def engine(layers: int, stage: int, checkpointing: str = "none") -> Callable[[], None]:
     """The same, packed, through the engine under DeepSpeed: results are on the CPU afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(layers, stage, Path(folder))
+        config = _config(layers, stage, Path(folder), checkpointing)
         _, body = split(build_model(config.model, 100, 0, 1), "embeddings")
         built = BodyEngine.build(body, config.body, config.optimizer, "torch", CPU)
     tokens = SEQUENCES * LENGTH
@@ -111,8 +130,9 @@ def engine(layers: int, stage: int) -> Callable[[], None]:
     return run
 
 
-def _config(layers: int, stage: int, folder: Path) -> RunConfig:
+def _config(layers: int, stage: int, folder: Path, checkpointing: str = "none") -> RunConfig:
     file = folder / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     model = ModelSection(hidden_size=WIDTH, num_attention_heads=2, num_hidden_layers=layers)
-    return parse_config({"model": model.model_dump(), "body": {"deepspeed": str(file)}}, "bench host")
+    body = {"deepspeed": str(file), "activation_checkpointing": checkpointing}
+    return parse_config({"model": model.model_dump(), "body": body}, "bench host")

@@ -116,6 +116,7 @@ class BodyEngine:
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         shapes = {names[parameter]: tuple(parameter.shape) for parameter in ordered}
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
+        body.recompute(section.recomputed(device.type, stage))
         install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype)
         body.train()
         settings = deepspeed_settings(section, optimizer_section)

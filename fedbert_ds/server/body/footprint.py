@@ -1,15 +1,22 @@
-"""Memory of a micro-batch in flight, and the memory available for all of them."""
+"""Memory of a micro-batch in flight, seen or counted, and the memory available for all of them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
+
+from fedbert_ds.config import Cut, Kernels
+from fedbert_ds.model.body import Recomputed
+from fedbert_ds.model.cut import body_skeleton
+from fedbert_ds.model.kernels import install_kernels
+from fedbert_kernels.recompute import watching
 
 SHARE = 0.5
 """Share of the memory that is free when the body is built. Optimizer states and network buffers
@@ -34,14 +41,53 @@ def saved_bytes(parameters: Iterable[Tensor]) -> Iterator[Saved]:
     saved = Saved()
     known = {parameter.untyped_storage()._cdata for parameter in parameters}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def count(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             saved.storages[storage._cdata] = storage.nbytes()
+
+    def pack(tensor: Tensor) -> Tensor:
+        count(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with watching(count), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def bytes_kept(
+    hf_config: Any,
+    cut: Cut,
+    kernels: Kernels,
+    recomputed: Recomputed,
+    dtype: torch.dtype,
+    lengths: Sequence[int],
+    masked: int,
+    rows: int | None = None,
+) -> int:
+    """What a forward on a GPU keeps until its backward, counted without a GPU.
+
+    The body's own forward runs on the meta device, where tensors have sizes and no values. `masked`
+    positions are wanted; with the cut `rows`, activations are of so many `rows`. `auto` kernels
+    count as fused. Attention counts as one that keeps no scores, as torch's does on a GPU as well,
+    where a head's size allows. Torch's dropout masks count in the body's dtype, as on a CPU; a GPU
+    has them in a byte.
+    """
+    # Imported here, as `install_kernels` does: Triton takes a second.
+    from fedbert_kernels.attention import HEAD_SIZES
+
+    meta = torch.device("meta")
+    body = body_skeleton(hf_config, cut).to(meta, dtype).train()
+    body.recompute(recomputed)
+    install_kernels(body, kernels, meta, whole_weights=True, dtype=dtype)
+    body.triton = hf_config.hidden_size // hf_config.num_attention_heads in HEAD_SIZES
+    num_tokens = sum(lengths)
+    activations = torch.empty(rows or num_tokens, body.widths.activations, device=meta, requires_grad=True)
+    positions = torch.empty(masked, dtype=torch.int64, device=meta)
+    row_index = torch.empty(num_tokens, dtype=torch.int64, device=meta) if rows else None
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    with saved_bytes(body.parameters()) as saved:
+        body(activations, positions, bounds, row_index)
+    return saved.num_bytes
 
 
 def memory_budget(device: torch.device) -> int:

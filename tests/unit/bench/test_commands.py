@@ -21,6 +21,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any]]] = {
     ),
     "body": (["--dropout", "0.2", "--kernels", "torch"], {"dropout": 0.2, "kernels": "torch", "rounds": 7}),
     "host": (["--rounds", "3"], {"rounds": 3, "quick": False}),
+    "memory": (["--quick"], {"quick": True}),
     "kernels": (["--kernel", "attention", "--tune"], {"kernels": ("attention",), "tune": True}),
 }  # fmt: skip
 

@@ -16,9 +16,12 @@ from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
 from benchmarks.modes.tuning import table as tuning_table
-from fedbert_ds.bench.body.benchmark import OURS, SENTENCES
+from fedbert_ds.bench.body.benchmark import BASE as BERT_BASE
+from fedbert_ds.bench.body.benchmark import LARGE, OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
 from fedbert_ds.bench.host.benchmark import table as host_table
+from fedbert_ds.bench.memory.benchmark import count
+from fedbert_ds.bench.memory.benchmark import table as in_flight_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
@@ -195,6 +198,19 @@ def test_host_time(name):
     if name == "host-cpu":
         # What the page claims.
         assert all(beside[f"engine, ZeRO {stage}"] <= 1.075 for stage in range(3))
+
+
+def test_memory_in_flight():
+    rows = json.loads((BENCHMARKS / "results" / "memory-in-flight.json").read_text(encoding="utf-8"))["rows"]
+    assert in_flight_table(rows) in README
+    # What the page claims.
+    beside = {(row["model"], row["kernels"], row["checkpointing"]): row["beside_none"] for row in rows}
+    assert 0.625 < beside["BERT-base", "triton", "elementwise"] < 0.63
+    assert 0.615 < beside["BERT-large", "triton", "elementwise"] < 0.62
+    # And nothing has been added since.
+    assert [row for shape in (BERT_BASE, LARGE) for row in count(shape, "triton")] == [
+        row for row in rows if row["kernels"] == "triton"
+    ]
 
 
 def test_killed_processes_leave_no_trace():

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from unit.model.samples import pack
 
 from fedbert_ds.config import LayersCut
 from fedbert_ds.model.cut import split
+from fedbert_ds.server.body.footprint import saved_bytes
 
 
 def activations_for(body: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -18,13 +20,10 @@ def activations_for(body: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Ten
     return values, torch.arange(num_tokens) if body.cut == "rows" else None
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_dummy_micro_batch_gives_every_parameter_a_zero_gradient(
-    small_model, architecture, cut, recompute: bool
-) -> None:
+@pytest.mark.parametrize("what", ["none", "elementwise", "layers"])
+def test_dummy_micro_batch_gives_every_parameter_a_zero_gradient(small_model, architecture, cut, what: Any) -> None:
     _, body = split(small_model(architecture, dropout=0.1).train(), cut)
-    if recompute:
-        body.enable_activation_checkpointing()
+    body.recompute(what)
     values, row_index = activations_for(body, 1)
     hidden = body(values, torch.empty(0, dtype=torch.int64), torch.tensor([0, 1], dtype=torch.int32), row_index)
     assert hidden.shape == (0, body.widths.hidden)
@@ -61,13 +60,14 @@ def test_gradients_of_equal_rows_are_summed_exactly(small_model, architecture, d
     assert torch.equal(table.grad, expected)
 
 
-def test_recomputation_repeats_dropout(small_model, architecture, cut) -> None:
+@pytest.mark.parametrize("what", ["elementwise", "layers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recomputation_repeats_dropout(small_model, architecture, cut, dtype: torch.dtype, what: Any) -> None:
     packed = pack([6, 3, 6, 1])
 
-    def gradients(recompute: bool) -> dict[str, torch.Tensor]:
+    def gradients(what: Any) -> dict[str, torch.Tensor]:
         _, body = split(small_model(architecture, dropout=0.3).train(), cut)
-        if recompute:
-            body.enable_activation_checkpointing()
+        body.to(dtype).recompute(what)
         values, row_index = activations_for(body, len(packed.input_ids))
         received = values.requires_grad_()
         torch.manual_seed(11)
@@ -77,19 +77,51 @@ def test_recomputation_repeats_dropout(small_model, architecture, cut) -> None:
         hidden.square().sum().backward()
         return {"input": received.grad} | {name: parameter.grad for name, parameter in body.named_parameters()}
 
-    kept, recomputed = gradients(recompute=False), gradients(recompute=True)
+    kept, recomputed = gradients("none"), gradients(what)
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in kept.items())
 
 
 def test_recomputation_runs_each_layer_twice(small_model) -> None:
     _, body = split(small_model("bert").train(), LayersCut(layers=1))
-    body.enable_activation_checkpointing()
+    body.recompute("layers")
     calls: list[str] = []
     for layer in body.bert.encoder.layer[1:]:
         layer.intermediate.register_forward_hook(lambda *_: calls.append("forward"))
     values, _ = activations_for(body, 4)
     body(values, torch.tensor([1]), torch.tensor([0, 4])).sum().backward()
     assert len(calls) == 2 * 2
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return function(*args, **(kwargs or {}))
+
+
+def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(small_model, architecture) -> None:
+    products, kept = {}, {}
+    for what in ("none", "elementwise", "layers"):
+        _, body = split(small_model(architecture, dropout=0.1).train(), LayersCut(layers=1))
+        body.recompute(what)
+        values, _ = activations_for(body, 12)
+        with saved_bytes(body.parameters()) as saved:
+            hidden = body(values.requires_grad_(), torch.tensor([1]), torch.tensor([0, 12]))
+        with Products() as counted:
+            hidden.sum().backward()
+        products[what], kept[what] = counted.count, saved.num_bytes
+    assert 0 < products["none"] == products["elementwise"] < products["layers"]
+    # Of the first layer its two LayerNorms' results and GELU's, four times as wide. Of the last,
+    # for the one masked token, its first LayerNorm's and GELU's. A row is 16 values of fp32.
+    # In ELECTRA its last LayerNorm's, too, since a head follows.
+    head = 4 * 16 if architecture == "electra" else 0
+    assert kept["none"] - kept["elementwise"] == 4 * 16 * (12 * (1 + 1 + 4) + 1 + 4) + head
+    assert kept["layers"] < kept["elementwise"]
 
 
 def test_bf16_follows_fp32(small_model, architecture, cut) -> None:

@@ -102,10 +102,12 @@ def test_patched_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypa
     from fedbert_kernels import patch_modules
 
     told: list[Any] = []
-    monkeypatch.setattr(patch_modules, "patch_modules", lambda *arguments: told.append(arguments))
+    monkeypatch.setattr(patch_modules, "patch_modules", lambda *given, recompute: told.append((*given, recompute)))
     body = body_of("bert")
     install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
-    assert told == [(body, "triton", dtype)]
+    body.recompute("elementwise")
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
+    assert told == [(body, "triton", dtype, False), (body, "triton", dtype, True)]
 
 
 def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
@@ -116,10 +118,11 @@ def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
     assert num_replaced(body) == 3 * 4
 
 
-def test_dropout_follows_the_seed_and_is_repeated_by_recomputation(body_of) -> None:
+@pytest.mark.parametrize("what", ["elementwise", "layers"])
+def test_dropout_follows_the_seed_and_is_repeated_by_recomputation(body_of, what: Any) -> None:
     packed = pack(LENGTHS)
     kept, recomputed = (body_of("bert", dropout=0.3) for _ in range(2))
-    recomputed.enable_activation_checkpointing()
+    recomputed.recompute(what)
     results = []
     for body, seed in ((kept, 1), (recomputed, 1), (kept, 2)):
         install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)

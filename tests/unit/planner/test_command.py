@@ -24,7 +24,7 @@ def options(**changes: Any) -> argparse.Namespace:
     defaults: dict[str, Any] = {
         "config": CONFIG, "overrides": ["window.tokens=65536"], "tokens": 1e9, "gpus": 1, "tflops": 989.0,
         "efficiency": 0.4, "price": 2.5, "clients": 4, "client_gflops": 100.0, "rtt": 50.0, "mbit": 100.0,
-        "spread": 0.0, "sweep": False, "validate": None, "out": None,
+        "gpu_memory": 80.0, "spread": 0.0, "sweep": False, "validate": None, "out": None,
     }  # fmt: skip
     return argparse.Namespace(**(defaults | changes))
 
@@ -46,8 +46,9 @@ def test_a_record_is_predicted(tmp_path: Path) -> None:
 
 
 def test_machines_are_those_of_the_options() -> None:
-    machines = machines_of(options(gpus=8, mbit=80.0, rtt=20.0, spread=0.5, client_gflops=7.0))
-    assert (machines.gpus, machines.up, machines.down, machines.rtt) == (8, 1e7, 1e7, 0.02)
+    machines = machines_of(options(gpus=8, gpu_memory=141.0, mbit=80.0, rtt=20.0, spread=0.5, client_gflops=7.0))
+    assert (machines.gpus, machines.gpu_memory) == (8, 141e9)
+    assert (machines.up, machines.down, machines.rtt) == (1e7, 1e7, 0.02)
     assert machines.client_flops == 7e9 and machines.spread == Spread(0.5, 0.5)
 
 
@@ -57,6 +58,7 @@ def test_machines_are_those_of_the_options() -> None:
         ({"config": None}, "plan needs --config FILE"),
         ({"sweep": True}, "--sweep needs --out"),
         ({"gpus": 0}, "--gpus 0: give a number above 0"),
+        ({"gpu_memory": 0.0}, "--gpu-memory 0.0: give a number above 0"),
         ({"client_gflops": -1.0}, "--client-gflops -1.0: give a number above 0"),
         ({"rtt": -1.0}, "--rtt and --spread cannot be below 0"),
         ({"validate": Path("nowhere.json")}, "--validate nowhere.json: not a record of bench pipeline"),

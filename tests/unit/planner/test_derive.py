@@ -10,7 +10,9 @@ import torch
 
 from fedbert_ds.config import load_config
 from fedbert_ds.errors import ModelError
+from fedbert_ds.model.checkpoint import config_of
 from fedbert_ds.planner.derive import COMPRESSED, VOCABULARY, Machines, derive, distinct_rows
+from fedbert_ds.server.body.footprint import SHARE, bytes_kept
 from fedbert_ds.wire.codecs import NAMES, encode
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -74,12 +76,34 @@ def test_a_step_reads_the_weights_and_with_two_gpus_exchanges_them():
 
 
 def test_micro_batches_in_flight_are_what_memory_holds():
-    held = [
-        derive(config(*overrides), Machines())[0].affordable_in_flight
-        for overrides in (("body.precision=bf16",), ("body.precision=fp32",), ("body.activation_checkpointing=true",))
-    ]
-    assert held[1] <= held[0] / 2 < held[0] < held[2]
-    assert derive(config(), replace(Machines(), gpu_memory=1.0))[0].affordable_in_flight == 1
+    def held(*overrides: str, **machine: float) -> int:
+        return derive(config(*overrides), replace(Machines(), **machine))[0].affordable_in_flight
+
+    def by(what: str) -> str:
+        return f"body.activation_checkpointing={what}"
+
+    assert held() == held(by("elementwise")) > held(by("none")) > held(by("none"), "body.precision=fp32")
+    assert held(by("none")) > held(by("none"), "kernels=torch")
+    assert held(by("layers")) > 5 * held() and held(gpu_memory=160e9) == pytest.approx(2 * held(), abs=1)
+    assert held(gpu_memory=1.0) == 1
+
+
+def test_a_micro_batch_in_flight_keeps_what_is_counted_and_its_input():
+    settings = config("cut=embeddings", "data.sequence_length=512", "window.tokens_per_micro_batch=1024")
+    hf_config = config_of(settings.model, VOCABULARY, 0)
+    kept = bytes_kept(hf_config, "embeddings", "auto", "elementwise", torch.bfloat16, [512, 512], round(0.15 * 1024))
+    scenario, _ = derive(settings, Machines())
+    assert scenario.bytes_kept_per_token == kept / 1024 + 4 * 768
+    assert scenario.affordable_in_flight == int(SHARE * 80e9 / (1024 * scenario.bytes_kept_per_token))
+
+
+def test_stage_3_keeps_its_input_alone_and_forwards_twice():
+    plain, twice = (derive(config("cut=embeddings", f"body.zero_stage={stage}"), Machines())[0] for stage in (1, 3))
+    assert twice.bytes_kept_per_token == 4 * 768
+    assert twice.body.forward_per_token == plain.body.forward_per_token
+    assert twice.body.backward_per_token == pytest.approx(plain.body.backward_per_token * 3 / 2)
+    layers, _ = derive(config("body.activation_checkpointing=layers"), Machines())
+    assert layers.body.backward_per_token == twice.body.backward_per_token
 
 
 def test_a_vocabulary_is_the_trained_one_or_berts():

@@ -49,6 +49,19 @@ def test_bottleneck_is_what_is_busiest():
     assert bottleneck(outcome(0.5, 0.8, 0.9)) == "network"
     assert bottleneck(outcome(0.5, 0.8, 0.1)) == "clients"
     assert bottleneck(outcome(0.5, 0.1, 0.1)) == "flush"
+    few = Outcome([WindowResult(1.0, 1, 0.5, 0, 1, in_flight=3, wanted_in_flight=4)], 0.1, 0.1, 0.0)
+    assert bottleneck(few) == "memory"
+
+
+def test_slow_answers_need_more_in_flight_than_memory_holds():
+    """Round trips of half a second, as GPU nodes see from clients far away."""
+    far = Machines(clients=64, client_flops=1e13, rtt=0.5, up=1e12, down=1e12)
+    little, words = report(config(), replace(far, gpu_memory=16e9), 1e9)
+    assert little.in_flight == little.affordable_in_flight < little.wanted_in_flight
+    assert little.bottleneck == "memory" and f"answers need {little.wanted_in_flight}" in words
+    much = predict(config(), replace(far, gpu_memory=1e12), 1e9)
+    assert much.in_flight == much.wanted_in_flight > little.in_flight
+    assert much.tokens_per_second > little.tokens_per_second
 
 
 def test_whole_model_averaging_of_bert_base_costs_what_the_field_says():

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedbert_ds.bench.host import benchmark
-from fedbert_ds.bench.host.benchmark import PLAIN, plain, table
+from fedbert_ds.bench.host.benchmark import PLAIN, RECOMPUTED, SELECTIVE, plain, table
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -27,18 +27,20 @@ def test_a_record_of_every_stage(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads(out.read_text())
-    assert [row["way"] for row in record["rows"]] == [PLAIN, *(f"engine, ZeRO {stage}" for stage in range(4))]
+    first, second, *others = (f"engine, ZeRO {stage}" for stage in range(4))
+    assert [row["way"] for row in record["rows"]] == [PLAIN, SELECTIVE, first, second, RECOMPUTED, *others]
     for row in record["rows"]:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["beside_plain"] == pytest.approx(row["seconds"] / record["rows"][0]["seconds"])
     assert table(record["rows"]) in result.stdout and record["settings"]["layers"] == 2
 
 
-def test_plain_layers_get_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_selective", [False, True])
+def test_plain_layers_get_gradients(monkeypatch: pytest.MonkeyPatch, is_selective: bool) -> None:
     built: list[Any] = []
     build = benchmark.build_model
     monkeypatch.setattr(benchmark, "build_model", lambda *given: built.append(build(*given)) or built[0])
-    plain(layers=1)()
+    plain(layers=1, is_selective=is_selective)()
     (layer,) = built[0].bert.encoder.layer
     assert all(parameter.grad is not None and torch.any(parameter.grad != 0) for name, parameter in
                layer.named_parameters() if "key.bias" not in name)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The engine tells the kernels what DeepSpeed will make of the weights."""
+"""The engine under DeepSpeed: what it tells the kernels, windows undone, results computed again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from unit.kernels.bounds import needs_triton
 
 from fedbert_ds.config import parse_config
 from fedbert_ds.server.body import engine
@@ -33,20 +34,36 @@ def test_kernels_are_chosen_for_what_deepspeed_will_make_of_the_weights(
     (tmp_path / "mine.json").write_text("{}")
     body = {"deepspeed": str(tmp_path / "mine.json"), "precision": precision, "zero_stage": stage}
     config = parse_config({"body": body}, "test")
+
+    class Unsplit(torch.nn.Linear):
+        """Nothing that could be computed again."""
+
+        def recompute(self, what: str) -> None:
+            assert what == "none"
+
     with pytest.raises(Installed):
-        BodyEngine.build(torch.nn.Linear(2, 2), config.body, config.optimizer, config.kernels, torch.device("cpu"))
+        BodyEngine.build(Unsplit(2, 2), config.body, config.optimizer, config.kernels, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def undone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of runs in which windows were undone, and of the same runs without these."""
-    folder = tmp_path_factory.mktemp("undone")
+    return two_ranks("drop_worker.py", tmp_path_factory.mktemp("undone"))
+
+
+@pytest.fixture(scope="module")
+def recomputed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights and input gradients of runs that keep all, and of those that compute it again."""
+    return two_ranks("recompute_worker.py", tmp_path_factory.mktemp("recomputed"))
+
+
+def two_ranks(worker: str, folder: Path) -> Path:
+    """The folder, after two ranks of the worker have written into it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    worker = Path(__file__).with_name("drop_worker.py")
-    command = [sys.executable, str(worker), str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name(worker)), str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return folder
@@ -65,3 +82,21 @@ def test_a_window_that_is_undone_leaves_nothing_in_the_body(undone: Path, stage:
         assert plain.keys() == dropped.keys() and plain
         for name, tensor in plain.items():
             assert torch.equal(tensor, dropped[name]), name
+
+
+@pytest.mark.timeout(570)
+@pytest.mark.parametrize(
+    ("kernels", "what"),
+    [("torch", "elementwise"), ("torch", "layers"), pytest.param("fused", "elementwise", marks=needs_triton)],
+)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_computed_again_has_the_same_bits(recomputed: Path, stage: int, kernels: str, what: str) -> None:
+    """With dropout, bf16 and micro-batches in flight together."""
+    for rank in range(2):
+        kept, again = (
+            torch.load(recomputed / f"{stage}-{kernels}-{kind}-{rank}.pt", weights_only=True) for kind in ("none", what)
+        )
+        assert kept.keys() == again.keys() and any(name.startswith("input 1") for name in kept)
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, again[name]), name
+        assert any(torch.any(tensor != 0) for name, tensor in kept.items() if name.startswith("input"))

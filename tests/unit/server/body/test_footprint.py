@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from fedbert_ds.server.body.footprint import SHARE, memory_budget, saved_bytes
+from fedbert_ds.config import ModelSection
+from fedbert_ds.model.checkpoint import config_of
+from fedbert_ds.model.cut import body_skeleton
+from fedbert_ds.server.body.footprint import SHARE, bytes_kept, memory_budget, saved_bytes
 
 
 def test_saved_storages_are_counted_once_and_parameters_not_at_all() -> None:
@@ -36,3 +40,21 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert memory_budget(torch.device("cpu")) == SHARE * 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_budget(torch.device("cpu")) == SHARE * 1000 // 4
+
+
+@pytest.mark.parametrize("recomputed", ["none", "elementwise", "layers"])
+@pytest.mark.parametrize("cut", ["embeddings", "rows"])
+def test_what_is_counted_is_what_a_forward_keeps(cut: Any, recomputed: Any) -> None:
+    """In fp32: in bf16 a CPU's LayerNorm keeps its means in bf16, a GPU's in fp32."""
+    section = ModelSection(num_hidden_layers=3, hidden_size=32, num_attention_heads=2, dropout=0.0)
+    hf_config, lengths = config_of(section, 50, 0), [7, 7, 2]
+    counted = bytes_kept(hf_config, cut, "torch", recomputed, torch.float32, lengths, 3, 5 if cut == "rows" else None)
+    body = body_skeleton(hf_config, cut).train()
+    body.recompute(recomputed)
+    # Attention that keeps no scores; here its body for the CPU.
+    body.triton = True
+    row_index = torch.arange(16) % 5 if cut == "rows" else None
+    values = torch.zeros(5 if cut == "rows" else 16, 32, requires_grad=True)
+    with saved_bytes(body.parameters()) as saved:
+        body(values, torch.tensor([1, 0, 9]), torch.tensor([0, 7, 14, 16]), row_index)
+    assert saved.num_bytes == counted

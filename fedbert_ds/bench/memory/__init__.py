@@ -1,0 +1,1 @@
+"""What a micro-batch in flight keeps: counted, not measured."""

@@ -1,0 +1,109 @@
+"""Cheap results are not kept, and backward computes each once, with the same bits."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedbert_kernels.recompute import cheap, consume, recomputing, watching
+
+
+class Counted:
+    """GELU that counts its calls and remembers whether its results live."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.results: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, values: Tensor) -> Tensor:
+        self.calls += 1
+        # A view, as an operator over flattened rows returns.
+        result = functional.gelu(values.flatten()).view(values.shape)
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def leaves() -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    values, first, second = torch.randn(5, 8), torch.randn(8, 8), torch.randn(8, 8)
+    return values.requires_grad_(), first.requires_grad_(), second.requires_grad_()
+
+
+def chain(gelu: Counted, values: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Two products of one result, through different views, and a cheap result of a cheap result."""
+    hidden = cheap(gelu, values @ first)
+    other = cheap(partial(consume, torch.mul), hidden, hidden)
+    product = partial(consume, torch.matmul)
+    return product(hidden, second) + product(hidden.t(), other).sum() + product(other[1:3], second).sum()
+
+
+def test_gradients_have_the_same_bits_and_each_result_is_computed_once_again() -> None:
+    inputs = leaves()
+    kept_gelu, gelu = Counted(), Counted()
+    kept = torch.autograd.grad(chain(kept_gelu, *inputs).square().sum(), inputs)
+    with recomputing():
+        loss = chain(gelu, *inputs).square().sum()
+    assert gelu.calls == 1
+    again = torch.autograd.grad(loss, inputs)
+    assert (kept_gelu.calls, gelu.calls) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+def test_results_are_gone_between_forward_and_backward_and_after_it() -> None:
+    inputs, gelu = leaves(), Counted()
+    with recomputing():
+        loss = chain(gelu, *inputs).square().sum()
+    gc.disable()  # Nothing may wait for the collector of cycles.
+    try:
+        assert gelu.results[0]() is None
+        torch.autograd.grad(loss, inputs)
+        assert gelu.results[1]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_watcher_sees_what_is_kept_and_no_more() -> None:
+    values, first, second = leaves()
+    seen: list[Tensor] = []
+    with watching(seen.append), recomputing():
+        product = consume(torch.matmul, values, first)
+        hidden = cheap(functional.gelu, product)
+        consume(torch.matmul, hidden, second)
+    pointers = {tensor.data_ptr() for tensor in seen}
+    # GELU itself is not consumed, so that its input is for other hooks to see.
+    assert pointers == {tensor.data_ptr() for tensor in (values, first, second)}
+    assert hidden.data_ptr() not in pointers
+    with recomputing():
+        consume(torch.matmul, hidden, first)
+    assert {tensor.data_ptr() for tensor in seen} == pointers
+
+
+def test_elsewhere_a_result_does_not_hold_on_to_its_arguments() -> None:
+    """Outside `recomputing`, and inside where there is no graph."""
+    scale = torch.ones(1, requires_grad=True)
+
+    def twice(rows: Tensor) -> tuple[Tensor, weakref.ref[Tensor]]:
+        # Autograd does not keep what a sum adds.
+        argument = rows + scale
+        return cheap(lambda value: value + value, argument), weakref.ref(argument)
+
+    outside, argument = twice(torch.ones(3))
+    assert outside.requires_grad and argument() is None
+    with recomputing(), torch.no_grad():
+        _, argument = twice(torch.ones(3))
+    assert argument() is None
+
+
+def test_an_error_inside_ends_it() -> None:
+    values, _, second = leaves()
+    with pytest.raises(ZeroDivisionError), recomputing():
+        raise ZeroDivisionError
+    gelu = Counted()
+    consume(torch.matmul, cheap(gelu, values), second).sum().backward()
+    assert gelu.calls == 1

@@ -46,6 +46,7 @@ def train(deepspeed: Path, kernels_name: str, what: str) -> dict[str, torch.Tens
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+    from fedbert_kernels.encoded import Encoded
 
     config = parse_config(
         {
@@ -65,13 +66,13 @@ def train(deepspeed: Path, kernels_name: str, what: str) -> dict[str, torch.Tens
         for number, lengths in enumerate(LENGTHS):
             bounds = torch.tensor([0, *lengths]).cumsum(0).int()
             masked = torch.arange(0, sum(lengths), 2)
-            gradients.append(torch.randn(len(masked), WIDTH, generator=random))
-            values = torch.randn(sum(lengths), WIDTH, generator=random)
-            engine.forward(number, BodyInput(values, masked, bounds, None, 10 * window + number))
+            gradients.append(Encoded.of(torch.randn(len(masked), WIDTH, generator=random), "fp32"))
+            values = Encoded.of(torch.randn(sum(lengths), WIDTH, generator=random), "fp32")
+            engine.forward(number, BodyInput([values], masked, bounds, None, 10 * window + number))
         # All were in flight at once; the last comes back first.
         for number in reversed(range(len(LENGTHS))):
-            work = engine.backward(number, gradients[number], is_last=number == 0)
-            results[f"input {window} {number}"] = work.result()[0]
+            work = engine.backward(number, [gradients[number]], is_last=number == 0)
+            results[f"input {window} {number}"] = work.result()[0].decode()
         engine.step(config.optimizer.lr, client_norm=0.5)
     return results | engine.full_state()
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedbert_kernels.choice import OURS, kept
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 from fedbert_kernels.layer_norm import LARGEST_WIDTH
-from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
+from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, operator
 
 Kernels = Literal["auto", "triton", "torch"]
 PROJECTION = "projection"
@@ -32,13 +33,13 @@ def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtyp
     """Let the modules of `model` run the fused kernels where one fits; returns their number.
 
     `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's
-    interpreter: ValueError otherwise. `auto` is `triton` where that can run, else `torch`. A second
-    call changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
+    interpreter: ValueError otherwise. `auto` leaves it where Triton cannot run. A second call
+    changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
     gated GELU.
 
-    Where torch.compile's LayerNorm or GELU is as fast on this card, it runs in place of ours
-    (`row_choice`). The first call on a card measures both, for this model's widths and dropout and
-    for `dtype`, in which it will run (None: the parameters' dtype).
+    With `auto`, torch.compile's LayerNorm or GELU runs in place of ours where it is as fast on this
+    card (`row_choice`). The first call on a card measures both, for this model's widths and dropout
+    and for `dtype`, in which it will run (None: the parameters' dtype).
     """
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
@@ -51,12 +52,14 @@ def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtyp
         )
     kinds = {module: kind for module in model.modules() if (kind := _kind(module)) is not None}
     cases = {module: _row_case(kind, module, dtype) for module, kind in kinds.items() if kind != PROJECTION}
-    ours = kept(cases.values(), next(model.parameters()).device) if cases else {}
+    ways = dict.fromkeys((case.name for case in cases.values()), OURS)
+    if kernels == "auto" and cases:
+        ways = kept(cases.values(), next(model.parameters()).device)
     for module in kinds:
         forward: Callable[..., Any] = _one_projection
         if module in cases:
             case = cases[module]
-            forward = partial(_AROUND[case.kernel], operator(case.kernel, ours[case.name]))
+            forward = partial(_AROUND[case.kernel], operator(case.kernel, ways[case.name]))
         module.forward = MethodType(forward, module)
     return len(kinds)
 

@@ -20,7 +20,7 @@ from fedbert_ds.model.architecture import (
     position_offset,
     widths,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing, keep_masked_positions
 
 
 class Body(nn.Module):
@@ -35,8 +35,8 @@ class Body(nn.Module):
         self.config = model.config
         self.config._attn_implementation = PACKED_ATTENTION
         self.cut = cut
-        self.triton = False
-        """Whether attention is the Triton kernel; `kernels.install_kernels` sets it."""
+        self.attend: Attend | None = None
+        """Attention of packed sequences, None for torch's; `kernels.install_kernels` sets it."""
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
@@ -66,7 +66,7 @@ class Body(nn.Module):
             # table's does.
             summed_in = torch.promote_types(activations.dtype, torch.float32)
             activations = functional.embedding(row_index, activations.to(summed_in))
-        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, triton=self.triton)
+        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, attend=self.attend)
         hidden = activations.to(dtype).unsqueeze(0)
         if self.cut == "rows":
             if packing.max_length > longest_sequence(self.config):

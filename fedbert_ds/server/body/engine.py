@@ -90,10 +90,12 @@ class BodyEngine:
         optimizer_section: OptimizerSection,
         kernels: Kernels,
         device: torch.device,
+        longest: int | None = None,
     ) -> BodyEngine:
         """Wrap a body in DeepSpeed. torch.distributed must be initialized.
 
-        Every rank passes the same weights. Raises ConfigError as `deepspeed_settings`.
+        Every rank passes the same weights. No sequence will have more than `longest` tokens (None:
+        than the position table holds). Raises ConfigError as `deepspeed_settings`.
         """
         stage = zero_stage(section)
         optimizer = build_optimizer(
@@ -105,7 +107,7 @@ class BodyEngine:
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         shapes = {names[parameter]: tuple(parameter.shape) for parameter in ordered}
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
-        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype)
+        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype, longest=longest)
         body.train()
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)

@@ -200,6 +200,13 @@ class OptimizerSection(Section):
         return self.lr * max(0.0, remaining) ** (self.power if self.schedule == "polynomial" else 1.0)
 
 
+def _compile(value: Any) -> Any:
+    # As for `cut`: one sentence instead of an error for each alternative.
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("must be auto, true or false")
+
+
 class BodySection(Section):
     """The body under DeepSpeed."""
 
@@ -211,6 +218,15 @@ class BodySection(Section):
     """Compute precision of the body. Master weights are fp32 either way."""
     activation_checkpointing: bool = False
     """Recompute layer activations in backward instead of keeping them."""
+    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
+    """Run encoder layers under torch.compile, for any number of tokens. `auto` measures it once for
+    a card, and is false on a CPU, at ZeRO stage 3 and with activation checkpointing."""
+
+    @model_validator(mode="after")
+    def _compile_keeps_activations(self) -> BodySection:
+        if self.compile is True and self.activation_checkpointing:
+            raise ValueError("compile: true keeps what activation_checkpointing would recompute; set one of them false")
+        return self
 
 
 def _participants(value: Any) -> Any:
@@ -480,8 +496,9 @@ class RunConfig(Section):
     body: BodySection = BodySection()
     kernels: Kernels = "auto"
     """Kernels of the body's attention and of the small operations between its matrix products:
-    `triton` (fused, for CUDA), `torch`, or `auto`. `auto` is `triton` on a GPU where that package
-    is installed, and `torch` elsewhere. At ZeRO stage 3 only attention is fused."""
+    `triton` (ours, for CUDA), `torch`, or `auto`. `auto` is, on a GPU where Triton is installed,
+    what is measured fastest on it, ours or others; `torch` elsewhere. At ZeRO stage 3 only
+    attention is fused."""
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()
@@ -548,7 +565,7 @@ class RunConfig(Section):
         for key in ("staleness", "average_scope"):
             if getattr(federation, key) != type(federation).model_fields[key].default:
                 raise ValueError(f"federation.{key} is for clients that share a body; remove it or change cut: whole")
-        for key in ("zero_stage", "precision", "activation_checkpointing"):
+        for key in ("zero_stage", "precision", "activation_checkpointing", "compile"):
             if getattr(self.body, key) != type(self.body).model_fields[key].default:
                 raise ValueError(f"body.{key}: cut: whole has no body; remove the key or change the cut")
         if self.kernels != "auto":

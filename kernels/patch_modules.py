@@ -55,11 +55,10 @@ def patch_modules(model: nn.Module, kernels: Kernels = "auto", dtype: torch.dtyp
     ways = dict.fromkeys((case.name for case in cases.values()), OURS)
     if kernels == "auto" and cases:
         ways = kept(cases.values(), next(model.parameters()).device)
+    # One function for all layers, so that torch.compile knows them as the same.
+    forwards = {case: partial(_AROUND[case.kernel], operator(case.kernel, ways[case.name])) for case in cases.values()}
     for module in kinds:
-        forward: Callable[..., Any] = _one_projection
-        if module in cases:
-            case = cases[module]
-            forward = partial(_AROUND[case.kernel], operator(case.kernel, ways[case.name]))
+        forward: Callable[..., Any] = forwards[cases[module]] if module in cases else _one_projection
         module.forward = MethodType(forward, module)
     return len(kinds)
 

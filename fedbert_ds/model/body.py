@@ -84,6 +84,11 @@ class Body(nn.Module):
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
 
+    @property
+    def base_name(self) -> str:
+        """Name of the submodule that holds the encoder."""
+        return self._parts.base
+
     def enable_activation_checkpointing(self) -> None:
         """Keep only each layer's input in forward; backward recomputes, with the same dropout."""
         base: Any = self.get_submodule(self._parts.base)

@@ -385,6 +385,7 @@ class RankServer:
 
     def _take_tally(self) -> Tally:
         tally = self._micro_batches.take_tally()
+        tally.recompiles = self._rooms.engine.take_recompiles()
         up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
         tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes

@@ -171,6 +171,7 @@ def window_metrics(
         update_bytes_down=total("update_bytes_down"),
         clients=sum(len(status.clients) for status in statuses),
         learning_rate=learning_rate,
+        recompiles=total("recompiles"),
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -57,6 +57,8 @@ class WindowMetrics:
     """Clients that were connected, whether they took part or not."""
     learning_rate: float
     """Learning rate of the step."""
+    recompiles: int = 0
+    """Graphs that torch.compile made on all ranks while they should have computed; 0 is right."""
 
     @property
     def wire_bytes(self) -> int:
@@ -181,7 +183,7 @@ def _line(metrics: WindowMetrics) -> str:
 def _parse(line: str, place: str) -> WindowMetrics:
     try:
         values: dict[str, Any] = json.loads(line)
-        if set(values) != _NAMES:
+        if not _REQUIRED <= set(values) <= _NAMES:
             raise ValueError("fields differ")
         return WindowMetrics(**(values | {name: math.nan for name, value in values.items() if value is None}))
     except (ValueError, TypeError) as error:
@@ -193,3 +195,5 @@ def _share(part: float, whole: float, otherwise: float = 0.0) -> float:
 
 
 _NAMES = {field.name for field in fields(WindowMetrics)}
+_REQUIRED = {field.name for field in fields(WindowMetrics) if field.default is MISSING}
+"""Runs of earlier versions lack the others."""

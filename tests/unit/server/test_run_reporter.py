@@ -42,11 +42,11 @@ def config_in(folder: Path, *overrides: str) -> RunConfig:
 def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     one = status(
         clients=frozenset({"ada"}), loss_sum=30.0, tokens=90, masked_tokens=10, lost_masked_tokens=1, busy_seconds=4.0,
-        wait_seconds=1.0, forwards=2, backwards=2, bytes_up=7, update_bytes_down=5,
+        wait_seconds=1.0, forwards=2, backwards=2, bytes_up=7, update_bytes_down=5, recompiles=2,
     )  # fmt: skip
     other = status(
         clients=frozenset({"bo", "cy"}), loss_sum=10.0, tokens=30, masked_tokens=10, busy_seconds=2.0, forwards=2,
-        backwards=2, dummy_micro_batches=1, bytes_up=3,
+        backwards=2, dummy_micro_batches=1, bytes_up=3, recompiles=1,
     )  # fmt: skip
     metrics = window_metrics(7, [one, other], seconds=5.0, capacity=50, learning_rate=0.5)
     assert (metrics.window, metrics.seconds, metrics.learning_rate) == (7, 5.0, 0.5)
@@ -55,6 +55,7 @@ def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     assert (metrics.busy_seconds, metrics.wait_seconds) == (3.0, 0.5), "means over ranks"
     assert metrics.fill == 120 / (3 * 50), "dummies hold no place"
     assert (metrics.bytes_up, metrics.update_bytes_down, metrics.clients) == (10, 5, 3)
+    assert metrics.recompiles == 3
 
 
 def test_a_window_of_dummies_alone_has_no_loss_and_no_fill() -> None:

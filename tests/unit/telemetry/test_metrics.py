@@ -95,6 +95,15 @@ def test_a_line_cut_short_by_a_crash_is_left_out_and_overwritten(tmp_path):
     assert [row.window for row in read_metrics(path)] == [0, 1, 2]
 
 
+def test_a_run_of_a_version_that_did_not_count_recompiles_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, rows(2))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(line.pop("recompiles") == 0 for line in lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_metrics(path) == rows(2)
+
+
 @pytest.mark.parametrize("line", ["no json", "[]", '{"window": 1}', "3"])
 def test_other_damage_names_the_line(tmp_path, line):
     path = tmp_path / "metrics.jsonl"

@@ -90,3 +90,11 @@ def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     config.body.deepspeed.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match="is not a readable JSON file"):
         settings_of(config)
+
+
+def test_layers_are_not_compiled_at_stage_3(tmp_path: Path) -> None:
+    for stage in (0, 1, 2):
+        settings_of(config_with(tmp_path, "{}", body={"zero_stage": stage, "compile": True}))
+    settings_of(config_with(tmp_path, "{}", body={"zero_stage": 3}))
+    with pytest.raises(ConfigError, match=r"body\.compile: true needs weights that ZeRO stage 3 divides; set auto"):
+        settings_of(config_with(tmp_path, "{}", body={"zero_stage": 3, "compile": True}))

@@ -222,8 +222,14 @@ class BodySection(Section):
     """Run encoder layers under torch.compile, for any number of tokens. `auto` measures it once for
     a card, and is false on a CPU, at ZeRO stage 3 and with activation checkpointing."""
 
+    fp8: bool = False
+    """Multiply matrices of encoder layers in fp8, by the package torchao; for `precision: bf16` and
+    GPUs from Ada and Hopper on. On a CPU it is emulated, slowly."""
+
     @model_validator(mode="after")
-    def _compile_keeps_activations(self) -> BodySection:
+    def _keys_together(self) -> BodySection:
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError("fp8 is for precision: bf16; set that, or fp8: false")
         if self.compile is True and self.activation_checkpointing:
             raise ValueError("compile: true keeps what activation_checkpointing would recompute; set one of them false")
         return self
@@ -565,7 +571,7 @@ class RunConfig(Section):
         for key in ("staleness", "average_scope"):
             if getattr(federation, key) != type(federation).model_fields[key].default:
                 raise ValueError(f"federation.{key} is for clients that share a body; remove it or change cut: whole")
-        for key in ("zero_stage", "precision", "activation_checkpointing", "compile"):
+        for key in ("zero_stage", "precision", "activation_checkpointing", "compile", "fp8"):
             if getattr(self.body, key) != type(self.body).model_fields[key].default:
                 raise ValueError(f"body.{key}: cut: whole has no body; remove the key or change the cut")
         if self.kernels != "auto":

@@ -212,6 +212,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "body.zero_stage: cut: whole has no body; remove the key or change the cut"),
     ({"cut": "whole", "federation": {"mode": "parallel"}, "body": {"compile": True}},
      "body.compile: cut: whole has no body; remove the key or change the cut"),
+    ({"body": {"fp8": True}}, "body: fp8 is for precision: bf16; set that, or fp8: false"),
     ({"body": {"compile": "yes"}}, "body.compile: must be auto, true or false"),
     ({"body": {"compile": 1}}, "body.compile: must be auto, true or false"),
     ({"body": {"compile": True, "activation_checkpointing": True}},

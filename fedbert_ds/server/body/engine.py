@@ -18,6 +18,7 @@ from fedbert_ds.config import BodySection, Kernels, OptimizerSection
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.compiled_layers import install_compile, num_compiled
+from fedbert_ds.model.fp8 import install_fp8
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
@@ -121,6 +122,8 @@ class BodyEngine:
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         shapes = {names[parameter]: tuple(parameter.shape) for parameter in ordered}
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
+        if section.fp8:
+            install_fp8(body, device)
         install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype, longest=longest)
         is_compiled = False
         if stage < 3 and not section.activation_checkpointing:
@@ -229,11 +232,13 @@ class BodyEngine:
 
         Activations have `width` columns; `with_rows` is for cut: rows. Leaves no gradient.
         """
-        # Sizes that differ from each other: a compiler takes equal ones for the same.
-        body_input = _unused((6, 5), 4, width, with_rows, seed=0).to(self._device)
-        body_input.activations.requires_grad_(True)
-        hidden = self._run(body_input)
-        self._gradient.backward(hidden, torch.zeros_like(hidden), body_input.activations)
+        # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
+        # that 16 divides, fp8 products need no padding, so these are compiled apart.
+        for lengths in ((6, 5), (9, 4, 3)):
+            body_input = _unused(lengths, 5, width, with_rows, seed=0).to(self._device)
+            body_input.activations.requires_grad_(True)
+            hidden = self._run(body_input)
+            self._gradient.backward(hidden, torch.zeros_like(hidden), body_input.activations)
         self._gradient.drop()
         self._num_compiled = num_compiled()
 

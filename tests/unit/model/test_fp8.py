@@ -72,7 +72,8 @@ def test_emulated_products_are_near_and_keep_names_and_weights(body) -> None:
         random = torch.Generator().manual_seed(0)
         values = torch.randn(27, 16, generator=random, requires_grad=True)
         hidden = one(values, torch.arange(num_masked), torch.tensor([0, 20, 27]).int())
-        return [hidden.detach(), *torch.autograd.grad(hidden.sum(), [values, *one.parameters()])]
+        weights = torch.randn(hidden.shape, generator=random)
+        return [hidden.detach(), *torch.autograd.grad(hidden, [values, *one.parameters()], weights.to(hidden.dtype))]
 
     hidden, of_values, *_ = (found.double() for found in run(body))
     exact, exact_of_values, *_ = (found.double() for found in run(plain))

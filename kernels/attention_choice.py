@@ -110,6 +110,13 @@ def attend_by(way: str) -> Attend:
     return attention if way == OURS else RIVALS[way].attend
 
 
+def is_one_operator(attend: Attend) -> bool:
+    """Whether torch.compile sees it as one operator. It would break a layer's code at a package's
+    function, and compile its parts for some sizes apart.
+    """
+    return attend is attention or attend is attention_rivals.torch_flash
+
+
 def length_class(longest: int) -> str:
     """Name of the class of micro-batches whose longest sequence may have so many tokens."""
     bound = next((bound for bound in CLASSES if longest <= bound), None)

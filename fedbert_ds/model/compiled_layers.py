@@ -44,7 +44,7 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
     backward compile, which takes a minute.
 
     ConfigError if `true` is asked for and attention is not one operator, since a compiler would
-    then compile each packing anew.
+    then compile some packings anew.
     """
     layers = encoder_layers(body)
     if choice is False or len(layers) < 2:
@@ -58,6 +58,15 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
     if body.attend is None:
         if choice is True:
             raise ConfigError("body.compile: true needs heads of 16 to 128; set auto, or change the model")
+        return False
+    from fedbert_kernels.attention_choice import is_one_operator
+
+    if not is_one_operator(body.attend):
+        if choice is True:
+            raise ConfigError(
+                f"body.compile: true needs attention as one operator, and {body.attend.__name__} is not, which is the "
+                "fastest on this card; set kernels: triton, or body.compile: auto"
+            )
         return False
     if choice == "auto":
         from fedbert_kernels.choice import kept
@@ -104,13 +113,13 @@ class LayerCase:
 
     @property
     def name(self) -> str:
-        """What decides its time: widths, kernels, dtype, dropout, class of lengths."""
+        """What decides its time: widths, products, kernels, dtype, dropout, class of lengths."""
         from fedbert_kernels.attention_choice import length_class
 
-        config, own = self.layer.attention.self.config, {True: "fused", False: "plain"}
+        config, products = self.layer.attention.self.config, type(self.layer.output.dense).__name__
         dropout = " dropout" if config.hidden_dropout_prob or config.attention_probs_dropout_prob else ""
         widths = f"{config.hidden_size}-{config.intermediate_size} x {config.num_attention_heads}"
-        kernels = f"{self.attend.__name__} {own['forward' in vars(self.layer.output)]}"
+        kernels = f"{products} {self.attend.__name__}{' fused' if 'forward' in vars(self.layer.output) else ''}"
         kind = str(self.dtype).removeprefix("torch.")
         return f"layer {kind} {widths} {kernels}{dropout} {length_class(self.longest)}"
 

@@ -26,6 +26,7 @@ from fedbert_ds.model.compiled_layers import (
 from fedbert_ds.model.cut import split
 from fedbert_kernels import attention_choice, choice, sequences
 from fedbert_kernels.attention import attention
+from fedbert_kernels.attention_rivals import RIVALS, Rival
 from fedbert_kernels.patch_modules import patch_modules
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,36 +49,41 @@ def body_of(small_model):
     return build
 
 
-def run(body: Any, lengths: list[int], num_masked: int) -> list[Tensor]:
+def run(body: Any, lengths: list[int], num_masked: int, device: torch.device = CPU) -> list[Tensor]:
     """Hidden states of masked positions, and the gradients of the input and of all parameters."""
     random = torch.Generator().manual_seed(sum(lengths))
-    values = torch.randn(sum(lengths), 32, generator=random).requires_grad_()
-    masked = torch.randperm(sum(lengths), generator=random)[:num_masked].sort().values
+    values = torch.randn(sum(lengths), 32, generator=random).to(device).requires_grad_()
+    masked = torch.randperm(sum(lengths), generator=random)[:num_masked].sort().values.to(device)
     torch.manual_seed(0)
     hidden = body(values, masked, torch.tensor([0, *lengths]).cumsum(0).int())
-    weights = torch.randn(hidden.shape, generator=random)
+    weights = torch.randn(hidden.shape, generator=random).to(device)
     return [hidden.detach(), *torch.autograd.grad(hidden, [values, *body.parameters()], weights)]
 
 
-def test_no_window_compiles_anything_after_the_first_and_all_are_right(body_of, monkeypatch) -> None:
-    """One code serves all layers but the last, which the hook for masked positions is on."""
+def look(*_: object) -> None:
+    raise AssertionError("on a GPU, this waits for the device")
 
-    def look(*_: object) -> None:
-        raise AssertionError("on a GPU, this waits for the device")
 
-    monkeypatch.setattr(sequences, "read_bounds", look)
-    plain = body_of(layers=4)
-    compiled = copy.deepcopy(plain)
-    before = num_compiled()
-    compile_layers(compiled, backend="aot_eager")
-    after_first = None
+def graphs_compiled(compiled: Any, plain: Any, device: torch.device = CPU) -> int:
+    """Graphs compiled in the first window; in the others there must be none, and all are right."""
+    before, after_first = num_compiled(), None
     for lengths, num_masked in WINDOWS:
-        found, expected = run(compiled, lengths, num_masked), run(plain, lengths, num_masked)
+        found, expected = run(compiled, lengths, num_masked, device), run(plain, lengths, num_masked, device)
         assert [one.shape for one in found] == [one.shape for one in expected]
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         after_first = num_compiled() if after_first is None else after_first
         assert num_compiled() == after_first, (lengths, num_masked)
-    assert 1 <= after_first - before <= 2
+    assert after_first is not None
+    return after_first - before
+
+
+def test_no_window_compiles_anything_after_the_first_and_all_are_right(body_of, monkeypatch) -> None:
+    """One code serves all layers but the last, which the hook for masked positions is on."""
+    monkeypatch.setattr(sequences, "read_bounds", look)
+    plain = body_of(layers=4)
+    compiled = copy.deepcopy(plain)
+    compile_layers(compiled, backend="aot_eager")
+    assert 1 <= graphs_compiled(compiled, plain) <= 2
 
 
 def test_dropout_of_compiled_layers_follows_the_seed(body_of) -> None:
@@ -147,6 +153,18 @@ def test_heads_that_attention_does_not_take_are_one_line(body_of) -> None:
         install_compile(body, True, torch.float32)
 
 
+@pytest.mark.parametrize("rival", RIVALS.values(), ids=RIVALS)
+def test_attention_of_a_package_is_not_compiled_around(body_of, answered, rival: Rival) -> None:
+    body = body_of()
+    body.attend = rival.attend
+    if not rival.module:
+        assert install_compile(body, "auto", torch.bfloat16)
+        return
+    assert not install_compile(body, "auto", torch.bfloat16) and answered == [COMPILED]
+    with pytest.raises(ConfigError, match=rf"and {rival.attend.__name__} is not, .*; set kernels: triton, or"):
+        install_compile(body, True, torch.bfloat16)
+
+
 def test_where_nothing_can_compile_it_is_one_line(monkeypatch) -> None:
     from fedbert_kernels import interpreter
 
@@ -205,3 +223,29 @@ def test_a_case_is_known_by_all_that_decides_it(body_of) -> None:
 def test_counting_does_not_import_the_compiler(monkeypatch) -> None:
     monkeypatch.delitem(compiled_layers.sys.modules, "torch._dynamo.utils", raising=False)
     assert num_compiled() == 0
+
+
+# ---- on hardware: needs a GPU --------------------------------------------------------------------
+
+needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@needs_card
+@pytest.mark.timeout(600)
+def test_on_a_card_no_window_compiles_anything_after_the_first(body_of, monkeypatch) -> None:
+    monkeypatch.setattr(sequences, "read_bounds", look)
+    plain = body_of(layers=4, is_patched=False).to(CUDA)
+    plain.attend = attention
+    patch_modules(plain, "triton")
+    compiled = copy.deepcopy(plain)
+    compile_layers(compiled)
+    assert 1 <= graphs_compiled(compiled, plain, CUDA) <= 2
+
+
+@needs_card
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", [AS_IS, COMPILED])
+def test_on_a_card_a_layer_can_be_timed(body_of, way: str) -> None:
+    body = body_of(width=128, dropout=0.1).to(CUDA)
+    case = LayerCase(encoder_layers(body)[0], attention, torch.bfloat16, 512)
+    assert all(bool(gradient.isfinite().all()) for gradient in case.step(way, CUDA)())

@@ -63,8 +63,6 @@ _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float dropout, int s
     "fedbert_kernels::flash_attention",
     mutates_args=(),
     schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    # Or a compiler might take two layers' calls for one.
-    tags=(torch.Tag.nondeterministic_seeded,),
 )
 def _flash_attention(q, k, v, cu_seqlens, dropout, sliding_window, scale):
     """out [T, heads, d], lse [heads, T] fp32, and two tensors by which backward finds the mask."""

@@ -205,6 +205,13 @@ def _checkpointing(value: Any) -> Any:
     return {True: "layers", False: "none"}[value] if isinstance(value, bool) else value
 
 
+def _compile(value: Any) -> Any:
+    # As for `cut`: one sentence instead of an error for each alternative.
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise ValueError("must be auto, true or false")
+
+
 class BodySection(Section):
     """The body under DeepSpeed."""
 
@@ -220,14 +227,34 @@ class BodySection(Section):
     """What backward computes again, so that a micro-batch in flight takes less memory. Results are
     the same to the bit. `elementwise`: LayerNorm and GELU, no matrix product. `layers`: all but
     each layer's input, for a third more computation. `auto`: `elementwise` on a GPU, `none` on a
-    CPU. At ZeRO stage 3, where a forward keeps its input alone in any case, only `layers` changes
-    anything: the memory of a backward."""
+    CPU, with `compile: true` and with `fp8`. At ZeRO stage 3, where a forward keeps its input alone
+    in any case, only `layers` changes anything: the memory of a backward."""
+    compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
+    """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
+    what backward computes again. `auto` measures it once for a card, and only with
+    `activation_checkpointing: none`; it is false on a CPU and at ZeRO stage 3."""
+    fp8: bool = False
+    """Multiply matrices of encoder layers in fp8, by the package torchao; for `precision: bf16` and
+    GPUs from Ada and Hopper on. On a CPU it is emulated, slowly."""
+
+    @model_validator(mode="after")
+    def _keys_together(self) -> BodySection:
+        if self.fp8 and self.precision != "bf16":
+            raise ValueError("fp8 is for precision: bf16; set that, or fp8: false")
+        chosen = self.activation_checkpointing
+        if self.compile is True and chosen in ("elementwise", "layers"):
+            raise ValueError(
+                f"compile: true chooses itself what is computed again; remove activation_checkpointing: {chosen}"
+            )
+        if self.fp8 and chosen == "elementwise":
+            raise ValueError("fp8 keeps its own inputs; set activation_checkpointing: none or layers, or fp8: false")
+        return self
 
     def recomputed(self, device_type: str, stage: int) -> Literal["none", "elementwise", "layers"]:
         """What backward computes again on such a device at this ZeRO stage."""
         what = self.activation_checkpointing
         if what == "auto":
-            what = "none" if device_type == "cpu" else "elementwise"
+            what = "none" if device_type == "cpu" or self.compile is True or self.fp8 else "elementwise"
         return "none" if what == "elementwise" and stage == 3 else what
 
 
@@ -498,8 +525,9 @@ class RunConfig(Section):
     body: BodySection = BodySection()
     kernels: Kernels = "auto"
     """Kernels of the body's attention and of the small operations between its matrix products:
-    `triton` (fused, for CUDA), `torch`, or `auto`. `auto` is `triton` on a GPU where that package
-    is installed, and `torch` elsewhere. At ZeRO stage 3 only attention is fused."""
+    `triton` (ours, for CUDA), `torch`, or `auto`. `auto` is, on a GPU where Triton is installed,
+    what is measured fastest on it, ours or others; `torch` elsewhere. At ZeRO stage 3 only
+    attention is fused."""
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()
@@ -566,7 +594,7 @@ class RunConfig(Section):
         for key in ("staleness", "average_scope"):
             if getattr(federation, key) != type(federation).model_fields[key].default:
                 raise ValueError(f"federation.{key} is for clients that share a body; remove it or change cut: whole")
-        for key in ("zero_stage", "precision", "activation_checkpointing"):
+        for key in ("zero_stage", "precision", "activation_checkpointing", "compile", "fp8"):
             if getattr(self.body, key) != type(self.body).model_fields[key].default:
                 raise ValueError(f"body.{key}: cut: whole has no body; remove the key or change the cut")
         if self.kernels != "auto":

@@ -11,7 +11,7 @@ patched; it has transformers' own interface.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, Literal
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedbert_kernels.choice import OURS, kept
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
 from fedbert_kernels.recompute import cheap, consume
-from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, kept, operator
+from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, operator
 from fedbert_kernels.row_philox import row_drop_threshold
 
 Kernels = Literal["auto", "triton", "torch"]
@@ -37,14 +38,14 @@ def patch_modules(
     """Let the modules of `model` run the fused kernels where one fits; returns their number.
 
     `torch` leaves the model as it is. `triton` needs a model on a GPU and Triton, or Triton's
-    interpreter: ValueError otherwise. `auto` is `triton` where that can run, else `torch`. A second
-    call changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
+    interpreter: ValueError otherwise. `auto` leaves it where Triton cannot run. A second call
+    changes nothing. A model without such modules gives 0: ModernBERT has its norms first and a
     gated GELU. A model on the meta device, where nothing runs, can have `triton` anywhere.
 
-    Where torch.compile's LayerNorm or GELU is as fast on this card, it runs in place of ours
-    (`row_choice`). The first call on a card measures both, for this model's widths and dropout and
-    for `dtype`, in which it will run (None: the parameters' dtype). With `recompute` ours always
-    run: backward can compute their results again (`recompute.recomputing`).
+    With `auto`, torch.compile's LayerNorm or GELU runs in place of ours where it is as fast on this
+    card (`row_choice`). The first call on a card measures both, for this model's widths and dropout
+    and for `dtype`, in which it will run (None: the parameters' dtype). With `recompute` ours run:
+    backward can compute their results again (`recompute.recomputing`).
     """
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels is {kernels!r}; choose auto, triton or torch")
@@ -57,15 +58,19 @@ def patch_modules(
         )
     kinds = {module: kind for module in model.modules() if (kind := _kind(module)) is not None}
     cases = {module: _row_case(kind, module, dtype) for module, kind in kinds.items() if kind != PROJECTION}
-    ours = kept(cases.values(), next(model.parameters()).device) if cases and not recompute else {}
+    ways = dict.fromkeys((case.name for case in cases.values()), OURS)
+    if kernels == "auto" and cases and not recompute:
+        ways = kept(cases.values(), next(model.parameters()).device)
+    # One function for all layers, so that torch.compile knows them as the same.
+    forwards = {case: partial(_AROUND[case.kernel], _compute(case, ways, recompute)) for case in cases.values()}
     for module in kinds:
-        forward: Callable[..., Any] = _one_projection
-        if module in cases:
-            case = cases[module]
-            compute = _CHEAP[case.kernel] if recompute else operator(case.kernel, ours[case.name])
-            forward = partial(_AROUND[case.kernel], compute)
+        forward: Callable[..., Any] = forwards[cases[module]] if module in cases else _one_projection
         module.forward = MethodType(forward, module)
     return len(kinds)
+
+
+def _compute(case: RowCase, ways: Mapping[str, str], recompute: bool) -> Callable[..., Tensor]:
+    return _CHEAP[case.kernel] if recompute else operator(case.kernel, ways[case.name])
 
 
 def _can_run_triton(model: nn.Module) -> bool:

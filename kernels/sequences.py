@@ -56,9 +56,19 @@ def read_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
             raise ValueError(f"cu_seqlens must never fall, but sequence {index} goes from {start} to {end}")
 
 
-def vouch_for_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Take the bounds as checked, for a caller that checked them before they went to a GPU."""
+def vouch_for_bounds(cu_seqlens: Tensor, num_tokens: int, longest: int) -> None:
+    """Take the bounds as checked, for a caller that checked them before they went to a GPU; the
+    longest sequence has `longest` tokens.
+    """
     _remember(cu_seqlens, ("bounds", num_tokens), lambda: None)
+    _remember(cu_seqlens, "longest", lambda: longest)
+
+
+def longest_sequence(cu_seqlens: Tensor) -> int:
+    """Tokens of the longest sequence. For a tensor on a GPU that nobody has vouched for, the first
+    call waits for the device.
+    """
+    return _remember(cu_seqlens, "longest", lambda: int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0)
 
 
 def work_items(cu_seqlens: Tensor, num_tokens: int, rows: int) -> Tensor:

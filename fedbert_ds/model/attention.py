@@ -7,7 +7,7 @@ the encoder as the keyword argument `packing`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedbert_kernels.recompute import cheap
+
+Attend = Callable[..., Tensor]
+"""As `fedbert_kernels.attention.attention`, without its seed."""
 
 PACKED_ATTENTION = "fedbert_packed"
 """Value of a transformers config's `_attn_implementation` that selects `packed_attention`."""
@@ -32,8 +35,8 @@ class Packing:
     """[T] int64: index of each token in its sequence."""
     max_length: int
     """Length of the longest sequence."""
-    triton: bool
-    """Whether attention is the Triton kernel, which needs no groups; else torch's, by groups."""
+    attend: Attend | None = None
+    """Attention that takes packed sequences as they are; None is torch's, by groups."""
     groups: tuple[tuple[int, int], ...] = ()
     """(length, count) of sequences that are attended as one batch, in the order of `order`."""
     order: Tensor | None = None
@@ -43,7 +46,7 @@ class Packing:
 
     @classmethod
     def from_lengths(
-        cls, lengths: Sequence[int], device: torch.device | str = "cpu", *, triton: bool = False
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", *, attend: Attend | None = None
     ) -> Packing:
         """Pack sequences of the given lengths; ValueError if there are none or one is empty."""
         if not lengths or min(lengths) < 1:
@@ -58,24 +61,24 @@ class Packing:
         tokens = torch.arange(num_tokens, device=device)
         positions = tokens - starts.repeat_interleave(counts, output_size=num_tokens)
         cu_seqlens = torch.cat([starts[:1], ends]).int()
-        if triton:
+        if attend is not None:
             from fedbert_kernels.sequences import vouch_for_bounds
 
-            vouch_for_bounds(cu_seqlens, num_tokens)
-            return cls(cu_seqlens, positions, longest, triton=True)
+            vouch_for_bounds(cu_seqlens, num_tokens, longest)
+            return cls(cu_seqlens, positions, longest, attend)
         groups = _runs(lengths)
         if len(groups) == len(set(lengths)):
-            return cls(cu_seqlens, positions, longest, triton=False, groups=groups)
+            return cls(cu_seqlens, positions, longest, groups=groups)
         counts, by_length = counts.sort(stable=True)
         moved = starts[by_length] - (counts.cumsum(0) - counts)
         order = tokens + moved.repeat_interleave(counts, output_size=num_tokens)
         restore = torch.empty_like(order)
         restore[order] = tokens
-        return cls(cu_seqlens, positions, longest, False, _runs(sorted(lengths)), order, restore)
+        return cls(cu_seqlens, positions, longest, None, _runs(sorted(lengths)), order, restore)
 
     @classmethod
     def from_cu_seqlens(
-        cls, cu_seqlens: Tensor, num_tokens: int, device: torch.device | str = "cpu", *, triton: bool = False
+        cls, cu_seqlens: Tensor, num_tokens: int, device: torch.device | str = "cpu", *, attend: Attend | None = None
     ) -> Packing:
         """Pack by cumulative lengths, [n + 1] of any integer type.
 
@@ -88,7 +91,7 @@ class Packing:
         lengths = [end - start for start, end in itertools.pairwise(bounds)]
         if min(lengths) < 1:
             raise ValueError(f"cu_seqlens must strictly increase, got {bounds}")
-        return cls.from_lengths(lengths, device, triton=triton)
+        return cls.from_lengths(lengths, device, attend=attend)
 
 
 def packed_attention(
@@ -115,14 +118,12 @@ def packed_attention(
     # transformers counts the token itself; the operators do not.
     each_side = None if sliding_window is None else sliding_window - 1
     by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
-    if not packing.triton:
+    if packing.attend is None:
         result = grouped_attention(
             *by_token, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side
         )
         return result.unsqueeze(0), None
-    from fedbert_kernels.attention import attention
-
-    result = attention(
+    result = packing.attend(
         by_token if qkv is None else qkv.squeeze(0),
         packing.cu_seqlens,
         dropout=dropout,

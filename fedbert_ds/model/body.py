@@ -22,7 +22,7 @@ from fedbert_ds.model.architecture import (
     position_offset,
     widths,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing, keep_masked_positions
 from fedbert_kernels.recompute import cheap, consume, recomputing
 
 Recomputed = Literal["none", "elementwise", "layers"]
@@ -41,8 +41,8 @@ class Body(nn.Module):
         self.config = model.config
         self.config._attn_implementation = PACKED_ATTENTION
         self.cut = cut
-        self.triton = False
-        """Whether attention is the Triton kernel; `kernels.install_kernels` sets it."""
+        self.attend: Attend | None = None
+        """Attention of packed sequences, None for torch's; `kernels.install_kernels` sets it."""
         self.recomputed: Recomputed = "none"
         """What `recompute` was called with."""
         self._parts = architecture(model.config)
@@ -80,7 +80,7 @@ class Body(nn.Module):
             # table's does.
             summed_in = torch.promote_types(activations.dtype, torch.float32)
             activations = functional.embedding(row_index, activations.to(summed_in))
-        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, triton=self.triton)
+        packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, attend=self.attend)
         hidden = activations.to(dtype).unsqueeze(0)
         if self.cut == "rows":
             if packing.max_length > longest_sequence(self.config):
@@ -97,6 +97,11 @@ class Body(nn.Module):
         if self._parts.body_head is not None:
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
+
+    @property
+    def base_name(self) -> str:
+        """Name of the submodule that holds the encoder."""
+        return self._parts.base
 
     def recompute(self, what: Recomputed) -> None:
         """Keep less in forward; backward computes the rest again, with the same dropout. Once only.

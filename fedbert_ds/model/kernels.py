@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from fedbert_ds.config import Kernels
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
 
 
@@ -18,12 +17,20 @@ def check_kernels(kernels: Kernels, device: torch.device) -> None:
 
 
 def install_kernels(
-    body: Body, kernels: Kernels, device: torch.device, *, whole_weights: bool, dtype: torch.dtype | None = None
+    body: Body,
+    kernels: Kernels,
+    device: torch.device,
+    *,
+    whole_weights: bool,
+    dtype: torch.dtype | None = None,
+    longest: int | None = None,
 ) -> None:
     """Let a body on `device` run the kernels that the run file chooses.
 
-    `dtype` is that in which it will run (None: its parameters'). On a GPU, the first call times
-    LayerNorm and GELU beside torch.compile's and keeps the outcome for later ones.
+    `dtype` is that in which it will run (None: its parameters'), `longest` the tokens of the
+    longest sequence that will come (None: as its position table has). On a GPU, `auto` times
+    attention, LayerNorm and GELU beside their rivals at the first call and keeps the outcome for
+    later ones; `triton` is ours throughout.
 
     `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does
     not: hooks of modules gather weights there, and a patched module reads its parts without calling
@@ -37,17 +44,27 @@ def install_kernels(
         return
     # Imported here: Triton takes a second, which torch's users need not wait.
     from fedbert_kernels.attention import HEAD_SIZES
+    from fedbert_kernels.attention_choice import AttentionCase, attend_by
+    from fedbert_kernels.choice import OURS, kept
     from fedbert_kernels.patch_modules import patch_modules
 
-    head_size = _head_size(body.config)
-    body.triton = head_size in HEAD_SIZES
-    if kernels == "triton" and not body.triton:
+    case = AttentionCase(
+        next(body.parameters()).dtype if dtype is None else dtype,
+        body.config.num_attention_heads,
+        body.config.hidden_size // body.config.num_attention_heads,
+        body.config.attention_probs_dropout_prob,
+        longest_sequence(body.config) if longest is None else longest,
+    )
+    fits = case.head_size in HEAD_SIZES
+    if kernels == "triton" and not fits:
         raise ConfigError(
             f"kernels: triton takes heads of {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}, but this model's hidden_size / "
-            f"num_attention_heads is {head_size}; set kernels: auto, or change the model"
+            f"num_attention_heads is {case.head_size}; set kernels: auto, or change the model"
         )
+    if fits:
+        body.attend = attend_by(OURS if kernels == "triton" else kept([case], device)[case.name])
     if whole_weights:
-        patch_modules(body, "triton", dtype, recompute=body.recomputed == "elementwise")
+        patch_modules(body, kernels, dtype, recompute=body.recomputed == "elementwise")
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:
@@ -66,8 +83,3 @@ def _runs_triton(kernels: Kernels, device: torch.device) -> bool:
     if device.type != "cuda" and not INTERPRETED:
         raise ConfigError("kernels: triton needs a GPU, and there is none here; set kernels: auto")
     return True
-
-
-def _head_size(hf_config: Any) -> int:
-    size: int = hf_config.hidden_size // hf_config.num_attention_heads
-    return size

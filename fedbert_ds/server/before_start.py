@@ -22,9 +22,15 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
 
         if not torch.cuda.is_available():
             raise ConfigError("clients.local_device: cuda, and this machine has no GPU that torch can use; set cpu")
-    if config.kernels == "triton":
+    if config.kernels == "triton" or config.body.compile is True or config.body.fp8:
         import torch
 
+        from fedbert_ds.model.compiled_layers import check_compile
+        from fedbert_ds.model.fp8 import check_fp8
         from fedbert_ds.model.kernels import check_kernels
 
-        check_kernels(config.kernels, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_kernels(config.kernels, device)
+        check_compile(config.body.compile, config.kernels, device)
+        if config.body.fp8:
+            check_fp8(device)

@@ -82,6 +82,8 @@ class Tally:
     bytes_down: int = 0
     update_bytes_up: int = 0
     update_bytes_down: int = 0
+    recompiles: int = 0
+    """Graphs that torch.compile made."""
 
 
 @dataclass(frozen=True)

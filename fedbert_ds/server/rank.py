@@ -383,6 +383,7 @@ class RankServer:
         tally.seconds = sum(seconds.values())
         tally.wait_seconds, tally.rank_wait_seconds = seconds.get("clients", 0.0), seconds.get("ranks", 0.0)
         tally.saving_seconds = seconds.get("saving", 0.0)
+        tally.recompiles = self._rooms.engine.take_recompiles()
         up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
         tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes

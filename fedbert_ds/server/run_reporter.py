@@ -200,6 +200,7 @@ def window_metrics(
         saving_seconds=mean(lambda parts: parts.saving),
         host_seconds=mean(lambda parts: parts.host),
         flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
+        recompiles=total("recompiles"),
     )
 
 

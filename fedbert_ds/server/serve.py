@@ -246,7 +246,8 @@ def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
     if body is None:
         return NoBody()
     device = _device()
-    return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)
+    longest = config.data.sequence_length
+    return BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device, longest)
 
 
 def _start(config: RunConfig, joins: Joins, strategy: Strategy, world_size: int) -> Start:

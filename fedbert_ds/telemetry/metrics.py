@@ -68,6 +68,8 @@ class WindowMetrics:
     flops: float = 0.0
     """Floating-point operations of the body's matrix products, over all ranks; what is computed
     again, for want of memory, is not counted."""
+    recompiles: int = 0
+    """Graphs that torch.compile made on all ranks while they should have computed; 0 is right."""
 
     @property
     def wire_bytes(self) -> int:

@@ -47,13 +47,13 @@ def run_rank(rank: int, folder: Path) -> None:
 
 
 def beaten_by_torch_compile() -> None:
-    """From now on our LayerNorm and GELU are not kept; torch.compile makes all but machine code."""
-    from fedbert_kernels import compiled_rows, gelu, layer_norm, patch_modules
+    """From now on LayerNorm and GELU are torch.compile's, which makes all but machine code."""
+    from fedbert_kernels import compiled_rows, gelu, layer_norm, patch_modules, row_choice
 
     def refuse(*_: object) -> None:
         raise AssertionError("this kernel was beaten")
 
-    patch_modules.kept = lambda cases, device: {case.name: False for case in cases}
+    patch_modules.operator = lambda kernel, _: row_choice.operator(kernel, row_choice.COMPILED)
     compiled_rows.torch.compile = partial(torch.compile, backend="aot_eager")
     for module in (gelu, layer_norm):
         module.launch_forward = refuse

@@ -23,7 +23,7 @@ from fedbert_ds.bench.kernels.rows import (
     layer_norm_problem,
     loss_problem,
 )
-from fedbert_ds.bench.kernels.tuning import choose_rows, tune_launches
+from fedbert_ds.bench.kernels.tuning import choose_ways, tune_launches
 from fedbert_ds.bench.lengths import article_lengths, sentence_lengths
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -46,8 +46,8 @@ class KernelsOptions:
     """Text of the real mixes of lengths; see data.source of the run file."""
     kernels: tuple[str, ...] = KERNELS
     tune: bool = False
-    """First time attention's launch shapes, LayerNorm and GELU on this card; later runs take the
-    fastest."""
+    """First time attention's launch shapes, then attention, LayerNorm and GELU beside their rivals
+    on this card; later runs take the fastest."""
     quick: bool = False
 
 
@@ -94,7 +94,9 @@ def bench_kernels(
         raise RunError("--tune needs a GPU and the triton package: elsewhere there is nothing to tune")
     mixes = mixes_of(options, sizes.tokens) if "attention" in options.kernels else {}
     tuned = tune_launches(mixes, sizes.heads_and_sizes, dtype, device) if options.tune else []
-    choices = choose_rows(options.kernels, sizes.widths, dtype, device) if options.tune else []
+    choices: list[dict[str, Any]] = []
+    if options.tune:
+        choices = choose_ways(options.kernels, sizes.heads_and_sizes, sizes.widths, dtype, device)
     peaks = {"TFLOP/s": matmul_rate(device, dtype), "GB/s": memory_bandwidth(device)}
     rows: list[dict[str, Any]] = []
     for problem in problems(options, sizes, mixes, dtype, device):

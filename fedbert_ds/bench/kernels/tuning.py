@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
 import torch
-
-from fedbert_ds.bench.kernels.problem import OURS
-from fedbert_ds.bench.kernels.rows import COMPILED
 
 
 def tune_launches(
@@ -38,20 +34,34 @@ def tune_launches(
     return found
 
 
-def choose_rows(
-    kernels: tuple[str, ...], widths: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def choose_ways(
+    kernels: tuple[str, ...],
+    heads_and_sizes: tuple[tuple[int, int], ...],
+    widths: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Time ours and torch.compile's LayerNorm and GELU; later runs on this card take the faster."""
-    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, is_ours_faster, measure_again
+    """Time attention, LayerNorm and GELU beside their rivals; later runs on this card take the
+    fastest. A row a case.
+    """
+    from fedbert_kernels.attention_choice import CLASSES, AttentionCase
+    from fedbert_kernels.choice import Case, measure_again
+    from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase
 
-    cases = [RowCase(LAYER_NORM, dtype, width, dropout) for width in widths for dropout in (0.0, 0.1)]
-    cases += [RowCase(GELU, dtype, 4 * width) for width in widths]
-    times = measure_again([case for case in cases if case.kernel in kernels], device)
-    for name, pair in times.items():
-        print(f"{name}: {'our kernel' if is_ours_faster(pair) else 'torch.compile'} runs on this card from now on")
+    cases: dict[str, list[Case]] = {
+        "attention": [
+            AttentionCase(dtype, heads, head_size, dropout, longest)
+            for heads, head_size in heads_and_sizes
+            for longest in CLASSES
+            for dropout in (0.0, 0.1)
+        ],
+        LAYER_NORM: [RowCase(LAYER_NORM, dtype, width, dropout) for width in widths for dropout in (0.0, 0.1)],
+        GELU: [RowCase(GELU, dtype, 4 * width) for width in widths],
+    }
+    outcomes = measure_again([case for kernel in kernels for case in cases.get(kernel, [])], device)
+    for name, outcome in outcomes.items():
+        print(f"{name}: {outcome.chosen} runs on this card from now on")
     return [
-        # JSON has no infinity, the time of one that does not run.
-        {"case": name, "kept": is_ours_faster(pair)}
-        | {who: time if math.isfinite(time) else None for who, time in zip((OURS, COMPILED), pair, strict=True)}
-        for name, pair in times.items()
+        {"case": name, "chosen": outcome.chosen, "milliseconds": outcome.milliseconds, "left_out": outcome.left_out}
+        for name, outcome in outcomes.items()
     ]

@@ -18,6 +18,8 @@ from torch import Tensor
 from fedbert_ds.config import BodySection, Kernels, OptimizerSection
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
+from fedbert_ds.model.compiled_layers import install_compile, num_compiled
+from fedbert_ds.model.fp8 import install_fp8
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
@@ -60,6 +62,18 @@ class BodyInput:
         return BodyInput([activations], device.upload([self.masked_positions]), self.cu_seqlens, index, self.seed)
 
 
+def _unused(lengths: tuple[int, ...], num_masked: int, width: int, with_rows: bool, seed: int) -> BodyInput:
+    """Zeros for sequences of these lengths."""
+    num_tokens = sum(lengths)
+    return BodyInput(
+        activations=[Encoded.zeros(num_tokens, width, "fp32")],
+        masked_positions=torch.arange(num_masked),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        row_index=torch.zeros(num_tokens, dtype=torch.int64) if with_rows else None,
+        seed=seed,
+    )
+
+
 class BodyEngine:
     """Forward, backward and step of the body on this rank. Holds the micro-batches in flight.
 
@@ -90,6 +104,7 @@ class BodyEngine:
         self._tokens: dict[int, int] = {}
         self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
+        self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
         self._gradient = WindowGradient(engine, world_size)
 
@@ -101,10 +116,12 @@ class BodyEngine:
         optimizer_section: OptimizerSection,
         kernels: Kernels,
         device: torch.device,
+        longest: int | None = None,
     ) -> BodyEngine:
         """Wrap a body in DeepSpeed. torch.distributed must be initialized.
 
-        Every rank passes the same weights. Raises ConfigError as `deepspeed_settings`.
+        Every rank passes the same weights. No sequence will have more than `longest` tokens (None:
+        than the position table holds). Raises ConfigError as `deepspeed_settings`.
         """
         stage = zero_stage(section)
         optimizer = build_optimizer(
@@ -116,8 +133,13 @@ class BodyEngine:
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         shapes = {names[parameter]: tuple(parameter.shape) for parameter in ordered}
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
+        if section.fp8:
+            install_fp8(body, device)
         body.recompute(section.recomputed(device.type, stage))
-        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype)
+        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype, longest=longest)
+        is_compiled = False
+        if stage < 3 and body.recomputed == "none":
+            is_compiled = install_compile(body, section.compile, dtype, longest)
         body.train()
         settings = deepspeed_settings(section, optimizer_section)
         engine, *_ = deepspeed.initialize(model=body, optimizer=optimizer, config=settings)
@@ -129,7 +151,10 @@ class BodyEngine:
             engine.optimizer.overflow_checker = SimpleNamespace(check=lambda: False)
         if stage == 3:
             clear_padding(engine.optimizer, shapes, torch.distributed.get_rank(), world_size)
-        return cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
+        built = cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
+        if is_compiled:
+            built.warm_up(body.widths.activations, body.cut == "rows")
+        return built
 
     @property
     def zero_stage(self) -> int:
@@ -218,14 +243,29 @@ class BodyEngine:
             optimizer._overflow_clean_up(optimizer.loss_scale)
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
-        """One unused token, so that a rank without work still runs the collectives."""
-        return BodyInput(
-            activations=[Encoded.zeros(1, width, "fp32")],
-            masked_positions=torch.zeros(0, dtype=torch.int64),
-            cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
-            row_index=torch.zeros(1, dtype=torch.int64) if with_rows else None,
-            seed=seed,
-        )
+        """A sequence of unused tokens, so that a rank without work still runs the collectives."""
+        # A compiled layer takes any number of tokens but one, which would be compiled apart.
+        return _unused((2,), 0, width, with_rows, seed)
+
+    def warm_up(self, width: int, with_rows: bool) -> None:
+        """Compile what is compiled at the first forward and backward, at ZeRO stages 0 to 2.
+
+        Activations have `width` columns; `with_rows` is for cut: rows. Leaves no gradient.
+        """
+        # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
+        # that 16 divides, fp8 products need no padding, so these are compiled apart.
+        for lengths in ((6, 5), (9, 4, 3)):
+            body_input = _unused(lengths, 5, width, with_rows, seed=0).to(self._device)
+            activations = _activations(body_input).requires_grad_(True)
+            hidden = self._run(body_input, activations)
+            self._gradient.backward(hidden, torch.zeros_like(hidden), activations)
+        self._gradient.drop()
+        self._num_compiled = num_compiled()
+
+    def take_recompiles(self) -> int:
+        """Graphs that torch.compile has made in this process since the last call or the warm-up."""
+        before, self._num_compiled = self._num_compiled, num_compiled()
+        return self._num_compiled - before
 
     def full_state(self) -> dict[str, Tensor]:
         """Whole fp32 weights by Hugging Face name, on the CPU. All ranks call it: it gathers

@@ -73,13 +73,14 @@ def bytes_kept(
     has them in a byte.
     """
     # Imported here, as `install_kernels` does: Triton takes a second.
-    from fedbert_kernels.attention import HEAD_SIZES
+    from fedbert_kernels.attention import HEAD_SIZES, attention
 
     meta = torch.device("meta")
     body = body_skeleton(hf_config, cut).to(meta, dtype).train()
     body.recompute(recomputed)
     install_kernels(body, kernels, meta, whole_weights=True, dtype=dtype)
-    body.triton = hf_config.hidden_size // hf_config.num_attention_heads in HEAD_SIZES
+    fits = hf_config.hidden_size // hf_config.num_attention_heads in HEAD_SIZES
+    body.attend = attention if fits else None
     num_tokens = sum(lengths)
     activations = torch.empty(rows or num_tokens, body.widths.activations, device=meta, requires_grad=True)
     positions = torch.empty(masked, dtype=torch.int64, device=meta)

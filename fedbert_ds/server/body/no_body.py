@@ -44,3 +44,7 @@ class NoBody(BodyEngine):
     def affordable_in_flight(self) -> int:
         """There are no micro-batches."""
         return MOST_IN_FLIGHT
+
+    def take_recompiles(self) -> int:
+        """Nothing is compiled."""
+        return 0

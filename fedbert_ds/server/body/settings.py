@@ -26,9 +26,15 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
     """The DeepSpeed configuration of a run.
 
     Raises ConfigError if the file is not JSON, has no usable ZeRO stage, or sets a key that the run
-    file owns.
+    file owns; or if layers are to be compiled, or in fp8, at stage 3.
     """
     settings = _read(body)
+    if settings["zero_optimization"].get("stage", 0) == 3:
+        for key, instead in (("compile", "auto"), ("fp8", "false")):
+            if getattr(body, key) is True:
+                raise ConfigError(
+                    f"body.{key}: true needs weights that ZeRO stage 3 divides; set {instead}, or body.zero_stage: 2"
+                )
     settings |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

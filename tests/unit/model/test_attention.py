@@ -16,6 +16,7 @@ from fedbert_ds.config import ModelSection
 from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, packed_attention
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_kernels.attention import attention
 
 LENGTH_MIXES = st.lists(st.integers(min_value=1, max_value=12), min_size=1, max_size=7)
 
@@ -144,7 +145,7 @@ def test_modernbert_runs_packed_with_its_sliding_window(triton: bool) -> None:
     with torch.no_grad():
         expected = model(batch, attention_mask=mask).last_hidden_state[mask.bool()]
         config._attn_implementation = PACKED_ATTENTION
-        packing = Packing.from_lengths(lengths, DEVICE, triton=triton)
+        packing = Packing.from_lengths(lengths, DEVICE, attend=attention if triton else None)
         actual = model(
             packed.input_ids.unsqueeze(0).to(DEVICE),
             attention_mask={"full_attention": None, "sliding_attention": None},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from fedbert_ds.model.kernels import check_kernels, install_kernels
 
 pytestmark = needs_triton
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LENGTHS = [7, 1, 16, 7]
 
 
@@ -75,19 +76,18 @@ def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch) -> Non
 
 def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(body_of, monkeypatch) -> None:
     from fedbert_kernels import attention as module
-    from fedbert_kernels import sequences
+    from fedbert_kernels import attention_choice, sequences
 
     shapes: list[Any] = []
-    attention = module.attention
 
     def watched(inputs: Any, *arguments: Any, **keywords: Any) -> Tensor:
         shapes.append(inputs.shape if isinstance(inputs, Tensor) else [part.shape for part in inputs])
-        return attention(inputs, *arguments, **keywords)
+        return module.attention(inputs, *arguments, **keywords)
 
     def look(*_: Any) -> None:
         raise AssertionError("on a GPU, this waits for the device")
 
-    monkeypatch.setattr(module, "attention", watched)
+    monkeypatch.setattr(attention_choice, "attention", watched)
     monkeypatch.setattr(sequences, "read_bounds", look)
     packed = pack(LENGTHS)
     for whole_weights in (True, False):
@@ -113,7 +113,7 @@ def test_patched_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypa
 def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
     body = body_of("bert")
     install_kernels(body, "triton", torch.device(DEVICE), whole_weights=False)
-    assert body.triton and num_replaced(body) == 0
+    assert body.attend is not None and num_replaced(body) == 0
     install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
     assert num_replaced(body) == 3 * 4
 
@@ -137,19 +137,71 @@ def test_torch_is_what_a_cpu_runs_unless_triton_is_asked_for(body_of) -> None:
     for kernels in ("auto", "torch"):
         body = body_of("bert")
         install_kernels(body, kernels, CPU, whole_weights=True)
-        assert not body.triton and num_replaced(body) == 0
+        assert body.attend is None and num_replaced(body) == 0
 
 
-def test_auto_takes_triton_on_a_gpu_that_has_it(body_of, monkeypatch) -> None:
+@pytest.fixture
+def measured(monkeypatch) -> Iterator[list[Any]]:
+    """The cases that a choice on a GPU was asked for; the answers are `beaten`'s."""
+    from fedbert_kernels import choice, patch_modules
+
+    asked: list[Any] = []
+
+    def kept(cases: Any, device: torch.device) -> dict[str, str]:
+        assert device == CUDA or device == torch.device(DEVICE)
+        asked.extend(cases)
+        return {case.name: case.off_gpu for case in asked}
+
+    for module in (choice, patch_modules):
+        monkeypatch.setattr(module, "kept", kept)
+    yield asked
+
+
+def test_auto_takes_triton_on_a_gpu_that_has_it(body_of, measured, monkeypatch) -> None:
     from fedbert_kernels import interpreter
 
     body = body_of("bert")
-    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
-    assert body.triton and num_replaced(body) == 3 * 4
+    install_kernels(body, "auto", CUDA, whole_weights=True)
+    assert body.attend is not None and num_replaced(body) == 3 * 4
     monkeypatch.setattr(interpreter, "HAVE_TRITON", False)
     body = body_of("bert")
-    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
-    assert not body.triton and num_replaced(body) == 0
+    install_kernels(body, "auto", CUDA, whole_weights=True)
+    assert body.attend is None and num_replaced(body) == 0
+
+
+def test_auto_measures_for_what_will_run_and_triton_measures_nothing(body_of, measured) -> None:
+    from fedbert_kernels.attention_choice import AttentionCase
+
+    body = body_of("bert", dropout=0.3)
+    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, longest=300)
+    assert measured == []
+    install_kernels(body, "auto", CUDA, whole_weights=True, dtype=torch.bfloat16, longest=300)
+    assert measured[0] == AttentionCase(torch.bfloat16, 2, 16, 0.3, 300)
+    assert {case.dtype for case in measured} == {torch.bfloat16} and len(measured) == 1 + 3 * 3
+    measured.clear()
+    install_kernels(body, "auto", CUDA, whole_weights=False)
+    longest = body.config.max_position_embeddings
+    assert measured == [AttentionCase(torch.float32, 2, 16, 0.3, longest)]
+
+
+def test_the_attention_that_was_faster_runs_in_the_body(body_of, monkeypatch) -> None:
+    from fedbert_kernels import choice
+    from fedbert_kernels.attention import attention
+    from fedbert_kernels.attention_rivals import RIVALS, Rival
+
+    calls: list[int] = []
+
+    def rival(*arguments: Any, **keywords: Any) -> Tensor:
+        calls.append(1)
+        return attention(*arguments, **keywords)
+
+    body, packed = body_of("bert"), pack(LENGTHS)
+    expected = run(body, packed)
+    monkeypatch.setitem(RIVALS, "a rival", Rival(rival, has_dropout=True))
+    monkeypatch.setattr(choice, "kept", lambda cases, _: {case.name: "a rival" for case in cases})
+    install_kernels(body, "auto", CUDA, whole_weights=False)
+    torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
+    assert len(calls) == 3
 
 
 def test_triton_where_it_cannot_run_is_one_line(monkeypatch) -> None:
@@ -165,9 +217,9 @@ def test_triton_where_it_cannot_run_is_one_line(monkeypatch) -> None:
         check_kernels(kernels, CPU)
 
 
-def test_a_head_size_the_kernel_does_not_take(small_model) -> None:
+def test_a_head_size_the_kernel_does_not_take(small_model, measured) -> None:
     body = split(small_model("bert"), "embeddings")[1].to(DEVICE)
     with pytest.raises(ConfigError, match=r"kernels: triton takes heads of 16 to 128, but .* is 8; set kernels: auto"):
         install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
-    install_kernels(body, "auto", torch.device("cuda"), whole_weights=True)
-    assert not body.triton and num_replaced(body) == 3 * 4
+    install_kernels(body, "auto", CUDA, whole_weights=True)
+    assert body.attend is None and num_replaced(body) == 3 * 4

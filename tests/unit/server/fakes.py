@@ -120,6 +120,9 @@ class FakeEngine:
     def affordable_in_flight(self) -> int:
         return 8
 
+    def take_recompiles(self) -> int:
+        return 0
+
     def _per_token(self, body_input: BodyInput, values: Tensor) -> Tensor:
         return values if body_input.row_index is None else values[body_input.row_index]
 

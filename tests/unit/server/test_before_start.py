@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -55,4 +56,13 @@ def test_clients_that_are_to_have_gpus_need_some(
     if has_gpu:
         return check_before_start(config, resume=False)
     with pytest.raises(ConfigError, match=r"clients\.local_device: cuda, and this machine has no GPU"):
+        check_before_start(config, resume=False)
+
+
+def test_layers_that_are_to_be_compiled_need_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = config_in(tmp_path).body.model_copy(update={"compile": True})
+    config = config_in(tmp_path).model_copy(update={"body": body})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(ConfigError, match=r"body\.compile: true needs a C\+\+ compiler"):
         check_before_start(config, resume=False)

@@ -53,11 +53,11 @@ def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     one = status(
         clients=frozenset({"ada"}), loss_sum=30.0, tokens=90, masked_tokens=10, lost_masked_tokens=1, busy_seconds=2.5,
         step_seconds=1.5, wait_seconds=1.0, rank_wait_seconds=0.25, saving_seconds=0.5, seconds=6.0, forwards=2,
-        backwards=2, bytes_up=7, update_bytes_down=5, squared_lengths=90 * 30,
+        backwards=2, bytes_up=7, update_bytes_down=5, squared_lengths=90 * 30, recompiles=2,
     )  # fmt: skip
     other = status(
         clients=frozenset({"bo", "cy"}), loss_sum=10.0, tokens=30, masked_tokens=10, busy_seconds=1.5, step_seconds=0.5,
-        seconds=6.0, forwards=2, backwards=2, dummy_micro_batches=1, bytes_up=3, squared_lengths=30 * 10,
+        seconds=6.0, forwards=2, backwards=2, dummy_micro_batches=1, bytes_up=3, squared_lengths=30 * 10, recompiles=1,
     )  # fmt: skip
     metrics = window_metrics(7, [one, other], 50, 0.5, flops_per_token)
     assert (metrics.window, metrics.seconds, metrics.learning_rate) == (7, 6.0, 0.5)
@@ -69,6 +69,7 @@ def test_a_window_of_two_ranks_is_summed_or_averaged() -> None:
     assert metrics.flops == 120 * (100.0 + 10.0 * 20 / 120) + 90 * 30 + 30 * 10
     assert metrics.fill == 120 / (3 * 50), "dummies hold no place"
     assert (metrics.bytes_up, metrics.update_bytes_down, metrics.clients) == (10, 5, 3)
+    assert metrics.recompiles == 3
 
 
 def test_a_window_of_dummies_alone_has_no_loss_and_no_fill() -> None:

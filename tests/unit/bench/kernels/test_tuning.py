@@ -1,11 +1,9 @@
-"""--tune goes once through each shape, and measures LayerNorm and GELU beside torch.compile's."""
-
-import math
+"""--tune goes once through each shape, and measures kernels beside their rivals."""
 
 import torch
 
 from fedbert_ds.bench.kernels.benchmark import KERNELS
-from fedbert_ds.bench.kernels.tuning import choose_rows, tune_launches
+from fedbert_ds.bench.kernels.tuning import choose_ways, tune_launches
 from fedbert_kernels import attention_tuning
 from fedbert_kernels.launch import Launch
 
@@ -28,27 +26,24 @@ def test_tuning_goes_once_through_each_shape(monkeypatch) -> None:
     assert found[0]["rows"] == 64 and found[0]["time_over_default"] == 0.5
 
 
-def test_tuning_measures_layer_norm_and_gelu_and_tells_who_runs(monkeypatch, capsys) -> None:
-    from fedbert_kernels import row_choice
+def test_tuning_measures_rivals_and_tells_who_runs(monkeypatch, capsys) -> None:
+    from fedbert_kernels import choice
 
     measured = []
 
     def measure_again(cases, device):
         measured.extend(case.name for case in cases)
-        return {measured[0]: (1.0, 2.0), measured[1]: (1.0, 0.5), measured[2]: (math.inf, 1.0)}
+        outcome = choice.Outcome("ours", {"ours": 1.0}, {"other": "not installed"}, {}, "")
+        return {measured[0]: outcome}
 
-    monkeypatch.setattr(row_choice, "measure_again", measure_again)
-    found = choose_rows(KERNELS, (256,), torch.bfloat16, CPU)
+    monkeypatch.setattr(choice, "measure_again", measure_again)
+    found = choose_ways(("layer norm", "GELU"), ((2, 64),), (256,), torch.bfloat16, CPU)
     assert measured == ["layer norm bfloat16 256", "layer norm bfloat16 256 dropout", "GELU bfloat16 1024"]
     assert found == [
-        {"case": measured[0], "kept": True, "ours": 1.0, "torch.compile": 2.0},
-        {"case": measured[1], "kept": False, "ours": 1.0, "torch.compile": 0.5},
-        {"case": measured[2], "kept": False, "ours": None, "torch.compile": 1.0},
+        {"case": measured[0], "chosen": "ours", "milliseconds": {"ours": 1.0}, "left_out": {"other": "not installed"}}
     ]
-    assert [line.split(": ")[1].split(" runs")[0] for line in capsys.readouterr().out.splitlines()] == [
-        "our kernel", "torch.compile", "torch.compile"
-    ]  # fmt: skip
+    assert capsys.readouterr().out == f"{measured[0]}: ours runs on this card from now on\n"
     measured.clear()
-    monkeypatch.setattr(row_choice, "measure_again", lambda cases, device: measured.extend(cases) or {})
-    assert choose_rows(("attention", "GELU"), (256,), torch.bfloat16, CPU) == []
-    assert [case.kernel for case in measured] == ["GELU"]
+    choose_ways(KERNELS, ((2, 64), (8, 128)), (256,), torch.bfloat16, CPU)
+    assert len(measured) == 2 * 3 * 2 + 3
+    assert measured[1] == "attention bfloat16 2 x 64 dropout up to 128"

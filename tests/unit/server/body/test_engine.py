@@ -27,7 +27,7 @@ def test_kernels_are_chosen_for_what_deepspeed_will_make_of_the_weights(
         """Far enough."""
 
     def install_kernels(body: Any, kernels: str, device: torch.device, **choices: Any) -> None:
-        assert choices == {"whole_weights": stage < 3, "dtype": dtype}
+        assert choices == {"whole_weights": stage < 3, "dtype": dtype, "longest": 77}
         raise Installed
 
     monkeypatch.setattr(engine, "install_kernels", install_kernels)
@@ -42,7 +42,7 @@ def test_kernels_are_chosen_for_what_deepspeed_will_make_of_the_weights(
             assert what == "none"
 
     with pytest.raises(Installed):
-        BodyEngine.build(Unsplit(2, 2), config.body, config.optimizer, config.kernels, torch.device("cpu"))
+        BodyEngine.build(Unsplit(2, 2), config.body, config.optimizer, config.kernels, torch.device("cpu"), 77)
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,30 @@ def test_what_is_computed_again_has_the_same_bits(recomputed: Path, stage: int, 
         for name, tensor in kept.items():
             assert torch.equal(tensor, again[name]), name
         assert any(torch.any(tensor != 0) for name, tensor in kept.items() if name.startswith("input"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `compile_worker.py` found."""
+    folder = tmp_path_factory.mktemp("compiled")
+    worker = Path(__file__).with_name("compile_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, str(worker), str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("what", ["gradients", "weights"])
+def test_a_run_with_compiled_layers_is_the_run_without(compiled: dict[str, Any], what: str) -> None:
+    """To rounding, over windows of other token, sequence and masked counts and a dummy."""
+    torch.testing.assert_close(compiled[f"{what} compiled"], compiled[f"{what} plain"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_with_compiled_layers_compiles_before_its_first_micro_batch_alone(compiled: dict[str, Any]) -> None:
+    assert compiled["compiled before"] > 0
+    assert compiled["recompiles compiled"] == compiled["recompiles plain"] == [0, 0, 0]
+    # The count can tell.
+    assert compiled["recompiles of a layer in fp64"] > 0

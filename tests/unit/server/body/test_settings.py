@@ -90,3 +90,15 @@ def test_a_file_that_is_not_text_is_one_line(tmp_path: Path) -> None:
     config.body.deepspeed.write_bytes(b"\xff\xfe{}")
     with pytest.raises(ConfigError, match="is not a readable JSON file"):
         settings_of(config)
+
+
+@pytest.mark.parametrize(("key", "instead"), [("compile", "auto"), ("fp8", "false")])
+def test_layers_are_neither_compiled_nor_in_fp8_at_stage_3(tmp_path: Path, key: str, instead: str) -> None:
+    def body(stage: int, **keys: bool) -> dict[str, Any]:
+        return {"zero_stage": stage, "precision": "bf16", **keys}
+
+    for stage in (0, 1, 2):
+        settings_of(config_with(tmp_path, "{}", body=body(stage, **{key: True})))
+    settings_of(config_with(tmp_path, "{}", body=body(3)))
+    with pytest.raises(ConfigError, match=rf"body\.{key}: true needs weights that ZeRO .* divides; set {instead}, or"):
+        settings_of(config_with(tmp_path, "{}", body=body(3, **{key: True})))

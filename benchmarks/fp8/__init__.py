@@ -1,0 +1,1 @@
+"""Loss of a body whose matrix products are in fp8."""

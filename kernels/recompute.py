@@ -27,7 +27,6 @@ _watcher: ContextVar[Callable[[Tensor], None] | None] = ContextVar("_watcher", d
 def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, which must give the same bits whenever it is called."""
     result = function(*arguments)
-    # What is compiled as a whole keeps what torch's partitioner chooses, cheap results rarely.
     if not torch.compiler.is_compiling() and _is_active.get() and result.requires_grad:
         whole = result if result._base is None else result._base
         whole._recipe = _Recipe(function, arguments)  # type: ignore[attr-defined]
@@ -36,7 +35,8 @@ def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
 
 def consume(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """`function(*arguments)`, whose graph keeps recipes in place of cheap results."""
-    if not _is_active.get():
+    # A compiler that traces this cannot read a context, and chooses itself what it keeps.
+    if torch.compiler.is_compiling() or not _is_active.get():
         return function(*arguments)
     watcher = _watcher.get()
     pack = _pack if watcher is None else partial(_pack_watched, watcher)

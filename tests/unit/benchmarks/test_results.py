@@ -19,6 +19,7 @@ from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.body.benchmark import BASE as BERT_BASE
 from fedbert_ds.bench.body.benchmark import LARGE, OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
+from fedbert_ds.bench.host.benchmark import RECOMPUTED, SELECTIVE
 from fedbert_ds.bench.host.benchmark import table as host_table
 from fedbert_ds.bench.memory.benchmark import count
 from fedbert_ds.bench.memory.benchmark import table as in_flight_table
@@ -190,7 +191,7 @@ def test_memory_of_a_client():
         assert row["peak_mb"] <= {BASE: 1000, FACTORIZED: 600}[row["model"]]
 
 
-@pytest.mark.parametrize("name", ["host-cpu", "host-cpu-before"])
+@pytest.mark.parametrize("name", ["host-cpu", "host-cpu-before", "host-cpu-recompute"])
 def test_host_time(name):
     record = json.loads((BENCHMARKS / "results" / f"{name}.json").read_text(encoding="utf-8"))
     assert host_table(record["rows"]) in README
@@ -198,6 +199,9 @@ def test_host_time(name):
     if name == "host-cpu":
         # What the page claims.
         assert all(beside[f"engine, ZeRO {stage}"] <= 1.075 for stage in range(3))
+    if name == "host-cpu-recompute":
+        assert beside[RECOMPUTED] <= 1.3 and beside[RECOMPUTED] / beside["engine, ZeRO 1"] < 1.15
+        assert beside[SELECTIVE] > 4
 
 
 def test_memory_in_flight():

@@ -165,8 +165,8 @@ class OptimizerSection(Section):
     """Optimizer and learning-rate schedule, the same for the body and the client halves."""
 
     name: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), plain SGD, or, with `cut: whole`,
-    Muon (Jordan et al. 2024) for the matrices of encoder layers and AdamW for the rest."""
+    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), plain SGD, or Muon (Jordan et al.
+    2024) for the matrices of encoder layers and AdamW for the rest."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -521,11 +521,6 @@ class RunConfig(Section):
             raise ValueError(
                 "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may "
                 "have gone on by then; set one of them to its default"
-            )
-        if self.optimizer.name == "muon" and self.cut != "whole":
-            raise ValueError(
-                "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, "
-                "or cut: whole"
             )
         if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
             raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")

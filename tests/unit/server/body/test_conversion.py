@@ -15,17 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.body.conversion import (
-    MASTERS,
-    Share,
-    Table,
-    fill,
-    group_tables,
-    parameter_table,
-    read_shares,
-    whole,
-    whole_table,
-)
+from fedbert_ds.server.body.conversion import MASTERS, Share, fill, read_shares, whole
+from fedbert_ds.server.body.layout import Table, group_tables, parameter_table, whole_table
 
 SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5).map(
     lambda shapes: {f"p{number}": shape for number, shape in enumerate(shapes)}
@@ -76,6 +67,16 @@ def test_nothing_is_made_up_before_the_first_step() -> None:
     ((table, like),) = layout(shapes, 3, 1)
     share = fill(table, like, saved, shapes)
     assert share.moments == {} and torch.equal(share.masters[0], torch.ones(6))
+
+
+def test_each_parameter_keeps_the_moments_of_its_own_rule() -> None:
+    """Muon has momentum where it steps matrices, and AdamW's moments elsewhere."""
+    shapes = {"matrix": (2, 3), "bias": (3,)}
+    rules = {0: {"step": torch.tensor(2.0), "momentum": torch.ones(2, 3)}, 1: {"step": 1, "exp_avg": torch.ones(3)}}
+    saved = [Share(whole_table(shapes), [torch.zeros(2, 3), torch.zeros(3)], rules)]
+    share = fill(whole_table(shapes), saved[0].masters, saved, shapes)
+    assert {n: set(state) for n, state in share.moments.items()} == {n: set(state) for n, state in rules.items()}
+    assert torch.equal(whole([share], "matrix", 6, "momentum"), torch.ones(6))
 
 
 def test_a_part_that_is_missing_is_noticed() -> None:

@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Noted(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operation.namespace == "c10d":
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            self.collectives.append((operation._opname, sum(tensor.nbytes for tensor in tensors)))
+            self.collectives.append((operation.name().partition("::")[2], sum(tensor.nbytes for tensor in tensors)))
         elif not operation.is_view and any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
             self.operations += 1
         return operation(*args, **(kwargs or {}))
@@ -142,8 +143,18 @@ def count(folder: Path, rank: int, stage: int, name: str, layers: int) -> dict[s
     """Of the last window: collectives of forwards and backwards, and of the step; steps of the
     optimizer, and their operations; bytes of the body's fp32 gradient.
     """
-    engine = build(folder, rank, stage, name, "bf16", layers)
-    inner = engine._engine.optimizer.optimizer
+    from fedbert_ds.server.body import engine as room
+
+    made: list[Any] = []
+
+    def noted_build(*arguments: Any, **options: Any) -> Any:
+        made.append(build_optimizer(*arguments, **options))
+        return made[0]
+
+    build_optimizer = room.build_optimizer
+    with mock.patch.object(room, "build_optimizer", noted_build):
+        engine = build(folder, rank, stage, name, "bf16", layers)
+    (inner,) = made
     calls: list[int] = []
     step = inner.step
 

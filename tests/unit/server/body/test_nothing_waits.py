@@ -77,8 +77,8 @@ def test_a_step_waits_for_the_norm_alone(told: Told, stage: int, precision: str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_cross_ranks_once_a_window_up_to_stage_2(told: Told, stage: int, precision: str) -> None:
-    """In the step, as what the norm needs and weights. At stage 3 in every backward, as DeepSpeed is
-    made. What crosses: test_optimizer_step.py.
+    """In the step, as do the norm's parts and the weights. At stage 3 in every backward, as DeepSpeed
+    is made. What crosses: test_optimizer_step.py.
     """
     *before, step = told(stage, precision)["collectives"]
     assert before == ([0] * (1 + MICRO_BATCHES) if stage < 3 else [0] + [1] * MICRO_BATCHES)

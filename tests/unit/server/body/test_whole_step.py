@@ -50,7 +50,6 @@ def test_gradients_are_clipped_by_the_norm_of_all() -> None:
     optimizer.optimizer.step = lambda: seen.extend(master.grad.clone() for master in masters(optimizer))
     optimizer.step()
     assert torch.cat(seen).norm() == pytest.approx(1.0, rel=1e-5) and seen[0][0] == pytest.approx(0.75 * seen[1][0])
-    assert float(optimizer._global_grad_norm) == pytest.approx(75**0.5)
 
 
 def test_a_gradient_that_is_not_finite_moves_nothing() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.optimizers.benchmark import OptimizersOptions, bench_optimizers
 from fedbert_ds.bench.commands import add_out, typed

@@ -1,6 +1,6 @@
 """`python -m benchmarks.optimizers`: one model trained by AdamW and by Muon on the same batches.
 
-Each optimizer's learning rate is the one of the lowest held-out loss with a seed of its own, which
+Held-out loss against windows. Each optimizer's learning rate is the one of the lowest held-out loss with a seed of its own, which
 holds out other articles, starts from other weights and masks other words. A body under DeepSpeed
 steps as the model here does (tests/integration/test_equality.py), so one process without ranks is
 enough.
@@ -35,8 +35,16 @@ from fedbert_ds.telemetry.tables import markdown
 OPTIMIZERS = ("adamw", "muon")
 BASELINE = "adamw"
 TUNING_SEED = 100
-QUICK = ("run.windows=4", "tokenizer.vocab_size=300", "data.max_articles=8", "window.tokens=512",
-         "window.tokens_per_micro_batch=256", "optimizer.warmup_windows=1", "clients.expected=1", "clients.local=1")  # fmt: skip
+QUICK = (
+    "run.windows=4",
+    "tokenizer.vocab_size=300",
+    "data.max_articles=8",
+    "window.tokens=512",
+    "window.tokens_per_micro_batch=256",
+    "optimizer.warmup_windows=1",
+    "clients.expected=1",
+    "clients.local=1",
+)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_a_step_waits_for_the_norm_alone(told: Told, stage: int, precision: str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_cross_ranks_once_a_window_up_to_stage_2(told: Told, stage: int, precision: str) -> None:
-    """In the step, as do the norm's parts and the weights. At stage 3 in every backward, as DeepSpeed
+    """In the step, as do the norm and the weights. At stage 3 in every backward, as DeepSpeed
     is made. What crosses: test_optimizer_step.py.
     """
     *before, step = told(stage, precision)["collectives"]

@@ -1,9 +1,9 @@
 """`python -m benchmarks.optimizers`: one model trained by AdamW and by Muon on the same batches.
 
-Held-out loss against windows. Each optimizer's learning rate is the one of the lowest held-out loss with a seed of its own, which
-holds out other articles, starts from other weights and masks other words. A body under DeepSpeed
-steps as the model here does (tests/integration/test_equality.py), so one process without ranks is
-enough.
+Held-out loss against windows. An optimizer's learning rate is the one of the lowest held-out loss
+with a seed of its own, which holds out other articles, starts from other weights and masks other
+words. A body under DeepSpeed steps as the model here does (tests/integration/test_equality.py), so
+one process without ranks is enough.
 """
 
 from __future__ import annotations

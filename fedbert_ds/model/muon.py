@@ -79,8 +79,7 @@ class Muon(torch.optim.AdamW):
     """Muon for parameter groups that say `muon: True`, each parameter a matrix; AdamW for others.
 
     A matrix with gradient G keeps momentum M = mu M + (1 - mu) G and moves by -lr (step_length
-    orthogonalize(mu M + (1 - mu) G) + weight_decay W): Nesterov's form, decay decoupled. A step
-    takes the matrices' gradients.
+    orthogonalize(mu M + (1 - mu) G) + weight_decay W): Nesterov's form, decay decoupled.
 
     Under DeepSpeed's ZeRO the matrices lie in flat tensors, of which each rank has a part:
     `partitions` then says where. Momentum is kept as it lies, and in each step every rank
@@ -105,13 +104,17 @@ class Muon(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        stepped: list[tuple[Tensor, Tensor | None]] = []
         for group in self.param_groups:
             matrices = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["muon"] and matrices:
                 self._step_matrices(group, matrices)
-                for matrix in matrices:
-                    matrix.grad = None
+                stepped += [(matrix, matrix.grad) for matrix in matrices]
+        for matrix, _ in stepped:
+            matrix.grad = None
         super().step()  # passes over parameters without a gradient
+        for matrix, gradient in stepped:
+            matrix.grad = gradient
         return loss
 
     def _step_matrices(self, group: dict[str, Any], matrices: list[Tensor]) -> None:

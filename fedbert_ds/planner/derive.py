@@ -68,7 +68,8 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
     hf_config = _hf_config(config)
     model = _model(config, hf_config)
     rate = machines.gpu_flops * machines.efficiency
-    reduced = 2 * model.body_parameters * 2 / machines.between_gpus if machines.gpus > 1 else 0.0
+    # Gradients are summed up in fp32, each rank's part; weights come back in bf16.
+    reduced = (4 + 2) * model.body_parameters / machines.between_gpus if machines.gpus > 1 else 0.0
     typical = ClientCosts(
         embed_per_token=model.embed_flops / 2 / machines.client_flops,
         head_per_token=model.head_flops / machines.client_flops,

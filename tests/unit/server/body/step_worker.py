@@ -63,6 +63,12 @@ def run_rank(rank: int, folder: Path) -> None:
             train(engine, window)
             engine.step(RATE)
             weights[f"{name}-{stage}-{precision}-{window}"] = engine.full_state()
+    for stage in (2, 3):
+        engine = build(folder, rank, stage, "muon", "fp32", offload_optimizer={"device": "cpu"})
+        for window in range(WINDOWS):
+            train(engine, window)
+            engine.step(RATE)
+        weights[f"offloaded-{stage}"] = engine.full_state()
     for stage, number in itertools.product(STAGES, (1, MANY)):
         engine = build(folder, rank, stage, "sgd", "bf16", layers=1)
         window_of(engine, number)
@@ -72,14 +78,14 @@ def run_rank(rank: int, folder: Path) -> None:
     shut_down()
 
 
-def config_of(folder: Path, rank: int, stage: int, name: str, precision: str, layers: int) -> Any:
+def config_of(folder: Path, rank: int, stage: int, name: str, precision: str, layers: int, **zero: Any) -> Any:
     """Of a small body."""
     from fedbert_ds.config import parse_config
 
     # At stage 3, partition and release even weights as small as these.
     settings = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if layers > 1 else {}
     path = folder / f"zero-{rank}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings}}))
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings, **zero}}))
     model = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": layers, "dropout": 0.0}
     return parse_config(
         {
@@ -103,11 +109,11 @@ def body_of(config: Any) -> Any:
     return body
 
 
-def build(folder: Path, rank: int, stage: int, name: str, precision: str, layers: int = 2) -> Any:
+def build(folder: Path, rank: int, stage: int, name: str, precision: str, layers: int = 2, **zero: Any) -> Any:
     """The engine around it."""
     from fedbert_ds.server.body.engine import BodyEngine
 
-    config = config_of(folder, rank, stage, name, precision, layers)
+    config = config_of(folder, rank, stage, name, precision, layers, **zero)
     return BodyEngine.build(body_of(config), config.body, config.optimizer, config.kernels, torch.device("cpu"))
 
 

@@ -124,18 +124,18 @@ def _views(tensors: Sequence[Tensor], partitions: Sequence[Partition | None]) ->
 
 
 def build_optimizer(
-    named_parameters: Named, section: OptimizerSection, *, partitioned: bool = False
+    named_parameters: Named, section: OptimizerSection, *, partitioned: bool = False, plain: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer of a body or a client half; learning-rate schedules are the caller's.
 
     Biases and LayerNorm weights do not decay: two groups, one of which may be absent. Muon has one
     more, of the encoder's matrices. `partitioned` says that ZeRO will partition the groups: LAMB
     and Muon must then be told how, by their `partitions`. NVIDIA apex, where installed, runs AdamW
-    and whole-parameter LAMB on CUDA.
+    and whole-parameter LAMB on CUDA, unless the optimizer is to be `plain`.
     """
     named = list(named_parameters)
     on_cuda = all(parameter.is_cuda for _, parameter in named)
-    apex = _nvidia_apex() if on_cuda else None
+    apex = _nvidia_apex() if on_cuda and not plain else None
     common: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     two_groups = _two_groups(named, section)
     if section.name == "lamb":

@@ -77,10 +77,10 @@ class BodyEngine:
         self._device = Device(device)
         self._inputs: dict[int, BodyInput] = {}
         self._hidden: dict[int, Tensor] = {}
-        self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
         self._gradient = None if stage == 3 else WindowGradient(engine, stage, self._masters())
+        self._memory_budget = memory_budget(device)
 
     @classmethod
     def build(
@@ -100,6 +100,8 @@ class BodyEngine:
             [(name, p) for name, p in body.named_parameters() if p.requires_grad],
             optimizer_section,
             partitioned=stage > 0,
+            # At stage 0 in bf16 DeepSpeed would flatten what apex steps.
+            plain=stage == 0 and section.precision == "bf16",
         )
         names = {parameter: name for name, parameter in body.named_parameters()}
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -6,7 +6,8 @@ meet in every backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,10 +76,9 @@ class WindowGradient:
             return
         optimizer.single_partition_of_fp32_groups[number].grad.copy_(part)
         # DeepSpeed adds up the norms of what parameters have in the part: here the first has all.
-        optimizer.norm_for_param_grads |= {
-            optimizer.get_param_id(parameter): torch.linalg.vector_norm(part) if first else part.new_zeros(())
-            for first, parameter in _told_first(optimizer.params_in_partition[number])
-        }
+        norms = itertools.chain([torch.linalg.vector_norm(part)], itertools.repeat(part.new_zeros(())))
+        for parameter, norm in zip(optimizer.params_in_partition[number], norms, strict=False):
+            optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = norm
 
 
 def _places(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, int], int]]:
@@ -95,7 +95,3 @@ def _places(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, int], int]]:
             places[parameter] = length
             length += parameter.numel()
     yield places, length
-
-
-def _told_first(parameters: Sequence[Tensor]) -> Iterator[tuple[bool, Tensor]]:
-    return ((number == 0, parameter) for number, parameter in enumerate(parameters))

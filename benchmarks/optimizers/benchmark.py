@@ -22,7 +22,7 @@ import torch
 from benchmarks.modes.centralized import Centralized
 from benchmarks.modes.systems import RUN_FILE
 from fedbert_ds.bench.process import exit_on_sigterm
-from fedbert_ds.config import RunConfig, dump_config, load_config
+from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import encode
 from fedbert_ds.evaluation.masked_lm import masked_lm_loss
@@ -73,7 +73,7 @@ def bench_optimizers(options: OptimizersOptions) -> None:
         for name in OPTIMIZERS
     }
     rows = [_train(options, name, best[name], seed) for seed in range(options.seeds) for name in OPTIMIZERS]
-    settings = dump_config(_config(options, BASELINE, best[BASELINE], 0))
+    settings = _settings(_config(options, BASELINE, best[BASELINE], 0))
     write_record(
         options.out, command=options.command, commit=commit, rows=rows, trials=trials, best=best, settings=settings
     )
@@ -130,6 +130,15 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _config(options: OptimizersOptions, name: str, rate: float, seed: int) -> RunConfig:
     overrides = [f"optimizer.name={name}", f"optimizer.lr={rate}", f"run.seed={seed}"]
     return load_config(RUN_FILE, [*(QUICK if options.quick else ()), *options.overrides, *overrides])
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What plays a part, of the run file of AdamW's first run; no path of this machine."""
+    tree = config.model_dump(mode="json")
+    tree["data"]["source"] = [Path(source).name for source in config.data.source]
+    return {name: tree[name] for name in ("model", "tokenizer", "data", "window", "optimizer")} | {
+        "windows": config.run.windows
+    }
 
 
 def _train(options: OptimizersOptions, name: str, rate: float, seed: int) -> dict[str, Any]:

@@ -49,6 +49,8 @@ def test_it_trains_both_on_the_same_text_at_their_best_rates(tmp_path: Path) -> 
         assert [point["windows"] for point in rows[0]["held_out"]] == [2, 3]
     losses = [[point["loss"] for point in row["held_out"]] for row in record["trials"] + record["rows"]]
     assert len({tuple(each) for each in losses}) == len(losses), "two runs are the same"
+    assert record["settings"]["windows"] == 3 and record["settings"]["model"]["hidden_size"] == 16
+    assert str(tmp_path) not in json.dumps(record["settings"])
     assert out.with_suffix(".png").is_file()
 
 

@@ -208,7 +208,7 @@ class BodySection(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision of the body. Master weights are fp32 either way."""
+    """Compute precision of the body. Master weights and sums of gradients are fp32 either way."""
     activation_checkpointing: bool = False
     """Recompute layer activations in backward instead of keeping them."""
 

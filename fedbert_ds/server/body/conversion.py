@@ -72,6 +72,26 @@ def read_shares(folder: Path, shapes: Shapes, ranks: int, stage: int) -> list[Sh
         ) from error
 
 
+def check_groups(folder: Path, stage: int, groups: int) -> None:
+    """RunError if the optimizer in a checkpoint's folder has another number of parameter groups:
+    their tensors would be taken for others. A folder without that is for others to refuse.
+    """
+    files = "mp_rank_00_model_states.pt" if stage == 0 else "*zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    if not any(folder.glob(files)):
+        return
+    try:
+        state = _load(folder, files)["optimizer" if stage == 0 else "optimizer_state_dict"]
+        inner = state.get("base_optimizer_state" if stage in (1, 2) else "optimizer_state_dict", state)
+        found = len(inner["param_groups"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        return
+    if found != groups:
+        raise RunError(
+            f"{folder}: saved with {found} groups of parameters, where this FedBERT-DS has {groups}; resume with the "
+            "version that saved it, or start anew in another run.directory"
+        )
+
+
 def whole(shares: Sequence[Share], name: str, size: int, what: str) -> Tensor:
     """A parameter's weights (MASTERS) or moments, [size] fp32, put together from all ranks' shares.
 

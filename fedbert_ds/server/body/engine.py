@@ -19,7 +19,7 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
-from fedbert_ds.server.body.conversion import read_shares, take_over
+from fedbert_ds.server.body.conversion import check_groups, read_shares, take_over
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
@@ -227,8 +227,10 @@ class BodyEngine:
         """Read a checkpoint that `save` wrote with so many ranks at this ZeRO stage; this engine
         may have others. All ranks call it.
 
-        Raises ConfigError if there is none, RunError if another layout's cannot be read.
+        Raises ConfigError if there is none, RunError if another layout's cannot be read, or another
+        version saved it.
         """
+        check_groups(folder / f"window-{window}", stage, len(self._engine.optimizer.param_groups))
         if (ranks, stage) != (self._world_size, self._stage):
             saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
             take_over(self._engine, self._stage, self._shapes, saved)

@@ -165,8 +165,8 @@ class OptimizerSection(Section):
     """Optimizer and learning-rate schedule, the same for the body and the client halves."""
 
     name: Literal["adamw", "lamb", "sgd", "muon"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), plain SGD, or, with `cut: whole`,
-    Muon (Jordan et al. 2024) for the matrices of encoder layers and AdamW for the rest."""
+    """AdamW (Loshchilov & Hutter 2019), LAMB (You et al. 2020), plain SGD, or Muon (Jordan et al.
+    2024) for the matrices of encoder layers and AdamW for the rest."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
@@ -220,7 +220,7 @@ class BodySection(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision of the body. Master weights are fp32 either way."""
+    """Compute precision of the body. Master weights and sums of gradients are fp32 either way."""
     activation_checkpointing: Annotated[
         Literal["auto", "none", "elementwise", "layers"], BeforeValidator(_checkpointing)
     ] = "auto"
@@ -567,11 +567,6 @@ class RunConfig(Section):
             raise ValueError(
                 "clients.on_loss: wait undoes a window whose client is lost, and with federation.staleness others may "
                 "have gone on by then; set one of them to its default"
-            )
-        if self.optimizer.name == "muon" and self.cut != "whole":
-            raise ValueError(
-                "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, "
-                "or cut: whole"
             )
         if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
             raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")

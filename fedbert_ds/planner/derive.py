@@ -77,7 +77,8 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
     # Stage 3 runs every forward twice, and so does backward if it computes layers again.
     forwards_again = (stage == 3) + (config.body.recomputed("cuda", stage) == "layers")
     rate = machines.gpu_flops * machines.efficiency
-    reduced = 2 * model.body_parameters * 2 / machines.between_gpus if machines.gpus > 1 else 0.0
+    # Gradients are summed up in fp32, each rank's part; weights come back in bf16.
+    reduced = (4 + 2) * model.body_parameters / machines.between_gpus if machines.gpus > 1 else 0.0
     typical = ClientCosts(
         embed_per_token=model.embed_flops / 2 / machines.client_flops,
         head_per_token=model.head_flops / machines.client_flops,

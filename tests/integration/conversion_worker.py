@@ -15,7 +15,7 @@ from torch import Tensor
 
 ZERO = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 STAGES = (0, 1, 2, 3)
-OPTIMIZERS = ("adamw", "lamb", "sgd")
+OPTIMIZERS = ("adamw", "lamb", "sgd", "muon")
 PRECISIONS = ("fp32", "bf16")
 WINDOW = 2
 
@@ -42,14 +42,19 @@ RANKS = ((2, 2), (2, 1), (1, 2))
 def loads(saved_by: int, ranks: int) -> list[tuple[Case, int]]:
     """What so many ranks load: a saved case and the stage to load it at.
 
-    All of RANKS together load every case at every stage once. Each of them goes from every stage to
-    every other in fp32 and in bf16, with another optimizer than the next.
+    Each of RANKS goes from every stage to every other in fp32 and in bf16, with another optimizer
+    than the next; Muon in one of the two.
     """
     turn = RANKS.index((saved_by, ranks))
-    return [
-        (Case(OPTIMIZERS[(turn + before + after + shift) % 3], precision, before), after)
+    others = [name for name in OPTIMIZERS if name != "muon"]
+    turns = [
+        (Case(others[(turn + before + after + shift) % 3], precision, before), after)
         for before, after in itertools.product(STAGES, STAGES)
         for shift, precision in enumerate(PRECISIONS)
+    ]
+    return turns + [
+        (Case("muon", PRECISIONS[(turn + before + after) % 2], before), after)
+        for before, after in itertools.product(STAGES, STAGES)
     ]
 
 
@@ -118,7 +123,7 @@ def content(inner: Any, stage: int) -> dict[str, dict[str, Tensor]]:
 
     optimizer = inner.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
-    keys = sorted({key for state in base.state.values() for key in state if key.startswith("exp")})
+    kept = {key for state in base.state.values() for key in state} - {"step"}
     masters: dict[Tensor, Tensor] = {}
     is_rounded = stage == 0 and hasattr(optimizer, "fp32_groups")
     for low, full in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True) if is_rounded else ():
@@ -131,6 +136,9 @@ def content(inner: Any, stage: int) -> dict[str, dict[str, Tensor]]:
     computed = whole_module(inner, stage)
     result: dict[str, dict[str, Tensor]] = {}
     for name, parameter in inner.module.named_parameters():
+        # Muon steps matrices, AdamW all else.
+        is_muons = "momentum" in kept and name.endswith("weight") and "LayerNorm" not in name
+        keys = {"momentum"} if is_muons else kept - {"momentum"}
         if stage == 0:
             master = masters.get(parameter, parameter)
             values = {key: base.state[master][key] for key in keys}

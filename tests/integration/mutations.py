@@ -27,7 +27,7 @@ def applied(name: str | None) -> Iterator[None]:
         yield
 
 
-_backward, _of_a_window = BodyEngine.backward, WindowGradient.__init__
+_backward, _give = BodyEngine.backward, WindowGradient.give
 _window = RunReporter.window
 
 
@@ -36,8 +36,10 @@ def _without_world_size(self, *arguments):
     return _backward(self, *arguments)
 
 
-def _as_if_one_rank(self, engine, world_size):
-    _of_a_window(self, engine, 1)
+def _gives_the_mean(self):
+    for flat in self._flats:
+        flat.div_(torch.distributed.get_world_size())
+    _give(self)
 
 
 def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last, codec):
@@ -87,7 +89,7 @@ INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RunReporter, "
 FAULTS: dict[str, Patches] = {
     "gradient scale off by the world size": [
         (BodyEngine, "backward", _without_world_size),
-        (WindowGradient, "__init__", _as_if_one_rank),
+        (WindowGradient, "give", _gives_the_mean),
     ],
     "input gradient scale off by the world size": [(BodyEngine, "backward", _input_gradient_not_divided)],
     "a micro-batch dropped": [(BodyEngine, "backward", _drops_first_micro_batch)],

@@ -39,7 +39,7 @@ def test_every_case_is_loaded_at_every_stage() -> None:
         optimizers = {(case.optimizer, case.precision, case.stage) for case, _ in loads(*ranks)}
         assert optimizers == {tuple(case) for case in CASES}
     together = [load for ranks in RANKS for load in loads(*ranks)]
-    assert sorted(together) == sorted(itertools.product(CASES, STAGES))
+    assert set(together) == set(itertools.product(CASES, STAGES))
 
 
 @pytest.mark.parametrize(("before", "after"), RANKS)
@@ -53,8 +53,9 @@ def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, Results]], befo
     for key, (content, answer) in loaded.items():
         if key.endswith("later"):
             later, _ = contents[before][key.split(" to ")[0] + ", a window later"]
-            # Rounding differs between stages, and in bf16 gradients are rounded.
-            bound = 1e-5 if "fp32" in key else 2e-3
+            # Rounding differs between stages, and in bf16 gradients are rounded. Muon enlarges that
+            # where a singular value is small.
+            bound = (1e-5 if "fp32" in key else 2e-3) * (10 if "muon" in key else 1)
             for name, values in later.items():
                 assert values.get("step") == content[name].get("step"), (key, name)
                 if not name.endswith("key.bias"):  # its true gradient is 0: AdamW divides rounding by rounding
@@ -72,14 +73,13 @@ def test_every_stage_to_every_stage(saved: tuple[Path, dict[int, Results]], befo
 def test_what_is_compared_is_there_and_moves(saved: tuple[Path, dict[int, Results]]) -> None:
     """Two empty states would be equal too."""
     _, contents = saved
-    moments = {"adamw": {"exp_avg", "exp_avg_sq", "step"}, "lamb": {"exp_avg", "exp_avg_sq", "step"}, "sgd": set()}
+    adam = {"exp_avg", "exp_avg_sq", "step"}
+    moments = {"adamw": [adam], "lamb": [adam], "sgd": [set()], "muon": [adam, {"momentum", "step"}]}
     for case in CASES:
         content, _ = contents[2][str(case)]
         for values in content.values():
-            assert values.keys() == {"weights", "computed"} | moments[case.optimizer]
-            # At stage 0 with bf16, DeepSpeed steps once without gradients when it begins.
-            steps = WINDOW + (case.stage == 0 and case.precision == "bf16")
-            assert "step" not in values or values["step"] == steps
+            assert values.keys() - {"weights", "computed"} in moments[case.optimizer]
+            assert "step" not in values or values["step"] == WINDOW
             rounded = values["weights"].to(torch.bfloat16) if case.precision == "bf16" else values["weights"]
             assert torch.equal(rounded, values["computed"])
         assert any(values["weights"].abs().max() > 0 for values in content.values())

@@ -23,7 +23,7 @@ CLIPPING = 0.1
 STAGES = (0, 1, 2, 3)
 ORDERS = ("fixed", "arrival")
 CUTS = ("embeddings", "rows", {"layers": 1})
-OPTIMIZERS = ("sgd", "adamw", "lamb")
+OPTIMIZERS = ("sgd", "adamw", "lamb", "muon")
 
 # Every pair of values of two factors occurs in some row; a test below checks it.
 COMBINATIONS = [
@@ -32,6 +32,8 @@ COMBINATIONS = [
     (2, "fixed", "embeddings", "lamb"), (2, "arrival", "rows", "sgd"), (2, "fixed", {"layers": 1}, "adamw"),
     (3, "fixed", "embeddings", "adamw"), (3, "arrival", "rows", "lamb"), (3, "arrival", {"layers": 1}, "sgd"),
     (3, "fixed", "rows", "sgd"), (2, "arrival", "embeddings", "sgd"),
+    (0, "arrival", "embeddings", "muon"), (1, "fixed", {"layers": 1}, "muon"), (2, "fixed", "rows", "muon"),
+    (3, "arrival", "embeddings", "muon"),
 ]  # fmt: skip
 
 

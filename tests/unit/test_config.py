@@ -195,9 +195,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"aggregator": {"address": "here:5", "secret": "s"}, "cut": "whole", "federation": {"mode": "parallel"}},
      "cut: whole leaves the server nothing but the client model, which the section aggregator gives to another party; "
      "remove the section or change the cut"),
-    ({"optimizer": {"name": "muon"}},
-     "optimizer.name muon steps whole matrices, which the ranks' partitions of a body are not; use another, or "
-     "cut: whole"),
     ({"wire": {"updates": "int2_hadamard"}},
      "wire.updates int2_hadamard is for changes of weights, federation.mode: parallel"),
     ({"cut": "whole"},

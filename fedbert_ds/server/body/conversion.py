@@ -1,10 +1,8 @@
 """A saved body on another number of ranks or at another ZeRO stage: each rank takes its share.
 
-Ranks and stages differ only in where a parameter's elements lie. Stage 0 keeps each parameter
-whole. Stages 1 and 2 lay the parameters of an optimizer group end to end and cut that among the
-ranks; stage 3 cuts every parameter by itself and lays the cuts end to end (Rajbhandari et al. 2020,
-"ZeRO"). So one table of fragments reads any checkpoint, and another fills any engine: the same
-numbers in other places, bit by bit. DeepSpeed then loads them as it does its own.
+Ranks and stages differ only in where a parameter's elements lie (layout.py). So one table of
+fragments reads any checkpoint, and another fills any engine: the same numbers in other places, bit
+by bit. DeepSpeed then loads them as it does its own.
 """
 
 from __future__ import annotations
@@ -21,29 +19,10 @@ import torch.distributed
 from torch import Tensor
 
 from fedbert_ds.errors import RunError
+from fedbert_ds.server.body.layout import Shapes, Table, group_tables, parameter_table, tables_of, whole_table
 
 MASTERS = ""
 """Stands for the fp32 weights among the names of an optimizer's moments."""
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each parameter by Hugging Face name, in the order of the optimizer's groups."""
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Consecutive elements of a parameter, and where one rank keeps them."""
-
-    start: int
-    """First element, of the flattened parameter."""
-    tensor: int
-    """Number of the rank's tensor that holds them."""
-    offset: int
-    """Where they begin there."""
-    length: int
-
-
-Table = Mapping[str, Sequence[Fragment]]
-"""One rank's fragments, by parameter."""
 
 
 @dataclass
@@ -53,52 +32,13 @@ class Share:
     table: Table
     masters: Sequence[Tensor]
     moments: Mapping[int, Mapping[str, Any]]
-    """By tensor and name; empty before the first step, and of plain SGD. What has no dimensions,
-    such as the count of steps, is the same everywhere."""
+    """By tensor and name; empty before the first step, and of plain SGD. What has no dimensions is
+    a count of steps."""
 
     def flat(self, tensor: int, what: str) -> Tensor:
         """The weights (MASTERS) or moments `what` of a tensor, one-dimensional."""
         whole = self.masters[tensor] if what == MASTERS else self.moments[tensor][what]
         return whole.detach().reshape(-1)
-
-
-def whole_table(shapes: Shapes) -> Table:
-    """Stage 0: every rank has every parameter whole, in a tensor of its own."""
-    return {name: [Fragment(0, n, 0, math.prod(shape))] for n, (name, shape) in enumerate(shapes.items())}
-
-
-def group_tables(mappings: Sequence[Sequence[Mapping[str, Any]]]) -> list[Table]:
-    """Stages 1 and 2, by rank, from DeepSpeed's `param_slice_mappings` of all ranks: for each
-    group, where the rank's part of each parameter lies in it.
-    """
-    taken: dict[str, int] = {}
-    tables: list[Table] = []
-    for groups in mappings:
-        table: dict[str, list[Fragment]] = {}
-        for tensor, group in enumerate(groups):
-            for name, address in group.items():
-                # Parts are cut off in the order of ranks.
-                start = taken.get(name, 0)
-                table.setdefault(name, []).append(Fragment(start, tensor, address.start, address.numel))
-                taken[name] = start + address.numel
-        tables.append(table)
-    return tables
-
-
-def parameter_table(shapes: Shapes, sizes: Sequence[int], rank: int, ranks: int) -> Table:
-    """Stage 3: a rank's tensors, of these sizes, are filled one parameter's part after another."""
-    table: dict[str, list[Fragment]] = {}
-    tensor = offset = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape)
-        part = math.ceil(size / ranks)
-        while offset == sizes[tensor]:
-            tensor, offset = tensor + 1, 0
-        # The last parts may be shorter, or nothing; DeepSpeed pads them.
-        length = min(part, size - rank * part)
-        table[name] = [Fragment(rank * part, tensor, offset, length)] if length > 0 else []
-        offset += part
-    return table
 
 
 def read_shares(folder: Path, shapes: Shapes, ranks: int, stage: int) -> list[Share]:
@@ -132,6 +72,26 @@ def read_shares(folder: Path, shapes: Shapes, ranks: int, stage: int) -> list[Sh
         ) from error
 
 
+def check_groups(folder: Path, stage: int, groups: int) -> None:
+    """RunError if the optimizer in a checkpoint's folder has another number of parameter groups:
+    their tensors would be taken for others. A folder without that is for others to refuse.
+    """
+    files = "mp_rank_00_model_states.pt" if stage == 0 else "*zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    if not any(folder.glob(files)):
+        return
+    try:
+        state = _load(folder, files)["optimizer" if stage == 0 else "optimizer_state_dict"]
+        inner = state.get("base_optimizer_state" if stage in (1, 2) else "optimizer_state_dict", state)
+        found = len(inner["param_groups"])
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
+        return
+    if found != groups:
+        raise RunError(
+            f"{folder}: saved with {found} groups of parameters, where this FedBERT-DS has {groups}; resume with the "
+            "version that saved it, or start anew in another run.directory"
+        )
+
+
 def whole(shares: Sequence[Share], name: str, size: int, what: str) -> Tensor:
     """A parameter's weights (MASTERS) or moments, [size] fp32, put together from all ranks' shares.
 
@@ -151,26 +111,27 @@ def whole(shares: Sequence[Share], name: str, size: int, what: str) -> Tensor:
 
 def fill(table: Table, like: Sequence[Tensor], saved: Sequence[Share], shapes: Shapes) -> Share:
     """A rank's share of what is saved, in tensors of these shapes, on the CPU; padding is 0."""
-    first = next(iter(saved[0].moments.values()), {})
-    moments = [key for key, value in first.items() if _is_partitioned(value)]
-    numbers = {key: value for key, value in first.items() if not _is_partitioned(value)}
-    share = Share(
-        table,
-        [torch.zeros(tensor.shape) for tensor in like],
-        # Numbers are copied: an optimizer counts the steps of each tensor in place.
-        {
-            n: copy.deepcopy(numbers) | {key: torch.zeros(tensor.shape) for key in moments}
-            for n, tensor in enumerate(like)
-            if first
-        },
-    )
+    share = Share(table, [torch.zeros(tensor.shape) for tensor in like], moments := {})
     for name, shape in shapes.items():
-        for what in (MASTERS, *moments) if table.get(name) else ():
+        state = _state(saved, name)
+        partitioned = [key for key, value in state.items() if _is_partitioned(value)]
+        for part in table.get(name, ()):
+            if state and part.tensor not in moments:
+                # Numbers are copied: an optimizer counts the steps of each tensor in place.
+                numbers = {key: copy.deepcopy(value) for key, value in state.items() if key not in partitioned}
+                moments[part.tensor] = numbers | {key: torch.zeros(like[part.tensor].shape) for key in partitioned}
+        for what in (MASTERS, *partitioned) if table.get(name) else ():
             values = whole(saved, name, math.prod(shape), what)
             for part in table[name]:
                 flat = share.flat(part.tensor, what)
                 flat[part.offset : part.offset + part.length] = values[part.start : part.start + part.length]
     return share
+
+
+def _state(saved: Sequence[Share], name: str) -> Mapping[str, Any]:
+    """What the optimizer remembers of a tensor in which the parameter lies."""
+    parts = ((share, part) for share in saved for part in share.table.get(name, ()))
+    return next((share.moments.get(part.tensor, {}) for share, part in parts), {})
 
 
 def _is_partitioned(value: Any) -> bool:
@@ -184,14 +145,9 @@ def take_over(engine: Any, stage: int, shapes: Shapes, saved: Sequence[Share]) -
     if stage == 3:
         optimizer.checkpoint_event_prologue()
     state = optimizer.state_dict()
-    if stage == 3:
-        like = state["fp32_flat_groups"]
-        table = parameter_table(shapes, [flat.numel() for flat in like], rank, ranks)
-    elif stage > 0:
-        like = optimizer.single_partition_of_fp32_groups
-        mappings: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(mappings, state["param_slice_mappings"])
-        table = group_tables(mappings)[rank]
+    if stage > 0:
+        like = state["fp32_flat_groups"] if stage == 3 else optimizer.single_partition_of_fp32_groups
+        table = tables_of(optimizer, stage, shapes)[rank]
     else:
         like = [torch.empty(shape, device="meta") for shape in shapes.values()]
         table = whole_table(shapes)

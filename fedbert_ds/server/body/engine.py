@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -23,13 +22,14 @@ from fedbert_ds.model.fp8 import install_fp8
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.body.clipping import WholeNormClipping
-from fedbert_ds.server.body.conversion import Shapes, read_shares, take_over
+from fedbert_ds.server.body.conversion import check_groups, read_shares, take_over
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.layout import Shapes, partitions_of
 from fedbert_ds.server.body.pace import Load
-from fedbert_ds.server.body.padding import clear_padding
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
+from fedbert_ds.server.body.whole_step import step_by_fp32_gradients
 from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 from fedbert_kernels.encoded import Encoded
@@ -102,11 +102,11 @@ class BodyEngine:
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         """Up to stage 2: activations and hidden states."""
         self._tokens: dict[int, int] = {}
-        self._memory_budget = memory_budget(device)
         self._bytes_in_flight = 0
         self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
-        self._gradient = WindowGradient(engine, world_size)
+        self._gradient = None if stage == 3 else WindowGradient(engine, stage, self._masters())
+        self._memory_budget = memory_budget(device)
 
     @classmethod
     def build(
@@ -128,6 +128,8 @@ class BodyEngine:
             [(name, p) for name, p in body.named_parameters() if p.requires_grad],
             optimizer_section,
             partitioned=stage > 0,
+            # At stage 0 in bf16 DeepSpeed would flatten what apex steps.
+            plain=stage == 0 and section.precision == "bf16",
         )
         names = {parameter: name for name, parameter in body.named_parameters()}
         ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -146,11 +148,9 @@ class BodyEngine:
         be_patient()
         world_size = torch.distributed.get_world_size()
         if isinstance(engine.optimizer, FP16_UnfusedOptimizer):
-            # It reads a value of every gradient from the device. The norm, read after it, tells the
-            # same.
-            engine.optimizer.overflow_checker = SimpleNamespace(check=lambda: False)
-        if stage == 3:
-            clear_padding(engine.optimizer, shapes, torch.distributed.get_rank(), world_size)
+            step_by_fp32_gradients(engine.optimizer)
+        if stage > 0 and hasattr(optimizer, "partitions"):
+            optimizer.partitions = partitions_of(engine.optimizer, stage, shapes, device)
         built = cls(engine, stage, world_size, device, optimizer_section.gradient_clipping, shapes)
         if is_compiled:
             built.warm_up(body.widths.activations, body.cut == "rows")
@@ -199,7 +199,7 @@ class BodyEngine:
 
     def _backward(self, micro_batch: int, encoded_gradient: Encoded, is_last: bool) -> Tensor:
         hidden_gradient = encoded_gradient.decode()
-        if self._stage < 3:
+        if self._gradient is not None:
             activations, hidden = self._graphs.pop(micro_batch)
             return self._gradient.backward(hidden, hidden_gradient, activations)
         body_input = self._inputs.pop(micro_batch)
@@ -221,26 +221,28 @@ class BodyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._stage < 3:
+        if self._gradient is not None:
             self._gradient.give()
-        if self._clipping is None:
-            self._engine.step()
-            return 1.0
-        self._clipping.client_norm = client_norm
+            self._engine.set_gradient_accumulation_boundary(True)
+        if self._clipping is not None:
+            self._clipping.client_norm = client_norm
         self._engine.step()
-        return self._clipping.scale
+        if self._gradient is not None:
+            self._gradient.drop()
+        return 1.0 if self._clipping is None else self._clipping.scale
 
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated; all ranks together.
 
-        DeepSpeed has no call for that. At stage 3 it does the same when a gradient is not finite.
+        At stage 3 DeepSpeed has no call for that; it does the same when a gradient is not finite.
         """
-        self._gradient.drop()
-        if self._stage == 3:
-            optimizer = self._engine.optimizer
-            optimizer._pre_step()
-            optimizer._partition_all_parameters()
-            optimizer._overflow_clean_up(optimizer.loss_scale)
+        if self._gradient is not None:
+            self._gradient.drop()
+            return
+        optimizer = self._engine.optimizer
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """A sequence of unused tokens, so that a rank without work still runs the collectives."""
@@ -252,6 +254,7 @@ class BodyEngine:
 
         Activations have `width` columns; `with_rows` is for cut: rows. Leaves no gradient.
         """
+        assert self._gradient is not None
         # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
         # that 16 divides, fp8 products need no padding, so these are compiled apart.
         for lengths in ((6, 5), (9, 4, 3)):
@@ -271,7 +274,7 @@ class BodyEngine:
         """Whole fp32 weights by Hugging Face name, on the CPU. All ranks call it: it gathers
         partitions."""
         state = {}
-        masters = self._unpartitioned_masters()
+        masters = self._masters()
         for name, parameter in self._engine.module.named_parameters():
             whole = masters[parameter] if self._stage == 0 else safe_get_full_fp32_param(parameter)
             state[name] = whole.detach().to(device="cpu", dtype=torch.float32).clone()
@@ -285,8 +288,10 @@ class BodyEngine:
         """Read a checkpoint that `save` wrote with so many ranks at this ZeRO stage; this engine
         may have others. All ranks call it.
 
-        Raises ConfigError if there is none, RunError if another layout's cannot be read.
+        Raises ConfigError if there is none, RunError if another layout's cannot be read, or another
+        version saved it.
         """
+        check_groups(folder / f"window-{window}", stage, len(self._engine.optimizer.param_groups))
         if (ranks, stage) != (self._world_size, self._stage):
             saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
             take_over(self._engine, self._stage, self._shapes, saved)
@@ -316,7 +321,7 @@ class BodyEngine:
         forward = self._engine if self._stage == 3 else self._engine.module
         return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
 
-    def _unpartitioned_masters(self) -> dict[Tensor, Tensor]:
+    def _masters(self) -> dict[Tensor, Tensor]:
         """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""
         masters: dict[Tensor, Tensor] = {parameter: parameter for parameter in self._engine.module.parameters()}
         if self._stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):

@@ -18,6 +18,7 @@ OURS = {
     "bf16": "body.precision",
     "fp16": "body.precision",
     "torch_autocast": "body.precision",
+    "data_types": "body.precision",
 }
 """DeepSpeed keys that the run file owns, and the run-file key that sets each."""
 
@@ -45,6 +46,10 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
+    if body.precision == "bf16" and zero_stage(body) == 3:
+        # Gradients cross ranks and add up in fp32. Below stage 3 they do so outside of DeepSpeed.
+        settings.setdefault("communication_data_type", "fp32")
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     # By default it waits for the device in every forward.
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     return settings

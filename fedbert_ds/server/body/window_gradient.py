@@ -1,82 +1,97 @@
-"""A window's gradient: summed here in fp32, then given to DeepSpeed in one backward.
+"""A window's gradient: summed in fp32, crossing ranks once, put where DeepSpeed's step takes it.
 
-DeepSpeed sums in the weights' precision, and at ZeRO stage 2 ranks meet in every backward.
+DeepSpeed sums in the weights' precision, hands its sums on in it, and at ZeRO stage 2 lets ranks
+meet in every backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from deepspeed.runtime.base_optimizer import ZeROOptimizer
+import torch.distributed
 from torch import Tensor
 
 
 class WindowGradient:
-    """Sums gradients of a body under DeepSpeed, at stages that keep its parameters whole."""
+    """Sums gradients of a body under DeepSpeed, at stages that keep its parameters whole.
 
-    def __init__(self, engine: Any, world_size: int) -> None:
-        self._engine = engine
-        self._world_size = world_size
-        self._parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-        self._sums: list[Tensor | None] = [None] * len(self._parameters)
+    `masters` are the fp32 weights that stage 0 steps, by parameter.
+    """
+
+    def __init__(self, engine: Any, stage: int, masters: Mapping[Tensor, Tensor]) -> None:
+        self._optimizer = engine.optimizer
+        self._stage = stage
+        self._masters = masters
+        self._parameters: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        """By parameter, in the tensors below."""
+        self._flats: list[Tensor] = []
+        """fp32, laid out as DeepSpeed's own; one at stage 0, one for each optimizer group above."""
+        for places, length in _places(engine, stage):
+            flat = torch.zeros(length, dtype=torch.float32, device=next(iter(places)).device)
+            self._flats.append(flat)
+            for parameter, offset in places.items():
+                self._parameters.append(parameter)
+                self._sums.append(flat[offset : offset + parameter.numel()].view(parameter.shape))
 
     def backward(self, outputs: Tensor, gradient: Tensor, inputs: Tensor) -> Tensor:
         """d/d(inputs), where `gradient` is d/d(outputs); the parameters' gradients are added up."""
         of_inputs, *of_parameters = torch.autograd.grad(
             outputs, [inputs, *self._parameters], gradient.to(outputs.dtype), allow_unused=True
         )
-        self._add(of_parameters)
+        used = [(total, one) for total, one in zip(self._sums, of_parameters, strict=True) if one is not None]
+        torch._foreach_add_([total for total, _ in used], [one for _, one in used])
         assert of_inputs is not None
         return of_inputs
 
     def give(self) -> None:
-        """Let DeepSpeed have the sums, as if of one backward; all ranks call it. Then there are
-        none.
+        """Let DeepSpeed's optimizer step by the sums over all ranks, which all call it. `drop` them
+        after the step.
         """
-        # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
-        gradients = [
-            None if total is None else (total * self._world_size).to(parameter.dtype)
-            for total, parameter in zip(self._sums, self._parameters, strict=True)
-        ]
-        self.drop()
-        loss = _Gradients.apply(gradients, *self._parameters)
-        # What DeepSpeed's own forward does for a backward.
-        if isinstance(self._engine.optimizer, ZeROOptimizer):
-            self._engine.optimizer.clear_backward_seen_flag()
-        loss.register_hook(lambda _: self._engine._backward_prologue())
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(loss)
+        if self._stage == 0:
+            for flat in self._flats:
+                torch.distributed.all_reduce(flat)
+            for parameter, total in zip(self._parameters, self._sums, strict=True):
+                self._masters[parameter].grad = total
+            return
+        group = self._optimizer.dp_process_group
+        ranks = torch.distributed.get_world_size(group)
+        for number, flat in enumerate(self._flats):
+            part = flat.new_empty(len(flat) // ranks)
+            torch.distributed.reduce_scatter_tensor(part, flat, group=group)
+            self._give_part(number, part)
 
     def drop(self) -> None:
         """Forget the sums."""
-        self._sums = [None] * len(self._parameters)
+        torch._foreach_zero_(self._flats)
 
-    def _add(self, gradients: Sequence[Tensor | None]) -> None:
-        totals, added = [], []
-        for number, gradient in enumerate(gradients):
-            total = self._sums[number]
-            if gradient is None:
-                continue
-            if total is None:
-                # Two parameters may get one tensor.
-                self._sums[number] = gradient.to(torch.float32, copy=True)
-            else:
-                totals.append(total)
-                added.append(gradient)
-        if totals:
-            torch._foreach_add_(totals, added)
+    def _give_part(self, number: int, part: Tensor) -> None:
+        """This rank's part of the gradient of an optimizer group."""
+        optimizer = self._optimizer
+        if not optimizer.cpu_offload:
+            optimizer.averaged_gradients[number] = [part]
+            return
+        optimizer.single_partition_of_fp32_groups[number].grad.copy_(part)
+        # DeepSpeed adds up the norms of what parameters have in the part: here the first has all.
+        norms = itertools.chain([torch.linalg.vector_norm(part)], itertools.repeat(part.new_zeros(())))
+        for parameter, norm in zip(optimizer.params_in_partition[number], norms, strict=False):
+            optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = norm
 
 
-class _Gradients(torch.autograd.Function):
-    """A scalar that has these gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, gradients: Sequence[Tensor | None], *parameters: Tensor) -> Tensor:
-        ctx.gradients = gradients
-        return parameters[0].new_zeros((), dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        return None, *ctx.gradients
+def _places(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, int], int]]:
+    """Parameters and where they begin in each flat tensor of gradients, and its length."""
+    if stage > 0:
+        optimizer = engine.optimizer
+        for parameters, flat in zip(optimizer.round_robin_bit16_groups, optimizer.bit16_groups_flat, strict=True):
+            # Parameters are views of it.
+            yield {p: p.storage_offset() - flat.storage_offset() for p in parameters}, flat.numel()
+        return
+    places, length = {}, 0
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad:
+            places[parameter] = length
+            length += parameter.numel()
+    yield places, length

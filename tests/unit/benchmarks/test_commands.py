@@ -25,6 +25,7 @@ from benchmarks.memory.runs import RUN_FILE as MEMORY_RUN_FILE
 from benchmarks.modes.__main__ import build_parser as modes_parser
 from benchmarks.modes.systems import RUN_FILE as MODES_RUN_FILE
 from benchmarks.naive.__main__ import build_parser as naive_parser
+from benchmarks.optimizers.__main__ import build_parser as optimizers_parser
 from fedbert_ds.bench.pipeline.settings import RUN_FILE as PIPELINE_RUN_FILE
 from fedbert_ds.cli import build_parser as installed_parser
 from fedbert_ds.config import load_config
@@ -40,6 +41,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.fp8": (fp8_parser, CODECS_RUN_FILE),
     "python -m benchmarks.kernels": (kernels_parser, None),
     "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),
+    "python -m benchmarks.optimizers": (optimizers_parser, MODES_RUN_FILE),
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
     "python tests/integration/chaos.py": (chaos_parser, None),
 }

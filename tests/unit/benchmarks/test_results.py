@@ -16,6 +16,8 @@ from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
 from benchmarks.modes.tuning import table as tuning_table
+from benchmarks.optimizers.benchmark import table as optimizers_table
+from benchmarks.optimizers.benchmark import windows_to_reach
 from fedbert_ds.bench.body.benchmark import BASE as BERT_BASE
 from fedbert_ds.bench.body.benchmark import LARGE, OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
@@ -189,6 +191,22 @@ def test_memory_of_a_client():
     assert len(record["rows"]) == 2 * len(CASES)
     for row in record["rows"]:
         assert row["peak_mb"] <= {BASE: 1000, FACTORIZED: 600}[row["model"]]
+
+
+def test_muon_needs_fewer_windows():
+    record = json.loads((BENCHMARKS / "results" / "optimizers-wikitext.json").read_text(encoding="utf-8"))
+    assert optimizers_table(record["rows"]) in README
+    assert {(row["optimizer"], row["seed"]) for row in record["rows"]} == {
+        (name, seed) for name in ("adamw", "muon") for seed in range(3)
+    }
+    # What the page claims.
+    for row in record["trials"]:
+        assert f"{row['held_out'][-1]['loss']:.3f} at {row['rate']:g}" in " ".join(README.split())
+    shares = []
+    for seed in range(3):
+        runs = {row["optimizer"]: row["held_out"] for row in record["rows"] if row["seed"] == seed}
+        shares.append(windows_to_reach(runs["muon"], runs["adamw"][-1]["loss"]) / record["settings"]["windows"])
+    assert max(shares) < 0.575 and min(shares) > 0.265 and round(100 * sum(shares) / 3) == 42
 
 
 @pytest.mark.parametrize("name", ["host-cpu", "host-cpu-before", "host-cpu-recompute"])

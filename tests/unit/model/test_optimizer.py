@@ -1,17 +1,13 @@
-"""LAMB against its paper, whole and in slices over two processes; which parameters decay."""
+"""LAMB against its paper, whole and in slices over ranks; which parameters decay."""
 
 from __future__ import annotations
 
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
-from safetensors.torch import load_file, save_file
 from torch import nn
+from unit.model.thread_ranks import CUTS, flat_of, partition, run_ranks, whole_of
 
 from fedbert_ds.config import OptimizerSection
 from fedbert_ds.model.optimizer import Lamb, build_optimizer, is_decayed
@@ -106,7 +102,7 @@ def test_only_matrices_decay(name: str) -> None:
     decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     decays = {key: decay_of[id(parameter)] for key, parameter in named.items()}
     assert decays == {"dense.weight": 0.1, "dense.bias": 0.0, "LayerNorm.weight": 0.0, "table.weight": 0.1}
-    assert all(len(group["params"]) == 1 for group in optimizer.param_groups) or name != "lamb"
+    assert len(optimizer.param_groups) == 2
 
 
 def test_layer_norm_of_every_architecture_is_known() -> None:
@@ -123,41 +119,31 @@ def test_adamw_is_torchs() -> None:
         torch.testing.assert_close(named[key], expected[key], atol=1e-6, rtol=1e-6)
 
 
-def step_a_slice(rank: int, folder: str) -> None:
-    """One of two processes that hold half of each flattened parameter, as ZeRO leaves them."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    slices = {name: nn.Parameter(half(parameter.detach(), rank)) for name, parameter in parameters().items()}
-    optimizer = build_optimizer(slices.items(), section("lamb"), partitioned=True)
-    for step in range(STEPS):
-        for name, gradient in gradients(step).items():
-            slices[name].grad = half(gradient, rank)
-        optimizer.step()
-    save_file({name: parameter.detach() for name, parameter in slices.items()}, Path(folder) / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-def step_a_slice_as_the_other(_: int, folder: str) -> None:
-    step_a_slice(1, folder)
-
-
-def half(tensor: torch.Tensor, rank: int) -> torch.Tensor:
-    """Half of the flattened tensor, zero-padded to equal lengths."""
-    flat = tensor.flatten()
-    flat = torch.cat([flat, flat.new_zeros(len(flat) % 2)])
-    return flat.chunk(2)[rank].clone()
-
-
-def test_partitioned_lamb_equals_whole_lamb(tmp_path: Path) -> None:
-    # One of the two is this process: to start another takes longer than all else.
-    other = torch.multiprocessing.spawn(step_a_slice_as_the_other, args=(str(tmp_path),), join=False)
-    step_a_slice(0, str(tmp_path))
-    assert other.join(timeout=60)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 80])
+@pytest.mark.parametrize("cut", CUTS)
+def test_partitioned_lamb_equals_whole_lamb(cut: str, ranks: int) -> None:
     whole = parameters()
+    groups = [group["params"] for group in build_optimizer(whole.items(), section("lamb")).param_groups]
+    names = {parameter: name for name, parameter in whole.items()}
+    groups = [[names[parameter] for parameter in group] for group in groups]
+    shapes = [[SHAPES[name] for name in group] for group in groups]
+
+    def run_rank(rank: int) -> list[torch.Tensor]:
+        optimizer = build_optimizer(parameters().items(), section("lamb"))
+        wheres = [partition(cut, of_group, rank, ranks) for of_group in shapes]
+        for group, of_group, (where, length) in zip(groups, optimizer.param_groups, wheres, strict=True):
+            start = [parameters()[name].detach() for name in group]
+            of_group["params"] = [nn.Parameter(flat_of(start, where, length, padding=7.0))]
+            optimizer.partitions[of_group["params"][0]] = where
+        for step in range(STEPS):
+            for group, of_group, (where, length) in zip(groups, optimizer.param_groups, wheres, strict=True):
+                of_group["params"][0].grad = flat_of([gradients(step)[name] for name in group], where, length)
+            optimizer.step()
+        return [group["params"][0].detach() for group in optimizer.param_groups]
+
     run(build_optimizer(whole.items(), section("lamb")), whole, range(STEPS))
-    slices = [load_file(tmp_path / f"{rank}.safetensors") for rank in range(2)]
-    for name, parameter in whole.items():
-        joined = torch.cat([part[name] for part in slices])[: parameter.numel()].view_as(parameter)
-        torch.testing.assert_close(joined, parameter.detach(), atol=1e-6, rtol=1e-6)
+    flats = run_ranks(ranks, run_rank)
+    for number, group in enumerate(groups):
+        where, _ = partition(cut, shapes[number], 0, ranks)
+        for name, found in zip(group, whole_of([each[number] for each in flats], where), strict=True):
+            torch.testing.assert_close(found, whole[name].detach(), atol=1e-6, rtol=1e-6)

@@ -15,17 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.body.conversion import (
-    MASTERS,
-    Share,
-    Table,
-    fill,
-    group_tables,
-    parameter_table,
-    read_shares,
-    whole,
-    whole_table,
-)
+from fedbert_ds.server.body.conversion import MASTERS, Share, check_groups, fill, read_shares, whole
+from fedbert_ds.server.body.layout import Table, group_tables, parameter_table, whole_table
 
 SHAPES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=5).map(
     lambda shapes: {f"p{number}": shape for number, shape in enumerate(shapes)}
@@ -78,11 +69,45 @@ def test_nothing_is_made_up_before_the_first_step() -> None:
     assert share.moments == {} and torch.equal(share.masters[0], torch.ones(6))
 
 
+def test_each_parameter_keeps_the_moments_of_its_own_rule() -> None:
+    """Muon has momentum where it steps matrices, and AdamW's moments elsewhere."""
+    shapes = {"matrix": (2, 3), "bias": (3,)}
+    rules = {0: {"step": torch.tensor(2.0), "momentum": torch.ones(2, 3)}, 1: {"step": 1, "exp_avg": torch.ones(3)}}
+    saved = [Share(whole_table(shapes), [torch.zeros(2, 3), torch.zeros(3)], rules)]
+    share = fill(whole_table(shapes), saved[0].masters, saved, shapes)
+    assert {n: set(state) for n, state in share.moments.items()} == {n: set(state) for n, state in rules.items()}
+    assert torch.equal(whole([share], "matrix", 6, "momentum"), torch.ones(6))
+
+
 def test_a_part_that_is_missing_is_noticed() -> None:
     shapes = {"a": (2, 3)}
     (first, _), _ = layout(shapes, 1, 2)
     with pytest.raises(ValueError, match="a has 6 elements, the checkpoint 3"):
         whole([Share(first, [torch.zeros(3)], {})], "a", 6, MASTERS)
+
+
+SAVED = {
+    0: ("mp_rank_00_model_states.pt", "optimizer", None),
+    1: ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer_state_dict", "base_optimizer_state"),
+    2: ("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer_state_dict", "base_optimizer_state"),
+    3: ("zero_pp_rank_0_mp_rank_00_optim_states.pt", "optimizer_state_dict", "optimizer_state_dict"),
+}
+"""File and keys under which DeepSpeed saves the optimizer, by stage."""
+
+
+@pytest.mark.parametrize("stage", SAVED)
+def test_groups_that_another_version_saved_are_not_taken_for_ours(tmp_path: Path, stage: int) -> None:
+    """LAMB had one for each parameter once: DeepSpeed would load as many as there are, silently."""
+    check_groups(tmp_path, stage, 2)
+    file, outer, inner = SAVED[stage]
+    groups = {"param_groups": [{}] * 192}
+    torch.save({outer: {inner: groups} if inner else groups}, tmp_path / file)
+    check_groups(tmp_path, stage, 192)
+    with pytest.raises(RunError, match="saved with 192 groups of parameters, where this FedBERT-DS has 2; ") as caught:
+        check_groups(tmp_path, stage, 2)
+    assert "\n" not in str(caught.value)
+    (tmp_path / file).write_bytes(b"torn")
+    check_groups(tmp_path, stage, 2)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -84,10 +84,12 @@ def test_a_step_waits_for_the_norm_alone(told: Told, stage: int, precision: str)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_cross_ranks_once_a_window_up_to_stage_2(told: Told, stage: int, precision: str) -> None:
-    """In the step, as what the norm needs. At stage 3 in every backward, as DeepSpeed is made."""
+    """In the step, as do the norm and the weights. At stage 3 in every backward, as DeepSpeed
+    is made. What crosses: test_optimizer_step.py.
+    """
     *before, step = told(stage, precision)["collectives"]
     assert before == ([0] * (1 + MICRO_BATCHES) if stage < 3 else [0] + [1] * MICRO_BATCHES)
-    assert step <= 4
+    assert step <= 7
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

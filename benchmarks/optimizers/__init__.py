@@ -1,0 +1,1 @@
+"""Held-out loss against windows, by the optimizer of the body's matrices."""

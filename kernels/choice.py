@@ -86,8 +86,6 @@ def kept(cases: Iterable[Case], device: torch.device) -> dict[str, str]:
     differently, all take the default. Without a GPU nothing is measured.
     """
     wanted = {case.name: case for case in cases}
-    if device.type == "meta":  # a model that is counted
-        return {name: case.default for name, case in wanted.items()}
     if device.type != "cuda":
         return {name: case.off_gpu for name, case in wanted.items()}
     index = card_index(device)

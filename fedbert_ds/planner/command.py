@@ -66,17 +66,19 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def machines_of(options: argparse.Namespace) -> Machines:
     """The machines in the options; ConfigError for numbers out of range."""
-    for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency", "gpu_memory"):
+    for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency", "gpu_memory", "cores"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
-    if options.rtt < 0 or options.spread < 0:
-        raise ConfigError("--rtt and --spread cannot be below 0")
+    if options.rtt < 0 or options.spread < 0 or options.host_ms < 0:
+        raise ConfigError("--rtt, --spread and --host-ms cannot be below 0")
     rate = options.mbit * 1e6 / 8
     return Machines(
         gpus=options.gpus,
         gpu_flops=options.tflops * 1e12,
         efficiency=options.efficiency,
         gpu_memory=options.gpu_memory * 1e9,
+        launch_per_layer=options.host_ms / 1e3,
+        codec_cores=options.cores,
         price=options.price,
         clients=options.clients,
         client_flops=options.client_gflops * 1e9,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.config import RunConfig
+from fedbert_ds.config import LayersCut, RunConfig
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.server.body.footprint import SHARE, bytes_kept
@@ -39,6 +39,14 @@ class Machines:
     """Bytes/s a GPU moves in the ranks' collectives."""
     network: float = 25e9 / 8
     """Bytes/s of one rank's network to clients, each way."""
+    launch_per_layer: float = 1.5e-3
+    """Seconds the host takes to launch a layer's forward and backward. `fedbert-ds bench host`
+    measures it, arithmetic included: 3 ms on two old cores."""
+    codec_cores: float = 4.0
+    """Cores of a rank that compress and decompress."""
+    codec_per_byte: float = 2.7e-9
+    """Seconds a core takes for a byte that arrives or leaves; `fedbert-ds bench network` measures
+    it."""
     price: float = 2.5
     """Of one GPU for an hour."""
     clients: int = 16
@@ -57,6 +65,7 @@ class Machines:
 class Model:
     """Sizes of the body and the client half."""
 
+    body_layers: int
     body_parameters: int
     half_parameters: int
     body_flops: float
@@ -92,6 +101,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
             forward_per_token=model.body_flops / 3 / rate,
             backward_per_token=model.body_flops * (2 + forwards_again) / 3 / rate,
             per_micro_batch=1e-3,
+            launch=machines.launch_per_layer * model.body_layers * (1 + forwards_again / 3),
             # Weights, gradients and two moments, fp32, are read and most of them written.
             step=7 * 4 * model.body_parameters / machines.gpus / machines.gpu_bandwidth + reduced,
             gather=2e-3,
@@ -108,7 +118,8 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         affordable_in_flight=max(1, int(SHARE * machines.gpu_memory / kept)),
         bytes_kept_per_token=kept / config.window.tokens_per_micro_batch,
         staleness=config.federation.staleness,
-        server_bytes_per_second=machines.network,
+        # Half of the cores work in each direction.
+        server_bytes_per_second=min(machines.network, machines.codec_cores / 2 / machines.codec_per_byte),
     )
     return scenario, model
 
@@ -193,7 +204,9 @@ def _model(config: RunConfig, hf_config: Any) -> Model:
     body, half = body_skeleton(hf_config, config.cut), client_skeleton(hf_config, config.cut)
     share = config.data.mask_probability
     embed = half.flops_per_token(0.0)
+    taken = config.cut.layers if isinstance(config.cut, LayersCut) else 0
     return Model(
+        body_layers=hf_config.num_hidden_layers - taken,
         body_parameters=body.num_parameters,
         half_parameters=half.num_parameters,
         body_flops=body.flops_per_token(share, config.data.sequence_length),

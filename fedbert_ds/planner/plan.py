@@ -31,11 +31,13 @@ class Prediction:
     clients: int
     tokens_per_second: float
     busy_share: float
+    launching_share: float
+    """Of their time, bodies wait for the host to launch what they compute."""
     bytes_per_token: float
     """Both ways, activations and gradients."""
     bytes_per_token_averaging: float
     bottleneck: str
-    """body, network, clients, memory or flush."""
+    """body, host, server, network, clients, memory or flush."""
     in_flight: int
     """Micro-batches, at most, in the last window."""
     wanted_in_flight: int
@@ -79,6 +81,7 @@ def predicted(scenario: Scenario, outcome: Outcome, tokens: float, price: float)
         clients=len(scenario.clients),
         tokens_per_second=outcome.tokens_per_second,
         busy_share=outcome.busy_share,
+        launching_share=outcome.launching_share,
         bytes_per_token=scenario.wire.up + scenario.wire.down,
         bytes_per_token_averaging=averaging,
         bottleneck=bottleneck(outcome),
@@ -101,7 +104,13 @@ def bottleneck(outcome: Outcome) -> str:
     """
     if outcome.busy_share >= BUSY:
         return "body"
-    busiest = max((outcome.link_busy_share, "network"), (outcome.client_busy_share, "clients"))
+    if outcome.busy_share + outcome.launching_share >= BUSY:
+        return "host"
+    busiest = max(
+        (outcome.server_busy_share, "server"),
+        (outcome.link_busy_share, "network"),
+        (outcome.client_busy_share, "clients"),
+    )
     if busiest[0] >= BUSIEST:
         return busiest[1]
     last = outcome.windows[-1]
@@ -138,6 +147,8 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
     other = whole_model(config, machines, model)
     advice = {
         "body": "the body is saturated: more GPUs make it faster",
+        "host": "the host launches too slowly for the device: larger window.tokens_per_micro_batch",
+        "server": "a rank's network, or the threads that compress, hold it back: more cores, cut: rows, or more GPUs",
         "network": "links hold it back: a smaller codec, cut: rows, or more clients",
         "clients": "clients' machines hold it back: more clients, or a smaller share for slow ones",
         "memory": "too few micro-batches are in flight: body.activation_checkpointing: layers, or more clients to a "
@@ -152,6 +163,7 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
             f"model    body {body:.1f} M parameters, {model.body_flops / 1e9:.2f} GFLOP a token; "
             f"client half {half:.1f} M",
             f"speed    {plan.tokens_per_second:,.0f} tokens/s, body busy {100 * plan.busy_share:.1f} %, "
+            f"waiting for the host {100 * plan.launching_share:.1f} %, "
             f"{plan.in_flight} micro-batches in flight, {100 * plan.dummy_share:.0f} % dummies",
             f"memory   {plan.bytes_kept_per_token / 1e3:,.1f} kB a token in flight: {machines.gpu_memory / 1e9:g} GB "
             f"hold {plan.affordable_in_flight:,} micro-batches, clients' answers need {plan.wanted_in_flight:,}",

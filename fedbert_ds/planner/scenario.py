@@ -23,6 +23,8 @@ class BodyCosts:
     """Seconds of the optimizer's step, collectives included."""
     gather: float = 0.0
     """Seconds the ranks take to agree on the next window."""
+    launch: float = 0.0
+    """Seconds the host takes to launch a forward and a backward; a faster device waits for it."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Scenario:
     client_cores: int | None = None
     """Cores that all clients share, if they run on one machine; None: each client has its own."""
     server_bytes_per_second: float = float("inf")
-    """Of each rank's network, each way."""
+    """Of each rank's network, each way, or of the threads that compress and decompress."""
     combine_per_byte: float = 2e-9
     """Seconds the server takes to combine a byte of each client's update."""
 

@@ -44,6 +44,8 @@ class WindowResult:
     """The limit it ran with."""
     wanted_in_flight: int = 0
     """What would hide the clients' round trips, whatever memory holds."""
+    launching_seconds: float = 0.0
+    """Mean over ranks: the device waited for the host to launch."""
 
 
 @dataclass
@@ -57,6 +59,8 @@ class Outcome:
     """Share of its time that the busiest client's link carries bytes, in its busier direction."""
     coordinator_seconds: float
     """CPU seconds a window of all queues' own code; measured, not simulated."""
+    server_busy_share: float = 0.0
+    """Share of its time that the busiest rank's network carries bytes, in its busier direction."""
     events: int = 0
     """Events on the clock, of all windows; the same on every machine."""
 
@@ -69,6 +73,11 @@ class Outcome:
     def busy_share(self) -> float:
         """Share of their time that the bodies compute."""
         return sum(w.busy_seconds for w in self.windows) / sum(w.seconds for w in self.windows)
+
+    @property
+    def launching_share(self) -> float:
+        """Share of their time that bodies wait for the host to launch what they compute."""
+        return sum(w.launching_seconds for w in self.windows) / sum(w.seconds for w in self.windows)
 
     @property
     def dummy_share(self) -> float:
@@ -193,8 +202,13 @@ class _Rank:
         self.network_up, self.network_down = Pipe(), Pipe()
         self.is_free = True
         self.waits_to_start = True
-        self.busy = self.service = 0.0
+        self.busy = self.launching = self.service = 0.0
         self.tokens = self.dummies = self.forwards = 0
+
+    @property
+    def carried(self) -> tuple[float, float]:
+        """Seconds that its network has carried bytes so far, up and down."""
+        return self.network_up.busy, self.network_down.busy
 
     def queue_call(self, call: Callable[..., object], *arguments: object) -> None:
         """Call the queue and count its CPU time."""
@@ -261,8 +275,11 @@ class _Rank:
         tokens = sum(piece.tokens for piece in pieces)
         seconds = per_token * tokens
         self.is_free = False
+        # A forward and a backward take about as long to launch.
+        waits = max(0.0, self._scenario.body.launch / 2 - seconds)
         self.busy += seconds
-        self._clock.at(self._clock.now + seconds + self._scenario.body.per_micro_batch / 2, then)
+        self.launching += waits
+        self._clock.at(self._clock.now + seconds + waits + self._scenario.body.per_micro_batch / 2, then)
 
     def _forwarded(self, forward: Forward) -> None:
         window = self._simulation.window
@@ -329,6 +346,7 @@ class _Simulation:
         for rank in self.ranks:
             rank.go_on()
         busy_before: list[tuple[float, float, float]] = []
+        carried_before = [(0.0, 0.0)] * len(self.ranks)
         settled_at = 0.0
         while len(self._results) < self.num_windows:
             if not self.clock.advance():
@@ -336,6 +354,7 @@ class _Simulation:
             if len(self._results) == settling and not busy_before:
                 settled_at = self.clock.now
                 busy_before = [(c.cpu.busy, c.up.busy, c.down.busy) for c in self.clients]
+                carried_before = [rank.carried for rank in self.ranks]
                 self.coordinator_seconds = 0.0
         elapsed = self.clock.now - settled_at
         pairs = list(zip(self.clients, busy_before, strict=True))
@@ -344,6 +363,11 @@ class _Simulation:
             client_busy_share=max(client.cpu.busy - cpu for client, (cpu, _, _) in pairs) / elapsed,
             link_busy_share=max(max(c.up.busy - up, c.down.busy - down) for c, (_, up, down) in pairs) / elapsed,
             coordinator_seconds=self.coordinator_seconds / (self.num_windows - settling),
+            server_busy_share=max(
+                max(now - then for now, then in zip(rank.carried, before, strict=True))
+                for rank, before in zip(self.ranks, carried_before, strict=True)
+            )
+            / elapsed,
             events=self.clock.events,
         )
 
@@ -366,7 +390,8 @@ class _Simulation:
         most = max(1, *(rank.queue.schedule.num_micro_batches for rank in self.ranks))
         for rank in self.ranks:
             rank.in_flight = limits.in_flight
-            rank.busy, rank.tokens, rank.dummies, rank.forwards = 0.0, 0, 0, 0
+            rank.busy = rank.launching = 0.0
+            rank.tokens = rank.dummies = rank.forwards = 0
             rank.queue_call(rank.queue.start, most, self.clock.now, limits)
         if self.scenario.exchanges(self.window):
             self._updates[self.window] = []
@@ -383,7 +408,7 @@ class _Simulation:
     def _after_step(self) -> None:
         for rank in self.ranks:
             if real := rank.forwards - rank.dummies:
-                rank.service = rank.busy / real
+                rank.service = (rank.busy + rank.launching) / real
             rank.busy += self.scenario.body.step
         self._results.append(
             WindowResult(
@@ -394,6 +419,7 @@ class _Simulation:
                 forwards=sum(rank.forwards for rank in self.ranks),
                 in_flight=self.ranks[0].in_flight,
                 wanted_in_flight=self._wanted_in_flight,
+                launching_seconds=sum(rank.launching for rank in self.ranks) / len(self.ranks),
             )
         )
         self._started_at = self.clock.now

@@ -15,7 +15,6 @@ from torch import Tensor
 from fedbert_ds.config import Cut, Kernels
 from fedbert_ds.model.body import Recomputed
 from fedbert_ds.model.cut import body_skeleton
-from fedbert_ds.model.kernels import install_kernels
 from fedbert_kernels.recompute import watching
 
 SHARE = 0.5
@@ -74,11 +73,13 @@ def bytes_kept(
     """
     # Imported here, as `install_kernels` does: Triton takes a second.
     from fedbert_kernels.attention import HEAD_SIZES, attention
+    from fedbert_kernels.patch_modules import patch_modules
 
     meta = torch.device("meta")
     body = body_skeleton(hf_config, cut).to(meta, dtype).train()
     body.recompute(recomputed)
-    install_kernels(body, kernels, meta, whole_weights=True, dtype=dtype)
+    if kernels != "torch":
+        patch_modules(body, "triton", dtype, recompute=recomputed == "elementwise")
     fits = hf_config.hidden_size // hf_config.num_attention_heads in HEAD_SIZES
     body.attend = attention if fits else None
     num_tokens = sum(lengths)

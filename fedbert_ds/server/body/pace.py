@@ -14,6 +14,8 @@ from typing import Literal
 SETTLING = 8
 """Works of a kind in which kernels may still be compiled or tuned."""
 TRIES = 3
+LEAST_TOKENS = 16
+"""Of a work that tells a pace; a dummy has fewer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Pace:
     def computed(self, load: Load, seconds: float, may_have_gaps: bool) -> float:
         """Seconds the device computed in a work that took `seconds` from its beginning to its
         end."""
-        if not may_have_gaps and load.tokens > 1:
+        if not may_have_gaps and load.tokens >= LEAST_TOKENS:
             self._per_token[load.kind] = seconds / load.tokens
         if may_have_gaps and load.kind in self._per_token:
             return min(seconds, self._per_token[load.kind] * load.tokens)

@@ -24,7 +24,7 @@ def options(**changes: Any) -> argparse.Namespace:
     defaults: dict[str, Any] = {
         "config": CONFIG, "overrides": ["window.tokens=65536"], "tokens": 1e9, "gpus": 1, "tflops": 989.0,
         "efficiency": 0.4, "price": 2.5, "clients": 4, "client_gflops": 100.0, "rtt": 50.0, "mbit": 100.0,
-        "gpu_memory": 80.0, "spread": 0.0, "sweep": False, "validate": None, "out": None,
+        "gpu_memory": 80.0, "host_ms": 3.0, "cores": 4.0, "spread": 0.0, "sweep": False, "validate": None, "out": None,
     }  # fmt: skip
     return argparse.Namespace(**(defaults | changes))
 
@@ -60,7 +60,7 @@ def test_machines_are_those_of_the_options() -> None:
         ({"gpus": 0}, "--gpus 0: give a number above 0"),
         ({"gpu_memory": 0.0}, "--gpu-memory 0.0: give a number above 0"),
         ({"client_gflops": -1.0}, "--client-gflops -1.0: give a number above 0"),
-        ({"rtt": -1.0}, "--rtt and --spread cannot be below 0"),
+        ({"rtt": -1.0}, "--rtt, --spread and --host-ms cannot be below 0"),
         ({"validate": Path("nowhere.json")}, "--validate nowhere.json: not a record of bench pipeline"),
     ],
 )

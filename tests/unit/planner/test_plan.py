@@ -21,7 +21,7 @@ def config(*overrides: str):
 
 
 def test_more_gpus_are_faster_until_clients_are_too_few():
-    fast = Machines(clients=64, client_flops=1e14, rtt=0.0, up=1e12, down=1e12)
+    fast = Machines(clients=64, client_flops=1e14, rtt=0.0, up=1e12, down=1e12, launch_per_layer=0.0, codec_cores=64.0)
     one = predict(config(), fast, 1e9)
     four = predict(config(), replace(fast, gpus=4), 1e9)
     assert 2.5 < four.tokens_per_second / one.tokens_per_second < 4.0
@@ -39,6 +39,22 @@ def test_slow_links_are_named():
 def test_slow_clients_are_named():
     slow = Machines(clients=4, client_flops=1e9, up=1e12, down=1e12, rtt=0.0)
     assert predict(config(*SMALL), slow, 1e9).bottleneck == "clients"
+
+
+def test_a_host_that_launches_slowly_is_named_and_larger_micro_batches_help():
+    near = Machines(clients=64, client_flops=1e14, rtt=0.0, up=1e12, down=1e12, launch_per_layer=2e-2)
+    slow = predict(config("window.tokens_per_micro_batch=8192"), near, 1e9)
+    assert slow.bottleneck == "host" and slow.busy_share < 0.5 < slow.launching_share
+    larger = predict(config("window.tokens_per_micro_batch=32768"), near, 1e9)
+    assert larger.tokens_per_second > 1.5 * slow.tokens_per_second
+    quick = predict(config("window.tokens_per_micro_batch=8192"), replace(near, launch_per_layer=0.0), 1e9)
+    assert quick.launching_share == 0.0 and quick.bottleneck == "body"
+
+
+def test_a_rank_whose_codecs_cannot_keep_up_is_named():
+    near = Machines(clients=64, client_flops=1e14, rtt=0.0, up=1e12, down=1e12, codec_cores=0.5, launch_per_layer=0.0)
+    assert predict(config(), near, 1e9).bottleneck == "server"
+    assert predict(config(), replace(near, codec_cores=64.0), 1e9).bottleneck == "body"
 
 
 def test_bottleneck_is_what_is_busiest():

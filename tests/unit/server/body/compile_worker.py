@@ -62,6 +62,7 @@ def build(deepspeed: Path, is_compiled: bool) -> Any:
 def train(engine: Any, name: str, found: dict[str, Any]) -> None:
     """All forwards of a window, then all its backwards, last one first."""
     from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_kernels.encoded import Encoded
 
     random = torch.Generator().manual_seed(0)
     gradients, recompiles = [], []
@@ -70,13 +71,14 @@ def train(engine: Any, name: str, found: dict[str, Any]) -> None:
             masked = torch.randperm(sum(lengths), generator=random)[:num_masked].sort().values
             bounds = torch.tensor([0, *lengths]).cumsum(0).int()
             values = torch.randn(sum(lengths), WIDTH, generator=random)
-            engine.forward(number, BodyInput(values, masked, bounds, None, number))
+            engine.forward(number, BodyInput([Encoded.of(values, "fp32")], masked, bounds, None, number))
         dummy = len(micro_batches)
         engine.forward(dummy, engine.dummy_input(WIDTH, False, 0))
-        engine.backward(dummy, torch.zeros(0, WIDTH), is_last=False)
+        engine.backward(dummy, [Encoded.zeros(0, WIDTH, "fp32")], is_last=False)
         for number in reversed(range(dummy)):
             gradient = torch.randn(micro_batches[number][1], WIDTH, generator=random) / 10
-            gradients.append(engine.backward(number, gradient, is_last=number == 0).result()[0])
+            work = engine.backward(number, [Encoded.of(gradient, "fp32")], is_last=number == 0)
+            gradients.append(work.result()[0].decode())
         engine.step(0.5)
         recompiles.append(engine.take_recompiles())
     found |= {f"gradients {name}": gradients, f"weights {name}": engine.full_state(), f"recompiles {name}": recompiles}

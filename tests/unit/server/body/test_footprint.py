@@ -12,6 +12,7 @@ from fedbert_ds.config import ModelSection
 from fedbert_ds.model.checkpoint import config_of
 from fedbert_ds.model.cut import body_skeleton
 from fedbert_ds.server.body.footprint import SHARE, bytes_kept, memory_budget, saved_bytes
+from fedbert_kernels.attention import attention
 
 
 def test_saved_storages_are_counted_once_and_parameters_not_at_all() -> None:
@@ -52,7 +53,7 @@ def test_what_is_counted_is_what_a_forward_keeps(cut: Any, recomputed: Any) -> N
     body = body_skeleton(hf_config, cut).train()
     body.recompute(recomputed)
     # Attention that keeps no scores; here its body for the CPU.
-    body.triton = True
+    body.attend = attention
     row_index = torch.arange(16) % 5 if cut == "rows" else None
     values = torch.zeros(5 if cut == "rows" else 16, 32, requires_grad=True)
     with saved_bytes(body.parameters()) as saved:

@@ -76,6 +76,7 @@ def test_a_run_that_waits_ends_as_if_nobody_had_been_lost(
     assert reported(rank) == reported(undisturbed)
     assert equal_references(rank, undisturbed)
     assert rank.served.rooms.cursors.committed == undisturbed.served.rooms.cursors.committed
+    assert rank.served.rooms.inbox.is_empty, "of windows that were undone nothing is left"
     for name in ("ada", "bo", "cy"):
         assert manifests(rank, name, *[lost] * (name == "bo")) == manifests(undisturbed, name)
     for client in (rank.clients[0], rank.clients[2]):
@@ -122,6 +123,7 @@ def test_where_halves_are_personal_a_run_goes_back_to_what_everybody_saved(
     assert rank.run() == 4
     assert equal_references(rank, undisturbed)
     assert rank.served.rooms.cursors.committed == undisturbed.served.rooms.cursors.committed
+    assert rank.served.rooms.inbox.is_empty, "of windows that were undone nothing is left"
     for name in ("ada", "bo", "cy"):
         assert manifests(rank, name, *[lost] * (name == "bo")) == manifests(undisturbed, name)
     if not rank.served.rolled_back:

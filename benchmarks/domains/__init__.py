@@ -1,0 +1,1 @@
+"""Real English text of several domains, from packages that Debian distributes."""

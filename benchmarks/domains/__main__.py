@@ -41,7 +41,7 @@ def lines(domain: Domain, root: Path) -> tuple[str, int]:
 
 
 def unpack(package: str, folder: Path) -> str:
-    """Fetch a package and unpack it into a folder; returns its file's name, which has its version."""
+    """Fetch a package and unpack it into a folder; returns its file's name, with its version."""
     for command in (["apt-get", "download", package], ["dpkg", "-x", f"{package}_*.deb", "."]):
         command = [str(next(folder.glob(part)).name) if "*" in part else part for part in command]
         try:

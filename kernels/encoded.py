@@ -72,11 +72,11 @@ class Encoded:
         """The same on a device."""
         return self.map(lambda part: part.to(device))
 
-    def decode(self) -> Tensor:
-        """The values [rows, width], fp32, on the device where the codes are."""
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values [rows, width], on the device where the codes are; in fp16 or bf16 rounded."""
         if self.scales is None:
-            return self.payload.to(torch.float32)
-        return dequantize(self.payload, self.scales, self.codec, self.width)
+            return self.payload.to(dtype)
+        return dequantize(self.payload, self.scales, self.codec, self.width, dtype)
 
     @property
     def is_finite(self) -> bool:

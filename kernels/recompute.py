@@ -3,7 +3,8 @@
 Autograd keeps the inputs of a matrix product for its backward. Where such an input is the result of
 `cheap`, `consume` runs the product, and both are inside `recomputing`, its recipe is kept instead:
 function and arguments, which are kept for other reasons, or are such results themselves. Backward
-computes each once, with the same bits. No matrix product runs again.
+computes each once, with the same bits. No matrix product runs again, unless it is inside of what
+`again` runs: attention.
 
 Torch's own selective checkpointing does the same through a dispatch mode, in Python for every
 operator: several times the host's time of a forward and backward.
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 _is_active: ContextVar[bool] = ContextVar("_is_active", default=False)
 _watcher: ContextVar[Callable[[Tensor], None] | None] = ContextVar("_watcher", default=None)
@@ -42,6 +45,24 @@ def consume(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     pack = _pack if watcher is None else partial(_pack_watched, watcher)
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         return function(*arguments)
+
+
+def again(function: Callable[..., Tensor], *tensors: Tensor, draws: bool = False) -> Tensor:
+    """`function(*tensors)`, of which the tensors alone are kept.
+
+    Backward calls it a second time, for its result, where `consume` took that, and for its
+    gradient. `draws` says that it draws random numbers; the second call draws the same.
+    """
+    if not _is_active.get() or not torch.is_grad_enabled():
+        return function(*tensors)
+    recipe = _Again(function, tensors, draws)
+    watcher = _watcher.get()
+    if watcher is not None:
+        for tensor in tensors:
+            watcher(tensor)
+    result = _RunAgain.apply(recipe, *tensors)
+    result._recipe = recipe
+    return result
 
 
 @contextmanager
@@ -80,10 +101,57 @@ class _Recipe:
         return self._value
 
 
+class _Again:
+    """How to compute a result a second time, with its graph."""
+
+    __slots__ = ("_device_states", "_function", "_inputs", "_random_state", "_result")
+
+    def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor], draws: bool) -> None:
+        self._function = function
+        self._inputs = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
+        self._random_state = torch.get_rng_state() if draws else None
+        self._device_states = get_device_states(*tensors) if draws else ([], [])
+        self._result: Tensor | None = None
+
+    def value(self) -> Tensor:
+        return self._with_graph().detach()
+
+    def gradients(self, of_result: Tensor) -> Iterator[Tensor | None]:
+        """Of each input; None of one that needs none."""
+        asked = [one for one in self._inputs if one.requires_grad]
+        found = iter(torch.autograd.grad(self._with_graph(), asked, of_result))
+        self._result = None
+        return (next(found) if one.requires_grad else None for one in self._inputs)
+
+    def _with_graph(self) -> Tensor:
+        if self._result is None:
+            devices, states = self._device_states
+            kind = self._inputs[0].device.type
+            fork = torch.random.fork_rng(devices, enabled=self._random_state is not None, device_type=kind)
+            with torch.enable_grad(), fork:
+                if self._random_state is not None:
+                    torch.set_rng_state(self._random_state)
+                    set_device_states(devices, states, device_type=kind)
+                self._result = self._function(*self._inputs)
+        return self._result
+
+
+class _RunAgain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recipe: _Again, *tensors: Tensor) -> Tensor:
+        ctx.recipe = recipe
+        return recipe._function(*tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_result: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.recipe.gradients(of_result)
+
+
 class _Dropped(NamedTuple):
     """A view of a result that is not kept."""
 
-    recipe: _Recipe
+    recipe: _Recipe | _Again
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int | torch.SymInt

@@ -52,6 +52,7 @@ def time_side_by_side(
     rounds: int = 7,
     seconds: float = 0.1,
     launch_ahead: bool = False,
+    clock: Callable[[], float] | None = None,
 ) -> dict[str, Timing]:
     """Time the candidates in turn, `rounds` times over: a slow machine then slows all of them.
 
@@ -69,7 +70,7 @@ def time_side_by_side(
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(_time(candidates[name], device, calls[name], ahead))
+            times[name].append(_time(candidates[name], device, calls[name], ahead, clock))
     return {name: Timing(statistics.median(values), min(values), max(values)) for name, values in times.items()}
 
 
@@ -106,13 +107,20 @@ def _calls(call: Call, device: torch.device, seconds: float) -> int:
     return max(1, round(seconds / max(1e-9, _time(call, device, 1))))
 
 
-def _time(call: Call, device: torch.device, calls: int, ahead: bool = False) -> float:
+def _time(
+    call: Call,
+    device: torch.device,
+    calls: int,
+    ahead: bool = False,
+    clock: Callable[[], float] | None = None,
+) -> float:
     """Seconds of one of `calls` calls in a row."""
     if device.type != "cuda":
-        started = time.perf_counter()
+        clock = clock or time.perf_counter
+        started = clock()
         for _ in range(calls):
             call()
-        return (time.perf_counter() - started) / calls
+        return (clock() - started) / calls
     # Events, so that the time ends with the device's work and not with a host's waiting for it.
     with torch.cuda.device(device):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -18,6 +18,7 @@ from fedbert_ds.data.masking import Batch, BatchStream
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
+from fedbert_ds.model.dropout_seed import seed_dropout
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
@@ -213,7 +214,7 @@ class ClientTrainer:
     def _embed(self, window: int, piece: _Piece) -> Activations:
         # Dropout depends on the piece's place alone, not on the order of messages.
         seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
-        torch.manual_seed(seed)
+        seed_dropout(seed, self._device)
         return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
 
     def _train_alone(self, number: int, piece: int) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.dropout_seed import seed_dropout
 from fedbert_ds.seeding import stable_seed
 
 
@@ -62,7 +63,7 @@ def train_window(
     scale = 1.0 / max(1, len(batch.labels))
     parts = list(parts_of(batch, capacity))
     for number, (first, part) in enumerate(parts):
-        torch.manual_seed(stable_seed(*dropout_seed, first))
+        seed_dropout(stable_seed(*dropout_seed, first), device)
         ids, positions, labels = (t.to(device) for t in (part.input_ids, part.masked_positions, part.labels))
         loss_sum = half.whole_backward(ids, part.lengths, positions, labels, scale)
         yield PartLoss(loss_sum, len(part.labels), number == len(parts) - 1)

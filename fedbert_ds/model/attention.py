@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedbert_kernels.recompute import cheap
+from fedbert_kernels.recompute import again, cheap
 
 Attend = Callable[..., Tensor]
 """As `fedbert_kernels.attention.attention`, without its seed."""
@@ -43,6 +44,8 @@ class Packing:
     """[T] int64: tokens sorted so that equal lengths are neighbours; None if they already are."""
     restore: Tensor | None = None
     """[T] int64: the inverse of `order`."""
+    is_recomputed: bool = False
+    """Whether backward computes attention again: nothing but query, key and value is kept."""
 
     @classmethod
     def from_lengths(
@@ -119,18 +122,27 @@ def packed_attention(
     each_side = None if sliding_window is None else sliding_window - 1
     by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
     if packing.attend is None:
-        result = grouped_attention(
-            *by_token, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side
-        )
-        return result.unsqueeze(0), None
-    result = packing.attend(
-        by_token if qkv is None else qkv.squeeze(0),
+        tensors: tuple[Tensor, ...] = by_token
+        attend = partial(grouped_attention, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side)
+    else:
+        tensors = by_token if qkv is None else (qkv.squeeze(0),)
+        attend = partial(_fused_attention, packing, dropout, scaling, each_side)
+    result = again(attend, *tensors, draws=dropout > 0.0) if packing.is_recomputed else attend(*tensors)
+    return result.unsqueeze(0), None
+
+
+def _fused_attention(
+    packing: Packing, dropout: float, scaling: float | None, sliding_window: int | None, *tensors: Tensor
+) -> Tensor:
+    """`packing.attend` of qkv, or of query, key and value."""
+    assert packing.attend is not None
+    return packing.attend(
+        tensors[0] if len(tensors) == 1 else tensors,
         packing.cu_seqlens,
         dropout=dropout,
-        sliding_window=each_side,
+        sliding_window=sliding_window,
         scale=scaling,
     )
-    return result.unsqueeze(0), None
 
 
 def grouped_attention(

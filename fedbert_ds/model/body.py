@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,8 +26,8 @@ from fedbert_ds.model.architecture import (
 from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing, keep_masked_positions
 from fedbert_kernels.recompute import cheap, consume, recomputing
 
-Recomputed = Literal["none", "elementwise", "layers"]
-"""What backward computes again."""
+Recomputed = Literal["none", "elementwise", "attention", "layers"]
+"""What backward computes again; see `Body.recompute`."""
 
 
 class Body(nn.Module):
@@ -65,7 +66,7 @@ class Body(nn.Module):
         `masked_positions` is [m] int64 into T. `cu_seqlens` is [n + 1] int32, best on the CPU.
         ValueError if these do not fit.
         """
-        with recomputing() if self.recomputed == "elementwise" else nullcontext():
+        with recomputing() if self.recomputes_elementwise else nullcontext():
             return self._forward(activations, masked_positions, cu_seqlens, row_index)
 
     def _forward(
@@ -81,6 +82,7 @@ class Body(nn.Module):
             summed_in = torch.promote_types(activations.dtype, torch.float32)
             activations = functional.embedding(row_index, activations.to(summed_in))
         packing = Packing.from_cu_seqlens(cu_seqlens, activations.shape[0], activations.device, attend=self.attend)
+        packing = replace(packing, is_recomputed=self.recomputed == "attention")
         hidden = activations.to(dtype).unsqueeze(0)
         if self.cut == "rows":
             if packing.max_length > longest_sequence(self.config):
@@ -106,7 +108,8 @@ class Body(nn.Module):
     def recompute(self, what: Recomputed) -> None:
         """Keep less in forward; backward computes the rest again, with the same dropout. Once only.
 
-        `elementwise`: results of LayerNorm and GELU. `layers`: everything but each layer's input.
+        `elementwise`: results of LayerNorm and GELU. `attention`: these and attention's. `layers`:
+        everything but each layer's input.
         """
         self.recomputed = what
         base: Any = self.get_submodule(self._parts.base)
@@ -114,13 +117,24 @@ class Body(nn.Module):
             for layer in base.encoder.layer:
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        elif what == "elementwise":
+        elif self.recomputes_elementwise:
             # Where `patch_modules` fuses one of these, it is read and not called.
             for module in self.modules():
                 if isinstance(module, (nn.LayerNorm, nn.GELU, GELUActivation)):
                     module.forward = partial(cheap, module.forward)  # type: ignore[method-assign]
                 elif isinstance(module, nn.Linear):
                     module.forward = partial(consume, module.forward)  # type: ignore[method-assign]
+
+    @property
+    def recomputes_elementwise(self) -> bool:
+        """Whether backward computes LayerNorm and GELU again, and no linear layer."""
+        return self.recomputed in ("elementwise", "attention")
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Activations in this dtype need no copy. In a wider one the result is the same."""
+        # Gradients of equal rows add up in that of the rows.
+        return torch.float32 if self.cut == "rows" else next(self.parameters()).dtype
 
     @property
     def widths(self) -> Widths:

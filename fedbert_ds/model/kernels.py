@@ -64,7 +64,7 @@ def install_kernels(
     if fits:
         body.attend = attend_by(OURS if kernels == "triton" else kept([case], device)[case.name])
     if whole_weights:
-        patch_modules(body, kernels, dtype, recompute=body.recomputed == "elementwise")
+        patch_modules(body, kernels, dtype, recompute=body.recomputes_elementwise)
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """`fedbert-ds bench memory`: what a micro-batch in flight keeps between forward and backward.
 
 Counted on the meta device, so that it needs neither a GPU nor the models' memory: the storages that
-autograd keeps in one forward of the body. Parameters do not count, nor does the fp32 input.
+autograd keeps in one forward of the body. Parameters do not count.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from fedbert_ds.config import BodySection, Kernels, OptimizerSection
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.compiled_layers import install_compile, num_compiled
+from fedbert_ds.model.dropout_seed import seed_dropout
 from fedbert_ds.model.fp8 import install_fp8
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
@@ -54,6 +55,12 @@ class BodyInput:
     def tokens(self) -> int:
         """Of all sequences."""
         return int(self.cu_seqlens[-1])
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """Of all activations, joined by `to`; a tensor of its own for autograd."""
+        (activations,) = self.activations
+        # Some codes are the values.
+        return activations.decode(dtype).detach()
 
     def to(self, device: Device) -> BodyInput:
         """The same input on a device, its activations in one part."""
@@ -188,7 +195,7 @@ class BodyEngine:
         return self._device.start(partial(self._backward, micro_batch, gradient, is_last), load, codec)
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
-        activations = _activations(body_input)
+        activations = body_input.values(self._engine.module.input_dtype)
         if self._stage == 3:
             self._inputs[micro_batch] = body_input
             with torch.no_grad():
@@ -203,7 +210,7 @@ class BodyEngine:
             activations, hidden = self._graphs.pop(micro_batch)
             return self._gradient.backward(hidden, hidden_gradient, activations)
         body_input = self._inputs.pop(micro_batch)
-        activations = _activations(body_input).requires_grad_(True)
+        activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
         hidden = self._run(body_input, activations)
         # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
         loss = (hidden.float() * hidden_gradient).sum() * self._world_size
@@ -259,7 +266,7 @@ class BodyEngine:
         # that 16 divides, fp8 products need no padding, so these are compiled apart.
         for lengths in ((6, 5), (9, 4, 3)):
             body_input = _unused(lengths, 5, width, with_rows, seed=0).to(self._device)
-            activations = _activations(body_input).requires_grad_(True)
+            activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
             hidden = self._run(body_input, activations)
             self._gradient.backward(hidden, torch.zeros_like(hidden), activations)
         self._gradient.drop()
@@ -316,7 +323,7 @@ class BodyEngine:
         return hidden
 
     def _run(self, body_input: BodyInput, activations: Tensor) -> Tensor:
-        torch.manual_seed(body_input.seed)
+        seed_dropout(body_input.seed, self._device.device)
         # DeepSpeed's own forward prepares for a backward of its own, as there is at stage 3.
         forward = self._engine if self._stage == 3 else self._engine.module
         return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
@@ -329,10 +336,3 @@ class BodyEngine:
             for low_group, full_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
                 masters.update(zip(low_group, full_group, strict=True))
         return masters
-
-
-def _activations(body_input: BodyInput) -> Tensor:
-    """The values [tokens or rows, width], fp32; a tensor of its own for autograd."""
-    (activations,) = body_input.activations
-    # The codes of fp32 are the values.
-    return activations.decode().detach()

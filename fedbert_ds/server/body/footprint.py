@@ -79,11 +79,12 @@ def bytes_kept(
     body = body_skeleton(hf_config, cut).to(meta, dtype).train()
     body.recompute(recomputed)
     if kernels != "torch":
-        patch_modules(body, "triton", dtype, recompute=recomputed == "elementwise")
+        patch_modules(body, "triton", dtype, recompute=body.recomputes_elementwise)
     fits = hf_config.hidden_size // hf_config.num_attention_heads in HEAD_SIZES
     body.attend = attention if fits else None
     num_tokens = sum(lengths)
-    activations = torch.empty(rows or num_tokens, body.widths.activations, device=meta, requires_grad=True)
+    shape = (rows or num_tokens, body.widths.activations)
+    activations = torch.empty(shape, dtype=body.input_dtype, device=meta, requires_grad=True)
     positions = torch.empty(masked, dtype=torch.int64, device=meta)
     row_index = torch.empty(num_tokens, dtype=torch.int64, device=meta) if rows else None
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)

@@ -52,6 +52,12 @@ def test_candidates_take_turns_and_each_round_begins_with_another(clock):
     assert "".join(calls[6:]) == "abcbcacababc"
 
 
+def test_another_clock_tells_the_time(clock):
+    readings = iter(range(1000))
+    timing = time_side_by_side({"a": candidate(clock, [], "a", 0.5)}, CPU, 3, 0.5, clock=lambda: 7.0 * next(readings))
+    assert timing["a"] == Timing(7.0, 7.0, 7.0)
+
+
 def test_times_are_of_one_call_and_the_first_does_not_count(clock):
     timings = time_side_by_side(
         {"steady": candidate(clock, [], "", 100.0, 0.25), "varied": candidate(clock, [], "", 9.0, 2.0, 5.0, 1.0, 3.0)},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedbert_kernels.recompute import cheap, consume, recomputing, watching
+from fedbert_kernels.recompute import again, cheap, consume, recomputing, watching
 
 
 class Counted:
@@ -107,3 +107,65 @@ def test_an_error_inside_ends_it() -> None:
     gelu = Counted()
     consume(torch.matmul, cheap(gelu, values), second).sum().backward()
     assert gelu.calls == 1
+
+
+class Attention:
+    """Stands for attention: three inputs, products, random numbers; counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.results: list[weakref.ref[Tensor]] = []
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.calls += 1
+        result = functional.dropout(torch.softmax(query @ key.t(), -1), 0.5) @ value
+        self.results.append(weakref.ref(result))
+        return result
+
+
+def attended(attention: Attention, values: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Attention whose value needs no gradient, and a product that keeps its result."""
+    result = again(attention, values @ first, values @ second, values.detach(), draws=True)
+    return consume(torch.matmul, result.view(1, 5, 8)[0], second)
+
+
+def test_what_is_run_again_is_run_once_more_with_the_same_random_numbers() -> None:
+    inputs = leaves()
+    plain, attention = Attention(), Attention()
+    torch.manual_seed(3)
+    kept = torch.autograd.grad(attended(plain, *inputs).square().sum(), inputs)
+    torch.manual_seed(3)
+    with recomputing():
+        loss = attended(attention, *inputs).square().sum()
+    drawn = torch.rand(3)
+    found = torch.autograd.grad(loss, inputs)
+    assert (plain.calls, attention.calls) == (1, 2)
+    assert all(torch.equal(a, b) for a, b in zip(kept, found, strict=True))
+    # What comes after a backward draws as if nothing had been run again.
+    expected = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    attended(plain, *inputs)
+    assert torch.equal(torch.rand(3), drawn)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+
+
+def test_a_result_that_is_run_again_is_gone_before_backward_and_after() -> None:
+    inputs, attention, seen = leaves(), Attention(), list[Tensor]()
+    with watching(seen.append), recomputing():
+        loss = attended(attention, *inputs).square().sum()
+    gc.disable()
+    try:
+        assert attention.results[0]() is None
+        # Query, key and value; the last product's other factor.
+        assert [tuple(tensor.shape) for tensor in seen] == [(5, 8)] * 3 + [(8, 8)]
+        torch.autograd.grad(loss, inputs)
+        assert attention.results[1]() is None
+    finally:
+        gc.enable()
+
+
+def test_without_a_graph_nothing_is_noted() -> None:
+    inputs, attention = leaves(), Attention()
+    with recomputing(), torch.no_grad():
+        assert not hasattr(again(attention, *(tensor @ inputs[1] for tensor in inputs)), "_recipe")
+    assert attention.calls == 1

@@ -20,7 +20,7 @@ def activations_for(body: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Ten
     return values, torch.arange(num_tokens) if body.cut == "rows" else None
 
 
-@pytest.mark.parametrize("what", ["none", "elementwise", "layers"])
+@pytest.mark.parametrize("what", ["none", "elementwise", "attention", "layers"])
 def test_dummy_micro_batch_gives_every_parameter_a_zero_gradient(small_model, architecture, cut, what: Any) -> None:
     _, body = split(small_model(architecture, dropout=0.1).train(), cut)
     body.recompute(what)
@@ -60,7 +60,7 @@ def test_gradients_of_equal_rows_are_summed_exactly(small_model, architecture, d
     assert torch.equal(table.grad, expected)
 
 
-@pytest.mark.parametrize("what", ["elementwise", "layers"])
+@pytest.mark.parametrize("what", ["elementwise", "attention", "layers"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recomputation_repeats_dropout(small_model, architecture, cut, dtype: torch.dtype, what: Any) -> None:
     packed = pack([6, 3, 6, 1])
@@ -106,7 +106,7 @@ class Products(TorchDispatchMode):
 
 def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(small_model, architecture) -> None:
     products, kept = {}, {}
-    for what in ("none", "elementwise", "layers"):
+    for what in ("none", "elementwise", "attention", "layers"):
         _, body = split(small_model(architecture, dropout=0.1).train(), LayersCut(layers=1))
         body.recompute(what)
         values, _ = activations_for(body, 12)
@@ -116,12 +116,14 @@ def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(
             hidden.sum().backward()
         products[what], kept[what] = counted.count, saved.num_bytes
     assert 0 < products["none"] == products["elementwise"] < products["layers"]
+    # Scores and their use, of each of two layers.
+    assert products["attention"] == products["none"] + 2 * 2
     # Of the first layer its two LayerNorms' results and GELU's, four times as wide. Of the last,
     # for the one masked token, its first LayerNorm's and GELU's. A row is 16 values of fp32.
     # In ELECTRA its last LayerNorm's, too, since a head follows.
     head = 4 * 16 if architecture == "electra" else 0
     assert kept["none"] - kept["elementwise"] == 4 * 16 * (12 * (1 + 1 + 4) + 1 + 4) + head
-    assert kept["layers"] < kept["elementwise"]
+    assert kept["layers"] < kept["attention"] < kept["elementwise"]
 
 
 def test_bf16_follows_fp32(small_model, architecture, cut) -> None:

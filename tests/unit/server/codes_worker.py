@@ -43,6 +43,7 @@ from fedbert_kernels.encoded import Encoded
 from fedbert_kernels.quantize import CODECS, dequantize, quantize
 
 WIDTH, WINDOWS, SEED = 32, 2, 5
+FP32 = torch.float32
 ZERO = Path(__file__).parents[3] / "configs" / "deepspeed"
 MANIFESTS = (Manifest("ada", 0, (5, 7, 6), (1, 2, 1)), Manifest("bo", 0, (9, 4), (3, 1)))
 MICRO_BATCHES = (
@@ -239,7 +240,7 @@ def mutate(patch: pytest.MonkeyPatch, mutation: str) -> None:
     decode, join = Encoded.decode, Encoded.join
     match mutation:
         case "rounded":
-            patch.setattr(Encoded, "decode", lambda self: decode(self).to(torch.bfloat16).to(torch.float32))
+            patch.setattr(Encoded, "decode", lambda self, dtype=FP32: decode(self).to(torch.bfloat16).to(dtype))
         case "pieces in another order":
             patch.setattr(Encoded, "join", lambda parts, *cat: join(parts[::-1], *cat))
 

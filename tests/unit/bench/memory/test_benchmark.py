@@ -17,8 +17,10 @@ WIDTH, HEADS = 128, 2
 
 VALUES, SEED = 2 * WIDTH * TOKENS, 2 * 8
 """Bytes of a row of bf16 values for each token, and of a dropout's seed."""
-IN_FP32 = 4 * TOKENS * (HEADS + 2 * 2)
-"""Attention's logarithms of sums; means and deviations of two LayerNorms."""
+NORMS = 4 * TOKENS * 2 * 2
+"""Means and deviations of two LayerNorms."""
+IN_FP32 = 4 * TOKENS * HEADS + NORMS
+"""These and attention's logarithms of sums."""
 
 
 def of_a_layer(kernels: Any) -> dict[str, float]:
@@ -38,6 +40,8 @@ def test_a_layer_of_fused_kernels_by_hand() -> None:
         "none": 16 * VALUES + IN_FP32 + 3 * SEED + joined,
         # The products' results alone.
         "elementwise": 10 * VALUES + IN_FP32 + 3 * SEED,
+        # Of attention, query, key and value alone.
+        "attention": 9 * VALUES + NORMS + 2 * SEED,
         "layers": VALUES,
     }
 
@@ -47,6 +51,7 @@ def test_a_layer_in_torch_by_hand() -> None:
     assert of_a_layer("torch") == {
         "none": 18 * VALUES + IN_FP32 + SEED,
         "elementwise": 12 * VALUES + IN_FP32 + SEED,
+        "attention": 11 * VALUES + NORMS,
         "layers": VALUES,
     }
 
@@ -55,7 +60,7 @@ def test_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_memory(MemoryOptions(tmp_path / "memory.json", "bench memory", quick=True))
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [(row["kernels"], row["checkpointing"]) for row in rows] == [
-        (kernels, what) for kernels in ("torch", "triton") for what in ("none", "elementwise", "layers")
+        (kernels, what) for kernels in ("torch", "triton") for what in ("none", "elementwise", "attention", "layers")
     ]
     assert all(row["beside_none"] == 1.0 for row in rows if row["checkpointing"] == "none")
     assert table(rows) in capsys.readouterr().out

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from forked_ranks import LENGTHS, run_two
 
 WIDTH = 32
-KINDS = {"torch": ("none", "elementwise", "layers"), "fused": ("none", "elementwise")}
+KINDS = {"torch": ("none", "elementwise", "attention", "layers"), "fused": ("none", "elementwise", "attention")}
 
 
 def run_rank(rank: int, folder: Path) -> None:

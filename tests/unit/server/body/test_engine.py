@@ -87,7 +87,13 @@ def test_a_window_that_is_undone_leaves_nothing_in_the_body(undone: Path, stage:
 @pytest.mark.timeout(570)
 @pytest.mark.parametrize(
     ("kernels", "what"),
-    [("torch", "elementwise"), ("torch", "layers"), pytest.param("fused", "elementwise", marks=needs_triton)],
+    [
+        ("torch", "elementwise"),
+        ("torch", "attention"),
+        ("torch", "layers"),
+        pytest.param("fused", "elementwise", marks=needs_triton),
+        pytest.param("fused", "attention", marks=needs_triton),
+    ],
 )
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_what_is_computed_again_has_the_same_bits(recomputed: Path, stage: int, kernels: str, what: str) -> None:

@@ -43,7 +43,7 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert memory_budget(torch.device("cpu")) == SHARE * 1000 // 4
 
 
-@pytest.mark.parametrize("recomputed", ["none", "elementwise", "layers"])
+@pytest.mark.parametrize("recomputed", ["none", "elementwise", "attention", "layers"])
 @pytest.mark.parametrize("cut", ["embeddings", "rows"])
 def test_what_is_counted_is_what_a_forward_keeps(cut: Any, recomputed: Any) -> None:
     """In fp32: in bf16 a CPU's LayerNorm keeps its means in bf16, a GPU's in fp32."""

@@ -70,6 +70,8 @@ class Model:
     half_parameters: int
     body_flops: float
     """A token, forward and backward."""
+    attention_flops: float
+    """Of these, scores and their use."""
     embed_flops: float
     head_flops: float
     """A token, at the run's share of masked tokens."""
@@ -84,7 +86,9 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
     model = _model(config, hf_config)
     kept, stage = bytes_in_flight(config, hf_config), zero_stage(config.body)
     # Stage 3 runs every forward twice, and so does backward if it computes layers again.
-    forwards_again = (stage == 3) + (config.body.recomputed("cuda", stage) == "layers")
+    recomputed = config.body.recomputed("cuda", stage)
+    of_attention = model.attention_flops / model.body_flops if recomputed == "attention" else 0.0
+    forwards_again = (stage == 3) + (recomputed == "layers") + of_attention
     rate = machines.gpu_flops * machines.efficiency
     # Gradients are summed up in fp32, each rank's part; weights come back in bf16.
     reduced = (4 + 2) * model.body_parameters / machines.between_gpus if machines.gpus > 1 else 0.0
@@ -127,24 +131,26 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
 def bytes_in_flight(config: RunConfig, hf_config: Any) -> int:
     """What a GPU keeps of a whole micro-batch between forward and backward.
 
-    At ZeRO stage 3 the input alone, in fp32; before that, also what the forward keeps.
+    At ZeRO stage 3 the codes that came; before that what the forward keeps, and with cut: rows the
+    rows in fp32.
     """
     from fedbert_ds.model.architecture import widths
+    from fedbert_ds.wire.codecs import frame_bytes
 
     tokens, length = config.window.tokens_per_micro_batch, config.data.sequence_length
-    rows = None
+    width, rows = widths(hf_config, config.cut).activations, None
     if config.cut == "rows":
         clients = config.window.clients_per_micro_batch
         rows = clients * min(hf_config.vocab_size, distinct_rows(max(1, tokens // clients)))
-    received = 4 * widths(hf_config, config.cut).activations * (rows or tokens)
     stage = zero_stage(config.body)
     if stage == 3:
-        return received
+        return sum(frame_bytes(rows or tokens, width, config.wire.activations))
     recomputed = config.body.recomputed("cuda", stage)
     dtype = torch.bfloat16 if config.body.precision == "bf16" else torch.float32
     lengths = [min(length, tokens)] * max(1, tokens // length)
     masked = round(config.data.mask_probability * sum(lengths))
-    return received + bytes_kept(hf_config, config.cut, config.kernels, recomputed, dtype, lengths, masked, rows)
+    kept = bytes_kept(hf_config, config.cut, config.kernels, recomputed, dtype, lengths, masked, rows)
+    return kept + 4 * width * (rows or 0)
 
 
 def wire_bytes(config: RunConfig, hf_config: Any, model: Model) -> Wire:
@@ -210,6 +216,7 @@ def _model(config: RunConfig, hf_config: Any) -> Model:
         body_parameters=body.num_parameters,
         half_parameters=half.num_parameters,
         body_flops=body.flops_per_token(share, config.data.sequence_length),
+        attention_flops=body.flops_per_token(share, config.data.sequence_length) - body.flops_per_token(share, 0.0),
         # A look-up is bound by memory; 20 operations a value stand for that, forward and backward.
         embed_flops=embed + 20.0 * half.widths.activations,
         head_flops=half.flops_per_token(share) - embed,

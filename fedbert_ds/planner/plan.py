@@ -151,8 +151,8 @@ def report(config: RunConfig, machines: Machines, tokens: float) -> tuple[Predic
         "server": "a rank's network, or the threads that compress, hold it back: more cores, cut: rows, or more GPUs",
         "network": "links hold it back: a smaller codec, cut: rows, or more clients",
         "clients": "clients' machines hold it back: more clients, or a smaller share for slow ones",
-        "memory": "too few micro-batches are in flight: body.activation_checkpointing: layers, or more clients to a "
-        "micro-batch, which then answer sooner: window.clients_per_micro_batch",
+        "memory": "too few micro-batches are in flight: body.activation_checkpointing: attention, or layers, or more "
+        "clients to a micro-batch, which then answer sooner: window.clients_per_micro_batch",
         "flush": "nothing is busy: larger window.tokens, average_every, federation.staleness: 1, or, for slow clients, "
         "more clients at work at a time: window.clients_per_micro_batch",
     }[plan.bottleneck]

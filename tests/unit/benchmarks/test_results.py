@@ -229,6 +229,8 @@ def test_memory_in_flight():
     beside = {(row["model"], row["kernels"], row["checkpointing"]): row["beside_none"] for row in rows}
     assert 0.625 < beside["BERT-base", "triton", "elementwise"] < 0.63
     assert 0.615 < beside["BERT-large", "triton", "elementwise"] < 0.62
+    assert round(beside["BERT-base", "triton", "attention"], 2) == 0.56
+    assert round(beside["BERT-large", "triton", "attention"], 2) == 0.55
     # And nothing has been added since.
     assert [row for shape in (BERT_BASE, LARGE) for row in count(shape, "triton")] == [
         row for row in rows if row["kernels"] == "triton"

@@ -84,26 +84,43 @@ def test_micro_batches_in_flight_are_what_memory_holds():
 
     assert held() == held(by("elementwise")) > held(by("none")) > held(by("none"), "body.precision=fp32")
     assert held(by("none")) > held(by("none"), "kernels=torch")
-    assert held(by("layers")) > 5 * held() and held(gpu_memory=160e9) == pytest.approx(2 * held(), abs=1)
+    assert held(by("layers")) > 5 * held() > 5 and held(by("attention")) > held()
+    assert held(gpu_memory=160e9) == pytest.approx(2 * held(), abs=1)
     assert held(gpu_memory=1.0) == 1
 
 
-def test_a_micro_batch_in_flight_keeps_what_is_counted_and_its_input():
+def test_a_micro_batch_in_flight_keeps_what_is_counted():
     settings = config("cut=embeddings", "data.sequence_length=512", "window.tokens_per_micro_batch=1024")
     hf_config = config_of(settings.model, VOCABULARY, 0)
     kept = bytes_kept(hf_config, "embeddings", "auto", "elementwise", torch.bfloat16, [512, 512], round(0.15 * 1024))
     scenario, _ = derive(settings, Machines())
-    assert scenario.bytes_kept_per_token == kept / 1024 + 4 * 768
+    assert scenario.bytes_kept_per_token == kept / 1024
     assert scenario.affordable_in_flight == int(SHARE * 80e9 / (1024 * scenario.bytes_kept_per_token))
 
 
 def test_stage_3_keeps_its_input_alone_and_forwards_twice():
     plain, twice = (derive(config("cut=embeddings", f"body.zero_stage={stage}"), Machines())[0] for stage in (1, 3))
-    assert twice.bytes_kept_per_token == 4 * 768
+    values, _ = derive(config("cut=embeddings", "body.zero_stage=3", "wire.activations=fp32"), Machines())
+    # The codes that came: int8, and a scale.
+    assert (twice.bytes_kept_per_token, values.bytes_kept_per_token) == (768 + 4, 4 * 768)
     assert twice.body.forward_per_token == plain.body.forward_per_token
     assert twice.body.backward_per_token == pytest.approx(plain.body.backward_per_token * 3 / 2)
     layers, _ = derive(config("body.activation_checkpointing=layers"), Machines())
     assert layers.body.backward_per_token == twice.body.backward_per_token
+
+
+def test_attention_that_is_computed_again_costs_its_forward_alone():
+    plain, again = (
+        derive(config("data.sequence_length=512", f"body.activation_checkpointing={what}"), Machines())
+        for what in ("elementwise", "attention")
+    )
+    (body, model), (other, _) = (plain[0].body, plain[1]), (again[0].body, again[1])
+    # Of each layer two products of a token's width with 512 others, each of two operations.
+    flops = 12 * 2 * 2 * 768 * 512
+    assert model.attention_flops == 3 * flops
+    extra = flops / (model.body_flops / 3) * body.forward_per_token
+    assert other.backward_per_token - body.backward_per_token == pytest.approx(extra)
+    assert 1 < other.launch / body.launch < 1.05
 
 
 def test_a_vocabulary_is_the_trained_one_or_berts():

@@ -25,7 +25,7 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
-from fedbert_ds.server.body.cores import allowed_cores, bind, place_of, share_of, threads_for
+from fedbert_ds.server.body.cores import allowed_cores, bind, codec_threads, place_of, share_of, threads_for
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.body.peak import peak_of, together
@@ -34,7 +34,6 @@ from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.hand_over import hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
-from fedbert_ds.server.network.codec_threads import codec_threads
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
@@ -88,8 +87,10 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
     launched_on = allowed_cores()
-    cores = _bind(ranks)
-    threads = codec_threads(cores, launched_on, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size)))
+    has_gpu = torch.cuda.is_available()
+    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device() if has_gpu else None))
+    cores = _bind(share_of(ranks.rank, places)) if has_gpu else frozenset()
+    threads = codec_threads(ranks.rank, places)
     clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
@@ -310,12 +311,8 @@ def _train(
         raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
 
 
-def _bind(ranks: RankGroup) -> frozenset[int]:
-    """Bind this rank to its share of the node's cores, where it has a GPU; returns them."""
-    if not torch.cuda.is_available():
-        return frozenset()
-    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device()))
-    cores = share_of(ranks.rank, places)
+def _bind(cores: frozenset[int]) -> frozenset[int]:
+    """Bind this rank to these cores, if the system tells of any; returns them."""
     if cores:
         bind(cores)
     if (threads := threads_for(cores, os.environ)) is not None:

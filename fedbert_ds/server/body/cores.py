@@ -33,8 +33,10 @@ class Place:
     """Cores near its GPU; none where that is not known."""
 
 
-def place_of(node: str, gpu: int) -> Place:
-    """This rank's place."""
+def place_of(node: str, gpu: int | None) -> Place:
+    """This rank's place; no GPU is None."""
+    if gpu is None:
+        return Place(node, allowed_cores(), frozenset())
     properties: Any = torch.cuda.get_device_properties(gpu)
     try:
         address = f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
@@ -48,13 +50,19 @@ def share_of(rank: int, places: Sequence[Place]) -> Cores:
 
     A rank that its launcher has bound keeps its cores.
     """
-    mine = _eligible(places[rank])
-    here = [other for other, place in enumerate(places) if place.node == places[rank].node]
-    sharing = [other for other in here if _eligible(places[other]) == mine]
+    mine, sharing = _shared(rank, places)
     cores, place = sorted(mine), sharing.index(rank)
     if len(cores) < len(sharing):
         return mine
     return frozenset(cores[place * len(cores) // len(sharing) : (place + 1) * len(cores) // len(sharing)])
+
+
+def codec_threads(rank: int, places: Sequence[Place]) -> int:
+    """Threads of a rank that decompress what arrives, and as many that compress what leaves: its
+    part of the cores that it shares, bound or not; at least 1.
+    """
+    mine, sharing = _shared(rank, places)
+    return max(1, len(mine) // len(sharing))
 
 
 def threads_for(cores: Cores, environment: Mapping[str, str]) -> int | None:
@@ -98,6 +106,13 @@ def cores_in(file: Path) -> Cores:
     except OSError:
         return frozenset()
     return frozenset(core for bounds in ranges for core in range(int(bounds[0]), int(bounds[-1]) + 1))
+
+
+def _shared(rank: int, places: Sequence[Place]) -> tuple[Cores, list[int]]:
+    """The cores that a rank may use, and the ranks of its node that may use the same."""
+    mine = _eligible(places[rank])
+    here = [other for other, place in enumerate(places) if place.node == places[rank].node]
+    return mine, [other for other in here if _eligible(places[other]) == mine]
 
 
 def _eligible(place: Place) -> Cores:

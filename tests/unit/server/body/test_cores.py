@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbert_ds.server.body.cores import Place, allowed_cores, children_on, cores_in, share_of, threads_for
+from fedbert_ds.server.body.cores import (
+    Place,
+    allowed_cores,
+    children_on,
+    codec_threads,
+    cores_in,
+    place_of,
+    share_of,
+    threads_for,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="cores are bound on Linux")
 
@@ -112,3 +121,18 @@ def test_without_cores_children_have_their_parents() -> None:
     before = allowed_cores()
     with children_on(frozenset()):
         assert allowed_cores() == before
+
+
+@pytest.mark.parametrize(("num_cores", "ranks", "threads"), [(1, 1, 1), (2, 8, 1), (16, 1, 16), (97, 8, 12), (0, 1, 1)])
+def test_ranks_share_the_threads_of_codecs_and_none_goes_without(num_cores: int, ranks: int, threads: int) -> None:
+    places = [Place("a", cores(num_cores), frozenset())] * ranks + [Place("b", cores(num_cores), frozenset())]
+    assert codec_threads(0, places) == threads
+
+
+def test_who_is_bound_by_a_launcher_shares_no_threads() -> None:
+    places = [Place("a", cores(6 * rank, 6 * rank + 6), frozenset()) for rank in range(8)]
+    assert {codec_threads(rank, places) for rank in range(8)} == {6}
+
+
+def test_a_rank_without_a_gpu_is_near_no_core() -> None:
+    assert place_of("a", None) == Place("a", allowed_cores(), frozenset())

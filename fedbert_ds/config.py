@@ -232,8 +232,8 @@ class BodySection(Section):
     in any case, only `layers` changes anything: the memory of a backward."""
     compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
     """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
-    what backward computes again. `auto` measures it once for a card, and only with
-    `activation_checkpointing: none`; it is false on a CPU and at ZeRO stage 3."""
+    what backward computes again. `auto` measures it once for a card, with
+    `activation_checkpointing: auto` or none; it is false on a CPU and at ZeRO stage 3."""
     fp8: bool = False
     """Multiply matrices of encoder layers in fp8, by the package torchao; for `precision: bf16` and
     GPUs from Ada and Hopper on. On a CPU it is emulated, slowly."""
@@ -257,6 +257,10 @@ class BodySection(Section):
         if what == "auto":
             what = "none" if device_type == "cpu" or self.compile is True or self.fp8 else "elementwise"
         return "none" if what in ("elementwise", "attention") and stage == 3 else what
+
+    def may_compile(self, recomputed: str) -> bool:
+        """Whether a compiler may choose in place of this what backward computes again."""
+        return recomputed == "none" or self.activation_checkpointing == "auto"
 
 
 def _participants(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -121,9 +122,9 @@ class Body(nn.Module):
             # Where `patch_modules` fuses one of these, it is read and not called.
             for module in self.modules():
                 if isinstance(module, (nn.LayerNorm, nn.GELU, GELUActivation)):
-                    module.forward = partial(cheap, module.forward)  # type: ignore[method-assign]
+                    module.forward = MethodType(_cheap_forward, module)  # type: ignore[method-assign]
                 elif isinstance(module, nn.Linear):
-                    module.forward = partial(consume, module.forward)  # type: ignore[method-assign]
+                    module.forward = MethodType(_consuming_forward, module)  # type: ignore[method-assign]
 
     @property
     def recomputes_elementwise(self) -> bool:
@@ -160,3 +161,14 @@ class Body(nn.Module):
         if self._parts.body_head is not None:
             per_masked += linear_parameters(self.get_submodule(self._parts.body_head))
         return 6.0 * (per_token + mask_share * per_masked)
+
+
+# One function for all modules, so that torch.compile knows layers as the same.
+
+
+def _cheap_forward(self: nn.Module, values: Tensor) -> Tensor:
+    return cheap(type(self).forward, self, values)
+
+
+def _consuming_forward(self: nn.Module, values: Tensor) -> Tensor:
+    return consume(type(self).forward, self, values)

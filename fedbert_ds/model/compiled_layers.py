@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.attention import Packing
 from fedbert_ds.model.body import Body
+from fedbert_kernels.recompute import recomputing
 
 Compile = Literal["auto"] | bool
 AS_IS, COMPILED = "as it is", "torch.compile"
@@ -71,7 +73,9 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
     if choice == "auto":
         from fedbert_kernels.choice import kept
 
-        case = LayerCase(layers[0], body.attend, dtype, longest or longest_sequence(body.config))
+        case = LayerCase(
+            layers[0], body.attend, dtype, longest or longest_sequence(body.config), body.recomputes_elementwise
+        )
         if kept([case], device)[case.name] == AS_IS:
             return False
     compile_layers(body)
@@ -110,6 +114,8 @@ class LayerCase:
     attend: Callable[..., Tensor]
     dtype: torch.dtype
     longest: int
+    is_recomputed: bool = False
+    """Whether the layer as it is computes LayerNorm and GELU again; a compiler chooses itself."""
 
     @property
     def name(self) -> str:
@@ -120,6 +126,7 @@ class LayerCase:
         dropout = " dropout" if config.hidden_dropout_prob or config.attention_probs_dropout_prob else ""
         widths = f"{config.hidden_size}-{config.intermediate_size} x {config.num_attention_heads}"
         kernels = f"{products} {self.attend.__name__}{' fused' if 'forward' in vars(self.layer.output) else ''}"
+        kernels += " again" if self.is_recomputed else ""
         kind = str(self.dtype).removeprefix("torch.")
         return f"layer {kind} {widths} {kernels}{dropout} {length_class(self.longest)}"
 
@@ -170,7 +177,9 @@ class LayerCase:
         inputs = [hidden, *layer.parameters()]
 
         def run() -> tuple[Tensor, ...]:
-            return torch.autograd.grad(layer(hidden, packing=packing), inputs, dy)
+            with recomputing() if self.is_recomputed else nullcontext():
+                result = layer(hidden, packing=packing)
+            return torch.autograd.grad(result, inputs, dy)
 
         if way == COMPILED:
             layer.eval()  # without dropout, whose random numbers are others

@@ -467,7 +467,8 @@ def test_hidden_states_are_coded_as_activations_unless_said() -> None:
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [("auto", ("none", "elementwise", "none")), ("elementwise", ("elementwise", "elementwise", "none"))]
+    [("auto", ("none", "elementwise", "none"))]
+    + [(word, (word, word, "none")) for word in ("elementwise", "attention")]
     + [(word, ("none",) * 3) for word in ("none", False)]
     + [(word, ("layers",) * 3) for word in ("layers", True)],
 )
@@ -475,3 +476,11 @@ def test_what_backward_computes_again(written: Any, expected: tuple[str, ...]) -
     """On a CPU, on a GPU, and there at stage 3. Older files have true and false."""
     body = parse_config({"body": {"activation_checkpointing": written}}, "test").body
     assert tuple(body.recomputed(*place) for place in (("cpu", 2), ("cuda", 0), ("cuda", 3))) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"), [("auto", True), ("none", True), *((word, False) for word in ("elementwise", "layers"))]
+)
+def test_a_compiler_chooses_where_the_run_file_does_not(written: str, expected: bool) -> None:
+    body = parse_config({"body": {"activation_checkpointing": written}}, "test").body
+    assert body.may_compile(body.recomputed("cuda", 1)) is expected

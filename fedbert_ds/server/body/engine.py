@@ -147,7 +147,7 @@ class BodyEngine:
         body.recompute(section.recomputed(device.type, stage))
         install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype, longest=longest)
         is_compiled = False
-        if stage < 3 and body.recomputed == "none":
+        if stage < 3 and section.may_compile(body.recomputed):
             is_compiled = install_compile(body, section.compile, dtype, longest)
         body.train()
         settings = deepspeed_settings(section, optimizer_section)

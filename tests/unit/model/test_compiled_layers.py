@@ -38,12 +38,15 @@ WINDOWS = [([6, 5], 4), ([9, 7, 20], 5), ([50], 0), ([8, 8, 8], 24), ([2], 1), (
 def body_of(small_model):
     """Builds a body in training, with heads of 16, the smallest that our attention takes."""
 
-    def build(layers: int = 3, is_patched: bool = True, dropout: float = 0.0, width: int = 32) -> Any:
+    def build(
+        layers: int = 3, is_patched: bool = True, dropout: float = 0.0, width: int = 32, recomputed: Any = "none"
+    ) -> Any:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "initializer_range": 0.2, "dropout": dropout}
         _, body = split(small_model("bert", **sizes).train(), "embeddings")
+        body.recompute(recomputed)
         if is_patched:
             body.attend = attention
-            patch_modules(body, "triton")
+            patch_modules(body, "triton", recompute=body.recomputes_elementwise)
         return body
 
     return build
@@ -86,6 +89,16 @@ def test_no_window_compiles_anything_after_the_first_and_all_are_right(body_of, 
     assert 1 <= graphs_compiled(compiled, plain) <= 2
 
 
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_compiled_layers_stand_in_for_recomputed_ones(body_of, is_patched: bool) -> None:
+    """The last layer, which is not compiled, goes on computing again."""
+    plain = body_of(layers=4, is_patched=is_patched)
+    compiled = body_of(layers=4, is_patched=is_patched, recomputed="elementwise")
+    plain.attend = compiled.attend = attention
+    compile_layers(compiled, backend="aot_eager")
+    assert 1 <= graphs_compiled(compiled, plain) <= 2
+
+
 def test_dropout_of_compiled_layers_follows_the_seed(body_of) -> None:
     body = body_of(dropout=0.3)
     compile_layers(body, backend="aot_eager")
@@ -123,6 +136,9 @@ def test_auto_goes_by_the_measurement_of_a_layer(body_of, answered) -> None:
         300,
     )
     assert is_compiled(body) == [True, True, False]
+    assert not case.is_recomputed
+    assert install_compile(body_of(recomputed="elementwise"), "auto", torch.bfloat16, 300)
+    assert answered[-1].is_recomputed and answered[-1].name != case.name
     answered[0] = AS_IS
     body = body_of()
     assert not install_compile(body, "auto", torch.bfloat16)
@@ -198,6 +214,19 @@ def test_a_timed_layer_is_a_copy_run_forward_and_backward(case) -> None:
         assert gradients[0].shape == (1, 27, 32)
         assert len(gradients) == 1 + len(list(case.layer.parameters()))
     assert "_compiled_call_impl" not in vars(case.layer) and case.layer.gradient_checkpointing
+
+
+def test_a_layer_that_computes_again_is_timed_doing_so(body_of, monkeypatch) -> None:
+    monkeypatch.setattr(attention_choice, "typical_lengths", lambda longest: [longest, 7])
+    body = body_of(recomputed="elementwise", is_patched=False)
+    calls: list[nn.Module] = []
+    forward = nn.LayerNorm.forward
+    monkeypatch.setattr(nn.LayerNorm, "forward", lambda self, values: calls.append(self) or forward(self, values))
+    # No product takes the last LayerNorm's result, so that only the first is run again.
+    for is_recomputed, expected in ((False, 2), (True, 3)):
+        calls.clear()
+        LayerCase(encoder_layers(body)[0], attention, torch.float32, 20, is_recomputed).step(AS_IS, CPU)()
+        assert len(calls) == expected
 
 
 def test_a_layer_that_is_compiled_wrongly_is_not_timed(case, monkeypatch) -> None:

@@ -48,9 +48,9 @@ class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
     checkpoint: str | None = None
-    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa or ELECTRA). null starts from
-    scratch."""
-    architecture: Literal["bert", "roberta", "electra"] = "bert"
+    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa, ELECTRA or ModernBERT). null
+    starts from scratch."""
+    architecture: Literal["bert", "roberta", "electra", "modernbert"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
     """Transformer layers of client and server together."""
@@ -61,9 +61,13 @@ class ModelSection(Section):
     num_attention_heads: Positive = 2
     """Attention heads; must divide hidden_size."""
     intermediate_size: Positive | None = None
-    """Width of the feed-forward layer. null means 4 x hidden_size."""
+    """Width of the feed-forward layer. null means 4 x hidden_size, with ModernBERT's gate 1.5 x."""
     max_position_embeddings: Positive = 128
-    """Longest sequence that the position table holds, in tokens."""
+    """Longest sequence that the model has positions for, in tokens."""
+    local_attention: Annotated[int, Field(ge=2)] = 128
+    """Tokens that a token sees in layers with sliding windows, half on either side (ModernBERT)."""
+    global_attention_every: Positive = 3
+    """The first of so many layers sees whole sequences, the others have windows (ModernBERT)."""
     initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
     """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow
     models learn sooner with 0.02 x sqrt(768 / hidden_size)."""
@@ -72,12 +76,6 @@ class ModelSection(Section):
     attention_dropout: Probability | None = None
     """Dropout of attention probabilities. null means `dropout`. Attention is faster with 0.0, which
     ModernBERT trains with."""
-
-    @property
-    def dropouts(self) -> dict[str, float]:
-        """As fields of a transformers config."""
-        attention = self.dropout if self.attention_dropout is None else self.attention_dropout
-        return {"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": attention}
 
     @model_validator(mode="after")
     def _shape(self) -> ModelSection:
@@ -88,6 +86,9 @@ class ModelSection(Section):
             )
         if self.embedding_size is not None and self.architecture != "electra":
             raise ValueError("embedding_size is for architecture: electra; remove it or change the architecture")
+        for key in ("local_attention", "global_attention_every"):
+            if self.architecture != "modernbert" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for architecture: modernbert; remove it or change the architecture")
         return self
 
 
@@ -232,7 +233,7 @@ class BodySection(Section):
     compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
     """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
     what backward computes again. `auto` measures it once for a card, and only with
-    `activation_checkpointing: none`; it is false on a CPU and at ZeRO stage 3."""
+    `activation_checkpointing: none`; it is false on a CPU, at ZeRO stage 3 and for ModernBERT."""
     fp8: bool = False
     """Multiply matrices of encoder layers in fp8, by the package torchao; for `precision: bf16` and
     GPUs from Ada and Hopper on. On a CPU it is emulated, slowly."""

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedbert_kernels.recompute import cheap
-
 Attend = Callable[..., Tensor]
 """As `fedbert_kernels.attention.attention`, without its seed."""
 
@@ -176,14 +174,6 @@ def _sliding_window_mask(length: int, sliding_window: int | None, device: torch.
 
 def _runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(run))) for length, run in itertools.groupby(lengths))
-
-
-def keep_masked_positions(module: torch.nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
-    """A hook after the last layer's attention: only masked positions go on, as tokens no longer
-    meet.
-    """
-    attended, *rest = output
-    return cheap(torch.index_select, attended, 1, keywords["masked_positions"]), *rest
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

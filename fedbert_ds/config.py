@@ -609,18 +609,12 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = True) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
-    A relative body.deepspeed is looked up in the run file's folder first, then in the working
+    A file with `base: OTHER.yaml`, relative to it, has that file's keys where it has none. A
+    relative body.deepspeed is looked up in the run file's folder first, then in the working
     folder; it must exist unless `needs_body` is False. Raises ConfigError, one line, for
     a missing file, bad YAML, an unknown key or a bad value.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such run file; give one with --config")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of sections")
+    tree = _read(path, ())
     for override in overrides:
         _apply(tree, override)
     config = parse_config(tree, origin=str(path))
@@ -631,6 +625,42 @@ def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = Tr
     if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
         raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
     return config
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping of a file and its bases; `above` are the files that it is a base of."""
+    if not path.is_file():
+        reader = f"{above[-1]}: base: " if above else ""
+        raise ConfigError(f"{reader}{path}: no such run file; give {'one' if above else 'one with --config'}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of sections")
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is the name of another run file")
+    if path.resolve() in (one.resolve() for one in above):
+        raise ConfigError(f"{path}: is its own base; remove one of the keys `base`")
+    under = _read(path.parent / base, (*above, path))
+    deepspeed = _section(under, "body").get("deepspeed")
+    if isinstance(deepspeed, str) and ((path.parent / base).parent / deepspeed).is_file():
+        # Beside the file that names it.
+        under["body"]["deepspeed"] = str(((path.parent / base).parent / deepspeed).resolve())
+    for section, values in tree.items():
+        # A cut is one value, though it may look like a section.
+        joins = section != "cut" and isinstance(values, dict)
+        under[section] = {**_section(under, section), **values} if joins else values
+    return under
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a tree that nobody has checked yet."""
+    values = tree.get(name)
+    return values if isinstance(values, dict) else {}
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:

@@ -115,14 +115,24 @@ def packed_attention(
     """
     # transformers counts the token itself; the operators do not.
     each_side = None if sliding_window is None else sliding_window - 1
-    by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
+    by_token = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    if qkv is None:
+        # Where queries and keys were rotated, values are a view of all three, whose memory backward
+        # would keep for a third of it.
+        by_token[2] = by_token[2].contiguous()
     if packing.attend is None:
         result = grouped_attention(
-            *by_token, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side
+            by_token[0],
+            by_token[1],
+            by_token[2],
+            packing=packing,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=each_side,
         )
         return result.unsqueeze(0), None
     result = packing.attend(
-        by_token if qkv is None else qkv.squeeze(0),
+        tuple(by_token) if qkv is None else qkv.squeeze(0),
         packing.cu_seqlens,
         dropout=dropout,
         sliding_window=each_side,

@@ -72,7 +72,7 @@ class ModelSection(Section):
     """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow
     models learn sooner with 0.02 x sqrt(768 / hidden_size)."""
     dropout: Probability = 0.1
-    """Dropout of hidden states, from scratch or from a checkpoint."""
+    """Dropout of hidden states, from scratch or from a checkpoint. ModernBERT trains with 0.0."""
     attention_dropout: Probability | None = None
     """Dropout of attention probabilities. null means `dropout`. Attention is faster with 0.0, which
     ModernBERT trains with."""

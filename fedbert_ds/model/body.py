@@ -49,9 +49,8 @@ class Body(nn.Module):
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
-        base = self.get_submodule(self._parts.base)
-        keep_angles_exact(base)
-        keep_masked_positions(base, self.config)
+        keep_angles_exact(self.base)
+        keep_masked_positions(self.base, self.config)
 
     def forward(
         self,
@@ -73,7 +72,6 @@ class Body(nn.Module):
     def _forward(
         self, activations: Tensor, masked_positions: Tensor, cu_seqlens: Tensor, row_index: Tensor | None
     ) -> Tensor:
-        base: Any = self.get_submodule(self._parts.base)
         dtype = next(self.parameters()).dtype
         if self.cut == "rows":
             if row_index is None:
@@ -90,8 +88,8 @@ class Body(nn.Module):
                     f"a sequence of {packing.max_length} tokens is longer than the position table, "
                     f"{longest_sequence(self.config)}"
                 )
-            hidden = base.embeddings(inputs_embeds=hidden, **position_ids(self.config, packing))
-        selected = encode(base, self.config, hidden, packing, masked_positions).squeeze(0)
+            hidden = self.base.embeddings(inputs_embeds=hidden, **position_ids(self.config, packing))
+        selected = encode(self.base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
@@ -99,12 +97,12 @@ class Body(nn.Module):
     @property
     def layers(self) -> Any:
         """The encoder layers, a ModuleList; layers of the client are empty places in it."""
-        return layers_of(self.get_submodule(self._parts.base), self.config)
+        return layers_of(self.base, self.config)
 
     @property
-    def base_name(self) -> str:
-        """Name of the submodule that holds the encoder."""
-        return self._parts.base
+    def base(self) -> Any:
+        """The model without its head, as far as it is the server's."""
+        return self.get_submodule(self._parts.base)
 
     def recompute(self, what: Recomputed) -> None:
         """Keep less in forward; backward computes the rest again, with the same dropout. Once only.
@@ -123,7 +121,7 @@ class Body(nn.Module):
                     module.forward = partial(cheap, module.forward)  # type: ignore[method-assign]
                 elif isinstance(module, nn.Linear):
                     module.forward = partial(consume, module.forward)  # type: ignore[method-assign]
-            recompute_gates(self)
+            recompute_gates(self.layers, self.config)
 
     @property
     def widths(self) -> Widths:
@@ -144,4 +142,4 @@ class Body(nn.Module):
         """What a forward and backward computes. ZeRO stage 3 leaves parameters without entries:
         take it before.
         """
-        return body_work(self, self._parts.base, self.config, self.cut)
+        return body_work(self, self.base, self.config, self.cut)

@@ -57,14 +57,13 @@ def keep_angles_exact(base: nn.Module) -> None:
         base.rotary_emb.__class__ = ExactRotary
 
 
-def recompute_gates(model: nn.Module) -> None:
+def recompute_gates(layers: nn.ModuleList, hf_config: Any) -> None:
     """Let backward compute results of gates again, beside what `Body.recompute` says."""
-    for module in model.modules():
-        # By name, so that other models' halves do not import this one's code.
-        if type(module).__name__ == "ModernBertMLP":
-            from fedbert_ds.model.modernbert import recompute_gated
+    if architecture(hf_config).turns_by_position:
+        from fedbert_ds.model.modernbert import recompute_gated
 
-            recompute_gated(module)
+        for layer in layers:
+            recompute_gated(layer)
 
 
 def _select(module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:

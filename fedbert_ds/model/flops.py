@@ -34,9 +34,9 @@ class BodyWork:
         return 6.0 * (self.per_token + 2 * self.hidden_size * seen + mask_share * self.per_masked)
 
 
-def body_work(body: nn.Module, base_name: str, hf_config: Any, cut: Cut) -> BodyWork:
-    """The work of a body whose weights are whole."""
-    base, parts = body.get_submodule(base_name), architecture(hf_config)
+def body_work(body: nn.Module, base: nn.Module, hf_config: Any, cut: Cut) -> BodyWork:
+    """The work of a body and its base model, whose weights are whole."""
+    parts = architecture(hf_config)
     last = last_feed_forward(base, hf_config)
     head = 0 if parts.body_head is None else linear_parameters(body.get_submodule(parts.body_head))
     first = cut.layers if isinstance(cut, LayersCut) else 0

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer, ModernBertRotaryEmbedding
 
 from fedbert_ds.model.attention import Packing
@@ -72,13 +72,14 @@ class LastLayer(ModernBertEncoderLayer):
         return kept + self.mlp(self.mlp_norm(kept))
 
 
-def recompute_gated(mlp: Any) -> None:
-    """Let backward compute the activation and its product with the gate again.
+def recompute_gated(layer: nn.Module) -> None:
+    """Let backward compute a layer's activation and its product with the gate again.
 
     Comes with `Body.recompute("elementwise")`, which does so for the activation and the products'
-    inputs. What dropout leaves is kept.
+    inputs. What dropout leaves is kept. Layers of the other half are left as they are.
     """
-    mlp.forward = partial(_gated, mlp)
+    if isinstance(layer, ModernBertEncoderLayer):
+        layer.mlp.forward = partial(_gated, layer.mlp)  # type: ignore[method-assign]
 
 
 def _gated(mlp: Any, hidden: Tensor) -> Tensor:

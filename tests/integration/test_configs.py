@@ -25,7 +25,12 @@ VARIANTS = {
     **{f"bert-{mode}": (f"fedbert-{mode}.yaml", ("model.architecture=bert",))
        for mode in ("parallel-5-of-10", "sequential")},
 }  # fmt: skip
+VARIANTS["domain-adaptation-of-modernbert"] = (
+    "domain-adaptation.yaml",
+    ("model.checkpoint=answerdotai/ModernBERT-base", "model.dropout=0.0"),
+)
 """{name: (run file, overrides)}: all files, and what their comments say to set."""
+CHECKPOINTS: dict[str, Any] = {"bert-base-uncased": "bert", "ModernBERT-base": "modernbert"}
 WINDOWS = 6
 PERIOD = {"fedbert-parallel-5-of-10.yaml": 3, "fedbert-parallel-50-of-500.yaml": 2}
 """Windows of a round, of 6: half of the run, and more rounds than two."""
@@ -48,7 +53,7 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
     if shipped.model.embedding_size is not None:
         small.append("model.embedding_size=16")
     if shipped.model.checkpoint is not None:
-        small.append(f"model.checkpoint={folder / 'checkpoint'}")
+        small.append(f"model.checkpoint={folder / Path(shipped.model.checkpoint).name}")
     config = load_config(CONFIGS / file, [*overrides, *small])
     return json.loads(config.model_dump_json(exclude_none=True))
 
@@ -57,10 +62,12 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("configs")
     data = write_text(folder)
-    section = ModelSection(hidden_size=32, num_attention_heads=2, max_position_embeddings=40)
-    build_model(section, len(load_tokenizer(str(folder / "tokenizer"))), 0, seed=1).save_pretrained(
-        folder / "checkpoint"
-    )
+    for name, architecture in CHECKPOINTS.items():
+        section = ModelSection(
+            architecture=architecture, hidden_size=32, num_attention_heads=2, max_position_embeddings=40
+        )
+        model = build_model(section, len(load_tokenizer(str(folder / "tokenizer"))), 0, seed=1)
+        model.save_pretrained(folder / name)
     run_jobs(folder, [{"config": toy(folder, name), "resume": False, "data": data} for name in VARIANTS])
     return folder
 
@@ -71,7 +78,8 @@ def test_it_trains_and_hands_over_a_model(finished: Path, name: str) -> None:
     shipped = load_config(CONFIGS / file, overrides)
     rows = [json.loads(line) for line in (finished / name / "metrics.jsonl").read_text().splitlines()]
     assert [row["window"] for row in rows] == list(range(WINDOWS)) and all(row["loss"] > 0 for row in rows)
-    expected = shipped.model.architecture if shipped.model.checkpoint is None else "bert"
+    checkpoint = shipped.model.checkpoint
+    expected = shipped.model.architecture if checkpoint is None else CHECKPOINTS[Path(checkpoint).name]
     assert AutoConfig.from_pretrained(finished / name / "hf").model_type == expected
     _, loading = AutoModelForMaskedLM.from_pretrained(finished / name / "hf", output_loading_info=True)
     assert not any(loading.values()), loading

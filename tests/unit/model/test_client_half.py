@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unit.model.samples import VOCABULARY, pack, padded_logits, word_table
 
 from fedbert_ds.config import LayersCut
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.cut import split, undivided
 
 
@@ -156,6 +157,23 @@ def test_scopes_divide_the_half(small_model) -> None:
     assert {scope for name, scope in scopes.items() if name.startswith("bert.")} == {"embeddings"}
     assert {scope for name, scope in scopes.items() if name.startswith("cls.")} == {"head"}
     assert client.parameter_scope("cls.predictions.decoder.weight") == "embeddings"
+
+
+def test_every_weight_is_in_the_scope_of_its_part(small_model, architecture) -> None:
+    client, _ = split(small_model(architecture), LayersCut(layers=1))
+    base = f"{ARCHITECTURES[architecture].base}."
+    for name, _ in client.named_parameters():
+        assert client.parameter_scope(name) == ("embeddings" if name.startswith(base) else "head"), name
+    heads = [name for name, _ in client.named_parameters() if not name.startswith(base)]
+    assert heads, "the decoder's bias at least"
+    assert all(client.parameter_scope(alias) == "embeddings" for alias in tied_tables(client))
+
+
+def tied_tables(client: Any) -> list[str]:
+    """Names under which the word table is the decoder's weight."""
+    decoder = ARCHITECTURES[client.config.model_type].decoder
+    assert client.get_parameter(f"{decoder}.weight") is word_table(client)
+    return [f"{decoder}.weight"]
 
 
 def test_operations_are_counted_from_matrices(small_model) -> None:

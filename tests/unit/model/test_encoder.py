@@ -27,7 +27,7 @@ def test_masked_positions_alone_leave_the_last_layer(small_model, architecture) 
     client, body = split(model, "embeddings")
     packed = pack([5, 3])
     packing = Packing.from_lengths(packed.lengths)
-    base = body.get_submodule(body.base_name)
+    base = body.base
     with torch.no_grad():
         hidden = client.embed(packed.input_ids, packed.lengths).values.unsqueeze(0)
         everything = encode(base, body.config, hidden, packing, torch.arange(8))
@@ -42,4 +42,4 @@ def test_layers_keep_their_names_and_weights(small_model, architecture, what) ->
     client, body = split(small_model(architecture), "embeddings")
     body.recompute(what)
     assert {name for half in (client, body) for name, _ in half.named_parameters()} == names
-    assert len(layers_of(body.get_submodule(body.base_name), body.config)) == 3
+    assert len(layers_of(body.base, body.config)) == 3

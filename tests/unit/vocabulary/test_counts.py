@@ -149,7 +149,11 @@ def test_words_of_one_owner_are_in_no_common_vocabulary(shards: list[list[Articl
     counts = [WordCounts(str(n), count_words(a.text for a in shard)) for n, shard in enumerate(shards)]
     merged = merge_counts(counts, 2)
     assert "patient" in merged and not {"cardiac", "femur", "lymphocytes"} & merged.keys()
-    assert "漢" not in "".join(wordpiece_of_counts(merged, 200).get_vocab())
+    tokenizer = wordpiece_of_counts(merged, 200)
+    assert "漢" not in "".join(tokenizer.get_vocab())
+    # Other words are read in pieces, unless a character of theirs is in no common word.
+    assert tokenizer.unk_token not in tokenizer.tokenize("leaf eats") and len(tokenizer.tokenize("leaf")) > 1
+    assert tokenizer.tokenize("漢 jam") == ["[UNK]", "[UNK]"]
 
 
 @given(WORDS, st.booleans())

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForMaskedLM, ModernBertConfig
@@ -75,6 +77,26 @@ def test_a_checkpoint_of_the_hub_steps_as_transformers_own(checkpoint: Path, cut
     assert found.keys() == gradients.keys()
     for name, expected in gradients.items():
         assert (found[name] - expected).abs().max() <= 2e-5 * expected.abs().max(), name
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 14), min_size=1, max_size=5),
+    window=st.integers(1, 8).map(lambda each_side: 2 * each_side),
+    every=st.integers(1, 3),
+)
+def test_neighbours_in_a_packing_do_not_matter(lengths: list[int], window: int, every: int) -> None:
+    section = ModelSection(
+        architecture="modernbert", hidden_size=16, num_hidden_layers=3, dropout=0.0, local_attention=window,
+        global_attention_every=every, initializer_range=0.3,
+    )  # fmt: skip
+    client, body = split(build_model(section, 61, PAD, seed=1), "embeddings")
+    packed = pack(lengths)
+    with torch.no_grad():
+        values = client.embed(packed.input_ids, lengths).values
+        together = body(values, torch.arange(sum(lengths)), packed.cu_seqlens)
+        alone = [body(rows, torch.arange(len(rows)), torch.tensor([0, len(rows)])) for rows in values.split(lengths)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
 def test_a_window_more_or_less_would_be_seen(checkpoint: Path) -> None:

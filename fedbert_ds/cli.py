@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedbert_ds import __version__
 from fedbert_ds.bench.commands import add_benches
 from fedbert_ds.errors import ConfigError, one_line_errors
+from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
     from fedbert_ds.config import Cut
@@ -34,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(subcommands)
     add_benches(subcommands)
     _add_plan(subcommands)
+    add_vocab(subcommands)
     return parser
 
 

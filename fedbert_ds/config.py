@@ -48,9 +48,9 @@ class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
     checkpoint: str | None = None
-    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa or ELECTRA). null starts from
-    scratch."""
-    architecture: Literal["bert", "roberta", "electra"] = "bert"
+    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa, ELECTRA or ModernBERT). null
+    starts from scratch."""
+    architecture: Literal["bert", "roberta", "electra", "modernbert"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
     """Transformer layers of client and server together."""
@@ -61,23 +61,21 @@ class ModelSection(Section):
     num_attention_heads: Positive = 2
     """Attention heads; must divide hidden_size."""
     intermediate_size: Positive | None = None
-    """Width of the feed-forward layer. null means 4 x hidden_size."""
+    """Width of the feed-forward layer. null means 4 x hidden_size, with ModernBERT's gate 1.5 x."""
     max_position_embeddings: Positive = 128
-    """Longest sequence that the position table holds, in tokens."""
+    """Longest sequence that the model has positions for, in tokens."""
+    local_attention: Annotated[int, Field(ge=2)] = 128
+    """Tokens that a token sees in layers with sliding windows, half on either side (ModernBERT)."""
+    global_attention_every: Positive = 3
+    """The first of so many layers sees whole sequences, the others have windows (ModernBERT)."""
     initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
     """Standard deviation of initial weights, from scratch. BERT's 0.02 is for width 768; narrow
     models learn sooner with 0.02 x sqrt(768 / hidden_size)."""
     dropout: Probability = 0.1
-    """Dropout of hidden states, from scratch or from a checkpoint."""
+    """Dropout of hidden states, from scratch or from a checkpoint. ModernBERT trains with 0.0."""
     attention_dropout: Probability | None = None
     """Dropout of attention probabilities. null means `dropout`. Attention is faster with 0.0, which
     ModernBERT trains with."""
-
-    @property
-    def dropouts(self) -> dict[str, float]:
-        """As fields of a transformers config."""
-        attention = self.dropout if self.attention_dropout is None else self.attention_dropout
-        return {"hidden_dropout_prob": self.dropout, "attention_probs_dropout_prob": attention}
 
     @model_validator(mode="after")
     def _shape(self) -> ModelSection:
@@ -88,6 +86,9 @@ class ModelSection(Section):
             )
         if self.embedding_size is not None and self.architecture != "electra":
             raise ValueError("embedding_size is for architecture: electra; remove it or change the architecture")
+        for key in ("local_attention", "global_attention_every"):
+            if self.architecture != "modernbert" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} is for architecture: modernbert; remove it or change the architecture")
         return self
 
 
@@ -233,7 +234,8 @@ class BodySection(Section):
     compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
     """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
     what backward computes again. `auto` measures it once for a card, with
-    `activation_checkpointing: auto` or none; it is false on a CPU and at ZeRO stage 3."""
+    `activation_checkpointing: auto` or none; it is false on a CPU, at ZeRO stage 3 and for
+    ModernBERT."""
     fp8: bool = False
     """Multiply matrices of encoder layers in fp8, by the package torchao; for `precision: bf16` and
     GPUs from Ada and Hopper on. On a CPU it is emulated, slowly."""
@@ -613,18 +615,12 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = True) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
-    A relative body.deepspeed is looked up in the run file's folder first, then in the working
+    A file with `base: OTHER.yaml`, relative to it, has that file's keys where it has none. A
+    relative body.deepspeed is looked up in the run file's folder first, then in the working
     folder; it must exist unless `needs_body` is False. Raises ConfigError, one line, for
     a missing file, bad YAML, an unknown key or a bad value.
     """
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such run file; give one with --config")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of sections")
+    tree = _read(path, ())
     for override in overrides:
         _apply(tree, override)
     config = parse_config(tree, origin=str(path))
@@ -635,6 +631,42 @@ def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = Tr
     if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
         raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
     return config
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The mapping of a file and its bases; `above` are the files that it is a base of."""
+    if not path.is_file():
+        reader = f"{above[-1]}: base: " if above else ""
+        raise ConfigError(f"{reader}{path}: no such run file; give {'one' if above else 'one with --config'}")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: a run file is a mapping of sections")
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base is the name of another run file")
+    if path.resolve() in (one.resolve() for one in above):
+        raise ConfigError(f"{path}: is its own base; remove one of the keys `base`")
+    under = _read(path.parent / base, (*above, path))
+    deepspeed = _section(under, "body").get("deepspeed")
+    if isinstance(deepspeed, str) and ((path.parent / base).parent / deepspeed).is_file():
+        # Beside the file that names it.
+        under["body"]["deepspeed"] = str(((path.parent / base).parent / deepspeed).resolve())
+    for section, values in tree.items():
+        # A cut is one value, though it may look like a section.
+        joins = section != "cut" and isinstance(values, dict)
+        under[section] = {**_section(under, section), **values} if joins else values
+    return under
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a tree that nobody has checked yet."""
+    values = tree.get(name)
+    return values if isinstance(values, dict) else {}
 
 
 def parse_config(tree: dict[str, Any], origin: str) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_SMALLEST_VOCABULARY = 64
+SMALLEST_VOCABULARY = 64
+_BLOCK = 4096
+"""Copies of a word at once."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -27,18 +28,37 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
     The same articles give the same vocabulary in every process. DataError for no text or fewer than
     64 pieces.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise DataError(f"tokenizer.vocab_size {vocab_size} is too small; use {SMALLEST_VOCABULARY} or more")
+    words = count_words(article.text for article in articles)
+    if not words:
+        raise DataError("no text to train a tokenizer on; add text to data.source or name one in tokenizer.path")
+    return wordpiece_of_counts(words, vocab_size)
+
+
+def count_words(texts: Iterable[str]) -> Counter[str]:
+    """How often each word of these texts occurs, as a lower-casing BERT tokenizer divides them:
+    without accents, punctuation apart.
+    """
+    normalizer, pre_tokenizer = _word_rules()
+    runs: Counter[str] = Counter()
+    for text in texts:
+        runs.update(normalizer.normalize_str(text).split())
+    words: Counter[str] = Counter()
+    for run, count in runs.items():
+        for word, _ in pre_tokenizer.pre_tokenize_str(run):
+            words[word] += count
+    return words
+
+
+def wordpiece_of_counts(words: Mapping[str, int], vocab_size: int) -> PreTrainedTokenizerFast:
+    """The tokenizer that `train_wordpiece` makes of a text with these words of `count_words`, at
+    least one.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import BertTokenizer
 
-    if vocab_size < _SMALLEST_VOCABULARY:
-        raise DataError(f"tokenizer.vocab_size {vocab_size} is too small; use {_SMALLEST_VOCABULARY} or more")
-    texts = [article.text for article in articles]
-    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    learner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    alphabet, continuing = _alphabet(learner, texts, largest=(vocab_size - len(SPECIAL_TOKENS)) // 4)
-    if not alphabet:
-        raise DataError("no text to train a tokenizer on; add text to data.source or name one in tokenizer.path")
+    alphabet, continuing = _alphabet(words, largest=(vocab_size - len(SPECIAL_TOKENS)) // 4)
     # The trainer numbers `##x` pieces in the order of a hash map, which differs between processes,
     # and breaks ties by number. Special tokens are numbered first and in order, so naming the
     # pieces there fixes the vocabulary.
@@ -49,11 +69,13 @@ def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedT
         limit_alphabet=len(alphabet),
         show_progress=False,
     )
-    learner.train_from_iterator(texts, trainer)
+    learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(_repeated(words), trainer)
 
     # A new tokenizer around the vocabulary, whose `##x` pieces are not special.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = learner.normalizer, learner.pre_tokenizer
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _word_rules()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", SPECIAL_TOKENS.index("[SEP]")), ("[CLS]", SPECIAL_TOKENS.index("[CLS]"))
@@ -136,17 +158,29 @@ def _checked_special_tokens(tokens: dict[str, Any]) -> dict[str, Any]:
     return tokens
 
 
-def _alphabet(tokenizer: Tokenizer, texts: Iterable[str], largest: int) -> tuple[list[str], list[str]]:
+def _word_rules() -> tuple[Any, Any]:
+    """What makes words of a text: BERT's normalizer, lower-casing, and its pre-tokenizer."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+
+
+def _repeated(words: Mapping[str, int]) -> Iterator[str]:
+    """Each word as often as it counts: trainers take text alone. In blocks, which is fastest, and
+    faster than the text itself, since nothing is left to normalize.
+    """
+    for word, count in words.items():
+        for first in range(0, count, _BLOCK):
+            yield f"{word} " * min(_BLOCK, count - first)
+
+
+def _alphabet(words: Mapping[str, int], largest: int) -> tuple[list[str], list[str]]:
     """The `largest` most frequent characters, sorted, and those of them that occur inside words."""
-    runs: Counter[str] = Counter()
-    for text in texts:
-        runs.update(tokenizer.normalizer.normalize_str(text).split())
     counts: Counter[str] = Counter()
     continuing: set[str] = set()
-    for run, count in runs.items():
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(run):
-            for character in word:
-                counts[character] += count
-            continuing.update(word[1:])
+    for word, count in words.items():
+        for character in word:
+            counts[character] += count
+        continuing.update(word[1:])
     kept = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:largest])
     return kept, [character for character in kept if character in continuing]

@@ -1,4 +1,4 @@
-"""Where the three supported Hugging Face masked LMs keep their parts, and the widths at the cut."""
+"""Where the four supported Hugging Face masked LMs keep their parts, and the widths at the cut."""
 
 from __future__ import annotations
 
@@ -13,23 +13,57 @@ from fedbert_ds.errors import ModelError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attribute names inside a `...ForMaskedLM` model of transformers."""
+    """Attribute names inside a `...ForMaskedLM` model of transformers, and of its config."""
 
     base: str
-    """The model without its head; holds `embeddings` and `encoder`."""
-    head: str
-    """The part of the masked-LM head that ends in logits: the client's."""
+    """The model without its head; holds `embeddings` and the encoder."""
+    heads: tuple[str, ...]
+    """The parts of the masked-LM head that end in logits, in order: the client's."""
     decoder: str
-    """The last layer of `head`, one row of weights and one of bias for each word piece."""
+    """The last layer of the head, one row of weights and one of bias for each word piece."""
     body_head: str | None = None
-    """Projection of hidden states before `head` that belongs to the body (ELECTRA's H -> E)."""
+    """Projection of hidden states before the head that belongs to the body (ELECTRA's H -> E)."""
+    words: str = "word_embeddings"
+    """The word table, in `embeddings`."""
+    encoder: tuple[str, ...] = ("embeddings_project", "encoder")
+    """Parts of the base besides `embeddings`; not every model has each."""
+    layers: str = "encoder.layer"
+    """The list of encoder layers, in the base."""
+    after_layers: str | None = None
+    """What follows the last layer, in the base: the body's."""
+    feed_forward: tuple[str, ...] = ("intermediate", "output")
+    """Parts of a layer behind its attention, where tokens no longer meet."""
+    dropouts: tuple[str, ...] = ("hidden_dropout_prob",)
+    """Fields of the config with drop probabilities of hidden states."""
+    attention_dropout: str = "attention_probs_dropout_prob"
+    """Field of the config with the drop probability of attention weights."""
+
+    @property
+    def turns_by_position(self) -> bool:
+        """Whether layers turn queries and keys by position; embeddings then know no positions."""
+        return "rotary_emb" in self.encoder
 
 
 ARCHITECTURES = {
-    "bert": Architecture(base="bert", head="cls", decoder="cls.predictions.decoder"),
-    "roberta": Architecture(base="roberta", head="lm_head", decoder="lm_head.decoder"),
+    "bert": Architecture(base="bert", heads=("cls",), decoder="cls.predictions.decoder"),
+    "roberta": Architecture(base="roberta", heads=("lm_head",), decoder="lm_head.decoder"),
     "electra": Architecture(
-        base="electra", head="generator_lm_head", decoder="generator_lm_head", body_head="generator_predictions"
+        base="electra",
+        heads=("generator_lm_head",),
+        decoder="generator_lm_head",
+        body_head="generator_predictions",
+    ),
+    "modernbert": Architecture(
+        base="model",
+        heads=("head", "decoder"),
+        decoder="decoder",
+        words="tok_embeddings",
+        encoder=("rotary_emb", "layers", "final_norm"),
+        layers="layers",
+        after_layers="final_norm",
+        feed_forward=("mlp_norm", "mlp"),
+        dropouts=("embedding_dropout", "mlp_dropout"),
+        attention_dropout="attention_dropout",
     ),
 }
 
@@ -44,10 +78,12 @@ class Widths(NamedTuple):
 
 
 def architecture(hf_config: Any) -> Architecture:
-    """The entry for a transformers config; ModelError names the supported three."""
+    """The entry for a transformers config; ModelError names the supported four."""
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in ARCHITECTURES:
-        raise ModelError(f"architecture {model_type} is not supported; use a bert, roberta or electra masked-LM")
+        raise ModelError(
+            f"architecture {model_type} is not supported; use a bert, roberta, electra or modernbert masked-LM"
+        )
     return ARCHITECTURES[model_type]
 
 
@@ -73,8 +109,23 @@ def position_offset(hf_config: Any) -> int:
 
 
 def longest_sequence(hf_config: Any) -> int:
-    """Longest sequence, in tokens, that the position table holds."""
+    """Longest sequence, in tokens, that the model has positions for."""
     return hf_config.max_position_embeddings - position_offset(hf_config)
+
+
+def words_of(base: nn.Module, hf_config: Any) -> Any:
+    """The word table of a base model."""
+    return base.get_submodule(f"embeddings.{architecture(hf_config).words}")
+
+
+def layers_of(base: nn.Module, hf_config: Any) -> Any:
+    """The encoder layers of a base model, a ModuleList."""
+    return base.get_submodule(architecture(hf_config).layers)
+
+
+def attention_dropout(hf_config: Any) -> float:
+    """Drop probability of attention weights in training."""
+    return getattr(hf_config, architecture(hf_config).attention_dropout)
 
 
 def linear_parameters(module: nn.Module) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedbert_kernels.recompute import again, cheap
+from fedbert_kernels.recompute import again
 
 Attend = Callable[..., Tensor]
 """As `fedbert_kernels.attention.attention`, without its seed."""
@@ -120,12 +120,16 @@ def packed_attention(
     """
     # transformers counts the token itself; the operators do not.
     each_side = None if sliding_window is None else sliding_window - 1
-    by_token = (query.squeeze(0).transpose(0, 1), key.squeeze(0).transpose(0, 1), value.squeeze(0).transpose(0, 1))
+    by_token = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
+    if qkv is None:
+        # Where queries and keys were rotated, values are a view of all three, whose memory backward
+        # would keep for a third of it.
+        by_token[2] = by_token[2].contiguous()
     if packing.attend is None:
-        tensors: tuple[Tensor, ...] = by_token
+        tensors = by_token
         attend = partial(grouped_attention, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side)
     else:
-        tensors = by_token if qkv is None else (qkv.squeeze(0),)
+        tensors = by_token if qkv is None else [qkv.squeeze(0)]
         attend = partial(_fused_attention, packing, dropout, scaling, each_side)
     result = again(attend, *tensors, draws=dropout > 0.0) if packing.is_recomputed else attend(*tensors)
     return result.unsqueeze(0), None
@@ -188,14 +192,6 @@ def _sliding_window_mask(length: int, sliding_window: int | None, device: torch.
 
 def _runs(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     return tuple((length, len(list(run))) for length, run in itertools.groupby(lengths))
-
-
-def keep_masked_positions(module: torch.nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
-    """A hook after the last layer's attention: only masked positions go on, as tokens no longer
-    meet.
-    """
-    attended, *rest = output
-    return cheap(torch.index_select, attended, 1, keywords["masked_positions"]), *rest
 
 
 ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, packed_attention)

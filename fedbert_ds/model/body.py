@@ -15,16 +15,17 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 
-from fedbert_ds.config import Cut, LayersCut
+from fedbert_ds.config import Cut
 from fedbert_ds.model.architecture import (
     Widths,
     architecture,
-    linear_parameters,
+    layers_of,
     longest_sequence,
-    position_offset,
     widths,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing, keep_masked_positions
+from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing
+from fedbert_ds.model.encoder import encode, keep_angles_exact, keep_masked_positions, position_ids, recompute_gates
+from fedbert_ds.model.flops import BodyWork, body_work
 from fedbert_kernels.recompute import cheap, consume, recomputing
 
 Recomputed = Literal["none", "elementwise", "attention", "layers"]
@@ -50,8 +51,8 @@ class Body(nn.Module):
         self._parts = architecture(model.config)
         for name, module in model.named_children():
             self.add_module(name, module)
-        base: Any = self.get_submodule(self._parts.base)
-        base.encoder.layer[-1].attention.register_forward_hook(keep_masked_positions, with_kwargs=True)
+        keep_angles_exact(self.base)
+        keep_masked_positions(self.base, self.config)
 
     def forward(
         self,
@@ -73,7 +74,6 @@ class Body(nn.Module):
     def _forward(
         self, activations: Tensor, masked_positions: Tensor, cu_seqlens: Tensor, row_index: Tensor | None
     ) -> Tensor:
-        base: Any = self.get_submodule(self._parts.base)
         dtype = next(self.parameters()).dtype
         if self.cut == "rows":
             if row_index is None:
@@ -91,20 +91,21 @@ class Body(nn.Module):
                     f"a sequence of {packing.max_length} tokens is longer than the position table, "
                     f"{longest_sequence(self.config)}"
                 )
-            positions = packing.positions.unsqueeze(0) + position_offset(self.config)
-            hidden = base.embeddings(inputs_embeds=hidden, position_ids=positions)
-        if getattr(base, "embeddings_project", None) is not None:
-            hidden = base.embeddings_project(hidden)
-        hidden = base.encoder(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state
-        selected = hidden.squeeze(0)
+            hidden = self.base.embeddings(inputs_embeds=hidden, **position_ids(self.config, packing))
+        selected = encode(self.base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             selected = self.get_submodule(self._parts.body_head)(selected)
         return selected
 
     @property
-    def base_name(self) -> str:
-        """Name of the submodule that holds the encoder."""
-        return self._parts.base
+    def layers(self) -> Any:
+        """The encoder layers, a ModuleList; layers of the client are empty places in it."""
+        return layers_of(self.base, self.config)
+
+    @property
+    def base(self) -> Any:
+        """The model without its head, as far as it is the server's."""
+        return self.get_submodule(self._parts.base)
 
     def recompute(self, what: Recomputed) -> None:
         """Keep less in forward; backward computes the rest again, with the same dropout. Once only.
@@ -113,9 +114,8 @@ class Body(nn.Module):
         everything but each layer's input.
         """
         self.recomputed = what
-        base: Any = self.get_submodule(self._parts.base)
         if what == "layers":
-            for layer in base.encoder.layer:
+            for layer in self.layers:
                 layer.gradient_checkpointing = True
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         elif self.recomputes_elementwise:
@@ -125,6 +125,7 @@ class Body(nn.Module):
                     module.forward = MethodType(_cheap_forward, module)  # type: ignore[method-assign]
                 elif isinstance(module, nn.Linear):
                     module.forward = MethodType(_consuming_forward, module)  # type: ignore[method-assign]
+            recompute_gates(self.layers, self.config)
 
     @property
     def recomputes_elementwise(self) -> bool:
@@ -148,19 +149,15 @@ class Body(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, mask_share: float, sequence_length: float) -> float:
-        """Floating-point operations of forward and backward per token.
+        """Floating-point operations of forward and backward per token; see `BodyWork`."""
+        return self.work.flops_per_token(mask_share, sequence_length)
 
-        Matrix products only: 6 per matrix entry, and 12 x hidden size x sequence length a layer for
-        the scores and their use. The last layer's feed-forward runs for masked positions only.
+    @property
+    def work(self) -> BodyWork:
+        """What a forward and backward computes. ZeRO stage 3 leaves parameters without entries:
+        take it before.
         """
-        base: Any = self.get_submodule(self._parts.base)
-        layers = self.config.num_hidden_layers - (self.cut.layers if isinstance(self.cut, LayersCut) else 0)
-        last = base.encoder.layer[-1]
-        per_masked = linear_parameters(last.intermediate) + linear_parameters(last.output)
-        per_token = linear_parameters(base) - per_masked + 2 * layers * self.config.hidden_size * sequence_length
-        if self._parts.body_head is not None:
-            per_masked += linear_parameters(self.get_submodule(self._parts.body_head))
-        return 6.0 * (per_token + mask_share * per_masked)
+        return body_work(self, self.base, self.config, self.cut)
 
 
 # One function for all modules, so that torch.compile knows layers as the same.

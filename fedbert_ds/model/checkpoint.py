@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForMaskedLM,
     BertConfig,
     ElectraConfig,
+    ModernBertConfig,
     PreTrainedModel,
     RobertaConfig,
 )
@@ -26,10 +27,18 @@ from transformers.utils import logging as transformers_logging
 
 from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError
-from fedbert_ds.model.architecture import architecture, longest_sequence
+from fedbert_ds.model.architecture import ARCHITECTURES, architecture, longest_sequence
 from fedbert_ds.model.cut import merge
 
 logger = logging.getLogger(__name__)
+
+_SHAPE_FIELDS = (
+    *("type_vocab_size", "hidden_act", "layer_norm_eps"),
+    # ModernBERT's
+    *("hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
+    *("classifier_activation", "local_attention", "layer_types", "rope_parameters"),
+)
+"""Fields that not every architecture has and that decide what is computed."""
 
 
 def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
@@ -43,7 +52,7 @@ def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed:
         torch.manual_seed(seed)
         if section.checkpoint is None:
             return AutoModelForMaskedLM.from_config(config_of(section, vocab_size, pad_token_id), dtype=torch.float32)
-        return _from_checkpoint(section.checkpoint, section.dropouts, vocab_size)
+        return _from_checkpoint(section.checkpoint, section, vocab_size)
 
 
 def shape_hash(hf_config: Any) -> str:
@@ -56,12 +65,10 @@ def shape_hash(hf_config: Any) -> str:
         "num_hidden_layers": hf_config.num_hidden_layers,
         "num_attention_heads": hf_config.num_attention_heads,
         "vocab_size": hf_config.vocab_size,
-        "type_vocab_size": hf_config.type_vocab_size,
         "longest_sequence": longest_sequence(hf_config),
-        "hidden_act": hf_config.hidden_act,
-        "layer_norm_eps": hf_config.layer_norm_eps,
         "pad_token_id": hf_config.pad_token_id,
         "tied": hf_config.tie_word_embeddings,
+        **{field: getattr(hf_config, field) for field in _SHAPE_FIELDS if hasattr(hf_config, field)},
     }
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -123,7 +130,7 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
         "num_attention_heads": section.num_attention_heads,
         "intermediate_size": section.intermediate_size or 4 * section.hidden_size,
         "max_position_embeddings": section.max_position_embeddings,
-        **section.dropouts,
+        **_dropouts(section, section.architecture),
     }
     if section.architecture == "electra":
         hf_config: Any = ElectraConfig(**fields, embedding_size=section.embedding_size or section.hidden_size)
@@ -132,6 +139,16 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
         fields |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
         fields["max_position_embeddings"] += pad_token_id + 1
         hf_config = RobertaConfig(**fields)
+    elif section.architecture == "modernbert":
+        # Gated: the published models' 1.5 x hidden_size. Ids of a tokenizer that is not this one's
+        # would be wrong, and no layer reads them.
+        fields["intermediate_size"] = section.intermediate_size or 3 * section.hidden_size // 2
+        fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"))
+        fields |= {
+            "local_attention": section.local_attention,
+            "global_attn_every_n_layers": section.global_attention_every,
+        }
+        hf_config = ModernBertConfig(**fields)
     else:
         hf_config = BertConfig(**fields)
     _check(hf_config)
@@ -145,13 +162,26 @@ def _check(hf_config: Any) -> None:
             f"num_attention_heads {hf_config.num_attention_heads} does not divide hidden_size {hf_config.hidden_size}; "
             "choose a divisor"
         )
-    if hf_config.is_decoder or hf_config.add_cross_attention:
+    if getattr(hf_config, "is_decoder", False) or getattr(hf_config, "add_cross_attention", False):
         raise ModelError("the model is a decoder (is_decoder or add_cross_attention); use a masked-LM encoder")
     if getattr(hf_config, "position_embedding_type", "absolute") != "absolute":
         raise ModelError(f"position_embedding_type {hf_config.position_embedding_type} is not supported, only absolute")
+    for kind, rope in (getattr(hf_config, "rope_parameters", None) or {}).items():
+        if rope["rope_type"] in ("dynamic", "longrope"):
+            raise ModelError(
+                f"rope_type {rope['rope_type']} of {kind} turns with the longest sequence that was seen, so results "
+                "would depend on packing; use a model with another"
+            )
 
 
-def _from_checkpoint(checkpoint: str, dropouts: dict[str, float], vocab_size: int) -> PreTrainedModel:
+def _dropouts(section: ModelSection, model_type: str) -> dict[str, float]:
+    """A section's drop probabilities as fields of such a model's config."""
+    parts = ARCHITECTURES[model_type]
+    attention = section.dropout if section.attention_dropout is None else section.attention_dropout
+    return {**dict.fromkeys(parts.dropouts, section.dropout), parts.attention_dropout: attention}
+
+
+def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int) -> PreTrainedModel:
     try:
         hf_config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
@@ -164,7 +194,7 @@ def _from_checkpoint(checkpoint: str, dropouts: dict[str, float], vocab_size: in
             f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; "
             "use the checkpoint's own tokenizer (tokenizer.path)"
         )
-    hf_config.update(dropouts)
+    hf_config.update(_dropouts(section, hf_config.model_type))
     try:
         with quiet_transformers():
             model, loading = AutoModelForMaskedLM.from_pretrained(

@@ -18,10 +18,12 @@ from fedbert_ds.model.architecture import (
     architecture,
     linear_parameters,
     longest_sequence,
-    position_offset,
     widths,
+    words_of,
 )
-from fedbert_ds.model.attention import PACKED_ATTENTION, Packing, keep_masked_positions
+from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
+from fedbert_ds.model.encoder import encode, keep_angles_exact, keep_masked_positions, position_ids
+from fedbert_ds.model.flops import last_feed_forward
 from fedbert_ds.model.word_table import WordTable, decoder_backward
 
 
@@ -54,10 +56,11 @@ class ClientHalf(nn.Module):
         for name, module in model.named_children():
             self.add_module(name, module)
         base: Any = self.get_submodule(self._parts.base)
+        keep_angles_exact(base)
         if cut == "whole":
-            base.encoder.layer[-1].attention.register_forward_hook(keep_masked_positions, with_kwargs=True)
+            keep_masked_positions(base, self.config)
         # It keeps its weight and its name.
-        base.embeddings.word_embeddings.__class__ = WordTable
+        words_of(base, self.config).__class__ = WordTable
         self.tie()
 
     def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
@@ -70,12 +73,10 @@ class ClientHalf(nn.Module):
         base: Any = self.get_submodule(self._parts.base)
         if self.cut == "rows":
             rows, row_index = _distinct_by_first_appearance(input_ids)
-            return Activations(base.embeddings.word_embeddings(rows), row_index.to(torch.int32))
+            return Activations(words_of(base, self.config)(rows), row_index.to(torch.int32))
         hidden = self._embeddings(base, input_ids, packing)
         if isinstance(self.cut, LayersCut):
-            if getattr(base, "embeddings_project", None) is not None:
-                hidden = base.embeddings_project(hidden)
-            hidden = base.encoder(hidden, packing=packing).last_hidden_state
+            hidden = encode(base, self.config, hidden, packing)
         return Activations(hidden.squeeze(0))
 
     def whole_backward(
@@ -90,9 +91,7 @@ class ClientHalf(nn.Module):
         packing = self._packing(input_ids, lengths)
         base: Any = self.get_submodule(self._parts.base)
         hidden = self._embeddings(base, input_ids, packing)
-        if getattr(base, "embeddings_project", None) is not None:
-            hidden = base.embeddings_project(hidden)
-        hidden = base.encoder(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state.squeeze(0)
+        hidden = encode(base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             hidden = self.get_submodule(self._parts.body_head)(hidden)
         loss_sum, gradient = self.head_backward(hidden, labels, scale)
@@ -111,12 +110,13 @@ class ClientHalf(nn.Module):
         return packing
 
     def _embeddings(self, base: Any, input_ids: Tensor, packing: Packing) -> Any:
-        positions = packing.positions.unsqueeze(0) + position_offset(self.config)
-        return base.embeddings(input_ids=input_ids.unsqueeze(0), position_ids=positions)
+        return base.embeddings(input_ids=input_ids.unsqueeze(0), **position_ids(self.config, packing))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the vocabulary, [m, V], for hidden states [m, W_out]."""
-        return self.get_submodule(self._parts.head)(hidden)
+        for name in self._parts.heads:
+            hidden = self.get_submodule(name)(hidden)
+        return hidden
 
     def head_backward(
         self, hidden: Tensor, labels: Tensor, scale: float, chunk_size: int = 512, fused: bool | None = None
@@ -180,7 +180,8 @@ class ClientHalf(nn.Module):
 
     def parameter_scope(self, name: str) -> Literal["embeddings", "head"]:
         """A parameter's part of the half; tied tables and lower layers count as embeddings."""
-        return "head" if self._ties.get(name, name).startswith(f"{self._parts.head}.") else "embeddings"
+        part = self._ties.get(name, name).partition(".")[0]
+        return "head" if part in self._parts.heads else "embeddings"
 
     def flops_per_token(self, mask_share: float) -> float:
         """Floating-point operations of forward and backward per token.
@@ -190,11 +191,10 @@ class ClientHalf(nn.Module):
         masked positions only.
         """
         base: Any = self.get_submodule(self._parts.base)
-        head = self.get_submodule(self._parts.head)
-        per_token, per_masked = linear_parameters(base), linear_parameters(head)
+        per_token = linear_parameters(base)
+        per_masked = sum(linear_parameters(self.get_submodule(name)) for name in self._parts.heads)
         if self.cut == "whole":
-            last = base.encoder.layer[-1]
-            moved = linear_parameters(last.intermediate) + linear_parameters(last.output)
+            moved = last_feed_forward(base, self.config)
             per_token, per_masked = per_token - moved, per_masked + moved
             if self._parts.body_head is not None:
                 per_masked += linear_parameters(self.get_submodule(self._parts.body_head))

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.model.architecture import longest_sequence
+from fedbert_ds.model.architecture import architecture, longest_sequence
 from fedbert_ds.model.attention import Packing
 from fedbert_ds.model.body import Body
 from fedbert_kernels.recompute import recomputing
@@ -48,9 +48,10 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
     ConfigError if `true` is asked for and attention is not one operator, since a compiler would
     then compile some packings anew.
     """
-    layers = encoder_layers(body)
-    if choice is False or len(layers) < 2:
+    if choice is False or len(body.layers) < 2:
         return False
+    if choice == "auto" and architecture(body.config).turns_by_position:
+        return False  # its layers are of several kinds, of which one would be timed
     device = next(body.parameters()).device
     if body.attend is None and choice is True and device.type != "cuda":
         from fedbert_kernels.attention import HEAD_SIZES, attention
@@ -74,7 +75,7 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
         from fedbert_kernels.choice import kept
 
         case = LayerCase(
-            layers[0], body.attend, dtype, longest or longest_sequence(body.config), body.recomputes_elementwise
+            body.layers[0], body.attend, dtype, longest or longest_sequence(body.config), body.recomputes_elementwise
         )
         if kept([case], device)[case.name] == AS_IS:
             return False
@@ -88,14 +89,8 @@ def compile_layers(body: Body, backend: str = "inductor") -> None:
     The last goes on with masked positions alone after its attention, by a hook, which code that is
     shared with other layers would leave out.
     """
-    for layer in encoder_layers(body)[:-1]:
+    for layer in body.layers[:-1]:
         layer.compile(dynamic=True, backend=backend)
-
-
-def encoder_layers(body: Body) -> list[nn.Module]:
-    """The body's encoder layers, in order."""
-    base: Any = body.get_submodule(body.base_name)
-    return list(base.encoder.layer)
 
 
 def num_compiled() -> int:

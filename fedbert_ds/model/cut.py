@@ -17,7 +17,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from fedbert_ds.config import Cut, LayersCut
 from fedbert_ds.errors import ModelError
-from fedbert_ds.model.architecture import architecture
+from fedbert_ds.model.architecture import architecture, layers_of, words_of
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.client_half import ClientHalf
 
@@ -108,15 +108,18 @@ def _client_on_meta(hf_config: Any, cut: Cut) -> ClientHalf:
     base: Any = model.get_submodule(parts.base)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
+        layers = layers_of(base, hf_config)
         for index in range(cut.layers, hf_config.num_hidden_layers):
-            base.encoder.layer[index] = Elsewhere()
+            layers[index] = Elsewhere()
+        if parts.after_layers is not None:
+            setattr(base, parts.after_layers, None)
     else:
-        base.encoder = None
-        base.embeddings_project = None
+        for name in parts.encoder:
+            setattr(base, name, None)
     if cut == "rows":
-        words = base.embeddings.word_embeddings
+        words = words_of(base, hf_config)
         base.embeddings = nn.Module()
-        base.embeddings.word_embeddings = words
+        setattr(base.embeddings, parts.words, words)
     if parts.body_head is not None:
         setattr(model, parts.body_head, None)
     return ClientHalf(model, cut)
@@ -127,14 +130,16 @@ def _body_on_meta(hf_config: Any, cut: Cut) -> Body:
         raise ModelError("cut: whole leaves the server no body; choose another cut")
     model, parts = _on_meta(hf_config), architecture(hf_config)
     base: Any = model.get_submodule(parts.base)
-    setattr(model, parts.head, None)
+    for name in parts.heads:
+        setattr(model, name, None)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
+        layers = layers_of(base, hf_config)
         for index in range(cut.layers):
-            base.encoder.layer[index] = Elsewhere()
+            layers[index] = Elsewhere()
         base.embeddings_project = None
     if cut == "rows":
-        base.embeddings.word_embeddings = None
+        setattr(base.embeddings, parts.words, None)
     else:
         base.embeddings = None
     return Body(model, cut)
@@ -154,5 +159,7 @@ def _fill_buffers(module: nn.Module) -> None:
         if isinstance(positions, Tensor):
             part.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
             part.token_type_ids = torch.zeros(positions.shape, dtype=torch.long)
+        if hasattr(part, "rope_type"):
+            part._buffers.update(type(part)(part.config)._buffers)
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     assert not unfilled, f"no content for {unfilled}"

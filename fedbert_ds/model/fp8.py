@@ -12,7 +12,6 @@ import torch
 
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
-from fedbert_ds.model.compiled_layers import encoder_layers
 
 
 def check_fp8(device: torch.device) -> None:
@@ -37,7 +36,7 @@ def install_fp8(body: Body, device: torch.device) -> None:
     torchao = _torchao()
     # Products over tokens need a multiple of 16 of them.
     config = torchao.Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda")
-    for layer in encoder_layers(body)[:-1]:
+    for layer in body.layers[:-1]:
         torchao.convert_to_float8_training(layer, config=config)
 
 

@@ -6,7 +6,7 @@ import torch
 
 from fedbert_ds.config import Kernels
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.model.architecture import longest_sequence
+from fedbert_ds.model.architecture import attention_dropout, longest_sequence
 from fedbert_ds.model.body import Body
 
 
@@ -52,7 +52,7 @@ def install_kernels(
         next(body.parameters()).dtype if dtype is None else dtype,
         body.config.num_attention_heads,
         body.config.hidden_size // body.config.num_attention_heads,
-        body.config.attention_probs_dropout_prob,
+        attention_dropout(body.config),
         longest_sequence(body.config) if longest is None else longest,
     )
     fits = case.head_size in HEAD_SIZES

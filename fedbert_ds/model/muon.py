@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.partition import Partition, WholeMatrices
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -151,4 +152,4 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     Embeddings, head, biases and LayerNorm weights are AdamW's (Jordan et al. 2024; Thérien et al.
     2025, "MuLoCo").
     """
-    return parameter.dim() == 2 and ".encoder.layer." in name
+    return parameter.dim() == 2 and any(f".{parts.layers}." in name for parts in ARCHITECTURES.values())

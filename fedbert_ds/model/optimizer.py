@@ -171,7 +171,7 @@ def _two_groups(named: list[tuple[str, nn.Parameter]], section: OptimizerSection
 
 def is_decayed(name: str) -> bool:
     """Whether a parameter decays, by its Hugging Face name: biases and LayerNorm weights do not."""
-    return not (name.endswith("bias") or "layernorm" in name.lower().replace("_", ""))
+    return not (name.endswith("bias") or "norm" in name.lower())
 
 
 def _nvidia_apex() -> Any:

@@ -20,6 +20,8 @@ COMPRESSED = {
 """Share of each codec's bytes left after compression, as `benchmarks/codecs` counted them."""
 VOCABULARY = 30_522
 """BERT's, for a run file that names a tokenizer."""
+VOCABULARIES = {"roberta": 50_265, "modernbert": 50_368}
+"""Of the other published models."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,8 @@ def _hf_config(config: RunConfig) -> Any:
             raise ModelError(f"model.checkpoint {config.model.checkpoint}: no such model") from error
     from fedbert_ds.model.checkpoint import config_of
 
-    vocabulary = VOCABULARY if config.tokenizer.path else config.tokenizer.vocab_size
+    named = VOCABULARIES.get(config.model.architecture, VOCABULARY)
+    vocabulary = named if config.tokenizer.path else config.tokenizer.vocab_size
     return config_of(config.model, vocabulary, 0)
 
 

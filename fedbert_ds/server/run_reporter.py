@@ -36,7 +36,7 @@ class RunReporter:
         self._text = text
         self._half_parameters = half.num_parameters
         self._body_parameters = None if body is None else body.num_parameters
-        self._flops_per_token = _flops_per_token(body)
+        self._flops_per_token = (lambda mask_share, length: 0.0) if body is None else body.work.flops_per_token
         self._model_config = half.config
         self.peak: Peak | None = None
         """FLOP/s that all ranks together can reach, once they have measured it."""
@@ -217,15 +217,6 @@ def _in_units(flops_per_second: float) -> str:
     number = short_number(flops_per_second)
     digits = number.rstrip("kMGT")
     return f"{digits} {number[len(digits) :]}FLOP/s"
-
-
-def _flops_per_token(body: Body | None) -> Callable[[float, float], float]:
-    """`body.flops_per_token`, of a mask share and a length; it is linear in both."""
-    if body is None:
-        return lambda mask_share, length: 0.0
-    # Taken now: ZeRO stage 3 leaves parameters without entries.
-    least, masked, longer = (body.flops_per_token(*case) for case in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0)))
-    return lambda mask_share, length: least + (masked - least) * mask_share + (longer - least) * length
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from fedbert_ds.data.masking import Batch, BatchStream, encode
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.model.architecture import layers_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.queue.seats import window_shares
@@ -216,7 +217,7 @@ class Centralized:
     def _crossing_module(self) -> torch.nn.Module:
         base = self.model.base_model
         if self.config.cut == "rows":
-            return base.embeddings.word_embeddings
+            return self.model.get_input_embeddings()
         if self.config.cut == "embeddings":
             return base.embeddings
-        return base.encoder.layer[self.config.cut.layers - 1]
+        return layers_of(base, self.model.config)[self.config.cut.layers - 1]

@@ -4,8 +4,10 @@ At stage 2 also as on a card where torch.compile's LayerNorm and GELU were faste
 
     python kernel_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
 
-Writes `STAGE-KERNELS-RANK.pt` into the folder: weights after a window, and input gradients of all
-micro-batches. Runs outside the tests' process, because kernels are interpreted or not from their
+Writes `STAGE-KERNELS-RANK.pt` into the folder, and `modernbert-...` of a ModernBERT with windows:
+weights after a window, and input gradients of all micro-batches.
+
+Runs outside the tests' process, because kernels are interpreted or not from their
 import on.
 """
 
@@ -14,8 +16,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -40,6 +45,8 @@ def run_rank(rank: int, folder: Path) -> None:
         path.write_text(json.dumps({"zero_optimization": settings}))
         for kernels in ("torch", "triton"):
             torch.save(train(path, kernels), folder / f"{stage}-{kernels}-{rank}.pt")
+            modern = {"architecture": "modernbert", "local_attention": 6, "global_attention_every": 2}
+            torch.save(train(path, kernels, modern), folder / f"modernbert-{stage}-{kernels}-{rank}.pt")
     beaten_by_torch_compile()
     path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     torch.save(train(path, "triton"), folder / f"2-compiled-{rank}.pt")
@@ -59,8 +66,10 @@ def beaten_by_torch_compile() -> None:
         module.launch_forward = refuse
 
 
-def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
-    """Train one window: weights by name, and input gradients by micro-batch."""
+def train(deepspeed: Path, kernels: str, model: Mapping[str, Any] = MappingProxyType({})) -> dict[str, torch.Tensor]:
+    """Train one window: weights by name, and input gradients by micro-batch; `model` are keys of
+    the run file.
+    """
     from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
@@ -69,7 +78,8 @@ def train(deepspeed: Path, kernels: str) -> dict[str, torch.Tensor]:
 
     config = parse_config(
         {
-            "model": {"hidden_size": 32, "num_attention_heads": 2, "dropout": 0.0, "initializer_range": 0.2},
+            "model": {"hidden_size": 32, "num_attention_heads": 2, "dropout": 0.0, "initializer_range": 0.2}
+            | dict(model),
             "optimizer": {"name": "sgd", "lr": 0.5},
             "body": {"deepspeed": str(deepspeed)},
             "kernels": kernels,

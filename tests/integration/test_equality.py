@@ -37,6 +37,14 @@ COMBINATIONS = [
 ]  # fmt: skip
 
 
+MODERN = {"architecture": "modernbert", "local_attention": 8, "global_attention_every": 2}
+"""Windows of five tokens at most, in sequences of up to 32."""
+OF_MODERNBERT = [
+    (0, "arrival", "rows", "muon"), (1, "fixed", {"layers": 1}, "lamb"), (2, "arrival", "embeddings", "adamw"),
+    (3, "fixed", "embeddings", "sgd"),
+]  # fmt: skip
+
+
 def _name(stage, order, cut, optimizer) -> str:
     return f"zero{stage}-{order}-{cut if isinstance(cut, str) else 'layers1'}-{optimizer}"
 
@@ -71,6 +79,10 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     folder = tmp_path_factory.mktemp("equality")
     data = write_text(folder)
     jobs = [{"config": _tree(folder, *row), "resume": False, "data": data} for row in COMBINATIONS]
+    for row in OF_MODERNBERT:
+        tree = _tree(folder, *row, name=f"modernbert-{_name(*row)}")
+        tree["model"] |= MODERN
+        jobs.append({"config": tree, "resume": False, "data": data})
     for variation, stage in product(VARIATIONS, STAGES):
         tree = _tree(folder, stage, "fixed", "embeddings", "sgd", name=f"{variation}-{stage}")
         tree["window"]["micro_batches_in_flight"] = 16
@@ -122,6 +134,20 @@ def test_parameters_equal_centralized_training(finished, centralized, row) -> No
     key_bias = {name: differences.pop(name) for name in list(differences) if name.endswith("key.bias")}
     assert max(differences.values()) <= TOLERANCE, max(differences.items(), key=lambda item: item[1])
     assert max(key_bias.values()) <= (TOLERANCE if row[3] == "sgd" else 1e-3)
+
+
+@pytest.mark.parametrize("row", OF_MODERNBERT, ids=lambda row: _name(*row))
+def test_modernbert_equals_centralized_training(finished, row) -> None:
+    folder, data = finished
+    tree = _tree(folder, *row)
+    tree["model"] |= MODERN
+    training = Centralized(tree, data)
+    untrained = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
+    run, expected = folder / f"modernbert-{_name(*row)}", training.train()
+    differences = _differences(run, expected)
+    assert max(differences.values()) <= TOLERANCE, max(differences.items(), key=lambda item: item[1])
+    assert _gradient_difference(run, training) <= TOLERANCE
+    assert max(_differences(run, untrained).values()) > 1e-2
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -43,6 +43,18 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("stage", [2, 3])
+def test_modernbert_s_weights_and_input_gradients_are_the_same(folder, stage: int, rank: int) -> None:
+    """Attention alone is fused, with windows in the second layer."""
+    plain, fused = (
+        torch.load(folder / f"modernbert-{stage}-{kernels}-{rank}.pt", weights_only=True)
+        for kernels in ("torch", "triton")
+    )
+    torch.testing.assert_close(fused, plain, atol=1e-4, rtol=1e-4)
+    assert any(not torch.equal(fused[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("rank", range(2))
 @pytest.mark.parametrize(("stage", "kernels"), [(2, "triton"), (2, "compiled"), (3, "triton")])
 def test_weights_and_input_gradients_are_the_same(folder, stage: int, kernels: str, rank: int) -> None:
     plain, fused, first = (

@@ -148,6 +148,12 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
      "model: num_attention_heads 3 does not divide hidden_size 100; choose a divisor"),
     ({"model": {"embedding_size": 64}},
      "model: embedding_size is for architecture: electra; remove it or change the architecture"),
+    ({"model": {"local_attention": 64}},
+     "model: local_attention is for architecture: modernbert; remove it or change the architecture"),
+    ({"model": {"architecture": "modernbert", "local_attention": 1}},
+     "model.local_attention: input should be greater than or equal to 2"),
+    ({"model": {"global_attention_every": 2}},
+     "model: global_attention_every is for architecture: modernbert; remove it or change the architecture"),
     ({"federation": {"server_optimizer": "adam"}},
      "federation: server_optimizer is for mode: parallel; remove it or change mode"),
     ({"federation": {"proximal": 0.1}}, "federation: proximal is for mode: parallel; remove it or change mode"),
@@ -382,6 +388,108 @@ def test_the_deepspeed_file_is_looked_for_beside_the_run_file_first(
     assert load_config(run_file("body: {deepspeed: own.json}")).body.deepspeed == Path("own.json")
     absolute = elsewhere / "own.json"
     assert load_config(run_file(f"body: {{deepspeed: {absolute}}}")).body.deepspeed == absolute
+
+
+def test_a_base_gives_what_a_file_leaves_out(run_file: Any, tmp_path: Path) -> None:
+    (tmp_path / "bottom.yaml").write_text("run: {windows: 9, seed: 4}\ncut: {layers: 2}\nmodel: {num_hidden_layers: 3}")
+    (tmp_path / "middle.yaml").write_text("base: bottom.yaml\nrun: {windows: 8}\nwire: {activations: int8}")
+    config = load_config(run_file("base: middle.yaml\nrun: {save_every: 7}\ncut: {layers: 1}"), ["run.seed=5"])
+    assert (config.run.windows, config.run.save_every, config.run.seed) == (8, 7, 5)
+    assert (config.wire.activations, config.cut, config.model.num_hidden_layers) == ("int8", LayersCut(layers=1), 3)
+    assert load_config(run_file("base: middle.yaml\ncut: rows")).cut == "rows"
+    assert load_config(run_file("base: middle.yaml")) == load_config(tmp_path / "middle.yaml")
+
+
+def test_a_base_elsewhere_has_its_deepspeed_file_beside_it(run_file: Any, tmp_path: Path) -> None:
+    (tmp_path / "far" / "near").mkdir(parents=True)
+    for folder in ("far", "far/near"):
+        (tmp_path / folder / "own.json").write_text("{}")
+    (tmp_path / "far" / "near" / "bottom.yaml").write_text("body: {deepspeed: own.json}")
+    (tmp_path / "far" / "base.yaml").write_text("base: near/bottom.yaml")
+    assert load_config(run_file("base: far/base.yaml")).body.deepspeed == tmp_path / "far" / "near" / "own.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: nowhere.yaml", r"mine\.yaml: base: \S+nowhere\.yaml: no such run file; give one$"),
+        ("base: mine.yaml", r"mine\.yaml: is its own base; remove one of the keys `base`"),
+        ("base: round.yaml", r"mine\.yaml: is its own base"),
+        ("base: [a, b]", r"mine\.yaml: base is the name of another run file"),
+        ("base: null", r"mine\.yaml: base is the name of another run file"),
+        ("base: list.yaml", r"list\.yaml: a run file is a mapping of sections"),
+        ("base: typo.yaml", r"mine\.yaml: run\.window is not a key"),
+        ("base: good.yaml\nrun: 3", r"mine\.yaml: run: "),
+        ("base: bad.yaml\nrun: {windows: 3}", None),
+    ],
+)
+def test_a_base_that_is_none(run_file: Any, tmp_path: Path, text: str, message: str | None) -> None:
+    others = {
+        "round": "base: mine.yaml",
+        "list": "- run",
+        "typo": "run: {window: 3}",
+        "good": "run: {}",
+        "bad": "run: 3",
+    }
+    for name, content in others.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    if message is None:  # a section that is none gives way to one
+        assert load_config(run_file(text)).run.windows == 3
+        return
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(run_file(text))
+    assert "\n" not in str(caught.value)
+
+
+# -- the paper's setting ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [path.name for path in SHIPPED if path.name.startswith("fedbert-")])
+def test_the_papers_setting_is_the_papers(name: str) -> None:
+    config = load_config(ROOT / "configs" / name)
+    optimizer, model = config.optimizer, config.model
+    assert (optimizer.name, optimizer.betas, optimizer.eps, optimizer.lr) == ("adamw", (0.9, 0.98), 1e-6, 5e-4)
+    assert (optimizer.schedule, optimizer.weight_decay, optimizer.warmup_windows) == ("polynomial", 0.01, 10_000)
+    assert (config.run.windows, config.data.sequence_length, config.window.tokens) == (125_000, 512, 256 * 512)
+    assert (model.num_hidden_layers, model.hidden_size, model.num_attention_heads, model.dropout) == (12, 768, 12, 0.1)
+    assert model.attention_dropout is None, "that of hidden states"
+    assert (config.clients.expected, config.data.source) == (10, ("hub:Salesforce/wikitext:wikitext-103-v1:train",))
+    expected = {
+        "fedbert-roberta-base": ("roberta", "synchronous", 1),
+        "fedbert-bert-base": ("bert", "synchronous", 1),
+        "fedbert-parallel-5-of-10": ("roberta", "parallel", 125_000 * 5 // 10),
+        "fedbert-parallel-50-of-500": ("roberta", "parallel", 125_000 * 50 // 500),
+        "fedbert-sequential": ("roberta", "sequential", 125_000 // 10),
+    }
+    found = (model.architecture, config.federation.mode, config.federation.average_every)
+    assert found == expected[name.removesuffix(".yaml")]
+
+
+@pytest.mark.parametrize("scope", ["embeddings", "head", "embeddings+head"])
+@pytest.mark.parametrize("period", ["5-of-10", "50-of-500"])
+def test_the_papers_scopes_and_its_other_model_are_overrides(period: str, scope: str) -> None:
+    overrides = [f"federation.average_scope={scope}", "model.architecture=bert", "tokenizer.path=bert-base-uncased"]
+    config = load_config(ROOT / "configs" / f"fedbert-parallel-{period}.yaml", overrides)
+    assert (config.federation.average_scope, config.model.architecture) == (scope, "bert")
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 0.5])
+def test_the_polynomial_schedule_is_that_of_transformers(power: float) -> None:
+    """But warm-up begins one step on: transformers' first step has a learning rate of zero."""
+    import torch
+    from transformers import get_polynomial_decay_schedule_with_warmup
+
+    section = OptimizerSection(lr=5e-4, schedule="polynomial", power=power, warmup_windows=10)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=section.lr)
+    theirs = get_polynomial_decay_schedule_with_warmup(optimizer, 10, 125, lr_end=0.0, power=power)
+    rates = []
+    for _ in range(125):
+        rates.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    ours = [section.learning_rate(window, 125) for window in range(125)]
+    assert ours[:10] == pytest.approx(rates[1:11], rel=1e-12)
+    assert ours[10:] == pytest.approx(rates[10:], rel=1e-12)
 
 
 # -- round trip ------------------------------------------------------------------------------------

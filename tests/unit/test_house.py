@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": BASE
     | {"client", "data", "evaluation", "federation", "kernels", "model", "server", "server.body", "server.contract"}
     | {"server.network", "server.queue", "telemetry", "wire"},
-    "cli": BASE | {"aggregator", "bench", "client", "evaluation", "model", "planner", "wire"},
+    "vocabulary": BASE | {"data", "telemetry"},
+    "cli": BASE | {"aggregator", "bench", "client", "evaluation", "model", "planner", "vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""
 

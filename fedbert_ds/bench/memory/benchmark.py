@@ -27,6 +27,8 @@ DROPOUT = 0.1
 CARD = 80e9
 """Bytes of a card, of which `SHARE` is for micro-batches in flight."""
 KERNELS: tuple[Kernels, ...] = ("torch", "triton")
+MODERN = Shape("ModernBERT-base", layers=22, hidden_size=768, heads=12)
+"""It trains without dropout."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class MemoryOptions:
 def bench_memory(options: MemoryOptions) -> None:
     """Count for all models, kernel sets and choices, write the record, print the table."""
     commit = source_commit()
-    shapes = (TINY,) if options.quick else (BASE, LARGE)
+    shapes = (TINY,) if options.quick else (BASE, LARGE, MODERN)
     rows = [row for shape in shapes for kernels in KERNELS for row in count(shape, kernels)]
     settings = {"length": LENGTH, "sequences": SEQUENCES, "mask_share": MASK_SHARE, "dropout": DROPOUT, "card": CARD}
     write_record(
@@ -54,12 +56,14 @@ def bench_memory(options: MemoryOptions) -> None:
 
 def count(shape: Shape, kernels: Kernels) -> list[dict[str, Any]]:
     """A row for each choice of checkpointing."""
+    is_modern = shape.name.startswith("Modern")
     section = ModelSection(
+        architecture="modernbert" if is_modern else "bert",
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden_size,
         num_attention_heads=shape.heads,
         max_position_embeddings=shape.longest,
-        dropout=DROPOUT,
+        dropout=0.0 if is_modern else DROPOUT,
     )
     hf_config, lengths = config_of(section, 100, 0), [LENGTH] * SEQUENCES
     tokens = sum(lengths)

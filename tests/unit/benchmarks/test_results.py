@@ -23,7 +23,7 @@ from fedbert_ds.bench.body.benchmark import LARGE, OURS, SENTENCES
 from fedbert_ds.bench.body.benchmark import table as body_table
 from fedbert_ds.bench.host.benchmark import RECOMPUTED, SELECTIVE
 from fedbert_ds.bench.host.benchmark import table as host_table
-from fedbert_ds.bench.memory.benchmark import count
+from fedbert_ds.bench.memory.benchmark import MODERN, count
 from fedbert_ds.bench.memory.benchmark import table as in_flight_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
 from fedbert_ds.planner.validate import table as validation_table
@@ -232,7 +232,7 @@ def test_memory_in_flight():
     assert round(beside["BERT-base", "triton", "attention"], 2) == 0.56
     assert round(beside["BERT-large", "triton", "attention"], 2) == 0.55
     # And nothing has been added since.
-    assert [row for shape in (BERT_BASE, LARGE) for row in count(shape, "triton")] == [
+    assert [row for shape in (BERT_BASE, LARGE, MODERN) for row in count(shape, "triton")] == [
         row for row in rows if row["kernels"] == "triton"
     ]
 

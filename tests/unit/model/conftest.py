@@ -1,4 +1,4 @@
-"""Small models of the three architectures, and the cuts."""
+"""Small models of the four architectures, and the cuts."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from unit.model.samples import PAD, VOCABULARY
 
 from fedbert_ds.config import LayersCut, ModelSection
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.checkpoint import build_model
 
 CUTS = {"embeddings": "embeddings", "rows": "rows", "layers": LayersCut(layers=1)}
@@ -28,12 +29,15 @@ def small_model() -> Callable[..., Any]:
             "max_position_embeddings": 16,
             "dropout": 0.0,
         }
+        if architecture == "modernbert":
+            # Windows shorter than sequences, in the second layer of three.
+            fields |= {"local_attention": 4, "global_attention_every": 2}
         return build_model(ModelSection(**(fields | changes)), VOCABULARY, PAD, seed=3)
 
     return build
 
 
-@pytest.fixture(params=["bert", "roberta", "electra"])
+@pytest.fixture(params=list(ARCHITECTURES))
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

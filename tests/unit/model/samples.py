@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedbert_ds.model.architecture import architecture, words_of
+
 VOCABULARY = 61
 PAD = 1
 
@@ -24,6 +26,11 @@ class Packed:
     @property
     def cu_seqlens(self) -> Tensor:
         return torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def word_table(half: Any) -> Tensor:
+    """The weights of a half's word table, [V, W]."""
+    return words_of(half.get_submodule(architecture(half.config).base), half.config).weight
 
 
 def pack(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Packed:

@@ -1,4 +1,4 @@
-"""The three supported masked LMs: their parts, the widths at the cut, the positions they hold."""
+"""The four supported masked LMs: their parts, the widths at the cut, the positions they hold."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import (
     ARCHITECTURES,
     architecture,
+    layers_of,
     linear_parameters,
     longest_sequence,
     position_offset,
     widths,
+    words_of,
 )
 
 SMALL = {
@@ -37,9 +39,16 @@ def test_every_part_is_where_it_is_said_to_be(model_type: str) -> None:
     with torch.device("meta"):
         model = AutoModelForMaskedLM.from_config(config)
     base = model.get_submodule(parts.base)
-    assert base is model.base_model and base.embeddings is not None and base.encoder is not None
+    assert base is model.base_model and base.embeddings is not None
+    assert words_of(base, config) is model.get_input_embeddings() and len(layers_of(base, config)) == 1
     assert model.get_submodule(parts.decoder).out_features == SMALL["vocab_size"]
-    assert parts.decoder.startswith(parts.head)
+    assert model.get_output_embeddings() is model.get_submodule(parts.decoder)
+    assert parts.decoder.startswith(parts.heads[-1])
+    assert all(hasattr(config, field) for field in (*parts.dropouts, parts.attention_dropout))
+    # Whatever the model has is the base's or the head's; what the base has, embeddings or encoder.
+    named = {parts.base, *parts.heads, *([parts.body_head] if parts.body_head else [])}
+    assert {name for name, _ in model.named_children()} == named
+    assert {name for name, _ in base.named_children()} <= {"embeddings", *parts.encoder}
     assert (parts.body_head is not None) == (model_type == "electra")
     if parts.body_head:
         assert model.get_submodule(parts.body_head) is not None
@@ -60,12 +69,14 @@ def test_a_factorized_model_sends_its_narrow_embeddings(model_type: str, cut: An
 
 
 def test_roberta_leaves_the_first_positions_unused() -> None:
-    assert [position_offset(config_of(name)) for name in ("bert", "roberta", "electra")] == [0, 2, 0]
-    assert [longest_sequence(config_of(name)) for name in ("bert", "roberta", "electra")] == [24, 22, 24]
+    assert [position_offset(config_of(name)) for name in ARCHITECTURES] == [0, 2, 0, 0]
+    assert [longest_sequence(config_of(name)) for name in ARCHITECTURES] == [24, 22, 24, 24]
 
 
 def test_another_architecture_is_one_line() -> None:
-    with pytest.raises(ModelError, match="architecture gpt2 is not supported; use a bert, roberta or electra"):
+    with pytest.raises(
+        ModelError, match="architecture gpt2 is not supported; use a bert, roberta, electra or modernbert"
+    ):
         architecture(AutoConfig.for_model("gpt2"))
 
 

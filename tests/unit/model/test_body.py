@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.model.samples import pack
+from unit.model.samples import pack, word_table
 
 from fedbert_ds.config import LayersCut
 from fedbert_ds.model.cut import split
@@ -53,7 +53,7 @@ def test_gradients_of_equal_rows_are_summed_exactly(small_model, architecture, d
     assert activations.row_index is not None
     of_rows = gradient(activations.values, activations.row_index.long())
     activations.values.backward(of_rows)
-    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    table = word_table(client)
     of_tokens = gradient(table[packed.input_ids], torch.arange(len(packed.input_ids)))
     expected = torch.zeros_like(table).index_add_(0, packed.input_ids, of_tokens)
     assert of_rows.dtype == torch.float32
@@ -104,10 +104,13 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(small_model, architecture) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(
+    small_model, architecture, dropout: float
+) -> None:
     products, kept = {}, {}
     for what in ("none", "elementwise", "attention", "layers"):
-        _, body = split(small_model(architecture, dropout=0.1).train(), LayersCut(layers=1))
+        _, body = split(small_model(architecture, dropout=dropout).train(), LayersCut(layers=1))
         body.recompute(what)
         values, _ = activations_for(body, 12)
         with saved_bytes(body.parameters()) as saved:
@@ -116,13 +119,19 @@ def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(
             hidden.sum().backward()
         products[what], kept[what] = counted.count, saved.num_bytes
     assert 0 < products["none"] == products["elementwise"] < products["layers"]
-    # Scores and their use, of each of two layers.
-    assert products["attention"] == products["none"] + 2 * 2
+    # Scores and their use, of each of two layers; without dropout they are one operator.
+    assert products["attention"] == products["none"] + (2 * 2 if dropout else 0)
     # Of the first layer its two LayerNorms' results and GELU's, four times as wide. Of the last,
     # for the one masked token, its first LayerNorm's and GELU's. A row is 16 values of fp32.
     # In ELECTRA its last LayerNorm's, too, since a head follows.
     head = 4 * 16 if architecture == "electra" else 0
-    assert kept["none"] - kept["elementwise"] == 4 * 16 * (12 * (1 + 1 + 4) + 1 + 4) + head
+    expected = 4 * 16 * (12 * (1 + 1 + 4) + 1 + 4) + head
+    if architecture == "modernbert":
+        # Both layers' first LayerNorms see all tokens. GELU's results are 1.5 times as wide, and so
+        # are gated ones, of which none is kept if dropout makes nothing else of them.
+        gated = 1.5 if dropout else 3
+        expected = 4 * 16 * (12 * (1 + 1 + 1 + gated) + 1 + gated)
+    assert kept["none"] - kept["elementwise"] == expected
     assert kept["layers"] < kept["attention"] < kept["elementwise"]
 
 
@@ -146,10 +155,10 @@ def test_masked_positions_come_back_in_the_order_asked(small_model) -> None:
 
 def test_the_last_feed_forward_runs_for_masked_positions_only(small_model, architecture, cut) -> None:
     _, body = split(small_model(architecture), cut)
-    layers = body.get_submodule(architecture).encoder.layer[1:]
     rows: list[int] = []
-    for layer in layers:
-        layer.intermediate.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[1]))
+    for layer in body.layers[1:]:
+        feed_forward = layer.mlp if architecture == "modernbert" else layer.intermediate
+        feed_forward.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[1]))
     values, row_index = activations_for(body, 9)
     body(values, torch.tensor([8, 0]), torch.tensor([0, 3, 9]), row_index)
     assert rows == [9, 2]

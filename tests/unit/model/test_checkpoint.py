@@ -15,6 +15,7 @@ from unit.model.samples import PAD, VOCABULARY
 
 from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError
+from fedbert_ds.model.architecture import ARCHITECTURES, attention_dropout
 from fedbert_ds.model.checkpoint import (
     build_model,
     config_from_json,
@@ -103,9 +104,13 @@ def test_attention_has_a_dropout_of_its_own(
     )  # fmt: skip
     _, body = split(build_model(section, VOCABULARY, PAD, seed=1), "embeddings")
     drops = {name: m.p for name, m in body.named_modules() if isinstance(m, torch.nn.Dropout)}
-    in_attention = {p for name, p in drops.items() if name.endswith("attention.self.dropout")}
-    assert in_attention == {0.25 if attention is None else attention}
-    assert {p for name, p in drops.items() if not name.endswith("attention.self.dropout")} == {0.25}
+    expected = 0.25 if attention is None else attention
+    assert attention_dropout(body.config) == expected
+    # ModernBERT drops what attention gives at the rate of its weights.
+    ends = "attn.out_drop" if architecture == "modernbert" else "attention.self.dropout"
+    in_attention = {p for name, p in drops.items() if name.endswith(ends)}
+    assert in_attention == ({expected} if expected or architecture != "modernbert" else set())
+    assert {p for name, p in drops.items() if not name.endswith(ends)} == {0.25}
 
 
 def test_bare_encoder_gets_a_new_head_from_the_seed(
@@ -138,7 +143,7 @@ def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder or hub model"):
         from_folder(tmp_path / "nowhere")
     DistilBertConfig().save_pretrained(tmp_path / "distil")
-    with pytest.raises(ModelError, match="distilbert is not supported; use a bert, roberta or electra"):
+    with pytest.raises(ModelError, match="distilbert is not supported; use a bert, roberta, electra or modernbert"):
         from_folder(tmp_path / "distil")
     small_model("bert").save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90"):
@@ -170,7 +175,7 @@ def test_config_survives_the_wire(small_model, architecture, cut) -> None:
     received = config_from_json(text)
     assert config_to_json(received) == text
     assert shape_hash(received) == shape_hash(config)
-    assert received.hidden_dropout_prob == 0.0
+    assert all(getattr(received, field) == 0.0 for field in ARCHITECTURES[architecture].dropouts)
 
 
 @pytest.mark.parametrize(

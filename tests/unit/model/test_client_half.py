@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.model.samples import VOCABULARY, pack, padded_logits
+from unit.model.samples import VOCABULARY, pack, padded_logits, word_table
 
 from fedbert_ds.config import LayersCut
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.cut import split, undivided
 
 
@@ -127,7 +128,7 @@ def test_rows_sends_each_distinct_row_once(small_model, architecture) -> None:
     assert activations.row_index is not None
     assert activations.row_index.dtype == torch.int32
     assert len(activations.values) == len(packed.input_ids.unique()) < len(packed.input_ids)
-    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    table = word_table(client)
     assert torch.equal(activations.values[activations.row_index.long()], table[packed.input_ids])
 
 
@@ -137,7 +138,7 @@ def test_rows_are_numbered_as_they_appear(small_model, architecture) -> None:
     input_ids = torch.tensor([17, 4, 17, 9, 4, 21, 2])
     activations = client.embed(input_ids, [4, 3])
     assert activations.row_index is not None and activations.row_index.tolist() == [0, 1, 0, 2, 1, 3, 4]
-    table = client.get_submodule(f"{architecture}.embeddings").word_embeddings.weight
+    table = word_table(client)
     assert torch.equal(activations.values, table[[17, 4, 9, 21, 2]])
 
 
@@ -156,6 +157,23 @@ def test_scopes_divide_the_half(small_model) -> None:
     assert {scope for name, scope in scopes.items() if name.startswith("bert.")} == {"embeddings"}
     assert {scope for name, scope in scopes.items() if name.startswith("cls.")} == {"head"}
     assert client.parameter_scope("cls.predictions.decoder.weight") == "embeddings"
+
+
+def test_every_weight_is_in_the_scope_of_its_part(small_model, architecture) -> None:
+    client, _ = split(small_model(architecture), LayersCut(layers=1))
+    base = f"{ARCHITECTURES[architecture].base}."
+    for name, _ in client.named_parameters():
+        assert client.parameter_scope(name) == ("embeddings" if name.startswith(base) else "head"), name
+    heads = [name for name, _ in client.named_parameters() if not name.startswith(base)]
+    assert heads, "the decoder's bias at least"
+    assert all(client.parameter_scope(alias) == "embeddings" for alias in tied_tables(client))
+
+
+def tied_tables(client: Any) -> list[str]:
+    """Names under which the word table is the decoder's weight."""
+    decoder = ARCHITECTURES[client.config.model_type].decoder
+    assert client.get_parameter(f"{decoder}.weight") is word_table(client)
+    return [f"{decoder}.weight"]
 
 
 def test_operations_are_counted_from_matrices(small_model) -> None:
@@ -191,6 +209,7 @@ def test_the_whole_model_takes_a_piece_without_masked_tokens(small_model, archit
 
 def test_operations_of_the_whole_model_are_those_of_its_halves(small_model, architecture) -> None:
     half, body = split(small_model(architecture), "embeddings")
-    scores = 6.0 * 2 * 3 * 16 * 10
-    expected = half.flops_per_token(0.15) + body.flops_per_token(0.15, sequence_length=10) - scores
+    # With sequences of one token no layer has a window to speak of.
+    scores = 6.0 * 2 * 3 * 16 * 1
+    expected = half.flops_per_token(0.15) + body.flops_per_token(0.15, sequence_length=1) - scores
     assert undivided(small_model(architecture)).flops_per_token(0.15) == pytest.approx(expected)

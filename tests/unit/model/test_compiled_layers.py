@@ -19,7 +19,6 @@ from fedbert_ds.model.compiled_layers import (
     LayerCase,
     check_compile,
     compile_layers,
-    encoder_layers,
     install_compile,
     num_compiled,
 )
@@ -39,10 +38,15 @@ def body_of(small_model):
     """Builds a body in training, with heads of 16, the smallest that our attention takes."""
 
     def build(
-        layers: int = 3, is_patched: bool = True, dropout: float = 0.0, width: int = 32, recomputed: Any = "none"
+        layers: int = 3,
+        is_patched: bool = True,
+        dropout: float = 0.0,
+        width: int = 32,
+        architecture: str = "bert",
+        recomputed: Any = "none",
     ) -> Any:
         sizes = {"hidden_size": width, "num_hidden_layers": layers, "initializer_range": 0.2, "dropout": dropout}
-        _, body = split(small_model("bert", **sizes).train(), "embeddings")
+        _, body = split(small_model(architecture, **sizes).train(), "embeddings")
         body.recompute(recomputed)
         if is_patched:
             body.attend = attention
@@ -99,6 +103,15 @@ def test_compiled_layers_stand_in_for_recomputed_ones(body_of, is_patched: bool)
     assert 1 <= graphs_compiled(compiled, plain) <= 2
 
 
+def test_layers_of_modernbert_compile_once_a_kind(body_of, monkeypatch) -> None:
+    """The first has no LayerNorm, and others see windows."""
+    monkeypatch.setattr(sequences, "read_bounds", look)
+    plain = body_of(layers=5, architecture="modernbert")
+    compiled = copy.deepcopy(plain)
+    compile_layers(compiled, backend="aot_eager")
+    assert 3 <= graphs_compiled(compiled, plain) <= 6
+
+
 def test_dropout_of_compiled_layers_follows_the_seed(body_of) -> None:
     body = body_of(dropout=0.3)
     compile_layers(body, backend="aot_eager")
@@ -109,7 +122,7 @@ def test_dropout_of_compiled_layers_follows_the_seed(body_of) -> None:
 
 
 def is_compiled(body: Any) -> list[bool]:
-    return [vars(layer).get("_compiled_call_impl") is not None for layer in encoder_layers(body)]
+    return [vars(layer).get("_compiled_call_impl") is not None for layer in body.layers]
 
 
 @pytest.fixture
@@ -130,7 +143,7 @@ def test_auto_goes_by_the_measurement_of_a_layer(body_of, answered) -> None:
     assert install_compile(body, "auto", torch.bfloat16, 300)
     (case,) = answered[1:]
     assert (case.layer, case.attend, case.dtype, case.longest) == (
-        encoder_layers(body)[0],
+        body.layers[0],
         attention,
         torch.bfloat16,
         300,
@@ -154,6 +167,12 @@ def test_on_a_cpu_auto_compiles_nothing_and_true_takes_attention_as_one_operator
         assert body.attend is attend and not any(is_compiled(body))
         assert install_compile(body, True, torch.float32)
         assert body.attend is attention and is_compiled(body) == [True, True, False]
+
+
+def test_auto_leaves_modernbert_as_it_is_and_true_compiles_it(body_of, answered) -> None:
+    body = body_of(architecture="modernbert")
+    assert not install_compile(body, "auto", torch.bfloat16, 300) and answered == [COMPILED]
+    assert install_compile(body, True, torch.bfloat16, 300) and is_compiled(body) == [True, True, False]
 
 
 def test_a_single_layer_is_the_last_and_stays_as_it_is(body_of) -> None:
@@ -205,7 +224,7 @@ def case(body_of, monkeypatch) -> LayerCase:
     monkeypatch.setattr(nn.Module, "compile", lambda self, dynamic: compile_layer(self, dynamic=dynamic))
     body = body_of(dropout=0.1)
     body.recompute("layers")
-    return LayerCase(encoder_layers(body)[0], body.attend, torch.float32, 20)
+    return LayerCase(body.layers[0], body.attend, torch.float32, 20)
 
 
 def test_a_timed_layer_is_a_copy_run_forward_and_backward(case) -> None:
@@ -225,7 +244,7 @@ def test_a_layer_that_computes_again_is_timed_doing_so(body_of, monkeypatch) -> 
     # No product takes the last LayerNorm's result, so that only the first is run again.
     for is_recomputed, expected in ((False, 2), (True, 3)):
         calls.clear()
-        LayerCase(encoder_layers(body)[0], attention, torch.float32, 20, is_recomputed).step(AS_IS, CPU)()
+        LayerCase(body.layers[0], attention, torch.float32, 20, is_recomputed).step(AS_IS, CPU)()
         assert len(calls) == expected
 
 
@@ -241,7 +260,7 @@ def test_a_layer_that_is_compiled_wrongly_is_not_timed(case, monkeypatch) -> Non
 
 def test_a_case_is_known_by_all_that_decides_it(body_of) -> None:
     def name(body: Any, dtype: torch.dtype = torch.float32, longest: int = 128) -> str:
-        return LayerCase(encoder_layers(body)[0], body.attend, dtype, longest).name
+        return LayerCase(body.layers[0], body.attend, dtype, longest).name
 
     plain = body_of(is_patched=False)
     plain.attend = attention
@@ -276,5 +295,5 @@ def test_on_a_card_no_window_compiles_anything_after_the_first(body_of, monkeypa
 @pytest.mark.parametrize("way", [AS_IS, COMPILED])
 def test_on_a_card_a_layer_can_be_timed(body_of, way: str) -> None:
     body = body_of(width=128, dropout=0.1).to(CUDA)
-    case = LayerCase(encoder_layers(body)[0], attention, torch.bfloat16, 512)
+    case = LayerCase(body.layers[0], attention, torch.bfloat16, 512)
     assert all(bool(gradient.isfinite().all()) for gradient in case.step(way, CUDA)())

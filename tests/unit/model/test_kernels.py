@@ -60,14 +60,17 @@ def test_the_same_hidden_states_and_gradients(body_of, architecture, cut, whole_
     torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
 
 
-def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch) -> None:
-    """Two layers, since the second finds what the first remembered of the bounds."""
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch, kind: str) -> None:
+    """Two layers, since the second finds what the first remembered of the bounds; ModernBERT's has
+    a window.
+    """
     # On a CPU the operator has a body in torch; here it gives way to the kernels, interpreted.
     from fedbert_kernels import attention as module
 
     monkeypatch.setattr(module.attention_torch, "forward", module.launch_forward)
     monkeypatch.setattr(module.attention_torch, "backward", module.launch_backward)
-    body, packed = body_of("bert", num_hidden_layers=2), pack([7, 1, 7])
+    body, packed = body_of(kind, num_hidden_layers=2), pack([7, 1, 7])
     expected = run(body, packed)
     for whole_weights in (False, True):
         install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)

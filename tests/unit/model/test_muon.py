@@ -16,6 +16,7 @@ from unit.model.thread_ranks import CUTS, flat_of, partition, run_ranks, whole_o
 
 from fedbert_ds.config import OptimizerSection
 from fedbert_ds.model import muon
+from fedbert_ds.model.architecture import ARCHITECTURES, layers_of
 from fedbert_ds.model.muon import Muon, is_hidden_matrix, orthogonalize, orthogonalized, step_length
 from fedbert_ds.model.optimizer import build_optimizer
 
@@ -215,3 +216,11 @@ def test_slices_on_several_ranks_step_as_whole_matrices_do(cut: str, ranks: int)
     where, _ = partition(cut, shapes, 0, ranks)
     for found, wanted in zip(whole_of(run_ranks(ranks, run), where), expected, strict=True):
         torch.testing.assert_close(found, wanted.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_hidden_matrices_are_those_of_encoder_layers(small_model, architecture) -> None:
+    model = small_model(architecture)
+    base = model.get_submodule(ARCHITECTURES[architecture].base)
+    layers = [parameter for parameter in layers_of(base, model.config).parameters() if parameter.dim() == 2]
+    hidden = [parameter for name, parameter in model.named_parameters() if is_hidden_matrix(name, parameter)]
+    assert set(map(id, hidden)) == set(map(id, layers)) and len(hidden) >= 3 * 4

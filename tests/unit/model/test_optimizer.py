@@ -53,6 +53,25 @@ def reference_lamb(named: dict[str, torch.Tensor], steps: int, lr: float, decay:
         named[name] = weight
 
 
+@pytest.mark.parametrize("betas", [(0.9, 0.98), (0.8, 0.999)])
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
+def test_adamw_takes_betas_eps_and_decay_as_torch_s(betas: tuple[float, float], eps: float) -> None:
+    named, theirs = parameters(), parameters()
+    run(build_optimizer(named.items(), section("adamw", betas=betas, eps=eps)), named, range(STEPS))
+    decayed = [theirs["dense.weight"], theirs["table.weight"]]
+    others = [theirs["dense.bias"], theirs["LayerNorm.weight"]]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    run(torch.optim.AdamW(groups, lr=0.02, betas=betas, eps=eps), theirs, range(STEPS))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(named[name], weight, atol=0, rtol=1e-6)
+
+
+def test_norms_and_biases_of_every_model_are_not_decayed(small_model, architecture) -> None:
+    decayed = {name for name, _ in small_model(architecture).named_parameters() if is_decayed(name)}
+    matrices = {name for name, parameter in small_model(architecture).named_parameters() if parameter.dim() == 2}
+    assert decayed == matrices
+
+
 @pytest.mark.parametrize("decay", [0.1, 0.0])
 def test_lamb_is_the_papers_algorithm(decay: float) -> None:
     named = parameters()

@@ -31,6 +31,23 @@ def test_sizes_of_bert_base():
 
 
 @pytest.mark.parametrize(
+    ("file", "body", "half"),
+    [
+        ("bert-large", 302.3e6, 32.3e6),  # 24 layers of 12 x 1024 x 1024
+        ("electra-base", 85.2e6, 3.9e6),  # the widening projection; a table of 128
+        ("modernbert-base", 110.3e6, 39.3e6),  # 22 layers of 4 x 768 x 768 and 3 x 768 x 1152
+        ("fedbert-roberta-base", 85.1e6, 39.6e6),
+        ("fedbert-sequential", 85.1e6, 39.6e6),
+    ],
+)
+def test_sizes_of_shipped_models(file: str, body: float, half: float) -> None:
+    scenario, model = derive(load_config(CONFIGS / f"{file}.yaml"), Machines())
+    assert model.body_parameters == pytest.approx(body, rel=0.01)
+    assert model.half_parameters == pytest.approx(half, rel=0.01)
+    assert scenario.wire.up > 0 and model.body_flops > 0
+
+
+@pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         # 768 int8 and a 4-byte scale, up and down; 15 % of that twice; a bit for the mask.

@@ -37,7 +37,9 @@ def status(problems: tuple[str, ...] = (), clients: frozenset[str] = frozenset()
 def reporter_of(config: RunConfig, text: TextFacts | None = TEXT, has_body: bool = True) -> RunReporter:
     model = SimpleNamespace(model_type="bert", num_hidden_layers=2, hidden_size=128, vocab_size=4000)
     half: Any = SimpleNamespace(num_parameters=530_000, config=model)
-    body: Any = SimpleNamespace(num_parameters=1_340_000_000, flops_per_token=lambda mask_share, length: 0.0)
+    body: Any = SimpleNamespace(
+        num_parameters=1_340_000_000, work=SimpleNamespace(flops_per_token=lambda mask_share, length: 0.0)
+    )
     return RunReporter(config, 2, text, half, body if has_body else None)
 
 

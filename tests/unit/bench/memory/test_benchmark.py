@@ -23,9 +23,9 @@ IN_FP32 = 4 * TOKENS * HEADS + NORMS
 """These and attention's logarithms of sums."""
 
 
-def of_a_layer(kernels: Any) -> dict[str, float]:
+def of_a_layer(kernels: Any, name: str = "") -> dict[str, float]:
     """Bytes of one layer between others, for all tokens, by choice of checkpointing."""
-    many, few = (count(Shape("", layers, WIDTH, HEADS), kernels) for layers in (4, 3))
+    many, few = (count(Shape(name, layers, WIDTH, HEADS), kernels) for layers in (4, 3))
     return {
         a["checkpointing"]: round(TOKENS * (a["bytes_per_token"] - b["bytes_per_token"]))
         for a, b in zip(many, few, strict=True)
@@ -52,6 +52,20 @@ def test_a_layer_in_torch_by_hand() -> None:
         "none": 18 * VALUES + IN_FP32 + SEED,
         "elementwise": 12 * VALUES + IN_FP32 + SEED,
         "attention": 11 * VALUES + NORMS,
+        "layers": VALUES,
+    }
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_a_layer_of_modernbert_by_hand(kernels: Any) -> None:
+    """Input, rotated q and k and v alone, attention's result, the sum after it, gate and what it
+    lets through, each 1.5 times as wide; what goes are both LayerNorms' results, GELU's and the
+    gate's.
+    """
+    assert of_a_layer(kernels, "ModernBERT") == {
+        "none": (9 + 2 + 3) * VALUES + IN_FP32,
+        "elementwise": 9 * VALUES + IN_FP32,
+        "attention": 8 * VALUES + NORMS,
         "layers": VALUES,
     }
 

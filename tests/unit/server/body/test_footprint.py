@@ -45,9 +45,12 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("recomputed", ["none", "elementwise", "attention", "layers"])
 @pytest.mark.parametrize("cut", ["embeddings", "rows"])
-def test_what_is_counted_is_what_a_forward_keeps(cut: Any, recomputed: Any) -> None:
+@pytest.mark.parametrize("architecture", ["bert", "modernbert"])
+def test_what_is_counted_is_what_a_forward_keeps(architecture: Any, cut: Any, recomputed: Any) -> None:
     """In fp32: in bf16 a CPU's LayerNorm keeps its means in bf16, a GPU's in fp32."""
-    section = ModelSection(num_hidden_layers=3, hidden_size=32, num_attention_heads=2, dropout=0.0)
+    section = ModelSection(
+        architecture=architecture, num_hidden_layers=3, hidden_size=32, num_attention_heads=2, dropout=0.0
+    )
     hf_config, lengths = config_of(section, 50, 0), [7, 7, 2]
     counted = bytes_kept(hf_config, cut, "torch", recomputed, torch.float32, lengths, 3, 5 if cut == "rows" else None)
     body = body_skeleton(hf_config, cut).train()

@@ -1,0 +1,105 @@
+"""Every shipped run file trains and hands over a model, at toy size with all else kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from integration.cluster import run_jobs, write_text
+from transformers import AutoConfig, AutoModelForMaskedLM
+
+from fedbert_ds.config import ModelSection, RunConfig, load_config
+from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.model.checkpoint import build_model
+
+pytestmark = pytest.mark.timeout(900)
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SCOPES = ("embeddings", "head", "embeddings+head")
+VARIANTS = {
+    **{path.stem: (path.name, ()) for path in sorted(CONFIGS.glob("*.yaml"))},
+    **{f"{period}-{scope}": (f"fedbert-parallel-{period}.yaml", (f"federation.average_scope={scope}",))
+       for period in ("5-of-10", "50-of-500") for scope in SCOPES},
+    **{f"bert-{mode}": (f"fedbert-{mode}.yaml", ("model.architecture=bert",))
+       for mode in ("parallel-5-of-10", "sequential")},
+}  # fmt: skip
+VARIANTS["domain-adaptation-of-modernbert"] = (
+    "domain-adaptation.yaml",
+    ("model.checkpoint=answerdotai/ModernBERT-base", "model.dropout=0.0"),
+)
+"""{name: (run file, overrides)}: all files, and what their comments say to set."""
+CHECKPOINTS: dict[str, Any] = {"bert-base-uncased": "bert", "ModernBERT-base": "modernbert"}
+WINDOWS = 6
+PERIOD = {"fedbert-parallel-5-of-10.yaml": 3, "fedbert-parallel-50-of-500.yaml": 2}
+"""Windows of a round, of 6: half of the run, and more rounds than two."""
+
+
+def toy(folder: Path, name: str) -> dict[str, Any]:
+    """The run file with small sizes and no hub, as a mapping."""
+    file, overrides = VARIANTS[name]
+    shipped = load_config(CONFIGS / file, overrides)
+    period = 1 if shipped.federation.average_every == 1 else PERIOD.get(file, 2)
+    small = [
+        f"run.directory={folder / name}", f"run.windows={WINDOWS}", "run.save_every=1000",
+        "model.num_hidden_layers=2", "model.hidden_size=32", "model.num_attention_heads=2",
+        "model.intermediate_size=48", "model.max_position_embeddings=40", f"tokenizer.path={folder / 'tokenizer'}",
+        "data.sequence_length=32", "window.tokens=300", "window.tokens_per_micro_batch=96",
+        f"optimizer.warmup_windows={min(2, shipped.optimizer.warmup_windows)}",
+        f"federation.average_every={period}", "clients.expected=3", "clients.local=0", "clients.join_timeout=60",
+        "server.port=0", "server.host=127.0.0.1",
+    ]  # fmt: skip
+    if shipped.model.embedding_size is not None:
+        small.append("model.embedding_size=16")
+    if shipped.model.checkpoint is not None:
+        small.append(f"model.checkpoint={folder / Path(shipped.model.checkpoint).name}")
+    config = load_config(CONFIGS / file, [*overrides, *small])
+    return json.loads(config.model_dump_json(exclude_none=True))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("configs")
+    data = write_text(folder)
+    for name, architecture in CHECKPOINTS.items():
+        section = ModelSection(
+            architecture=architecture, hidden_size=32, num_attention_heads=2, max_position_embeddings=40
+        )
+        model = build_model(section, len(load_tokenizer(str(folder / "tokenizer"))), 0, seed=1)
+        model.save_pretrained(folder / name)
+    run_jobs(folder, [{"config": toy(folder, name), "resume": False, "data": data} for name in VARIANTS])
+    return folder
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_it_trains_and_hands_over_a_model(finished: Path, name: str) -> None:
+    file, overrides = VARIANTS[name]
+    shipped = load_config(CONFIGS / file, overrides)
+    rows = [json.loads(line) for line in (finished / name / "metrics.jsonl").read_text().splitlines()]
+    assert [row["window"] for row in rows] == list(range(WINDOWS)) and all(row["loss"] > 0 for row in rows)
+    checkpoint = shipped.model.checkpoint
+    expected = shipped.model.architecture if checkpoint is None else CHECKPOINTS[Path(checkpoint).name]
+    assert AutoConfig.from_pretrained(finished / name / "hf").model_type == expected
+    _, loading = AutoModelForMaskedLM.from_pretrained(finished / name / "hf", output_loading_info=True)
+    assert not any(loading.values()), loading
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_only_sizes_and_places_were_changed(finished: Path, name: str) -> None:
+    """Or it would not be the shipped file that ran."""
+    file, overrides = VARIANTS[name]
+    shipped, ran = load_config(CONFIGS / file, overrides), load_config(finished / name / "config.yaml")
+    sizes = {"run": {"seed", "trace"}, "model": {"architecture", "initializer_range", "dropout", "attention_dropout"}}
+    kept: dict[str, set[str]] = sizes | {
+        "data": set(type(shipped.data).model_fields) - {"sequence_length"},
+        "window": set(type(shipped.window).model_fields) - {"tokens", "tokens_per_micro_batch"},
+        "optimizer": set(type(shipped.optimizer).model_fields) - {"warmup_windows"},
+        "body": set(type(shipped.body).model_fields),
+        "federation": set(type(shipped.federation).model_fields) - {"average_every"},
+        "wire": set(type(shipped.wire).model_fields),
+    }
+    for section, keys in kept.items():
+        for key in keys:
+            assert getattr(getattr(ran, section), key) == getattr(getattr(shipped, section), key), f"{section}.{key}"
+    assert isinstance(ran, RunConfig) and ran.cut == shipped.cut and ran.kernels == shipped.kernels

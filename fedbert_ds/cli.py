@@ -54,6 +54,12 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
     )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="X",
+        help="share of your articles to keep out of training (default: the run's)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -90,6 +96,7 @@ def _client(options: argparse.Namespace) -> None:
             model=options.model,
             cut=_cut(options.cut) if options.cut else None,
             tls=TlsFiles(*tls_files) if all(tls_files) else None,
+            held_out=options.held_out,
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,

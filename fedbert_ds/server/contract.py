@@ -75,6 +75,8 @@ class Tally:
     rank_wait_seconds: float = 0.0
     """Waits for other ranks outside the step."""
     saving_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    """Evaluations, with their waits."""
     forwards: int = 0
     backwards: int = 0
     dummy_micro_batches: int = 0

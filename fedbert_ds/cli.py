@@ -163,14 +163,24 @@ def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
     parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once")
+    parser.add_argument("--batch-size", type=int, default=16, help="longest sequences at once; more of shorter ones")
+    parser.add_argument("--device", help="cpu, cuda (all GPUs, with --workers), cuda:1, ... (default: a GPU if any)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with the model")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
-    result = evaluate_masked_lm(options.model, options.data, seed=options.seed, batch_size=options.batch_size)
+    result = evaluate_masked_lm(
+        options.model,
+        options.data,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=options.device,
+        workers=options.workers,
+        shows_progress=True,
+    )
     print(f"masked-LM loss {result.loss:.4f} nats, perplexity {result.perplexity:.2f}")
     print(f"{result.masked_tokens:,} masked tokens in {result.sequences:,} sequences, masking seed {options.seed}")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.masking import encode
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.errors import RunOver
 from fedbert_ds.telemetry.evaluations import best_of, read_evaluations
+from fedbert_ds.wire.address_file import look_up
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -63,11 +65,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 body={"deepspeed": str(ZERO / f"zero{case['stage']}.json")}, **sections,
             )  # fmt: skip
             jobs.append({"config": tree, "resume": False, "data": data})
-    stopped = run_file(
-        folder, "stopped", run={"windows": WINDOWS}, data=HELD_OUT, window={"order": "fixed"}, model=DROPOUT,
-        body={"deepspeed": str(ZERO / "zero0.json")},
-    )  # fmt: skip
-    jobs.append({"config": stopped, "resume": False, "data": data, "mutation": "stopped before window 3"})
+    for name in ("synchronous, stage 0", "parallel"):
+        (tree,) = [
+            copy.deepcopy(job["config"])
+            for job in jobs
+            if job["config"]["run"]["directory"] == str(folder / f"{name} with")
+        ]
+        tree["run"]["directory"] = str(folder / f"{name} resumed")
+        jobs.append({"config": tree, "resume": False, "data": data, "mutation": "stopped before window 3"})
+        jobs.append({"config": tree, "resume": True, "data": data})
+    for name, every, mutation in (("stopped", None, "stopped before window 3"), ("early", 3, "evaluations grow worse")):
+        run = {"windows": 9, "evaluate_every": every, "keep_best": every is not None}
+        run["early_stopping_patience"] = 1 if every else None
+        tree = run_file(
+            folder, name, run=run, data=HELD_OUT, window={"order": "fixed"}, model=DROPOUT,
+            body={"deepspeed": str(ZERO / "zero0.json")},
+        )  # fmt: skip
+        jobs.append({"config": tree, "resume": False, "data": data, "mutation": mutation})
     run_jobs(folder, jobs)
     return folder
 
@@ -153,24 +167,23 @@ def test_the_best_model_is_the_one_that_the_lowest_loss_is_of(folder: Path) -> N
             assert final_weights(run) == [digest(run / "hf-best" / "model.safetensors")], name
 
 
-def test_stopped_there_the_run_has_the_best_model(folder: Path, best_before_3: Callable[[], Mapping[str, str]]) -> None:
-    best = best_before_3()
-    assert best["of 3"] == digest(folder / "stopped" / "hf" / "model.safetensors")
-    assert best["of 3"] != digest(folder / "synchronous, stage 0 with" / "hf" / "model.safetensors")
+def test_stopped_there_the_run_has_the_best_model(folder: Path) -> None:
+    """Losses were made to rise, so that of window 3 stays the lowest, and the run ends early."""
+    early = folder / "early"
+    assert [one.window for one in read_evaluations(early / "evaluations.jsonl")] == [3, 6]
+    (best,) = read_evaluations(early / "hf-best" / "evaluation.json")
+    assert best.window == 3
+    assert digest(early / "hf-best" / "model.safetensors") == digest(folder / "stopped" / "hf" / "model.safetensors")
+    assert final_weights(early) != final_weights(folder / "stopped")
+    assert len(losses(early)) == 6, "of 9 windows"
+    with pytest.raises(RunOver):  # it is complete
+        look_up(str(early / "server.address"))
 
 
-@pytest.fixture
-def best_before_3(tmp_path: Path) -> Callable[[], Mapping[str, str]]:
-    def run() -> Mapping[str, str]:
-        data = write_text(tmp_path)
-        tree = run_file(
-            tmp_path, "early",
-            run={"windows": WINDOWS, "evaluate_every": 3, "keep_best": True},
-            data=HELD_OUT, window={"order": "fixed"}, model=DROPOUT,
-            body={"deepspeed": str(ZERO / "zero0.json")},
-        )  # fmt: skip
-        run_jobs(tmp_path, [{"config": tree, "resume": False, "data": data, "mutation": "evaluations grow worse"}])
-        (best,) = read_evaluations(tmp_path / "early" / "hf-best" / "evaluation.json")
-        return {f"of {best.window}": digest(tmp_path / "early" / "hf-best" / "model.safetensors")}
-
-    return run
+@pytest.mark.parametrize("name", ["synchronous, stage 0", "parallel"])
+def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, name: str) -> None:
+    whole, resumed = folder / f"{name} with", folder / f"{name} resumed"
+    assert final_weights(resumed) == final_weights(whole) and losses(resumed) == losses(whole)
+    assert (resumed / "evaluations.jsonl").read_text() == (whole / "evaluations.jsonl").read_text()
+    for file in ("evaluation.json", "model.safetensors"):
+        assert (resumed / "hf-best" / file).read_bytes() == (whole / "hf-best" / file).read_bytes()

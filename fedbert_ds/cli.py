@@ -86,6 +86,8 @@ def _client(options: argparse.Namespace) -> None:
     tls_files = (options.ca, options.certificate, options.key)
     if any(tls_files) and not all(tls_files):
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
+    if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
+        raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
     exit_code = run_client(
         ClientOptions(
             server=options.server,

@@ -32,8 +32,8 @@ class RunSection(Section):
     """Where a run writes, how long it lasts, and its seed."""
 
     directory: Path = Path("runs/default")
-    """Folder that the run writes: config.yaml, metrics.jsonl, report.html, loss.png, checkpoints/,
-    hf/, clients/."""
+    """Folder that the run writes: config.yaml, metrics.jsonl, evaluations.jsonl, report.html,
+    loss.png, checkpoints/, hf/, hf-best/, clients/."""
     windows: Positive = 600
     """Number of windows; one window is one optimizer step of the body."""
     seed: int = 1

@@ -84,6 +84,8 @@ class Tally:
     bytes_down: int = 0
     update_bytes_up: int = 0
     update_bytes_down: int = 0
+    evaluation_bytes: int = 0
+    """Both ways; not among the others."""
     recompiles: int = 0
     """Graphs that torch.compile made."""
 

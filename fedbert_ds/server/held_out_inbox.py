@@ -51,6 +51,12 @@ class HeldOutInbox:
         """Of each awaited client."""
         self._parts: deque[HeldOutPart] = deque()
         self._losses: dict[str, HeldOutLoss] = {}
+        self._bytes = 0
+
+    def take_bytes(self) -> int:
+        """Bytes of messages since the last call."""
+        taken, self._bytes = self._bytes, 0
+        return taken
 
     def begin(self, window: int) -> None:
         """Start an evaluation of the state before `window`; nobody is asked yet."""
@@ -86,6 +92,7 @@ class HeldOutInbox:
         """Take the activations of a part."""
         who = f"client {client}: activations of held-out part {message.micro_batch}"
         self._require(client, message.window, who)
+        self._bytes += message.ByteSize()
         if sum(part.client == client for part in self._parts) >= PARTS_AHEAD:
             raise WireError(f"{who}: {PARTS_AHEAD} others of it wait already")
         lengths = tuple(message.held_out_lengths)
@@ -111,6 +118,7 @@ class HeldOutInbox:
         """Take the loss of a part; True for a client's last one."""
         who = f"client {client}: held-out loss before window {message.window}"
         self._require(client, message.window, who)
+        self._bytes += message.ByteSize()
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
         loss = self._so_far[client].plus(message.loss_sum, message.masked_tokens)

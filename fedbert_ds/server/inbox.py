@@ -100,6 +100,7 @@ class Inbox:
         self._gradients.clear()
         self._assemblers.clear()
         self.reports = Reports()
+        self.held_out.begin(-1)
         self.begin()
 
     def drop_activations(self, client: str) -> None:

@@ -393,11 +393,13 @@ class RankServer:
         tally.saving_seconds = seconds.get("saving", 0.0)
         tally.evaluation_seconds = seconds.get("evaluating", 0.0)
         tally.recompiles = self._rooms.engine.take_recompiles()
-        up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
+        up, down, tally.update_bytes_down, held_out_down = self._rooms.outbox.take_bytes()
+        held_out_up = self._rooms.inbox.held_out.take_bytes()
+        tally.evaluation_bytes = held_out_up + held_out_down
         tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes
-        tally.bytes_up = up - tally.update_bytes_up
-        tally.bytes_down = down - tally.update_bytes_down
+        tally.bytes_up = up - tally.update_bytes_up - held_out_up
+        tally.bytes_down = down - tally.update_bytes_down - held_out_down
         return tally
 
 

@@ -228,6 +228,7 @@ def window_metrics(
         saving_seconds=mean(lambda parts: parts.saving),
         evaluation_seconds=mean(lambda parts: parts.evaluating),
         host_seconds=mean(lambda parts: parts.host),
+        evaluation_bytes=total("evaluation_bytes"),
         flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
         recompiles=total("recompiles"),
     )

@@ -67,6 +67,8 @@ class WindowMetrics:
     """The rest of `seconds`: the host packs, decodes, launches, keeps books."""
     evaluation_seconds: float = 0.0
     """Part of `seconds` that an evaluation before the window took, with its waits."""
+    evaluation_bytes: int = 0
+    """Bytes of that evaluation, both ways; not among the others."""
     flops: float = 0.0
     """Floating-point operations of the body's matrix products, over all ranks; what is computed
     again, for want of memory, is not counted."""

@@ -110,6 +110,14 @@ def test_a_tensor_that_could_not_be_decoded_is_refused() -> None:
         inbox_of().receive_activations("ada", message, WireError("broken"))
 
 
+def test_its_bytes_are_counted_once() -> None:
+    inbox = inbox_of()
+    message, tensor = activations([4])
+    inbox.receive_activations("ada", message, tensor)
+    inbox.receive_loss("ada", loss())
+    assert inbox.take_bytes() == message.ByteSize() + loss().ByteSize() and inbox.take_bytes() == 0
+
+
 def test_no_more_than_two_parts_of_a_client_wait() -> None:
     inbox = inbox_of()
     for _ in range(2):

@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from integration.chaos import Outcome, train
+from integration.chaos_process import Kill
 from integration.cluster import ZERO, aggregator_section, run_file, run_jobs, write_text
+from integration.federation import fork_quickly
 from safetensors.torch import load_file
 
 from fedbert_ds.data.corpus import read_articles
@@ -22,6 +27,7 @@ from fedbert_ds.telemetry.evaluations import best_of, read_evaluations
 from fedbert_ds.wire.address_file import look_up
 
 pytestmark = pytest.mark.timeout(1200)
+fork_quickly()
 
 DROPOUT = {"dropout": 0.1}
 PARALLEL = {"mode": "parallel", "average_every": 2}
@@ -187,3 +193,37 @@ def test_a_resumed_run_equals_the_uninterrupted_one(folder: Path, name: str) -> 
     assert (resumed / "evaluations.jsonl").read_text() == (whole / "evaluations.jsonl").read_text()
     for file in ("evaluation.json", "model.safetensors"):
         assert (resumed / "hf-best" / file).read_bytes() == (whole / "hf-best" / file).read_bytes()
+
+
+DEATHS = [
+    ("synchronous", Kill("ada", "evaluation", 3)),
+    ("synchronous", Kill("rank 1", "evaluation", 3)),
+    ("parallel", Kill("bo", "evaluation", 3)),
+    ("whole", Kill("cy", "evaluation", 3)),
+    ("synchronous-elsewhere", Kill("bo", "evaluation", 3)),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Outcome, str]]:
+    """By mode, what a run comes to, and its evaluations."""
+    place = tmp_path_factory.mktemp("undisturbed")
+
+    @cache
+    def of(mode: str) -> tuple[Outcome, str]:
+        return train(place, mode, mode, [], evaluates=True), evaluations_in(place / mode)
+
+    return of
+
+
+def evaluations_in(place: Path) -> str:
+    return (place / "run" / "evaluations.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("mode", "kill"), DEATHS, ids=str)
+def test_a_process_that_dies_in_an_evaluation_leaves_no_trace(
+    tmp_path: Path, undisturbed: Callable[[str], tuple[Outcome, str]], mode: str, kill: Kill
+) -> None:
+    """In a run that waits for lost clients."""
+    came_to = train(tmp_path, "killed", mode, [kill], evaluates=True)
+    assert (came_to, evaluations_in(tmp_path / "killed")) == undisturbed(mode)

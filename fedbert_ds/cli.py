@@ -56,6 +56,12 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
     )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        metavar="X",
+        help="share of your articles to keep out of training (default: the run's)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -82,6 +88,8 @@ def _client(options: argparse.Namespace) -> None:
     tls_files = (options.ca, options.certificate, options.key)
     if any(tls_files) and not all(tls_files):
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
+    if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
+        raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
     exit_code = run_client(
         ClientOptions(
             server=options.server,
@@ -92,6 +100,7 @@ def _client(options: argparse.Namespace) -> None:
             model=options.model,
             cut=_cut(options.cut) if options.cut else None,
             tls=TlsFiles(*tls_files) if all(tls_files) else None,
+            held_out=options.held_out,
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,
@@ -158,14 +167,24 @@ def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
     parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
-    parser.add_argument("--batch-size", type=int, default=16, help="sequences at once")
+    parser.add_argument("--batch-size", type=int, default=16, help="longest sequences at once; more of shorter ones")
+    parser.add_argument("--device", help="cpu, cuda (all GPUs, with --workers), cuda:1, ... (default: a GPU if any)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with the model")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
-    result = evaluate_masked_lm(options.model, options.data, seed=options.seed, batch_size=options.batch_size)
+    result = evaluate_masked_lm(
+        options.model,
+        options.data,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        device=options.device,
+        workers=options.workers,
+        shows_progress=True,
+    )
     print(f"masked-LM loss {result.loss:.4f} nats, perplexity {result.perplexity:.2f}")
     print(f"{result.masked_tokens:,} masked tokens in {result.sequences:,} sequences, masking seed {options.seed}")
 

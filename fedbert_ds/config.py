@@ -32,14 +32,25 @@ class RunSection(Section):
     """Where a run writes, how long it lasts, and its seed."""
 
     directory: Path = Path("runs/default")
-    """Folder that the run writes: config.yaml, metrics.jsonl, report.html, loss.png, checkpoints/,
-    hf/, clients/."""
+    """Folder that the run writes: config.yaml, metrics.jsonl, evaluations.jsonl, report.html,
+    loss.png, checkpoints/, hf/, hf-best/, clients/."""
     windows: Positive = 600
     """Number of windows; one window is one optimizer step of the body."""
     seed: int = 1
     """Seeds initial weights, shards, masking, sequence order and dropout."""
     save_every: Positive = 200
     """Windows between checkpoints. The last window is always saved."""
+    evaluate_every: Positive | None = None
+    """Windows between evaluations: every client computes the loss of the text that it keeps out of
+    training (`data.client_held_out`). null: none."""
+    evaluate_tokens: Positive = 65536
+    """Most tokens of a client in an evaluation, spread evenly over its held-out text."""
+    early_stopping_patience: Positive | None = None
+    """The run is complete after so many evaluations in a row without a lower loss. null: it trains
+    all windows."""
+    keep_best: bool = False
+    """Write the model of the lowest held-out loss so far to `hf-best/`, besides the last one in
+    `hf/`."""
     trace: bool = False
     """Write a timeline of every rank, `trace-RANK.json`, for https://ui.perfetto.dev."""
 
@@ -134,6 +145,9 @@ class DataSection(SequenceSection):
     """Read at most this many articles. Needed to stream unbounded sets."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of articles that no client gets; they give the final held-out loss."""
+    client_held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of its own articles that each client keeps out of training, whether the run evaluates
+    or not. A client may set another: `fedbert-ds client --held-out`."""
     shards: Literal["equal", "size", "topic"] = "size"
     """Shards of local clients: equal article counts, Dirichlet-skewed sizes, or Dirichlet-skewed
     topics."""
@@ -549,6 +563,7 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
                 f"{self.window.tokens_per_micro_batch}; raise the latter"
             )
+        self._evaluations()
         participants, expected = self.federation.participants, self.clients.expected
         if participants != "all" and participants > expected:
             raise ValueError(
@@ -585,6 +600,23 @@ class RunConfig(Section):
         if self.cut == "whole":
             self._without_a_body()
         return self
+
+    def _evaluations(self) -> None:
+        """ValueError for evaluations without text, or settings of them without evaluations."""
+        run = self.run
+        if run.evaluate_every is None:
+            for key in ("early_stopping_patience", "keep_best"):
+                if getattr(run, key):
+                    raise ValueError(f"run.{key} needs evaluations; set run.evaluate_every")
+        elif not self.data.client_held_out:
+            raise ValueError(
+                "run.evaluate_every needs text that clients keep out of training; set data.client_held_out, 0.05 say"
+            )
+        if run.keep_best and self.aggregator is not None:
+            raise ValueError(
+                "run.keep_best writes the whole model, and the client model is with the aggregator; remove "
+                "run.keep_best or the section aggregator"
+            )
 
     def _without_a_body(self) -> None:
         """ValueError for what `cut: whole` cannot do, and for settings of a body."""

@@ -18,6 +18,7 @@ from fedbert_ds.client.state import claim, run_of, saved_windows
 from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
+from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, DataError, ModelError, RunOver, ServerAway, WireError
@@ -49,6 +50,8 @@ class ClientOptions:
     cut: Cut | None = None
     """The cut that the run must have; None takes any."""
     tls: TlsFiles | None = None
+    held_out: float | None = None
+    """Share of the articles that is kept out of training; None: the run's."""
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`, ...; None: accelerate chooses."""
     join_timeout: float = 3600.0
@@ -131,6 +134,19 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     settings = parse_settings(welcome.settings)
     if strategy_of(settings.federation, settings.wire).halves_are_personal:
         claim(options.state_folder, welcome.run)
+    share = welcome.held_out if options.held_out is None else options.held_out
+    articles, held_out_articles = keep_apart(articles, share)
+    held_out = None
+    if held_out_articles and welcome.evaluate_tokens:
+        held_out = evaluation_batch(
+            encode(held_out_articles, tokenizer, settings.sequences.sequence_length),
+            tokenizer,
+            mask_probability=settings.sequences.mask_probability,
+            whole_word=settings.sequences.whole_word,
+            seed=settings.seed,
+            client=options.name,
+            max_tokens=welcome.evaluate_tokens,
+        )
     text = BatchStream(
         encode(articles, tokenizer, settings.sequences.sequence_length),
         tokenizer,
@@ -139,7 +155,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         seed=settings.seed,
         client=options.name,
     )
-    del articles, tokenizer
+    del articles, held_out_articles, tokenizer
     return_free_memory()
     half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
     with ExitStack() as at_end:
@@ -152,6 +168,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             options.state_folder,
             _device(options.device),
             stream.send,
+            held_out,
         )
         while trainer.finish is None:
             trainer.handle(stream.receive())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fedbert_ds.client.evaluation import HeldOutEvaluation
 from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.whole_window import bounds, sequences, train_window
@@ -49,9 +50,9 @@ class _Piece:
 class ClientTrainer:
     """Answers every server message; holds the client half and the stream of text.
 
-    `send` takes a ClientMessage. The server's first message, and every roll-back, is a Begin: it
-    says which window is next and where the text goes on. Raises WireError for a message that does
-    not fit, or a refusal.
+    `send` takes a ClientMessage. `held_out` is the text that evaluations read. The server's first
+    message, and every roll-back, is a Begin: it says which window is next and where the text goes
+    on. Raises WireError for a message that does not fit, or a refusal.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ClientTrainer:
         state_folder: Path,
         device: torch.device,
         send: Callable[[pb.ClientMessage], None],
+        held_out: Batch | None = None,
     ) -> None:
         self._half = half.to(device).train()
         self._text = text
@@ -75,6 +77,11 @@ class ClientTrainer:
         self._replica = Replica(self._half, settings, state_folder)
         self._staleness = settings.federation.staleness
         self._windows: WindowState[_Window, _Piece] = WindowState(self._strategy, self._staleness)
+        self._evaluation = HeldOutEvaluation(
+            self._half, held_out, self._wire, settings.tokens_per_micro_batch, device, send
+        )
+        self._evaluate_at: int | None = None
+        """The window to evaluate before, once the half has the steps of all earlier ones."""
         self._next_window = 0
         self._awaits_reference = False
         self.finish: pb.Finish | None = None
@@ -90,6 +97,8 @@ class ClientTrainer:
             case "open":
                 self._windows.open(message.open.window, message.open.micro_batch)
                 self._send_activations()
+            case "hidden" if message.hidden.held_out:
+                self._evaluation.hidden(message.hidden)
             case "hidden":
                 self._head(message.hidden)
             case "input_gradient":
@@ -102,6 +111,9 @@ class ClientTrainer:
                     self._apply(message.update.window)
             case "reference":
                 self._receive_reference(message.reference)
+            case "evaluate":
+                self._evaluate_at = message.evaluate.window
+                self._evaluate()
             case "save":
                 self._save(message.save.window)
             case "update_request":
@@ -131,6 +143,8 @@ class ClientTrainer:
         self._windows = WindowState(self._strategy, self._staleness, begin.window)
         self._windows.miss(begin.window, begin.next_window)
         self._replica.forget_windows()
+        self._evaluation.cancel()
+        self._evaluate_at = None
         self._text.load_state_dict(cursor_numbers(begin.cursor) if begin.HasField("cursor") else None)
         self._awaits_reference = begin.reference
         if begin.reference:
@@ -270,6 +284,15 @@ class ClientTrainer:
         """The half has taken a window's step."""
         self._windows.apply(window)
         self._send_activations()
+        self._evaluate()
+
+    def _evaluate(self) -> None:
+        """Begin an evaluation that is due. The update before it may still be on its way, where it
+        comes from an aggregator of another party.
+        """
+        if self._evaluate_at is not None and self._windows.applied >= self._evaluate_at:
+            window, self._evaluate_at = self._evaluate_at, None
+            self._evaluation.begin(window)
 
     # -- updates and checkpoints -------------------------------------------------------------------
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
-from fedbert_ds.seeding import generator
+from fedbert_ds.evaluation.batches import MaskedText, batches_of
+from fedbert_ds.evaluation.workers import in_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,14 +53,19 @@ def evaluate_masked_lm(
     max_sequences: int | None = None,
     train_counts: Tensor | None = None,
     device: str | None = None,
+    workers: int = 1,
+    shows_progress: bool = False,
 ) -> MaskedLMResult:
     """Evaluate any Hugging Face masked-LM checkpoint that has a fast tokenizer.
 
     `articles_or_paths` are articles, or sources as in `data.source`. `sequence_length` None takes
     the model's limit, at most 512. `max_sequences` reads that many, spread evenly over the text.
     `train_counts` [V] counts the training text's tokens. `device` None takes a GPU when there is
-    one. The masks follow from `seed` and the text alone, so the same checkpoint gives the same
-    number each time, and `batch_size` changes no more than rounding.
+    one. With several `workers`, each a process, `cuda` deals them to all GPUs. `batch_size` counts
+    sequences of the longest length; shorter ones make larger batches. `shows_progress` on a
+    terminal; in a log it stays quiet. The masks follow from `seed` and the text alone, so the same
+    checkpoint gives the same number each time, and neither `batch_size` nor `workers` changes more
+    than rounding.
 
     Warns when the checkpoint holds an encoder only, for its head is then newly initialized. Raises
     ModelError when it is no masked-LM checkpoint, has no tokenizer, or does not fit its tokenizer
@@ -77,18 +84,19 @@ def evaluate_masked_lm(
     limit = min(_position_limit(model), tokenizer.model_max_length)
     if sequence_length is not None and sequence_length > limit:
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
+    devices = _devices(device, workers)
     text = encode(_articles(articles_or_paths), tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return masked_lm_loss(
-        model,
-        tokenizer,
-        text,
-        seed=seed,
-        mask_probability=mask_probability,
-        batch_size=batch_size,
-        max_sequences=max_sequences,
-        train_counts=train_counts,
-    )
+    masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
+    sequences = masked.chosen(max_sequences)
+    batches = batches_of(sequences, text.lengths, batch_size)
+    padding = _padding(tokenizer)
+    if workers > 1:
+        del model  # every process has its own
+        sums = in_processes(_loaded, (name, seed, masked, padding), batches, devices)
+    else:
+        sums = map(_SumOf(model.to(devices[0]).eval(), masked, padding), batches)
+    return _result(tqdm(sums, "batches", len(batches), disable=None if shows_progress else True), masked, sequences,
+                   train_counts)  # fmt: skip
 
 
 def masked_lm_loss(
@@ -106,46 +114,72 @@ def masked_lm_loss(
 
     Raises DataError when the text is too short to mask a token.
     """
-    # The whole text is masked, whatever is read of it, so that neither max_sequences nor batch_size
-    # changes a mask.
-    input_ids, positions, labels = (
-        torch.from_numpy(array)
-        for array in Masker(tokenizer, mask_probability=mask_probability).mask(
-            text.tokens.numpy(), text.word_starts.numpy(), generator("evaluate", seed)
-        )
-    )
-    targets = torch.full_like(input_ids, -1)
-    targets[positions] = labels
-    sequences = torch.arange(text.num_sequences)
-    if max_sequences is not None and max_sequences < len(sequences):
-        sequences = torch.linspace(0, len(sequences) - 1, max_sequences).round().long()
-    # Like lengths together: less padding.
-    sequences = sequences[text.lengths[sequences].argsort(stable=True)]
-
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    total, labels_read = 0.0, []
+    masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
+    sequences = masked.chosen(max_sequences)
     was_training = model.training
-    model.eval()
-    for batch in sequences.split(batch_size):
-        pieces = [slice(int(text.offsets[index]), int(text.offsets[index + 1])) for index in batch]
-        batch_targets = _padded([targets[piece] for piece in pieces], -1)
-        if (batch_targets >= 0).any():
-            batch_ids = _padded([input_ids[piece] for piece in pieces], padding)
-            attention_mask = _padded([torch.ones_like(input_ids[piece]) for piece in pieces], 0)
-            total += _summed_cross_entropy(model, batch_ids, attention_mask, batch_targets)
-            labels_read.append(batch_targets[batch_targets >= 0])
+    sum_of = _SumOf(model.eval(), masked, _padding(tokenizer))
+    sums = [sum_of(batch) for batch in batches_of(sequences, text.lengths, batch_size)]
     model.train(was_training)
-    if not labels_read:
+    return _result(sums, masked, sequences, train_counts)
+
+
+class _SumOf:
+    """Sums the cross-entropies of a batch, given by the numbers of its sequences."""
+
+    def __init__(self, model: PreTrainedModel, masked: MaskedText, padding: int) -> None:
+        self._model, self._masked, self._padding = model, masked, padding
+
+    def __call__(self, batch: Sequence[int]) -> float:
+        input_ids, attention_mask, targets = self._masked.batch(batch, self._padding)
+        if not (targets >= 0).any():
+            return 0.0
+        return _summed_cross_entropy(self._model, input_ids, attention_mask, targets)
+
+
+def _loaded(name: str, seed: int, masked: MaskedText, padding: int, device: str) -> _SumOf:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the process that started this one has told them
+        model: Any = _load_model(name, seed)
+    return _SumOf(model.to(device).eval(), masked, padding)
+
+
+def _result(
+    sums: Iterable[float], masked: MaskedText, sequences: Tensor, train_counts: Tensor | None
+) -> MaskedLMResult:
+    """The result from the sum of each batch."""
+    chosen = torch.zeros(len(masked.offsets) - 1, dtype=torch.bool)
+    chosen[sequences] = True
+    targets = masked.targets[chosen.repeat_interleave(masked.offsets.diff())]
+    labels = targets[targets >= 0]
+    if not len(labels):
         raise DataError("the text to evaluate on is too short: no token of it was masked; give more text")
-    all_labels = torch.cat(labels_read)
-    loss = total / len(all_labels)
+    loss = math.fsum(sums) / len(labels)
     return MaskedLMResult(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
-        unigram_loss=None if train_counts is None else unigram_loss(train_counts, all_labels),
-        masked_tokens=len(all_labels),
+        unigram_loss=None if train_counts is None else unigram_loss(train_counts, labels),
+        masked_tokens=len(labels),
         sequences=len(sequences),
     )
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def _devices(device: str | None, workers: int) -> list[str]:
+    """The device of each worker."""
+    if workers < 1:
+        raise ModelError(f"{workers} workers compute nothing; use 1 or more")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"device {name}: cannot be used here ({reason}); try cpu") from error
+    if name == "cuda":
+        return [f"cuda:{number % torch.cuda.device_count()}" for number in range(workers)]
+    return [name] * workers
 
 
 def unigram_loss(train_token_counts: Tensor, labels: Tensor) -> float:
@@ -178,10 +212,6 @@ def _summed_cross_entropy(model: PreTrainedModel, input_ids: Tensor, attention_m
     scores = scores_at(model, input_ids, attention_mask, targets >= 0)
     labels = targets[targets >= 0]
     return float(torch.nn.functional.cross_entropy(scores.float(), labels, reduction="none").double().sum())
-
-
-def _padded(rows: list[Tensor], value: int) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def _articles(articles_or_paths: Sequence[Article] | Sequence[str] | str | Path) -> Iterator[Article]:

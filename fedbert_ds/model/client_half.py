@@ -88,15 +88,24 @@ class ClientHalf(nn.Module):
         With the cut `whole` alone. Packed tokens as in `embed`; `masked_positions` [m] int64 into
         them, `labels` [m] int64; m may be 0.
         """
+        hidden = self._whole_hidden(input_ids, lengths, masked_positions)
+        loss_sum, gradient = self.head_backward(hidden, labels, scale)
+        hidden.backward(gradient.to(hidden.dtype))
+        return loss_sum
+
+    @torch.no_grad()
+    def whole_loss(self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor, labels: Tensor) -> float:
+        """The sum that `whole_backward` returns, with no gradient."""
+        return self.head_loss(self._whole_hidden(input_ids, lengths, masked_positions), labels)
+
+    def _whole_hidden(self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor) -> Tensor:
         packing = self._packing(input_ids, lengths)
         base: Any = self.get_submodule(self._parts.base)
         hidden = self._embeddings(base, input_ids, packing)
         hidden = encode(base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             hidden = self.get_submodule(self._parts.body_head)(hidden)
-        loss_sum, gradient = self.head_backward(hidden, labels, scale)
-        hidden.backward(gradient.to(hidden.dtype))
-        return loss_sum
+        return hidden
 
     def _packing(self, input_ids: Tensor, lengths: Sequence[int]) -> Packing:
         if sum(lengths) != input_ids.shape[0]:

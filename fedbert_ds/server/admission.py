@@ -288,6 +288,8 @@ class Invitation:
             tokenizer=self.tokenizer,
             reconnect_timeout=config.clients.reconnect_timeout,
             run=self.run,
+            held_out=config.data.client_held_out,
+            evaluate_tokens=config.run.evaluate_tokens if config.run.evaluate_every else 0,
         )
         if config.aggregator is not None:
             welcome.aggregator, welcome.aggregator_session = config.aggregator.address, seat.aggregator_session

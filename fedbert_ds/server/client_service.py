@@ -303,7 +303,7 @@ class ClientService:
         if not self._inbox.receive(client, message, tensor, now):
             self._tell_plan(client, message.manifest.window, [])
         kind = message.WhichOneof("body")
-        if kind in ("activations", "gradient"):
+        if kind in ("activations", "gradient") and not message.activations.held_out_lengths:
             self._trace.end(kind, client, micro_batch=getattr(message, kind).micro_batch)
 
     def _begin(self, client: str, kept: int | None = None) -> None:

@@ -75,6 +75,8 @@ class Tally:
     rank_wait_seconds: float = 0.0
     """Waits for other ranks outside the step."""
     saving_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    """Evaluations, with their waits."""
     forwards: int = 0
     backwards: int = 0
     dummy_micro_batches: int = 0
@@ -82,6 +84,8 @@ class Tally:
     bytes_down: int = 0
     update_bytes_up: int = 0
     update_bytes_down: int = 0
+    evaluation_bytes: int = 0
+    """Both ways; not among the others."""
     recompiles: int = 0
     """Graphs that torch.compile made."""
 

@@ -12,9 +12,11 @@ from fedbert_ds.errors import RunError
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
+from fedbert_ds.server.evaluations import KeepBest
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.telemetry.evaluations import Evaluation, read_evaluations, write_evaluations
 from fedbert_ds.telemetry.metrics import Summary, read_metrics, summary
 from fedbert_ds.telemetry.progress import short_bytes
 from fedbert_ds.telemetry.report import write_report
@@ -22,6 +24,8 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import cut_to_json
 
 ClientFigures = Sequence[pb.Saved]
+BEST_EVALUATION = "evaluation.json"
+"""File in the folder of the best model."""
 
 
 def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
@@ -51,19 +55,20 @@ def hand_over(
     rooms: Rooms,
     config: RunConfig,
     window: int,
+    is_complete: bool,
     figures: ClientFigures,
     model_config: Any,
     tokenizer: Any,
     facts: dict[str, str],
+    evaluations: Sequence[Evaluation] = (),
 ) -> None:
     """Tell clients that the run is over; save the merged model, evaluate it, write the report.
 
     All ranks call it. `figures` are the last Saved messages of this rank's clients. `facts` open
-    the report's table. A run that stopped before its last window is merged and reported, not
-    evaluated. Raises as `collect_client_model`.
+    the report's table. A run that is not complete is merged and reported, not evaluated.
+    `evaluations` are those while it trained. Raises as `collect_client_model`.
     """
     folder = RunFolder(config.run.directory)
-    is_complete = window == config.run.windows
     client_model = None if rooms.remote is not None else collect_client_model(rooms, window)
     if rooms.remote is not None:
         _collect_elsewhere(rooms, window, is_complete)
@@ -90,7 +95,9 @@ def hand_over(
             f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
             f"{unigram - held_out:.2f} nats learned beyond it"
         )
-    write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines)
+    if evaluations:
+        facts["held out by clients"] = f"{evaluations[-1].sentence}, before window {evaluations[-1].window}"
+    write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines, evaluations)
     print(f"clients {facts['client peak memory']} peak memory, {facts['client FLOP per token']} FLOP per token")
     rate = facts.get("rate of the body")
     print(f"time    {facts['time']}" + (f"; {rate}" if rate else ""))
@@ -99,8 +106,39 @@ def hand_over(
         print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
     else:
         print(_where_the_halves_are(folder, rooms))
+    if config.run.keep_best:
+        for best in read_evaluations(folder.best_model / BEST_EVALUATION):
+            print(f"best    {folder.best_model}   before window {best.window}: {best.sentence}")
+            print(f"        {folder.model} is the model after the last window")
+    if is_complete and window < config.run.windows:
+        print(
+            f"stopped early, before window {window} of {config.run.windows}: {config.run.early_stopping_patience} "
+            "evaluations in a row were no better (run.early_stopping_patience)"
+        )
     state = "complete" if is_complete else f"stopped and saved at window {window}; continue with --resume"
     print(f"report  {folder.report}   {state}", flush=True)
+
+
+def best_model_keeper(rooms: Rooms, folder: RunFolder, model_config: Any, tokenizer: Any) -> KeepBest:
+    """Writes the merged model before an evaluation's window, as `hand_over` does the last one."""
+
+    def keep(evaluation: Evaluation) -> bool:
+        try:
+            client_model = collect_client_model(rooms, evaluation.window)
+        except RunError:
+            return False  # every client was lost; the run waits for them or ends
+        finally:
+            # Later updates of this window are updates again.
+            rooms.inbox.expect_collected(-1)
+        if any(rooms.rank_group.gather(bool(rooms.membership.absent))):
+            return False
+        body = rooms.engine.full_state()
+        if rooms.rank_group.rank == 0:
+            save_merged(folder.best_model, model_config, client_model, body, tokenizer)
+            write_evaluations(folder.best_model / BEST_EVALUATION, [evaluation])
+        return True
+
+    return keep
 
 
 def _collect_elsewhere(rooms: Rooms, window: int, is_complete: bool) -> None:
@@ -141,8 +179,11 @@ def time_sentence(totals: Summary) -> str:
         "waiting for clients": totals.wait_share,
         "for other ranks": totals.rank_wait_share,
         "saving": totals.saving_share,
+        "evaluating": totals.evaluation_share,
         "host": totals.host_share,
     }
+    if not totals.evaluation_share:
+        del parts["evaluating"]
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts.items())
 
 

@@ -11,6 +11,7 @@ from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
+from fedbert_ds.server.held_out_inbox import HeldOutInbox
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
@@ -49,6 +50,8 @@ class Inbox:
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self.reports = Reports()
         """Of clients that train by themselves."""
+        self.held_out = HeldOutInbox(contract)
+        """Of the evaluation that is under way."""
         self.collected: dict[str, ClientUpdate] = {}
         """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
@@ -88,6 +91,7 @@ class Inbox:
         # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
         self.reports.drop(client)
+        self.held_out.drop(client)
         self.collected.pop(client, None)
 
     def roll_back(self) -> None:
@@ -96,6 +100,7 @@ class Inbox:
         self._gradients.clear()
         self._assemblers.clear()
         self.reports = Reports()
+        self.held_out.begin(-1)
         self.begin()
 
     def drop_activations(self, client: str) -> None:
@@ -120,6 +125,15 @@ class Inbox:
                 is_in_time = self._queue.manifest(manifest)
                 self._cursors.announce(client, manifest.window, cursor_numbers(message.manifest.cursor))
                 return is_in_time
+            case "activations" if message.activations.held_out_lengths:
+                self.held_out.receive_activations(client, message.activations, tensor)
+                question = Question("evaluated", message.activations.window)
+                self._queue.deadlines.progress(client, question, now)
+            case "evaluated":
+                question = Question("evaluated", message.evaluated.window)
+                is_last = self.held_out.receive_loss(client, message.evaluated)
+                note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
+                note(client, question, now)
             case "activations":
                 self._receive_activations(client, message.activations, tensor)
             case "gradient":

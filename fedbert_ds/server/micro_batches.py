@@ -13,6 +13,7 @@ from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.packed_input import packed_input
 from fedbert_ds.server.contract import Arrived, Contract, Tally
+from fedbert_ds.server.held_out_inbox import HeldOutPart
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.decisions import Backward, Forward
 from fedbert_ds.server.queue.packing import Piece
@@ -119,6 +120,15 @@ class MicroBatches:
         send = partial(self._send_input_gradients, micro_batch, flight, frozenset(gradients))
         self._pending_sends.append((work, send))
 
+    def evaluate(self, window: int, part: HeldOutPart | None) -> None:
+        """Run a forward over held-out text, or over nothing where other ranks have some; hidden
+        states leave once they are ready.
+        """
+        width = self._contract.activations.width
+        body_input = self._engine.dummy_input(width, self._contract.is_rows_cut, 0) if part is None else part.body_input
+        work = self._engine.evaluate(body_input, self._wire.hidden_states)
+        self._pending_sends.append((work, partial(self._send_held_out, window, part)))
+
     @property
     def has_pending_sends(self) -> bool:
         """Whether clients wait for results that are under way on the device or not yet sent."""
@@ -157,6 +167,18 @@ class MicroBatches:
             self._trace.begin("gradient", piece.client, micro_batch=micro_batch)
             self._outbox.send_framed(piece.client, partial(message, rows))
         return bool(pieces)
+
+    def _send_held_out(self, window: int, part: HeldOutPart | None, hidden: Encoded) -> bool:
+        if part is not None:
+            wire, place = self._wire, {"window": window, "micro_batch": part.number}
+
+            def message() -> pb.ServerMessage:
+                frame = to_frame(hidden, compressed=wire.is_compressed)
+                return pb.ServerMessage(hidden=pb.Hidden(**place, values=frame, held_out=True))
+
+            self._outbox.send_framed(part.client, message)
+        # The body's time is told of training alone.
+        return False
 
     def _send_input_gradients(
         self, micro_batch: int, flight: InFlight, present: frozenset[str], gradient: Encoded

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig
-from fedbert_ds.errors import ConfigError
+from fedbert_ds.errors import ConfigError, DataError
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.run_folder import RunFolder
 
@@ -42,7 +42,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     """Write shards, held-out text and tokenizer into the folder of a new run. Rank 0 calls it.
 
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
-    tokenizer is named then.
+    tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
     from fedbert_ds.data.corpus import read_articles
     from fedbert_ds.data.shards import deal, hold_out, write_shard
@@ -63,6 +63,11 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     )
     train, held_out = hold_out(articles, config.data.held_out, config.run.seed)
     shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
+    if config.data.client_held_out and min(len(shard) for shard in shards) < 2:
+        raise DataError(
+            "data.client_held_out: a local client has 1 article, which cannot be both trained on and held out; lower "
+            "clients.local, add to data.source, or set data.client_held_out: 0"
+        )
     if tokenizer is None:
         tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
     write_shard(folder.held_out, held_out)

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.contract import RankStatus, Tally
+from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.network.events import POLL_SECONDS
 from fedbert_ds.server.newcomers import Newcomers
 from fedbert_ds.server.queue.deadlines import Question
@@ -53,8 +54,10 @@ class RankServer:
         first_window: int,
         newcomers: Newcomers,
         watch: Callable[[], None] = lambda: None,
+        evaluations: Evaluations | None = None,
     ) -> None:
         self._rooms = rooms
+        self._evaluations = evaluations or Evaluations(rooms, run)
         self._queue, self._service, self._micro_batches = rooms.queue, rooms.service, rooms.micro_batches
         self._run, self._clients, self._optimizer = run, clients, optimizer
         self._fixed_limits = limits
@@ -90,7 +93,7 @@ class RankServer:
         on_roll_back: Callable[[int], None] = lambda _: None,
         on_wait: Callable[[Sequence[RankStatus]], None] = lambda _: None,
     ) -> int:
-        """Run windows until the last one or a stop request.
+        """Run windows until the last one, a stop request, or evaluations that are no better.
 
         No window begins without enough clients. Raises RunError, on every rank, when they do not
         come within `clients.join_timeout`; what is saved stays. `on_roll_back(window)` hears that
@@ -116,11 +119,16 @@ class RankServer:
             is_stopped = any(status.stop for status in statuses)
             is_ending = is_stopped or window == self._run.windows
             is_missed = any(status.absent for status in statuses)
+            # With too few clients the run waits before it evaluates.
+            may_evaluate = not is_stopped and not is_missed and (is_ending or not self._is_short(statuses))
             goes_far_back = self._rolls_back_to_checkpoint or bool(lost_elsewhere)
             if lost_elsewhere or (is_missed and (self._rolls_back_to_checkpoint or not is_ending)):
                 window = reported = self._roll_back(saved if goes_far_back else window, saving, goes_far_back)
+                self._evaluations.roll_back(window)
                 on_roll_back(window)
-            is_over = is_stopped or window == self._run.windows
+            elif may_evaluate and self._evaluations.is_due(window) and not self._evaluations.run(window):
+                continue  # somebody was lost, whom the run waits for
+            is_over = is_stopped or window == self._run.windows or self._evaluations.is_exhausted
             is_short = not is_over and self._is_short(statuses)
             is_due = is_over or is_short or window % self._run.save_every == 0
             if window > saved and is_due and not (is_missed and goes_far_back) and not lost_elsewhere:
@@ -383,12 +391,15 @@ class RankServer:
         tally.seconds = sum(seconds.values())
         tally.wait_seconds, tally.rank_wait_seconds = seconds.get("clients", 0.0), seconds.get("ranks", 0.0)
         tally.saving_seconds = seconds.get("saving", 0.0)
+        tally.evaluation_seconds = seconds.get("evaluating", 0.0)
         tally.recompiles = self._rooms.engine.take_recompiles()
-        up, down, tally.update_bytes_down = self._rooms.outbox.take_bytes()
+        up, down, tally.update_bytes_down, held_out_down = self._rooms.outbox.take_bytes()
+        held_out_up = self._rooms.inbox.held_out.take_bytes()
+        tally.evaluation_bytes = held_out_up + held_out_down
         tally.update_bytes_up = self._rooms.inbox.update_bytes - self._update_bytes_told
         self._update_bytes_told = self._rooms.inbox.update_bytes
-        tally.bytes_up = up - tally.update_bytes_up
-        tally.bytes_down = down - tally.update_bytes_down
+        tally.bytes_up = up - tally.update_bytes_up - held_out_up
+        tally.bytes_down = down - tally.update_bytes_down - held_out_down
         return tally
 
 

@@ -154,6 +154,17 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def evaluations(self) -> Path:
+        """One line of JSON for each evaluation."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def best_model(self) -> Path:
+        """The merged Hugging Face checkpoint of the lowest held-out loss, with `run.keep_best`; its
+        `evaluation.json` is that evaluation."""
+        return self.path / "hf-best"
+
+    @property
     def model(self) -> Path:
         """The merged Hugging Face checkpoint."""
         return self.path / "hf"

@@ -21,6 +21,7 @@ from fedbert_ds.server.body.settings import zero_stage
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.telemetry.evaluations import Evaluation, read_evaluations, write_evaluations
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_number
 
@@ -40,6 +41,8 @@ class RunReporter:
         self._model_config = half.config
         self.peak: Peak | None = None
         """FLOP/s that all ranks together can reach, once they have measured it."""
+        self.evaluations: tuple[Evaluation, ...] = ()
+        """All that count."""
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._started = time.monotonic()
@@ -116,6 +119,30 @@ class RunReporter:
                 "needed (clients.minimum)"
             )
 
+    def begin_at(self, window: int) -> tuple[Evaluation, ...]:
+        """The evaluations of earlier sessions, of a run that goes on at `window`."""
+        path = RunFolder(self._config.run.directory).evaluations
+        self.evaluations = tuple(read_evaluations(path))
+        self._forget_evaluations(window)
+        return self.evaluations
+
+    def evaluated(self, evaluations: Sequence[Evaluation]) -> None:
+        """Log all evaluations, and show the last. Does nothing outside `following`."""
+        if self._progress is None:
+            return
+        self.evaluations = tuple(evaluations)
+        write_evaluations(RunFolder(self._config.run.directory).evaluations, self.evaluations)
+        last = self.evaluations[-1]
+        self._progress.evaluated(last.window, last.sentence)
+        if last.missing:
+            self._progress.note(f"warning held-out loss before window {last.window} without {', '.join(last.missing)}")
+
+    def _forget_evaluations(self, window: int) -> None:
+        kept = tuple(evaluation for evaluation in self.evaluations if evaluation.window <= window)
+        if kept != self.evaluations:
+            self.evaluations = kept
+            write_evaluations(RunFolder(self._config.run.directory).evaluations, kept)
+
     def _tell_problems(self, statuses: Sequence[RankStatus]) -> None:
         if self._progress is not None:
             for status in statuses:
@@ -126,6 +153,7 @@ class RunReporter:
         """Forget the windows from `window` on: they run again. Does nothing outside `following`."""
         if self._log is not None:
             self._log.roll_back(window)
+            self._forget_evaluations(window)
 
     def facts(self) -> dict[str, str]:
         """Versions, machine, model and duration: the first rows of the report's table."""
@@ -198,7 +226,9 @@ def window_metrics(
         learning_rate=learning_rate,
         rank_wait_seconds=mean(lambda parts: parts.ranks),
         saving_seconds=mean(lambda parts: parts.saving),
+        evaluation_seconds=mean(lambda parts: parts.evaluating),
         host_seconds=mean(lambda parts: parts.host),
+        evaluation_bytes=total("evaluation_bytes"),
         flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
         recompiles=total("recompiles"),
     )
@@ -227,6 +257,7 @@ class TimeParts:
     clients: float
     ranks: float
     saving: float
+    evaluating: float
     host: float
 
 
@@ -235,10 +266,10 @@ def time_parts(tally: Tally, shortest_step: float) -> TimeParts:
     `shortest_step`, that of the last to come, is a wait for other ranks.
     """
     ranks = tally.rank_wait_seconds + tally.step_seconds - shortest_step
-    left = tally.seconds - tally.wait_seconds - ranks - tally.saving_seconds
+    left = tally.seconds - tally.wait_seconds - ranks - tally.saving_seconds - tally.evaluation_seconds
     # A device may compute while the host waits for clients; that time is no one else's either.
     busy = max(0.0, min(tally.busy_seconds + shortest_step, left))
-    return TimeParts(busy, tally.wait_seconds, ranks, tally.saving_seconds, left - busy)
+    return TimeParts(busy, tally.wait_seconds, ranks, tally.saving_seconds, tally.evaluation_seconds, left - busy)
 
 
 def _ranges(numbers: Collection[int]) -> str:

@@ -32,7 +32,8 @@ from fedbert_ds.server.body.peak import peak_of, together
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
-from fedbert_ds.server.hand_over import hand_over
+from fedbert_ds.server.evaluations import Evaluations
+from fedbert_ds.server.hand_over import best_model_keeper, hand_over
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
@@ -72,18 +73,18 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, folder = RankGroup(), RunFolder(config.run.directory)
-    window = _run(config, resume, ranks, folder)
+    is_complete = _run(config, resume, ranks, folder)
     # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
     if ranks.rank != 0:
         return 0
-    if window < config.run.windows:
+    if not is_complete:
         return INTERRUPTED
     address_file.close(folder.address)
     return 0
 
 
-def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -> int:
-    """Train and hand over; returns the window that the run has come to."""
+def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -> bool:
+    """Train and hand over; returns whether the run is complete."""
     stop = StopSignal()
     rule = strategy_of(config.federation, config.wire, config.cut)
     launched_on = allowed_cores()
@@ -158,6 +159,13 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         if ranks.rank == 0:
             for client, seat in start.seats.items():
                 joins.welcome(client, invitation.to(seat))
+        evaluations = Evaluations(
+            rooms,
+            config.run,
+            ranks.broadcast(reporter.begin_at(start.first_window) if ranks.rank == 0 else None),
+            reporter.evaluated,
+            best_model_keeper(rooms, folder, model_config, tokenizer) if config.run.keep_best else None,
+        )
         rank = RankServer(
             rooms,
             config.run,
@@ -167,6 +175,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             start.first_window,
             Newcomers(reception, members, rooms.membership, endpoint.admit, ranks, admit_elsewhere),
             clients.check if config.clients.on_loss == "continue" and elsewhere is None else clients.revive,
+            evaluations,
         )
         rank.connect()
         with reporter.following(start.first_window) if ranks.rank == 0 else nullcontext():
@@ -177,12 +186,23 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         # Without a body no collective keeps another rank from ending its clients before that.
         ranks.barrier()
         figures = list(checkpoints.client_figures.values())
-        hand_over(rooms, config, window, figures, model_config, tokenizer, reporter.facts())
+        is_complete = window == config.run.windows or evaluations.is_exhausted
+        hand_over(
+            rooms,
+            config,
+            window,
+            is_complete,
+            figures,
+            model_config,
+            tokenizer,
+            reporter.facts(),
+            reporter.evaluations,
+        )
         clients.wait(seconds=30)
         # A launcher ends all ranks when the first one leaves with an exit code, and rank 0 is still
         # writing.
         ranks.barrier()
-        return window
+        return is_complete
 
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:

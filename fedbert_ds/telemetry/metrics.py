@@ -65,6 +65,10 @@ class WindowMetrics:
     """Part of `seconds` that saves took, without waits for clients."""
     host_seconds: float = 0.0
     """The rest of `seconds`: the host packs, decodes, launches, keeps books."""
+    evaluation_seconds: float = 0.0
+    """Part of `seconds` that an evaluation before the window took, with its waits."""
+    evaluation_bytes: int = 0
+    """Bytes of that evaluation, both ways; not among the others."""
     flops: float = 0.0
     """Floating-point operations of the body's matrix products, over all ranks; what is computed
     again, for want of memory, is not counted."""
@@ -88,11 +92,12 @@ class Summary:
     """Mean over the stretch, weighted by masked tokens; not a number when nothing was masked."""
     tokens_per_second: float
     busy_share: float
-    """Of the time: the body computed. With the next four shares it makes one."""
+    """Of the time: the body computed. With the next five shares it makes one."""
     wait_share: float
     """Of the time: ranks waited for clients."""
     rank_wait_share: float
     saving_share: float
+    evaluation_share: float
     host_share: float
     flops_per_second: float
     """Of all ranks together."""
@@ -131,6 +136,7 @@ def summary(rows: Sequence[WindowMetrics]) -> Summary:
         wait_share=_share(sum(row.wait_seconds for row in rows), seconds),
         rank_wait_share=_share(sum(row.rank_wait_seconds for row in rows), seconds),
         saving_share=_share(sum(row.saving_seconds for row in rows), seconds),
+        evaluation_share=_share(sum(row.evaluation_seconds for row in rows), seconds),
         host_share=_share(sum(row.host_seconds for row in rows), seconds),
         flops_per_second=_share(sum(row.flops for row in rows), seconds),
         fill=_share(tokens, capacity),

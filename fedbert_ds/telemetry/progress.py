@@ -40,6 +40,7 @@ class Progress:
         self._peak_flops = peak_flops
         self._stream = stream
         self._clock = clock
+        self._held_out = ""
         self._recent: deque[WindowMetrics] = deque(maxlen=RECENT_WINDOWS)
         self._printed_window = -1
         self._printed_at = clock()
@@ -56,6 +57,12 @@ class Progress:
         elif self._is_due(done):
             self._print(f"window {done}/{self._total_windows}  {self._status(done)}")
             self._printed_window, self._printed_at = done, self._clock()
+
+    def evaluated(self, window: int, held_out: str) -> None:
+        """Show the held-out losses of the state before `window` from now on."""
+        self._held_out = held_out
+        if self._live is None:
+            self._print(f"window {window}/{self._total_windows}  {held_out}")
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the live one."""
@@ -90,6 +97,7 @@ class Progress:
         left = (self._total_windows - done) * recent.seconds / recent.windows
         pieces = {
             "loss": f"loss {recent.loss:.2f}",
+            "held out": self._held_out,
             "rate": f"{short_number(recent.tokens_per_second)} tokens/s",
             "busy": f"body busy {100 * recent.busy_share:.0f} %{self._share_of_peak(recent)}",
             "clients": f"{self._recent[-1].clients}/{self._clients_expected} clients",
@@ -98,8 +106,10 @@ class Progress:
         }
         if not any(window.forwards for window in self._recent):  # there is no body
             del pieces["busy"]
+        if not self._held_out:
+            del pieces["held out"]
         # On a narrow terminal what changes least goes first, so that the line stays one line.
-        for name in ("wire", "clients", "busy", "rate"):
+        for name in ("wire", "clients", "busy", "rate", "held out"):
             if width is None or len("  ".join(pieces.values())) <= width:
                 break
             if name == "clients" and self._recent[-1].clients < self._clients_expected:

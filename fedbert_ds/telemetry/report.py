@@ -10,6 +10,7 @@ from itertools import accumulate, cycle
 from pathlib import Path
 
 from fedbert_ds.atomic_write import write_text
+from fedbert_ds.telemetry.evaluations import Evaluation, best_of
 from fedbert_ds.telemetry.metrics import Summary, WindowMetrics, summary
 from fedbert_ds.telemetry.plots import COLORS, picture, short_ticks
 from fedbert_ds.telemetry.progress import duration, short_bytes, short_number
@@ -23,26 +24,42 @@ def write_report(
     rows: Sequence[WindowMetrics],
     facts: Mapping[str, str],
     baselines: Mapping[str, float] | None = None,
+    evaluations: Sequence[Evaluation] = (),
 ) -> Path:
     """Write loss.png and report.html into `folder`; returns the page's path.
 
     `facts` become a table (model, machine, held-out loss ...), `baselines` named lines.
     """
     loss = folder / "loss.png"
-    draw_loss(loss, rows, baselines or {})
+    draw_loss(loss, rows, baselines or {}, evaluations)
     page = folder / "report.html"
-    write_text(page, _page(folder.name, loss.read_bytes(), rows, facts, config_yaml))
+    write_text(page, _page(folder.name, loss.read_bytes(), rows, facts, config_yaml, evaluations))
     return page
 
 
-def draw_loss(path: Path, rows: Sequence[WindowMetrics], baselines: Mapping[str, float]) -> None:
-    """Training loss against tokens: each window thin, smoothed thick, baselines dashed."""
+def draw_loss(
+    path: Path,
+    rows: Sequence[WindowMetrics],
+    baselines: Mapping[str, float],
+    evaluations: Sequence[Evaluation] = (),
+) -> None:
+    """Training loss against tokens: each window thin, smoothed thick, baselines dashed; held-out
+    losses of clients as points.
+    """
     tokens = list(accumulate(row.tokens for row in rows))
     with picture(path, 8, 4) as (_, (axes,)):
         if len(rows) > 1:
             axes.plot(tokens, [row.loss for row in rows], color="#9db7d5", linewidth=0.8, label="each window")
         marker = "" if len(rows) > 1 else "o"
         axes.plot(tokens, smoothed(rows), color=COLORS[0], linewidth=1.8, marker=marker, label="smoothed")
+        told = [evaluation for evaluation in evaluations if evaluation.worst is not None]
+        if told:
+            before = {row.window + 1: count for row, count in zip(rows, tokens, strict=True)}
+            places = [before.get(evaluation.window, 0) for evaluation in told]
+            means = [evaluation.loss for evaluation in told]
+            worst = [evaluation.clients[evaluation.worst].loss for evaluation in told if evaluation.worst]
+            axes.plot(places, means, "o-", color=COLORS[-1], markersize=3, linewidth=1.0, label="held out, clients")
+            axes.plot(places, worst, "^", color=COLORS[-1], markersize=3, label="held out, worst client")
         for (name, value), color in zip(baselines.items(), cycle(COLORS[1:]), strict=False):
             axes.axhline(value, color=color, linewidth=1.2, linestyle="--", label=f"{name} {value:.2f}")
         axes.set_xlabel("tokens")
@@ -66,7 +83,14 @@ def smoothed(rows: Sequence[WindowMetrics]) -> list[float]:
     return means
 
 
-def _page(title: str, loss: bytes, rows: Sequence[WindowMetrics], facts: Mapping[str, str], config_yaml: str) -> str:
+def _page(
+    title: str,
+    loss: bytes,
+    rows: Sequence[WindowMetrics],
+    facts: Mapping[str, str],
+    config_yaml: str,
+    evaluations: Sequence[Evaluation],
+) -> str:
     image = base64.b64encode(loss).decode("ascii")
     whole = summary(rows)
     sections = [
@@ -76,6 +100,7 @@ def _page(title: str, loss: bytes, rows: Sequence[WindowMetrics], facts: Mapping
         _table("Progress", _progress(rows, whole)),
         _table("The body", _body(whole)),
         _table("The wire, bytes per token", _wire(whole)),
+        *([_table("Held-out loss by client, nats per masked token", _held_out(evaluations))] if evaluations else []),
         "</div>",
         f"<details><summary>Configuration</summary><pre>{html.escape(config_yaml)}</pre></details>",
     ]
@@ -100,10 +125,21 @@ def _body(whole: Summary) -> Table:
         ("waiting for clients", _percent(whole.wait_share)),
         ("waiting for other ranks", _percent(whole.rank_wait_share)),
         ("saving", _percent(whole.saving_share)),
+        ("evaluating", _percent(whole.evaluation_share)),
         ("host", _percent(whole.host_share)),
         ("fill of micro-batches", _percent(whole.fill)),
         ("dummy micro-batches", _percent(whole.dummy_share)),
     ]
+
+
+def _held_out(evaluations: Sequence[Evaluation]) -> Table:
+    last, best = evaluations[-1], best_of(evaluations)
+    rows = [(name, f"{loss.loss:.3f}") for name, loss in last.clients.items()]
+    rows += [(name, "did not report") for name in last.missing]
+    rows.append((f"all, before window {last.window}", f"{last.loss:.3f}"))
+    if best is not None:
+        rows.append((f"lowest of all, before window {best.window}", f"{best.loss:.3f}"))
+    return rows
 
 
 def _wire(whole: Summary) -> Table:

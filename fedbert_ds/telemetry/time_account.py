@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-Part = Literal["work", "clients", "ranks", "saving"]
+Part = Literal["work", "clients", "ranks", "saving", "evaluating"]
 """What the host does: its own work, which is most of it, or wait for clients or for other ranks; or
-it saves."""
+it saves, or evaluates."""
 
 
 class TimeAccount:
@@ -22,9 +22,11 @@ class TimeAccount:
 
     @contextmanager
     def charged(self, part: Part) -> Iterator[None]:
-        """Charge what happens inside to this part. A block within a block has its time alone."""
+        """Charge what happens inside to this part. A block within a block has its time alone, but
+        an evaluation has all of its own, waits too.
+        """
         before = self._part
-        self._turn_to(part)
+        self._turn_to(before if before == "evaluating" else part)
         try:
             yield
         finally:

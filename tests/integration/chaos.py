@@ -116,15 +116,18 @@ def _disturbance(kill: Kill) -> tuple[str, str, int]:
     return ("ranks" if kill.who.startswith("rank") else kill.who), kill.phase, kill.window
 
 
-def train(folder: Path, name: str, mode: str, kills: Sequence[Kill], timeout: float = 240.0) -> Outcome:
-    """One run of `mode` with these deaths."""
+def train(
+    folder: Path, name: str, mode: str, kills: Sequence[Kill], timeout: float = 240.0, evaluates: bool = False
+) -> Outcome:
+    """One run of `mode` with these deaths; if it `evaluates`, before every window but the first."""
     place = folder / name
     place.mkdir()
     data = write_text(place)
     tree = run_file(
         place,
         "run",
-        run={"windows": WINDOWS, "save_every": SAVE_EVERY},
+        run={"windows": WINDOWS, "save_every": SAVE_EVERY, "evaluate_every": 1 if evaluates else None},
+        data={"client_held_out": 0.3 if evaluates else 0.0},
         model={"num_hidden_layers": 2, "dropout": 0.1},
         window={"order": "fixed", "tokens": 400},
         clients={"on_loss": "wait", "join_timeout": 120, "reconnect_timeout": 0.5},

@@ -136,6 +136,8 @@ def _arm_client(kill: Kill, folder: Path) -> None:
             _before(ClientTrainer, "handle", receives("hidden", "open"), kill, folder, after=True)
         case "gradient":
             _before(ServerStream, "send", sends("gradient", "trained"), kill, folder)
+        case "evaluation":
+            _before(ServerStream, "send", sends("evaluated"), kill, folder)
         case "averaging":
             _before(ServerStream, "send", sends("update"), kill, folder, after=True)
         case "commit":
@@ -220,5 +222,7 @@ def _arm_rank(kill: Kill, folder: Path) -> None:
                 _before(engine, "step", in_window, kill, folder, after=True)
         case "checkpoint":
             _before(checkpoint, "complete", lambda _, __, window, *___: window == kill.window, kill, folder)
+        case "evaluation":
+            _before(MicroBatches, "evaluate", of_window, kill, folder)
         case "line":
             _before(ClientService, "wait", in_window, kill, folder, then=_hang_up)

@@ -9,12 +9,14 @@ from unittest import mock
 
 import torch
 
+from fedbert_ds.server import evaluations
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue import priority
 from fedbert_ds.server.queue.schedule import State
 from fedbert_ds.server.run_reporter import RunReporter
+from fedbert_ds.telemetry.evaluations import HeldOutLoss, evaluation_of
 from fedbert_kernels.encoded import Encoded
 
 
@@ -79,12 +81,20 @@ def _stops_before_window_3(self, window, statuses):
     return _window(self, window, statuses)
 
 
+def _worse_each_time(window, losses, asked):
+    worse = {name: HeldOutLoss(loss.loss_sum * 2**window, loss.masked_tokens) for name, loss in losses.items()}
+    return evaluation_of(window, worse, asked)
+
+
 Patches = list[tuple[object, str, object]]
 
 VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_backward", _newest_backward_first)]}
 """Orders other than the queue's own. The result must stay the same."""
 
-INTERRUPTIONS: dict[str, Patches] = {"stopped before window 3": [(RunReporter, "window", _stops_before_window_3)]}
+INTERRUPTIONS: dict[str, Patches] = {
+    "stopped before window 3": [(RunReporter, "window", _stops_before_window_3)],
+    "evaluations grow worse": [(evaluations, "evaluation_of", _worse_each_time)],
+}
 
 FAULTS: dict[str, Patches] = {
     "gradient scale off by the world size": [

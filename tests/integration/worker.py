@@ -126,11 +126,11 @@ class _Recorder:
         self._input_gradients: dict[tuple[int, int], dict] = {}
 
     def trainer(self, *arguments):
-        """A recorded ClientTrainer with these arguments."""
+        """A recorded ClientTrainer with these arguments, held-out text last."""
         from fedbert_ds.client.trainer import ClientTrainer
 
         recorder = self
-        *others, send = arguments
+        *others, send, held_out = arguments
 
         class RecordedTrainer(ClientTrainer):
             def handle(self, message) -> None:
@@ -141,7 +141,7 @@ class _Recorder:
             self._record_sent(message)
             send(message)
 
-        return RecordedTrainer(*others, recorded_send)
+        return RecordedTrainer(*others, recorded_send, held_out)
 
     def write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,6 +163,8 @@ class _Recorder:
             self._lengths[message.manifest.window] = list(message.manifest.lengths)
         elif message.WhichOneof("body") == "activations":
             answer = message.activations
+            if answer.held_out_lengths:
+                return
             place, num_rows = (answer.window, answer.micro_batch), answer.values.shape[0]
             tokens = sum(self._lengths[answer.window][slice(*self._sequences[place])])
             if answer.row_index or num_rows < tokens:

@@ -49,6 +49,7 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
         (["aggregator", "--config", "no.yaml"], "no.yaml: no such run file"),
         (["aggregator", "--config", "empty.yaml"], "aggregator: the run file has no such section"),
         (["merge", "--body", "b", "--client-model", "c", "--out", "o"], "b/body.safetensors: no half of a run"),
+        (["client", "--server", "x:1", "--data", "y", "--held-out", "1.5"], "--held-out 1.5: a share of the text"),
         (["client", "--server", "x:1", "--data", "y", "--ca", "ca.pem"], "--ca, --certificate and --key"),
         (["client", "--server", "x:1", "--data", "no-such-file.txt"], "no-such-file.txt"),
     ],

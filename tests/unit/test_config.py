@@ -201,6 +201,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"aggregator": {"address": "here:5", "secret": "s"}, "cut": "whole", "federation": {"mode": "parallel"}},
      "cut: whole leaves the server nothing but the client model, which the section aggregator gives to another party; "
      "remove the section or change the cut"),
+    ({"run": {"evaluate_every": 5}},
+     "run.evaluate_every needs text that clients keep out of training; set data.client_held_out, 0.05 say"),
+    ({"run": {"keep_best": True}}, "run.keep_best needs evaluations; set run.evaluate_every"),
+    ({"run": {"early_stopping_patience": 2}}, "run.early_stopping_patience needs evaluations; set run.evaluate_every"),
+    ({"run": {"keep_best": True, "evaluate_every": 5}, "data": {"client_held_out": 0.1},
+      "aggregator": {"address": "here:5", "secret": "s"}},
+     "run.keep_best writes the whole model, and the client model is with the aggregator; remove run.keep_best or the "
+     "section aggregator"),
     ({"wire": {"updates": "int2_hadamard"}},
      "wire.updates int2_hadamard is for changes of weights, federation.mode: parallel"),
     ({"cut": "whole"},

@@ -181,6 +181,20 @@ class BodyEngine:
         self._tokens[micro_batch] = body_input.tokens
         return self._device.start(partial(self._forward, micro_batch, body_input.to(self._device)), load, codec)
 
+    def evaluate(self, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
+        """Hidden states as `forward`'s, without dropout; nothing is in flight after it."""
+        there, body = body_input.to(self._device), self._engine.module
+
+        @torch.no_grad()
+        def compute() -> Tensor:
+            body.eval()
+            try:
+                return self._run(there, there.values(body.input_dtype)).detach()
+            finally:
+                body.train()
+
+        return self._device.start(compute, Load("evaluation", body_input.tokens), codec)
+
     def backward(
         self, micro_batch: int, hidden_gradient: Sequence[Encoded], is_last: bool, codec: str = "fp32"
     ) -> DeviceWork:
@@ -200,7 +214,13 @@ class BodyEngine:
             self._inputs[micro_batch] = body_input
             with torch.no_grad():
                 return self._run(body_input, activations).detach()
-        hidden = self._run_measured(body_input, activations.requires_grad_(True))
+        activations.requires_grad_(True)
+        if self._bytes_in_flight or not len(body_input.masked_positions):
+            hidden = self._run(body_input, activations)
+        else:
+            with saved_bytes(self._engine.module.parameters()) as saved:
+                hidden = self._run(body_input, activations)
+            self._bytes_in_flight = saved.num_bytes
         self._graphs[micro_batch] = activations, hidden
         return hidden.detach()
 
@@ -314,16 +334,9 @@ class BodyEngine:
         """
         return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else MOST_IN_FLIGHT
 
-    def _run_measured(self, body_input: BodyInput, activations: Tensor) -> Tensor:
-        if self._bytes_in_flight or not len(body_input.masked_positions):
-            return self._run(body_input, activations)
-        with saved_bytes(self._engine.module.parameters()) as saved:
-            hidden = self._run(body_input, activations)
-        self._bytes_in_flight = saved.num_bytes
-        return hidden
-
     def _run(self, body_input: BodyInput, activations: Tensor) -> Tensor:
-        seed_dropout(body_input.seed, self._device.device)
+        if self._engine.module.training:  # else no random number is drawn
+            seed_dropout(body_input.seed, self._device.device)
         # DeepSpeed's own forward prepares for a backward of its own, as there is at stage 3.
         forward = self._engine if self._stage == 3 else self._engine.module
         return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)

@@ -22,7 +22,7 @@ LEAST_TOKENS = 16
 class Load:
     """What one work is."""
 
-    kind: Literal["forward", "backward"]
+    kind: Literal["forward", "backward", "evaluation"]
     tokens: int
 
 

@@ -39,7 +39,8 @@ class Outbox:
         self._framing = ThreadPoolExecutor(threads, thread_name_prefix="framing")
         self._counting = threading.Lock()
         """Held while a message is sent and counted, so that `take_bytes` sees both or neither."""
-        self._update_bytes = self._update_bytes_taken = 0
+        self._update_bytes = self._held_out_bytes = 0
+        """Sent since the last `take_bytes`."""
         self._failure: BaseException | None = None
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
@@ -69,13 +70,15 @@ class Outbox:
         self._thread.submit(lambda: None).result()
         self.check()
 
-    def take_bytes(self) -> tuple[int, int, int]:
-        """Bytes received, sent, and sent as updates or as a reference, since the last call."""
+    def take_bytes(self) -> tuple[int, int, int, int]:
+        """Bytes received and sent since the last call; of those sent, what was updates or a
+        reference, and what was of evaluations.
+        """
         with self._counting:
             up, down = self._endpoint.take_bytes()
-            updates = self._update_bytes - self._update_bytes_taken
-            self._update_bytes_taken = self._update_bytes
-        return up, down, updates
+            updates, self._update_bytes = self._update_bytes, 0
+            held_out, self._held_out_bytes = self._held_out_bytes, 0
+        return up, down, updates, held_out
 
     def _put(self, work: Callable[..., None], *arguments: Any) -> None:
         self.check()
@@ -97,3 +100,5 @@ class Outbox:
                     self._endpoint.send(client, message)
                 if message.HasField("update") or message.HasField("reference"):
                     self._update_bytes += message.ByteSize() * len(clients)
+                if message.HasField("hidden") and message.hidden.held_out:
+                    self._held_out_bytes += message.ByteSize() * len(clients)

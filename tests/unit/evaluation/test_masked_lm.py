@@ -226,3 +226,31 @@ def test_text_too_short_to_mask(bert: str) -> None:
         evaluate_masked_lm(bert, [Article("", "no")], mask_probability=1e-9)
     with pytest.raises(DataError, match="no token in it"):
         evaluate_masked_lm(bert, [])
+
+
+def test_several_workers_give_the_same_number(bert: str) -> None:
+    alone = evaluate_masked_lm(bert, ARTICLES, batch_size=2)
+    together = evaluate_masked_lm(bert, ARTICLES, batch_size=2, workers=2)
+    assert together.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert (together.masked_tokens, together.sequences) == (alone.masked_tokens, alone.sequences)
+
+
+def test_devices_and_workers_that_are_none(bert: str) -> None:
+    with pytest.raises(ModelError, match=r"0 workers compute nothing; use 1 or more"):
+        evaluate_masked_lm(bert, ARTICLES, workers=0)
+    with pytest.raises(ModelError, match=r"device nonsense: cannot be used here"):
+        evaluate_masked_lm(bert, ARTICLES, device="nonsense")
+    with pytest.raises(ModelError, match=r"device cuda:77: cannot be used here"):
+        evaluate_masked_lm(bert, ARTICLES, device="cuda:77")
+
+
+def test_progress_is_quiet_in_a_log_and_shown_on_a_terminal(
+    bert: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    evaluate_masked_lm(bert, ARTICLES, shows_progress=True)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    evaluate_masked_lm(bert, ARTICLES, shows_progress=True)
+    assert "batches: 100%" in capfd.readouterr().err

@@ -100,6 +100,10 @@ class FakeClient:
             case "open":
                 self._windows.open(message.open.window, message.open.micro_batch)
                 answers += self._activations_due()
+            case "evaluate":
+                answers += self._evaluate(message.evaluate.window)
+            case "hidden" if message.hidden.held_out:
+                answers += self._held_out_loss(message.hidden)
             case "hidden":
                 answers.append(self._gradient(message.hidden))
             case "input_gradient":
@@ -129,6 +133,43 @@ class FakeClient:
             case "refused":
                 self.refusal, self.may_return = message.refused.reason, message.refused.may_return
         return [altered for answer in answers for altered in self._alter(next(self._sent), answer)]
+
+    def _evaluate(self, window: int) -> list[pb.ClientMessage]:
+        """Each of its sequences is a part, two of them on their way."""
+        if self._strategy.trains_alone:
+            return [self._held_out_report(window, number) for number in range(len(self.lengths))]
+        return [self._held_out_part(window, number) for number in range(min(2, len(self.lengths)))]
+
+    def _held_out_part(self, window: int, number: int) -> pb.ClientMessage:
+        tokens = self.lengths[number]
+        message = pb.Activations(
+            window=window,
+            micro_batch=number,
+            values=encode(self.numbers(-1 - number, "held out", tokens), self._config.wire.activations),
+            masked_positions=encode_positions(torch.arange(tokens // 2), tokens),
+            held_out_lengths=[tokens],
+        )
+        if self._config.cut == "rows":
+            message.row_index = encode_row_index(torch.arange(tokens), tokens)
+        return pb.ClientMessage(activations=message)
+
+    def _held_out_loss(self, hidden: pb.Hidden) -> list[pb.ClientMessage]:
+        tokens = self.lengths[hidden.micro_batch]
+        theirs = decode(hidden.values, (tokens // 2, WIDTH), hidden.values.codec, "hidden")
+        if hidden.values.codec == "fp32":
+            assert torch.equal(theirs, 2.0 * self.numbers(-1 - hidden.micro_batch, "held out", tokens)[: tokens // 2])
+        following = hidden.micro_batch + 2
+        sent = [self._held_out_part(hidden.window, following)] if following < len(self.lengths) else []
+        return [*sent, self._held_out_report(hidden.window, hidden.micro_batch)]
+
+    def _held_out_report(self, window: int, number: int) -> pb.ClientMessage:
+        """A loss of 3 nats a masked token, and of the window's number in all."""
+        masked = self.lengths[number] // 2
+        is_last = number == len(self.lengths) - 1
+        loss = 3.0 * masked + window * is_last
+        return pb.ClientMessage(
+            evaluated=pb.Evaluated(window=window, loss_sum=loss, masked_tokens=masked, last=is_last)
+        )
 
     def numbers(self, micro_batch: int, what: str, count: int) -> Tensor:
         random = torch.Generator().manual_seed(hash((self.name, micro_batch, what)) % 2**31)

@@ -27,6 +27,7 @@ from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, RankStatus, TensorContract
+from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.hand_over import collect_client_model
 from fedbert_ds.server.network.decoding import DecodedEvent, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAsked, Received
@@ -76,6 +77,12 @@ class FakeEngine:
         per_token = self._per_token(body_input, Encoded.join(body_input.activations).decode())
         assert len(per_token) == bounds[-1]
         self.tokens += len(per_token)
+        return self._device_work(Encoded.of(2.0 * per_token[body_input.masked_positions], codec), self._seconds)
+
+    def evaluate(self, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
+        self._work()
+        per_token = self._per_token(body_input, Encoded.join(body_input.activations).decode())
+        assert len(per_token) == int(body_input.cu_seqlens[-1])
         return self._device_work(Encoded.of(2.0 * per_token[body_input.masked_positions], codec), self._seconds)
 
     def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
@@ -338,7 +345,11 @@ class Served:
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
         newcomers = Newcomers(self.reception, self.members, self.rooms.membership, endpoint.admit, rank_group)
-        self.server = RankServer(self.rooms, config.run, config.clients, config.optimizer, limits, 0, newcomers)
+        self.evaluations = Evaluations(self.rooms, config.run)
+        self.server = RankServer(
+            self.rooms, config.run, config.clients, config.optimizer, limits, 0, newcomers,
+            evaluations=self.evaluations,
+        )  # fmt: skip
         self._temporary = tempfile.TemporaryDirectory()
         path = Path(self._temporary.name)
         self.folder: Any = SimpleNamespace(
@@ -376,7 +387,13 @@ class Rank:
         device_work: Callable[[Encoded, float], DeviceWork] = DeviceWork,
     ) -> None:
         self.clock = Clock()
-        for module in ("server.rank", "server.client_service", "server.newcomers", "telemetry.time_account"):
+        for module in (
+            "server.evaluations",
+            "server.rank",
+            "server.client_service",
+            "server.newcomers",
+            "telemetry.time_account",
+        ):
             monkeypatch.setattr(f"fedbert_ds.{module}.time", SimpleNamespace(monotonic=self.clock.monotonic))
         for module in ("federation.aggregator", "federation.update_exchange", "server.network.outbox"):
             monkeypatch.setattr(f"fedbert_ds.{module}.ThreadPoolExecutor", InlineThread)

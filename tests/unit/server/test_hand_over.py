@@ -108,7 +108,16 @@ class Ended:
 
     def hand_over(self, window: int) -> None:
         figures = [pb.Saved(peak_memory_bytes=600_000_000, flops_per_token=2e6), pb.Saved(peak_memory_bytes=1)]
-        hand_over(self.rooms, self.config, window, figures, self.model_config, self.tokenizer, FACTS)
+        hand_over(
+            self.rooms,
+            self.config,
+            window,
+            window == self.config.run.windows,
+            figures,
+            self.model_config,
+            self.tokenizer,
+            FACTS,
+        )
 
 
 def test_a_complete_run_is_merged_evaluated_and_reported(

@@ -12,7 +12,7 @@ from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import vocabulary_hash
-from fedbert_ds.errors import ConfigError
+from fedbert_ds.errors import ConfigError, DataError
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.run_folder import Layout, RunFolder
@@ -97,3 +97,12 @@ def test_a_run_of_an_earlier_version_that_has_saved_is_prepared(tmp_path: Path) 
     folder.checkpoints.of(3).mkdir(parents=True)
     folder.checkpoints.mark_complete(3, Layout(1, 0))
     assert is_prepared(folder)
+
+
+def test_a_shard_too_small_to_hold_text_out_is_refused_at_once(tmp_path: Path, source: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    data = {"source": [str(source)], "held_out": 0.2, "client_held_out": 0.1, "max_articles": 6, "shards": "equal"}
+    with pytest.raises(DataError, match=r"data\.client_held_out: a local client has 1 article, which cannot"):
+        prepare_text(config_of(source, data=data), folder)
+    prepare_text(config_of(source, data=data | {"client_held_out": 0.0}), folder)

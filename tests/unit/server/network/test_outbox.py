@@ -88,10 +88,12 @@ def test_bytes_of_client_updates_are_counted_apart_and_once() -> None:
     outbox, _ = outbox_and_endpoint()
     outbox.send("ada", OPEN)
     outbox.send_coded(["ada", "bo"], lambda: [UPDATE, UPDATE])
+    held_out = pb.ServerMessage(hidden=pb.Hidden(window=1, held_out=True))
+    outbox.send_framed("bo", lambda: held_out)
     outbox.settle()
     updates = 4 * UPDATE.ByteSize()
-    assert outbox.take_bytes() == (7, updates + OPEN.ByteSize(), updates)
-    assert outbox.take_bytes() == (7, 0, 0)
+    assert outbox.take_bytes() == (7, updates + OPEN.ByteSize() + held_out.ByteSize(), updates, held_out.ByteSize())
+    assert outbox.take_bytes() == (7, 0, 0, 0)
 
 
 @pytest.mark.parametrize("kind", ["coded", "framed"])

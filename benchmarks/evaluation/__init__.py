@@ -1,0 +1,1 @@
+"""Ways to batch held-out text, side by side."""

@@ -58,7 +58,7 @@ class EvaluationOptions:
 
 def bench_evaluation(options: EvaluationOptions) -> None:
     """Measure every way in turns, print a table, write the record."""
-    articles = list(read_articles([options.data], max_articles=20 if options.quick else None))
+    articles = list(read_articles([options.data], max_articles=20 if options.quick else 150))
     tokenizer = train_wordpiece(articles, 500 if options.quick else 4000)
     model = build_model(QUICK if options.quick else SHAPE, len(tokenizer), tokenizer.pad_token_id, SEED).eval()
     text = encode(articles, tokenizer, LENGTH)

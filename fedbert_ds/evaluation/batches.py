@@ -11,6 +11,9 @@ from torch import Tensor
 from fedbert_ds.data.masking import EncodedText, Masker
 from fedbert_ds.seeding import generator
 
+LIKE = 0.9
+"""Length of the shortest sequence of a batch, as a share of the longest, at least."""
+
 
 @dataclass(frozen=True)
 class MaskedText:
@@ -65,7 +68,8 @@ def batches_of(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[list
     most = batch_size * int(lengths[sequences[-1]])
     batches: list[list[int]] = [[]]
     for number in sequences.tolist():
-        if batches[-1] and (len(batches[-1]) + 1) * int(lengths[number]) > most:
+        longest, batch = int(lengths[number]), batches[-1]
+        if batch and ((len(batch) + 1) * longest > most or int(lengths[batch[0]]) < LIKE * longest):
             batches.append([])
         batches[-1].append(number)
     return batches

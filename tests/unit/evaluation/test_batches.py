@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbert_ds.evaluation.batches import MaskedText, batches_of
+from fedbert_ds.evaluation.batches import LIKE, MaskedText, batches_of
 
 
 @given(st.lists(st.integers(1, 128), min_size=1, max_size=200), st.integers(1, 40))
@@ -20,7 +20,9 @@ def test_every_sequence_is_in_one_batch_within_the_bound(lengths: list[int], bat
     assert max(padded) <= batch_size * max(lengths)
     # None could be joined with the next: its first would not have fitted.
     for batch, following in itertools.pairwise(batches):
-        assert (len(batch) + 1) * lengths[following[0]] > batch_size * max(lengths)
+        longest = lengths[following[0]]
+        assert (len(batch) + 1) * longest > batch_size * max(lengths) or lengths[batch[0]] < LIKE * longest
+    assert all(min(of) >= LIKE * max(of) for batch in batches for of in [[lengths[number] for number in batch]])
 
 
 def test_of_many_sequences_little_is_padding() -> None:

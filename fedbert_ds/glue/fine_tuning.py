@@ -88,6 +88,9 @@ def predict(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: Encoded, recipe: Recipe
 ) -> NDArray[np.int64] | NDArray[np.float64]:
     """A label's number [n] int64, or a score [n] float64, for each example, in their order."""
+    from transformers import DataCollatorWithPadding
+
+    collate = DataCollatorWithPadding(tokenizer)
     was_training = model.training
     model.eval()
     # Like lengths together: less padding, which changes no more than rounding.
@@ -95,15 +98,13 @@ def predict(
     outputs: list[Tensor] = []
     for start in range(0, len(order), PREDICTION_BATCH):
         rows = [examples[row] for row in order[start : start + PREDICTION_BATCH]]
-        batch = tokenizer.pad(
-            [{name: value for name, value in row.items() if name != "label"} for row in rows], return_tensors="pt"
-        )
+        batch = collate([{name: value for name, value in row.items() if name != "label"} for row in rows])
         with _autocast(model, recipe):
-            outputs.append(model(**batch.to(model.device)).logits.float().cpu())
+            logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        outputs.append(logits.float().cpu())
     model.train(was_training)
-    logits = torch.cat(outputs)
-    in_order = torch.empty_like(logits)
-    in_order[order] = logits
+    in_order = torch.cat(outputs)
+    in_order[order] = in_order.clone()
     if in_order.shape[1] == 1:
         return in_order[:, 0].double().numpy()
     return in_order.argmax(dim=1).numpy()

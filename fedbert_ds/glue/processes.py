@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -98,6 +99,7 @@ def _work(job: Arguments, device: str, workers: int, sender: Connection) -> None
     """A process: progress, then None when the run is done, or the error that the user can mend."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its processes itself
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     try:

@@ -22,7 +22,7 @@ from fedbert_ds.glue.submission import write_predictions
 from fedbert_ds.seeding import generator
 from fedbert_ds.tasks.glue_data import Examples, TaskData, read_task
 from fedbert_ds.tasks.glue_tasks import GLUE, GlueTask
-from fedbert_ds.tasks.metrics import score, task_score
+from fedbert_ds.tasks.metrics import Values, score, task_score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -140,87 +140,101 @@ def fine_tune_run(
     """
     from transformers import set_seed
 
-    task = GLUE[run.task_name]
-    data = source.read(task)
+    data = source.read(GLUE[run.task_name])
     tokenizer = load_task_tokenizer(model_name)
     set_seed(run.seed)  # of a new classifier
-    model = load_classifier(model_name, task)
+    model = load_classifier(model_name, GLUE[run.task_name])
     check_fits(model_name, model, tokenizer, recipe.length)
     model.to(torch.device(device))  # type: ignore[arg-type]
-    train = encode(data.train, tokenizer, recipe.length)
-    dev = {split: encode(examples, tokenizer, recipe.length) for split, examples in data.dev.items()}
-    labels = {split: np.array([example.label for example in examples]) for split, examples in data.dev.items()}
-
-    began = reported = time.monotonic()
-    epochs: list[dict[str, Any]] = []
-    best: dict[str, Any] = {}
-    best_score = -math.inf
-    losses: list[torch.Tensor] = []
-    for step in fine_tune(model, tokenizer, train, recipe, run.seed):
-        losses.append(step.loss)
-        now = time.monotonic()
-        if not step.ends_epoch and now - reported < PROGRESS_SECONDS:
-            continue
-        reported = now
-        left = (recipe.steps(len(train)) - step.number) * (now - began) / step.number
-        loss = float(torch.stack(losses).mean())
-        if not math.isfinite(loss):
-            raise RunError(f"{run.name}: the loss is {loss} at step {step.number}; use a smaller --learning-rate")
-        value = None
-        if step.ends_epoch:
-            scores = {
-                split: score(task.metrics, labels[split], predict(model, tokenizer, examples, recipe))
-                for split, examples in dev.items()
-            }
-            value = task_score(scores)
-            epochs.append({"epoch": step.epoch, "train_loss": loss, "score": value, "dev": scores})
-            if recipe.best_epoch and value > best_score:
-                best_score = value
-                best = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-            losses = []
-        report(Progress(run, step.epoch, step.number, recipe.steps(len(train)), loss, left, value))
-
-    if recipe.best_epoch:
-        model.load_state_dict(best)
-        kept = max(epochs, key=lambda epoch: epoch["score"])  # the first of equals, as above
-    else:
-        kept = epochs[-1]
-    _write_outputs(run, out, task, data, model, tokenizer, recipe)
+    began = time.monotonic()
+    tuned = _FineTuning(run, recipe, data, model, tokenizer)
+    tuned.train(report)
+    tuned.write_outputs(run.folder(out))
     result = {
         "task": run.task_name,
         "row": run.row,
         "seed": run.seed,
         "settings": dict(settings),
-        "train_examples": len(train),
-        "score": kept["score"],
-        "dev": kept["dev"],
-        "epoch": kept["epoch"],
-        "epochs": epochs,
+        "train_examples": len(data.train),
+        "score": tuned.kept["score"],
+        "dev": tuned.kept["dev"],
+        "epoch": tuned.kept["epoch"],
+        "epochs": tuned.epochs,
         "seconds": round(time.monotonic() - began, 1),
         "device": device,
     }
     write_text(run.folder(out) / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-def _write_outputs(
-    run: Run,
-    out: Path,
-    task: GlueTask,
-    data: TaskData,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-) -> None:
-    from fedbert_ds.model.checkpoint import quiet_transformers
+class _FineTuning:
+    """A model while it is trained and after it: scores of its epochs, and the epoch that counts."""
 
-    folder = run.folder(out)
-    for split, examples in data.test.items():
-        encoded: Encoded = encode(examples, tokenizer, recipe.length)
-        write_predictions(folder, task, split, predict(model, tokenizer, encoded, recipe))
-    if run.keeps_model:
-        with quiet_transformers():
-            model.save_pretrained(folder / MODEL)
-            tokenizer.save_pretrained(folder / MODEL)
+    def __init__(
+        self, run: Run, recipe: Recipe, data: TaskData, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        self.epochs: list[dict[str, Any]] = []
+        self.kept: dict[str, Any] = {}
+        """The entry of `epochs` whose weights the model has after training."""
+        self._run, self._recipe, self._task, self._data = run, recipe, GLUE[run.task_name], data
+        self._model, self._tokenizer = model, tokenizer
+
+    def train(self, report: Callable[[Progress], None]) -> None:
+        """All epochs; the model is left with the weights of the one that counts."""
+        train = self._encoded(self._data.train)
+        dev = {split: self._encoded(examples) for split, examples in self._data.dev.items()}
+        steps = self._recipe.steps(len(train))
+        began = reported = time.monotonic()
+        losses: list[torch.Tensor] = []
+        best_weights: dict[str, torch.Tensor] = {}
+        for step in fine_tune(self._model, self._tokenizer, train, self._recipe, self._run.seed):
+            losses.append(step.loss)
+            now = time.monotonic()
+            if not step.ends_epoch and now - reported < PROGRESS_SECONDS:
+                continue
+            reported = now
+            loss = float(torch.stack(losses).mean())
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"{self._run.name}: the loss is {loss} at step {step.number}; use a smaller --learning-rate"
+                )
+            score_now = None
+            if step.ends_epoch:
+                scores = self._dev_scores(dev)
+                score_now, losses = task_score(scores), []
+                self.epochs.append({"epoch": step.epoch, "train_loss": loss, "score": score_now, "dev": scores})
+                if not self._recipe.best_epoch:
+                    self.kept = self.epochs[-1]
+                elif not self.kept or score_now > self.kept["score"]:
+                    self.kept = self.epochs[-1]
+                    best_weights = {name: one.cpu().clone() for name, one in self._model.state_dict().items()}
+            left = (steps - step.number) * (now - began) / step.number
+            report(Progress(self._run, step.epoch, step.number, steps, loss, left, score_now))
+        if best_weights:
+            self._model.load_state_dict(best_weights)
+
+    def write_outputs(self, folder: Path) -> None:
+        """Predictions on test sets, and the model if the run keeps it."""
+        from fedbert_ds.model.checkpoint import quiet_transformers
+
+        for split, examples in self._data.test.items():
+            write_predictions(folder, self._task, split, self._predicted(self._encoded(examples)))
+        if self._run.keeps_model:
+            with quiet_transformers():
+                self._model.save_pretrained(folder / MODEL)
+                self._tokenizer.save_pretrained(folder / MODEL)
+
+    def _encoded(self, examples: Examples) -> Encoded:
+        return encode(examples, self._tokenizer, self._recipe.length)
+
+    def _predicted(self, encoded: Encoded) -> Values:
+        return predict(self._model, self._tokenizer, encoded, self._recipe)
+
+    def _dev_scores(self, dev: Mapping[str, Encoded]) -> dict[str, dict[str, float]]:
+        """Metrics by split."""
+        return {
+            split: score(self._task.metrics, np.array([one["label"] for one in encoded]), self._predicted(encoded))
+            for split, encoded in dev.items()
+        }
 
 
 def _drawn(examples: Examples, limit: int | None, name: str) -> Examples:

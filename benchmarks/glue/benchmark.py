@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.glue.plain import plain_run
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.glue.recipe import recipe_of
@@ -82,7 +84,8 @@ def bench_glue(options: GlueOptions) -> None:
 def _row(ours: Mapping[str, Any], plain: Mapping[str, Any]) -> dict[str, Any]:
     losses = plain["losses"]
     steps = len(losses) // len(ours["epochs"])
-    epoch_losses = [sum(losses[start : start + steps]) / steps for start in range(0, len(losses), steps)]
+    # In fp32, as ours: another precision would round the mean otherwise.
+    epoch_losses = [float(torch.tensor(losses[start : start + steps]).mean()) for start in range(0, len(losses), steps)]
     return {
         "task": ours["task"],
         "seed": ours["seed"],

@@ -21,11 +21,11 @@ MINUTES ?= 12
 OUT ?= runs/card.json
 
 ifeq ($(DEVICE),cuda)
-EXTRAS := server,data,dev,gpu
+EXTRAS := server,data,glue,dev,gpu
 PINS :=
 RANKS ?= $(shell nvidia-smi -L | wc -l)
 else
-EXTRAS := server,data,dev
+EXTRAS := server,data,glue,dev
 PINS := --constraint constraints.txt
 RANKS ?= 2
 export DS_ACCELERATOR := cpu

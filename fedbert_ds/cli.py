@@ -1,4 +1,4 @@
-"""The console command `fedbert-ds`: be a client or an aggregator, merge, evaluate, measure."""
+"""The console command `fedbert-ds`: client, aggregator, merging, evaluation, GLUE, measurements."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from fedbert_ds import __version__
 from fedbert_ds.bench.commands import add_benches
 from fedbert_ds.errors import ConfigError, one_line_errors
+from fedbert_ds.glue.command import add_glue
 from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_aggregator(subcommands)
     _add_merge(subcommands)
     _add_eval(subcommands)
+    add_glue(subcommands)
     add_benches(subcommands)
     _add_plan(subcommands)
     add_vocab(subcommands)

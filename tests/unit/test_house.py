@@ -24,6 +24,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": BASE | {"kernels"},
     "data": BASE,
     "telemetry": BASE,
+    "tasks": BASE,
+    "glue": BASE | {"data", "model", "tasks", "telemetry"},
     "federation": BASE | {"model", "wire"},
     "evaluation": BASE | {"data", "model"},
     "client": BASE | {"data", "federation", "model", "wire"},
@@ -42,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"client", "data", "evaluation", "federation", "kernels", "model", "server", "server.body", "server.contract"}
     | {"server.network", "server.queue", "telemetry", "wire"},
     "vocabulary": BASE | {"data", "telemetry"},
-    "cli": BASE | {"aggregator", "bench", "client", "evaluation", "model", "planner", "vocabulary", "wire"},
+    "cli": BASE | {"aggregator", "bench", "client", "evaluation", "glue", "model", "planner", "vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""
 

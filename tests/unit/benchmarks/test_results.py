@@ -12,6 +12,7 @@ from integration.chaos import page_table as chaos_table
 from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
+from benchmarks.glue.benchmark import table as glue_table
 from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
@@ -297,3 +298,19 @@ def test_256_streams_for_10_minutes():
     memory = [row["rss_mb"] for row in rows("streams") if row["seconds"] > 60]
     half = len(memory) // 2
     assert abs(sum(memory[half:]) / len(memory[half:]) - sum(memory[:half]) / half) < 10
+
+
+def test_glue_beside_plain_transformers_code():
+    record = json.loads((BENCHMARKS / "results" / "glue-plain.json").read_text(encoding="utf-8"))
+    assert {row["task"] for row in record["rows"]} == {"SST-2", "RTE", "STS-B"}
+    assert glue_table(record["rows"]) in README
+    for row in record["rows"]:
+        assert row["train_loss"] == pytest.approx(row["plain_train_loss"], abs=1e-7)
+        assert row["largest_difference"] < 0.005
+
+
+def test_glue_sst_2():
+    record = json.loads((BENCHMARKS / "results" / "glue-sst-2.json").read_text(encoding="utf-8"))
+    (row,) = record["rows"]
+    assert row["train_examples"] == 20_000 and len(row["epochs"]) == 1
+    assert f"{100 * row['dev']['dev']['accuracy']:.1f} % on the whole dev set" in README

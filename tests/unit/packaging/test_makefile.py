@@ -24,9 +24,9 @@ def test_one_variable_decides_between_pins_and_ordinary_builds(tmp_path):
     cpu = make("-n", "setup", "DEVICE=cpu", f"VENV={tmp_path / 'environment'}").stdout
     cuda = make("-n", "setup", "DEVICE=cuda", f"VENV={tmp_path / 'environment'}").stdout
     assert "--constraint constraints.txt" in cpu
-    assert "[server,data,dev]" in cpu
+    assert "[server,data,glue,dev]" in cpu
     assert "--constraint" not in cuda
-    assert "[server,data,dev,gpu]" in cuda
+    assert "[server,data,glue,dev,gpu]" in cuda
 
 
 def test_no_usable_python_is_one_line(tmp_path):

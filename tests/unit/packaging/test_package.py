@@ -83,7 +83,7 @@ def test_pins_lie_within_the_ranges(python):
         if pin.marker is None or pin.marker.evaluate(environment)
     }
     project = PYPROJECT["project"]
-    extras = [text for name in ("server", "data", "dev") for text in project["optional-dependencies"][name]]
+    extras = [text for name in ("server", "data", "glue", "dev") for text in project["optional-dependencies"][name]]
     for requirement in map(Requirement, [*project["dependencies"], *extras]):
         pin = pins[requirement.name.lower()]
         versions = [specifier.version for specifier in pin.specifier]

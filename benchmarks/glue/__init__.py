@@ -1,0 +1,1 @@
+"""Fine-tuning on GLUE beside plain transformers code."""

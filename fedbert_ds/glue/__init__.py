@@ -1,0 +1,1 @@
+"""Fine-tuning of one checkpoint on GLUE: every task and seed, tables, and files to submit."""

@@ -17,13 +17,18 @@ SHORTEST_ARTICLE = 200
 """Characters below which a page is a heading, not an article."""
 
 
-@one_line_errors
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write OUT/DOMAIN.jsonl for each domain, and say what each holds."""
+def build_parser() -> argparse.ArgumentParser:
+    """The program's options."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.domains", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of the .jsonl files")
     parser.add_argument("--domains", nargs="+", choices=sorted(DOMAINS), default=sorted(DOMAINS))
-    options = parser.parse_args(arguments)
+    return parser
+
+
+@one_line_errors
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write OUT/DOMAIN.jsonl for each domain, and say what each holds."""
+    options = build_parser().parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.domains:
         with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,10 @@ from integration.chaos import build_parser as chaos_parser
 from benchmarks.card.__main__ import build_parser as card_parser
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
+from benchmarks.domains.__main__ import build_parser as domains_parser
+from benchmarks.evaluation.__main__ import build_parser as evaluation_parser
 from benchmarks.fp8.__main__ import build_parser as fp8_parser
+from benchmarks.glue.__main__ import build_parser as glue_parser
 from benchmarks.kernels.__main__ import build_parser as kernels_parser
 from benchmarks.memory.__main__ import build_parser as memory_parser
 from benchmarks.memory.runs import RUN_FILE as MEMORY_RUN_FILE
@@ -39,7 +42,10 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
     "python -m benchmarks.card": (card_parser, None),
     "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
+    "python -m benchmarks.domains": (domains_parser, None),
+    "python -m benchmarks.evaluation": (evaluation_parser, None),
     "python -m benchmarks.fp8": (fp8_parser, CODECS_RUN_FILE),
+    "python -m benchmarks.glue": (glue_parser, None),
     "python -m benchmarks.kernels": (kernels_parser, None),
     "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),
     "python -m benchmarks.optimizers": (optimizers_parser, MODES_RUN_FILE),

@@ -19,6 +19,7 @@ from integration.chaos import build_parser as chaos_parser
 from benchmarks.card.__main__ import build_parser as card_parser
 from benchmarks.codecs.__main__ import build_parser as codecs_parser
 from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
+from benchmarks.collectives.__main__ import build_parser as collectives_parser
 from benchmarks.domains.__main__ import build_parser as domains_parser
 from benchmarks.evaluation.__main__ import build_parser as evaluation_parser
 from benchmarks.fp8.__main__ import build_parser as fp8_parser
@@ -42,6 +43,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.modes": (modes_parser, MODES_RUN_FILE),
     "python -m benchmarks.card": (card_parser, None),
     "python -m benchmarks.codecs": (codecs_parser, CODECS_RUN_FILE),
+    "python -m benchmarks.collectives": (collectives_parser, None),
     "python -m benchmarks.domains": (domains_parser, None),
     "python -m benchmarks.evaluation": (evaluation_parser, None),
     "python -m benchmarks.fp8": (fp8_parser, CODECS_RUN_FILE),

@@ -1,8 +1,9 @@
 """Two ranks step bodies at every ZeRO stage, and note what crosses between them.
 
-    python step_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
+    python step_worker.py FOLDER [counts]      (MASTER_ADDR and MASTER_PORT in the environment)
 
-Writes `counts-RANK.json`, by "stage-optimizer-layers", and `weights-RANK.pt`.
+Writes `counts-RANK.json`, by "stage-optimizer-layers", and, unless told `counts`,
+`weights-RANK.pt`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,9 @@ def run_rank(rank: int, folder: Path) -> None:
         for layers in (2, 4)
     }
     (folder / f"counts-{rank}.json").write_text(json.dumps(counts))
+    if sys.argv[2:] == ["counts"]:
+        shut_down()
+        return
     weights: dict[str, dict[str, Tensor]] = {}
     for stage, precision, name in itertools.product(STAGES, PRECISIONS, ("lamb", "muon")):
         engine = build(folder, rank, stage, name, precision)

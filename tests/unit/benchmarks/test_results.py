@@ -12,6 +12,7 @@ from integration.chaos import page_table as chaos_table
 from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
+from benchmarks.collectives.benchmark import table as collectives_table
 from benchmarks.fp8.benchmark import table as fp8_table
 from benchmarks.glue.benchmark import table as glue_table
 from benchmarks.memory.benchmark import table as memory_table
@@ -233,6 +234,18 @@ def test_host_time(name):
         # What the page claims.
         assert all(1.065 < beside[f"engine, ZeRO {stage}"] < 1.085 for stage in range(3))
         assert 1.185 < beside[RECOMPUTED] < 1.2 and beside[SELECTIVE] > 4
+
+
+def test_collectives():
+    rows = json.loads((BENCHMARKS / "results" / "collectives.json").read_text(encoding="utf-8"))["rows"]
+    assert collectives_table(rows) in README
+    # What the page claims.
+    assert len(rows) == 4 * 3 * 2
+    for row in rows:
+        assert (row["collectives_before_step"] == 0) is (row["stage"] < 3) and 1 <= row["collectives_of_step"] <= 9
+        other = next(r for r in rows if (r["stage"], r["optimizer"]) == (row["stage"], row["optimizer"]))
+        assert other["collectives_of_step"] == row["collectives_of_step"]
+        assert other["optimizer_calls"] == row["optimizer_calls"] <= 2
 
 
 def test_memory_in_flight():

@@ -13,6 +13,7 @@ from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
 from benchmarks.collectives.benchmark import table as collectives_table
+from benchmarks.evaluation.benchmark import table as evaluation_table
 from benchmarks.fp8.benchmark import table as fp8_table
 from benchmarks.glue.benchmark import table as glue_table
 from benchmarks.memory.benchmark import table as memory_table
@@ -234,6 +235,15 @@ def test_host_time(name):
         # What the page claims.
         assert all(1.065 < beside[f"engine, ZeRO {stage}"] < 1.085 for stage in range(3))
         assert 1.185 < beside[RECOMPUTED] < 1.2 and beside[SELECTIVE] > 4
+
+
+def test_batches_of_evaluations():
+    rows = json.loads((BENCHMARKS / "results" / "evaluation-cpu.json").read_text(encoding="utf-8"))["rows"]
+    assert evaluation_table(rows) in README
+    # What the page claims.
+    seconds = {row["way"]: row["median"] for row in rows}
+    assert 0.955 < seconds["by tokens"] / seconds["by count"] < 0.965
+    assert 1.175 < seconds["by tokens"] / seconds["packed"] < 1.185
 
 
 def test_collectives():

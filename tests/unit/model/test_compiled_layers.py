@@ -33,6 +33,12 @@ WINDOWS = [([6, 5], 4), ([9, 7, 20], 5), ([50], 0), ([8, 8, 8], 24), ([2], 1), (
 """Sequence lengths, and how many positions are masked."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """All layers run the same lines, of which a process compiles eight kinds and no more."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def body_of(small_model):
     """Builds a body in training, with heads of 16, the smallest that our attention takes."""

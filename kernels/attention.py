@@ -24,6 +24,7 @@ from fedbert_kernels.attention_kernels import (
 from fedbert_kernels.attention_launches import launches, launches_for, padded_head_size
 from fedbert_kernels.attention_torch import attention_reference, dropout_mask
 from fedbert_kernels.compile_case import ARCHITECTURES, CompileCase
+from fedbert_kernels.differentiable import differentiable
 from fedbert_kernels.interpreter import HAVE_TRITON, on_its_device
 from fedbert_kernels.launch import Launch
 from fedbert_kernels.philox import drop_threshold, keep_rate
@@ -192,40 +193,21 @@ def _backward(dout: Tensor, *arguments: Any) -> None:
     body(dout, *arguments)
 
 
-@torch.library.custom_op(
-    "fedbert_kernels::attention",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_INPUTS}) -> (Tensor, Tensor)",
-)
-def _attention(q, k, v, cu_seqlens, *options):
+def _attention_forward(q, k, v, cu_seqlens, *options):
     return _forward(_rows(q), _rows(k), _rows(v), cu_seqlens, *options)
 
 
-@torch.library.custom_op(
-    "fedbert_kernels::attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INPUTS})"
-    " -> (Tensor, Tensor, Tensor)",
-)
 def _attention_backward(dout, q, k, v, out, lse, cu_seqlens, *options):
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     _backward(_rows(dout), _rows(q), _rows(k), _rows(v), out, lse, dq, dk, dv, cu_seqlens, *options)
     return dq, dk, dv
 
 
-@torch.library.custom_op(
-    "fedbert_kernels::attention_packed", mutates_args=(), schema=f"(Tensor qkv, {_INPUTS}) -> (Tensor, Tensor)"
-)
-def _attention_packed(qkv, cu_seqlens, *options):
+def _packed_forward(qkv, cu_seqlens, *options):
     return _forward(*_rows(qkv).unbind(1), cu_seqlens, *options)
 
 
-@torch.library.custom_op(
-    "fedbert_kernels::attention_packed_backward",
-    mutates_args=(),
-    schema=f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_INPUTS}) -> Tensor",
-)
-def _attention_packed_backward(dout, qkv, out, lse, cu_seqlens, *options):
+def _packed_backward(dout, qkv, out, lse, cu_seqlens, *options):
     dqkv = qkv.new_empty(qkv.shape)
     _backward(_rows(dout), *_rows(qkv).unbind(1), out, lse, *dqkv.unbind(1), cu_seqlens, *options)
     return dqkv
@@ -236,23 +218,40 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-@_attention.register_fake
+def _operators(name: str, tensors: str, forward: Any, backward: Any, gradients: str) -> tuple[Any, Any]:
+    operator = torch.library.custom_op(
+        f"fedbert_kernels::{name}", forward, mutates_args=(), schema=f"({tensors}, {_INPUTS}) -> (Tensor, Tensor)"
+    )
+    kept = f"Tensor dout, {tensors}, Tensor out, Tensor lse, {_INPUTS}"
+    backward_operator = torch.library.custom_op(
+        f"fedbert_kernels::{name}_backward", backward, mutates_args=(), schema=f"({kept}) -> {gradients}"
+    )
+    return operator, backward_operator
+
+
+_OPERATORS = _operators(
+    "attention", "Tensor q, Tensor k, Tensor v", _attention_forward, _attention_backward, "(Tensor, Tensor, Tensor)"
+)
+_PACKED_OPERATORS = _operators("attention_packed", "Tensor qkv", _packed_forward, _packed_backward, "Tensor")
+
+
+@_OPERATORS[0].register_fake
 def _(q, k, v, cu_seqlens, *options):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-@_attention_backward.register_fake
+@_OPERATORS[1].register_fake
 def _(dout, q, k, v, out, lse, cu_seqlens, *options):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-@_attention_packed.register_fake
+@_PACKED_OPERATORS[0].register_fake
 def _(qkv, cu_seqlens, *options):
     num_tokens, _, heads, d = qkv.shape
     return qkv.new_empty((num_tokens, heads, d)), qkv.new_empty((heads, num_tokens), dtype=torch.float32)
 
 
-@_attention_packed_backward.register_fake
+@_PACKED_OPERATORS[1].register_fake
 def _(dout, qkv, out, lse, cu_seqlens, *options):
     return qkv.new_empty(qkv.shape)
 
@@ -265,19 +264,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.options = (dropout, sliding_window, scale)
 
 
-def _differentiate(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(backward: Callable[..., Any], ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
-    gradients = _attention_backward(dout, *tensors, seed, *ctx.options)
+    gradients = backward(dout, *tensors, seed, *ctx.options)
+    # Of one tensor, or of three.
+    gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
     return *gradients, None, None, None, None, None
 
 
-def _differentiate_packed(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, seed = ctx.saved_tensors
-    return _attention_packed_backward(dout, *tensors, seed, *ctx.options), None, None, None, None, None
-
-
-_attention.register_autograd(_differentiate, setup_context=_setup_context)
-_attention_packed.register_autograd(_differentiate_packed, setup_context=_setup_context)
+_attention = differentiable(_attention_forward, _attention_backward, _OPERATORS, _setup_context, _differentiate)
+_attention_packed = differentiable(_packed_forward, _packed_backward, _PACKED_OPERATORS, _setup_context, _differentiate)
 
 
 def attention(

@@ -5,11 +5,15 @@ input is saved. The bias gradient is summed in two stages in a fixed order: the 
 gives the same bits.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.differentiable import differentiable
 from fedbert_kernels.interpreter import INTERPRETED, jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -163,26 +167,28 @@ def _backward_reference(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Ten
 # ---- operators ----
 
 
-@torch.library.custom_op("fedbert_kernels::bias_gelu", mutates_args=())
-def _bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+def _forward(x: Tensor, bias: Tensor | None) -> Tensor:
     if runs_triton(x):
         return launch_forward(x, bias)
     return bias_gelu_reference(x, bias)
 
 
-@torch.library.custom_op("fedbert_kernels::bias_gelu_backward", mutates_args=())
-def _bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _backward(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if runs_triton(x):
         return launch_backward(dy.contiguous(), x, bias)
     return _backward_reference(dy, x, bias)
 
 
-@_bias_gelu.register_fake
+_operator = torch.library.custom_op("fedbert_kernels::bias_gelu", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op("fedbert_kernels::bias_gelu_backward", _backward, mutates_args=())
+
+
+@_operator.register_fake
 def _(x: Tensor, bias: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
-@_bias_gelu_backward.register_fake
+@_backward_operator.register_fake
 def _(dy: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
 
@@ -191,13 +197,13 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, Tensor | None]:
+def _differentiate(backward: Callable[..., Any], ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None]:
     x, bias = ctx.saved_tensors
-    dx, dbias = _bias_gelu_backward(dy, x, bias)
+    dx, dbias = backward(dy, x, bias)
     return dx, None if bias is None else dbias
 
 
-_bias_gelu.register_autograd(_differentiate, setup_context=_save)
+_bias_gelu = differentiable(_forward, _backward, (_operator, _backward_operator), _save, _differentiate)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:

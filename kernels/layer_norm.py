@@ -6,11 +6,15 @@ between. The dropout mask is drawn again from the seed. Gradients of the paramet
 two stages in a fixed order: the same input always gives the same bits.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.differentiable import differentiable
 from fedbert_kernels.interpreter import INTERPRETED, jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import LEVELS, random_16, random_16_reference, row_drop_threshold
 
@@ -336,8 +340,7 @@ def _backward_in_torch(
 # ---- operators ----
 
 
-@torch.library.custom_op("fedbert_kernels::residual_layer_norm", mutates_args=())
-def _residual_layer_norm(
+def _forward(
     x: Tensor,
     residual: Tensor | None,
     bias: Tensor | None,
@@ -351,8 +354,7 @@ def _residual_layer_norm(
     return forward(x, residual, bias, weight, shift, threshold, epsilon, seed)
 
 
-@torch.library.custom_op("fedbert_kernels::residual_layer_norm_backward", mutates_args=())
-def _residual_layer_norm_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     residual: Tensor | None,
@@ -368,12 +370,18 @@ def _residual_layer_norm_backward(
     return backward(dy.contiguous(), x, residual, bias, weight, shift, mean, rstd, threshold, seed)
 
 
-@_residual_layer_norm.register_fake
+_operator = torch.library.custom_op("fedbert_kernels::residual_layer_norm", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "fedbert_kernels::residual_layer_norm_backward", _backward, mutates_args=()
+)
+
+
+@_operator.register_fake
 def _(x, residual, bias, weight, shift, threshold, epsilon, seed):
     return _empty_outputs(x)
 
 
-@_residual_layer_norm_backward.register_fake
+@_backward_operator.register_fake
 def _(dy, x, residual, bias, weight, shift, mean, rstd, threshold, seed):
     return _empty_gradients(x, residual, bias, weight, shift, threshold)
 
@@ -386,9 +394,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(mean, rstd)
 
 
-def _differentiate(ctx, dy: Tensor, *_: Tensor | None):
+def _differentiate(backward: Callable[..., Any], ctx: Any, dy: Tensor, *_: Tensor | None):
     x, residual, bias, weight, shift, mean, rstd, seed = ctx.saved_tensors
-    dx, dresidual, dbias, dweight, dshift = _residual_layer_norm_backward(
+    dx, dresidual, dbias, dweight, dshift = backward(
         dy, x, residual, bias, weight, shift, mean, rstd, ctx.threshold, seed
     )
     if not ctx.threshold:
@@ -397,7 +405,7 @@ def _differentiate(ctx, dy: Tensor, *_: Tensor | None):
     return *(None if part is None else gradient for part, gradient in gradients), None, None, None
 
 
-_residual_layer_norm.register_autograd(_differentiate, setup_context=_save)
+_residual_layer_norm = differentiable(_forward, _backward, (_operator, _backward_operator), _save, _differentiate)
 
 
 def residual_layer_norm(

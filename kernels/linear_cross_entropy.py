@@ -6,11 +6,15 @@ hidden states, weight and bias. The gradients are thus made in forward; backward
 Matrix products are torch's.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.differentiable import differentiable
 from fedbert_kernels.interpreter import jit, narrow, on_its_device, runs_triton, tl
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -184,8 +188,7 @@ def _empty_gradients(
 # ---- operators ----
 
 
-@torch.library.custom_op("fedbert_kernels::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -199,21 +202,24 @@ def _linear_cross_entropy(
     return sum_over_chunks(hidden, weight, bias, targets, ignore_index, with_gradient, chunk_rows)
 
 
-@torch.library.custom_op("fedbert_kernels::linear_cross_entropy_backward", mutates_args=())
-def _linear_cross_entropy_backward(
-    dloss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dloss: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Through fp32: 1 / number of masked tokens is too small for fp16.
     dhidden, dweight, dbias = ((part.float() * dloss).to(part.dtype) for part in (dhidden, dweight, dbias))
     return dhidden, dweight, dbias
 
 
-@_linear_cross_entropy.register_fake
+_operator = torch.library.custom_op("fedbert_kernels::linear_cross_entropy", _forward, mutates_args=())
+_backward_operator = torch.library.custom_op(
+    "fedbert_kernels::linear_cross_entropy_backward", _backward, mutates_args=()
+)
+
+
+@_operator.register_fake
 def _(hidden, weight, bias, targets, ignore_index, with_gradient, chunk_rows):
     return hidden.new_empty((), dtype=torch.float32), *_empty_gradients(hidden, weight, bias, with_gradient)
 
 
-@_linear_cross_entropy_backward.register_fake
+@_backward_operator.register_fake
 def _(dloss, dhidden, dweight, dbias):
     return torch.empty_like(dhidden), torch.empty_like(dweight), torch.empty_like(dbias)
 
@@ -226,14 +232,14 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*gradients)
 
 
-def _differentiate(ctx, dloss: Tensor, *_: Tensor | None):
+def _differentiate(backward: Callable[..., Any], ctx: Any, dloss: Tensor, *_: Tensor | None):
     if not ctx.with_gradient:
         raise RuntimeError("linear_cross_entropy was called without gradients; there is no backward")
-    dhidden, dweight, dbias = _linear_cross_entropy_backward(dloss, *ctx.saved_tensors)
+    dhidden, dweight, dbias = backward(dloss, *ctx.saved_tensors)
     return dhidden, dweight, dbias if ctx.has_bias else None, None, None, None, None
 
 
-_linear_cross_entropy.register_autograd(_differentiate, setup_context=_save)
+_linear_cross_entropy = differentiable(_forward, _backward, (_operator, _backward_operator), _save, _differentiate)
 
 
 def linear_cross_entropy(

@@ -36,7 +36,7 @@ WINDOWS = [([6, 5], 4), ([9, 7, 20], 5), ([50], 0), ([8, 8, 8], 24), ([2], 1), (
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> None:
     """All layers run the same lines, of which a process compiles eight kinds and no more."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture

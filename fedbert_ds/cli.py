@@ -64,6 +64,20 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="X",
         help="share of your articles to keep out of training (default: the run's)",
     )
+    parser.add_argument(
+        "--task",
+        default="masked_lm",
+        metavar="NAME",
+        help="what --data is read for, as task.name of the run (default: masked_lm)",
+    )
+    parser.add_argument(
+        "--text-columns",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="columns of labelled files with the one or two texts",
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="column of labelled files with the label")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -92,6 +106,7 @@ def _client(options: argparse.Namespace) -> None:
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
     if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
         raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
+    _check_task(options)
     exit_code = run_client(
         ClientOptions(
             server=options.server,
@@ -103,6 +118,9 @@ def _client(options: argparse.Namespace) -> None:
             cut=_cut(options.cut) if options.cut else None,
             tls=TlsFiles(*tls_files) if all(tls_files) else None,
             held_out=options.held_out,
+            task=options.task,
+            text_columns=tuple(options.text_columns),
+            label_column=options.label_column,
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,
@@ -111,6 +129,17 @@ def _client(options: argparse.Namespace) -> None:
         )
     )
     raise SystemExit(exit_code)
+
+
+def _check_task(options: argparse.Namespace) -> None:
+    from fedbert_ds.config import TASK_NAMES
+
+    if options.task not in TASK_NAMES:
+        raise ConfigError(f"--task {options.task}: choose {', '.join(TASK_NAMES)}")
+    if options.task == "masked_lm" and (options.text_columns or options.label_column):
+        raise ConfigError("--text-columns and --label-column are for labelled files; add --task")
+    if len(options.text_columns) > (1 if options.task == "token_classification" else 2):
+        raise ConfigError(f"--text-columns {' '.join(options.text_columns)}: {options.task} reads fewer")
 
 
 def _cut(text: str) -> Cut:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -44,8 +47,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
-    from fedbert_ds.data.corpus import read_articles
-    from fedbert_ds.data.shards import deal, hold_out, write_shard
+    from fedbert_ds.data.shards import deal, hold_out
     from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 
     name = config.tokenizer.path or config.model.checkpoint
@@ -58,9 +60,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         tokenizer.save_pretrained(folder.tokenizer)
         _write_facts(folder, None)
         return tokenizer, None
-    articles = list(
-        read_articles(config.data.source, streaming=config.data.streaming, max_articles=config.data.max_articles)
-    )
+    articles, write = _items(config)
     train, held_out = hold_out(articles, config.data.held_out, config.run.seed)
     shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
     if config.data.client_held_out and min(len(shard) for shard in shards) < 2:
@@ -70,9 +70,9 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         )
     if tokenizer is None:
         tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
-    write_shard(folder.held_out, held_out)
+    write(folder.held_out, held_out)
     for number, shard in enumerate(shards):
-        write_shard(folder.shard(client_name(number)), shard)
+        write(folder.shard(client_name(number)), shard)
     tokenizer.save_pretrained(folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
@@ -83,6 +83,24 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     )
     _write_facts(folder, facts)
     return tokenizer, facts
+
+
+def _items(config: RunConfig) -> tuple[list[Any], Callable[[Path, Sequence[Any]], None]]:
+    """Articles, or a task's examples, and what writes some of them for a client to read."""
+    from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.shards import write_rows, write_shard
+    from fedbert_ds.tasks.registry import task_of_section
+    from fedbert_ds.tasks.rows import read_rows
+    from fedbert_ds.tasks.task import columns_of
+
+    source, task = config.data, task_of_section(config.task)
+    if task is None:
+        articles = read_articles(source.source, streaming=source.streaming, max_articles=source.max_articles)
+        return list(articles), write_shard
+    columns = columns_of(task, config.task.text, config.task.label)
+    rows = islice(read_rows(source.source, streaming=source.streaming), source.max_articles)
+    examples = [task.example(row, columns, where) for where, row in rows]
+    return examples, lambda path, some: write_rows(path, map(task.row, some))
 
 
 def is_prepared(folder: RunFolder) -> bool:

@@ -18,6 +18,7 @@ from fedbert_ds.data.masking import Batch
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import batches_of
+from fedbert_ds.model.architecture import tells_texts_apart
 from fedbert_ds.model.checkpoint import quiet_transformers
 from fedbert_ds.model.heads import auto_class_of
 from fedbert_ds.tasks.registry import task_of
@@ -78,7 +79,7 @@ def scores_of(model: Any, task: Task, batch: Batch, padding: int) -> Tensor:
         for tokens, value in ((batch.input_ids, padding), (torch.ones_like(batch.input_ids), 0))
     )
     kinds: dict[str, Tensor] = {}
-    if batch.token_types is not None:
+    if batch.token_types is not None and tells_texts_apart(model.config):
         kinds["token_type_ids"] = pad_sequence(list(batch.token_types.split(batch.lengths)), batch_first=True)
     device = next(model.parameters()).device
     inputs = {"input_ids": ids, "attention_mask": ones, **kinds}

@@ -151,6 +151,11 @@ def longest_sequence(hf_config: Any) -> int:
     return hf_config.max_position_embeddings - position_offset(hf_config)
 
 
+def tells_texts_apart(hf_config: Any) -> bool:
+    """Whether embeddings know which of two texts a token is of; others see separators alone."""
+    return getattr(hf_config, "type_vocab_size", 1) > 1
+
+
 def words_of(base: nn.Module, hf_config: Any) -> Any:
     """The word table of a base model."""
     return base.get_submodule(f"embeddings.{architecture(hf_config).words}")

@@ -18,6 +18,7 @@ from fedbert_ds.model.architecture import (
     architecture,
     linear_parameters,
     longest_sequence,
+    tells_texts_apart,
     widths,
     words_of,
 )
@@ -69,9 +70,10 @@ class ClientHalf(nn.Module):
     def embed(self, input_ids: Tensor, lengths: Sequence[int], token_types: Tensor | None = None) -> Activations:
         """Activations of packed tokens: `input_ids` [T] int64, in sequences of `lengths`.
 
-        `token_types` [T] int64 says which of two texts a token is of; None: all of the first.
-        Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is
-        longer than the position table.
+        `token_types` [T] int64 says which of two texts a token is of, None that all are of the
+        first; models that do not tell them apart leave it aside. Positions restart at each
+        sequence. ValueError if the lengths do not fit T, or a sequence is longer than the position
+        table.
         """
         packing = self._packing(input_ids, lengths)
         base: Any = self.get_submodule(self._parts.base)
@@ -133,8 +135,9 @@ class ClientHalf(nn.Module):
         return packing
 
     def _embeddings(self, base: Any, input_ids: Tensor, packing: Packing, token_types: Tensor | None) -> Any:
-        # A model without kinds of tokens has one row for all, or none.
-        kinds = {} if token_types is None else {"token_type_ids": token_types.unsqueeze(0)}
+        kinds = {}
+        if token_types is not None and tells_texts_apart(self.config):
+            kinds["token_type_ids"] = token_types.unsqueeze(0)
         return base.embeddings(input_ids=input_ids.unsqueeze(0), **kinds, **position_ids(self.config, packing))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -74,15 +74,15 @@ def read_tsv(task: GlueTask, path: Path, *, labelled: bool = True) -> list[Label
         )
     lines = full_lines(path)
     if labelled and task.columns_without_header:
-        first, header = 1, list(task.columns_without_header)
+        header = list(task.columns_without_header)
     else:
-        first, header = 2, next(lines, "").split("\t")
+        header = next(lines, (1, ""))[1].split("\t")
     wanted = [*task.sentences, *([task.label_column] if labelled else [])]
     if absent := [column for column in wanted if column not in header]:
         raise DataError(f"{path}: no column {absent[0]!r} (columns: {', '.join(header)}); use GLUE's original files")
     places = [header.index(column) for column in wanted]
     examples = []
-    for number, line in enumerate(lines, start=first):
+    for number, line in lines:
         fields = line.split("\t")
         if len(fields) <= max(places):
             if task.skips_short_rows:

@@ -12,7 +12,7 @@ from fedbert_ds.tasks.token_classification import TokenClassification
 
 TASKS: dict[str, Callable[[tuple[str, ...]], Task]] = {
     "sequence_classification": SequenceClassification,
-    "sequence_regression": SequenceRegression,
+    "sequence_regression": lambda _: SequenceRegression(),
     "token_classification": TokenClassification,
 }
 """By the run file's `task.name`; each takes its labels' words."""
@@ -26,9 +26,12 @@ def task_of_section(section: TaskSection) -> Task | None:
 def task_of(hf_config: Any) -> Task | None:
     """The task of a model, from its transformers config; None for a masked LM or a bare encoder."""
     kind = (getattr(hf_config, "architectures", None) or [""])[0]
-    for task in TASKS.values():
-        labels = tuple(str(hf_config.id2label[number]) for number in sorted(hf_config.id2label))
-        one = task(labels)
-        if kind.endswith(one.head) and one.config_fields["problem_type"] == hf_config.problem_type:
-            return one
-    return None
+    problem = getattr(hf_config, "problem_type", None)
+    labels = tuple(str(hf_config.id2label[number]) for number in sorted(hf_config.id2label))
+    if kind.endswith(TokenClassification.head):
+        return TokenClassification(labels)
+    if not kind.endswith(SequenceClassification.head) or problem == "multi_label_classification":
+        return None
+    # Without a word on it transformers goes by the number of outputs.
+    is_score = problem == "regression" if problem else len(labels) == 1
+    return SequenceRegression() if is_score else SequenceClassification(labels)

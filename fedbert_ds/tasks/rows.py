@@ -67,16 +67,18 @@ def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Place]]:
 
 def _tsv(path: Path) -> Iterator[Place]:
     lines = full_lines(path)
-    header = next(lines, "").split("\t")
-    for number, line in enumerate(lines, start=2):
+    header = next(lines, (1, ""))[1].split("\t")
+    for number, line in lines:
         yield _fitted(path, number, header, line.split("\t"))
 
 
-def full_lines(path: Path) -> Iterator[str]:
-    """Lines that are not empty. Only a newline ends one: texts hold other characters that do."""
-    for line in lines_of(path, newline="\n"):
+def full_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, with their numbers from 1. Only a newline ends one: texts hold
+    other characters that do.
+    """
+    for number, line in enumerate(lines_of(path, newline="\n"), start=1):
         if text := line.removesuffix("\n").removesuffix("\r"):
-            yield text
+            yield number, text
 
 
 def _csv(path: Path) -> Iterator[Place]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -113,8 +113,8 @@ class SequenceClassification(_SequenceTask):
 class SequenceRegression(_SequenceTask):
     """A score; squared error; Pearson correlation."""
 
-    labels: tuple[str, ...] = ()
     name = "sequence_regression"
+    labels: ClassVar[tuple[str, ...]] = ()
     num_counts = 6
     _label_dtype = torch.float32
 

@@ -194,19 +194,36 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subcommands.add_parser("eval", help="masked-LM loss and perplexity of any Hugging Face masked LM")
+    parser = subcommands.add_parser(
+        "eval", help="held-out loss of any Hugging Face masked LM, or of a fine-tuned model"
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
     parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
     parser.add_argument("--batch-size", type=int, default=16, help="longest sequences at once; more of shorter ones")
     parser.add_argument("--device", help="cpu, cuda (all GPUs, with --workers), cuda:1, ... (default: a GPU if any)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with the model")
+    parser.add_argument("--text-columns", nargs="+", default=[], metavar="NAME", help="of a fine-tuned model's files")
+    parser.add_argument("--label-column", metavar="NAME", help="of a fine-tuned model's files")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from fedbert_ds.evaluation.labelled import evaluate_task, is_fine_tuned
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
+    if is_fine_tuned(options.model):
+        told = evaluate_task(
+            options.model,
+            options.data,
+            text_columns=options.text_columns,
+            label_column=options.label_column,
+            batch_size=options.batch_size,
+            device=options.device,
+        )
+        print(f"loss {told.loss:.4f}, {', '.join(f'{name} {value:.4f}' for name, value in told.measures.items())}")
+        print(f"{told.labels:,} labels in {told.examples:,} examples")
+        return
     result = evaluate_masked_lm(
         options.model,
         options.data,

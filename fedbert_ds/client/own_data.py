@@ -11,7 +11,8 @@ from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.labelled import LabelledStream, held_out_batch
 from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
 from fedbert_ds.errors import DataError, WireError
-from fedbert_ds.tasks.registry import task_of
+from fedbert_ds.tasks.examples import column
+from fedbert_ds.tasks.registry import TASKS, task_of
 from fedbert_ds.tasks.rows import Place, read_rows
 from fedbert_ds.tasks.task import columns_of
 from fedbert_ds.wire.messages import ClientSettings
@@ -113,7 +114,13 @@ def read_own_data(
     if task_name == MASKED_LM:
         own: OwnText | OwnExamples = OwnText(list(read_articles(sources)))
     else:
-        own = OwnExamples(list(read_rows(sources)), text_columns, label_column)
+        # Labels are known after joining only; a missing column is told before.
+        columns = columns_of(TASKS[task_name](()), text_columns, label_column)
+        places = list(read_rows(sources))
+        for where, row in places:
+            for name in (*columns.text, columns.label):
+                column(row, name, where)
+        own = OwnExamples(places, text_columns, label_column)
     if not own.num_characters:
         raise DataError(f"{', '.join(sources)}: no text; name files with text in --data")
     return own

@@ -72,6 +72,19 @@ def evaluate_task(
     return TaskResult(loss / num_labels, task.measures(counts), len(examples), num_labels)
 
 
+def is_fine_tuned(name: str) -> bool:
+    """Whether a checkpoint, folder or hub name, has a head for labels."""
+    from transformers import AutoConfig
+
+    folder = local_folder(name)
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(str(folder or name), local_files_only=folder is not None)
+    except Exception:  # whoever loads it tells what is wrong with it
+        return False
+    return task_of(config) is not None
+
+
 def scores_of(model: Any, task: Task, batch: Batch, padding: int) -> Tensor:
     """Outputs [m, K] of any classifier of transformers, for a batch that is padded here."""
     ids, ones = (
@@ -118,5 +131,5 @@ def _load(name: str) -> tuple[Any, Task]:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{name}: cannot be loaded as a fine-tuned checkpoint ({reason})") from error
     if task is None:
-        raise ModelError(f"{name}: has no head for labels; name a checkpoint that was fine-tuned, or leave out --task")
+        raise ModelError(f"{name}: has no head for labels; name a checkpoint that was fine-tuned")
     return model, task

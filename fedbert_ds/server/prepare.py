@@ -16,6 +16,8 @@ from fedbert_ds.server.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from fedbert_ds.data.corpus import Article
+
 
 @dataclass(frozen=True)
 class TextFacts:
@@ -44,8 +46,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
-    from fedbert_ds.data.corpus import read_articles
-    from fedbert_ds.data.shards import deal, hold_out, write_shard
+    from fedbert_ds.data.shards import write_shard
     from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 
     name = config.tokenizer.path or config.model.checkpoint
@@ -58,11 +59,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         tokenizer.save_pretrained(folder.tokenizer)
         _write_facts(folder, None)
         return tokenizer, None
-    articles = list(
-        read_articles(config.data.source, streaming=config.data.streaming, max_articles=config.data.max_articles)
-    )
-    train, held_out = hold_out(articles, config.data.held_out, config.run.seed)
-    shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
+    train, shards, held_out = _dealt(config)
     if config.data.client_held_out and min(len(shard) for shard in shards) < 2:
         raise DataError(
             "data.client_held_out: a local client has 1 article, which cannot be both trained on and held out; lower "
@@ -76,13 +73,35 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     tokenizer.save_pretrained(folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
-        len(articles),
+        len(train) + len(held_out),
         len(held_out),
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
     )
     _write_facts(folder, facts)
     return tokenizer, facts
+
+
+def _dealt(config: RunConfig) -> tuple[list[Article], list[list[Article]], list[Article]]:
+    """(articles to train on, the same by local client, held-out articles)."""
+    from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.shards import deal, hold_out
+
+    data, seed = config.data, config.run.seed
+    if data.shards != "source":
+        articles = list(read_articles(data.source, streaming=data.streaming, max_articles=data.max_articles))
+        train, held_out = hold_out(articles, data.held_out, seed)
+        return train, deal(train, config.clients.local, data.shards, data.alpha, seed), held_out
+    shards, held_out = [], []
+    for source in data.source:
+        articles = list(read_articles([source], streaming=data.streaming, max_articles=data.max_articles))
+        try:
+            train, apart = hold_out(articles, data.held_out, seed)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        shards.append(train)
+        held_out += apart
+    return [article for shard in shards for article in shard], shards, held_out
 
 
 def is_prepared(folder: RunFolder) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 import grpc
 import torch
 
-from fedbert_ds.client.footprint import return_free_memory
+from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
 from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.state import claim, run_of, saved_windows
-from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
+from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import Cut
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.held_out import evaluation_batch, keep_apart

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedbert_ds import __version__
 from fedbert_ds.bench.commands import add_benches
+from fedbert_ds.compare.command import add_compare
 from fedbert_ds.errors import ConfigError, one_line_errors
 from fedbert_ds.glue.command import add_glue
 from fedbert_ds.vocabulary.commands import add_vocab
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_merge(subcommands)
     _add_eval(subcommands)
     add_glue(subcommands)
+    add_compare(subcommands)
     add_benches(subcommands)
     _add_plan(subcommands)
     add_vocab(subcommands)

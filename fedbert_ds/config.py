@@ -181,15 +181,16 @@ class DataSection(SequenceSection):
     streaming: bool = False
     """Stream hub data sets instead of downloading them whole."""
     max_articles: Positive | None = None
-    """Read at most this many articles. Needed to stream unbounded sets."""
+    """Read at most this many articles, with `shards: source` of each source. Needed to stream
+    unbounded sets."""
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of articles that no client gets; they give the final held-out loss."""
     client_held_out: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of its own articles that each client keeps out of training, whether the run evaluates
     or not. A client may set another: `fedbert-ds client --held-out`."""
-    shards: Literal["equal", "size", "topic"] = "size"
-    """Shards of local clients: equal article counts, Dirichlet-skewed sizes, or Dirichlet-skewed
-    topics."""
+    shards: Literal["equal", "size", "topic", "source"] = "size"
+    """Shards of local clients: equal article counts, Dirichlet-skewed sizes, Dirichlet-skewed
+    topics, or each client the articles of one source of `source`, in their order."""
     alpha: Annotated[float, Field(gt=0.0)] = 2.0
     """Dirichlet concentration of `size` and `topic` shards. Smaller is more unequal."""
 
@@ -602,6 +603,11 @@ class RunConfig(Section):
             raise ValueError(
                 f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
                 f"{self.window.tokens_per_micro_batch}; raise the latter"
+            )
+        if self.data.shards == "source" and self.clients.local != len(self.data.source):
+            raise ValueError(
+                f"data.shards: source gives each local client one source, and there are {self.clients.local} clients "
+                f"for {len(self.data.source)} sources; set clients.local: {len(self.data.source)}"
             )
         self._evaluations()
         participants, expected = self.federation.participants, self.clients.expected

@@ -6,17 +6,15 @@ a process of plain torch. All run on the CPU, and a run that is complete already
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from benchmarks.modes.comparison import check_same_batches, draw, final, rows, table
-from benchmarks.modes.runs import check_same_text, finished, text_facts
-from benchmarks.modes.systems import CENTRALIZED, NUM_RANKS, RUN_FILE, ModesOptions, overrides_of
+from benchmarks.modes.runs import finished
+from benchmarks.modes.systems import NUM_RANKS, RUN_FILE, ModesOptions, run_file_overrides
 from benchmarks.modes.tuning import at_rate, best_rates, tried
 from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.process import exit_on_sigterm
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.compare.runs import check_same_text, public_settings, text_facts
+from fedbert_ds.compare.systems import CENTRALIZED
+from fedbert_ds.config import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 
 
@@ -30,7 +28,7 @@ def bench_modes(options: ModesOptions) -> None:
     trials = tried(options, commit) if options.learning_rates else []
     best = best_rates(trials)
     tuned = {system: at_rate(options, best.get(system)) for system in options.systems}
-    configs = {system: load_config(RUN_FILE, overrides_of(system, theirs)) for system, theirs in tuned.items()}
+    configs = {system: load_config(RUN_FILE, run_file_overrides(system, theirs)) for system, theirs in tuned.items()}
     reference = configs[CENTRALIZED].run.directory
     runs = [finished(system, config, tuned[system], commit, reference) for system, config in configs.items()]
     check_same_batches(runs)
@@ -41,7 +39,7 @@ def bench_modes(options: ModesOptions) -> None:
         command=options.command,
         commit=commit,
         rows=rows(runs),
-        settings=_settings(configs[CENTRALIZED]),
+        settings=public_settings(configs[CENTRALIZED]),
         ranks=NUM_RANKS,
         text=text_facts(reference),
         final=final_rows,
@@ -52,12 +50,3 @@ def bench_modes(options: ModesOptions) -> None:
     drawn = options.out.with_suffix(".png")
     draw(drawn, runs, CENTRALIZED.name)
     print(f"\n{table(final_rows, CENTRALIZED.name)}\n\nrecord  {options.out}\npicture {drawn}", flush=True)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """A run's resolved settings for the record, with no path of this machine in them."""
-    tree: dict[str, Any] = json.loads(config.model_dump_json())
-    del tree["run"]["directory"], tree["federation"]
-    tree["body"]["deepspeed"] = config.body.deepspeed.name
-    tree["data"]["source"] = [Path(source).name for source in config.data.source]
-    return tree

@@ -11,7 +11,8 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any
 
-from benchmarks.modes.systems import System
+from fedbert_ds.compare.runs import ClientCosts
+from fedbert_ds.compare.systems import System
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import WindowMetrics, summary
 from fedbert_ds.telemetry.plots import COLORS, PALE, REFERENCE, picture, short_ticks
@@ -20,16 +21,6 @@ from fedbert_ds.telemetry.tables import markdown
 
 LAST_SHARE = 20
 """The training loss at the end is the mean of the last 1/20 of the windows."""
-
-
-@dataclass(frozen=True)
-class ClientCosts:
-    """What the run asks of a client, the largest of all clients."""
-
-    flops_per_token: float
-    """Floating-point operations, forward and backward."""
-    peak_memory_mb: int
-    """Of the process, Python and torch included."""
 
 
 @dataclass(frozen=True)

@@ -1,49 +1,18 @@
-"""The ways to train that are compared, and the run file's overrides and the command of each."""
+"""What is compared, on which run file, and the overrides and the command of each system's run."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedbert_ds.compare.systems import CENTRALIZED, System, launched, overrides_of, plain
+from fedbert_ds.config import load_config
 from fedbert_ds.telemetry.record import SOURCE
 
 NUM_RANKS = 2
-LAUNCHER = SOURCE / "launchers" / "pretrain.py"
 RUN_FILE = SOURCE / "configs" / "wikitext.yaml"
-
-
-@dataclass(frozen=True)
-class System:
-    """A way to train: a federated mode, a method of whole models, or centralized."""
-
-    name: str
-    average_every: int | None = None
-    """Windows between averages; None where weights are not averaged."""
-    staleness: int = 0
-    """Windows a client may begin before the exchange of earlier ones is done."""
-
-    @property
-    def takes_turns(self) -> bool:
-        """One client at a time trains, so that no window holds the batches of the others'."""
-        return self.name == "sequential"
-
-    @property
-    def label(self) -> str:
-        """For a reader."""
-        every = f", average every {self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f", staleness {self.staleness}" if self.staleness else "")
-
-    @property
-    def slug(self) -> str:
-        """For a file name."""
-        every = f"-{self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f"-stale-{self.staleness}" if self.staleness else "")
-
-
-CENTRALIZED = System("centralized")
 SYSTEMS = (
     CENTRALIZED,
     System("synchronous"),
@@ -61,23 +30,13 @@ STALE_SYSTEMS = (
 )
 ROUND = 20
 """Local steps between two exchanges of whole models."""
-WHOLE_MODEL = {
-    "whole-fedavg": (),
-    "whole-diloco": ("federation.server_optimizer=nesterov",),
-    "whole-muloco": (
-        "federation.server_optimizer=nesterov",
-        "optimizer.name=muon",
-        "wire.updates=int2_hadamard",
-    ),
-}
-"""Methods of clients that hold the whole model, and what each sets beside the cut."""
 TURN = 10
 """Windows in which one client trains before the next one's turn, in `sequential` mode."""
 WHOLE_SYSTEMS = (
     CENTRALIZED,
     System("synchronous"),
     System("sequential", TURN),
-    *(System(name, ROUND) for name in WHOLE_MODEL),
+    *(System(name, ROUND) for name in ("fedavg", "diloco", "muloco")),
 )
 QUICK_SYSTEMS = (CENTRALIZED, System("synchronous"), System("parallel", 5))
 QUICK = (
@@ -127,29 +86,19 @@ class ModesOptions:
         return QUICK_SYSTEMS if self.quick else STALE_SYSTEMS if self.staleness else SYSTEMS
 
 
-def overrides_of(system: System, options: ModesOptions) -> tuple[str, ...]:
+def run_file_overrides(system: System, options: ModesOptions) -> tuple[str, ...]:
     """The run file's overrides for one system; the user's come before text, folder and mode."""
-    mode: tuple[str, ...] = () if system == CENTRALIZED else (f"federation.mode={system.name}",)
-    if system.name in WHOLE_MODEL:
-        mode = ("cut=whole", "federation.mode=parallel", *WHOLE_MODEL[system.name])
-    every = (f"federation.average_every={system.average_every}",) if system.average_every else ()
-    stale = (f"federation.staleness={system.staleness}",) if system.staleness else ()
+    users = (*(() if not options.quick else QUICK_WHOLE if options.whole else QUICK), *options.overrides)
     return (
-        *(() if not options.quick else QUICK_WHOLE if options.whole else QUICK),
-        *options.overrides,
+        *users,
         f"data.source={json.dumps([options.data])}",
         f"run.directory={json.dumps(str(options.work / system.slug))}",
-        *mode,
-        *every,
-        *stale,
+        *overrides_of(system, load_config(RUN_FILE, users)),
     )
 
 
 def command_of(system: System, overrides: Sequence[str]) -> list[str]:
-    """The command of one system's run, in the repository's root."""
-    run_file = ["--config", str(RUN_FILE), *overrides]
+    """The command of one system's run."""
     if system == CENTRALIZED:
-        return [sys.executable, "-m", "benchmarks.modes.centralized", *run_file]
-    # The rendezvous stays on the loopback: a machine's own host name does not always resolve.
-    ranks = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={NUM_RANKS}"]
-    return [sys.executable, "-m", "torch.distributed.run", *ranks, str(LAUNCHER), *run_file]
+        return plain("centralized", RUN_FILE, overrides)
+    return launched(RUN_FILE, overrides, NUM_RANKS)

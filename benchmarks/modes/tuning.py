@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.modes.runs import finished
-from benchmarks.modes.systems import CENTRALIZED, RUN_FILE, ModesOptions, System, overrides_of
+from benchmarks.modes.systems import RUN_FILE, ModesOptions, run_file_overrides
+from fedbert_ds.compare.systems import CENTRALIZED, System
 from fedbert_ds.config import load_config
 from fedbert_ds.telemetry.tables import markdown
 
@@ -56,7 +57,7 @@ def tried(options: ModesOptions, commit: str | None) -> list[Trial]:
         for rate in options.learning_rates
     ]
     # A setting that does not go with a system is an error before the first of them trains.
-    configs = [load_config(RUN_FILE, overrides_of(system, theirs)) for system, _, theirs in plans]
+    configs = [load_config(RUN_FILE, run_file_overrides(system, theirs)) for system, _, theirs in plans]
     trials = []
     for (system, rate, theirs), config in zip(plans, configs, strict=True):
         print(f"learning rate {rate:g}, ", end="", flush=True)
@@ -92,7 +93,7 @@ def _loss(trial: Trial) -> float:
 
 def _trial_options(options: ModesOptions, rate: float) -> ModesOptions:
     """The same run with the next seed, shortened with its warm-up, in a folder of its own."""
-    compared = load_config(RUN_FILE, overrides_of(CENTRALIZED, options))
+    compared = load_config(RUN_FILE, run_file_overrides(CENTRALIZED, options))
     windows = options.tuning_windows or compared.run.windows
     warmup = compared.optimizer.warmup_windows * windows // compared.run.windows
     shorter = (f"run.seed={compared.run.seed + 1}", f"run.windows={windows}", f"optimizer.warmup_windows={warmup}")

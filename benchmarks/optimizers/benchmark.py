@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.modes.centralized import Centralized
 from benchmarks.modes.systems import RUN_FILE
 from fedbert_ds.bench.process import exit_on_sigterm
+from fedbert_ds.compare.centralized import Centralized
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import encode

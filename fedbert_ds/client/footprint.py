@@ -1,9 +1,10 @@
-"""What a client's process does not load, and gives back: memory beyond the client half's own."""
+"""A client's process and memory: what it does not load, what it gives back, the most it had."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from pathlib import Path
 from typing import Any
 
 UNUSED = ("scipy", "PIL")
@@ -43,6 +44,24 @@ def return_free_memory() -> None:
     """Return what malloc keeps for later, where it is glibc's: after a phase that ends for good."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held at once (resident set)."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Linux counts into ru_maxrss what the process that started this one had.
+        lines = status.read_text(encoding="utf-8").splitlines()
+        if told := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+            return int(told[0]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 (typed for this system only)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _glibc() -> Any:

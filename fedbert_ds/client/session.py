@@ -12,11 +12,11 @@ from pathlib import Path
 import grpc
 import torch
 
-from fedbert_ds.client.footprint import return_free_memory
+from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
 from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
 from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.state import claim, run_of, saved_windows
-from fedbert_ds.client.trainer import ClientTrainer, peak_memory_bytes
+from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fedbert_ds.client.evaluation import HeldOutEvaluation
+from fedbert_ds.client.footprint import peak_memory_bytes
 from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.whole_window import bounds, sequences, train_window
@@ -325,15 +325,3 @@ def _cut(batch: Batch, pieces: Iterable[pb.Piece]) -> dict[int, _Piece]:
             raise WireError(f"the server plans sequences {first} to {last} of {len(batch.lengths)}")
         parts[piece.micro_batch] = _Piece(sequences(batch, first, last), first)
     return parts
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process has held at once (resident set)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return int(getattr(psutil.Process().memory_info(), "peak_wset"))  # noqa: B009 (typed for this system only)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

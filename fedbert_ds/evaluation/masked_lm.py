@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fedbert_ds.data.corpus import Article, read_articles
-from fedbert_ds.data.masking import EncodedText, Masker, encode
+from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import MaskedText, batches_of
@@ -73,7 +74,7 @@ def evaluate_masked_lm(
     token.
     """
     name = str(model_name_or_folder)
-    model: Any = _load_model(name, seed)
+    model: Any = load_masked_lm(name, seed)
     try:
         tokenizer = load_tokenizer(name)
     except DataError as error:
@@ -123,6 +124,20 @@ def masked_lm_loss(
     return _result(sums, masked, sequences, train_counts)
 
 
+def summed_loss(model: PreTrainedModel, batch: Batch, batch_size: int = 32) -> float:
+    """Sum of the cross-entropies of a packed batch's masked tokens, nats; the model's training mode
+    is restored.
+    """
+    targets = torch.full_like(batch.input_ids, -1)
+    targets[batch.masked_positions] = batch.labels
+    masked = MaskedText(batch.input_ids, targets, torch.tensor([0, *accumulate(batch.lengths)]))
+    was_training = model.training
+    sum_of = _SumOf(model.eval(), masked, model.config.pad_token_id or 0)
+    sums = [sum_of(numbers) for numbers in batches_of(masked.chosen(None), masked.offsets.diff(), batch_size)]
+    model.train(was_training)
+    return math.fsum(sums)
+
+
 class _SumOf:
     """Sums the cross-entropies of a batch, given by the numbers of its sequences."""
 
@@ -139,7 +154,7 @@ class _SumOf:
 def _loaded(name: str, seed: int, masked: MaskedText, padding: int, device: str) -> _SumOf:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the process that started this one has told them
-        model: Any = _load_model(name, seed)
+        model: Any = load_masked_lm(name, seed)
     return _SumOf(model.to(device).eval(), masked, padding)
 
 
@@ -224,7 +239,11 @@ def _articles(articles_or_paths: Sequence[Article] | Sequence[str] | str | Path)
             yield from read_articles([str(item)])
 
 
-def _load_model(name: str, seed: int) -> PreTrainedModel:
+def load_masked_lm(name: str, seed: int) -> PreTrainedModel:
+    """A checkpoint in fp32 on the CPU, from a folder or the hub; `seed` decides a missing head.
+
+    Warns for a missing head; ModelError where it is no masked LM or lacks weights of the encoder.
+    """
     from transformers import AutoModelForMaskedLM
 
     from fedbert_ds.model.checkpoint import quiet_transformers

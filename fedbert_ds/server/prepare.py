@@ -47,7 +47,6 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
-    from fedbert_ds.data.shards import deal, hold_out
     from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 
     name = config.tokenizer.path or config.model.checkpoint
@@ -60,9 +59,8 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         tokenizer.save_pretrained(folder.tokenizer)
         _write_facts(folder, None)
         return tokenizer, None
-    articles, write = _items(config)
-    train, held_out = hold_out(articles, config.data.held_out, config.run.seed)
-    shards = deal(train, config.clients.local, config.data.shards, config.data.alpha, config.run.seed)
+    read, write = _reader(config)
+    train, shards, held_out = _dealt(config, read)
     if config.data.client_held_out and min(len(shard) for shard in shards) < 2:
         raise DataError(
             "data.client_held_out: a local client has 1 article, which cannot be both trained on and held out; lower "
@@ -76,7 +74,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     tokenizer.save_pretrained(folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
-        len(articles),
+        len(train) + len(held_out),
         len(held_out),
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
@@ -85,22 +83,50 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     return tokenizer, facts
 
 
-def _items(config: RunConfig) -> tuple[list[Any], Callable[[Path, Sequence[Any]], None]]:
-    """Articles, or a task's examples, and what writes some of them for a client to read."""
+def _reader(
+    config: RunConfig,
+) -> tuple[Callable[[Sequence[str]], list[Any]], Callable[[Path, Sequence[Any]], None]]:
+    """What reads articles, or a task's examples, of some sources, and what writes some of them for
+    a client to read.
+    """
     from fedbert_ds.data.corpus import read_articles
     from fedbert_ds.data.shards import write_rows, write_shard
     from fedbert_ds.tasks.registry import task_of_section
     from fedbert_ds.tasks.rows import read_rows
     from fedbert_ds.tasks.task import columns_of
 
-    source, task = config.data, task_of_section(config.task)
+    streaming, most, task = config.data.streaming, config.data.max_articles, task_of_section(config.task)
     if task is None:
-        articles = read_articles(source.source, streaming=source.streaming, max_articles=source.max_articles)
-        return list(articles), write_shard
+        return lambda some: list(read_articles(some, streaming=streaming, max_articles=most)), write_shard
     columns = columns_of(task, config.task.text, config.task.label)
-    rows = islice(read_rows(source.source, streaming=source.streaming), source.max_articles)
-    examples = [task.example(row, columns, where) for where, row in rows]
-    return examples, lambda path, some: write_rows(path, map(task.row, some))
+    return (
+        lambda some: [
+            task.example(row, columns, where) for where, row in islice(read_rows(some, streaming=streaming), most)
+        ],
+        lambda path, examples: write_rows(path, map(task.row, examples)),
+    )
+
+
+def _dealt(
+    config: RunConfig, read: Callable[[Sequence[str]], list[Any]]
+) -> tuple[list[Any], list[list[Any]], list[Any]]:
+    """(articles or examples to train on, the same by local client, held-out ones)."""
+    from fedbert_ds.data.shards import deal, hold_out
+
+    data, seed = config.data, config.run.seed
+    if data.shards != "source":
+        train, held_out = hold_out(read(data.source), data.held_out, seed)
+        return train, deal(train, config.clients.local, data.shards, data.alpha, seed), held_out
+    shards, held_out = [], []
+    for source in data.source:
+        articles = read([source])
+        try:
+            train, apart = hold_out(articles, data.held_out, seed)
+        except DataError as error:
+            raise DataError(f"{source}: {error}") from error
+        shards.append(train)
+        held_out += apart
+    return [article for shard in shards for article in shard], shards, held_out
 
 
 def is_prepared(folder: RunFolder) -> bool:

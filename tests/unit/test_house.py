@@ -43,8 +43,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bench": BASE
     | {"client", "data", "evaluation", "federation", "kernels", "model", "server", "server.body", "server.contract"}
     | {"server.network", "server.queue", "telemetry", "wire"},
+    # Starts what the others are: the launcher's processes, and fine-tuning of what they leave.
+    "compare": BASE
+    | {"bench", "client", "data", "evaluation", "federation", "glue", "model", "server", "server.queue"}
+    | {"tasks", "telemetry"},
     "vocabulary": BASE | {"data", "telemetry"},
-    "cli": BASE | {"aggregator", "bench", "client", "evaluation", "glue", "model", "planner", "vocabulary", "wire"},
+    "cli": BASE
+    | {"aggregator", "bench", "client", "compare", "evaluation", "glue", "model", "planner", "vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""
 

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from fedbert_ds.client.footprint import peak_memory_bytes
+
 IMPORTS = """
 import sys
 from fedbert_ds.client.footprint import UNUSED, leave_out_unused
@@ -50,3 +52,12 @@ def test_nothing_is_imported_that_a_client_does_not_need() -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
 def test_large_blocks_go_back() -> None:
     assert printed(BLOCKS) == ["True"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is another count")
+def test_peak_memory_is_this_process_own() -> None:
+    """Not that of the process that started it, which Linux counts into ru_maxrss."""
+    mine = bytearray(b"x") * (256 << 20)
+    program = "from fedbert_ds.client.footprint import peak_memory_bytes\nprint(peak_memory_bytes())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert peak_memory_bytes() > len(mine) > 2 * int(child.stdout)

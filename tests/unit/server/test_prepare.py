@@ -133,3 +133,31 @@ def test_an_example_that_is_none_is_told_before_anything_is_written(tmp_path: Pa
     with pytest.raises(DataError, match=r"notes.jsonl: line 2: label 'medium' is none of the task's: low, high"):
         prepare_text(config_of(source, task=task), folder)
     assert not list(folder.path.iterdir())
+
+
+def test_each_client_has_the_articles_of_one_source(tmp_path: Path) -> None:
+    sources = [tmp_path / f"{name}.jsonl" for name in ("ward", "lab")]
+    for count, path in zip((12, 5), sources, strict=True):
+        write_shard(path, [Article(f"{path.stem} {n}", f"{path.stem} note {n} " * 9) for n in range(count)])
+    data = {"source": [str(path) for path in sources], "shards": "source", "held_out": 0.2, "max_articles": 10}
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    two = {"data": data, "clients": {"expected": 2, "local": 2}}
+    _, facts = prepare_text(config_of(sources[0], **two), folder)
+    dealt = [[a.title for a in read_articles([str(folder.shard(client_name(n)))])] for n in range(2)]
+    held_out = [article.title for article in read_articles([str(folder.held_out)])]
+    for path, titles, kept, count in zip(sources, dealt, (8, 4), (10, 5), strict=True):
+        own = [title for title in held_out if title.startswith(path.stem)]
+        assert len(titles) == kept and titles == sorted(titles, key=lambda title: int(title.split()[1]))
+        assert sorted(titles + own) == sorted(f"{path.stem} {n}" for n in range(count))
+    assert facts is not None and facts.articles == 15 and facts.shard_articles == (8, 4) and facts.held_out == 3
+
+
+def test_a_source_too_small_for_its_client_is_named(tmp_path: Path, source: Path) -> None:
+    lone = tmp_path / "lone.jsonl"
+    write_shard(lone, [Article("only", "one note")])
+    data = {"source": [str(source), str(lone)], "shards": "source"}
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    with pytest.raises(DataError, match=r"lone\.jsonl: 1 article cannot be both trained on and held out"):
+        prepare_text(config_of(source, data=data, clients={"expected": 2, "local": 2}), folder)

@@ -2,30 +2,26 @@
 failure says."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.modes import runs, systems
+from benchmarks.modes import runs as modes_runs
+from benchmarks.modes import systems
 from benchmarks.modes.benchmark import bench_modes
-from benchmarks.modes.comparison import ClientCosts
-from benchmarks.modes.systems import CENTRALIZED, ModesOptions, System
+from benchmarks.modes.systems import ModesOptions
+from fedbert_ds.compare import runs
+from fedbert_ds.compare.systems import CENTRALIZED, System
 from fedbert_ds.config import dump_config, load_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 
-ROOT = Path(__file__).parents[4]
 PARALLEL = System("parallel", 5)
 
 
@@ -91,7 +87,7 @@ def runner(monkeypatch):
         return 0
 
     monkeypatch.setattr(runs, "run_to_end", run)
-    monkeypatch.setattr(runs, "evaluate", lambda folder, config: (6.25, 6.75))
+    monkeypatch.setattr(modes_runs, "evaluate", lambda folder, config: (6.25, 6.75))
     handler = signal.getsignal(signal.SIGTERM)
     yield started
     signal.signal(signal.SIGTERM, handler)
@@ -99,7 +95,7 @@ def runner(monkeypatch):
 
 def test_shipped_run_file_and_every_system(options):
     for system in (*systems.SYSTEMS, *systems.QUICK_SYSTEMS):
-        config = load_config(systems.RUN_FILE, systems.overrides_of(system, options))
+        config = load_config(systems.RUN_FILE, systems.run_file_overrides(system, options))
         assert config.run.directory == options.work / system.slug
         assert config.data.source == ("wiki.tokens",)
         assert config.run.windows == 4
@@ -114,33 +110,23 @@ def test_methods_of_whole_models_are_settings_of_one_run_file(options):
     options = replace(options, quick=False, whole=True, overrides=())
     assert options.systems == systems.WHOLE_SYSTEMS and options.systems[0] == CENTRALIZED
     configs = {
-        system.slug: load_config(systems.RUN_FILE, systems.overrides_of(system, options)) for system in options.systems
+        system.slug: load_config(systems.RUN_FILE, systems.run_file_overrides(system, options))
+        for system in options.systems
     }
     whole = {name: config for name, config in configs.items() if config.cut == "whole"}
-    assert list(whole) == ["whole-fedavg-20", "whole-diloco-20", "whole-muloco-20"]
+    assert list(whole) == ["fedavg-20", "diloco-20", "muloco-20"]
     assert {name: config.federation.server_optimizer for name, config in whole.items()} == {
-        "whole-fedavg-20": "none", "whole-diloco-20": "nesterov", "whole-muloco-20": "nesterov",
+        "fedavg-20": "none", "diloco-20": "nesterov", "muloco-20": "nesterov",
     }  # fmt: skip
     assert configs["sequential-10"].federation.mode == "sequential"
-    muloco = whole["whole-muloco-20"]
+    muloco = whole["muloco-20"]
     assert muloco.optimizer.name == "muon" and muloco.wire.updates == "int2_hadamard"
 
 
 def test_quick_whole_models_end_on_a_round(options):
     options = replace(options, whole=True, overrides=())
     for system in options.systems:
-        assert load_config(systems.RUN_FILE, systems.overrides_of(system, options)).run.windows == systems.ROUND
-
-
-def test_costs_are_read_from_what_clients_print(tmp_path):
-    folder = RunFolder(tmp_path)
-    assert runs.client_costs(folder) is None
-    for name, memory, flops in (("a", 512, "0.45"), ("b", 688, "2.13")):
-        folder.log(name).parent.mkdir(parents=True)
-        folder.log(name).write_text(
-            f"client {name}: the run is complete; peak memory {memory} MB, {flops} MFLOP per token\n"
-        )
-    assert runs.client_costs(folder) == ClientCosts(flops_per_token=2.13e6, peak_memory_mb=688)
+        assert load_config(systems.RUN_FILE, systems.run_file_overrides(system, options)).run.windows == systems.ROUND
 
 
 def test_full_size_has_ten_clients(options):
@@ -154,8 +140,8 @@ def test_federated_runs_go_through_the_launcher(options):
     command = systems.command_of(PARALLEL, ["a.b=1"])
     assert command[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--nproc-per-node=2" in command
-    assert command[-4:] == [str(systems.LAUNCHER), "--config", str(systems.RUN_FILE), "a.b=1"]
-    assert systems.command_of(CENTRALIZED, [])[1:3] == ["-m", "benchmarks.modes.centralized"]
+    assert command[-5:] == ["--module", "fedbert_ds.server.pretrain", "--config", str(systems.RUN_FILE), "a.b=1"]
+    assert systems.command_of(CENTRALIZED, [])[1:3] == ["-m", "fedbert_ds.compare.centralized"]
 
 
 def test_record_picture_and_table(options, runner, capsys):
@@ -194,7 +180,7 @@ def test_a_folder_of_somebody_else_is_left_alone(options, runner):
     stranger = options.work / "centralized" / "thesis.txt"
     stranger.parent.mkdir(parents=True)
     stranger.touch()
-    with pytest.raises(RunError, match="--work"):
+    with pytest.raises(RunError, match="name another folder"):
         bench_modes(options)
     assert stranger.exists() and not runner
 
@@ -217,36 +203,13 @@ def test_a_failed_run_says_what_its_log_says(options, monkeypatch, runner):
     assert not options.out.exists()
 
 
-def test_a_run_is_ended_with_the_bench(tmp_path):
-    program = (
-        "import signal, sys\nfrom pathlib import Path\nfrom benchmarks.modes.runs import run_to_end\n"
-        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))\n"
-        "child = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
-        "run_to_end([sys.executable, '-c', child], Path(sys.argv[1]))\n"
-    )
-    log = tmp_path / "run.log"
-    bench = subprocess.Popen([sys.executable, "-c", program, str(log)], cwd=ROOT)
-    try:
-        deadline = time.monotonic() + 60
-        while not (log.is_file() and log.read_text().strip()):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        bench.terminate()
-        assert bench.wait(timeout=60) == 143
-    finally:
-        bench.kill()
-        bench.wait()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(log.read_text()), 0)
-
-
 def test_each_system_trains_at_its_own_best_rate(options, runner, monkeypatch, capsys):
     def evaluate(folder, config):
         # Centralized training is best at the higher rate, averaging at the lower.
         wish = {"centralized": 2e-3}.get(folder.name, 1e-3)
         return 6.0 + abs(config.optimizer.lr - wish), 6.75
 
-    monkeypatch.setattr(runs, "evaluate", evaluate)
+    monkeypatch.setattr(modes_runs, "evaluate", evaluate)
     bench_modes(replace(options, learning_rates=(1e-3, 2e-3)))
     assert runner == [
         "centralized",

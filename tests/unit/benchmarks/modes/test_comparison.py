@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.modes.comparison import ClientCosts, Run, check_same_batches, draw, final, rows, table
-from benchmarks.modes.systems import System
+from benchmarks.modes.comparison import Run, check_same_batches, draw, final, rows, table
+from fedbert_ds.compare.runs import ClientCosts
+from fedbert_ds.compare.systems import System
 from fedbert_ds.errors import RunError
 from fedbert_ds.telemetry.metrics import WindowMetrics
 

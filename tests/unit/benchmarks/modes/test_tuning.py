@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.modes import tuning
 from benchmarks.modes.comparison import Run
-from benchmarks.modes.systems import CENTRALIZED, RUN_FILE, ModesOptions, System, overrides_of
+from benchmarks.modes.systems import RUN_FILE, ModesOptions, run_file_overrides
 from benchmarks.modes.tuning import Trial, at_rate, best_rates, table, tried
+from fedbert_ds.compare.systems import CENTRALIZED, System
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import ConfigError
 
@@ -58,7 +59,7 @@ def test_table() -> None:
 
 def test_a_rate_comes_after_what_the_user_set() -> None:
     options = replace(OPTIONS, overrides=("optimizer.lr=5.0",))
-    assert load_config(RUN_FILE, overrides_of(CENTRALIZED, at_rate(options, 0.25))).optimizer.lr == 0.25
+    assert load_config(RUN_FILE, run_file_overrides(CENTRALIZED, at_rate(options, 0.25))).optimizer.lr == 0.25
     assert at_rate(options, None) is options
 
 

@@ -4,14 +4,14 @@ Every window takes exactly the sequences and masks that a federation's clients d
 federated run can be held against it window by window. As a program it trains a run file and leaves
 the folder a federated run leaves, less its checkpoints:
 
-    python -m benchmarks.modes.centralized --config FILE [section.key=value ...]
+    python -m fedbert_ds.compare.centralized --config FILE [--text DIR] [section.key=value ...]
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,22 @@ import torch
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.text import batches_of
+from fedbert_ds.client.footprint import peak_memory_bytes
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.held_out import keep_apart
 from fedbert_ds.data.masking import Batch, encode
+from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.federation.strategy import strategy_of
-from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.checkpoint import build_model, quiet_transformers
+from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
-from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
+from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics
 from fedbert_ds.telemetry.report import draw_loss
 
 NUM_THREADS = 1
@@ -51,9 +55,10 @@ class Trained:
 class Centralized:
     """Trains the whole model, a window at a time, on what its participants would bring to it.
 
-    `articles` are the clients' own, by name. Gradients are clipped by the norm of the whole
-    gradient, as in `synchronous` mode without staleness. Dropout is drawn from torch's generator,
-    so only without dropout does a federated run see the same numbers.
+    `articles` are the clients' own, by name, with those that they keep out of training. Gradients
+    are clipped by the norm of the whole gradient, as in `synchronous` mode without staleness.
+    Dropout is drawn from torch's generator, so only without dropout does a federated run see the
+    same numbers.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]]) -> None:
@@ -63,9 +68,10 @@ class Centralized:
         strategy = strategy_of(config.federation, config.wire)
         participants = strategy.num_participants(len(articles))
         self.shares = window_shares(sizes, config.window.tokens, config.window.share, participants)
+        length = config.data.sequence_length
         self._sampler = strategy.sampler(config.run.seed, dict.fromkeys(articles, 0))
         self.streams = {
-            client: batches_of(config, encode(shard, tokenizer, config.data.sequence_length), tokenizer, client)
+            client: batches_of(config, encode(_trained_on(config, shard), tokenizer, length), tokenizer, client)
             for client, shard in articles.items()
         }
         self.optimizer = build_optimizer(list(self.model.named_parameters()), config.optimizer)
@@ -106,29 +112,68 @@ class Centralized:
         return loss.item()
 
 
-def train_centralized(config: RunConfig) -> None:
-    """Train the run file to its end; text, metrics.jsonl, loss.png and hf/ are in run.directory."""
+def train_centralized(config: RunConfig, text: RunFolder | None = None) -> None:
+    """Train the run file to its end; metrics.jsonl, loss.png and hf/ are in run.directory.
+
+    `text` is a folder with shards and tokenizer; None makes them in run.directory. Raises RunError
+    for a folder that is not empty.
+    """
+    run = new_run(config)
+    tokenizer = load_tokenizer(str(text.tokenizer)) if text else prepare_text(config, run)[0]
+    trainer = Centralized(config, tokenizer, shards_of(text or run))
+    for _ in trained_windows(trainer, run):
+        pass
+    hand_over(trainer, tokenizer, run)
+
+
+def new_run(config: RunConfig) -> RunFolder:
+    """The empty folder of a run; RunError for one that is not."""
     folder = config.run.directory
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder}: holds a run already; set another run.directory")
     folder.mkdir(parents=True, exist_ok=True)
-    run = RunFolder(folder)
-    tokenizer, _ = prepare_text(config, run)
-    shards = {path.parent.name: list(read_articles([str(path)])) for path in sorted(run.clients.glob("*/shard.jsonl"))}
-    trainer = Centralized(config, tokenizer, shards)
-    rows = []
-    with MetricsLog(run.metrics) as log:
-        for window in range(config.run.windows):
-            started = time.monotonic()
-            trained = trainer.train_window(window)
-            rows.append(_metrics(config, window, trained, time.monotonic() - started, len(shards)))
-            log.append(rows[-1])
-            if (window + 1) % max(1, config.run.windows // 20) == 0:
-                print(f"window {window + 1}/{config.run.windows}  loss {trained.loss:.2f}", flush=True)
-    draw_loss(folder / "loss.png", rows, {})
-    trainer.model.save_pretrained(run.model)
-    tokenizer.save_pretrained(run.model)
-    write_text(run.config, dump_config(config))
+    return RunFolder(folder)
+
+
+def shards_of(text: RunFolder) -> dict[str, list[Article]]:
+    """Every local client's articles."""
+    return {path.parent.name: list(read_articles([str(path)])) for path in sorted(text.clients.glob("*/shard.jsonl"))}
+
+
+def trained_windows(trainer: Centralized, run: RunFolder) -> Iterator[int]:
+    """Train window after window, and yield how many are trained; metrics.jsonl and loss.png stay.
+
+    Ends early where the caller stops asking.
+    """
+    config, rows = trainer.config, []
+    try:
+        with MetricsLog(run.metrics) as log:
+            for window in range(config.run.windows):
+                started = time.monotonic()
+                trained = trainer.train_window(window)
+                rows.append(_metrics(config, window, trained, time.monotonic() - started, len(trainer.streams)))
+                log.append(rows[-1])
+                if (window + 1) % max(1, config.run.windows // 20) == 0:
+                    print(f"window {window + 1}/{config.run.windows}  loss {trained.loss:.2f}", flush=True)
+                yield window + 1
+    finally:
+        draw_loss(run.path / "loss.png", rows, {})
+
+
+def hand_over(trainer: Centralized, tokenizer: Any, run: RunFolder) -> None:
+    """Write hf/ and config.yaml, and print what training took, as clients do."""
+    with quiet_transformers():
+        trainer.model.save_pretrained(run.model)
+        tokenizer.save_pretrained(run.model)
+    write_text(run.config, dump_config(trainer.config))
+    rows = read_metrics(run.metrics)
+    share = sum(row.masked_tokens for row in rows) / max(1, sum(row.tokens for row in rows))
+    flops = client_skeleton(trainer.model.config, "whole").flops_per_token(share)
+    print(f"peak memory {peak_memory_bytes() / 1e6:.0f} MB, {flops / 1e6:.2f} MFLOP per token", flush=True)
+
+
+def _trained_on(config: RunConfig, shard: Sequence[Article]) -> list[Article]:
+    return keep_apart(shard, config.data.client_held_out)[0]
 
 
 def _metrics(config: RunConfig, window: int, trained: Trained, seconds: float, clients: int) -> WindowMetrics:
@@ -159,10 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Centralized training on what a federation's clients would draw.")
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="shards and tokenizer (default: made anew)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(NUM_THREADS)
-    train_centralized(load_config(options.config, options.overrides))
+    config = load_config(options.config, options.overrides, needs_body=False)
+    train_centralized(config, RunFolder(options.text) if options.text else None)
 
 
 if __name__ == "__main__":

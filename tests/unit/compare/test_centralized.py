@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.modes.centralized import Centralized, train_centralized
+from fedbert_ds.compare.centralized import Centralized, train_centralized
 from fedbert_ds.config import parse_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece

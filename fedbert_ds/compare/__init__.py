@@ -1,0 +1,1 @@
+"""The same text trained in several ways, side by side: `fedbert-ds compare`."""

@@ -1,0 +1,56 @@
+"""What no system trained: word frequency, the checkpoint before training, a model without any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedbert_ds.compare import held_out
+from fedbert_ds.config import RunConfig
+from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.evaluation.masked_lm import load_masked_lm
+from fedbert_ds.model.checkpoint import build_model, quiet_transformers
+from fedbert_ds.server.run_folder import RunFolder
+
+WORD_FREQUENCY, BEFORE, NOT_PRETRAINED = "word frequency", "before training", "not pre-trained"
+"""As the table calls them."""
+
+
+def baselines(
+    config: RunConfig, text: RunFolder, batches: held_out.Batches, with_model: bool
+) -> dict[str, tuple[held_out.Losses, str | None]]:
+    """Losses and checkpoint of each: word frequency has none, BEFORE is there where the run file
+    continues a checkpoint, and NOT_PRETRAINED where a task asks for it (`with_model`).
+    """
+    found: dict[str, tuple[held_out.Losses, str | None]] = {
+        WORD_FREQUENCY: (held_out.word_frequency(config, text, batches), None)
+    }
+    if config.model.checkpoint is not None:
+        found[BEFORE] = (_losses(config.model.checkpoint, config, batches), config.model.checkpoint)
+    if with_model:
+        name = str(_not_pretrained(config, text))
+        found[NOT_PRETRAINED] = (_losses(name, config, batches), name)
+    return found
+
+
+def _losses(name: str, config: RunConfig, batches: held_out.Batches) -> held_out.Losses:
+    return held_out.losses(load_masked_lm(name, config.run.seed), batches)
+
+
+def _not_pretrained(config: RunConfig, text: RunFolder) -> Any:
+    """The folder of a model of the same shape with the seed's first weights, and its tokenizer."""
+    folder = text.path.with_name("not-pre-trained")
+    tokenizer = load_tokenizer(str(text.tokenizer))
+    if config.model.checkpoint is None:
+        model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+    else:
+        from transformers import AutoConfig, AutoModelForMaskedLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(config.model.checkpoint))
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,48 @@
+"""The options of `fedbert-ds compare`; torch is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `compare` to the command line."""
+    parser = subcommands.add_parser("compare", help="the same text as federation, centralized, each client alone, ...")
+    parser.add_argument("run_file", type=Path, metavar="RUN_FILE", help="with local clients")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for runs and table; finished ones stay")
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=[],
+        metavar="SYSTEM",
+        help="centralized alone synchronous parallel:N sequential:N fedavg:N diloco:N muloco:N (default: all)",
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="(default: the run file's)")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of a federated run (default: 1)")
+    parser.add_argument(
+        "--evaluations", type=int, default=20, metavar="N", help="of each client alone; the lowest loss counts (20)"
+    )
+    parser.add_argument(
+        "--patience", type=int, metavar="N", help="a client alone ends after so many without a lower loss (default: no)"
+    )
+    parser.add_argument("--glue", type=Path, metavar="DIR", help="fine-tune every final model; GLUE's original files")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="RTE, STS-B, ... for --glue")
+    parser.add_argument("--glue-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
+    parser.add_argument("--glue-epochs", type=int, metavar="N", help="(default: 3; MRPC and RTE 5)")
+    parser.add_argument("--glue-learning-rate", type=float, metavar="X", help="(default: 2e-5; small models need more)")
+    parser.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
+    parser.set_defaults(run=_compare)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from fedbert_ds.bench.commands import typed
+    from fedbert_ds.compare.experiment import compare
+    from fedbert_ds.compare.plan import CompareOptions
+
+    try:
+        compare(typed(CompareOptions, options))
+    except KeyboardInterrupt:
+        print("\nstopped; finished runs are kept, and the same command goes on")
+        raise SystemExit(130) from None

@@ -1,0 +1,195 @@
+"""Runs that are made once: a run that is complete with the same settings is read, not repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedbert_ds.atomic_write import write_text
+from fedbert_ds.bench.process import end, environment
+from fedbert_ds.config import RunConfig
+from fedbert_ds.errors import RunError
+from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.telemetry.progress import duration
+
+RESULT = "result.json"
+"""Written into a run's folder last, so its presence says that the run is complete."""
+LONGEST_SECONDS = 24 * 3600.0
+"""A run that takes longer hangs."""
+
+Measure = Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run to make."""
+
+    label: str
+    """For a reader."""
+    config: RunConfig
+    """As the command has it; the run writes its `run.directory`."""
+    command: Sequence[str]
+    made_with: Sequence[str] = ()
+    """What decides the result besides the run file, such as options of the command."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it writes."""
+        return RunFolder(self.config.run.directory)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything the run file says, of the DeepSpeed file it names, and of `made_with`."""
+        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        if self.config.body.deepspeed.is_file():
+            digest.update(self.config.body.deepspeed.read_bytes())
+        for text in self.made_with:
+            digest.update(b"\0" + text.encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ClientCosts:
+    """What the run asks of a client, the largest of all clients."""
+
+    flops_per_token: float
+    """Floating-point operations, forward and backward."""
+    peak_memory_mb: int
+    """Of the process, Python and torch included."""
+
+
+def finished(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
+    """The run's result: read if complete with these settings, else made and measured.
+
+    It has what `measure` says of the finished run, `seconds` from the start of its processes to the
+    end of the last, and the `commit` that made it. RunError for a run that fails, with its log.
+    """
+    result = _read_result(job)
+    if result is not None:
+        print(f"{job.label}: complete already", flush=True)
+        return result
+    _clear(job.folder.path)
+    return _make(job, commit, measure)
+
+
+def client_costs(logs: Sequence[Path]) -> ClientCosts | None:
+    """The largest of what clients printed into these logs at their end; None if none did."""
+    lines = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
+    found = re.findall(r"peak memory (\d+) MB, ([\d.]+) MFLOP per token", lines)
+    if not found:
+        return None
+    return ClientCosts(max(float(flops) for _, flops in found) * 1e6, max(int(memory) for memory, _ in found))
+
+
+def log_of(folder: Path) -> Path:
+    """Output of the processes of a run, beside its folder."""
+    return folder.with_name(f"{folder.name}.log")
+
+
+def run_to_end(command: Sequence[str], log: Path) -> int:
+    """Run a command to its end and return its exit code; it ends before this process does."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # The same numbers on every machine: on the CPU, and one thread each.
+            env=environment("cpu"),
+            # Ctrl-C comes to this process alone, which then ends the run in order.
+            start_new_session=True,
+        )
+    try:
+        return process.wait(timeout=LONGEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise RunError(f"a run took more than {LONGEST_SECONDS / 3600:.0f} hours (see {log})") from None
+    finally:
+        end(process, patience=90)
+
+
+def check_same_text(folders: Sequence[Path]) -> None:
+    """RunError unless all runs have the same shards, held-out text and word pieces."""
+    first, *others = [(folder, text_digest(folder)) for folder in folders]
+    for folder, digest in others:
+        if digest != first[1]:
+            raise RunError(f"{folder}: not the shards and word pieces of {first[0]}; remove both and run again")
+
+
+def text_facts(folder: Path) -> dict[str, Any]:
+    """How the text was dealt, and a digest of it, for a reader who has the same text."""
+    facts = json.loads(RunFolder(folder).text_facts.read_text(encoding="utf-8"))
+    names = ("articles", "held_out", "shard_articles", "shard_characters")
+    return {name: facts[name] for name in names} | {"sha256": text_digest(folder)}
+
+
+def text_digest(folder: Path) -> str:
+    """Of a run's shards, held-out text and word pieces."""
+    digest, run = hashlib.sha256(), RunFolder(folder)
+    for path in (run.held_out, *sorted(run.clients.glob("*/shard.jsonl")), run.tokenizer / "tokenizer.json"):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def public_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's resolved settings for the record, with no path of this machine in them."""
+    tree: dict[str, Any] = json.loads(config.model_dump_json())
+    del tree["run"]["directory"], tree["federation"]
+    tree["body"]["deepspeed"] = config.body.deepspeed.name
+    tree["data"]["source"] = [_name(source) for source in config.data.source]
+    for section, key in (("tokenizer", "path"), ("model", "checkpoint")):
+        if tree[section][key] is not None:
+            tree[section][key] = _name(tree[section][key])
+    return tree
+
+
+def _name(source: str) -> str:
+    """A file or folder without the way to it; the hub's names as they are."""
+    return Path(source).name if Path(source).exists() else source
+
+
+def _make(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
+    folder = job.folder.path
+    log = log_of(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{job.label}: {job.config.run.windows} windows, output in {log}", flush=True)
+    started = time.monotonic()
+    exit_code = run_to_end(job.command, log)
+    seconds = time.monotonic() - started
+    if exit_code:
+        raise RunError(f"{job.label}: {_last_words(log)} (see {log})")
+    result = {"settings": job.fingerprint, "commit": commit, "seconds": seconds, **measure()}
+    write_text(folder / RESULT, json.dumps(result))
+    print(f"{job.label}: {duration(seconds)}, held-out loss {result['held_out_loss']:.3f}", flush=True)
+    return result
+
+
+def _read_result(job: Job) -> dict[str, Any] | None:
+    path = job.folder.path / RESULT
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result if result["settings"] == job.fingerprint else None
+
+
+def _clear(folder: Path) -> None:
+    """Remove an incomplete or different run; RunError for a folder that is none of these runs."""
+    if not folder.exists():
+        return
+    if not log_of(folder).is_file():
+        raise RunError(f"{folder}: not a run of this comparison; name another folder")
+    shutil.rmtree(folder)
+
+
+def _last_words(log: Path) -> str:
+    """The error line of ours in a log, or else its last line."""
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    ours = [line.removeprefix("fedbert-ds: ") for line in lines if line.startswith("fedbert-ds: ")]
+    return [*(lines or ["it ended without a word"]), *ours][-1]

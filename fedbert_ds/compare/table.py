@@ -1,0 +1,110 @@
+"""The rows of a comparison as a table, a verdict and a picture; reads the record alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from fedbert_ds.compare.baselines import WORD_FREQUENCY
+from fedbert_ds.compare.systems import ALONE, System
+from fedbert_ds.telemetry.plots import COLORS, REFERENCE, picture
+from fedbert_ds.telemetry.progress import duration
+from fedbert_ds.telemetry.tables import markdown
+
+MARKERS = "osD^vP<>X*"
+"""One a system, in the order of colors."""
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("bytes_per_token", "bytes per token", lambda value: f"{value:,.0f}"),
+    ("client_flops_per_token", "client FLOP per token", lambda value: f"{value / 1e6:.2f} M"),
+    ("client_peak_memory_mb", "client peak memory", lambda value: f"{value:.0f} MB"),
+    ("seconds", "wall time", duration),
+    ("seconds_in_windows", "in windows", duration),
+)
+"""Columns of what a system costs: key, head, how a value is told."""
+
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: a line a system, means over seeds with the sample standard deviation."""
+    owners = list(rows[0]["held_out"])
+    tasks = list(dict.fromkeys(task for row in rows for task in row.get("glue", {})))
+    heads = ["system", "held-out loss", "worst client", *owners, *tasks, *(head for _, head, _ in COSTS)]
+    return markdown(heads, [_cells(label, group, owners, tasks) for label, group in grouped(rows).items()])
+
+
+def verdict(rows: Sequence[Row]) -> list[str]:
+    """Sentences: which systems are better than alone for every owner, which for whom not.
+
+    By means over seeds. None without a row of clients alone.
+    """
+    groups = grouped(rows)
+    if ALONE.label not in groups:
+        return []
+    alone, better, not_better = owner_means(groups[ALONE.label]), [], []
+    for label, group in groups.items():
+        if label == ALONE.label or "bytes_per_token" not in group[0]:
+            continue  # itself, and what no system trained
+        theirs = owner_means(group)
+        behind = [
+            f"{name} ({loss:.3f}, alone {alone[name]:.3f})" for name, loss in theirs.items() if not loss < alone[name]
+        ]
+        if behind:
+            not_better.append(f"Not better than alone: {label} for {', '.join(behind)}.")
+        else:
+            better.append(label)
+    return [f"Better than alone for every owner: {'; '.join(better) or 'none'}.", *not_better]
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Held-out loss: a line an owner and one for all, a mark a system, a dot a seed."""
+    groups = grouped(rows)
+    owners = list(rows[0]["held_out"])
+    with picture(path, 8.0, 1.6 + 0.45 * (len(owners) + 1), grid="x") as (_, (axes,)):
+        for (label, group), color, marker in zip(groups.items(), cycle((REFERENCE, *COLORS)), cycle("|" + MARKERS)):
+            values = [[row["held_out_loss"] for row in group]]
+            values += [[row["held_out"][owner] for row in group] for owner in owners]
+            big = 90 if label == WORD_FREQUENCY else 34
+            places = range(len(values))
+            axes.scatter(list(map(mean, values)), places, s=big, color=color, marker=marker, label=label, alpha=0.85)
+            if len(group) > 1:
+                each = [(value, place) for place, ones in zip(places, values, strict=True) for value in ones]
+                axes.scatter(*zip(*each, strict=True), s=5, color=color)
+        axes.set_yticks(range(len(owners) + 1), ["all clients", *owners])
+        axes.invert_yaxis()
+        axes.set_xlabel("held-out loss, nats per masked token")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each system, one a seed, by its label; in order."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(System(row["system"], row["average_every"]).label, []).append(row)
+    return found
+
+
+def owner_means(group: Sequence[Row]) -> dict[str, float]:
+    """Each owner's mean loss over the seeds of a system."""
+    return {owner: mean(row["held_out"][owner] for row in group) for owner in group[0]["held_out"]}
+
+
+def with_spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and where there are several the sample standard deviation."""
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def _cells(label: str, group: Sequence[Row], owners: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    losses = [[row["held_out_loss"] for row in group], [row["held_out"][row["worst_client"]] for row in group]]
+    losses += [[row["held_out"][owner] for row in group] for owner in owners]
+    points = [[100 * score for row in group for score in row.get("glue", {}).get(task, [])] for task in tasks]
+    return [
+        label,
+        *(with_spread(values, 3) for values in losses),
+        *(with_spread(values, 1) if values else "" for values in points),
+        *(told(mean(row[key] for row in group)) if key in group[0] else "" for key, _, told in COSTS),
+    ]

@@ -18,7 +18,7 @@ from fedbert_ds.data.masking import Batch
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import batches_of
-from fedbert_ds.model.architecture import tells_texts_apart
+from fedbert_ds.model.architecture import position_limit, tells_texts_apart
 from fedbert_ds.model.checkpoint import quiet_transformers
 from fedbert_ds.model.heads import auto_class_of
 from fedbert_ds.tasks.registry import task_of
@@ -53,8 +53,8 @@ def evaluate_task(
     """Evaluate a fine-tuned checkpoint on files as `tasks.rows` reads them.
 
     Which task it is, its config says. `sequence_length` None takes the model's limit, at most 512.
-    ModelError when it has no head for labels or no tokenizer, DataError for rows that the task
-    cannot read.
+    ModelError when it has no head for labels or no tokenizer, or `sequence_length` does not fit,
+    DataError for rows that the task cannot read.
     """
     name = str(model_name_or_folder)
     model, task = _load(name)
@@ -64,7 +64,10 @@ def evaluate_task(
         raise ModelError(f"{error}; a checkpoint to evaluate needs its tokenizer beside it") from error
     columns = columns_of(task, text_columns, label_column)
     examples = [task.example(row, columns, where) for where, row in read_rows(sources)]
-    length = sequence_length or min(tokenizer.model_max_length, LONGEST_SEQUENCE)
+    limit = min(tokenizer.model_max_length, position_limit(model))
+    if sequence_length is not None and sequence_length > limit:
+        raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
+    length = sequence_length or min(limit, LONGEST_SEQUENCE)
     sequences = task.encode(examples, tokenizer, length)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     loss, counts = _sums(model, task, sequences, batch_size, tokenizer.pad_token_id or 0)

@@ -151,6 +151,16 @@ def longest_sequence(hf_config: Any) -> int:
     return hf_config.max_position_embeddings - position_offset(hf_config)
 
 
+def position_limit(model: Any) -> int:
+    """Longest sequence of any encoder of transformers, by its position table, or else its config,
+    or 512. RoBERTa's kind spends its first rows on padding.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or 512)
+
+
 def tells_texts_apart(hf_config: Any) -> bool:
     """Whether embeddings know which of two texts a token is of; others see separators alone."""
     return getattr(hf_config, "type_vocab_size", 1) > 1

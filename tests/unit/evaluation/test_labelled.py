@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from seqeval.metrics import f1_score
 
 from fedbert_ds.config import ModelSection
 from fedbert_ds.data.corpus import Article
@@ -19,6 +20,7 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.tasks.metrics import accuracy, pearson
 from fedbert_ds.tasks.registry import TASKS
 
+LABELS = ("O", "B-X", "I-X")
 SENTENCE = "the quick brown fox jumps over the lazy dog and runs away from it"
 WORDS = SENTENCE.split()
 ROWS = {
@@ -38,7 +40,7 @@ def tokenizer() -> Any:
 
 
 def checkpoint(folder: Path, tokenizer: Any, name: str | None) -> Any:
-    task = None if name is None else TASKS[name](("O", "B-X", "I-X"))
+    task = None if name is None else TASKS[name](LABELS)
     section = ModelSection(hidden_size=16, num_attention_heads=2, max_position_embeddings=32, initializer_range=0.3)
     model = build_model(section, len(tokenizer), tokenizer.pad_token_id, 0, task).eval()
     model.save_pretrained(folder / "model")
@@ -56,6 +58,7 @@ def test_loss_and_measures_are_those_of_transformers_one_by_one(
     model = checkpoint(tmp_path, tokenizer, name)
     result = evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")], batch_size=batch_size, device="cpu")
     losses, have, told = [], list[float](), list[float]()
+    sentences: list[tuple[list[str], list[str]]] = []
     for row in ROWS[name]:
         if name == "token_classification":
             inputs = tokenizer(row["tokens"], is_split_into_words=True, return_tensors="pt")
@@ -75,12 +78,26 @@ def test_loss_and_measures_are_those_of_transformers_one_by_one(
         have += target[chosen].tolist()
         answers = out.logits[chosen] if name == "token_classification" else out.logits
         told += (answers[:, 0] if name == "sequence_regression" else answers.argmax(-1)).tolist()
+        if name == "token_classification":
+            sides = target[chosen].tolist(), answers.argmax(-1).tolist()
+            sentences.append(tuple([LABELS[number] for number in side] for side in sides))  # type: ignore[arg-type]
     assert result.loss == pytest.approx(sum(losses) / len(have), rel=1e-5)
     assert (result.labels, result.examples) == (len(have), len(ROWS[name]))
+    if sentences:
+        expected = f1_score([one for one, _ in sentences], [other for _, other in sentences], zero_division=0)
+        assert result.measures["f1"] == pytest.approx(expected) and expected > 0
     if name == "sequence_regression":
         assert result.measures["pearson"] == pytest.approx(pearson(np.array(have), np.array(told)), abs=1e-4)
     else:
         assert result.measures["accuracy"] == pytest.approx(accuracy(np.array(have), np.array(told)))
+
+
+def test_texts_are_cut_to_what_the_model_has_positions_for(tmp_path: Path, tokenizer: Any) -> None:
+    checkpoint(tmp_path, tokenizer, "sequence_regression")
+    write_rows(tmp_path / "rows.jsonl", [{"text": " ".join(WORDS * 9), "label": 1.0}])
+    assert evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")]).labels == 1
+    with pytest.raises(ModelError, match="sequences of 33 tokens do not fit; use at most 32"):
+        evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")], sequence_length=33)
 
 
 def test_a_checkpoint_says_whether_it_has_a_head_for_labels(tmp_path: Path, tokenizer: Any) -> None:

@@ -87,6 +87,7 @@ def through_the_cut(client: Any, body: Any, batch: Batch) -> float:
     row_index = None if activations.row_index is None else activations.row_index.long()
     bounds = torch.tensor([0, *batch.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     hidden = body(received, batch.masked_positions, bounds, row_index)
+    assert (activations.values.shape[1], hidden.shape[1]) == client.widths == body.widths
     loss, gradient = client.head_backward(hidden.detach(), batch.labels, 1 / len(batch.labels))
     (hidden * gradient).sum().backward()
     activations.values.backward(received.grad)
@@ -119,7 +120,12 @@ def test_the_whole_classifier_at_a_client_is_the_model(architecture: str, task: 
     inputs = batch.input_ids, batch.lengths, batch.masked_positions
     loss = client.whole_backward(*inputs, batch.labels, 1.0, batch.token_types)
     assert loss / len(batch.labels) == pytest.approx(float(expected), rel=1e-9)
-    assert all(parameter.grad is not None for parameter in client.parameters())
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in client.named_parameters()}
+    for name, parameter in model.named_parameters():
+        # A scale of 1 is the gradient of the sum, transformers' loss is the mean.
+        summed = parameter.grad * len(batch.labels)
+        torch.testing.assert_close(gradients[name], summed, atol=1e-9, rtol=1e-8, msg=name)
 
 
 def test_counts_are_the_tasks_of_the_heads_scores(architecture: str, task: Task) -> None:
@@ -212,6 +218,18 @@ def test_networks_of_other_heads_have_other_shapes() -> None:
         for labels in (LABELS[:2], LABELS):
             shapes.add(shape_hash(model_of("bert", TASKS[name](labels)).config))
     assert len(shapes) == 1 + 2 + 1 + 2
+
+
+def test_a_checkpoint_that_pools_over_a_sequence_reads_the_first_token_from_now_on(tmp_path: Path) -> None:
+    task = TASKS["sequence_classification"](LABELS)
+    pooling = model_of("modernbert", task)
+    pooling.config.classifier_pooling = "mean"
+    pooling.save_pretrained(tmp_path / "mean")
+    section = ModelSection(checkpoint=str(tmp_path / "mean"))
+    for wanted in (task, TASKS["token_classification"](LABELS), None):
+        model = build_model(section, VOCABULARY, PAD, seed=3, task=wanted)
+        assert wanted is None or model.config.classifier_pooling == "cls"
+        split(model, "embeddings")
 
 
 def test_pooling_over_a_sequence_is_refused() -> None:

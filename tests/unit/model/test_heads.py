@@ -125,7 +125,8 @@ def test_the_whole_classifier_at_a_client_is_the_model(architecture: str, task: 
     for name, parameter in model.named_parameters():
         # A scale of 1 is the gradient of the sum, transformers' loss is the mean.
         summed = parameter.grad * len(batch.labels)
-        torch.testing.assert_close(gradients[name], summed, atol=1e-9, rtol=1e-8, msg=name)
+        # ModernBERT's angles are fp32.
+        torch.testing.assert_close(gradients[name], summed, atol=1e-7, rtol=1e-7, msg=name)
 
 
 def test_counts_are_the_tasks_of_the_heads_scores(architecture: str, task: Task) -> None:

@@ -16,7 +16,7 @@ from fedbert_ds.compare.alone import EVALUATIONS, read_evaluations
 from fedbert_ds.compare.baselines import baselines
 from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.compare.runs import Job, client_costs, finished, log_of, text_digest, text_facts
-from fedbert_ds.compare.systems import ALONE, System
+from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
 from fedbert_ds.errors import RunError
@@ -125,7 +125,7 @@ def _row(plan: Plan, system: System, seed: int, batches: held_out.Batches, commi
         **{name: max(result[name] for result in results.values()) for name in COSTS},
         "commit": next(iter(results.values()))["commit"],
     }
-    if system == ALONE:
+    if system in EACH_ALONE:
         evaluations = {plan.owners[client]: result["evaluations"] for client, result in results.items()}
         at_the_end = {owner: ones[-1]["loss"] for owner, ones in evaluations.items()}
         return row | {"held_out_at_the_end": at_the_end, "own_evaluations": evaluations}

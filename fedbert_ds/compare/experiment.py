@@ -19,6 +19,7 @@ from fedbert_ds.compare.runs import Job, client_costs, finished, log_of, text_di
 from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.evaluation.masked_lm import load_masked_lm
 from fedbert_ds.server.prepare import is_prepared, prepare_text
@@ -65,12 +66,14 @@ def _claim(plan: Plan) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan.settings, indent=2) + "\n")
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(plan.settings)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+    # What an earlier version did not write was what is now the default.
+    defaults = _flat(RunConfig().model_dump(mode="json"))
+    before, now = defaults | _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(plan.settings)
+    for key in sorted(now):
+        if before.get(key) != now[key]:
             raise RunError(
-                f"{out}: holds a comparison with {key} {before.get(key)}, now {now.get(key)}; change that back, or "
-                "name another --out"
+                f"{out}: holds a comparison with {key} {before.get(key)}, now {now[key]}; change that back, or name "
+                "another --out"
             )
 
 

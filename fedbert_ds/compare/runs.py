@@ -47,9 +47,10 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything the run file says, of the DeepSpeed file it names, and of `made_with`."""
+        """Of everything the run file says, of what the DeepSpeed file holds, and of `made_with`."""
         # Without defaults: a key that a later version adds makes no run another one.
-        digest = hashlib.sha256(self.config.model_dump_json(exclude_defaults=True).encode())
+        places: Any = {"run": {"directory"}, "body": {"deepspeed"}}
+        digest = hashlib.sha256(self.config.model_dump_json(exclude_defaults=True, exclude=places).encode())
         if self.config.body.deepspeed.is_file():
             digest.update(self.config.body.deepspeed.read_bytes())
         for text in self.made_with:

@@ -44,6 +44,7 @@ def test_a_run_is_ended_with_the_bench(tmp_path):
 
 
 def job(tmp_path: Path, *made_with: str, deepspeed: str = "{}", **sections: object) -> Job:
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "zero.json").write_text(deepspeed)
     tree = {"run": {"directory": str(tmp_path / "run")}, "body": {"deepspeed": str(tmp_path / "zero.json")}}
     return Job("a run", parse_config(tree | sections, "test"), [], made_with)
@@ -52,6 +53,7 @@ def job(tmp_path: Path, *made_with: str, deepspeed: str = "{}", **sections: obje
 def test_a_run_is_known_by_all_that_decides_its_result(tmp_path: Path) -> None:
     first = job(tmp_path).fingerprint
     assert job(tmp_path, optimizer={"lr": 1e-4}, cut="embeddings").fingerprint == first, "written out, but the default"
+    assert job(tmp_path / "elsewhere").fingerprint == first, "the same settings in another place"
     for other in (
         job(tmp_path, optimizer={"lr": 2e-4}),
         job(tmp_path, "--patience", "3"),

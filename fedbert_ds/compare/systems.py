@@ -145,6 +145,8 @@ def plain(module: str, run_file: Path, overrides: Sequence[str], *options: str) 
 
 def _parse(text: str, base: RunConfig) -> System:
     name, separator, number = text.partition(":")
+    if "=" in text:
+        raise ConfigError(f"--systems {text}: section.key=value goes right behind RUN_FILE")
     if name not in NAMES:
         raise ConfigError(f"--systems {text}: choose {', '.join(NAMES)}")
     if name not in DEFAULT_EVERY:

@@ -62,6 +62,7 @@ def test_a_run_files_own_period_is_its_systems_default(run_file: str, name: str,
     ("names", "words"),
     [
         (["fedsgd"], "--systems fedsgd: choose centralized, alone, alone-share"),
+        (["run.seed=2"], "--systems run.seed=2: section.key=value goes right behind RUN_FILE"),
         (["synchronous:5"], "--systems synchronous:5: synchronous takes no number; drop :5"),
         (["fedavg:"], "--systems fedavg:: give fedavg a number of windows, fedavg:20 say"),
         (["diloco:0"], "--systems diloco:0: give diloco a number"),

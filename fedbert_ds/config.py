@@ -604,7 +604,7 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} does not fit window.tokens_per_micro_batch "
                 f"{self.window.tokens_per_micro_batch}; raise the latter"
             )
-        if self.data.shards == "source" and self.clients.local != len(self.data.source):
+        if self.data.shards == "source" and self.clients.local not in (0, len(self.data.source)):
             raise ValueError(
                 f"data.shards: source gives each local client one source, and there are {self.clients.local} clients "
                 f"for {len(self.data.source)} sources; set clients.local: {len(self.data.source)}"

@@ -17,7 +17,7 @@ def finished(system: System, config: RunConfig, options: ModesOptions, commit: s
     """The run: read if complete with these settings, else made. `reference` is complete."""
     folder = config.run.directory
     job = runs.Job(system.label, config, command_of(system, run_file_overrides(system, options)))
-    result = runs.finished(job, commit, lambda: _measured(folder, config))
+    result = runs.finished(job, commit, lambda: _measured(folder, config), replaces=True)
     return Run(
         system=system,
         windows=read_metrics(RunFolder(folder).metrics),

@@ -1,10 +1,10 @@
 """One client by itself: the whole model, trained by plain code on the client's own text alone.
 
-It gets as many windows of as many tokens as the whole federation. Its own held-out text is
-evaluated every so often, and the model of the lowest loss is kept: small texts are soon known by
-heart. As a program:
+It gets as many windows as the federation, each of as many tokens, or of its own share alone. Its
+held-out text is evaluated every so often, and the model of the lowest loss is kept: small texts are
+soon known by heart. As a program:
 
-    python -m fedbert_ds.compare.alone --config FILE --text DIR --client NAME --every N
+    python -m fedbert_ds.compare.alone --config FILE --text DIR --client NAME --every N [--share]
 """
 
 from __future__ import annotations
@@ -24,22 +24,30 @@ from fedbert_ds.compare.held_out import held_out_batch, loss_on
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import one_line_errors
+from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
 
 EVALUATIONS = "own_evaluations.json"
 """In the run's folder: [{windows, loss, masked_tokens}], in order."""
 
 
-def train_alone(config: RunConfig, text: RunFolder, client: str, every: int, patience: int | None = None) -> None:
+def train_alone(
+    config: RunConfig, text: RunFolder, client: str, every: int, patience: int | None = None, share: bool = False
+) -> None:
     """Train on the text of one client of the folder `text`; hf/ is the model of the lowest loss.
 
     It is evaluated every `every` windows and at the end. With `patience`, it ends after so many
-    evaluations in a row that are no better than the best before.
+    evaluations in a row that are no better than the best before. With `share` its batches are those
+    that it draws in a federation of all clients of `text`.
     """
     run = new_run(config)
     tokenizer = load_tokenizer(str(text.tokenizer))
     batch = held_out_batch(config, text, client, tokenizer)
-    trainer = Centralized(config, tokenizer, {client: shards_of(text)[client]})
+    shards = shards_of(text)
+    trainer = Centralized(config, tokenizer, {client: shards[client]})
+    if share:
+        sizes = {name: sum(len(article.text) for article in shard) for name, shard in shards.items()}
+        trainer.shares = window_shares(sizes, config.window.tokens, config.window.share)
     evaluations: list[dict[str, Any]] = []
     best: dict[str, torch.Tensor] = {}
     for windows in trained_windows(trainer, run):
@@ -78,11 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--client", required=True, metavar="NAME", help="whose text")
     parser.add_argument("--every", type=int, required=True, metavar="N", help="windows between evaluations")
     parser.add_argument("--patience", type=int, metavar="N", help="end after so many evaluations without a lower loss")
+    parser.add_argument("--share", action="store_true", help="its part of a window's tokens only")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(NUM_THREADS)
     config = load_config(options.config, options.overrides, needs_body=False)
-    train_alone(config, RunFolder(options.text), options.client, options.every, options.patience)
+    train_alone(config, RunFolder(options.text), options.client, options.every, options.patience, options.share)
 
 
 if __name__ == "__main__":

@@ -157,7 +157,8 @@ def trained_windows(trainer: Centralized, run: RunFolder) -> Iterator[int]:
                     print(f"window {window + 1}/{config.run.windows}  loss {trained.loss:.2f}", flush=True)
                 yield window + 1
     finally:
-        draw_loss(run.path / "loss.png", rows, {})
+        if rows:
+            draw_loss(run.path / "loss.png", rows, {})
 
 
 def hand_over(trainer: Centralized, tokenizer: Any, run: RunFolder) -> None:

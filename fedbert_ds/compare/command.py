@@ -32,7 +32,9 @@ def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--glue-epochs", type=int, metavar="N", help="(default: 3; MRPC and RTE 5)")
     parser.add_argument("--glue-learning-rate", type=float, metavar="X", help="(default: 2e-5; small models need more)")
     parser.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="change the run file; right behind it"
+    )
     parser.set_defaults(run=_compare)
 
 

@@ -16,9 +16,10 @@ from fedbert_ds.compare.alone import EVALUATIONS, read_evaluations
 from fedbert_ds.compare.baselines import baselines
 from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.compare.runs import Job, client_costs, finished, log_of, text_digest, text_facts
-from fedbert_ds.compare.systems import ALONE, System
+from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.evaluation.masked_lm import load_masked_lm
 from fedbert_ds.server.prepare import is_prepared, prepare_text
@@ -65,12 +66,14 @@ def _claim(plan: Plan) -> None:
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan.settings, indent=2) + "\n")
         return
-    before, now = _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(plan.settings)
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
+    # What an earlier version did not write was what is now the default.
+    defaults = _flat(RunConfig().model_dump(mode="json"))
+    before, now = defaults | _flat(json.loads(path.read_text(encoding="utf-8"))), _flat(plan.settings)
+    for key in sorted(now):
+        if before.get(key) != now[key]:
             raise RunError(
-                f"{out}: holds a comparison with {key} {before.get(key)}, now {now.get(key)}; change that back, or "
-                "name another --out"
+                f"{out}: holds a comparison with {key} {before.get(key)}, now {now[key]}; change that back, or name "
+                "another --out"
             )
 
 
@@ -125,7 +128,7 @@ def _row(plan: Plan, system: System, seed: int, batches: held_out.Batches, commi
         **{name: max(result[name] for result in results.values()) for name in COSTS},
         "commit": next(iter(results.values()))["commit"],
     }
-    if system == ALONE:
+    if system in EACH_ALONE:
         evaluations = {plan.owners[client]: result["evaluations"] for client, result in results.items()}
         at_the_end = {owner: ones[-1]["loss"] for owner, ones in evaluations.items()}
         return row | {"held_out_at_the_end": at_the_end, "own_evaluations": evaluations}

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.compare.runs import Job, public_settings
-from fedbert_ds.compare.systems import ALONE, CENTRALIZED, NAMES, System, launched, overrides_of, parse_systems, plain
+from fedbert_ds.compare.systems import (
+    ALONE_SHARE,
+    CENTRALIZED,
+    EACH_ALONE,
+    NAMES,
+    System,
+    launched,
+    overrides_of,
+    parse_systems,
+    plain,
+)
 from fedbert_ds.compare.tasks import TaskOptions
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import ConfigError
@@ -134,7 +144,7 @@ class Plan:
         """The runs of a system: one, under the name "", or one for each client alone."""
         folder = self.options.out / f"seed-{seed}" / system.slug
         label = f"seed {seed}, {system.label}" if len(self.seeds) > 1 else system.label
-        if system != ALONE:
+        if system not in EACH_ALONE:
             return {"": self._job(system, seed, folder, label)}
         return {
             client: self._job(system, seed, folder / self.owners[client], f"{label}, {self.owners[client]}", client)
@@ -160,6 +170,8 @@ class Plan:
         given = ["--client", client, "--every", str(every)]
         if self.options.patience is not None:
             given += ["--patience", str(self.options.patience)]
+        if system == ALONE_SHARE:
+            given.append("--share")
         return Job(label, config, plain("alone", run_file, overrides, "--text", str(text), *given), given)
 
     def _load(

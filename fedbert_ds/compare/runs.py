@@ -47,8 +47,10 @@ class Job:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything the run file says, of the DeepSpeed file it names, and of `made_with`."""
-        digest = hashlib.sha256(self.config.model_dump_json().encode())
+        """Of everything the run file says, of what the DeepSpeed file holds, and of `made_with`."""
+        # Without defaults: a key that a later version adds makes no run another one.
+        places: Any = {"run": {"directory"}, "body": {"deepspeed"}}
+        digest = hashlib.sha256(self.config.model_dump_json(exclude_defaults=True, exclude=places).encode())
         if self.config.body.deepspeed.is_file():
             digest.update(self.config.body.deepspeed.read_bytes())
         for text in self.made_with:
@@ -66,17 +68,23 @@ class ClientCosts:
     """Of the process, Python and torch included."""
 
 
-def finished(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
+def finished(job: Job, commit: str | None, measure: Measure, replaces: bool = False) -> dict[str, Any]:
     """The run's result: read if complete with these settings, else made and measured.
 
     It has what `measure` says of the finished run, `seconds` from the start of its processes to the
-    end of the last, and the `commit` that made it. RunError for a run that fails, with its log.
+    end of the last, and the `commit` that made it. A complete run of other settings is replaced, or
+    RunError. RunError for a run that fails, too, with its log.
     """
-    result = _read_result(job)
-    if result is not None:
-        print(f"{job.label}: complete already", flush=True)
-        return result
-    _clear(job.folder.path)
+    folder = job.folder.path
+    path = folder / RESULT
+    if path.is_file():
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if result["settings"] == job.fingerprint:
+            print(f"{job.label}: complete already", flush=True)
+            return result
+        if not replaces:
+            raise RunError(f"{folder}: is complete, made with other settings; name another --out, or remove it")
+    _clear(folder)
     return _make(job, commit, measure)
 
 
@@ -169,14 +177,6 @@ def _make(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
     write_text(folder / RESULT, json.dumps(result))
     print(f"{job.label}: {duration(seconds)}, held-out loss {result['held_out_loss']:.3f}", flush=True)
     return result
-
-
-def _read_result(job: Job) -> dict[str, Any] | None:
-    path = job.folder.path / RESULT
-    if not path.is_file():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["settings"] == job.fingerprint else None
 
 
 def _clear(folder: Path) -> None:

@@ -14,8 +14,8 @@ from fedbert_ds.errors import ConfigError
 
 DEFAULT_EVERY = {"parallel": 10, "sequential": 10, "fedavg": 20, "diloco": 20, "muloco": 20}
 """Systems that take a number: windows between averages, or of a turn."""
-NAMES = ("centralized", "alone", "synchronous", *DEFAULT_EVERY)
-PLAIN = ("centralized", "alone")
+NAMES = ("centralized", "alone", "alone-share", "synchronous", *DEFAULT_EVERY)
+PLAIN = ("centralized", "alone", "alone-share")
 """Plain code on one machine: no federation."""
 MODE = {"synchronous": "synchronous", "parallel": "parallel", "sequential": "sequential"}
 """Systems with a body at the server, and their `federation.mode`."""
@@ -87,6 +87,11 @@ class System:
 TURNS = "sequential"
 CENTRALIZED = System("centralized")
 ALONE = System("alone")
+"""As many tokens for each client as for the whole federation."""
+ALONE_SHARE = System("alone-share")
+"""The very batches that each client draws in the federation."""
+EACH_ALONE = (ALONE, ALONE_SHARE)
+"""Systems of a model for each client."""
 
 
 def parse_systems(texts: Sequence[str], base: RunConfig) -> list[System]:
@@ -140,6 +145,8 @@ def plain(module: str, run_file: Path, overrides: Sequence[str], *options: str) 
 
 def _parse(text: str, base: RunConfig) -> System:
     name, separator, number = text.partition(":")
+    if "=" in text:
+        raise ConfigError(f"--systems {text}: section.key=value goes right behind RUN_FILE")
     if name not in NAMES:
         raise ConfigError(f"--systems {text}: choose {', '.join(NAMES)}")
     if name not in DEFAULT_EVERY:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from fedbert_ds.compare.baselines import WORD_FREQUENCY
-from fedbert_ds.compare.systems import ALONE, System
+from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.telemetry.plots import COLORS, REFERENCE, picture
 from fedbert_ds.telemetry.progress import duration
 from fedbert_ds.telemetry.tables import markdown
@@ -42,21 +42,26 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     By means over seeds. None without a row of clients alone.
     """
     groups = grouped(rows)
-    if ALONE.label not in groups:
-        return []
-    alone, better, not_better = owner_means(groups[ALONE.label]), [], []
+    return [line for system in EACH_ALONE if system.label in groups for line in _verdict(groups, system.label)]
+
+
+def _verdict(groups: Mapping[str, Sequence[Row]], against: str) -> list[str]:
+    alone, better, not_better = owner_means(groups[against]), [], []
+    each_alone = [system.label for system in EACH_ALONE]
     for label, group in groups.items():
-        if label == ALONE.label or "bytes_per_token" not in group[0]:
-            continue  # itself, and what no system trained
+        if label in each_alone or "bytes_per_token" not in group[0]:
+            continue  # not of what no system trained
         theirs = owner_means(group)
         behind = [
-            f"{name} ({loss:.3f}, alone {alone[name]:.3f})" for name, loss in theirs.items() if not loss < alone[name]
+            f"{name} ({loss:.3f}, {against} {alone[name]:.3f})"
+            for name, loss in theirs.items()
+            if not loss < alone[name]
         ]
         if behind:
-            not_better.append(f"Not better than alone: {label} for {', '.join(behind)}.")
+            not_better.append(f"Not better than {against}: {label} for {', '.join(behind)}.")
         else:
             better.append(label)
-    return [f"Better than alone for every owner: {'; '.join(better) or 'none'}.", *not_better]
+    return [f"Better than {against} for every owner: {'; '.join(better) or 'none'}.", *not_better]
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:

@@ -617,5 +617,6 @@ def test_a_compiler_chooses_where_the_run_file_does_not(written: str, expected: 
 def test_each_client_of_one_source_needs_as_many_clients_as_sources() -> None:
     tree = {"data": {"shards": "source", "source": ["a.txt", "b.txt"]}, "clients": {"expected": 2, "local": 2}}
     assert parse_config(tree, "x").data.shards == "source"
+    parse_config(tree | {"clients": {"expected": 2, "local": 0}}, "x")  # remote clients bring their own text
     with pytest.raises(ConfigError, match=r"there are 3 clients for 2 sources; set clients\.local: 2"):
         parse_config(tree | {"clients": {"expected": 3, "local": 3}}, "x")

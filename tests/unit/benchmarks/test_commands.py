@@ -99,7 +99,7 @@ def test_pages_have_commands() -> None:
 def test_options_exist(command: Command) -> None:
     options = command.parse()
     overrides: list[Any] = getattr(options, "overrides", [])
-    run_file = PROGRAMS[command.program][1] or getattr(options, "config", None)
+    run_file = PROGRAMS[command.program][1] or getattr(options, "config", None) or getattr(options, "run_file", None)
     if getattr(options, "bench", None) == "pipeline":
         run_file = PIPELINE_RUN_FILE
     if run_file is not None and (ROOT / run_file).is_file():
@@ -119,9 +119,9 @@ def test_what_is_mentioned_exists(command: Command, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("record", RECORDS, ids=lambda path: path.name)
 def test_every_record_has_a_command(record: Path) -> None:
     out = record.relative_to(ROOT)
-    # `fedbert-ds glue` writes a folder, of which the record was copied.
+    # `fedbert-ds glue` and `compare` write a folder, of which the record was copied.
     command = json.loads(record.read_text(encoding="utf-8"))["command"]
-    if command.startswith("fedbert-ds glue "):
+    if command.startswith(("fedbert-ds glue ", "fedbert-ds compare ")):
         assert command in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
         return
     assert any(getattr(command.parse(), "out", None) == out for command in COMPLETE if "--out" in command.arguments)

@@ -78,6 +78,28 @@ def test_the_best_model_is_kept_when_the_loss_rises_again(
     assert all(torch.equal(one, best[name]) for name, one in kept.items())
 
 
+def test_with_its_share_it_draws_the_very_batches_of_the_federation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, text = prepared(tmp_path)
+    tokenizer = load_tokenizer(str(text.tokenizer))
+    federation = Centralized(config, tokenizer, shards_of(text))
+    expected = [federation.streams["client-01"].next_batch(w, federation.shares["client-01"]) for w in range(6)]
+    drawn: list[Any] = []
+    train = Centralized.accumulate
+
+    def watched(self: Centralized, client: str, window: int, batch: Any, masked_tokens: int) -> float:
+        drawn.append(batch)
+        assert client == "client-01" and masked_tokens == len(batch.labels)
+        return train(self, client, window, batch, masked_tokens)
+
+    monkeypatch.setattr(Centralized, "accumulate", watched)
+    train_alone(config, text, "client-01", every=3, share=True)
+    assert len(drawn) == 6 and sum(len(batch.input_ids) for batch in drawn) < 6 * config.window.tokens
+    for mine, theirs in zip(drawn, expected, strict=True):
+        assert torch.equal(mine.input_ids, theirs.input_ids) and torch.equal(mine.labels, theirs.labels)
+
+
 def test_as_a_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from unit.compare.small import run_file
 

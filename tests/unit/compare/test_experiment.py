@@ -17,7 +17,7 @@ from fedbert_ds.compare import runs
 from fedbert_ds.compare.alone import EVALUATIONS
 from fedbert_ds.compare.alone import main as train_alone
 from fedbert_ds.compare.centralized import main as train_centralized
-from fedbert_ds.compare.experiment import compare
+from fedbert_ds.compare.experiment import COMPARISON, compare
 from fedbert_ds.compare.plan import CompareOptions
 from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
@@ -153,6 +153,29 @@ def test_a_folder_of_another_comparison_is_refused(options: CompareOptions, star
     with pytest.raises(RunError, match="with patience None, now 2"):
         compare(replace(options, patience=2))
     assert started == ["seed-3/centralized"]
+
+
+def test_a_folder_of_a_version_with_fewer_keys_goes_on(options: CompareOptions, started: list[str]) -> None:
+    compare(replace(options, systems=("centralized",)))
+    path = options.out / COMPARISON
+    settings = json.loads(path.read_text())
+    del settings["window"]["order"], settings["data"]["streaming"]
+    settings["window"]["gone"] = 1
+    path.write_text(json.dumps(settings))
+    with pytest.raises(RunError, match=r"with window\.order arrival, now fixed"):
+        compare(replace(options, systems=("centralized",)))
+    path.write_text(json.dumps(settings | {"window": settings["window"] | {"order": "fixed"}}))
+    compare(replace(options, systems=("centralized",)))
+    assert started == ["seed-3/centralized"]
+
+
+def test_a_finished_run_is_never_removed_for_other_settings(options: CompareOptions, started: list[str]) -> None:
+    compare(replace(options, systems=("centralized",)))
+    result = options.out / "seed-3" / "centralized" / runs.RESULT
+    result.write_text(json.dumps(json.loads(result.read_text()) | {"settings": "other"}))
+    with pytest.raises(RunError, match=r"centralized: is complete, made with other settings; name another --out, or"):
+        compare(replace(options, systems=("centralized",)))
+    assert result.is_file() and started == ["seed-3/centralized"]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(options: CompareOptions, started: list[str]) -> None:

@@ -10,7 +10,7 @@ import yaml
 from unit.tasks.glue_files import write_glue
 
 from fedbert_ds.compare.plan import CompareOptions, Plan
-from fedbert_ds.compare.systems import ALONE, CENTRALIZED, System
+from fedbert_ds.compare.systems import ALONE, ALONE_SHARE, CENTRALIZED, System
 from fedbert_ds.config import load_config
 from fedbert_ds.errors import ConfigError, DataError
 
@@ -38,11 +38,11 @@ def options(tmp_path: Path) -> CompareOptions:
 def test_all_systems_by_default_and_the_run_files_seed(options: CompareOptions) -> None:
     plan = Plan.of(options)
     assert [system.name for system in plan.systems] == [
-        "centralized", "alone", "synchronous", "parallel", "sequential", "fedavg", "diloco", "muloco",
+        "centralized", "alone", "alone-share", "synchronous", "parallel", "sequential", "fedavg", "diloco", "muloco",
     ]  # fmt: skip
     assert plan.seeds == (1,) and plan.tasks is None
     folders = [job.folder.path for system in plan.systems for job in plan.jobs(system, 1).values()]
-    assert len(set(folders)) == len(folders) == 7 + 2
+    assert len(set(folders)) == len(folders) == 7 + 2 * 2
 
 
 def test_every_run_trains_all_windows_on_one_text(options: CompareOptions) -> None:
@@ -80,6 +80,7 @@ def test_clients_alone_are_runs_of_their_own(options: CompareOptions) -> None:
     assert "fedbert_ds.compare.alone" in command
     for option, value in (("--client", "client-01"), ("--every", "5"), ("--patience", "3")):
         assert command[command.index(option) + 1] == value
+    assert "--share" not in command and "--share" in plan.jobs(ALONE_SHARE, 1)["client-01"].command
     unhurried = Plan.of(replace(options, evaluations=8)).jobs(ALONE, 1)["client-01"]
     assert unhurried.fingerprint != jobs["client-01"].fingerprint, "patience decides the result"
 

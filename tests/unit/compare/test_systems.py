@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.compare.systems import ALONE, CENTRALIZED, NAMES, System, launched, overrides_of, parse_systems, plain
+from fedbert_ds.compare.systems import (
+    ALONE,
+    CENTRALIZED,
+    NAMES,
+    PLAIN,
+    System,
+    launched,
+    overrides_of,
+    parse_systems,
+    plain,
+)
 from fedbert_ds.config import RunConfig, load_config, parse_config
 from fedbert_ds.errors import ConfigError
 
@@ -51,7 +61,8 @@ def test_a_run_files_own_period_is_its_systems_default(run_file: str, name: str,
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["fedsgd"], "--systems fedsgd: choose centralized, alone, synchronous"),
+        (["fedsgd"], "--systems fedsgd: choose centralized, alone, alone-share"),
+        (["run.seed=2"], "--systems run.seed=2: section.key=value goes right behind RUN_FILE"),
         (["synchronous:5"], "--systems synchronous:5: synchronous takes no number; drop :5"),
         (["fedavg:"], "--systems fedavg:: give fedavg a number of windows, fedavg:20 say"),
         (["diloco:0"], "--systems diloco:0: give diloco a number"),
@@ -85,7 +96,7 @@ def test_every_system_from_a_run_file_of_whole_models() -> None:
         config = applied(name, "diloco.yaml", "run.windows=480", "federation.server_lr=0.5")
         if name in ("fedavg", "diloco", "muloco"):
             assert config.cut == "whole"
-        elif name not in ("centralized", "alone"):
+        elif name not in PLAIN:
             assert config.cut == "embeddings" and config.federation.server_optimizer == "none"
         is_outer = name in ("diloco", "muloco")
         assert config.federation.server_lr == (0.5 if is_outer else None)

@@ -70,6 +70,10 @@ def test_the_verdict_names_whom_a_system_does_not_help() -> None:
         "Better than alone for every owner: centralized; synchronous.",
         "Not better than alone: fedavg, average every 20 for lab (5.900, alone 5.800).",
     ]
+    share = [row("alone-share", 5.3, 6.0)]
+    assert verdict([*ROWS, *share])[2:] == [
+        "Better than alone-share for every owner: centralized; synchronous; fedavg, average every 20."
+    ]
     assert verdict([one for one in ROWS if one["system"] != "alone"]) == []
 
 

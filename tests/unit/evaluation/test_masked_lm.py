@@ -16,10 +16,16 @@ import pytest
 import torch
 
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.masking import Masker, encode
+from fedbert_ds.data.masking import Batch, Masker, encode
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.errors import DataError, ModelError
-from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm, masked_lm_loss, unigram_loss
+from fedbert_ds.evaluation.masked_lm import (
+    evaluate_masked_lm,
+    load_masked_lm,
+    masked_lm_loss,
+    summed_loss,
+    unigram_loss,
+)
 from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
@@ -97,6 +103,26 @@ def test_loss_is_that_of_full_logits_one_sequence_at_a_time(
     assert result.perplexity == pytest.approx(math.exp(result.loss))
     assert (result.masked_tokens, result.sequences) == (len(positions), text.num_sequences)
     assert result.unigram_loss is None
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_the_sum_over_a_packed_batch_is_that_of_its_sequences_one_by_one(
+    model_type: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model: Any = load_masked_lm(save(tmp_path, model_type, tokenizer), 0).train()
+    text = encode(ARTICLES, tokenizer, 24)
+    masker = Masker(tokenizer, mask_probability=0.15)
+    ids, positions, labels = masker.mask(text.tokens.numpy(), text.word_starts.numpy(), generator("x"))
+    batch = Batch(torch.from_numpy(ids), text.lengths.tolist(), torch.from_numpy(positions), torch.from_numpy(labels))
+    found = summed_loss(model, batch, batch_size=3)
+    assert model.training
+    targets = torch.full_like(batch.input_ids, -100)
+    targets[batch.masked_positions] = batch.labels
+    expected = 0.0
+    for one, wanted in zip(batch.input_ids.split(batch.lengths), targets.split(batch.lengths), strict=True):
+        logits = model.eval()(input_ids=one[None], attention_mask=torch.ones_like(one[None])).logits[0]
+        expected += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_same_number_each_time_and_for_any_batch_size(bert: str) -> None:

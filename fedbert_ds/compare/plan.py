@@ -209,6 +209,11 @@ def _check_run_file(path: Path, base: RunConfig) -> None:
             f"{path}: clients.local {base.clients.local} is not clients.expected {base.clients.expected}; compare "
             "starts all clients here, so make them equal"
         )
+    if base.task.is_labelled:
+        raise ConfigError(
+            f"{path}: task.name {base.task.name}: compare trains masked words; remove the section task, and fine-tune "
+            "what was trained with --glue"
+        )
     if base.aggregator is not None:
         raise ConfigError(f"{path}: aggregator: compare starts no aggregator of another party; remove the section")
     if not base.data.client_held_out:

@@ -55,6 +55,9 @@ class RunSection(Section):
     keep_best: bool = False
     """Write the model of the lowest held-out loss so far to `hf-best/`, besides the last one in
     `hf/`."""
+    trackers: tuple[str, ...] = ()
+    """Experiment trackers that metrics and evaluations go to besides: `tensorboard` (files in
+    trackers/), `wandb`, `mlflow` and others that accelerate knows and that are installed."""
     trace: bool = False
     """Write a timeline of every rank, `trace-RANK.json`, for https://ui.perfetto.dev."""
 

@@ -6,6 +6,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.body.settings import deepspeed_settings
 from fedbert_ds.server.run_folder import RunFolder, check_folder
+from fedbert_ds.telemetry.trackers import check_trackers
 
 
 def check_before_start(config: RunConfig, resume: bool) -> None:
@@ -16,6 +17,7 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
     if config.cut != "whole":
         deepspeed_settings(config.body, config.optimizer)
     check_folder(RunFolder(config.run.directory), config, resume)
+    check_trackers(config.run.trackers)
     # torch is imported here: other mistakes need not wait for it.
     if config.clients.local_device == "cuda":
         import torch

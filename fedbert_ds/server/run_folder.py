@@ -14,9 +14,12 @@ from fedbert_ds.errors import RunError
 
 KEPT_CHECKPOINTS = 2
 COMPLETE = "complete.json"
+TRACKERS = "trackers"
+"""Folder in a run's folder: files of `run.trackers`."""
 UNCHANGED = (
     "model",
     "cut",
+    "task",
     "tokenizer",
     "data",
     "federation",

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,11 @@ from fedbert_ds.server.body.peak import Peak
 from fedbert_ds.server.body.settings import zero_stage
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts
-from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.server.run_folder import TRACKERS, RunFolder
 from fedbert_ds.telemetry.evaluations import Evaluation, read_evaluations, write_evaluations
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_number
+from fedbert_ds.telemetry.trackers import Trackers, of_evaluation, of_window
 
 
 class RunReporter:
@@ -45,6 +46,7 @@ class RunReporter:
         """All that count."""
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._trackers = Trackers({}, print)
         self._started = time.monotonic()
 
     def announce(self, address: str, cores: Collection[int] = ()) -> None:
@@ -82,9 +84,13 @@ class RunReporter:
         self._started = time.monotonic()
         run, clients = self._config.run, self._config.clients
         measured = self.peak.measured if self.peak is not None else None
+        folder, settings = RunFolder(run.directory), self._config.model_dump(mode="json")
         with (
-            MetricsLog(RunFolder(run.directory).metrics, first_window) as self._log,
+            MetricsLog(folder.metrics, first_window) as self._log,
             Progress(run.windows, clients.expected, sys.stdout, peak_flops=measured) as self._progress,
+            closing(
+                Trackers.open(run.trackers, folder.path / TRACKERS, settings, self._progress.note)
+            ) as self._trackers,
         ):
             yield
 
@@ -99,6 +105,7 @@ class RunReporter:
         self._log.append(metrics)
         self._tell_problems(statuses)
         self._progress.update(metrics)
+        self._trackers.log(of_window(metrics), window)
 
     def waits(self, statuses: Sequence[RankStatus]) -> None:
         """Say for whom the run waits. Does nothing outside `following`."""
@@ -134,6 +141,7 @@ class RunReporter:
         write_evaluations(RunFolder(self._config.run.directory).evaluations, self.evaluations)
         last = self.evaluations[-1]
         self._progress.evaluated(last.window, last.sentence)
+        self._trackers.log(of_evaluation(last), last.window)
         if last.missing:
             self._progress.note(f"warning held-out loss before window {last.window} without {', '.join(last.missing)}")
 

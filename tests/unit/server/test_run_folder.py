@@ -173,6 +173,7 @@ def test_a_run_that_saved_nothing_begins_again(folder: RunFolder, saved: RunConf
     [
         ("model.hidden_size=64", "model"),
         ("cut=rows", "cut"),
+        ("task={name: sequence_regression}", "task"),
         ("tokenizer.vocab_size=99", "tokenizer"),
         ("data.sequence_length=16", "data"),
         ("federation.mode=parallel", "federation"),

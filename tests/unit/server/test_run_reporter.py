@@ -24,6 +24,7 @@ from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts
 from fedbert_ds.server.queue.in_flight import Demand
 from fedbert_ds.server.run_reporter import RunReporter, rate_sentence, time_parts, window_metrics
+from fedbert_ds.telemetry.evaluations import HeldOutLoss, evaluation_of
 from fedbert_ds.telemetry.metrics import read_metrics
 
 ROOT = Path(__file__).parents[3]
@@ -197,3 +198,28 @@ def test_a_run_without_a_body_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "cut: whole; 0.5 M parameters at each client" in out
     assert "warning server.tls is not set: changes of weights cross the network in the clear" in out
     assert reporter.facts()["body"] == "none: clients hold the whole model"
+
+
+def test_trackers_hear_every_window_and_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedbert_ds.server import run_reporter
+
+    heard: list[Any] = []
+
+    class Heard:
+        @classmethod
+        def open(cls, names: Any, folder: Path, settings: Any, tell: Any) -> Heard:
+            heard.append((tuple(names), folder.name, settings["run"]["seed"]))
+            return cls()
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            heard.append((step, sorted(values)[:1]))
+
+        def close(self) -> None:
+            heard.append("closed")
+
+    reporter = reporter_of(config_in(tmp_path, "run.trackers=[tensorboard]"))
+    monkeypatch.setattr(run_reporter, "Trackers", Heard)
+    with reporter.following(3):
+        reporter.window(3, [status(loss_sum=1.0, tokens=4, masked_tokens=1, seconds=1.0)])
+        reporter.evaluated([evaluation_of(4, {"ada": HeldOutLoss(2.0, 1)}, ["ada"])])
+    assert heard == [(("tensorboard",), "trackers", 1), (3, ["busy_share"]), (4, ["held_out/clients/ada"]), "closed"]

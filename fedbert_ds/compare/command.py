@@ -20,6 +20,7 @@ def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="(default: the run file's)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of a federated run (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all but clients (default: cpu)")
     parser.add_argument(
         "--evaluations", type=int, default=20, metavar="N", help="of each client alone; the lowest loss counts (20)"
     )

@@ -21,7 +21,6 @@ from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
-from fedbert_ds.evaluation.masked_lm import load_masked_lm
 from fedbert_ds.server.prepare import is_prepared, prepare_text
 from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -97,7 +96,8 @@ def _prepared(plan: Plan, seed: int) -> held_out.Batches:
 
 def _baseline_rows(plan: Plan, seed: int, batches: held_out.Batches) -> list[dict[str, Any]]:
     """Rows of what no system trained."""
-    found = baselines(plan.text_config(seed), plan.text(seed), batches, with_model=plan.tasks is not None)
+    config, with_model = plan.text_config(seed), plan.tasks is not None
+    found = baselines(config, plan.text(seed), batches, with_model, plan.options.device)
     return [
         {
             "system": name,
@@ -142,7 +142,7 @@ def _measured(job: Job, batches: held_out.Batches) -> dict[str, Any]:
     costs = client_costs(sorted(job.folder.clients.glob("*/log.txt")) or [log_of(job.folder.path)])
     if costs is None:
         raise RunError(f"{job.folder.path}: no client said what it took; see {log_of(job.folder.path)}")
-    losses = held_out.losses(load_masked_lm(str(job.folder.model), job.config.run.seed), batches)
+    losses = held_out.losses_of(str(job.folder.model), batches, job.config.run.seed, job.device)
     alone = (job.folder.path / EVALUATIONS).is_file()
     return {
         "clients": held_out.as_json(losses),
@@ -173,7 +173,8 @@ def _scores(plan: Plan, seed: int, slug: str, model: str) -> Scores:
     """A model's scores on every task; none without tasks."""
     if plan.tasks is None:
         return {}
-    return scores(plan.tasks, model, plan.options.out / f"seed-{seed}" / "glue" / slug, plan.options.command)
+    folder = plan.options.out / f"seed-{seed}" / "glue" / slug
+    return scores(plan.tasks, model, folder, plan.options.command, plan.options.device)
 
 
 def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> None:

@@ -39,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Plain training in this process; a federated run leaves what one leaves, untrained."""
     folders: list[str] = []
 
-    def run(command: Sequence[str], log: Path) -> int:
+    def run(command: Sequence[str], log: Path, device: str) -> int:
         at = command.index("--config")
         given = [part for part in command[at + 2 :] if "=" in part and not part.startswith("--")]
         config = load_config(Path(command[at + 1]), given)
@@ -203,7 +203,7 @@ def test_too_little_text_is_an_error_before_any_run(options: CompareOptions, sta
 
 
 def test_a_failed_run_says_what_its_log_says(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: Sequence[str], log: Path) -> int:
+    def run(command: Sequence[str], log: Path, device: str) -> int:
         log.write_text("window 1/6\nfedbert-ds: no port is free; set server.port\n  torch.distributed: failed\n")
         return 1
 

@@ -49,8 +49,11 @@ def compare(options: CompareOptions) -> None:
     rows: list[dict[str, Any]] = []
     for seed in plan.seeds:
         rows += _baseline_rows(plan, seed, batches[seed])
-        rows += [_row(plan, system, seed, batches[seed], commit) for system in plan.systems]
-    _write(plan, rows, commit)
+        for system in plan.systems:
+            rows.append(_row(plan, system, seed, batches[seed], commit))
+            # After each: there is a table of what is finished long before the last.
+            text = _write(plan, rows, commit)
+    print(f"\n{text}\n\ntable   {options.out / 'table.md'}, table.json, table.png", flush=True)
 
 
 def _claim(plan: Plan) -> None:
@@ -177,7 +180,8 @@ def _scores(plan: Plan, seed: int, slug: str, model: str) -> Scores:
     return scores(plan.tasks, model, folder, plan.options.command, plan.options.device)
 
 
-def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> None:
+def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> str:
+    """Write table, record and picture of these rows; the table and its verdict."""
     out = plan.options.out
     text = "\n\n".join([table(rows), *verdict(rows)])
     write_record(
@@ -190,4 +194,4 @@ def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> None:
     )
     write_text(out / "table.md", text + "\n")
     draw(out / "table.png", rows)
-    print(f"\n{text}\n\ntable   {out / 'table.md'}, table.json, table.png", flush=True)
+    return text

@@ -18,7 +18,7 @@ from fedbert_ds.compare.alone import EVALUATIONS
 from fedbert_ds.compare.alone import main as train_alone
 from fedbert_ds.compare.centralized import main as train_centralized
 from fedbert_ds.compare.experiment import COMPARISON, compare
-from fedbert_ds.compare.plan import CompareOptions
+from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import ConfigError, DataError, RunError
@@ -129,6 +129,15 @@ def test_the_same_command_goes_on_and_repeats_nothing(options: CompareOptions, s
     (options.out / "seed-3" / "alone" / "lab" / runs.RESULT).unlink()  # as if it had been interrupted
     compare(options)
     assert started == ["alone/lab"]
+
+
+def test_what_is_finished_is_in_the_table_before_the_last_run(options: CompareOptions, started: list[str]) -> None:
+    (options.out / "seed-3" / "synchronous").mkdir(parents=True)  # somebody else's: that run is refused
+    (options.out / COMPARISON).write_text(json.dumps(Plan.of(options).settings))
+    with pytest.raises(RunError, match="synchronous: not a run of this comparison"):
+        compare(options)
+    rows = json.loads((options.out / "table.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["word frequency", "centralized", "alone"]
 
 
 def test_systems_and_seeds_are_added(options: CompareOptions, started: list[str]) -> None:

@@ -66,6 +66,20 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="X",
         help="share of your articles to keep out of training (default: the run's)",
     )
+    parser.add_argument(
+        "--task",
+        default="masked_lm",
+        metavar="NAME",
+        help="what --data is read for, as task.name of the run (default: masked_lm)",
+    )
+    parser.add_argument(
+        "--text-columns",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="columns of labelled files with the one or two texts",
+    )
+    parser.add_argument("--label-column", metavar="NAME", help="column of labelled files with the label")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -94,6 +108,7 @@ def _client(options: argparse.Namespace) -> None:
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
     if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
         raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
+    _check_task(options)
     exit_code = run_client(
         ClientOptions(
             server=options.server,
@@ -105,6 +120,9 @@ def _client(options: argparse.Namespace) -> None:
             cut=_cut(options.cut) if options.cut else None,
             tls=TlsFiles(*tls_files) if all(tls_files) else None,
             held_out=options.held_out,
+            task=options.task,
+            text_columns=tuple(options.text_columns),
+            label_column=options.label_column,
             device=options.device,
             join_timeout=options.join_timeout,
             connect_timeout=options.connect_timeout,
@@ -113,6 +131,17 @@ def _client(options: argparse.Namespace) -> None:
         )
     )
     raise SystemExit(exit_code)
+
+
+def _check_task(options: argparse.Namespace) -> None:
+    from fedbert_ds.config import TASK_NAMES
+
+    if options.task not in TASK_NAMES:
+        raise ConfigError(f"--task {options.task}: choose {', '.join(TASK_NAMES)}")
+    if options.task == "masked_lm" and (options.text_columns or options.label_column):
+        raise ConfigError("--text-columns and --label-column are for labelled files; add --task")
+    if len(options.text_columns) > (1 if options.task == "token_classification" else 2):
+        raise ConfigError(f"--text-columns {' '.join(options.text_columns)}: {options.task} reads fewer")
 
 
 def _cut(text: str) -> Cut:
@@ -167,19 +196,36 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subcommands.add_parser("eval", help="masked-LM loss and perplexity of any Hugging Face masked LM")
+    parser = subcommands.add_parser(
+        "eval", help="held-out loss of any Hugging Face masked LM, or of a fine-tuned model"
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
     parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
     parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
     parser.add_argument("--batch-size", type=int, default=16, help="longest sequences at once; more of shorter ones")
     parser.add_argument("--device", help="cpu, cuda (all GPUs, with --workers), cuda:1, ... (default: a GPU if any)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with the model")
+    parser.add_argument("--text-columns", nargs="+", default=[], metavar="NAME", help="of a fine-tuned model's files")
+    parser.add_argument("--label-column", metavar="NAME", help="of a fine-tuned model's files")
     parser.set_defaults(run=_eval)
 
 
 def _eval(options: argparse.Namespace) -> None:
+    from fedbert_ds.evaluation.labelled import evaluate_task, is_fine_tuned
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
+    if is_fine_tuned(options.model):
+        told = evaluate_task(
+            options.model,
+            options.data,
+            text_columns=options.text_columns,
+            label_column=options.label_column,
+            batch_size=options.batch_size,
+            device=options.device,
+        )
+        print(f"loss {told.loss:.4f}, {', '.join(f'{name} {value:.4f}' for name, value in told.measures.items())}")
+        print(f"{told.labels:,} labels in {told.examples:,} examples")
+        return
     result = evaluate_masked_lm(
         options.model,
         options.data,

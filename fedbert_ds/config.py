@@ -21,6 +21,10 @@ UpdateCodec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_grou
 Kernels = Literal["auto", "triton", "torch"]
 
 
+TaskName = Literal["masked_lm", "sequence_classification", "sequence_regression", "token_classification"]
+TASK_NAMES: tuple[str, ...] = get_args(TaskName)
+
+
 class Section(BaseModel):
     """Base of every section: no unknown keys, immutable. The string under a field documents it."""
 
@@ -111,6 +115,41 @@ class LayersCut(Section):
 
 
 Cut = Literal["embeddings", "rows", "whole"] | LayersCut
+
+
+class TaskSection(Section):
+    """What is learned: masked words, or the owners' own labels (federated fine-tuning)."""
+
+    name: TaskName = "masked_lm"
+    """`masked_lm` pre-trains. The others fine-tune `model.checkpoint`: a label for each text or
+    pair of texts, a score for each, or a label for each word (named entities)."""
+    labels: tuple[str, ...] = ()
+    """The labels' words, in the order of the classifier's outputs."""
+    text: tuple[str, ...] = ()
+    """Columns of `data.source` with the text, or with the two texts of a pair; of token
+    classification the column of the words. Empty: `text`, of token classification `tokens`."""
+    label: str | None = None
+    """Column with the label. null: `label`, of token classification `tags`."""
+
+    @property
+    def is_labelled(self) -> bool:
+        """Clients bring labels of their own."""
+        return self.name != "masked_lm"
+
+    @model_validator(mode="after")
+    def _fits(self) -> TaskSection:
+        has_labels = self.name in ("sequence_classification", "token_classification")
+        if has_labels and len(self.labels) < 2:
+            raise ValueError(f"{self.name} needs labels, two at least: labels: [negative, positive], say")
+        if not has_labels and self.labels:
+            raise ValueError(f"{self.name} has no labels; remove task.labels or change task.name")
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError("labels holds one twice; name each once")
+        if len(self.text) > (2 if self.name.startswith("sequence") else 1):
+            raise ValueError(f"{self.name} does not read {len(self.text)} columns; name fewer in task.text")
+        if not self.is_labelled and (self.text or self.label):
+            raise ValueError("masked_lm reads plain text; remove task.text and task.label or change task.name")
+        return self
 
 
 class TokenizerSection(Section):
@@ -540,6 +579,7 @@ class RunConfig(Section):
     cut: Annotated[Cut, BeforeValidator(_cut)] = "embeddings"
     """What the client holds: `embeddings`, `rows` (the word table alone), `{layers: k}`, or
     `whole`: everything, so that there is no body."""
+    task: TaskSection = TaskSection()
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection = DataSection()
     window: WindowSection = WindowSection()
@@ -603,6 +643,8 @@ class RunConfig(Section):
                 "cut: whole leaves the server nothing but the client model, which the section aggregator gives to "
                 "another party; remove the section or change the cut"
             )
+        if self.cut == "rows" and len(self.task.text) == 2:
+            raise ValueError("cut: rows does not tell the server which of two texts a token is of; set cut: embeddings")
         if self.cut == "whole":
             self._without_a_body()
         return self

@@ -103,9 +103,11 @@ def ways_of(
 
     def packed() -> float:
         parts = [part for _, part in parts_of(read, capacity)]
-        return sum(half.whole_loss(p.input_ids, p.lengths, p.masked_positions, p.labels) for p in parts) / len(
-            read.labels
-        )
+        with torch.no_grad():
+            return sum(
+                half.head_loss(half.whole_hidden(part.input_ids, part.lengths, part.masked_positions), part.labels)
+                for part in parts
+            ) / len(read.labels)
 
     counted = [batch.tolist() for batch in sequences.split(batch_size)]
     in_order = [batch.tolist() for batch in sequences.sort().values.split(batch_size)]

@@ -16,6 +16,7 @@ from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, Received, reply
+from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import is_secret, rank_name, read_secret
 from fedbert_ds.wire.channel import TlsFiles
@@ -159,7 +160,7 @@ def _client_model(config: RunConfig, request: pb.OpenRun) -> ClientModel:
     if not 0 < request.vocabulary <= MOST_WORDS or request.pad_token >= request.vocabulary:
         raise WireError(f"a vocabulary of {request.vocabulary} words with padding {request.pad_token}")
     seed = config.run.seed if config.aggregator.seed is None else config.aggregator.seed
-    model = build_model(config.model, request.vocabulary, request.pad_token, seed)
+    model = build_model(config.model, request.vocabulary, request.pad_token, seed, task_of_section(config.task))
     if shape_hash(model.config) != request.shape_hash:
         raise ConfigError("the server's model has another shape; give both run files the same section `model`")
     half, _ = split(model, config.cut)

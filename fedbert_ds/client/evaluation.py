@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
-from fedbert_ds.client.whole_window import parts_of
+from fedbert_ds.client.whole_window import bounds, parts_of
 from fedbert_ds.config import WireSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import WireError
@@ -60,11 +61,8 @@ class HeldOutEvaluation:
         elif self._half.cut == "whole":
             for number, part in enumerate(self._parts):
                 with self._without_dropout():
-                    ids, positions, labels = (
-                        tensor.to(self._device) for tensor in (part.input_ids, part.masked_positions, part.labels)
-                    )
-                    loss_sum = self._half.whole_loss(ids, part.lengths, positions, labels)
-                self._report(number, loss_sum)
+                    hidden = self._half.whole_hidden(*self._inputs(part))
+                self._report(number, hidden)
         else:
             for _ in range(PARTS_ON_THEIR_WAY):
                 self._send_part()
@@ -74,13 +72,11 @@ class HeldOutEvaluation:
         if message.window != self._window or not self._awaited or message.micro_batch != self._awaited[0]:
             raise WireError(f"the server sent hidden states of held-out part {message.micro_batch}, unasked")
         number = self._awaited.popleft()
-        labels = self._parts[number].labels.to(self._device)
-        shape = (len(labels), self._half.widths.hidden)
+        shape = (len(self._parts[number].labels), self._half.widths.hidden)
         hidden = decode(message.values, shape, self._wire.hidden_states, "hidden states", self._device)
-        with self._without_dropout():
-            loss_sum = self._half.head_loss(hidden, labels)
+        # The body computes the next part while the head reads this one.
         self._send_part()
-        self._report(number, loss_sum)
+        self._report(number, hidden)
 
     def _send_part(self) -> None:
         """Send the activations of the next part, if one is left."""
@@ -91,7 +87,8 @@ class HeldOutEvaluation:
         self._next_part += 1
         self._awaited.append(number)
         with self._without_dropout():
-            activations = self._half.embed(part.input_ids.to(self._device), part.lengths)
+            ids, lengths, _, token_types = self._inputs(part)
+            activations = self._half.embed(ids, lengths, token_types)
         values, row_index = activations.values, activations.row_index
         message = pb.Activations(
             window=self._window,
@@ -104,12 +101,24 @@ class HeldOutEvaluation:
             message.row_index = encode_row_index(row_index, len(values))
         self._send(pb.ClientMessage(activations=message))
 
-    def _report(self, number: int, loss_sum: float) -> None:
+    def _inputs(self, part: Batch) -> tuple[Tensor, list[int], Tensor, Tensor | None]:
+        """As `ClientHalf.whole_hidden` takes a part."""
+        kinds = None if part.token_types is None else part.token_types.to(self._device)
+        return part.input_ids.to(self._device), part.lengths, part.masked_positions.to(self._device), kinds
+
+    def _report(self, number: int, hidden: Tensor) -> None:
+        """Tell the loss of a part, by its hidden states [m, W_out], and a task's counts."""
+        part = self._parts[number]
+        labels = part.labels.to(self._device)
+        with self._without_dropout():
+            loss_sum = self._half.head_loss(hidden, labels)
+            counts = self._half.head_counts(hidden, labels, bounds(part)[1])
         report = pb.Evaluated(
             window=self._window,
             loss_sum=loss_sum,
-            masked_tokens=len(self._parts[number].labels),
+            masked_tokens=len(labels),
             last=number == len(self._parts) - 1,
+            counts=counts,
         )
         self._send(pb.ClientMessage(evaluated=report))
 

@@ -13,15 +13,13 @@ import grpc
 import torch
 
 from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
+from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
 from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.state import claim, run_of, saved_windows
 from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import Cut
-from fedbert_ds.data.corpus import read_articles
-from fedbert_ds.data.held_out import evaluation_batch, keep_apart
-from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import ConnectionLost, DataError, ModelError, RunOver, ServerAway, WireError
+from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
@@ -52,6 +50,11 @@ class ClientOptions:
     tls: TlsFiles | None = None
     held_out: float | None = None
     """Share of the articles that is kept out of training; None: the run's."""
+    task: str = MASKED_LM
+    """What `data` is read for, as `task.name` of the run file; the run must have it."""
+    text_columns: tuple[str, ...] = ()
+    """Columns of labelled files with the text; none: as the task names them."""
+    label_column: str | None = None
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`, ...; None: accelerate chooses."""
     join_timeout: float = 3600.0
@@ -113,19 +116,18 @@ def run_client(options: ClientOptions) -> int:
 
 def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     """Join within `patience` seconds and train until the server ends it."""
-    articles = list(read_articles(options.data))
-    if not articles:
-        raise DataError(f"{', '.join(options.data)}: no text; name files with text in --data")
+    own = read_own_data(options.data, options.task, options.text_columns, options.label_column)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     hello = pb.Hello(
         protocol=PROTOCOL,
         client=options.name,
-        shard_characters=sum(len(article.text) for article in articles),
+        shard_characters=own.num_characters,
         vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer else "",
         shape_hash=_shape_of(options.model) if options.model else "",
         cut=cut_to_json(options.cut) if options.cut else "",
         saved_windows=saved_windows(options.state_folder),
         run=run_of(options.state_folder),
+        task=options.task,
     )
     welcome = _join(options, hello, patience)
     print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
@@ -134,30 +136,13 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     settings = parse_settings(welcome.settings)
     if strategy_of(settings.federation, settings.wire).halves_are_personal:
         claim(options.state_folder, welcome.run)
-    share = welcome.held_out if options.held_out is None else options.held_out
-    articles, held_out_articles = keep_apart(articles, share)
-    held_out = None
-    if held_out_articles and welcome.evaluate_tokens:
-        held_out = evaluation_batch(
-            encode(held_out_articles, tokenizer, settings.sequences.sequence_length),
-            tokenizer,
-            mask_probability=settings.sequences.mask_probability,
-            whole_word=settings.sequences.whole_word,
-            seed=settings.seed,
-            client=options.name,
-            max_tokens=welcome.evaluate_tokens,
-        )
-    text = BatchStream(
-        encode(articles, tokenizer, settings.sequences.sequence_length),
-        tokenizer,
-        mask_probability=settings.sequences.mask_probability,
-        whole_word=settings.sequences.whole_word,
-        seed=settings.seed,
-        client=options.name,
-    )
-    del articles, held_out_articles, tokenizer
+    model_config = config_from_json(welcome.model_config)
+    held_out = welcome.held_out if options.held_out is None else options.held_out
+    share = Share(options.name, held_out, welcome.evaluate_tokens)
+    text, held_out_text = own.encoded(tokenizer, model_config, settings, share)
+    del own, tokenizer
     return_free_memory()
-    half = client_skeleton(config_from_json(welcome.model_config), parse_cut(welcome.cut))
+    half = client_skeleton(model_config, parse_cut(welcome.cut))
     with ExitStack() as at_end:
         stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire, half.cut))
         trainer = ClientTrainer(
@@ -168,7 +153,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             options.state_folder,
             _device(options.device),
             stream.send,
-            held_out,
+            held_out_text,
         )
         while trainer.finish is None:
             trainer.handle(stream.receive())

@@ -15,7 +15,7 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
-from fedbert_ds.data.masking import Batch, BatchStream
+from fedbert_ds.data.masking import Batch, SequenceStream
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
@@ -58,7 +58,7 @@ class ClientTrainer:
     def __init__(
         self,
         half: ClientHalf,
-        text: BatchStream,
+        text: SequenceStream,
         settings: ClientSettings,
         name: str,
         state_folder: Path,
@@ -226,10 +226,14 @@ class ClientTrainer:
             self._send(pb.ClientMessage(activations=message))
 
     def _embed(self, window: int, piece: _Piece) -> Activations:
+        self._seed_dropout("client dropout", window, piece)
+        batch = piece.batch
+        kinds = None if batch.token_types is None else batch.token_types.to(self._device)
+        return self._half.embed(batch.input_ids.to(self._device), batch.lengths, kinds)
+
+    def _seed_dropout(self, of: str, window: int, piece: _Piece) -> None:
         # Dropout depends on the piece's place alone, not on the order of messages.
-        seed = stable_seed("client dropout", self._settings.seed, self._name, window, piece.first_sequence)
-        seed_dropout(seed, self._device)
-        return self._half.embed(piece.batch.input_ids.to(self._device), piece.batch.lengths)
+        seed_dropout(stable_seed(of, self._settings.seed, self._name, window, piece.first_sequence), self._device)
 
     def _train_alone(self, number: int, piece: int) -> None:
         """Compute a window of the whole model, and report its loss part by part."""
@@ -253,6 +257,9 @@ class ClientTrainer:
         labels = piece.batch.labels.to(self._device)
         shape = (len(labels), self._half.widths.hidden)
         hidden = decode(message.values, shape, self._wire.hidden_states, "hidden states", self._device)
+        if self._half.task is not None:
+            # A masked LM's head has no dropout.
+            self._seed_dropout("head dropout", message.window, piece)
         loss_sum, gradient = self._half.head_backward(hidden, labels, 1.0 / window.all_masked)
         answer = pb.Gradient(
             window=message.window,

@@ -43,6 +43,7 @@ def sequences(batch: Batch, first: int, last: int) -> Batch:
         lengths=batch.lengths[first:last],
         masked_positions=batch.masked_positions[positions] - tokens[first],
         labels=batch.labels[positions],
+        token_types=None if batch.token_types is None else batch.token_types[tokens[first] : tokens[last]],
     )
 
 
@@ -65,7 +66,8 @@ def train_window(
     for number, (first, part) in enumerate(parts):
         seed_dropout(stable_seed(*dropout_seed, first), device)
         ids, positions, labels = (t.to(device) for t in (part.input_ids, part.masked_positions, part.labels))
-        loss_sum = half.whole_backward(ids, part.lengths, positions, labels, scale)
+        kinds = None if part.token_types is None else part.token_types.to(device)
+        loss_sum = half.whole_backward(ids, part.lengths, positions, labels, scale, kinds)
         yield PartLoss(loss_sum, len(part.labels), number == len(parts) - 1)
 
 

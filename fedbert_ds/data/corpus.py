@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from fedbert_ds.data.python_docs import python_documentation
 from fedbert_ds.errors import DataError
@@ -25,6 +25,17 @@ class Article:
 
     title: str
     text: str
+
+
+class HasText(Protocol):
+    """What is dealt to clients and held out: an article, or a labelled example."""
+
+    @property
+    def text(self) -> str:
+        """All of its text."""
+
+
+Item = TypeVar("Item", bound=HasText)
 
 
 def read_articles(
@@ -54,7 +65,7 @@ def read_articles(
 
 def read_jsonl(path: Path) -> Iterator[Article]:
     """Articles of a .jsonl file, one a line; DataError for a line without a string `text`."""
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         try:
@@ -97,14 +108,26 @@ def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Article]]:
 
 
 def _read_text(path: Path) -> Iterator[Article]:
-    yield Article(path.stem, "".join(_lines(path)).strip())
+    yield Article(path.stem, "".join(lines_of(path)).strip())
 
 
 def _read_wikitext(path: Path) -> Iterator[Article]:
-    return _wikitext_articles(_lines(path))
+    return _wikitext_articles(lines_of(path))
 
 
 def _read_parquet(path: Path) -> Iterator[Article]:
+    def columns_of(names: Sequence[str]) -> list[str]:
+        _require_text_column(str(path), names)
+        return [name for name in ("text", "title") if name in names]
+
+    return _articles_of_rows(parquet_rows(path, columns_of), path.stem)
+
+
+def parquet_rows(path: Path, columns_of: Callable[[Sequence[str]], list[str]] = list) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, of the columns that `columns_of` chooses among the file's.
+
+    DataError for a file that cannot be read, or without pyarrow.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -112,16 +135,22 @@ def _read_parquet(path: Path) -> Iterator[Article]:
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install fedbert-ds[data]") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            _require_text_column(str(path), names)
-            columns = [name for name in ("text", "title") if name in names]
-            batches = file.iter_batches(batch_size=1024, columns=columns)
-            yield from _articles_of_rows((row for batch in batches for row in batch.to_pylist()), path.stem)
+            columns = columns_of(file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
 
 
 def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
+    rows = load_hub(source, streaming)
+    # The first row tells, since a streamed set may not know its columns.
+    _require_text_column(source, list(next(iter(rows), {"text": ""})))
+    yield from _articles_of_rows(rows, parse_hub_name(source)[0].rsplit("/", 1)[-1])
+
+
+def load_hub(source: str, streaming: bool) -> Any:
+    """The rows of `hub:NAME[:CONFIG][:SPLIT]`, to iterate over; DataError where there are none."""
     try:
         import datasets
     except ImportError as error:
@@ -130,14 +159,10 @@ def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:
-            rows = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
+            return rows[split] if isinstance(rows, datasets.DatasetDict) else rows
+        return datasets.load_dataset(name, configuration, split=split, streaming=streaming)
     except Exception as error:  # datasets, hub, network and file errors share no base
         raise DataError(f"{source}: cannot load it: {error}; the form is hub:NAME[:CONFIG][:SPLIT]") from error
-    # The first row tells, since a streamed set may not know its columns.
-    _require_text_column(source, list(next(iter(rows), {"text": ""})))
-    yield from _articles_of_rows(rows, name.rsplit("/", 1)[-1])
 
 
 def parse_hub_name(source: str) -> tuple[str, str | None, str]:
@@ -199,9 +224,10 @@ def _wikitext_articles(lines: Iterable[str]) -> Iterator[Article]:
         yield Article(title, "\n".join(paragraphs))
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path, newline: str | None = None) -> Iterator[str]:
+    """Lines of a UTF-8 file; `newline` as `open` has it. DataError for a file that is none."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", newline=newline) as file:
             yield from file
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it") from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.corpus import Item
 from fedbert_ds.data.masking import Batch, EncodedText, Masker
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def keep_apart(articles: Sequence[Article], share: float) -> tuple[list[Article], list[Article]]:
+def keep_apart(articles: Sequence[Item], share: float) -> tuple[list[Item], list[Item]]:
     """Split a client's text into (trained on, held out), both in order; with share 0 none is held
     out.
 
@@ -60,16 +60,13 @@ def evaluation_batch(
     input_ids, positions, labels = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word).mask(
         text.tokens.numpy(), text.word_starts.numpy(), generator("evaluate", seed, client)
     )
-    count = max(1, min(text.num_sequences, text.num_sequences * max_tokens // text.num_tokens))
-    chosen = np.unique(np.linspace(0, text.num_sequences - 1, count).round().astype(np.int64))
     targets = np.full(len(input_ids), -1, dtype=np.int64)
     targets[positions] = labels
-    offsets = text.offsets.numpy()
-    pieces = [slice(offsets[index], offsets[index + 1]) for index in chosen]
+    pieces = text.pieces(text.spread(max_tokens))
     read = np.concatenate([targets[piece] for piece in pieces])
     return Batch(
         input_ids=torch.from_numpy(np.concatenate([input_ids[piece] for piece in pieces])),
-        lengths=[int(piece.stop - piece.start) for piece in pieces],
+        lengths=[piece.stop - piece.start for piece in pieces],
         masked_positions=torch.from_numpy(np.flatnonzero(read >= 0).astype(np.int64)),
         labels=torch.from_numpy(read[read >= 0]),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,17 @@ class EncodedText:
         """[S] int64: tokens of each sequence, special tokens included."""
         return self.offsets.diff()
 
+    def pieces(self, sequences: Iterable[int]) -> list[slice]:
+        """Where these sequences stand in `tokens`."""
+        return [slice(int(self.offsets[index]), int(self.offsets[index + 1])) for index in sequences]
+
+    def spread(self, max_tokens: int) -> list[int]:
+        """Numbers of sequences, spread evenly over the text, that together have about `max_tokens`
+        tokens at most; at least one.
+        """
+        count = max(1, min(self.num_sequences, self.num_sequences * max_tokens // self.num_tokens))
+        return np.unique(np.linspace(0, self.num_sequences - 1, count).round().astype(np.int64)).tolist()
+
     def token_counts(self, vocab_size: int) -> Tensor:
         """[vocab_size] int64: occurrences of each token; the added [CLS] and [SEP] do not count."""
         counts = torch.bincount(self.tokens, minlength=vocab_size)
@@ -61,7 +73,7 @@ class EncodedText:
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed sequences, already masked."""
+    """Packed sequences with what is to be predicted: masked tokens, or labels of the owner's."""
 
     input_ids: Tensor
     """[T] int64: token ids after masking."""
@@ -70,7 +82,9 @@ class Batch:
     masked_positions: Tensor
     """[m] int64, ascending: positions to predict; m may be 0 for a very short text."""
     labels: Tensor
-    """[m] int64: the original ids there."""
+    """[m]: int64, the original ids there or labels' numbers, or float32, scores."""
+    token_types: Tensor | None = None
+    """[T] int64: 1 in the second text of a pair. None: no pairs."""
 
 
 def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> EncodedText:
@@ -84,7 +98,7 @@ def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequ
     """
     if sequence_length < 3:
         raise DataError(f"data.sequence_length {sequence_length} has no room for text; use 3 or more")
-    first, last = _sequence_ends(tokenizer)
+    first, last = sequence_ends(tokenizer)
     room = sequence_length - 2
     tokens, starts, lengths = [], [], [0]
     for ids, word_starts in _token_arrays(articles, tokenizer):
@@ -146,65 +160,46 @@ class Masker:
         return input_ids, positions, labels
 
 
-class BatchStream:
-    """An endless stream of batches over one client's text.
+class SequenceStream(ABC):
+    """An endless stream of batches over one client's sequences, shuffled anew every epoch.
 
-    The cursor and the epoch's shuffle (seed, client, epoch) decide which sequences come next;
-    (seed, client, window) decides how they are masked. Nothing else is remembered: two integers
-    resume a stream, and the same seeds give bit-identical batches.
+    The cursor and the epoch's shuffle (seed, client, epoch) decide which sequences come next.
+    Nothing else is remembered: two integers resume a stream, and the same seeds give bit-identical
+    batches.
     """
 
-    def __init__(
-        self,
-        text: EncodedText,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        mask_probability: float,
-        whole_word: bool,
-        seed: int,
-        client: int | str,
-    ) -> None:
+    def __init__(self, text: EncodedText, *, seed: int, client: int | str) -> None:
         if text.num_sequences == 0:
             raise DataError("the text of this shard is empty: no sequence in it; give data.source some text")
         self.text = text
-        self._masker = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word)
         self._seed, self._client = seed, client
         self._epoch, self._position = 0, 0
         self._order = self._shuffle(0, text.num_sequences)
 
+    @abstractmethod
+    def batch_of(self, sequences: Sequence[int], window: int) -> Batch:
+        """These sequences, packed in this order, with what is to be predicted in `window`."""
+
     def next_batch(self, window: int, max_tokens: int) -> Batch:
-        """The next sequences of the shuffle that together fit `max_tokens`, masked for `window`.
+        """The next sequences of the shuffle that together fit `max_tokens`, for `window`.
 
         One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a
-        batch where the text ends, so a text shorter than `max_tokens` is repeated, masked anew each
-        time.
+        batch where the text ends, so a text shorter than `max_tokens` is repeated.
         """
         offsets = self.text.offsets
-        pieces: list[slice] = []
+        sequences: list[int] = []
         room = max_tokens
         while True:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._shuffle(self._epoch, self.text.num_sequences)
             sequence = int(self._order[self._position])
-            piece = slice(int(offsets[sequence]), int(offsets[sequence + 1]))
-            room -= piece.stop - piece.start
-            if room < 0 and pieces:
+            room -= int(offsets[sequence + 1] - offsets[sequence])
+            if room < 0 and sequences:
                 break
-            pieces.append(piece)
+            sequences.append(sequence)
             self._position += 1
-        tokens, word_starts = self.text.tokens.numpy(), self.text.word_starts.numpy()
-        input_ids, positions, labels = self._masker.mask(
-            np.concatenate([tokens[piece] for piece in pieces]),
-            np.concatenate([word_starts[piece] for piece in pieces]),
-            generator("mask", self._seed, self._client, window),
-        )
-        return Batch(
-            input_ids=torch.from_numpy(input_ids),
-            lengths=[piece.stop - piece.start for piece in pieces],
-            masked_positions=torch.from_numpy(positions),
-            labels=torch.from_numpy(labels),
-        )
+        return self.batch_of(sequences, window)
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, and the number of sequences of its epoch."""
@@ -228,10 +223,47 @@ class BatchStream:
         return generator("shuffle", self._seed, self._client, epoch).permutation(sequences)
 
 
+class BatchStream(SequenceStream):
+    """A stream that masks: (seed, client, window) decides how a window's sequences are masked.
+
+    A text that is repeated within a window or later is masked anew each time.
+    """
+
+    def __init__(
+        self,
+        text: EncodedText,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        mask_probability: float,
+        whole_word: bool,
+        seed: int,
+        client: int | str,
+    ) -> None:
+        super().__init__(text, seed=seed, client=client)
+        self._masker = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word)
+
+    def batch_of(self, sequences: Sequence[int], window: int) -> Batch:
+        """These sequences, masked for `window`."""
+        pieces = self.text.pieces(sequences)
+        tokens, word_starts = self.text.tokens.numpy(), self.text.word_starts.numpy()
+        input_ids, positions, labels = self._masker.mask(
+            np.concatenate([tokens[piece] for piece in pieces]),
+            np.concatenate([word_starts[piece] for piece in pieces]),
+            generator("mask", self._seed, self._client, window),
+        )
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            lengths=[piece.stop - piece.start for piece in pieces],
+            masked_positions=torch.from_numpy(positions),
+            labels=torch.from_numpy(labels),
+        )
+
+
 _TRUE = np.ones(1, dtype=bool)
 
 
-def _sequence_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+def sequence_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that begin and end a sequence, [1] int32 each; DataError for a tokenizer without."""
     first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     last = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     if first is None or last is None:
@@ -243,7 +275,7 @@ def _token_arrays(
     articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
-    backend = _plain_backend(tokenizer)
+    backend = plain_backend(tokenizer)
     for texts in _some_at_once(article.text for article in articles):
         for encoding in backend.encode_batch(texts, add_special_tokens=False):
             ids = np.array(encoding.ids, dtype=np.int32)
@@ -267,7 +299,7 @@ def _some_at_once(texts: Iterable[str]) -> Iterator[list[str]]:
         yield some
 
 
-def _plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy that neither truncates nor pads, and takes "[MASK]" in text for text."""
     from tokenizers import Tokenizer
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from fedbert_ds.atomic_write import atomic_write
-from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.corpus import Article, Item
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
 
@@ -22,7 +22,7 @@ _NUM_TOPICS = 10
 _ROUNDS = 15
 
 
-def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list[Article], list[Article]]:
+def hold_out(articles: Sequence[Item], share: float, seed: int) -> tuple[list[Item], list[Item]]:
     """Split into (train, held_out), both in the order of `articles`; neither is empty.
 
     DataError for fewer than two articles.
@@ -38,8 +38,8 @@ def hold_out(articles: Sequence[Article], share: float, seed: int) -> tuple[list
 
 
 def deal(
-    articles: Sequence[Article], num_clients: int, how: Literal["equal", "size", "topic"], alpha: float, seed: int
-) -> list[list[Article]]:
+    articles: Sequence[Item], num_clients: int, how: Literal["equal", "size", "topic"], alpha: float, seed: int
+) -> list[list[Item]]:
     """Deal every article to exactly one of `num_clients` shards by `seed`; none is empty.
 
     `equal`: counts that differ by at most one. `size`: counts in Dirichlet(alpha) proportions.
@@ -75,9 +75,14 @@ def deal(
 
 def write_shard(path: Path, articles: Sequence[Article]) -> None:
     """Write articles as .jsonl, for `read_articles`; replaces a file whole."""
+    write_rows(path, ({"title": article.title, "text": article.text} for article in articles))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as .jsonl; replaces a file whole."""
     with atomic_write(path) as partial, partial.open("w", encoding="utf-8", newline="\n") as file:
-        for article in articles:
-            file.write(json.dumps({"title": article.title, "text": article.text}, ensure_ascii=False) + "\n")
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def _topics(texts: Sequence[str], random: np.random.Generator) -> np.ndarray:

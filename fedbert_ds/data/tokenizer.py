@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.corpus import HasText
 from fedbert_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _BLOCK = 4096
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
-def train_wordpiece(articles: Iterable[Article], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_wordpiece(articles: Iterable[HasText], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a lower-casing BERT tokenizer of at most `vocab_size` word pieces; [PAD] is id 0.
 
     The same articles give the same vocabulary in every process. DataError for no text or fewer than

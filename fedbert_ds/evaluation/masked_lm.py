@@ -20,6 +20,7 @@ from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import MaskedText, batches_of
 from fedbert_ds.evaluation.workers import in_processes
+from fedbert_ds.model.architecture import position_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -82,7 +83,7 @@ def evaluate_masked_lm(
     num_rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > num_rows:
         raise ModelError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {num_rows}; save its own there")
-    limit = min(_position_limit(model), tokenizer.model_max_length)
+    limit = min(position_limit(model), tokenizer.model_max_length)
     if sequence_length is not None and sequence_length > limit:
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
     devices = _devices(device, workers)
@@ -277,12 +278,3 @@ def load_masked_lm(name: str, seed: int) -> PreTrainedModel:
             stacklevel=3,
         )
     return model
-
-
-def _position_limit(model: PreTrainedModel) -> int:
-    """Longest sequence of the position table; RoBERTa's kind spends its first rows on padding."""
-    limit = getattr(model.config, "max_position_embeddings", None) or LONGEST_SEQUENCE
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            limit = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return limit

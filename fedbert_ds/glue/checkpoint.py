@@ -9,6 +9,7 @@ import torch
 
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
+from fedbert_ds.model.architecture import position_limit
 from fedbert_ds.tasks.glue_tasks import GLUE, GlueTask
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def check_fits(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
     if len(tokenizer) > rows:
         raise ModelError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; save its own there")
-    limit = min(tokenizer.model_max_length, _positions(model))
+    limit = min(tokenizer.model_max_length, position_limit(model))
     if length > limit:
         raise ModelError(f"{name}: sequences of {length} tokens do not fit; use --length {limit} or less")
 
@@ -119,11 +120,3 @@ def _labels(task: GlueTask) -> dict[str, Any]:
         "id2label": dict(enumerate(task.labels)),
         "label2id": {word: number for number, word in enumerate(task.labels)},
     }
-
-
-def _positions(model: PreTrainedModel) -> int:
-    """Longest sequence of the position table; RoBERTa's kind spends its first rows on padding."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return int(getattr(model.config, "max_position_embeddings", None) or 512)

@@ -1,26 +1,28 @@
-"""Where the four supported Hugging Face masked LMs keep their parts, and the widths at the cut."""
+"""Where the four supported Hugging Face encoders keep their parts, and the widths at the cut."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from fedbert_ds.config import Cut, LayersCut
 from fedbert_ds.errors import ModelError
+from fedbert_ds.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Attribute names inside a `...ForMaskedLM` model of transformers, and of its config."""
+    """Attribute names inside a model of transformers with its head, and of its config."""
 
     base: str
     """The model without its head; holds `embeddings` and the encoder."""
     heads: tuple[str, ...]
-    """The parts of the masked-LM head that end in logits, in order: the client's."""
+    """The parts of the head that end in logits, in order: the client's."""
     decoder: str
-    """The last layer of the head, one row of weights and one of bias for each word piece."""
+    """The last layer of a masked LM's head, one row of weights and one of bias for each word
+    piece."""
     body_head: str | None = None
     """Projection of hidden states before the head that belongs to the body (ELECTRA's H -> E)."""
     words: str = "word_embeddings"
@@ -37,6 +39,16 @@ class Architecture:
     """Fields of the config with drop probabilities of hidden states."""
     attention_dropout: str = "attention_probs_dropout_prob"
     """Field of the config with the drop probability of attention weights."""
+    is_factorized: bool = False
+    """Embeddings may be narrower than layers (ELECTRA's E)."""
+    heads_of_sequences: tuple[str, ...] = ("classifier",)
+    """As `heads`, of a classifier of sequences."""
+    heads_of_tokens: tuple[str, ...] = ("dropout", "classifier")
+    """As `heads`, of a classifier of tokens."""
+    reads_sequences: bool = True
+    """A head of sequences takes all their hidden states, and reads those of the first token."""
+    head_takes_sequences: bool = False
+    """This model's head does."""
 
     @property
     def turns_by_position(self) -> bool:
@@ -45,13 +57,19 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "bert": Architecture(base="bert", heads=("cls",), decoder="cls.predictions.decoder"),
+    "bert": Architecture(
+        base="bert",
+        heads=("cls",),
+        decoder="cls.predictions.decoder",
+        heads_of_sequences=("bert.pooler", "dropout", "classifier"),
+    ),
     "roberta": Architecture(base="roberta", heads=("lm_head",), decoder="lm_head.decoder"),
     "electra": Architecture(
         base="electra",
         heads=("generator_lm_head",),
         decoder="generator_lm_head",
         body_head="generator_predictions",
+        is_factorized=True,
     ),
     "modernbert": Architecture(
         base="model",
@@ -64,6 +82,9 @@ ARCHITECTURES = {
         feed_forward=("mlp_norm", "mlp"),
         dropouts=("embedding_dropout", "mlp_dropout"),
         attention_dropout="attention_dropout",
+        heads_of_sequences=("head", "drop", "classifier"),
+        heads_of_tokens=("head", "drop", "classifier"),
+        reads_sequences=False,
     ),
 }
 
@@ -78,13 +99,30 @@ class Widths(NamedTuple):
 
 
 def architecture(hf_config: Any) -> Architecture:
-    """The entry for a transformers config; ModelError names the supported four."""
+    """The parts of a model with the head that its transformers config says; ModelError names the
+    supported four, and the one way to read a sequence.
+    """
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in ARCHITECTURES:
         raise ModelError(
-            f"architecture {model_type} is not supported; use a bert, roberta, electra or modernbert masked-LM"
+            f"architecture {model_type} is not supported; use a bert, roberta, electra or modernbert model"
         )
-    return ARCHITECTURES[model_type]
+    parts, task = ARCHITECTURES[model_type], task_of(hf_config)
+    if task is None:
+        return parts
+    if not task.reads_first_token:
+        return replace(parts, heads=parts.heads_of_tokens, decoder="", body_head=None)
+    if getattr(hf_config, "classifier_pooling", "cls") != "cls":
+        raise ModelError(
+            f"classifier_pooling {hf_config.classifier_pooling} reads every token of a sequence; only cls is supported"
+        )
+    return replace(
+        parts,
+        heads=parts.heads_of_sequences,
+        decoder="",
+        body_head=None,
+        head_takes_sequences=parts.reads_sequences,
+    )
 
 
 def widths(hf_config: Any, cut: Cut) -> Widths:
@@ -92,11 +130,11 @@ def widths(hf_config: Any, cut: Cut) -> Widths:
 
     Clients' tensors are checked against them.
     """
-    factorized = architecture(hf_config).body_head is not None
-    embedding = hf_config.embedding_size if factorized else hf_config.hidden_size
+    parts = architecture(hf_config)
+    embedding = hf_config.embedding_size if parts.is_factorized else hf_config.hidden_size
     return Widths(
         activations=hf_config.hidden_size if isinstance(cut, LayersCut) else embedding,
-        hidden=embedding,
+        hidden=embedding if parts.body_head is not None else hf_config.hidden_size,
     )
 
 
@@ -111,6 +149,21 @@ def position_offset(hf_config: Any) -> int:
 def longest_sequence(hf_config: Any) -> int:
     """Longest sequence, in tokens, that the model has positions for."""
     return hf_config.max_position_embeddings - position_offset(hf_config)
+
+
+def position_limit(model: Any) -> int:
+    """Longest sequence of any encoder of transformers, by its position table, or else its config,
+    or 512. RoBERTa's kind spends its first rows on padding.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return int(getattr(model.config, "max_position_embeddings", None) or 512)
+
+
+def tells_texts_apart(hf_config: Any) -> bool:
+    """Whether embeddings know which of two texts a token is of; others see separators alone."""
+    return getattr(hf_config, "type_vocab_size", 1) > 1
 
 
 def words_of(base: nn.Module, hf_config: Any) -> Any:

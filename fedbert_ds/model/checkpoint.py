@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForMaskedLM,
     BertConfig,
     ElectraConfig,
     ModernBertConfig,
@@ -29,6 +28,9 @@ from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import ARCHITECTURES, architecture, longest_sequence
 from fedbert_ds.model.cut import merge
+from fedbert_ds.model.heads import auto_class_of
+from fedbert_ds.tasks.registry import task_of
+from fedbert_ds.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +43,25 @@ _SHAPE_FIELDS = (
 """Fields that not every architecture has and that decide what is computed."""
 
 
-def build_model(section: ModelSection, vocab_size: int, pad_token_id: int, seed: int) -> PreTrainedModel:
-    """A masked LM in fp32, new or from `section.checkpoint`; `seed` alone decides new weights.
+def build_model(
+    section: ModelSection, vocab_size: int, pad_token_id: int, seed: int, task: Task | None = None
+) -> PreTrainedModel:
+    """A masked LM, or an encoder with a task's head, in fp32, new or from `section.checkpoint`;
+    `seed` alone decides new weights.
 
-    A checkpoint brings its own shape, vocabulary size and padding id; a bare encoder gets a new
-    head. ModelError, one line, if the checkpoint is not found, has another architecture, lacks
+    A checkpoint brings its own shape, vocabulary size and padding id; one with another head gets a
+    new one. ModelError, one line, if the checkpoint is not found, has another architecture, lacks
     weights of the encoder, or has fewer words than `vocab_size`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if section.checkpoint is None:
-            return AutoModelForMaskedLM.from_config(config_of(section, vocab_size, pad_token_id), dtype=torch.float32)
-        return _from_checkpoint(section.checkpoint, section, vocab_size)
+        if section.checkpoint is not None:
+            return _from_checkpoint(section.checkpoint, section, vocab_size, task)
+        hf_config = config_of(section, vocab_size, pad_token_id)
+        _set_head(hf_config, task)
+        model: PreTrainedModel = auto_class_of(task).from_config(hf_config, dtype=torch.float32)
+        model.config.architectures = [type(model).__name__]
+        return model
 
 
 def shape_hash(hf_config: Any) -> str:
@@ -68,9 +77,15 @@ def shape_hash(hf_config: Any) -> str:
         "longest_sequence": longest_sequence(hf_config),
         "pad_token_id": hf_config.pad_token_id,
         "tied": hf_config.tie_word_embeddings,
+        **_head_shape(hf_config),
         **{field: getattr(hf_config, field) for field in _SHAPE_FIELDS if hasattr(hf_config, field)},
     }
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _head_shape(hf_config: Any) -> dict[str, Any]:
+    task = task_of(hf_config)
+    return {} if task is None else {"task": task.name, "labels": task.labels}
 
 
 def config_to_json(hf_config: Any) -> str:
@@ -181,13 +196,24 @@ def _dropouts(section: ModelSection, model_type: str) -> dict[str, float]:
     return {**dict.fromkeys(parts.dropouts, section.dropout), parts.attention_dropout: attention}
 
 
-def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int) -> PreTrainedModel:
+def _set_head(hf_config: Any, task: Task | None) -> None:
+    if task is None:
+        return
+    hf_config.update(task.config_fields)
+    if hasattr(hf_config, "classifier_pooling"):
+        # Only one position of a sequence comes back from the body.
+        hf_config.classifier_pooling = "cls"
+
+
+def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, task: Task | None) -> PreTrainedModel:
     try:
         hf_config = AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.checkpoint {checkpoint}: no such folder or hub model, or no config.json in it"
         ) from error
+    # The head that it was saved with does not decide which it gets.
+    hf_config.architectures = None
     _check(hf_config)
     if vocab_size > hf_config.vocab_size:
         raise ModelError(
@@ -195,21 +221,30 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int) ->
             "use the checkpoint's own tokenizer (tokenizer.path)"
         )
     hf_config.update(_dropouts(section, hf_config.model_type))
+    _set_head(hf_config, task)
     try:
         with quiet_transformers():
-            model, loading = AutoModelForMaskedLM.from_pretrained(
-                checkpoint, config=hf_config, dtype=torch.float32, output_loading_info=True
+            model, loading = auto_class_of(task).from_pretrained(
+                checkpoint,
+                config=hf_config,
+                dtype=torch.float32,
+                output_loading_info=True,
+                # A classifier of another task is as good as none.
+                ignore_mismatched_sizes=task is not None,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.checkpoint {checkpoint}: its weights cannot be loaded: {error}") from error
-    base = f"{architecture(hf_config).base}."
-    missing = sorted(loading["missing_keys"])
-    if lost := [name for name in missing if name.startswith(base)]:
+    model.config.architectures = [type(model).__name__]
+    parts = architecture(model.config)
+    missing = sorted(loading["missing_keys"]) + sorted(entry[0] for entry in loading["mismatched_keys"])
+    new = [name for name in missing if any(name.startswith(f"{head}.") for head in parts.heads)]
+    if lost := [name for name in missing if name.startswith(f"{parts.base}.") and name not in new]:
         raise ModelError(
             f"model.checkpoint {checkpoint} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder"
         )
     if missing:
-        logger.warning("model.checkpoint %s has no masked-LM head; a new one is trained", checkpoint)
+        head = "masked-LM head" if task is None else f"head for {task.name}"
+        logger.warning("model.checkpoint %s has no %s; a new one is trained", checkpoint, head)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The client's half: embeddings (and lower layers, if the cut says so) and the masked-LM head."""
+"""The client's half: embeddings (and lower layers, if the cut says so) and the head."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fedbert_ds.model.architecture import (
     architecture,
     linear_parameters,
     longest_sequence,
+    tells_texts_apart,
     widths,
     words_of,
 )
@@ -25,6 +26,7 @@ from fedbert_ds.model.attention import PACKED_ATTENTION, Packing
 from fedbert_ds.model.encoder import encode, keep_angles_exact, keep_masked_positions, position_ids
 from fedbert_ds.model.flops import last_feed_forward
 from fedbert_ds.model.word_table import WordTable, decoder_backward
+from fedbert_ds.tasks.registry import task_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Activations:
 
 
 class ClientHalf(nn.Module):
-    """A masked LM without its body, or with the cut `whole` all of it.
+    """A masked LM or a classifier without its body, or with the cut `whole` all of it.
 
     Made by `cut.split`, `cut.undivided` or `cut.client_skeleton`.
 
@@ -51,6 +53,8 @@ class ClientHalf(nn.Module):
         self.config = model.config
         self.config._attn_implementation = PACKED_ATTENTION
         self.cut = cut
+        self.task = task_of(model.config)
+        """What its head learns; None for masked words."""
         self._parts = architecture(model.config)
         self._ties = dict(model.all_tied_weights_keys)
         for name, module in model.named_children():
@@ -63,45 +67,57 @@ class ClientHalf(nn.Module):
         words_of(base, self.config).__class__ = WordTable
         self.tie()
 
-    def embed(self, input_ids: Tensor, lengths: Sequence[int]) -> Activations:
+    def embed(self, input_ids: Tensor, lengths: Sequence[int], token_types: Tensor | None = None) -> Activations:
         """Activations of packed tokens: `input_ids` [T] int64, in sequences of `lengths`.
 
-        Positions restart at each sequence. ValueError if the lengths do not fit T, or a sequence is
-        longer than the position table.
+        `token_types` [T] int64 says which of two texts a token is of, None that all are of the
+        first; models that do not tell them apart leave it aside. Positions restart at each
+        sequence. ValueError if the lengths do not fit T, or a sequence is longer than the position
+        table.
         """
         packing = self._packing(input_ids, lengths)
         base: Any = self.get_submodule(self._parts.base)
         if self.cut == "rows":
             rows, row_index = _distinct_by_first_appearance(input_ids)
             return Activations(words_of(base, self.config)(rows), row_index.to(torch.int32))
-        hidden = self._embeddings(base, input_ids, packing)
+        hidden = self._embeddings(base, input_ids, packing, token_types)
         if isinstance(self.cut, LayersCut):
             hidden = encode(base, self.config, hidden, packing)
         return Activations(hidden.squeeze(0))
 
     def whole_backward(
-        self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor, labels: Tensor, scale: float
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        masked_positions: Tensor,
+        labels: Tensor,
+        scale: float,
+        token_types: Tensor | None = None,
     ) -> float:
-        """Sum of cross-entropies of the whole model, in nats; parameters' gradients of scale * sum
-        accumulate.
+        """Sum of the losses of the whole model, cross-entropies in nats; parameters' gradients of
+        scale * sum accumulate.
 
-        With the cut `whole` alone. Packed tokens as in `embed`; `masked_positions` [m] int64 into
-        them, `labels` [m] int64; m may be 0.
+        Arguments as of `whole_hidden` and `head_backward`.
         """
-        hidden = self._whole_hidden(input_ids, lengths, masked_positions)
+        hidden = self.whole_hidden(input_ids, lengths, masked_positions, token_types)
         loss_sum, gradient = self.head_backward(hidden, labels, scale)
         hidden.backward(gradient.to(hidden.dtype))
         return loss_sum
 
-    @torch.no_grad()
-    def whole_loss(self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor, labels: Tensor) -> float:
-        """The sum that `whole_backward` returns, with no gradient."""
-        return self.head_loss(self._whole_hidden(input_ids, lengths, masked_positions), labels)
+    def whole_hidden(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        masked_positions: Tensor,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [m, W_out] of `masked_positions`, [m] int64; m may be 0.
 
-    def _whole_hidden(self, input_ids: Tensor, lengths: Sequence[int], masked_positions: Tensor) -> Tensor:
+        With the cut `whole` alone. Packed tokens as in `embed`.
+        """
         packing = self._packing(input_ids, lengths)
         base: Any = self.get_submodule(self._parts.base)
-        hidden = self._embeddings(base, input_ids, packing)
+        hidden = self._embeddings(base, input_ids, packing, token_types)
         hidden = encode(base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             hidden = self.get_submodule(self._parts.body_head)(hidden)
@@ -118,11 +134,18 @@ class ClientHalf(nn.Module):
             )
         return packing
 
-    def _embeddings(self, base: Any, input_ids: Tensor, packing: Packing) -> Any:
-        return base.embeddings(input_ids=input_ids.unsqueeze(0), **position_ids(self.config, packing))
+    def _embeddings(self, base: Any, input_ids: Tensor, packing: Packing, token_types: Tensor | None) -> Any:
+        kinds = {}
+        if token_types is not None and tells_texts_apart(self.config):
+            kinds["token_type_ids"] = token_types.unsqueeze(0)
+        return base.embeddings(input_ids=input_ids.unsqueeze(0), **kinds, **position_ids(self.config, packing))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the vocabulary, [m, V], for hidden states [m, W_out]."""
+        """Scores [m, V] of the vocabulary, or [m, K] of a task's labels, for hidden states
+        [m, W_out].
+        """
+        if self._parts.head_takes_sequences:
+            hidden = hidden.unsqueeze(1)
         for name in self._parts.heads:
             hidden = self.get_submodule(name)(hidden)
         return hidden
@@ -136,9 +159,15 @@ class ClientHalf(nn.Module):
         `hidden` is [m, W_out], any floating dtype; `labels` is [m] int64; m may be 0. Parameters'
         gradients of scale * sum accumulate. Scores of all positions never exist at once. `fused`
         (default on a GPU) runs decoder and loss as one operator with a fixed buffer. Otherwise each
-        chunk of `chunk_size` positions goes forward and backward before the next.
+        chunk of `chunk_size` positions goes forward and backward before the next. A task has its
+        own losses and kind of labels, and few enough scores for one piece.
         """
         hidden = hidden.detach().to(next(self.parameters()).dtype)
+        if self.task is not None:
+            of_labels = self.task.losses(self.logits(hidden.requires_grad_()), labels)
+            (of_labels.sum() * scale).backward()
+            assert hidden.grad is not None
+            return _sum([of_labels.detach()]), hidden.grad
         if hidden.is_cuda if fused is None else fused:
             return self._fused_head_backward(hidden.requires_grad_(), labels, scale)
         decoder: Any = self.get_submodule(self._parts.decoder)
@@ -168,19 +197,38 @@ class ClientHalf(nn.Module):
 
     @torch.no_grad()
     def head_loss(self, hidden: Tensor, labels: Tensor, chunk_size: int = 512) -> float:
-        """Sum of cross-entropies in nats, with no gradient; arguments as in `head_backward`."""
+        """The sum of `head_backward`, with no gradient."""
         dtype = next(self.parameters()).dtype
+        losses_of = self._cross_entropies if self.task is None else self.task.losses
         return _sum(
             [
-                functional.cross_entropy(self.logits(rows.to(dtype)), targets, reduction="none")
+                losses_of(self.logits(rows.to(dtype)), targets)
                 for rows, targets in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True)
             ]
         )
+
+    @torch.no_grad()
+    def head_counts(self, hidden: Tensor, labels: Tensor, bounds: Sequence[int]) -> list[float]:
+        """What a task's `measures` take, of hidden states [m, W_out] and labels [m]; none for a
+        masked LM. `bounds` [n + 1] divide the m positions into sequences.
+        """
+        if self.task is None:
+            return []
+        return self.task.counts(self.logits(hidden.to(next(self.parameters()).dtype)), labels, bounds)
+
+    @staticmethod
+    def _cross_entropies(scores: Tensor, labels: Tensor) -> Tensor:
+        return functional.cross_entropy(scores, labels, reduction="none")
 
     @property
     def widths(self) -> Widths:
         """Widths of the activations it makes and the hidden states its head takes."""
         return widths(self.config, self.cut)
+
+    @property
+    def num_counts(self) -> int:
+        """Length of `head_counts`."""
+        return 0 if self.task is None else self.task.num_counts
 
     @property
     def num_parameters(self) -> int:
@@ -189,8 +237,8 @@ class ClientHalf(nn.Module):
 
     def parameter_scope(self, name: str) -> Literal["embeddings", "head"]:
         """A parameter's part of the half; tied tables and lower layers count as embeddings."""
-        part = self._ties.get(name, name).partition(".")[0]
-        return "head" if part in self._parts.heads else "embeddings"
+        name = self._ties.get(name, name)
+        return "head" if any(name.startswith(f"{part}.") for part in self._parts.heads) else "embeddings"
 
     def flops_per_token(self, mask_share: float) -> float:
         """Floating-point operations of forward and backward per token.
@@ -200,8 +248,10 @@ class ClientHalf(nn.Module):
         masked positions only.
         """
         base: Any = self.get_submodule(self._parts.base)
-        per_token = linear_parameters(base)
         per_masked = sum(linear_parameters(self.get_submodule(name)) for name in self._parts.heads)
+        # A pooler is in the base, and of the head.
+        pooled = [name for name in self._parts.heads if name.startswith(f"{self._parts.base}.")]
+        per_token = linear_parameters(base) - sum(linear_parameters(self.get_submodule(name)) for name in pooled)
         if self.cut == "whole":
             moved = last_feed_forward(base, self.config)
             per_token, per_masked = per_token - moved, per_masked + moved

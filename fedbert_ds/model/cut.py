@@ -1,4 +1,4 @@
-"""Divides a Hugging Face masked LM into client half and body, and joins the halves again.
+"""Divides a Hugging Face encoder with its head into client half and body, and joins them again.
 
 A half is the model itself without the other half's modules: nothing is renamed and no layer is
 copied. It is built on torch's meta device, where modules take no memory, and only its own tensors
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from fedbert_ds.config import Cut, LayersCut
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import architecture, layers_of, words_of
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.heads import auto_class
 
 
 class Elsewhere(nn.Module):
@@ -91,7 +92,7 @@ def _on_meta(hf_config: Any) -> PreTrainedModel:
     # A half's config names packed attention; a whole model has transformers' default.
     hf_config._attn_implementation = None
     with torch.device("meta"):
-        return AutoModelForMaskedLM.from_config(hf_config, dtype=torch.float32)
+        return auto_class(hf_config).from_config(hf_config, dtype=torch.float32)
 
 
 def _take_over(half: ClientHalf | Body, state: Mapping[str, Tensor], training: bool) -> None:
@@ -131,7 +132,8 @@ def _body_on_meta(hf_config: Any, cut: Cut) -> Body:
     model, parts = _on_meta(hf_config), architecture(hf_config)
     base: Any = model.get_submodule(parts.base)
     for name in parts.heads:
-        setattr(model, name, None)
+        parent, _, part = name.rpartition(".")
+        setattr(model.get_submodule(parent), part, None)
     if isinstance(cut, LayersCut):
         _check_layers(hf_config, cut)
         layers = layers_of(base, hf_config)

@@ -40,6 +40,8 @@ class Expectation:
     """Clients keep states of their own."""
     run: str = ""
     """The run's id."""
+    task: str = "masked_lm"
+    """As the run file's `task.name`."""
 
     def own_states(self, hello: pb.Hello) -> frozenset[int]:
         """Windows of this run whose state the client has; `check_hello` refuses those of others."""
@@ -200,6 +202,11 @@ def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
     if hello.protocol != PROTOCOL:
         raise WireError(
             f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
+        )
+    if hello.task != expectation.task:
+        raise WireError(
+            f"{who} reads its files for {hello.task[:80] or 'no task'}, the run learns {expectation.task}; start it "
+            f"with --task {expectation.task} and files of that kind"
         )
     if hello.vocabulary_hash and hello.vocabulary_hash != expectation.vocabulary_hash:
         raise WireError(f"{who} has another vocabulary than the run; drop --tokenizer or name the run's")

@@ -39,6 +39,8 @@ class Contract:
     """Shapes of the tensors in client updates, by name."""
     update_codec: UpdateCodec = "fp32"
     """Codec of the matrices in client updates. A whole client model travels in fp32."""
+    num_counts: int = 0
+    """Numbers in an evaluation that a task's measures are made of."""
 
 
 @dataclass(frozen=True)

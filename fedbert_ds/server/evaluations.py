@@ -17,6 +17,7 @@ from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.telemetry.evaluations import (
     Evaluation,
     HeldOutLoss,
+    MeasuresOf,
     best_of,
     evaluation_of,
     without_improvement,
@@ -35,7 +36,7 @@ class Evaluations:
 
     `history` are those of earlier sessions, the same on all ranks. `on_evaluation` hears every list
     of all evaluations so far. `keep_best` is called with an evaluation that is better than all
-    before.
+    before. `measures_of` makes a task's measures of clients' counts.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class Evaluations:
         history: Sequence[Evaluation] = (),
         on_evaluation: Callable[[Sequence[Evaluation]], None] = lambda _: None,
         keep_best: KeepBest | None = None,
+        measures_of: MeasuresOf | None = None,
     ) -> None:
         self._rooms = rooms
         self._run = run
         self._history = list(history)
         self._on_evaluation = on_evaluation
         self._keep_best = keep_best
+        self._measures_of = measures_of
 
     @property
     def history(self) -> tuple[Evaluation, ...]:
@@ -89,7 +92,7 @@ class Evaluations:
                 return False
             together = {client: loss for part, _, _ in parts for client, loss in part.items()}
             everybody = [client for _, clients, _ in parts for client in clients]
-            evaluation = evaluation_of(window, together, everybody)
+            evaluation = evaluation_of(window, together, everybody, self._measures_of)
             candidates = [*self._history, evaluation]
             if self._keep_best is not None and best_of(candidates) is evaluation and not self._keep_best(evaluation):
                 return False

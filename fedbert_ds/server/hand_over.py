@@ -12,6 +12,7 @@ from fedbert_ds.errors import RunError
 from fedbert_ds.federation.averaging import combine
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
+from fedbert_ds.model.heads import auto_class
 from fedbert_ds.server.evaluations import KeepBest
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rooms import Rooms
@@ -87,14 +88,17 @@ def hand_over(
     facts = facts | _costs(folder, [pair for pairs in all_figures for pair in pairs])
     baselines: dict[str, float] = {}
     if is_complete and client_model is not None and folder.held_out.is_file():
-        baselines = _evaluate(folder, config, tokenizer, model_config.vocab_size)
-        held_out, unigram = baselines["held out, at the end"], baselines["word frequency alone"]
-        facts["held-out loss"] = f"{held_out:.3f} nats a masked token"
-        facts["word frequency alone"] = f"{unigram:.3f} nats"
-        print(
-            f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
-            f"{unigram - held_out:.2f} nats learned beyond it"
-        )
+        if config.task.is_labelled:
+            facts = facts | _evaluate_task(folder, config)
+        else:
+            baselines = _evaluate(folder, config, tokenizer, model_config.vocab_size)
+            held_out, unigram = baselines["held out, at the end"], baselines["word frequency alone"]
+            facts["held-out loss"] = f"{held_out:.3f} nats a masked token"
+            facts["word frequency alone"] = f"{unigram:.3f} nats"
+            print(
+                f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
+                f"{unigram - held_out:.2f} nats learned beyond it"
+            )
     if evaluations:
         facts["held out by clients"] = f"{evaluations[-1].sentence}, before window {evaluations[-1].window}"
     write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines, evaluations)
@@ -102,7 +106,7 @@ def hand_over(
     rate = facts.get("rate of the body")
     print(f"time    {facts['time']}" + (f"; {rate}" if rate else ""))
     if client_model is not None:
-        loaded = f'AutoModelForMaskedLM.from_pretrained("{folder.model}")'
+        loaded = f'{auto_class(model_config).__name__}.from_pretrained("{folder.model}")'
         print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
     else:
         print(_where_the_halves_are(folder, rooms))
@@ -185,6 +189,16 @@ def time_sentence(totals: Summary) -> str:
     if not totals.evaluation_share:
         del parts["evaluating"]
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in parts.items())
+
+
+def _evaluate_task(folder: RunFolder, config: RunConfig) -> dict[str, str]:
+    """The merged model's loss and measures on held-out examples, told and as facts."""
+    from fedbert_ds.evaluation.labelled import evaluate_task
+
+    result = evaluate_task(folder.model, [str(folder.held_out)], sequence_length=config.data.sequence_length)
+    measures = ", ".join(f"{name} {value:.3f}" for name, value in result.measures.items())
+    print(f"held-out loss {result.loss:.3f}, {measures}, of {result.labels:,} labels")
+    return {"held-out loss": f"{result.loss:.3f} a label", "held-out measures": measures}
 
 
 def _evaluate(folder: RunFolder, config: RunConfig, tokenizer: Any, vocab_size: int) -> dict[str, float]:

@@ -67,7 +67,7 @@ class HeldOutInbox:
 
     def expect(self, client: str) -> None:
         """This client is asked."""
-        self._so_far[client] = HeldOutLoss(0.0, 0)
+        self._so_far[client] = HeldOutLoss(0.0, 0, (0.0,) * self._contract.num_counts)
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -121,7 +121,11 @@ class HeldOutInbox:
         self._bytes += message.ByteSize()
         if not 0 <= message.loss_sum < math.inf:
             raise WireError(f"{who}: a loss of {message.loss_sum}")
-        loss = self._so_far[client].plus(message.loss_sum, message.masked_tokens)
+        # A client without held-out text has counted nothing.
+        counts = tuple(message.counts) if message.masked_tokens else (0.0,) * self._contract.num_counts
+        if len(counts) != self._contract.num_counts or not all(map(math.isfinite, counts)):
+            raise WireError(f"{who}: {len(counts)} counts instead of {self._contract.num_counts} numbers")
+        loss = self._so_far[client].plus(message.loss_sum, message.masked_tokens, counts)
         self._so_far[client] = loss
         if message.last:
             self._losses[client] = loss

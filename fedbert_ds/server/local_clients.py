@@ -46,6 +46,8 @@ class LocalClients:
     """To which clients are dealt: `cpu`, or `cuda:0`, `cuda:1`, ..."""
     cores: Collection[int] = ()
     """That clients may use, where this rank is bound to fewer; none: the rank's."""
+    task: str = "masked_lm"
+    """What their shards are read for."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _revivals: dict[str, int] = field(default_factory=dict)
     _server: str = ""
@@ -61,7 +63,7 @@ class LocalClients:
             shard = self.folder.shard(name)
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
             command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
-            command += ["--device", self._device(name)]
+            command += ["--device", self._device(name), "--task", self.task]
             with self.folder.log(name).open("ab") as log, children_on(self.cores):
                 self.processes[name] = subprocess.Popen(
                     command,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
@@ -15,8 +18,6 @@ from fedbert_ds.server.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-    from fedbert_ds.data.corpus import Article
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
-    from fedbert_ds.data.shards import write_shard
     from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 
     name = config.tokenizer.path or config.model.checkpoint
@@ -59,7 +59,8 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         tokenizer.save_pretrained(folder.tokenizer)
         _write_facts(folder, None)
         return tokenizer, None
-    train, shards, held_out = _dealt(config)
+    read, write = _reader(config)
+    train, shards, held_out = _dealt(config, read)
     if config.data.client_held_out and min(len(shard) for shard in shards) < 2:
         raise DataError(
             "data.client_held_out: a local client has 1 article, which cannot be both trained on and held out; lower "
@@ -67,9 +68,9 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         )
     if tokenizer is None:
         tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
-    write_shard(folder.held_out, held_out)
+    write(folder.held_out, held_out)
     for number, shard in enumerate(shards):
-        write_shard(folder.shard(client_name(number)), shard)
+        write(folder.shard(client_name(number)), shard)
     tokenizer.save_pretrained(folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
@@ -82,19 +83,43 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     return tokenizer, facts
 
 
-def _dealt(config: RunConfig) -> tuple[list[Article], list[list[Article]], list[Article]]:
-    """(articles to train on, the same by local client, held-out articles)."""
+def _reader(
+    config: RunConfig,
+) -> tuple[Callable[[Sequence[str]], list[Any]], Callable[[Path, Sequence[Any]], None]]:
+    """What reads articles, or a task's examples, of some sources, and what writes some of them for
+    a client to read.
+    """
     from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.shards import write_rows, write_shard
+    from fedbert_ds.tasks.registry import task_of_section
+    from fedbert_ds.tasks.rows import read_rows
+    from fedbert_ds.tasks.task import columns_of
+
+    streaming, most, task = config.data.streaming, config.data.max_articles, task_of_section(config.task)
+    if task is None:
+        return lambda some: list(read_articles(some, streaming=streaming, max_articles=most)), write_shard
+    columns = columns_of(task, config.task.text, config.task.label)
+    return (
+        lambda some: [
+            task.example(row, columns, where) for where, row in islice(read_rows(some, streaming=streaming), most)
+        ],
+        lambda path, examples: write_rows(path, map(task.row, examples)),
+    )
+
+
+def _dealt(
+    config: RunConfig, read: Callable[[Sequence[str]], list[Any]]
+) -> tuple[list[Any], list[list[Any]], list[Any]]:
+    """(articles or examples to train on, the same by local client, held-out ones)."""
     from fedbert_ds.data.shards import deal, hold_out
 
     data, seed = config.data, config.run.seed
     if data.shards != "source":
-        articles = list(read_articles(data.source, streaming=data.streaming, max_articles=data.max_articles))
-        train, held_out = hold_out(articles, data.held_out, seed)
+        train, held_out = hold_out(read(data.source), data.held_out, seed)
         return train, deal(train, config.clients.local, data.shards, data.alpha, seed), held_out
     shards, held_out = [], []
     for source in data.source:
-        articles = list(read_articles([source], streaming=data.streaming, max_articles=data.max_articles))
+        articles = read([source])
         try:
             train, apart = hold_out(articles, data.held_out, seed)
         except DataError as error:

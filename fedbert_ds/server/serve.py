@@ -48,6 +48,7 @@ from fedbert_ds.server.rooms import Rooms, build_rooms
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
+from fedbert_ds.tasks.registry import task_of, task_of_section
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import address_file
 from fedbert_ds.wire.channel import TlsFiles
@@ -92,7 +93,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device() if has_gpu else None))
     cores = _bind(share_of(ranks.rank, places)) if has_gpu else frozenset()
     threads = codec_threads(ranks.rank, places)
-    clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on)
+    clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on, config.task.name)
     endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order
@@ -165,6 +166,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             ranks.broadcast(reporter.begin_at(start.first_window) if ranks.rank == 0 else None),
             reporter.evaluated,
             best_model_keeper(rooms, folder, model_config, tokenizer) if config.run.keep_best else None,
+            task.measures if (task := task_of(model_config)) is not None else None,
         )
         rank = RankServer(
             rooms,
@@ -220,6 +222,7 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
         client_model=parameters,
         exchanged={n: shape for n, shape in parameters.items() if strategy.takes_part(half.parameter_scope(n))},
         update_codec=strategy.update_codec,
+        num_counts=half.num_counts,
     )
 
 
@@ -252,7 +255,8 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | 
     """(transformers config, client half, body if there is one), built from the run's seed; equal on
     all ranks.
     """
-    model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+    task = task_of_section(config.task)
+    model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed, task)
     if config.data.sequence_length > longest_sequence(model.config):
         raise ConfigError(
             f"data.sequence_length {config.data.sequence_length} is longer than the model's position table, "
@@ -287,7 +291,7 @@ def _expectation(
     saved = folder.checkpoints.complete_windows() if resume else None
     clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
-    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run)
+    return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run, config.task.name)
 
 
 def _open_elsewhere(

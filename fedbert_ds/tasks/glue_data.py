@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import DataError
+from fedbert_ds.tasks.examples import LabelledText
 from fedbert_ds.tasks.glue_tasks import HIGHEST_SCORE, GlueTask
+from fedbert_ds.tasks.rows import full_lines
 
 HUB_DATA_SET = "nyu-mll/glue"
-
-
-@dataclass(frozen=True)
-class LabelledText:
-    """One or two texts and their label: its number in the task's `labels`, or a score."""
-
-    texts: tuple[str, ...]
-    label: int | float | None
-    """None in test sets."""
 
 
 Examples = Sequence[LabelledText]
@@ -79,17 +72,17 @@ def read_tsv(task: GlueTask, path: Path, *, labelled: bool = True) -> list[Label
         raise DataError(
             f"{path}: no such file; --data needs {task.name}'s original .tsv files, or leave {task.name} out"
         )
-    lines = _lines(path)
+    lines = full_lines(path)
     if labelled and task.columns_without_header:
-        first, header = 1, list(task.columns_without_header)
+        header = list(task.columns_without_header)
     else:
-        first, header = 2, next(lines, "").split("\t")
+        header = next(lines, (1, ""))[1].split("\t")
     wanted = [*task.sentences, *([task.label_column] if labelled else [])]
     if absent := [column for column in wanted if column not in header]:
         raise DataError(f"{path}: no column {absent[0]!r} (columns: {', '.join(header)}); use GLUE's original files")
     places = [header.index(column) for column in wanted]
     examples = []
-    for number, line in enumerate(lines, start=first):
+    for number, line in lines:
         fields = line.split("\t")
         if len(fields) <= max(places):
             if task.skips_short_rows:
@@ -102,19 +95,6 @@ def read_tsv(task: GlueTask, path: Path, *, labelled: bool = True) -> list[Label
         label = _label(task, fields[places[-1]], f"{path}: line {number}") if labelled else None
         examples.append(LabelledText(texts, label))
     return _not_empty(examples, str(path))
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Non-empty lines. Only a newline ends one: texts hold other characters that end lines."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for line in file:
-                if text := line.removesuffix("\n").removesuffix("\r"):
-                    yield text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); use GLUE's original files") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def _label(task: GlueTask, text: str, where: str) -> int | float:

@@ -19,7 +19,7 @@ from fedbert_ds.config import (
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
 
-PROTOCOL = 8
+PROTOCOL = 9
 """Raised when a message changes its meaning; client and server must agree."""
 
 

@@ -11,15 +11,18 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from integration.processes import start
 from integration.worker import run_aggregator, run_client, run_rank
 from torch import Tensor
 
+from fedbert_ds.client.own_data import read_own_data
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.data.corpus import Article, read_articles
-from fedbert_ds.data.masking import Batch, BatchStream, encode
+from fedbert_ds.data.labelled import LabelledStream
+from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 from fedbert_ds.federation.strategy import strategy_of
@@ -27,6 +30,8 @@ from fedbert_ds.model.architecture import layers_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
 from fedbert_ds.server.queue.seats import window_shares
+from fedbert_ds.tasks.registry import task_of_section
+from fedbert_ds.tasks.rows import read_rows
 
 WORLD_SIZE = 2
 CLIENTS = {"ada": 9, "bo": 5, "cy": 2}
@@ -147,27 +152,31 @@ class Centralized:
     def __init__(self, tree: dict, data: Mapping[str, str]) -> None:
         self.config: RunConfig = parse_config(tree, "test")
         tokenizer = load_tokenizer(self.config.tokenizer.path)
+        self.task = task_of_section(self.config.task)
         self.model = build_model(
-            self.config.model, len(tokenizer), tokenizer.pad_token_id, self.config.run.seed
+            self.config.model, len(tokenizer), tokenizer.pad_token_id, self.config.run.seed, self.task
         ).train()
-        articles = {client: list(read_articles([path])) for client, path in data.items()}
-        sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
+        owned = {client: read_own_data([path], self.config.task.name) for client, path in data.items()}
+        sizes = {client: own.num_characters for client, own in owned.items()}
         strategy = strategy_of(self.config.federation, self.config.wire)
         participants = strategy.num_participants(len(data))
         self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share, participants)
         self.sampler = strategy.sampler(self.config.run.seed, dict.fromkeys(data, 0))
-        self.streams = {
-            client: BatchStream(
-                encode(articles[client], tokenizer, self.config.data.sequence_length), tokenizer,
-                mask_probability=self.config.data.mask_probability, whole_word=False, seed=self.config.run.seed,
-                client=client,
-            )
-            for client in data
-        }  # fmt: skip
+        self.streams = {client: self._stream(tokenizer, client, path) for client, path in data.items()}
         self.gradient_norms: list[float] = []
         """Of the whole gradient, before it is clipped, of each window."""
         self.input_gradients: dict[tuple[str, int], list[Tensor]] = {}
         """By (client, window): d(loss)/d(tensor at the cut) for each sequence, [length, width]."""
+
+    def _stream(self, tokenizer: Any, client: str, path: str) -> SequenceStream:
+        length, seed = self.config.data.sequence_length, self.config.run.seed
+        if self.task is None:
+            return BatchStream(
+                encode(read_articles([path]), tokenizer, length), tokenizer,
+                mask_probability=self.config.data.mask_probability, whole_word=False, seed=seed, client=client,
+            )  # fmt: skip
+        examples = [self.task.example(row, self.task.columns, where) for where, row in read_rows([path])]
+        return LabelledStream(self.task.encode(examples, tokenizer, length), seed=seed, client=client)
 
     def train(self) -> dict[str, Tensor]:
         """Train all windows and return the final state dict."""
@@ -193,7 +202,7 @@ class Centralized:
         for client, batch in batches.items():
             ids = list(batch.input_ids.split(batch.lengths))
             labels = torch.full_like(batch.input_ids, -100)
-            labels[batch.masked_positions] = batch.labels
+            labels[batch.masked_positions] = batch.labels.long()
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
             targets = torch.nn.utils.rnn.pad_sequence(
                 list(labels.split(batch.lengths)), batch_first=True, padding_value=-100
@@ -204,11 +213,22 @@ class Centralized:
             hook = self._crossing_module().register_forward_hook(
                 lambda _, __, output, crossing=crossing: crossing.append(output)
             )
-            logits = self.model(input_ids=padded, attention_mask=mask.long()).logits
+            given = {"input_ids": padded, "attention_mask": mask.long()}
+            if batch.token_types is not None and getattr(self.model.config, "type_vocab_size", 1) > 1:
+                kinds = list(batch.token_types.split(batch.lengths))
+                given["token_type_ids"] = torch.nn.utils.rnn.pad_sequence(kinds, batch_first=True)
+            if self.task is not None:
+                # transformers' own loss, a mean over this client's labels.
+                given["labels"] = batch.labels if self.task.reads_first_token else targets
+            result = self.model(**given)
             hook.remove()
             output = crossing[0][0] if isinstance(crossing[0], tuple) else crossing[0]
             output.retain_grad()
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+            if self.task is not None:
+                loss = result.loss * len(batch.labels)
+            else:
+                scores = result.logits.flatten(0, 1)
+                loss = torch.nn.functional.cross_entropy(scores, targets.flatten(), reduction="sum")
             (loss / masked_tokens).backward()
             self.input_gradients[client, window] = [
                 output.grad[row, :length].clone() for row, length in enumerate(batch.lengths)

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 from integration.cluster import run_jobs, write_text
-from transformers import AutoConfig, AutoModelForMaskedLM
+from integration.test_fine_tuning import TASKS, write_examples
+from transformers import AutoConfig
 
 from fedbert_ds.config import ModelSection, RunConfig, load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.heads import auto_class
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -30,7 +32,10 @@ VARIANTS["domain-adaptation-of-modernbert"] = (
     ("model.checkpoint=answerdotai/ModernBERT-base", "model.dropout=0.0"),
 )
 """{name: (run file, overrides)}: all files, and what their comments say to set."""
-CHECKPOINTS: dict[str, Any] = {"bert-base-uncased": "bert", "ModernBERT-base": "modernbert"}
+CHECKPOINTS: dict[str, Any] = {
+    "bert-base-uncased": "bert", "bert-base-cased": "bert", "ModernBERT-base": "modernbert"
+}  # fmt: skip
+LABELLED = {"fine-tuning-sentences": "texts", "fine-tuning-entities": "words"}
 WINDOWS = 6
 PERIOD = {"fedbert-parallel-5-of-10.yaml": 3, "fedbert-parallel-50-of-500.yaml": 2}
 """Windows of a round, of 6: half of the run, and more rounds than two."""
@@ -54,6 +59,9 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
         small.append("model.embedding_size=16")
     if shipped.model.checkpoint is not None:
         small.append(f"model.checkpoint={folder / Path(shipped.model.checkpoint).name}")
+    if shipped.data.shards == "source":
+        # For local clients, and these are none of the server's.
+        small.append("data.shards=equal")
     config = load_config(CONFIGS / file, [*overrides, *small])
     return json.loads(config.model_dump_json(exclude_none=True))
 
@@ -68,7 +76,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         model = build_model(section, len(load_tokenizer(str(folder / "tokenizer"))), 0, seed=1)
         model.save_pretrained(folder / name)
-    run_jobs(folder, [{"config": toy(folder, name), "resume": False, "data": data} for name in VARIANTS])
+    words = json.loads(Path(data["ada"]).read_text().splitlines()[0])["text"].split()
+    labelled = write_examples(folder, words)
+
+    def job(name: str) -> dict[str, Any]:
+        tree = toy(folder, name)
+        kind = LABELLED.get(name)
+        if kind is not None:
+            # The shipped file's labels and columns are those of its own files.
+            tree["task"] = TASKS[kind]
+        return {"config": tree, "resume": False, "data": data if kind is None else labelled[kind]}
+
+    run_jobs(folder, [job(name) for name in VARIANTS])
     return folder
 
 
@@ -81,7 +100,8 @@ def test_it_trains_and_hands_over_a_model(finished: Path, name: str) -> None:
     checkpoint = shipped.model.checkpoint
     expected = shipped.model.architecture if checkpoint is None else CHECKPOINTS[Path(checkpoint).name]
     assert AutoConfig.from_pretrained(finished / name / "hf").model_type == expected
-    _, loading = AutoModelForMaskedLM.from_pretrained(finished / name / "hf", output_loading_info=True)
+    config = AutoConfig.from_pretrained(finished / name / "hf")
+    _, loading = auto_class(config).from_pretrained(finished / name / "hf", output_loading_info=True)
     assert not any(loading.values()), loading
 
 
@@ -92,7 +112,7 @@ def test_only_sizes_and_places_were_changed(finished: Path, name: str) -> None:
     shipped, ran = load_config(CONFIGS / file, overrides), load_config(finished / name / "config.yaml")
     sizes = {"run": {"seed", "trace"}, "model": {"architecture", "initializer_range", "dropout", "attention_dropout"}}
     kept: dict[str, set[str]] = sizes | {
-        "data": set(type(shipped.data).model_fields) - {"sequence_length"},
+        "data": set(type(shipped.data).model_fields) - {"sequence_length", "shards"},
         "window": set(type(shipped.window).model_fields) - {"tokens", "tokens_per_micro_batch"},
         "optimizer": set(type(shipped.optimizer).model_fields) - {"warmup_windows"},
         "body": set(type(shipped.body).model_fields),
@@ -102,4 +122,5 @@ def test_only_sizes_and_places_were_changed(finished: Path, name: str) -> None:
     for section, keys in kept.items():
         for key in keys:
             assert getattr(getattr(ran, section), key) == getattr(getattr(shipped, section), key), f"{section}.{key}"
+    assert ran.task.name == shipped.task.name
     assert isinstance(ran, RunConfig) and ran.cut == shipped.cut and ran.kernels == shipped.kernels

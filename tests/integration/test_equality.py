@@ -55,13 +55,13 @@ def _tree(folder: Path, stage, order, cut, optimizer, name=None) -> dict:
         name or _name(stage, order, cut, optimizer),
         cut=cut,
         window={"order": order},
-        body={"deepspeed": str(_deepspeed_file(folder, stage))},
+        body={"deepspeed": str(deepspeed_file(folder, stage))},
         # Plain SGD needs a larger rate: the weights must move far enough to show a wrong gradient.
         optimizer={"name": optimizer, "lr": 0.5 if optimizer == "sgd" else 0.01},
     )
 
 
-def _deepspeed_file(folder: Path, stage: int) -> Path:
+def deepspeed_file(folder: Path, stage: int) -> Path:
     """The shipped file. For stage 3, one that also partitions and releases small parameters."""
     shipped = ZERO / f"zero{stage}.json"
     if stage < 3:
@@ -146,7 +146,7 @@ def test_modernbert_equals_centralized_training(finished, row) -> None:
     run, expected = folder / f"modernbert-{_name(*row)}", training.train()
     differences = _differences(run, expected)
     assert max(differences.values()) <= TOLERANCE, max(differences.items(), key=lambda item: item[1])
-    assert _gradient_difference(run, training) <= TOLERANCE
+    assert gradient_difference(run, training) <= TOLERANCE
     assert max(_differences(run, untrained).values()) > 1e-2
 
 
@@ -167,7 +167,7 @@ def test_clipping_by_the_whole_norm_equals_centralized_training(finished, centra
 def test_returned_input_gradients_equal_centralized_training(finished, centralized, row) -> None:
     folder, _ = finished
     training, _ = centralized(row[2], row[3])
-    assert _gradient_difference(folder / _name(*row), training) <= TOLERANCE
+    assert gradient_difference(folder / _name(*row), training) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -177,7 +177,7 @@ def test_the_order_of_backwards_does_not_matter(finished, centralized, variation
     training, expected = centralized("embeddings", "sgd")
     run = folder / f"{variation}-{stage}"
     assert max(_differences(run, expected).values()) <= TOLERANCE
-    assert _gradient_difference(run, training) <= TOLERANCE
+    assert gradient_difference(run, training) <= TOLERANCE
 
 
 def test_windows_have_several_unequal_numbers_of_micro_batches(finished) -> None:
@@ -203,7 +203,7 @@ def test_a_fault_in_the_server_is_noticed(finished, centralized, fault) -> None:
     folder, _ = finished
     training, expected = centralized("embeddings", "sgd")
     weights = max(_differences(folder / fault, expected).values())
-    assert max(weights, _gradient_difference(folder / fault, training)) > 10 * TOLERANCE
+    assert max(weights, gradient_difference(folder / fault, training)) > 10 * TOLERANCE
 
 
 def _differences(run: Path, expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -212,7 +212,7 @@ def _differences(run: Path, expected: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: (trained[name] - expected[name]).abs().max().item() for name in expected}
 
 
-def _gradient_difference(run: Path, training: Centralized) -> float:
+def gradient_difference(run: Path, training: Centralized) -> float:
     largest = 0.0
     for client in CLIENTS:
         pieces = torch.load(run / "clients" / client / "input_gradients.pt", weights_only=True)

@@ -101,8 +101,9 @@ def run_client(jobs: list[dict], name: str) -> None:
         recorder = _Recorder()
         session.ClientTrainer = recorder.trainer
         options = session.ClientOptions(
-            server=_address(folder), data=(job["data"][name],), name=name, state_folder=state, device="cpu"
-        )
+            server=_address(folder), data=(job["data"][name],), name=name, state_folder=state, device="cpu",
+            task=job["config"].get("task", {}).get("name", "masked_lm"),
+        )  # fmt: skip
         session.run_client(options)
         recorder.write(state)
         _write_record(job, name, recorder.sent)

@@ -15,6 +15,7 @@ from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.tasks.registry import TASKS
 
 TEXT = [Article("one", "the quick brown fox jumps over the lazy dog and runs away from it " * 8)]
 
@@ -49,6 +50,12 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
         (["aggregator", "--config", "no.yaml"], "no.yaml: no such run file"),
         (["aggregator", "--config", "empty.yaml"], "aggregator: the run file has no such section"),
         (["merge", "--body", "b", "--client-model", "c", "--out", "o"], "b/body.safetensors: no half of a run"),
+        (["client", "--server", "x:1", "--data", "y", "--task", "poetry"], "--task poetry: choose masked_lm, sequence"),
+        (["client", "--server", "x:1", "--data", "y", "--label-column", "grade"], "are for labelled files; add --task"),
+        (
+            ["client", "--server", "x:1", "--data", "y", "--task", "token_classification", "--text-columns", "a", "b"],
+            "--text-columns a b: token_classification reads fewer",
+        ),
         (["client", "--server", "x:1", "--data", "y", "--held-out", "1.5"], "--held-out 1.5: a share of the text"),
         (["client", "--server", "x:1", "--data", "y", "--ca", "ca.pem"], "--ca, --certificate and --key"),
         (["client", "--server", "x:1", "--data", "no-such-file.txt"], "no-such-file.txt"),
@@ -81,3 +88,16 @@ def test_a_client_joins_again_unless_a_launcher_sees_to_it(monkeypatch, words, s
         main(["client", "--server", "run/server.address", "--data", "y", "--id", "ada", *words])
     assert exit_.value.code == 75
     assert given[0].rejoin_timeout == seconds and given[0].server == "run/server.address"
+
+
+def test_eval_of_a_fine_tuned_model_prints_its_measures(tmp_path, capsys) -> None:
+    tokenizer = train_wordpiece(TEXT, 100)
+    section = ModelSection(hidden_size=16, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=32)
+    task = TASKS["sequence_classification"](("no", "yes"))
+    build_model(section, len(tokenizer), tokenizer.pad_token_id, 0, task).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.csv").write_text("note,grade\nthe fox,yes\na dog,no\n")
+    main(["eval", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.csv"),
+          "--text-columns", "note", "--label-column", "grade"])  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "accuracy 0.5000" in printed and "2 labels in 2 examples" in printed

@@ -21,23 +21,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "atomic_write": set(),
     "config": {"errors"},
     "wire": BASE | {"kernels"},
-    "model": BASE | {"kernels"},
+    "model": BASE | {"kernels", "tasks"},
     "data": BASE,
     "telemetry": BASE,
-    "tasks": BASE,
+    "tasks": BASE | {"data"},
     "glue": BASE | {"data", "model", "tasks", "telemetry"},
     "federation": BASE | {"model", "wire"},
-    "evaluation": BASE | {"data", "model"},
-    "client": BASE | {"data", "federation", "model", "wire"},
+    "evaluation": BASE | {"data", "model", "tasks"},
+    "client": BASE | {"data", "federation", "model", "tasks", "wire"},
     # Another party's process: it listens as a rank does, and has nothing of the server else.
-    "aggregator": BASE | {"federation", "model", "server.network", "wire"},
+    "aggregator": BASE | {"federation", "model", "server.network", "tasks", "wire"},
     "server.queue": BASE | {"wire"},
     "server.contract": BASE | {"kernels", "server.queue"},
     "server.network": BASE | {"kernels", "server.contract", "wire"},
     "server.body": BASE | {"kernels", "model", "server.contract", "server.queue", "wire"},
     "server": BASE
     | {"data", "evaluation", "federation", "kernels", "model", "server.body", "server.contract"}
-    | {"server.network", "server.queue", "telemetry", "wire"},
+    | {"server.network", "server.queue", "tasks", "telemetry", "wire"},
     # Both replay a run: the planner on a clock, benchmarks with real processes.
     "planner": BASE | {"client", "federation", "model", "server.body", "server.queue", "telemetry", "wire"},
     "bench": BASE

@@ -26,6 +26,8 @@ from fedbert_ds.federation.reference import Reference, reference_chunks, to_byte
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
+from fedbert_ds.tasks.registry import TASKS
+from fedbert_ds.tasks.task import Task
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index, encode
 from fedbert_ds.wire.messages import ClientSettings
@@ -34,16 +36,22 @@ VOCABULARY, WIDTH = 23, 8
 LENGTHS = [4, 6, 3, 5]
 
 
-def half_of(cut: Any = "embeddings", dropout: float = 0.0) -> ClientHalf:
-    return copy.deepcopy(_half_of(cut, dropout))
+WORDS = TASKS["token_classification"](("O", *["I-X"] * (VOCABULARY - 1)))
+"""A task whose labels are as many as the vocabulary's words: `Text` serves it, too. All but one go
+on with the entity before.
+"""
+
+
+def half_of(cut: Any = "embeddings", dropout: float = 0.0, task: Task | None = None) -> ClientHalf:
+    return copy.deepcopy(_half_of(cut, dropout, task))
 
 
 @functools.cache
-def _half_of(cut: Any, dropout: float) -> ClientHalf:
+def _half_of(cut: Any, dropout: float, task: Task | None) -> ClientHalf:
     section = ModelSection(
         num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=dropout
     )
-    return split(build_model(section, VOCABULARY, 0, seed=5), cut)[0]
+    return split(build_model(section, VOCABULARY, 0, seed=5, task=task), cut)[0]
 
 
 class Text:

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from unit.client.one_client import VOCABULARY, WIDTH, Server, Text, half_of
+from unit.client.one_client import VOCABULARY, WIDTH, WORDS, Server, Text, half_of
 
 from fedbert_ds.client.evaluation import HeldOutEvaluation
-from fedbert_ds.client.whole_window import parts_of
-from fedbert_ds.config import WireSection
+from fedbert_ds.client.whole_window import bounds, parts_of
+from fedbert_ds.config import ModelSection, WireSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import WireError
+from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import undivided
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, decode_positions, decode_row_index, encode
@@ -82,9 +83,6 @@ def test_parts_give_the_loss_of_the_text_in_one_piece_without_dropout(cut: str) 
 
 
 def test_a_client_with_the_whole_model_needs_no_body() -> None:
-    from fedbert_ds.config import ModelSection
-    from fedbert_ds.model.checkpoint import build_model
-
     section = ModelSection(
         num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=0.5
     )
@@ -94,10 +92,41 @@ def test_a_client_with_the_whole_model_needs_no_body() -> None:
     body.evaluation.begin(7)
     reports = body.answer()
     assert torch.equal(torch.get_rng_state(), random) and half.training
-    expected = half.eval().whole_loss(TEXT.input_ids, TEXT.lengths, TEXT.masked_positions, TEXT.labels)
+    with torch.no_grad():
+        hidden = half.eval().whole_hidden(TEXT.input_ids, TEXT.lengths, TEXT.masked_positions)
+    expected = half.head_loss(hidden, TEXT.labels)
     assert sum(report.loss_sum for report in reports) == pytest.approx(expected, rel=1e-6)
     assert sum(report.masked_tokens for report in reports) == len(TEXT.labels) and reports[-1].last
     assert all(parameter.grad is None for parameter in half.parameters())
+
+
+@pytest.mark.parametrize("cut", ["embeddings", "rows", "whole"])
+def test_counts_of_a_task_add_up_to_those_of_the_text_in_one_piece(cut: str) -> None:
+    """Over parts, whose sequences stay apart: an entity does not reach into the next one."""
+    half = half_of(cut, dropout=0.5, task=WORDS) if cut != "whole" else whole_half()
+    body = Body(half)
+    body.evaluation.begin(7)
+    reports = body.answer()
+    assert len(reports) == len(list(parts_of(TEXT, 9))) > 2
+    counts = [sum(values) for values in zip(*(report.counts for report in reports), strict=True)]
+    half.eval()
+    with torch.no_grad():
+        if cut == "whole":
+            hidden = half.whole_hidden(TEXT.input_ids, TEXT.lengths, TEXT.masked_positions)
+        else:
+            activations = half.embed(TEXT.input_ids, TEXT.lengths)
+            index = activations.row_index
+            hidden = (activations.values if index is None else activations.values[index.long()])[TEXT.masked_positions]
+        scores = half.logits(hidden)
+    expected = WORDS.counts(scores, TEXT.labels, bounds(TEXT)[1])
+    assert counts == expected and expected != WORDS.counts(scores, TEXT.labels, [0, len(TEXT.labels)])
+
+
+def whole_half() -> Any:
+    section = ModelSection(
+        num_hidden_layers=2, hidden_size=WIDTH, num_attention_heads=2, max_position_embeddings=8, dropout=0.5
+    )
+    return undivided(build_model(section, VOCABULARY, 0, seed=5, task=WORDS)).train()
 
 
 def test_without_held_out_text_it_says_so_at_once() -> None:

@@ -161,6 +161,7 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
     assert [served.failed(), served.failed()] == ["the server refused this client: that will do"] * 2
     characters = sum(len(article.text) for article in ARTICLES)
     common = {"protocol": PROTOCOL, "shard_characters": characters, "saved_windows": [4, 6], "run": "this run"}
+    common["task"] = "masked_lm"
     assert hellos["ada"] == pb.Hello(client="ada", **common)
     assert hellos["bo"] == pb.Hello(
         client="bo", vocabulary_hash=vocabulary_hash(served.tokenizer), cut=cut_to_json(LayersCut(layers=2)), **common

@@ -13,7 +13,7 @@ import torch
 from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.client.one_client import LENGTHS, VOCABULARY, WIDTH, Server, Text, batch_of, half_of, unsplit
+from unit.client.one_client import LENGTHS, VOCABULARY, WIDTH, WORDS, Server, Text, batch_of, half_of, unsplit
 
 from fedbert_ds.config import (
     FederationSection,
@@ -96,6 +96,47 @@ def test_dropout_follows_from_the_place_not_from_the_order(tmp_path: Path) -> No
             server.open(micro_batch)
         values.append({number: message.values.payload for number, message in server.values.items()})
     assert values[0] == values[1]
+
+
+def test_a_classifiers_dropout_follows_from_the_place_not_from_the_order(tmp_path: Path) -> None:
+    """Its head has dropout, which a masked LM's has not."""
+    gradients = []
+    for order in ([10, 11], [11, 10]):
+        server = Server(tmp_path, half_of(dropout=0.5, task=WORDS))
+        server.begin()
+        server.plan([2], 40)
+        for micro_batch in (10, 11):
+            server.open(micro_batch)
+        got = {}
+        for micro_batch in order:
+            torch.rand(17)  # somebody else draws in between
+            got[micro_batch] = server.hidden(micro_batch).hidden.payload
+        gradients.append(got)
+    assert gradients[0] == gradients[1]
+    server = Server(tmp_path, half_of(dropout=0.0, task=WORDS))
+    server.begin()
+    server.plan([2], 40)
+    server.open(10)
+    assert server.hidden(10).hidden.payload != gradients[0][10]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_a_classifiers_gradients_are_those_of_the_unsplit_computation(tmp_path: Path, cut: Any) -> None:
+    server = Server(tmp_path, half_of(cut, task=WORDS))
+    server.begin()
+    loss, expected = unsplit(server.half, Text().next_batch(0, 0), masked_tokens=40)
+    server.plan([1, 3], 40)
+    total = 0.0
+    for micro_batch in (10, 11, 12):
+        server.open(micro_batch)
+    for micro_batch in (11, 12, 10):
+        gradient = server.hidden(micro_batch)
+        total += gradient.loss_sum
+        server.input_gradient(gradient)
+    got, _ = server.take_update()
+    assert total == pytest.approx(loss, rel=1e-5)
+    for name, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
 
 
 # -- windows one after another ---------------------------------------------------------------------

@@ -34,7 +34,8 @@ def batch_of(lengths: list[int], share: float = 0.5, seed: int = 0) -> Batch:
     tokens = sum(lengths)
     positions = (torch.rand(tokens, generator=random) < share).nonzero().flatten()
     labels = torch.randint(VOCABULARY, (len(positions),), generator=random)
-    return Batch(torch.randint(3, VOCABULARY, (tokens,), generator=random), lengths, positions, labels)
+    kinds = torch.randint(2, (tokens,), generator=random)
+    return Batch(torch.randint(3, VOCABULARY, (tokens,), generator=random), lengths, positions, labels, kinds)
 
 
 @settings(max_examples=60)
@@ -46,6 +47,8 @@ def test_every_sequence_is_in_one_part_in_order_within_the_bound(lengths, capaci
     assert [length for _, part in parts for length in part.lengths] == lengths
     assert torch.cat([part.input_ids for _, part in parts]).equal(batch.input_ids)
     assert torch.cat([part.labels for _, part in parts]).equal(batch.labels)
+    kinds = [part.token_types for _, part in parts if part.token_types is not None]
+    assert batch.token_types is not None and torch.cat(kinds).equal(batch.token_types)
     place = token = 0
     for first, part in parts:
         assert first == place and part.lengths
@@ -64,7 +67,7 @@ def test_gradients_of_the_parts_add_up_to_those_of_the_window_s_mean(capacity: i
     batch = batch_of([4, 6, 3, 5])
     expected, half = whole_half(), whole_half()
     loss = expected.whole_backward(batch.input_ids, batch.lengths, batch.masked_positions, batch.labels,
-                                   1 / len(batch.labels))  # fmt: skip
+                                   1 / len(batch.labels), batch.token_types)  # fmt: skip
     losses = list(train_window(half, batch, capacity, ("seed",), CPU))
     assert sum(part.loss_sum for part in losses) == pytest.approx(loss, rel=1e-5)
     assert sum(part.masked_tokens for part in losses) == len(batch.labels)

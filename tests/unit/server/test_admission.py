@@ -29,7 +29,8 @@ EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
 
 
 def hello(client: str = "ada", **changes: object) -> pb.Hello:
-    return pb.Hello(**({"protocol": PROTOCOL, "client": client, "shard_characters": 1000} | changes))
+    fields = {"protocol": PROTOCOL, "client": client, "shard_characters": 1000, "task": "masked_lm"}
+    return pb.Hello(**(fields | changes))
 
 
 def join(joins: Joins, message: pb.Hello) -> Future[pb.Welcome]:
@@ -52,6 +53,11 @@ def join(joins: Joins, message: pb.Hello) -> Future[pb.Welcome]:
         (hello(vocabulary_hash="mine"), "another vocabulary than the run; drop --tokenizer or name the run's"),
         (hello(shape_hash="mine"), "another model than the run; drop --model or name the run's"),
         (hello(cut='"rows"'), 'insists on cut "rows", the run has "embeddings"; drop --cut'),
+        (
+            hello(task="token_classification"),
+            "client ada reads its files for token_classification, the run learns masked_lm; start it with --task "
+            "masked_lm and files of that kind",
+        ),
         (hello(shard_characters=0), "client ada has no text; check its --data"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 from unit.server.fake_client import HALF, FakeClient
 from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.shards import write_shard
+from fedbert_ds.data.shards import write_rows, write_shard
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.errors import RunError
+from fedbert_ds.evaluation.labelled import evaluate_task
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.server import hand_over as room
 from fedbert_ds.server.hand_over import collect_client_model, hand_over
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -74,7 +76,9 @@ def test_a_client_that_stays_silent_is_not_waited_for(monkeypatch: pytest.Monkey
 class Ended:
     """A run of a small model whose clients and engine hand over known weights."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, windows: int = 1) -> None:
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, windows: int = 1, task: dict[str, Any] | None = None
+    ) -> None:
         words = ["ward", "patient", "dose", "fever", "nurse", "chart"]
         articles = [Article(f"note {n}", " ".join(words[n % 3 :] * (n + 2))) for n in range(9)]
         self.tokenizer = train_wordpiece(articles, 70)
@@ -84,6 +88,7 @@ class Ended:
                 "model": {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1,
                           "max_position_embeddings": 16},
                 "data": {"sequence_length": 16},
+                "task": task or {},
             },
             "test",
         )  # fmt: skip
@@ -92,7 +97,10 @@ class Ended:
         write_shard(self.folder.held_out, articles[6:])
         with MetricsLog(self.folder.metrics) as log:
             log.append(METRICS)
-        model = build_model(self.config.model, len(self.tokenizer), self.tokenizer.pad_token_id, 3)
+        learned = task_of_section(self.config.task)
+        if learned is not None:
+            write_rows(self.folder.held_out, [{"text": one.text, "label": n % 2} for n, one in enumerate(articles[6:])])
+        model = build_model(self.config.model, len(self.tokenizer), self.tokenizer.pad_token_id, 3, learned)
         self.model_config = model.config
         self.expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         half, body = split(model, self.config.cut)
@@ -135,6 +143,23 @@ def test_a_complete_run_is_merged_evaluated_and_reported(
     assert f"report  {ended.folder.report}   complete" in out
     page = ended.folder.report.read_text()
     assert "word frequency alone" in page and "client peak memory" in page
+
+
+def test_a_complete_run_of_labels_is_measured_on_the_examples_held_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"name": "sequence_classification", "labels": ["mild", "severe"]}
+    ended = Ended(tmp_path, monkeypatch, task=task)
+    ended.hand_over(window=1)
+    merged = AutoModelForSequenceClassification.from_pretrained(ended.folder.model)
+    assert all(torch.equal(merged.state_dict()[name], tensor) for name, tensor in ended.expected.items())
+    assert merged.config.id2label == {0: "mild", 1: "severe"}
+    result = evaluate_task(ended.folder.model, [str(ended.folder.held_out)])
+    out = capsys.readouterr().out
+    assert f"held-out loss {result.loss:.3f}, accuracy {result.measures['accuracy']:.3f}" in out
+    assert f'AutoModelForSequenceClassification.from_pretrained("{ended.folder.model}")' in out
+    page = ended.folder.report.read_text()
+    assert "held-out measures" in page and "word frequency alone" not in page
 
 
 def test_a_stopped_run_is_merged_and_not_evaluated(

@@ -19,9 +19,9 @@ from fedbert_kernels.encoded import Encoded
 WIDTH = 4
 
 
-def inbox_of(is_rows_cut: bool = False) -> HeldOutInbox:
+def inbox_of(is_rows_cut: bool = False, num_counts: int = 0) -> HeldOutInbox:
     form = TensorContract("fp32", WIDTH, 10)
-    inbox = HeldOutInbox(Contract(form, form, 6, is_rows_cut, {}, {}))
+    inbox = HeldOutInbox(Contract(form, form, 6, is_rows_cut, {}, {}, num_counts=num_counts))
     inbox.begin(3)
     inbox.expect("ada")
     return inbox
@@ -130,3 +130,22 @@ def test_no_more_than_two_parts_of_a_client_wait() -> None:
 def test_an_impossible_loss_is_refused(value: float) -> None:
     with pytest.raises(WireError, match="a loss of"):
         inbox_of().receive_loss("ada", loss(loss_sum=value))
+
+
+def test_counts_of_a_task_add_up_over_parts() -> None:
+    inbox = inbox_of(num_counts=2)
+    inbox.receive_loss("ada", loss(counts=[1.0, 5.0]))
+    inbox.receive_loss("ada", loss(counts=[2.0, 0.5], last=True))
+    assert inbox.losses["ada"].counts == (3.0, 5.5)
+    inbox.begin(3)
+    inbox.expect("ada")
+    inbox.receive_loss("ada", pb.Evaluated(window=3, last=True))
+    assert inbox.losses["ada"].counts == (0.0, 0.0), "one that holds nothing out has counted nothing"
+
+
+@pytest.mark.parametrize("counts", [[], [1.0], [1.0, 2.0, 3.0], [1.0, math.nan], [math.inf, 0.0]])
+def test_counts_that_are_not_the_tasks_are_refused(counts: list[float]) -> None:
+    inbox = inbox_of(num_counts=2)
+    with pytest.raises(WireError, match=f"{len(counts)} counts instead of 2 numbers"):
+        inbox.receive_loss("ada", loss(counts=counts))
+    assert inbox.losses == {} and inbox.awaited == {"ada"}

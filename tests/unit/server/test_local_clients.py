@@ -64,8 +64,9 @@ def test_clients_are_dealt_to_devices_and_keep_theirs(tmp_path: Path, monkeypatc
     names = [client_name(number) for number in range(3)]
     for name in names:
         (tmp_path / "clients" / name).mkdir(parents=True)
-    clients = LocalClients(RunFolder(tmp_path), ["cuda:0", "cuda:1"])
+    clients = LocalClients(RunFolder(tmp_path), ["cuda:0", "cuda:1"], task="token_classification")
     clients.start("127.0.0.1:1", names)
+    assert all(command[command.index("--task") + 1] == "token_classification" for command in commands)
     clients.revive()
     asked = [command[command.index("--device") + 1] for command in commands]
     assert asked == ["cuda:0", "cuda:1", "cuda:0"] * 2
@@ -112,6 +113,7 @@ def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: 
     folder = clients.folder.clients / "ada"
     expected = ["-m", "fedbert_ds.cli", "client", "--server", "127.0.0.1:1", "--id", "ada"]
     expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed", "--device", "cpu"]
+    expected += ["--task", "masked_lm"]
     assert f" 1 {expected} (see" in failure
 
 

@@ -16,6 +16,7 @@ from fedbert_ds.errors import ConfigError, DataError
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.run_folder import Layout, RunFolder
+from fedbert_ds.tasks.rows import read_rows
 
 
 @pytest.fixture
@@ -106,6 +107,32 @@ def test_a_shard_too_small_to_hold_text_out_is_refused_at_once(tmp_path: Path, s
     with pytest.raises(DataError, match=r"data\.client_held_out: a local client has 1 article, which cannot"):
         prepare_text(config_of(source, data=data), folder)
     prepare_text(config_of(source, data=data | {"client_held_out": 0.0}), folder)
+
+
+def test_labelled_examples_are_dealt_in_the_tasks_own_columns(tmp_path: Path) -> None:
+    source = tmp_path / "notes.tsv"
+    source.write_text("note\tgrade\n" + "".join(f"fever {n}\t{'low' if n % 3 else 'high'}\n" for n in range(20)))
+    task = {"name": "sequence_classification", "labels": ["low", "high"], "text": ["note"], "label": "grade"}
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    _, facts = prepare_text(config_of(source, task=task), folder)
+    assert facts is not None and facts.articles == 20 and facts.held_out == 4
+    paths = [folder.held_out, *(folder.shard(client_name(n)) for n in range(3))]
+    rows = [row for path in paths for _, row in read_rows([str(path)])]
+    assert sorted((row["text"], row["label"]) for row in rows) == sorted(
+        (f"fever {n}", 0 if n % 3 else 1) for n in range(20)
+    )
+
+
+def test_an_example_that_is_none_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    source = tmp_path / "notes.jsonl"
+    source.write_text('{"text": "fever", "label": "low"}\n{"text": "dose", "label": "medium"}\n')
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    task = {"name": "sequence_classification", "labels": ["low", "high"]}
+    with pytest.raises(DataError, match=r"notes.jsonl: line 2: label 'medium' is none of the task's: low, high"):
+        prepare_text(config_of(source, task=task), folder)
+    assert not list(folder.path.iterdir())
 
 
 def test_each_client_has_the_articles_of_one_source(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,25 @@ def test_written_and_read_they_are_the_same(tmp_path: Path) -> None:
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(RunError, match=":3: not a line of evaluations"):
         read_evaluations(path)
+
+
+def measures_of(counts: Sequence[float]) -> dict[str, float]:
+    right, all_of_them = counts
+    return {"accuracy": right / all_of_them}
+
+
+def test_measures_of_a_task_are_each_clients_and_everybodys(tmp_path: Path) -> None:
+    losses = {"bo": HeldOutLoss(2.0, 4, (1.0, 4.0)), "ada": HeldOutLoss(1.0, 1, (1.0, 1.0)), "cy": HeldOutLoss(0.0, 0)}
+    evaluation = evaluation_of(7, losses, ["ada", "bo", "cy"], measures_of)
+    assert evaluation.measures == {"accuracy": 2 / 5}, "over all examples, not the mean of two clients"
+    assert {name: loss.measures for name, loss in evaluation.clients.items()} == {
+        "ada": {"accuracy": 1.0},
+        "bo": {"accuracy": 0.25},
+    }
+    assert evaluation.sentence == "held out 0.600, worst ada 1.000, accuracy 0.400"
+    write_evaluations(tmp_path / "evaluations.jsonl", [evaluation])
+    assert read_evaluations(tmp_path / "evaluations.jsonl") == [evaluation]
+
+
+def test_where_nobody_holds_examples_out_there_is_no_measure() -> None:
+    assert evaluation_of(7, {"ada": HeldOutLoss(0.0, 0, (0.0, 0.0))}, ["ada"], measures_of).measures == {}

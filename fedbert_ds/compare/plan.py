@@ -227,6 +227,10 @@ def _check_run_file(path: Path, base: RunConfig) -> None:
             f"{path}: clients.local {base.clients.local} is not clients.expected {base.clients.expected}; compare "
             "starts all clients here, so make them equal"
         )
+    if base.task.is_labelled:
+        raise ConfigError(
+            f"{path}: task: compare pre-trains; remove the section, and fine-tune with --glue and --tasks"
+        )
     if base.aggregator is not None:
         raise ConfigError(f"{path}: aggregator: compare starts no aggregator of another party; remove the section")
     if not base.data.client_held_out:

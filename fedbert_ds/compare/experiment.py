@@ -125,6 +125,7 @@ def _row(plan: Plan, system: System, seed: int, batches: held_out.Batches, commi
     row = {
         "system": system.name,
         "average_every": system.average_every,
+        "server_lr": system.server_lr,
         "seed": seed,
         **_figures(plan, held_out.from_json(losses)),
         # What one client pays; of clients alone, the one that pays most.

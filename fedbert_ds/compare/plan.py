@@ -229,7 +229,8 @@ def _check_run_file(path: Path, base: RunConfig) -> None:
         )
     if base.task.is_labelled:
         raise ConfigError(
-            f"{path}: task: compare pre-trains; remove the section, and fine-tune with --glue and --tasks"
+            f"{path}: task.name {base.task.name}: compare trains masked words; remove the section task, and fine-tune "
+            "what was trained with --glue"
         )
     if base.aggregator is not None:
         raise ConfigError(f"{path}: aggregator: compare starts no aggregator of another party; remove the section")

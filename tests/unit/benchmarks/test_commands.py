@@ -22,6 +22,7 @@ from benchmarks.codecs.settings import RUN_FILE as CODECS_RUN_FILE
 from benchmarks.collectives.__main__ import build_parser as collectives_parser
 from benchmarks.domains.__main__ import build_parser as domains_parser
 from benchmarks.evaluation.__main__ import build_parser as evaluation_parser
+from benchmarks.fine_tuning.__main__ import build_parser as fine_tuning_parser
 from benchmarks.fp8.__main__ import build_parser as fp8_parser
 from benchmarks.glue.__main__ import build_parser as glue_parser
 from benchmarks.kernels.__main__ import build_parser as kernels_parser
@@ -46,6 +47,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.collectives": (collectives_parser, None),
     "python -m benchmarks.domains": (domains_parser, None),
     "python -m benchmarks.evaluation": (evaluation_parser, None),
+    "python -m benchmarks.fine_tuning": (fine_tuning_parser, None),
     "python -m benchmarks.fp8": (fp8_parser, CODECS_RUN_FILE),
     "python -m benchmarks.glue": (glue_parser, None),
     "python -m benchmarks.kernels": (kernels_parser, None),

@@ -144,9 +144,11 @@ def test_settings_name_no_place_and_do_not_depend_on_seeds(options: CompareOptio
         ({"overrides": ("clients.expected=3",)}, "clients.local 2 is not clients.expected 3"),
         ({"overrides": ("run.evaluate_every=null", "run.keep_best=false", "run.early_stopping_patience=null",
                         "data.client_held_out=0")}, "data.client_held_out is 0, which leaves no text"),
+        (
+            {"overrides": ("task={name: sequence_regression}",)},
+            "task.name sequence_regression: compare trains masked words; remove the section task",
+        ),
         ({"overrides": ("run.keep_best=false", "aggregator={address: h:1, secret: s}")}, "starts no aggregator"),
-        ({"overrides": ("run.keep_best=false", "model.checkpoint=bert-base-uncased",
-                        "task={name: sequence_regression}")}, "task: compare pre-trains; remove the section"),
         ({"systems": ("fedavg:30",)}, "--systems fedavg:30: .*run.windows 40 is no multiple"),
         ({"systems": ("sequential:7",)}, "--systems sequential:7: .*in the middle of a turn"),
         ({"systems": ("all",)}, "--systems all: choose centralized"),

@@ -1,0 +1,1 @@
+"""A GLUE task fine-tuned in one place, split, and by a federation."""

@@ -32,7 +32,13 @@ EVALUATIONS = "own_evaluations.json"
 
 
 def train_alone(
-    config: RunConfig, text: RunFolder, client: str, every: int, patience: int | None = None, share: bool = False
+    config: RunConfig,
+    text: RunFolder,
+    client: str,
+    every: int,
+    patience: int | None = None,
+    share: bool = False,
+    device: str = "cpu",
 ) -> None:
     """Train on the text of one client of the folder `text`; hf/ is the model of the lowest loss.
 
@@ -44,7 +50,7 @@ def train_alone(
     tokenizer = load_tokenizer(str(text.tokenizer))
     batch = held_out_batch(config, text, client, tokenizer)
     shards = shards_of(text)
-    trainer = Centralized(config, tokenizer, {client: shards[client]})
+    trainer = Centralized(config, tokenizer, {client: shards[client]}, device)
     if share:
         sizes = {name: sum(len(article.text) for article in shard) for name, shard in shards.items()}
         trainer.shares = window_shares(sizes, config.window.tokens, config.window.share)
@@ -87,11 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--every", type=int, required=True, metavar="N", help="windows between evaluations")
     parser.add_argument("--patience", type=int, metavar="N", help="end after so many evaluations without a lower loss")
     parser.add_argument("--share", action="store_true", help="its part of a window's tokens only")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(NUM_THREADS)
     config = load_config(options.config, options.overrides, needs_body=False)
-    train_alone(config, RunFolder(options.text), options.client, options.every, options.patience, options.share)
+    train_alone(
+        config,
+        RunFolder(options.text),
+        options.client,
+        options.every,
+        options.patience,
+        options.share,
+        options.device,
+    )
 
 
 if __name__ == "__main__":

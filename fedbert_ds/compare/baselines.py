@@ -9,7 +9,6 @@ import torch
 from fedbert_ds.compare import held_out
 from fedbert_ds.config import RunConfig
 from fedbert_ds.data.tokenizer import load_tokenizer
-from fedbert_ds.evaluation.masked_lm import load_masked_lm
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.server.run_folder import RunFolder
 
@@ -18,7 +17,7 @@ WORD_FREQUENCY, BEFORE, NOT_PRETRAINED = "word frequency", "before training", "n
 
 
 def baselines(
-    config: RunConfig, text: RunFolder, batches: held_out.Batches, with_model: bool
+    config: RunConfig, text: RunFolder, batches: held_out.Batches, with_model: bool, device: str = "cpu"
 ) -> dict[str, tuple[held_out.Losses, str | None]]:
     """Losses and checkpoint of each: word frequency has none, BEFORE is there where the run file
     continues a checkpoint, and NOT_PRETRAINED where a task asks for it (`with_model`).
@@ -27,15 +26,14 @@ def baselines(
         WORD_FREQUENCY: (held_out.word_frequency(config, text, batches), None)
     }
     if config.model.checkpoint is not None:
-        found[BEFORE] = (_losses(config.model.checkpoint, config, batches), config.model.checkpoint)
+        found[BEFORE] = (
+            held_out.losses_of(config.model.checkpoint, batches, config.run.seed, device),
+            config.model.checkpoint,
+        )
     if with_model:
         name = str(_not_pretrained(config, text))
-        found[NOT_PRETRAINED] = (_losses(name, config, batches), name)
+        found[NOT_PRETRAINED] = (held_out.losses_of(name, batches, config.run.seed, device), name)
     return found
-
-
-def _losses(name: str, config: RunConfig, batches: held_out.Batches) -> held_out.Losses:
-    return held_out.losses(load_masked_lm(name, config.run.seed), batches)
 
 
 def _not_pretrained(config: RunConfig, text: RunFolder) -> Any:

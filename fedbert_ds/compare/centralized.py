@@ -61,9 +61,14 @@ class Centralized:
     same numbers.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]]) -> None:
+    def __init__(
+        self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]], device: str = "cpu"
+    ) -> None:
         self.config = config
         self.model: Any = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed).train()
+        self.model.to(device)
+        # Where a device's tensors take no part of a CPU's, parameters move as new ones, untied.
+        self.model.tie_weights()
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
         strategy = strategy_of(config.federation, config.wire)
         participants = strategy.num_participants(len(articles))
@@ -101,7 +106,9 @@ class Centralized:
         labels = torch.full_like(batch.input_ids, -100)
         labels[batch.masked_positions] = batch.labels
         input_ids, targets, ones = (
-            torch.nn.utils.rnn.pad_sequence(list(tokens.split(batch.lengths)), batch_first=True, padding_value=value)
+            torch.nn.utils.rnn.pad_sequence(
+                list(tokens.split(batch.lengths)), batch_first=True, padding_value=value
+            ).to(self.model.device)
             for tokens, value in ((batch.input_ids, 0), (labels, -100), (torch.ones_like(labels), 0))
         )
         chosen = targets != -100
@@ -112,7 +119,7 @@ class Centralized:
         return loss.item()
 
 
-def train_centralized(config: RunConfig, text: RunFolder | None = None) -> None:
+def train_centralized(config: RunConfig, text: RunFolder | None = None, device: str = "cpu") -> None:
     """Train the run file to its end; metrics.jsonl, loss.png and hf/ are in run.directory.
 
     `text` is a folder with shards and tokenizer; None makes them in run.directory. Raises RunError
@@ -120,7 +127,7 @@ def train_centralized(config: RunConfig, text: RunFolder | None = None) -> None:
     """
     run = new_run(config)
     tokenizer = load_tokenizer(str(text.tokenizer)) if text else prepare_text(config, run)[0]
-    trainer = Centralized(config, tokenizer, shards_of(text or run))
+    trainer = Centralized(config, tokenizer, shards_of(text or run), device)
     for _ in trained_windows(trainer, run):
         pass
     hand_over(trainer, tokenizer, run)
@@ -206,11 +213,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Centralized training on what a federation's clients would draw.")
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--text", type=Path, metavar="DIR", help="shards and tokenizer (default: made anew)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(NUM_THREADS)
     config = load_config(options.config, options.overrides, needs_body=False)
-    train_centralized(config, RunFolder(options.text) if options.text else None)
+    train_centralized(config, RunFolder(options.text) if options.text else None, options.device)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         nargs="+",
         default=[],
         metavar="SYSTEM",
-        help="centralized alone synchronous parallel:N sequential:N fedavg:N diloco:N muloco:N (default: all)",
+        help="centralized alone alone-share synchronous parallel:N sequential:N fedavg:N diloco:N[:SERVER_LR] "
+        "muloco:N[:SERVER_LR] (default: all)",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], metavar="N", help="(default: the run file's)")
     parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of a federated run (default: 1)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of all but clients (default: cpu)")
     parser.add_argument(
         "--evaluations", type=int, default=20, metavar="N", help="of each client alone; the lowest loss counts (20)"
     )

@@ -21,7 +21,6 @@ from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
-from fedbert_ds.evaluation.masked_lm import load_masked_lm
 from fedbert_ds.server.prepare import is_prepared, prepare_text
 from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -50,8 +49,11 @@ def compare(options: CompareOptions) -> None:
     rows: list[dict[str, Any]] = []
     for seed in plan.seeds:
         rows += _baseline_rows(plan, seed, batches[seed])
-        rows += [_row(plan, system, seed, batches[seed], commit) for system in plan.systems]
-    _write(plan, rows, commit)
+        for system in plan.systems:
+            rows.append(_row(plan, system, seed, batches[seed], commit))
+            # After each: there is a table of what is finished long before the last.
+            text = _write(plan, rows, commit)
+    print(f"\n{text}\n\ntable   {options.out / 'table.md'}, table.json, table.png", flush=True)
 
 
 def _claim(plan: Plan) -> None:
@@ -97,7 +99,8 @@ def _prepared(plan: Plan, seed: int) -> held_out.Batches:
 
 def _baseline_rows(plan: Plan, seed: int, batches: held_out.Batches) -> list[dict[str, Any]]:
     """Rows of what no system trained."""
-    found = baselines(plan.text_config(seed), plan.text(seed), batches, with_model=plan.tasks is not None)
+    config, with_model = plan.text_config(seed), plan.tasks is not None
+    found = baselines(config, plan.text(seed), batches, with_model, plan.options.device)
     return [
         {
             "system": name,
@@ -122,6 +125,7 @@ def _row(plan: Plan, system: System, seed: int, batches: held_out.Batches, commi
     row = {
         "system": system.name,
         "average_every": system.average_every,
+        "server_lr": system.server_lr,
         "seed": seed,
         **_figures(plan, held_out.from_json(losses)),
         # What one client pays; of clients alone, the one that pays most.
@@ -142,7 +146,7 @@ def _measured(job: Job, batches: held_out.Batches) -> dict[str, Any]:
     costs = client_costs(sorted(job.folder.clients.glob("*/log.txt")) or [log_of(job.folder.path)])
     if costs is None:
         raise RunError(f"{job.folder.path}: no client said what it took; see {log_of(job.folder.path)}")
-    losses = held_out.losses(load_masked_lm(str(job.folder.model), job.config.run.seed), batches)
+    losses = held_out.losses_of(str(job.folder.model), batches, job.config.run.seed, job.device)
     alone = (job.folder.path / EVALUATIONS).is_file()
     return {
         "clients": held_out.as_json(losses),
@@ -173,10 +177,12 @@ def _scores(plan: Plan, seed: int, slug: str, model: str) -> Scores:
     """A model's scores on every task; none without tasks."""
     if plan.tasks is None:
         return {}
-    return scores(plan.tasks, model, plan.options.out / f"seed-{seed}" / "glue" / slug, plan.options.command)
+    folder = plan.options.out / f"seed-{seed}" / "glue" / slug
+    return scores(plan.tasks, model, folder, plan.options.command, plan.options.device)
 
 
-def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> None:
+def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> str:
+    """Write table, record and picture of these rows; the table and its verdict."""
     out = plan.options.out
     text = "\n\n".join([table(rows), *verdict(rows)])
     write_record(
@@ -189,4 +195,4 @@ def _write(plan: Plan, rows: list[dict[str, Any]], commit: str | None) -> None:
     )
     write_text(out / "table.md", text + "\n")
     draw(out / "table.png", rows)
-    print(f"\n{text}\n\ntable   {out / 'table.md'}, table.json, table.png", flush=True)
+    return text

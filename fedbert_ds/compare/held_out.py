@@ -15,7 +15,7 @@ from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import DataError
-from fedbert_ds.evaluation.masked_lm import summed_loss, unigram_loss
+from fedbert_ds.evaluation.masked_lm import load_masked_lm, summed_loss, unigram_loss
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.evaluations import Evaluation, HeldOutLoss
 
@@ -57,8 +57,13 @@ def held_out_batch(config: RunConfig, text: RunFolder, client: str, tokenizer: A
     return batch
 
 
+def losses_of(name: str, batches: Batches, seed: int, device: str) -> Losses:
+    """Of a checkpoint, a folder or a hub name; `seed` decides a head that it lacks."""
+    return losses(load_masked_lm(name, seed).to(torch.device(device)), batches)  # type: ignore[arg-type]
+
+
 def losses(model: Any, batches: Batches) -> Losses:
-    """Of a masked LM of transformers, in memory."""
+    """Of a masked LM of transformers, in memory, on its device."""
     return {client: loss_on(model, batch) for client, batch in batches.items()}
 
 

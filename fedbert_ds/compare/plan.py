@@ -62,6 +62,8 @@ class CompareOptions:
     """None: the run file's."""
     ranks: int = 1
     """Of a federated run."""
+    device: str = "cpu"
+    """Of ranks, plain code and evaluations; clients are where the run file has them."""
     evaluations: int = 20
     """Of each client alone, on its held-out text."""
     patience: int | None = None
@@ -97,6 +99,7 @@ class Plan:
             raise ConfigError(f"--evaluations {options.evaluations}: must be 1 or more")
         if options.patience is not None and options.patience < 1:
             raise ConfigError(f"--patience {options.patience}: must be 1 or more")
+        _check_device(options.device)
         base = load_config(options.run_file, _users(options))
         _check_run_file(options.run_file, base)
         tasks = TaskOptions.of(
@@ -156,23 +159,29 @@ class Plan:
         """What must not change while a comparison goes on, without paths of this machine."""
         tree = public_settings(self.base) | {"federation": self.base.federation.model_dump(mode="json")}
         del tree["run"]["seed"]
+        if self.options.device != "cpu":
+            tree["device"] = self.options.device
         return tree | {"ranks": self.options.ranks, "evaluations": self.options.evaluations,
                        "patience": self.options.patience}  # fmt: skip
 
     def _job(self, system: System, seed: int, folder: Path, label: str, client: str = "") -> Job:
         run_file, text = self.options.run_file, self.text(seed).path
         overrides, config = self._load(system, seed, folder)
+        device = self.options.device
+        on = [] if device == "cpu" else ["--device", device]
         if system.is_federated:
-            return Job(label, config, launched(run_file, overrides, self.options.ranks), [str(self.options.ranks)])
+            ranks = self.options.ranks
+            return Job(label, config, launched(run_file, overrides, ranks), [str(ranks), *on], device)
         if not client:
-            return Job(label, config, plain("centralized", run_file, overrides, "--text", str(text)))
+            command = plain("centralized", run_file, overrides, "--text", str(text), *on)
+            return Job(label, config, command, on, device)
         every = max(1, config.run.windows // self.options.evaluations)
-        given = ["--client", client, "--every", str(every)]
+        given = ["--client", client, "--every", str(every), *on]
         if self.options.patience is not None:
             given += ["--patience", str(self.options.patience)]
         if system == ALONE_SHARE:
             given.append("--share")
-        return Job(label, config, plain("alone", run_file, overrides, "--text", str(text), *given), given)
+        return Job(label, config, plain("alone", run_file, overrides, "--text", str(text), *given), given, device)
 
     def _load(
         self, system: System, seed: int, folder: Path, has_text: bool = True
@@ -199,6 +208,15 @@ def _users(options: CompareOptions) -> tuple[str, ...]:
     given = load_config(options.run_file, options.overrides)
     two = (f"data.source={json.dumps(list(given.data.source[:2]))}",) if given.data.shards == "source" else ()
     return (*QUICK, *options.overrides, *two)
+
+
+def _check_device(device: str) -> None:
+    if device == "cpu":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no GPU that torch can use; drop it")
 
 
 def _check_run_file(path: Path, base: RunConfig) -> None:

@@ -39,6 +39,8 @@ class Job:
     command: Sequence[str]
     made_with: Sequence[str] = ()
     """What decides the result besides the run file, such as options of the command."""
+    device: str = "cpu"
+    """`cpu`: its processes see no GPU. `cuda`: they take those of the machine."""
 
     @property
     def folder(self) -> RunFolder:
@@ -102,7 +104,7 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def run_to_end(command: Sequence[str], log: Path) -> int:
+def run_to_end(command: Sequence[str], log: Path, device: str = "cpu") -> int:
     """Run a command to its end and return its exit code; it ends before this process does."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -110,8 +112,8 @@ def run_to_end(command: Sequence[str], log: Path) -> int:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            # The same numbers on every machine: on the CPU, and one thread each.
-            env=environment("cpu"),
+            # One thread each, so that on the CPU the numbers are the same on every machine.
+            env=environment(device),
             # Ctrl-C comes to this process alone, which then ends the run in order.
             start_new_session=True,
         )
@@ -169,7 +171,7 @@ def _make(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     print(f"{job.label}: {job.config.run.windows} windows, output in {log}", flush=True)
     started = time.monotonic()
-    exit_code = run_to_end(job.command, log)
+    exit_code = run_to_end(job.command, log, job.device)
     seconds = time.monotonic() - started
     if exit_code:
         raise RunError(f"{job.label}: {_last_words(log)} (see {log})")

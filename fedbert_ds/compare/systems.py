@@ -4,6 +4,7 @@ file."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class System:
     """Windows between averages, or of a turn; None where there are none."""
     staleness: int = 0
     """Windows a client may begin before the exchange of earlier ones is done."""
+    server_lr: float | None = None
+    """Of a server optimizer; None: the run file's, or the optimizer's default."""
 
     @property
     def takes_turns(self) -> bool:
@@ -70,18 +73,21 @@ class System:
     def label(self) -> str:
         """For a reader."""
         every = f", average every {self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f", staleness {self.staleness}" if self.staleness else "")
+        rate = "" if self.server_lr is None else f", server_lr {self.server_lr:g}"
+        return f"{self.name}{every}{rate}" + (f", staleness {self.staleness}" if self.staleness else "")
 
     @property
     def slug(self) -> str:
         """For a file name."""
         every = f"-{self.average_every}" if self.average_every else ""
-        return f"{self.name}{every}" + (f"-stale-{self.staleness}" if self.staleness else "")
+        rate = "" if self.server_lr is None else f"-lr-{self.server_lr:g}"
+        return f"{self.name}{every}{rate}" + (f"-stale-{self.staleness}" if self.staleness else "")
 
     @property
     def typed(self) -> str:
         """As a user types it."""
-        return f"{self.name}:{self.average_every}" if self.average_every else self.name
+        every = f":{self.average_every}" if self.average_every else ""
+        return f"{self.name}{every}" + ("" if self.server_lr is None else f":{self.server_lr:g}")
 
 
 TURNS = "sequential"
@@ -95,7 +101,8 @@ EACH_ALONE = (ALONE, ALONE_SHARE)
 
 
 def parse_systems(texts: Sequence[str], base: RunConfig) -> list[System]:
-    """`NAME` or `NAME:N` each; without N the run file's, if it is of this system, or a default.
+    """`NAME`, `NAME:N` or `NAME:N:SERVER_LR` each; without N the run file's, if it is of this
+    system, or a default.
 
     ConfigError for an unknown name, a number where none goes, none where one should be, and a
     system that is named twice.
@@ -115,6 +122,8 @@ def overrides_of(system: System, base: RunConfig) -> tuple[str, ...]:
         if base.federation.server_optimizer == SERVER_OPTIMIZER[system.name]:
             federation |= {key: getattr(base.federation, key) for key in OF_THE_OPTIMIZER}
         federation["server_optimizer"] = SERVER_OPTIMIZER[system.name]
+        if system.server_lr is not None:
+            federation["server_lr"] = system.server_lr
     if system.name in WHOLE:
         federation["mode"] = WHOLE_MODE
     elif system.name in MODE:
@@ -144,20 +153,35 @@ def plain(module: str, run_file: Path, overrides: Sequence[str], *options: str) 
 
 
 def _parse(text: str, base: RunConfig) -> System:
-    name, separator, number = text.partition(":")
+    name, separator, numbers = text.partition(":")
+    number, with_rate, rate = numbers.partition(":")
     if "=" in text:
         raise ConfigError(f"--systems {text}: section.key=value goes right behind RUN_FILE")
     if name not in NAMES:
         raise ConfigError(f"--systems {text}: choose {', '.join(NAMES)}")
     if name not in DEFAULT_EVERY:
         if separator:
-            raise ConfigError(f"--systems {text}: {name} takes no number; drop :{number}")
+            raise ConfigError(f"--systems {text}: {name} takes no number; drop :{numbers}")
         return System(name)
     if not separator:
         return System(name, _own_period(name, base) or DEFAULT_EVERY[name])
     if not number.isdecimal() or not int(number):
         raise ConfigError(f"--systems {text}: give {name} a number of windows, {name}:{DEFAULT_EVERY[name]} say")
-    return System(name, int(number))
+    if not with_rate:
+        return System(name, int(number))
+    if name not in SERVER_OPTIMIZER:
+        raise ConfigError(f"--systems {text}: {name} has no server optimizer; drop :{rate}")
+    return System(name, int(number), server_lr=_rate(text, rate))
+
+
+def _rate(text: str, rate: str) -> float:
+    try:
+        value = float(rate)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < math.inf:
+        raise ConfigError(f"--systems {text}: a server_lr is a number above 0")
+    return value
 
 
 def _own_period(name: str, base: RunConfig) -> int | None:

@@ -88,7 +88,8 @@ def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each system, one a seed, by its label; in order."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(System(row["system"], row["average_every"]).label, []).append(row)
+        system = System(row["system"], row["average_every"], server_lr=row.get("server_lr"))
+        found.setdefault(system.label, []).append(row)
     return found
 
 

@@ -86,7 +86,7 @@ class TaskOptions:
         }
 
 
-def scores(options: TaskOptions, model: str, out: Path, command: str) -> Scores:
+def scores(options: TaskOptions, model: str, out: Path, command: str, device: str = "cpu") -> Scores:
     """Fine-tune a checkpoint, with its tokenizer beside it, on every task with every seed.
 
     Results in the folder `out` are read, not repeated. UserErrors as those of `run_study`.
@@ -100,7 +100,7 @@ def scores(options: TaskOptions, model: str, out: Path, command: str) -> Scores:
             seeds=options.seeds,
             source=options.source,
             command=command,
-            device="cpu",
+            device=device,
         )
     )
     return {name: [one["score"] for one in results if one["task"] == name] for name in options.tasks}

@@ -2,14 +2,20 @@
 whole gradient by one norm."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import backend_registration
+from unit.compare.small import prepared, run_file
 
-from fedbert_ds.compare.centralized import Centralized, train_centralized
+from fedbert_ds.compare.centralized import Centralized, shards_of, train_centralized
 from fedbert_ds.config import parse_config
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.tokenizer import train_wordpiece
+from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 from fedbert_ds.errors import RunError
 
 ARTICLES = {
@@ -104,3 +110,19 @@ def _targets(batch):
     labels = torch.full_like(batch.input_ids, -100)
     labels[batch.masked_positions] = batch.labels
     return labels
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="torch before 2.10 makes no device of Python",
+)
+def test_on_another_device_it_computes_the_same(tmp_path):
+    settings, text = prepared(tmp_path)
+    worker = Path(__file__).with_name("device_worker.py")
+    command = [sys.executable, str(worker), str(run_file(tmp_path)), str(text.path)]
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
+    there = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
+    assert there.returncode == 0, there.stderr
+    trainer = Centralized(settings, load_tokenizer(str(text.tokenizer)), shards_of(text))
+    here = [trainer.train_window(window).loss for window in range(3)]
+    assert json.loads(there.stdout.splitlines()[-1]) == pytest.approx(here, rel=1e-5)

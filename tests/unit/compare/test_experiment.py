@@ -18,7 +18,7 @@ from fedbert_ds.compare.alone import EVALUATIONS
 from fedbert_ds.compare.alone import main as train_alone
 from fedbert_ds.compare.centralized import main as train_centralized
 from fedbert_ds.compare.experiment import COMPARISON, compare
-from fedbert_ds.compare.plan import CompareOptions
+from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import ConfigError, DataError, RunError
@@ -39,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     """Plain training in this process; a federated run leaves what one leaves, untrained."""
     folders: list[str] = []
 
-    def run(command: Sequence[str], log: Path) -> int:
+    def run(command: Sequence[str], log: Path, device: str) -> int:
         at = command.index("--config")
         given = [part for part in command[at + 2 :] if "=" in part and not part.startswith("--")]
         config = load_config(Path(command[at + 1]), given)
@@ -131,6 +131,15 @@ def test_the_same_command_goes_on_and_repeats_nothing(options: CompareOptions, s
     assert started == ["alone/lab"]
 
 
+def test_what_is_finished_is_in_the_table_before_the_last_run(options: CompareOptions, started: list[str]) -> None:
+    (options.out / "seed-3" / "synchronous").mkdir(parents=True)  # somebody else's: that run is refused
+    (options.out / COMPARISON).write_text(json.dumps(Plan.of(options).settings))
+    with pytest.raises(RunError, match="synchronous: not a run of this comparison"):
+        compare(options)
+    rows = json.loads((options.out / "table.json").read_text())["rows"]
+    assert [row["system"] for row in rows] == ["word frequency", "centralized", "alone"]
+
+
 def test_systems_and_seeds_are_added(options: CompareOptions, started: list[str]) -> None:
     compare(replace(options, systems=("centralized",)))
     compare(replace(options, systems=("centralized", "synchronous"), seeds=(3, 4)))
@@ -203,7 +212,7 @@ def test_too_little_text_is_an_error_before_any_run(options: CompareOptions, sta
 
 
 def test_a_failed_run_says_what_its_log_says(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: Sequence[str], log: Path) -> int:
+    def run(command: Sequence[str], log: Path, device: str) -> int:
         log.write_text("window 1/6\nfedbert-ds: no port is free; set server.port\n  torch.distributed: failed\n")
         return 1
 

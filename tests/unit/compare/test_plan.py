@@ -92,6 +92,19 @@ def test_ranks_decide_a_federated_run_alone(options: CompareOptions) -> None:
         assert (prints[0] != prints[1]) == differs
 
 
+def test_on_a_gpu_every_run_says_so(options: CompareOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--device cuda: this machine has no GPU"):
+        Plan.of(replace(options, device="cuda"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    cpu, gpu = Plan.of(options), Plan.of(replace(options, device="cuda"))
+    for system in cpu.systems:
+        for client, job in gpu.jobs(system, 1).items():
+            other = cpu.jobs(system, 1)[client]
+            assert (job.device, other.device) == ("cuda", "cpu") and job.fingerprint != other.fingerprint
+            assert ("--device" in job.command) == (not system.is_federated) and "--device" not in other.command
+    assert gpu.settings == cpu.settings | {"device": "cuda"}
+
+
 def test_owners_have_their_sources_names_where_each_has_one(options: CompareOptions) -> None:
     assert Plan.of(options).owners == {"client-00": "ward", "client-01": "lab"}
     by_size = Plan.of(replace(options, overrides=("data.shards=size",)))

@@ -43,6 +43,18 @@ def test_names_with_and_without_numbers() -> None:
         CENTRALIZED, ALONE, System("synchronous"), System("parallel", 10), System("fedavg", 5), System("diloco", 20),
     ]  # fmt: skip
     assert [system.typed for system in parsed][3:] == ["parallel:10", "fedavg:5", "diloco:20"]
+    (tuned,) = parse_systems(["diloco:2:0.1"], base())
+    assert (
+        tuned == System("diloco", 2, server_lr=0.1)
+        and tuned.typed == "diloco:2:0.1"
+        and tuned.slug == "diloco-2-lr-0.1"
+    )
+    assert tuned.label == "diloco, average every 2, server_lr 0.1"
+    assert applied("muloco:4:0.25", "wikitext.yaml").federation.server_lr == 0.25
+    assert (
+        applied("diloco:4:0.25", "diloco.yaml", "federation.server_lr=0.5", "run.windows=480").federation.server_lr
+        == 0.25
+    )
     assert [system.is_federated for system in parsed] == [False, False, True, True, True, True]
     assert len({system.slug for system in parse_systems(NAMES, base())}) == len(NAMES)
 
@@ -68,6 +80,10 @@ def test_a_run_files_own_period_is_its_systems_default(run_file: str, name: str,
         (["diloco:0"], "--systems diloco:0: give diloco a number"),
         (["parallel:-1"], "--systems parallel:-1: give parallel a number"),
         (["parallel:x"], "--systems parallel:x: give parallel a number"),
+        (["fedavg:2:0.1"], "--systems fedavg:2:0.1: fedavg has no server optimizer; drop :0.1"),
+        (["diloco:2:0"], "--systems diloco:2:0: a server_lr is a number above 0"),
+        (["diloco:2:x"], "--systems diloco:2:x: a server_lr is a number above 0"),
+        (["diloco:2:inf"], "--systems diloco:2:inf: a server_lr is a number above 0"),
         (["fedavg", "fedavg:20"], "--systems fedavg:20: name each once"),
     ],
 )

@@ -61,6 +61,10 @@ def test_several_seeds_are_a_mean_and_a_sample_spread() -> None:
     rows = [row("synchronous", 5.0, 4.0), row("synchronous", 6.0, 4.0, seed=2)]
     (line,) = table(rows).splitlines()[2:]
     assert line.startswith("| synchronous | 4.750 ± 0.354 | 5.500 ± 0.707 | 5.500 ± 0.707 | 4.000 ± 0.000 | 2,067 |")
+    rates = [row("diloco", 5.0, 4.0, every=2, server_lr=rate) for rate in (None, 0.1, 0.7)]
+    assert list(grouped(rates)) == [
+        "diloco, average every 2", "diloco, average every 2, server_lr 0.1", "diloco, average every 2, server_lr 0.7",
+    ]  # fmt: skip
     assert owner_means(rows) == {"ward": 5.5, "lab": 4.0} and len(grouped(rows)) == 1
     assert with_spread([1.0], 2) == "1.00"
 

@@ -65,7 +65,7 @@ def runner(monkeypatch):
     """Stands for the processes: leaves what a run leaves, and remembers which ran."""
     started = []
 
-    def run(command, log):
+    def run(command, log, device):
         config = load_config(systems.RUN_FILE, command[command.index("--config") + 2 :])
         folder = config.run.directory
         started.append(folder.name)
@@ -193,7 +193,7 @@ def test_runs_on_other_text_are_refused(options, runner):
 
 
 def test_a_failed_run_says_what_its_log_says(options, monkeypatch, runner):
-    def run(command, log):
+    def run(command, log, device):
         log.write_text("window 1/4\nfedbert-ds: wiki.tokens: no such file; name one\n  torch.distributed: failed\n")
         return 1
 

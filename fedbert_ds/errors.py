@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
+
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells have it."""
 
 
 class UserError(Exception):
@@ -69,13 +73,29 @@ def exit_with(error: UserError) -> NoReturn:
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an entry point: a UserError becomes one line and an exit code. A bug keeps its
-    traceback."""
+    """Decorate an entry point: a UserError becomes one line and an exit code, and so does Ctrl-C. A
+    bug keeps its traceback."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return main(*args, **kwargs)
         except UserError as error:
             exit_with(error)
+        except KeyboardInterrupt:
+            _stop("stopped")
 
     return run
+
+
+@contextmanager
+def keeps_what_is_finished() -> Iterator[None]:
+    """Ctrl-C in this block is told in one line: the same command goes on with what is missing."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _stop("stopped; what is finished is kept, and the same command goes on")
+
+
+def _stop(line: str) -> NoReturn:
+    print(f"\nfedbert-ds: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(INTERRUPTED) from None

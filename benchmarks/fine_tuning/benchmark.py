@@ -25,8 +25,7 @@ from fedbert_ds.glue.recipe import Recipe, recipe_of
 from fedbert_ds.glue.run import DataSource
 from fedbert_ds.glue.study import Study, run_study
 from fedbert_ds.tasks.glue_data import Examples, TaskData
-from fedbert_ds.tasks.glue_tasks import GlueTask, glue_task
-from fedbert_ds.tasks.registry import TASKS
+from fedbert_ds.tasks.glue_tasks import glue_task
 from fedbert_ds.tasks.sequence_tasks import encode_texts
 from fedbert_ds.tasks.task import Task
 from fedbert_ds.telemetry.metrics import read_metrics, summary
@@ -80,7 +79,7 @@ def bench_fine_tuning(options: FineTuningOptions) -> None:
     )
     limit = QUICK_EXAMPLES if options.quick else options.train_examples
     source = DataSource(options.data, limit, QUICK_EXAMPLES if options.quick else None)
-    data, task = source.read(glue), task_of_glue(glue)
+    data, task = source.read(glue), glue.task
     files = write_files(options, task, data, recipe)
     rows = _in_one_place(options, task, recipe, source, files)
     for seed in options.seeds:
@@ -94,12 +93,6 @@ def bench_fine_tuning(options: FineTuningOptions) -> None:
         train_examples=len(data.train),
     )
     print(table(rows))
-
-
-def task_of_glue(glue: GlueTask) -> Task:
-    """GLUE's task as a run file has it."""
-    name = "sequence_regression" if glue.labels is None else "sequence_classification"
-    return TASKS[name](glue.labels or ())
 
 
 def write_files(options: FineTuningOptions, task: Task, data: TaskData, recipe: Recipe) -> Files:

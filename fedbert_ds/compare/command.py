@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from fedbert_ds.errors import keeps_what_is_finished
+
 
 def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `compare` to the command line."""
@@ -45,8 +47,5 @@ def _compare(options: argparse.Namespace) -> None:
     from fedbert_ds.compare.experiment import compare
     from fedbert_ds.compare.plan import CompareOptions
 
-    try:
+    with keeps_what_is_finished():
         compare(typed(CompareOptions, options))
-    except KeyboardInterrupt:
-        print("\nstopped; finished runs are kept, and the same command goes on")
-        raise SystemExit(130) from None

@@ -33,7 +33,7 @@ def load_classifier(name: str, task: GlueTask) -> PreTrainedModel:
     where: dict[str, Any] = {"local_files_only": folder is not None, "trust_remote_code": False}
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(folder or name, **_labels(task), **where)
+            config = AutoConfig.from_pretrained(folder or name, **task.task.config_fields, **where)
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 folder or name,
                 config=config,
@@ -108,15 +108,3 @@ def _folder_with_config(name: str) -> str | None:
     if folder is not None and not (folder / "config.json").is_file():
         raise ModelError(f"{name}: no config.json there; name a folder written by save_pretrained, or a hub name")
     return None if folder is None else str(folder)
-
-
-def _labels(task: GlueTask) -> dict[str, Any]:
-    """What a task changes in a transformers config."""
-    if task.labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    return {
-        "num_labels": task.num_outputs,
-        "problem_type": "single_label_classification",
-        "id2label": dict(enumerate(task.labels)),
-        "label2id": {word: number for number, word in enumerate(task.labels)},
-    }

@@ -44,7 +44,7 @@ def add_glue(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _glue(options: argparse.Namespace) -> None:
-    from fedbert_ds.errors import ConfigError
+    from fedbert_ds.errors import ConfigError, keeps_what_is_finished
     from fedbert_ds.glue.recipe import recipe_of
     from fedbert_ds.glue.run import DataSource
     from fedbert_ds.glue.study import OWN_MNLI, Study, run_study
@@ -68,20 +68,21 @@ def _glue(options: argparse.Namespace) -> None:
         )
         for name in names
     }
-    run_study(
-        Study(
-            model=options.model,
-            out=options.out,
-            recipes=recipes,
-            seeds=options.seeds,
-            source=DataSource(
-                options.data,
-                QUICK_EXAMPLES if options.quick else options.train_examples,
-                QUICK_EXAMPLES if options.quick else None,
-            ),
-            command=command_line(),
-            from_mnli=OWN_MNLI if options.from_mnli == "" else options.from_mnli,
-            device=options.device,
-            workers=options.workers,
+    with keeps_what_is_finished():
+        run_study(
+            Study(
+                model=options.model,
+                out=options.out,
+                recipes=recipes,
+                seeds=options.seeds,
+                source=DataSource(
+                    options.data,
+                    QUICK_EXAMPLES if options.quick else options.train_examples,
+                    QUICK_EXAMPLES if options.quick else None,
+                ),
+                command=command_line(),
+                from_mnli=OWN_MNLI if options.from_mnli == "" else options.from_mnli,
+                device=options.device,
+                workers=options.workers,
+            )
         )
-    )

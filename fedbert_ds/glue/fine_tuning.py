@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from fedbert_ds.glue.recipe import Recipe
 from fedbert_ds.tasks.glue_data import Examples
+from fedbert_ds.tasks.sequence_tasks import encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -43,8 +44,7 @@ class Step:
 
 def encode(examples: Examples, tokenizer: PreTrainedTokenizerFast, length: int) -> Encoded:
     """Token ids of every example, cut to `length` tokens; the longer text of two is cut first."""
-    texts = list(zip(*(example.texts for example in examples), strict=True))
-    columns = tokenizer(*(list(column) for column in texts), truncation=True, max_length=length)
+    columns = encode_texts([example.texts for example in examples], tokenizer, length)
     return [
         {name: values[row] for name, values in columns.items()}
         | ({} if example.label is None else {"label": example.label})

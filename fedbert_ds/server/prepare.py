@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Articles dealt to local clients."""
+    """Articles or examples dealt to local clients."""
 
     sources: tuple[str, ...]
     articles: int
     held_out: int
     shard_articles: tuple[int, ...]
     shard_characters: tuple[int, ...]
+    unit: str = "articles"
+    """What is counted: articles, or a task's examples."""
 
     @property
     def sentence(self) -> str:
@@ -36,7 +38,7 @@ class TextFacts:
         total = sum(self.shard_characters)
         shares = ", ".join(f"{100 * characters / total:.0f}" for characters in self.shard_characters)
         return (
-            f"{', '.join(self.sources)}: {self.articles:,} articles, {sum(self.shard_articles):,} for "
+            f"{', '.join(self.sources)}: {self.articles:,} {self.unit}, {sum(self.shard_articles):,} for "
             f"{len(self.shard_articles)} clients ({shares} %), {self.held_out:,} held out"
         )
 
@@ -78,6 +80,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
         len(held_out),
         tuple(len(shard) for shard in shards),
         tuple(sum(len(article.text) for article in shard) for shard in shards),
+        "examples" if config.task.is_labelled else "articles",
     )
     _write_facts(folder, facts)
     return tokenizer, facts

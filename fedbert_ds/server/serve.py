@@ -14,7 +14,7 @@ import torch
 
 from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
-from fedbert_ds.errors import ConfigError, RunError
+from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import Strategy, strategy_of
@@ -53,9 +53,6 @@ from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import address_file
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
-
-INTERRUPTED = 130
-"""Exit code of a run that was stopped and saved; a shell reports Ctrl-C so."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.tasks.sequence_tasks import SequenceClassification, SequenceRegression
+from fedbert_ds.tasks.task import Task
 
 ENTAILMENT = ("entailment", "not_entailment")
 HIGHEST_SCORE = 5.0
@@ -39,6 +41,11 @@ class GlueTask:
     def num_outputs(self) -> int:
         """Width of the classifier."""
         return 1 if self.labels is None else len(self.labels)
+
+    @property
+    def task(self) -> Task:
+        """What it learns, as a run file's `task` has it."""
+        return SequenceRegression() if self.labels is None else SequenceClassification(self.labels)
 
     def splits(self, what: str) -> tuple[str, ...]:
         """Names of `dev` or `test` splits, in the same order."""

@@ -16,9 +16,8 @@ from integration.federation import Federation, fork_quickly
 
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import INTERRUPTED, WireError
 from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
-from fedbert_ds.server.serve import INTERRUPTED
 
 pytestmark = pytest.mark.timeout(600)
 fork_quickly()

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 
 import pytest
 
 from fedbert_ds import errors
-from fedbert_ds.errors import ConnectionLost, ServerAway, UserError, WireError, exit_with, one_line_errors
+from fedbert_ds.errors import (
+    INTERRUPTED,
+    ConnectionLost,
+    ServerAway,
+    UserError,
+    WireError,
+    exit_with,
+    keeps_what_is_finished,
+    one_line_errors,
+)
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, UserError)]
 
@@ -59,3 +69,16 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError, match="bug"):
         main()
+
+
+def test_ctrl_c_is_one_line_and_the_exit_code_that_shells_have(capsys: pytest.CaptureFixture[str]) -> None:
+    @one_line_errors
+    def main(kept: bool) -> None:
+        with keeps_what_is_finished() if kept else nullcontext():
+            raise KeyboardInterrupt
+
+    for kept, line in ((False, "stopped"), (True, "stopped; what is finished is kept, and the same command goes on")):
+        with pytest.raises(SystemExit) as left:
+            main(kept)
+        assert left.value.code == INTERRUPTED == 130
+        assert capsys.readouterr() == ("", f"\nfedbert-ds: {line}\n")

@@ -117,6 +117,7 @@ def test_labelled_examples_are_dealt_in_the_tasks_own_columns(tmp_path: Path) ->
     folder.path.mkdir()
     _, facts = prepare_text(config_of(source, task=task), folder)
     assert facts is not None and facts.articles == 20 and facts.held_out == 4
+    assert "20 examples, 16 for 3 clients" in facts.sentence and prepared_text(folder)[1] == facts
     paths = [folder.held_out, *(folder.shard(client_name(n)) for n in range(3))]
     rows = [row for path in paths for _, row in read_rows([str(path)])]
     assert sorted((row["text"], row["label"]) for row in rows) == sorted(

@@ -7,6 +7,7 @@ import pytest
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.tasks.glue_tasks import FROM_MNLI, GLUE, glue_task
 from fedbert_ds.tasks.metrics import METRICS
+from fedbert_ds.tasks.sequence_tasks import SequenceClassification, SequenceRegression
 
 
 def test_every_task_but_wnli() -> None:
@@ -35,6 +36,12 @@ def test_shapes_and_splits() -> None:
     assert GLUE["MNLI"].splits("test") == ("test_matched", "test_mismatched")
     assert GLUE["RTE"].splits("test") == ("test",)
     assert all(len(task.sentences) == len(task.hub_sentences) for task in GLUE.values())
+
+
+def test_each_learns_what_a_run_file_may_name() -> None:
+    assert GLUE["STS-B"].task == SequenceRegression()
+    assert GLUE["MNLI"].task == SequenceClassification(("entailment", "neutral", "contradiction"))
+    assert all(task.task.config_fields["num_labels"] == task.num_outputs for task in GLUE.values())
 
 
 def test_names_are_found_however_they_are_cased() -> None:

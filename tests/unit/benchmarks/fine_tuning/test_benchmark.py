@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.fine_tuning import benchmark
 from benchmarks.fine_tuning.__main__ import PROGRAM, build_parser
-from benchmarks.fine_tuning.benchmark import SPLIT, FineTuningOptions, overrides_of, table, task_of_glue, write_files
+from benchmarks.fine_tuning.benchmark import SPLIT, FineTuningOptions, overrides_of, table, write_files
 from fedbert_ds.bench.commands import typed
 from fedbert_ds.config import ModelSection, load_config
 from fedbert_ds.data.corpus import Article
@@ -40,7 +40,7 @@ def options(tmp_path: Path) -> FineTuningOptions:
 
 
 def test_a_window_is_a_batch_of_the_recipe_in_the_mean(options: FineTuningOptions) -> None:
-    task, recipe = task_of_glue(GLUE["SST-2"]), recipe_of("run_glue", "SST-2")
+    task, recipe = GLUE["SST-2"].task, recipe_of("run_glue", "SST-2")
     data = DataSource(options.data).read(GLUE["SST-2"])
     files = write_files(options, task, data, recipe)
     assert files.windows == recipe.steps(70) == 3 * 3
@@ -52,7 +52,7 @@ def test_a_window_is_a_batch_of_the_recipe_in_the_mean(options: FineTuningOption
 
 @pytest.mark.parametrize(("way", "clients", "windows"), [(SPLIT, 1, 9), ("synchronous", 4, 9), ("parallel", 4, 9)])
 def test_the_run_file_has_the_recipe(options: FineTuningOptions, way: str, clients: int, windows: int) -> None:
-    task, recipe = task_of_glue(GLUE["SST-2"]), recipe_of("run_glue", "SST-2")
+    task, recipe = GLUE["SST-2"].task, recipe_of("run_glue", "SST-2")
     files = write_files(options, task, DataSource(options.data).read(GLUE["SST-2"]), recipe)
     config = load_config(benchmark.RUN_FILE, overrides_of(options, task, recipe, files, way, 7))
     assert (config.run.windows, config.run.seed, config.clients.local) == (windows, 7, clients)
@@ -64,11 +64,6 @@ def test_the_run_file_has_the_recipe(options: FineTuningOptions, way: str, clien
     assert learning.warmup_windows == recipe.warm_up_steps(70) == 0
     # Linear to nothing, as transformers' schedule: the first step has the whole rate.
     assert learning.learning_rate(0, windows) == pytest.approx(recipe.learning_rate)
-
-
-def test_scores_of_sts_b_are_a_regression() -> None:
-    assert task_of_glue(GLUE["STS-B"]).name == "sequence_regression"
-    assert task_of_glue(GLUE["MNLI"]).labels == GLUE["MNLI"].labels
 
 
 def test_the_record_has_every_way_and_the_table_what_they_share(

@@ -45,4 +45,4 @@ def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys:
     with pytest.raises(SystemExit) as raised:
         cli.main(["compare", "run.yaml", "--out", "o"])
     assert raised.value.code == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command goes on" in capsys.readouterr().err

@@ -298,7 +298,8 @@ EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
 
 def hello_of(client: str, **changes: Any) -> pb.Hello:
     """What a client says that fits the run."""
-    return pb.Hello(**({"protocol": PROTOCOL, "client": client, "shard_characters": 1000} | changes))
+    fields = {"protocol": PROTOCOL, "client": client, "shard_characters": 1000, "task": "masked_lm"}
+    return pb.Hello(**(fields | changes))
 
 
 def invitation(config: RunConfig, *endpoints: str) -> Invitation:

@@ -81,9 +81,9 @@ def _stops_before_window_3(self, window, statuses):
     return _window(self, window, statuses)
 
 
-def _worse_each_time(window, losses, asked):
+def _worse_each_time(window, losses, asked, measures_of):
     worse = {name: HeldOutLoss(loss.loss_sum * 2**window, loss.masked_tokens) for name, loss in losses.items()}
-    return evaluation_of(window, worse, asked)
+    return evaluation_of(window, worse, asked, measures_of)
 
 
 Patches = list[tuple[object, str, object]]

@@ -47,7 +47,11 @@ def test_an_interrupted_comparison_goes_on_and_synchronous_is_centralized(tmp_pa
     given = command(tmp_path, run={"windows": 40}, optimizer={"lr": 3e-3, "gradient_clipping": 1.0})
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     folders = {name: tmp_path / "out" / "seed-3" / name for name in SYSTEMS}
-    process = subprocess.Popen(given, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        given, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        # A shell lets what it starts in the background ignore Ctrl-C, and the tests may be such.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 300
         while not (folders["synchronous"] / "config.yaml").is_file():

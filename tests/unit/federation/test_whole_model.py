@@ -178,7 +178,8 @@ def test_plain_sgd_averaged_every_window_is_centralized_training(sizes: list[int
         federation.window(window, batches)
         scale = 1 / max(1, sum(len(batch.labels) for batch in batches.values()))
         for batch in batches.values():
-            central.whole_backward(batch.input_ids, batch.lengths, batch.masked_positions, batch.labels, scale)
+            inputs = batch.input_ids, batch.lengths, batch.masked_positions
+            central.whole_backward(*inputs, batch.labels, scale, batch.token_types)
         with torch.no_grad():
             for parameter in central.parameters():
                 if parameter.grad is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedbert_ds.compare.plan import SMALL
 from fedbert_ds.compare.systems import CENTRALIZED, System, launched, overrides_of, plain
 from fedbert_ds.config import load_config
 from fedbert_ds.telemetry.record import SOURCE
@@ -39,17 +40,7 @@ WHOLE_SYSTEMS = (
     *(System(name, ROUND) for name in ("fedavg", "diloco", "muloco")),
 )
 QUICK_SYSTEMS = (CENTRALIZED, System("synchronous"), System("parallel", 5))
-QUICK = (
-    "run.windows=12",
-    "tokenizer.vocab_size=500",
-    "data.max_articles=12",
-    "window.tokens=1024",
-    "window.tokens_per_micro_batch=512",
-    "optimizer.warmup_windows=2",
-    "clients.expected=2",
-    "clients.local=2",
-)
-"""What makes a run file a matter of a minute: it shows that everything works, and nothing else."""
+QUICK = ("run.windows=12", *SMALL)
 QUICK_WHOLE = (*QUICK, f"run.windows={ROUND}")
 """The same for whole models: a round has to end."""
 

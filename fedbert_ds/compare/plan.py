@@ -28,9 +28,7 @@ from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.run_folder import RunFolder
 
 QUICK_SYSTEMS = ("centralized", "alone", "synchronous", "diloco:4")
-QUICK = (
-    "run.windows=8",
-    "run.evaluate_tokens=2048",
+SMALL = (
     "tokenizer.vocab_size=500",
     "data.max_articles=12",
     "window.tokens=1024",
@@ -40,6 +38,7 @@ QUICK = (
     "clients.local=2",
 )
 """What makes a run file a matter of a minute: it shows that everything works, and nothing else."""
+QUICK = ("run.windows=8", "run.evaluate_tokens=2048", *SMALL)
 TRAINS_ALL_WINDOWS = (
     *("run.evaluate_every=null", "run.early_stopping_patience=null", "run.keep_best=false", "run.trace=false"),
     "server.port=0",

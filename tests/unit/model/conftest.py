@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from unit.model.samples import PAD, VOCABULARY
+from unit.model.samples import PAD, VOCABULARY, small_section
 
-from fedbert_ds.config import LayersCut, ModelSection
+from fedbert_ds.config import LayersCut
 from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.checkpoint import build_model
 
@@ -20,19 +20,7 @@ def small_model() -> Callable[..., Any]:
     """Builds a three-layer model, 16 wide (ELECTRA's embeddings 8), by default without dropout."""
 
     def build(architecture: str, **changes: Any) -> Any:
-        fields: dict[str, Any] = {
-            "architecture": architecture,
-            "num_hidden_layers": 3,
-            "hidden_size": 16,
-            "embedding_size": 8 if architecture == "electra" else None,
-            "num_attention_heads": 2,
-            "max_position_embeddings": 16,
-            "dropout": 0.0,
-        }
-        if architecture == "modernbert":
-            # Windows shorter than sequences, in the second layer of three.
-            fields |= {"local_attention": 4, "global_attention_every": 2}
-        return build_model(ModelSection(**(fields | changes)), VOCABULARY, PAD, seed=3)
+        return build_model(small_section(architecture, **changes), VOCABULARY, PAD, seed=3)
 
     return build
 

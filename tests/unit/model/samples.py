@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbert_ds.model.architecture import architecture, words_of
+from fedbert_ds.config import ModelSection
+from fedbert_ds.model.architecture import architecture as parts_of
+from fedbert_ds.model.architecture import words_of
 
 VOCABULARY = 61
 PAD = 1
@@ -28,9 +30,26 @@ class Packed:
         return torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
+def small_section(architecture: str, **changes: Any) -> ModelSection:
+    """Three layers, 16 wide (ELECTRA's embeddings 8), by default without dropout."""
+    fields: dict[str, Any] = {
+        "architecture": architecture,
+        "num_hidden_layers": 3,
+        "hidden_size": 16,
+        "embedding_size": 8 if architecture == "electra" else None,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "dropout": 0.0,
+    }
+    if architecture == "modernbert":
+        # Windows shorter than sequences, in the second layer of three.
+        fields |= {"local_attention": 4, "global_attention_every": 2}
+    return ModelSection(**(fields | changes))
+
+
 def word_table(half: Any) -> Tensor:
     """The weights of a half's word table, [V, W]."""
-    return words_of(half.get_submodule(architecture(half.config).base), half.config).weight
+    return words_of(half.get_submodule(parts_of(half.config).base), half.config).weight
 
 
 def pack(lengths: list[int], vocabulary: int = VOCABULARY, seed: int = 0) -> Packed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from unit.model.samples import PAD, VOCABULARY
+from unit.model.samples import PAD, VOCABULARY, small_section
 
 from fedbert_ds.config import LayersCut, ModelSection
 from fedbert_ds.data.labelled import LabelledSequences
@@ -29,19 +29,9 @@ def task(request: pytest.FixtureRequest) -> Task:
     return TASKS[request.param](LABELS)
 
 
-def model_of(architecture: str, task: Task | None, **changes: Any) -> Any:
-    fields: dict[str, Any] = {
-        "architecture": architecture,
-        "num_hidden_layers": 3,
-        "hidden_size": 16,
-        "embedding_size": 8 if architecture == "electra" else None,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 16,
-        "dropout": 0.0,
-        # Far from zero: a wrong head shows.
-        "initializer_range": 0.2,
-    }
-    return build_model(ModelSection(**(fields | changes)), VOCABULARY, PAD, seed=3, task=task)
+def model_of(architecture: str, task: Task | None) -> Any:
+    # Far from zero: a wrong head shows.
+    return build_model(small_section(architecture, initializer_range=0.2), VOCABULARY, PAD, seed=3, task=task)
 
 
 def batch_of(task: Task, pairs: bool) -> Batch:

@@ -90,13 +90,13 @@ class Server:
     activations asked back.
     """
 
-    def __init__(self, folder: Path, half: ClientHalf, **changes: Any) -> None:
+    def __init__(self, folder: Path, half: ClientHalf, text: Text | None = None, **changes: Any) -> None:
         self.sent: list[pb.ClientMessage] = []
         """All but the Begun, which are in `attempts`."""
         self.attempts: list[int] = []
         """Those that the trainer says it has begun."""
         self.settings = settings_of(**changes)
-        self.text = Text()
+        self.text = Text() if text is None else text
         self.half = half
         self.trainer = ClientTrainer(
             half, self.text, self.settings, "ada", folder, torch.device("cpu"), self._sent,  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ resumes exactly.
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,24 @@ def test_a_classifiers_dropout_follows_from_the_place_not_from_the_order(tmp_pat
     server.plan([2], 40)
     server.open(10)
     assert server.hidden(10).hidden.payload != gradients[0][10]
+
+
+def test_of_a_pair_both_texts_are_embedded_as_such(tmp_path: Path) -> None:
+    """The tests of equality say so too, with processes."""
+
+    class Pairs(Text):
+        def next_batch(self, window: int, max_tokens: int) -> Batch:
+            batch = super().next_batch(window, max_tokens)
+            return replace(batch, token_types=torch.arange(len(batch.input_ids)) % 2)
+
+    server = Server(tmp_path, half_of(task=WORDS), Pairs())
+    server.begin()
+    server.plan([], 40)
+    server.open(10)
+    batch = Pairs().next_batch(0, 0)
+    values = decode(server.values[10].values, (len(batch.input_ids), WIDTH), "fp32", "it")
+    assert torch.equal(values, server.half.embed(batch.input_ids, batch.lengths, batch.token_types).values.detach())
+    assert not torch.equal(values, server.half.embed(batch.input_ids, batch.lengths).values.detach())
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)

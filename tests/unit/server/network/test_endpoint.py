@@ -216,6 +216,7 @@ def test_a_stream_that_ends_is_one_event_and_may_be_opened_again(streams, endpoi
     second.end()
     assert endpoint.event() == Disconnected("ada")
     endpoint.real.revoke("ada")
+    endpoint.real.admit({})  # returns when the endpoint's process has heard what was said before
     assert "no such session" in streams("ada").refusal()
     endpoint.real.revoke("ada")
 

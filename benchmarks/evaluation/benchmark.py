@@ -2,8 +2,9 @@
 
 - in order: a fixed number of sequences, as they come
 - by count: a fixed number of sequences of like lengths, as `fedbert-ds eval` had it before
-- by tokens: like lengths, a bounded number of padded tokens: what it does
-- packed: the same number of tokens without any padding, by our own packed attention
+- by tokens: like lengths, a bounded number of padded tokens: what it does on a GPU and with
+  architectures that our layers do not know
+- packed: as many tokens without any padding, by our own layers: what it does else
 
 All give the same loss to rounding, which is checked.
 """
@@ -20,13 +21,12 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.client.whole_window import parts_of
 from fedbert_ds.config import ModelSection
 from fedbert_ds.data.corpus import read_articles
-from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
+from fedbert_ds.data.masking import EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import train_wordpiece
-from fedbert_ds.evaluation.batches import MaskedText, batches_of
-from fedbert_ds.evaluation.masked_lm import masked_lm_loss, scores_at
+from fedbert_ds.evaluation.batches import MaskedText, packed_batches, padded_batches
+from fedbert_ds.evaluation.masked_lm import PackedSum, masked_lm_loss, scores_at
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import undivided
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -90,31 +90,26 @@ def ways_of(
     """By name: a function that evaluates, and the share of its tokens that are padding."""
     lengths = text.lengths
     half = undivided(copy.deepcopy(model)).eval()
-    capacity = batch_size * int(lengths[sequences[-1]])
-    read = _unpadded(masked, sequences)
+    num_masked = len(masked.packed(sequences.tolist()).labels)
 
     def padded(batches: list[list[int]]) -> tuple[Callable[[], float], float]:
         places = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
 
         def evaluate() -> float:
-            return sum(_summed(model, *masked.batch(batch, padding)) for batch in batches) / len(read.labels)
+            return sum(_summed(model, *masked.padded(batch, padding)) for batch in batches) / num_masked
 
         return evaluate, 1 - int(lengths[sequences].sum()) / places
 
     def packed() -> float:
-        parts = [part for _, part in parts_of(read, capacity)]
-        with torch.no_grad():
-            return sum(
-                half.head_loss(half.whole_hidden(part.input_ids, part.lengths, part.masked_positions), part.labels)
-                for part in parts
-            ) / len(read.labels)
+        sum_of = PackedSum(half, masked)
+        return sum(map(sum_of, packed_batches(sequences, lengths, batch_size))) / num_masked
 
     counted = [batch.tolist() for batch in sequences.split(batch_size)]
     in_order = [batch.tolist() for batch in sequences.sort().values.split(batch_size)]
     return {
         "in order": padded(in_order),
         "by count": padded(counted),
-        "by tokens": padded(batches_of(sequences, lengths, batch_size)),
+        "by tokens": padded(padded_batches(sequences, lengths, batch_size)),
         "packed": (packed, 0.0),
     }
 
@@ -130,15 +125,3 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _summed(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> float:
     scores = scores_at(model, input_ids, attention_mask, targets >= 0)
     return float(torch.nn.functional.cross_entropy(scores, targets[targets >= 0], reduction="sum"))
-
-
-def _unpadded(masked: MaskedText, sequences: torch.Tensor) -> Batch:
-    """The sequences one after another."""
-    pieces = [slice(int(masked.offsets[n]), int(masked.offsets[n + 1])) for n in sequences.tolist()]
-    targets = torch.cat([masked.targets[piece] for piece in pieces])
-    return Batch(
-        input_ids=torch.cat([masked.input_ids[piece] for piece in pieces]),
-        lengths=[piece.stop - piece.start for piece in pieces],
-        masked_positions=(targets >= 0).nonzero().flatten(),
-        labels=targets[targets >= 0],
-    )

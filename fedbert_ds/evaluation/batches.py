@@ -1,4 +1,4 @@
-"""Masked text in batches of like lengths and about equal numbers of tokens: little padding."""
+"""Masked text in batches of about equal numbers of tokens: without padding, or with little."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedbert_ds.data.masking import EncodedText, Masker
+from fedbert_ds.data.masking import Batch, EncodedText, Masker
 from fedbert_ds.seeding import generator
 
 LIKE = 0.9
@@ -45,9 +45,20 @@ class MaskedText:
             sequences = torch.linspace(0, len(sequences) - 1, max_sequences).round().long()
         return sequences[lengths[sequences].argsort(stable=True)]
 
-    def batch(self, sequences: Sequence[int], padding: int) -> tuple[Tensor, Tensor, Tensor]:
+    def packed(self, sequences: Sequence[int]) -> Batch:
+        """These sequences one after another."""
+        pieces = self._pieces(sequences)
+        targets = torch.cat([self.targets[piece] for piece in pieces])
+        return Batch(
+            input_ids=torch.cat([self.input_ids[piece] for piece in pieces]),
+            lengths=[piece.stop - piece.start for piece in pieces],
+            masked_positions=(targets >= 0).nonzero().flatten(),
+            labels=targets[targets >= 0],
+        )
+
+    def padded(self, sequences: Sequence[int], padding: int) -> tuple[Tensor, Tensor, Tensor]:
         """Padded input ids, attention mask and targets of these sequences, each [B, L] int64."""
-        pieces = [slice(int(self.offsets[index]), int(self.offsets[index + 1])) for index in sequences]
+        pieces = self._pieces(sequences)
         ids = [self.input_ids[piece] for piece in pieces]
         return (
             _padded(ids, padding),
@@ -55,8 +66,30 @@ class MaskedText:
             _padded([self.targets[piece] for piece in pieces], -1),
         )
 
+    def _pieces(self, sequences: Sequence[int]) -> list[slice]:
+        return [slice(int(self.offsets[number]), int(self.offsets[number + 1])) for number in sequences]
 
-def batches_of(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[list[int]]:
+
+def packed_batches(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[list[int]]:
+    """Divide sequences, in their order: no batch has more tokens than `batch_size` of the longest.
+
+    `lengths` are by number of a sequence.
+    """
+    if not len(sequences):
+        return []
+    most = batch_size * int(lengths[sequences].max())
+    batches: list[list[int]] = [[]]
+    tokens = 0
+    for number, length in zip(sequences.tolist(), lengths[sequences].tolist(), strict=True):
+        if batches[-1] and tokens + length > most:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(number)
+        tokens += length
+    return batches
+
+
+def padded_batches(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[list[int]]:
     """Divide sequences, the shortest first: no batch has more tokens, padded, than `batch_size` of
     the longest.
 

@@ -18,9 +18,12 @@ from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
-from fedbert_ds.evaluation.batches import MaskedText, batches_of
-from fedbert_ds.evaluation.workers import in_processes
+from fedbert_ds.evaluation.batches import MaskedText, packed_batches, padded_batches
+from fedbert_ds.evaluation.workers import SumOf, in_processes
 from fedbert_ds.model.architecture import position_limit
+from fedbert_ds.model.checkpoint import check_architecture
+from fedbert_ds.model.client_half import ClientHalf
+from fedbert_ds.model.cut import undivided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -64,10 +67,11 @@ def evaluate_masked_lm(
     the model's limit, at most 512. `max_sequences` reads that many, spread evenly over the text.
     `train_counts` [V] counts the training text's tokens. `device` None takes a GPU when there is
     one. With several `workers`, each a process, `cuda` deals them to all GPUs. `batch_size` counts
-    sequences of the longest length; shorter ones make larger batches. `shows_progress` on a
-    terminal; in a log it stays quiet. The masks follow from `seed` and the text alone, so the same
-    checkpoint gives the same number each time, and neither `batch_size` nor `workers` changes more
-    than rounding.
+    sequences of the longest length; shorter ones make larger batches. On the CPU our own layers
+    compute an architecture that they know, without any padding; else sequences of like lengths are
+    padded. `shows_progress` on a terminal; in a log it stays quiet. The masks follow from `seed`
+    and the text alone, so the same checkpoint gives the same number each time, and neither
+    `batch_size` nor `workers` changes more than rounding.
 
     Warns when the checkpoint holds an encoder only, for its head is then newly initialized. Raises
     ModelError when it is no masked-LM checkpoint, has no tokenizer, or does not fit its tokenizer
@@ -90,13 +94,14 @@ def evaluate_masked_lm(
     text = encode(_articles(articles_or_paths), tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
     masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
     sequences = masked.chosen(max_sequences)
-    batches = batches_of(sequences, text.lengths, batch_size)
-    padding = _padding(tokenizer)
+    padding = None if is_packed(model.config, devices[0]) else _padding(tokenizer)
+    divided = packed_batches if padding is None else padded_batches
+    batches = divided(sequences, text.lengths, batch_size)
     if workers > 1:
         del model  # every process has its own
         sums = in_processes(_loaded, (name, seed, masked, padding), batches, devices)
     else:
-        sums = map(_SumOf(model.to(devices[0]).eval(), masked, padding), batches)
+        sums = map(_sum_of(model.to(devices[0]).eval(), masked, padding), batches)
     return _result(tqdm(sums, "batches", len(batches), disable=None if shows_progress else True), masked, sequences,
                    train_counts)  # fmt: skip
 
@@ -112,15 +117,16 @@ def masked_lm_loss(
     max_sequences: int | None = None,
     train_counts: Tensor | None = None,
 ) -> MaskedLMResult:
-    """As `evaluate_masked_lm`, for a model in memory, on its device; its training mode is restored.
+    """As `evaluate_masked_lm`, for a model in memory, on its device, as transformers computes it;
+    its training mode is restored.
 
     Raises DataError when the text is too short to mask a token.
     """
     masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
     sequences = masked.chosen(max_sequences)
     was_training = model.training
-    sum_of = _SumOf(model.eval(), masked, _padding(tokenizer))
-    sums = [sum_of(batch) for batch in batches_of(sequences, text.lengths, batch_size)]
+    sum_of = _PaddedSum(model.eval(), masked, _padding(tokenizer))
+    sums = [sum_of(batch) for batch in padded_batches(sequences, text.lengths, batch_size)]
     model.train(was_training)
     return _result(sums, masked, sequences, train_counts)
 
@@ -133,30 +139,61 @@ def summed_loss(model: PreTrainedModel, batch: Batch, batch_size: int = 32) -> f
     targets[batch.masked_positions] = batch.labels
     masked = MaskedText(batch.input_ids, targets, torch.tensor([0, *accumulate(batch.lengths)]))
     was_training = model.training
-    sum_of = _SumOf(model.eval(), masked, model.config.pad_token_id or 0)
-    sums = [sum_of(numbers) for numbers in batches_of(masked.chosen(None), masked.offsets.diff(), batch_size)]
+    sum_of = _PaddedSum(model.eval(), masked, model.config.pad_token_id or 0)
+    sums = [sum_of(numbers) for numbers in padded_batches(masked.chosen(None), masked.offsets.diff(), batch_size)]
     model.train(was_training)
     return math.fsum(sums)
 
 
-class _SumOf:
+def is_packed(hf_config: Any, device: str) -> bool:
+    """Whether `evaluate_masked_lm` computes such a model by our own layers, without padding."""
+    if torch.device(device).type != "cpu":
+        return False  # where it is not measured
+    try:
+        check_architecture(hf_config)
+    except ModelError:
+        return False
+    return True
+
+
+class PackedSum:
     """Sums the cross-entropies of a batch, given by the numbers of its sequences."""
+
+    def __init__(self, half: ClientHalf, masked: MaskedText) -> None:
+        self._half, self._masked = half, masked
+
+    @torch.inference_mode()
+    def __call__(self, batch: Sequence[int]) -> float:
+        part = self._masked.packed(batch)
+        if not len(part.labels):
+            return 0.0
+        hidden = self._half.whole_hidden(part.input_ids, part.lengths, part.masked_positions)
+        return self._half.head_loss(hidden, part.labels)
+
+
+class _PaddedSum:
+    """As `PackedSum`, of any model of transformers."""
 
     def __init__(self, model: PreTrainedModel, masked: MaskedText, padding: int) -> None:
         self._model, self._masked, self._padding = model, masked, padding
 
     def __call__(self, batch: Sequence[int]) -> float:
-        input_ids, attention_mask, targets = self._masked.batch(batch, self._padding)
+        input_ids, attention_mask, targets = self._masked.padded(batch, self._padding)
         if not (targets >= 0).any():
             return 0.0
         return _summed_cross_entropy(self._model, input_ids, attention_mask, targets)
 
 
-def _loaded(name: str, seed: int, masked: MaskedText, padding: int, device: str) -> _SumOf:
+def _sum_of(model: PreTrainedModel, masked: MaskedText, padding: int | None) -> SumOf:
+    """By our own layers if there is no `padding`."""
+    return PackedSum(undivided(model), masked) if padding is None else _PaddedSum(model, masked, padding)
+
+
+def _loaded(name: str, seed: int, masked: MaskedText, padding: int | None, device: str) -> SumOf:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the process that started this one has told them
         model: Any = load_masked_lm(name, seed)
-    return _SumOf(model.to(device).eval(), masked, padding)
+    return _sum_of(model.to(device).eval(), masked, padding)
 
 
 def _result(

@@ -108,7 +108,7 @@ def config_from_json(text: str) -> Any:
         hf_config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers raises its own kinds for a field of the wrong type
         raise ModelError(f"the model's description cannot be read: {error}") from error
-    _check(hf_config)
+    check_architecture(hf_config)
     return hf_config
 
 
@@ -166,11 +166,12 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
         hf_config = ModernBertConfig(**fields)
     else:
         hf_config = BertConfig(**fields)
-    _check(hf_config)
+    check_architecture(hf_config)
     return hf_config
 
 
-def _check(hf_config: Any) -> None:
+def check_architecture(hf_config: Any) -> None:
+    """ModelError, one line, for a config whose model our layers do not compute."""
     architecture(hf_config)
     if hf_config.hidden_size % hf_config.num_attention_heads:
         raise ModelError(
@@ -214,7 +215,7 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
         ) from error
     # The head that it was saved with does not decide which it gets.
     hf_config.architectures = None
-    _check(hf_config)
+    check_architecture(hf_config)
     if vocab_size > hf_config.vocab_size:
         raise ModelError(
             f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; "

@@ -21,11 +21,13 @@ from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.masked_lm import (
     evaluate_masked_lm,
+    is_packed,
     load_masked_lm,
     masked_lm_loss,
     summed_loss,
     unigram_loss,
 )
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
@@ -77,12 +79,15 @@ def bert(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return save(tmp_path_factory.mktemp("bert"), "bert", tokenizer)
 
 
+@pytest.mark.parametrize("pads", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("model_type", MODELS)
 def test_loss_is_that_of_full_logits_one_sequence_at_a_time(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, pads: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForMaskedLM
 
+    if pads:
+        monkeypatch.setattr("fedbert_ds.evaluation.masked_lm.is_packed", lambda *_: False)
     folder = save(tmp_path, model_type, tokenizer)
     result = evaluate_masked_lm(folder, ARTICLES, seed=5, sequence_length=30, batch_size=4, device="cpu")
 
@@ -123,6 +128,17 @@ def test_the_sum_over_a_packed_batch_is_that_of_its_sequences_one_by_one(
         logits = model.eval()(input_ids=one[None], attention_mask=torch.ones_like(one[None])).logits[0]
         expected += torch.nn.functional.cross_entropy(logits, wanted, reduction="sum").item()
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_our_own_layers_compute_what_they_know_on_the_cpu(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type, **MODELS[model_type])
+    assert is_packed(config, "cpu") is (model_type in ARCHITECTURES)
+    assert not is_packed(config, "cuda") and not is_packed(config, "cuda:1")
+    config.is_decoder = True
+    assert not is_packed(config, "cpu"), "a token would see those before it alone"
 
 
 def test_the_same_number_each_time_and_for_any_batch_size(bert: str) -> None:
@@ -172,7 +188,8 @@ def test_a_model_in_training_goes_on_training(tokenizer: PreTrainedTokenizerFast
 
     model = AutoModelForMaskedLM.from_pretrained(bert).train()
     text = encode(ARTICLES, tokenizer, 40)
-    assert masked_lm_loss(model, tokenizer, text).loss == evaluate_masked_lm(bert, ARTICLES, device="cpu").loss
+    loss = evaluate_masked_lm(bert, ARTICLES, device="cpu").loss
+    assert masked_lm_loss(model, tokenizer, text).loss == pytest.approx(loss, abs=1e-6)
     assert model.training and not model.base_model._forward_hooks
 
 

@@ -4,20 +4,19 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fedbert_ds.atomic_write import atomic_write, write_text
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
 from fedbert_ds.model.halves import CLIENT_MODEL, write_client_model
-
-KEPT_REFERENCES = 2
+from fedbert_ds.numbered_files import NumberedFiles
 
 
 def folder_of(config: RunConfig) -> AggregatorFolder:
@@ -52,24 +51,28 @@ class AggregatorFolder:
         """Write the resolved run file."""
         write_text(self.path / "config.yaml", dump_config(config))
 
+    @property
+    def _references(self) -> NumberedFiles:
+        return NumberedFiles(self.path, "reference", ".safetensors")
+
     def saved_windows(self) -> tuple[int, ...]:
         """Windows with a saved reference, ascending."""
-        names = (path.stem.removeprefix("reference-") for path in self.path.glob("reference-*.safetensors"))
-        return tuple(sorted(int(name) for name in names if name.isdecimal()))
+        return self._references.numbers()
+
+    def whole_windows(self, tell: Callable[[str], None]) -> tuple[int, ...]:
+        """Those whose reference is as it was saved; `tell` hears of others. RunError if none is."""
+        return self._references.whole(tell)
 
     def save(self, window: int, reference: Reference) -> None:
         """Write the reference before `window`; on disk when this returns. Keeps the newest two."""
-        with atomic_write(self._reference(window)) as partial:
-            partial.write_bytes(to_bytes(reference))
-        for old in self.saved_windows()[:-KEPT_REFERENCES]:
-            self._reference(old).unlink()
+        self._references.save(window, lambda path: path.write_bytes(to_bytes(reference)))
 
     def load(self, window: int, shapes: Shapes) -> Reference:
         """The reference before `window`. Later ones are deleted: the run goes on from here.
 
         Raises RunError if it is missing or damaged.
         """
-        path = self._reference(window)
+        path = self._references.of(window)
         try:
             reference, _ = from_bytes(path.read_bytes(), shapes)
         except (OSError, ValueError) as error:
@@ -81,13 +84,8 @@ class AggregatorFolder:
 
     def begin_at(self, window: int) -> None:
         """The run goes on before `window`: what was saved of later windows is deleted."""
-        for later in self.saved_windows():
-            if later > window:
-                self._reference(later).unlink()
+        self._references.begin_at(window)
 
     def write_result(self, weights: Mapping[str, Tensor], model_config: Any, cut: str, window: int) -> None:
         """Write the final client model, fp32 by name."""
         write_client_model(self.client_model, weights, model_config, cut, window)
-
-    def _reference(self, window: int) -> Path:
-        return self.path / f"reference-{window}.safetensors"

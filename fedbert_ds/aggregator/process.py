@@ -130,7 +130,7 @@ class _Process:
             raise ConfigError(difference)
         if not 0 < request.ranks <= MOST_RANKS:
             raise WireError(f"a server of {request.ranks} ranks")
-        saved = self._folder.saved_windows()
+        saved = self._folder.whole_windows(lambda problem: print(f"warning {problem}", flush=True))
         if saved and not request.resume:
             raise RunError(
                 f"the aggregator's folder {self._folder.path} holds a run; add --resume at the server, or set another "

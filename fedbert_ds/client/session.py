@@ -15,7 +15,7 @@ import torch
 from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
 from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
 from fedbert_ds.client.parties import Parties
-from fedbert_ds.client.state import claim, run_of, saved_windows
+from fedbert_ds.client.state import claim, run_of, whole_windows
 from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
@@ -125,7 +125,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer else "",
         shape_hash=_shape_of(options.model) if options.model else "",
         cut=cut_to_json(options.cut) if options.cut else "",
-        saved_windows=saved_windows(options.state_folder),
+        saved_windows=whole_windows(options.state_folder, lambda problem: print(f"warning {problem}", flush=True)),
         run=run_of(options.state_folder),
         task=options.task,
     )

@@ -1,19 +1,20 @@
-"""A client's own checkpoints, where halves are personal: one file a window, of one run.
+"""A client's own checkpoints, where halves are personal: one sealed file a window, of one run.
 
 The newest two are kept. A file beside them names the run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedbert_ds.atomic_write import atomic_write, write_text
+from fedbert_ds.atomic_write import write_text
 from fedbert_ds.errors import RunError
+from fedbert_ds.numbered_files import NumberedFiles
 
-KEPT_STATES = 2
 RUN = "run.txt"
 """Holds the id of the run that the states belong to."""
 
@@ -38,16 +39,11 @@ def claim(folder: Path, run: str) -> None:
 
 
 def save_state(folder: Path, window: int, state: dict[str, Any]) -> None:
-    """Write the state before `window`, whole or not at all; keep the newest KEPT_STATES.
+    """Write the state before `window`, whole or not at all; keep the newest two.
 
     Later states go: the run went back behind them, and trains their windows again.
     """
-    with atomic_write(_path(folder, window)) as partial:
-        torch.save(state, partial)
-    windows = saved_windows(folder)
-    kept = [saved for saved in windows if saved <= window][-KEPT_STATES:]
-    for old in set(windows) - set(kept):
-        _path(folder, old).unlink()
+    _states(folder).save(window, lambda path: torch.save(state, path))
 
 
 def load_state(folder: Path, window: int) -> dict[str, Any]:
@@ -55,7 +51,7 @@ def load_state(folder: Path, window: int) -> dict[str, Any]:
 
     Code in the file does not run.
     """
-    path = _path(folder, window)
+    path = _states(folder).of(window)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise anything
@@ -66,9 +62,13 @@ def load_state(folder: Path, window: int) -> dict[str, Any]:
 
 def saved_windows(folder: Path) -> tuple[int, ...]:
     """Windows with a state in `folder`, ascending."""
-    numbers = (path.stem.removeprefix("state-") for path in folder.glob("state-*.pt"))
-    return tuple(sorted(int(number) for number in numbers if number.isdecimal()))
+    return _states(folder).numbers()
 
 
-def _path(folder: Path, window: int) -> Path:
-    return folder / f"state-{window}.pt"
+def whole_windows(folder: Path, tell: Callable[[str], None]) -> tuple[int, ...]:
+    """Those whose state is as it was saved; `tell` hears of others. RunError if none of them is."""
+    return _states(folder).whole(tell)
+
+
+def _states(folder: Path) -> NumberedFiles:
+    return NumberedFiles(folder, "state", ".pt")

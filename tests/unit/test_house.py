@@ -14,11 +14,14 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fedbert_ds"
 UNIT = ROOT / "tests" / "unit"
 
-BASE = {"errors", "seeding", "atomic_write", "config"}
+BASE = {"errors", "seeding", "atomic_write", "seals", "folder_lock", "numbered_files", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
     "atomic_write": set(),
+    "seals": {"atomic_write"},
+    "folder_lock": {"atomic_write", "errors"},
+    "numbered_files": {"atomic_write", "errors", "seals"},
     "config": {"errors"},
     "wire": BASE | {"kernels"},
     "model": BASE | {"kernels", "tasks"},

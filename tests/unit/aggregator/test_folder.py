@@ -48,6 +48,20 @@ def test_a_damaged_reference_is_one_line(tmp_path: Path) -> None:
         folder.load(3, SHAPES)
 
 
+def test_a_reference_with_flipped_bytes_is_told_and_the_one_before_taken(tmp_path: Path) -> None:
+    folder = AggregatorFolder(tmp_path)
+    for window in (2, 4):
+        folder.save(window, reference(window))
+    path = tmp_path / "reference-4.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4] ^= 1
+    path.write_bytes(content)
+    told: list[str] = []
+    assert folder.whole_windows(told.append) == (2,)
+    assert folder.load(4, SHAPES).version == 4, "nothing else would notice"
+    assert told == [f"{tmp_path}: reference-4.safetensors is not what was saved (SHA-256)"]
+
+
 def test_a_run_that_begins_anew_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
     folder = AggregatorFolder(tmp_path)
     for window in (2, 4):

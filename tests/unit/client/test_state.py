@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.client.state import KEPT_STATES, claim, load_state, run_of, save_state, saved_windows
+from fedbert_ds.client.state import claim, load_state, run_of, save_state, saved_windows, whole_windows
 from fedbert_ds.errors import RunError
 
 
@@ -35,10 +35,11 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     for count, window in enumerate((9, 10, 200), start=1):
         save_state(tmp_path, window, state(window))
-        assert len(saved_windows(tmp_path)) == min(count, KEPT_STATES)
+        assert len(saved_windows(tmp_path)) == min(count, 2)
     assert saved_windows(tmp_path) == (10, 200), "by number, not by name"
     assert load_state(tmp_path, 10)["cursor"]["epoch"] == 10
-    assert {path.name for path in tmp_path.iterdir()} == {"state-10.pt", "state-200.pt"}
+    states = {"state-10.pt", "state-200.pt"}
+    assert {path.name for path in tmp_path.iterdir()} == states | {f"{name}.seal.json" for name in states}
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
@@ -109,6 +110,19 @@ def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
         load_state(tmp_path, 8)
     assert not (tmp_path / "owned").exists()
+
+
+def test_a_state_with_flipped_bytes_is_told_and_the_one_before_taken(tmp_path: Path) -> None:
+    """torch.load would take most of them."""
+    for window in (3, 6):
+        save_state(tmp_path, window, state(window))
+    path = tmp_path / "state-6.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    told: list[str] = []
+    assert whole_windows(tmp_path, told.append) == (3,) and saved_windows(tmp_path) == (3, 6)
+    assert told == [f"{tmp_path}: state-6.pt is not what was saved (SHA-256)"]
 
 
 def test_later_states_go_when_the_run_went_back_behind_them(tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def _client(options: argparse.Namespace) -> None:
     leave_out_unused()
     return_large_blocks()
     from fedbert_ds.client.session import ClientOptions, run_client
+    from fedbert_ds.folder_lock import keep_private
     from fedbert_ds.wire.channel import TlsFiles
 
     tls_files = (options.ca, options.certificate, options.key)
@@ -109,6 +110,7 @@ def _client(options: argparse.Namespace) -> None:
     if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
         raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
     _check_task(options)
+    keep_private()
     exit_code = run_client(
         ClientOptions(
             server=options.server,
@@ -171,7 +173,9 @@ def _aggregator(options: argparse.Namespace) -> None:
 
     from fedbert_ds.aggregator.process import run_aggregator
     from fedbert_ds.config import load_config
+    from fedbert_ds.folder_lock import keep_private
 
+    keep_private()
     # What counts is on disk: a stop needs no farewell.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -44,6 +44,11 @@ def locked(folder: Path, key: str) -> Iterator[None]:
         lock.release()
 
 
+def holds_nothing(folder: Path) -> bool:
+    """Whether a folder is missing or has nothing in it, but for what a lock leaves."""
+    return not folder.exists() or all(path.name in (LOCK, HOLDER) for path in folder.iterdir())
+
+
 def private_folder(folder: Path) -> None:
     """Make a folder that only its owner may open. One that exists keeps its mode."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

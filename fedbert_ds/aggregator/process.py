@@ -13,6 +13,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError, RunError, UserError, WireError
 from fedbert_ds.federation.agreement import agreement, disagreement
 from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, Received, reply
@@ -37,7 +38,8 @@ def run_aggregator(config: RunConfig, resume: bool) -> int:
 
     Waits `clients.join_timeout` seconds for a coordinator, also for one that comes back after its
     ranks were lost. Raises ConfigError without the section `aggregator` or its secret, RunError for
-    a folder that does not fit and when no coordinator comes, WireError if the port is in use.
+    a folder that does not fit or is in use, and when no coordinator comes, WireError if the port is
+    in use.
     """
     section = config.aggregator
     if section is None:
@@ -49,13 +51,14 @@ def run_aggregator(config: RunConfig, resume: bool) -> int:
     endpoint = AggregatorEndpoint(
         section.host, section.port, tls, config.clients.reconnect_timeout, config.server.shared_memory
     )
-    try:
-        endpoint.start()
-        folder.write_config(config)
-        print(f"aggregator at {section.address}, {folder.path}: waiting for the server", flush=True)
-        return _Process(config, secret, endpoint, folder).serve()
-    finally:
-        endpoint.stop()
+    with locked(folder.path, "aggregator.directory"):
+        try:
+            endpoint.start()
+            folder.write_config(config)
+            print(f"aggregator at {section.address}, {folder.path}: waiting for the server", flush=True)
+            return _Process(config, secret, endpoint, folder).serve()
+        finally:
+            endpoint.stop()
 
 
 class _Process:

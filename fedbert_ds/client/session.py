@@ -21,6 +21,7 @@ from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError
 from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -134,16 +135,17 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     if tokenizer is None:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     settings = parse_settings(welcome.settings)
-    if strategy_of(settings.federation, settings.wire).halves_are_personal:
-        claim(options.state_folder, welcome.run)
-    model_config = config_from_json(welcome.model_config)
-    held_out = welcome.held_out if options.held_out is None else options.held_out
-    share = Share(options.name, held_out, welcome.evaluate_tokens)
-    text, held_out_text = own.encoded(tokenizer, model_config, settings, share)
-    del own, tokenizer
-    return_free_memory()
-    half = client_skeleton(model_config, parse_cut(welcome.cut))
     with ExitStack() as at_end:
+        if strategy_of(settings.federation, settings.wire).halves_are_personal:
+            at_end.enter_context(locked(options.state_folder, "--state"))
+            claim(options.state_folder, welcome.run)
+        model_config = config_from_json(welcome.model_config)
+        held_out = welcome.held_out if options.held_out is None else options.held_out
+        share = Share(options.name, held_out, welcome.evaluate_tokens)
+        text, held_out_text = own.encoded(tokenizer, model_config, settings, share)
+        del own, tokenizer
+        return_free_memory()
+        half = client_skeleton(model_config, parse_cut(welcome.cut))
         stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire, half.cut))
         trainer = ClientTrainer(
             half,

@@ -29,6 +29,7 @@ from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.folder_lock import holds_nothing
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
@@ -136,7 +137,7 @@ def train_centralized(config: RunConfig, text: RunFolder | None = None, device: 
 def new_run(config: RunConfig) -> RunFolder:
     """The empty folder of a run; RunError for one that is not."""
     folder = config.run.directory
-    if folder.exists() and any(folder.iterdir()):
+    if not holds_nothing(folder):
         raise RunError(f"{folder}: holds a run already; set another run.directory")
     folder.mkdir(parents=True, exist_ok=True)
     return RunFolder(folder)

@@ -21,6 +21,7 @@ from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
+from fedbert_ds.folder_lock import holds_nothing, locked
 from fedbert_ds.server.prepare import is_prepared, prepare_text
 from fedbert_ds.telemetry.metrics import read_metrics, summary
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -45,6 +46,11 @@ def compare(options: CompareOptions) -> None:
     commit = source_commit()
     plan = Plan.of(options)
     _claim(plan)
+    with locked(options.out, "--out"):
+        _make(plan, commit)
+
+
+def _make(plan: Plan, commit: str | None) -> None:
     batches = {seed: _prepared(plan, seed) for seed in plan.seeds}
     rows: list[dict[str, Any]] = []
     for seed in plan.seeds:
@@ -53,7 +59,7 @@ def compare(options: CompareOptions) -> None:
             rows.append(_row(plan, system, seed, batches[seed], commit))
             # After each: there is a table of what is finished long before the last.
             text = _write(plan, rows, commit)
-    print(f"\n{text}\n\ntable   {options.out / 'table.md'}, table.json, table.png", flush=True)
+    print(f"\n{text}\n\ntable   {plan.options.out / 'table.md'}, table.json, table.png", flush=True)
 
 
 def _claim(plan: Plan) -> None:
@@ -63,7 +69,7 @@ def _claim(plan: Plan) -> None:
     out = plan.options.out
     path = out / COMPARISON
     if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not (out.is_dir() and holds_nothing(out)):
             raise RunError(f"{out}: is no folder of a comparison; name a new one with --out")
         out.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(plan.settings, indent=2) + "\n")

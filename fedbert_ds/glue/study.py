@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.glue.checkpoint import check_fits, check_mnli, fingerprint, load_classifier, load_task_tokenizer
 from fedbert_ds.glue.processes import devices_at_hand, run_all
 from fedbert_ds.glue.recipe import Recipe
@@ -57,6 +58,15 @@ def run_study(study: Study) -> list[dict[str, Any]]:
     settings = _settings(study, runs, {name: one.digest for name, one in data.items()})
     del data  # each run reads its own
     _results(study, settings)  # raises for other settings
+    with locked(study.out, "--out"):
+        _make(study, runs, settings, devices)
+        results = _results(study, settings)
+        _write_tables(study, results)
+    return results
+
+
+def _make(study: Study, runs: Sequence[Run], settings: dict[Run, dict[str, Any]], devices: Sequence[str]) -> None:
+    """Make the runs that are not there yet."""
     progress = _Printer(len(runs))
     # Small tasks from the own MNLI models wait for these.
     for stage in (False, True):
@@ -78,9 +88,6 @@ def run_study(study: Study) -> list[dict[str, Any]]:
                 }
             )
         run_all(jobs, devices, progress.tell)
-    results = _results(study, settings)
-    _write_tables(study, results)
-    return results
 
 
 def _check_seeds(study: Study) -> None:

@@ -5,17 +5,21 @@ it counts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 from fedbert_ds.atomic_write import atomic_write
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.server.cursors import Cursor
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
-from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
+
+BYTES_PER_PARAMETER = 16
+"""Of a checkpoint, at most: a weight, its fp32 master and two moments. For the first one alone."""
 
 
 class Checkpoints:
@@ -46,9 +50,11 @@ class Checkpoints:
 
         Returns whether the checkpoint counts. One that misses a client does not, where the run
         waits for clients that have states of their own, nor one that misses the aggregator of
-        another party: the run goes back to the one before.
+        another party: the run goes back to the one before. RunError, on all ranks and before
+        anything is written, where the disk has no room for it, and for one that cannot be written.
         """
         rooms = self._rooms
+        self._make_room()
         rooms.service.finish_exchanges()
         rooms.inbox.expect_saved(window)
         rooms.service.ask(
@@ -56,7 +62,7 @@ class Checkpoints:
             Question("saved", window),
             pb.ServerMessage(save=pb.Save(window=window)),
             rooms.inbox.saved,
-            meanwhile=lambda: rooms.engine.save(self._folder.path, window),
+            meanwhile=lambda: self._save_body(window),
         )
         self.client_figures.update(rooms.inbox.saved)
         here = rooms.members.at(rooms.rank_group.rank)
@@ -77,9 +83,31 @@ class Checkpoints:
         if rooms.rank_group.rank == 0:
             # Where another party has the weights, only the cursors are saved here.
             reference = rooms.aggregator.reference() if rooms.aggregator is not None else Reference(window, {})
-            write_client_model(self._folder.client_model(window), reference, cursors)
+            write_client_model(self._folder.draft.client_model(window), reference, cursors)
         complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
+
+    def _make_room(self) -> None:
+        ranks = self._rooms.rank_group
+        estimate = BYTES_PER_PARAMETER * (self._rooms.engine.num_parameters + self._client_parameters)
+        problem = ranks.broadcast(self._folder.make_room(estimate) if ranks.rank == 0 else None)
+        if problem is not None:
+            raise RunError(problem)
+
+    @property
+    def _client_parameters(self) -> int:
+        shapes = self._rooms.aggregator.shapes if self._rooms.aggregator is not None else {}
+        return sum(map(prod, shapes.values()))
+
+    def _save_body(self, window: int) -> None:
+        try:
+            self._rooms.engine.save(self._folder.draft.path, window)
+        except (OSError, RuntimeError) as error:  # torch's writer raises either
+            reason = str(error).strip().partition("\n")[0]
+            raise RunError(
+                f"{self._folder.draft.of(window)}: cannot be written ({reason}); what was saved before is whole: mend "
+                "that, then add --resume"
+            ) from error
 
     def _is_saved_elsewhere(self, window: int) -> bool:
         """An aggregator of another party, if there is one, has saved the reference, too."""

@@ -1,8 +1,7 @@
-"""A run's folder: its file names, the checks before a start or resume, complete checkpoints."""
+"""A run's folder: its file names, and the checks before a start or resume."""
 
 from __future__ import annotations
 
-import json
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from pathlib import Path
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.errors import RunError
+from fedbert_ds.folder_lock import holds_nothing, private_folder
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 
-KEPT_CHECKPOINTS = 2
-COMPLETE = "complete.json"
 TRACKERS = "trackers"
 """Folder in a run's folder: files of `run.trackers`."""
 UNCHANGED = (
@@ -31,76 +30,6 @@ UNCHANGED = (
     "clients.local",
 )
 """Keys that a resumed run must not change."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a checkpoint of the body is divided among files."""
-
-    ranks: int
-    zero_stage: int
-
-
-@dataclass(frozen=True)
-class CheckpointFolder:
-    """A run's checkpoints, one folder a window: DeepSpeed's files and the client model.
-
-    A checkpoint counts once marked complete.
-    """
-
-    path: Path
-
-    def of(self, window: int) -> Path:
-        """Folder of the state before `window`."""
-        return self.path / f"window-{window}"
-
-    def client_model(self, window: int) -> Path:
-        """The reference client model before `window`, and where each client stands in its text."""
-        return self.of(window) / "client_model.safetensors"
-
-    def complete_windows(self) -> frozenset[int]:
-        """Windows with a complete checkpoint."""
-        return frozenset(int(mark.parent.name.removeprefix("window-")) for mark in self._marks())
-
-    def layout(self, window: int) -> Layout:
-        """How a complete checkpoint is divided; RunError if its mark does not say so."""
-        path = self.of(window) / COMPLETE
-        try:
-            mark = json.loads(path.read_text(encoding="utf-8"))
-            return Layout(int(mark["ranks"]), int(mark["zero_stage"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"{path}: says not by how many ranks and at which ZeRO stage this was saved ({error!r}); add "
-                '"ranks" and "zero_stage" to it'
-            ) from error
-
-    def mark_complete(self, window: int, layout: Layout) -> None:
-        """Mark the checkpoint of `window` complete; delete all but the newest two.
-
-        All its parts are on disk already.
-        """
-        mark = {"window": window, "ranks": layout.ranks, "zero_stage": layout.zero_stage}
-        write_text(self.of(window) / COMPLETE, json.dumps(mark))
-        for old in sorted(self.complete_windows())[:-KEPT_CHECKPOINTS]:
-            self._remove(old)
-
-    def begin_at(self, window: int) -> None:
-        """Delete what a run that begins here will write again: later checkpoints, and those that
-        never came to be complete. Other ranks may write other files now, and none may be mixed.
-        """
-        kept = {old for old in self.complete_windows() if old <= window}
-        for path in self.path.glob("window-*"):
-            number = path.name.removeprefix("window-")
-            if number.isdecimal() and int(number) not in kept:
-                self._remove(int(number))
-
-    def _remove(self, window: int) -> None:
-        # The mark goes first: a half-deleted checkpoint must not count.
-        (self.of(window) / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(self.of(window))
-
-    def _marks(self) -> list[Path]:
-        return list(self.path.glob(f"window-*/{COMPLETE}"))
 
 
 @dataclass(frozen=True)
@@ -196,7 +125,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the run file. From then on the folder holds a run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        private_folder(self.path)
         write_text(self.config, dump_config(config))
 
     def identify(self) -> str:
@@ -218,7 +147,7 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     """
     path = folder.path
     if not resume:
-        if path.exists() and any(path.iterdir()):
+        if not holds_nothing(path):
             raise RunError(f"{path}: holds a run already; add --resume to continue it, or set another run.directory")
         return
     if not folder.config.is_file():

@@ -18,6 +18,7 @@ from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.folder_lock import keep_private, locked
 from fedbert_ds.model.architecture import longest_sequence
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
@@ -71,7 +72,9 @@ def serve(config: RunConfig, resume: bool) -> int:
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
     ranks, folder = RankGroup(), RunFolder(config.run.directory)
-    is_complete = _run(config, resume, ranks, folder)
+    keep_private()
+    with locked(folder.path, "run.directory") if ranks.rank == 0 else nullcontext():
+        is_complete = _run(config, resume, ranks, folder)
     # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
     if ranks.rank != 0:
         return 0
@@ -107,7 +110,8 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         if body is not None:
             reporter.peak = together(ranks.gather(peak_of(_device(), _dtype(config))))
         del body
-        expectation = _expectation(config, folder, resume, tokenizer, model_config, prepared.run)
+        saved = ranks.broadcast(_whole_windows(folder) if ranks.rank == 0 else None) if resume else None
+        expectation = _expectation(config, saved, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
         if ranks.rank == 0:
@@ -282,10 +286,14 @@ def _aggregator(config: RunConfig, half: ClientHalf, strategy: Strategy) -> Aggr
     return Aggregator(initial, strategy, config.optimizer, config.run.windows, rule_of(config.federation))
 
 
+def _whole_windows(folder: RunFolder) -> frozenset[int]:
+    """Windows that the run may go on with."""
+    return folder.checkpoints.whole_windows(lambda problem: print(f"warning {problem}", flush=True))
+
+
 def _expectation(
-    config: RunConfig, folder: RunFolder, resume: bool, tokenizer: Any, model_config: Any, run: str
+    config: RunConfig, saved: frozenset[int] | None, tokenizer: Any, model_config: Any, run: str
 ) -> Expectation:
-    saved = folder.checkpoints.complete_windows() if resume else None
     clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run, config.task.name)

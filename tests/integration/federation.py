@@ -70,7 +70,7 @@ class Federation:
         """Start so many ranks; those there were are killed first."""
         self.kill(*(name for name in self.processes if name.startswith("rank")))
         (self.run_folder / "server.address").unlink(missing_ok=True)
-        config = self._run_file()
+        config = self.run_file()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -78,7 +78,7 @@ class Federation:
             variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             arguments = ["--config", str(config), *overrides, *(["--resume"] if resume else [])]
-            self._start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
+            self.start(f"rank {rank}", arguments, {key: str(value) for key, value in variables.items()}, kills)
 
     def await_server(self) -> None:
         """Wait until clients can join. One that finds no server waits longer every time."""
@@ -87,14 +87,14 @@ class Federation:
 
     def start_aggregator(self, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
         """Start the aggregator of another party."""
-        arguments = ["aggregator", "--config", str(self._run_file()), *(["--resume"] if resume else [])]
-        self._start("aggregator", arguments, {}, kills)
+        arguments = ["aggregator", "--config", str(self.run_file()), *(["--resume"] if resume else [])]
+        self.start("aggregator", arguments, {}, kills)
 
     def start_client(self, name: str, process: str = "", kills: Sequence[Kill] = ()) -> None:
         """Start a client, under another process name if its own is taken."""
         arguments = ["client", "--server", str(self.run_folder / "server.address"), "--id", name, "--device", "cpu"]
         arguments += ["--data", self.data[name], "--state", str(self.state(name)), "--rejoin-timeout", "120"]
-        self._start(process or name, arguments, {}, kills)
+        self.start(process or name, arguments, {}, kills)
 
     def kill(self, *names: str) -> None:
         """Kill -9 these processes and forget them."""
@@ -129,12 +129,14 @@ class Federation:
         path = self.folder / f"{process}.log"
         return path.read_text(errors="replace") if path.is_file() else ""
 
-    def _run_file(self) -> Path:
+    def run_file(self) -> Path:
+        """The run file, written anew."""
         path = self.folder / "run.yaml"
         path.write_text(yaml.safe_dump(dict(self.tree)))
         return path
 
-    def _start(self, name: str, arguments: list[str], variables: dict[str, str], kills: Sequence[Kill]) -> None:
+    def start(self, name: str, arguments: list[str], variables: dict[str, str], kills: Sequence[Kill] = ()) -> None:
+        """Start a program of this name, with these arguments and environment variables."""
         process = PROCESSES.Process(
             target=run_process, args=(name, arguments, variables, self.folder / f"{name}.log", list(kills))
         )

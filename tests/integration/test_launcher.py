@@ -19,7 +19,7 @@ import yaml
 from integration.cluster import run_file, write_text
 from transformers import AutoModelForMaskedLM
 
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -19,8 +19,8 @@ from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.federation.reference import Reference
 from fedbert_ds.server.checkpoint import read_client_model
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 from fedbert_ds.server.cursors import Cursor
-from fedbert_ds.server.run_folder import CheckpointFolder
 
 pytestmark = pytest.mark.timeout(900)
 

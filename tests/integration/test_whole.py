@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import load_state, saved_windows
 from fedbert_ds.server.checkpoint import read_client_model
-from fedbert_ds.server.run_folder import CheckpointFolder
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ class BodyEngine:
         self._engine = engine
         self._stage = stage
         self._shapes = shapes or {}
+        self.num_parameters = sum(map(prod, self._shapes.values()))
+        """Entries of the body's parameters, over all ranks."""
         self._world_size = world_size
         self._device = Device(device)
         self._inputs: dict[int, BodyInput] = {}

@@ -15,6 +15,7 @@ class NoBody(BodyEngine):
 
     def __init__(self) -> None:
         """No DeepSpeed engine behind it."""
+        self.num_parameters = 0
 
     @property
     def zero_stage(self) -> int:

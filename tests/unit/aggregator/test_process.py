@@ -13,6 +13,7 @@ from unit.aggregator.coordinator import TIMEOUT, Process, Rank, config_of, feder
 from fedbert_ds.aggregator.process import STOPPED
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import AggregatorLost, ConfigError, RunError, WireError
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -218,6 +219,14 @@ def test_a_seed_of_its_own_keeps_the_first_client_model_from_the_server(tmp_path
         assert not torch.equal(*(w["bert.embeddings.word_embeddings.weight"] for w in (weights, first_weights(config))))
         assert all(torch.equal(weights[n], w) for n, w in first_weights(config, seed=99).items())
         rank.remote.finish("done", complete=True)
+
+
+def test_two_aggregators_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    with locked(tmp_path / "run-aggregator", "aggregator.directory"):
+        error = Process(config).ended()
+    assert isinstance(error, RunError) and "run-aggregator: in use by process" in str(error)
+    assert str(error).endswith("; end that first, or set another aggregator.directory")
 
 
 def test_without_a_server_it_ends(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
 from fedbert_ds.errors import DataError, ServerAway, UserError, WireError
 from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.endpoint import Endpoint
@@ -237,6 +238,22 @@ def test_a_client_goes_on_where_the_server_says(served: Served) -> None:
     cursor = pb.Cursor(epoch=0, position=1, sequences=10**6)
     served.endpoint.send("ada", pb.ServerMessage(begin=pb.Begin(window=1, next_window=1, cursor=cursor)))
     assert f"sequences, but had {10**6} before in this run" in served.failed()
+
+
+def test_a_state_folder_has_one_client(served: Served) -> None:
+    """Where halves are personal; in synchronous mode a client has no state."""
+    config = RunConfig(run={"windows": 2}, federation={"mode": "parallel", "average_every": 2})
+    settings = client_settings(config.run, config.data, config.optimizer, config.federation, config.wire, tokens=32)
+    with locked(served.folder / "state", "--state"):
+        served.client()
+        welcome = served.welcome(settings=settings.model_dump_json(), run="this run")
+        served.event(JoinAsked).answer.set_result(welcome)
+        assert "state: in use by process" in (message := served.failed())
+        assert message.endswith("; end that first, or set another --state")
+        served.client()
+        served.train()
+        served.finish(complete=True)
+        assert served.ended() == 0
 
 
 def test_others_that_do_not_come_are_one_line(served: Served) -> None:

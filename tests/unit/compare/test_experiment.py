@@ -22,6 +22,7 @@ from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import ConfigError, DataError, RunError
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.run_folder import RunFolder
@@ -193,6 +194,12 @@ def test_a_folder_of_somebody_else_is_left_alone(options: CompareOptions, starte
     with pytest.raises(RunError, match="is no folder of a comparison; name a new one with --out"):
         compare(options)
     assert [path.name for path in options.out.iterdir()] == ["thesis.txt"] and not started
+
+
+def test_two_commands_do_not_share_a_folder(options: CompareOptions, started: list[str]) -> None:
+    with locked(options.out, "--out"), pytest.raises(RunError, match=r"in use by process .*; end that first, or set"):
+        compare(options)
+    assert not started
 
 
 def test_other_text_under_the_same_names_is_noticed(options: CompareOptions, started: list[str]) -> None:

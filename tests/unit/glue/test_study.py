@@ -10,6 +10,7 @@ import pytest
 from unit.tasks.glue_files import write_glue
 
 from fedbert_ds.errors import ConfigError, DataError, ModelError, RunError
+from fedbert_ds.folder_lock import locked
 from fedbert_ds.glue import study as study_module
 from fedbert_ds.glue.checkpoint import load_classifier
 from fedbert_ds.glue.recipe import Recipe
@@ -93,6 +94,12 @@ def test_another_setting_is_refused_before_anything_runs(
     with pytest.raises(RunError, match="made with data"):
         run_study(more)
     assert jobs == []
+
+
+def test_two_commands_do_not_share_a_folder(study: Study, jobs: list[dict]) -> None:
+    with locked(study.out, "--out"), pytest.raises(RunError, match=r"in use by process .*; end that first, or set"):
+        run_study(study)
+    assert not jobs
 
 
 def test_small_tasks_start_from_the_own_mnli_models(study: Study, jobs: list[dict]) -> None:

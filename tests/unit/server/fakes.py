@@ -26,6 +26,7 @@ from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.server.checkpoint import Checkpoints
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.server.contract import Contract, RankStatus, TensorContract
 from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.hand_over import collect_client_model
@@ -35,7 +36,6 @@ from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rooms import build_rooms
-from fedbert_ds.server.run_folder import CheckpointFolder, Layout
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -47,6 +47,7 @@ class FakeEngine:
     """A body that doubles what it is given, and counts: easy to tell from any other function."""
 
     zero_stage = 2
+    num_parameters = 1000
 
     def __init__(
         self,
@@ -356,6 +357,8 @@ class Served:
         self.folder: Any = SimpleNamespace(
             path=path,
             client_model=CheckpointFolder(path).client_model,
+            draft=CheckpointFolder(path),
+            make_room=lambda estimate: None,
             mark_complete=lambda window, layout: None,
             layout=lambda window: Layout(rank_group.world_size, engine.zero_stage),
         )

@@ -13,7 +13,7 @@ from unit.server.fakes import Rank, run_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference
 from fedbert_ds.server.checkpoint import complete, read_client_model, write_client_model
-from fedbert_ds.server.run_folder import CheckpointFolder, Layout
+from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -86,6 +86,37 @@ def test_what_was_saved_is_taken_over_again(monkeypatch: pytest.MonkeyPatch) -> 
     assert reference.version == 2
     assert not any(torch.equal(tensor, at_3[name]) for name, tensor in reference.weights.items())
     assert rooms.cursors.committed["bo"]["position"] == 8
+
+
+def test_a_full_disk_is_one_line_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the first one the size is known from the parameters: 16 bytes each, of body and half."""
+    config = run_config(run={"windows": 3, "save_every": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+    asked: list[int] = []
+
+    def make_room(estimate: int) -> str | None:
+        asked.append(estimate)
+        return "no room; free some" if len(asked) == 2 else None
+
+    rank.served.folder.make_room = make_room
+    with pytest.raises(RunError, match="no room; free some"):
+        rank.run()
+    assert asked == [16 * (1000 + sum(torch.Size(shape).numel() for shape in HALF.values()))] * 2
+    assert rank.engine.saved == [1]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write failed\nat line 3")])
+def test_a_body_that_cannot_be_written_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    config = run_config(run={"windows": 1})
+    rank = Rank(monkeypatch, config, [FakeClient(name, config) for name in ("ada", "bo", "cy")])
+
+    def fail(folder: Path, window: int) -> None:
+        raise error
+
+    rank.engine.save = fail
+    with pytest.raises(RunError, match=r"window-1: cannot be written \(.*\); what was saved before is whole") as caught:
+        rank.run()
+    assert "\n" not in str(caught.value) and "line 3" not in str(caught.value)
 
 
 def test_the_client_model_comes_back_bit_for_bit(tmp_path: Path) -> None:

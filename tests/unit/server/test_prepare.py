@@ -13,9 +13,10 @@ from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import vocabulary_hash
 from fedbert_ds.errors import ConfigError, DataError
+from fedbert_ds.server.checkpoint_folder import Layout
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text
-from fedbert_ds.server.run_folder import Layout, RunFolder
+from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.tasks.rows import read_rows
 
 
@@ -95,7 +96,7 @@ def test_a_preparation_that_was_cut_short_does_not_count(
 
 def test_a_run_of_an_earlier_version_that_has_saved_is_prepared(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    folder.checkpoints.of(3).mkdir(parents=True)
+    folder.checkpoints.draft.of(3).mkdir(parents=True)
     folder.checkpoints.mark_complete(3, Layout(1, 0))
     assert is_prepared(folder)
 

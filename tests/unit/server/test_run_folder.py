@@ -1,18 +1,15 @@
-"""A run's folder: which checkpoints count, however a run ends, and what a run that starts or
-resumes must find.
-"""
+"""A run's folder: what a run that starts or resumes must find."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedbert_ds.config import AggregatorSection, RunConfig, load_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.run_folder import COMPLETE, UNCHANGED, CheckpointFolder, Layout, RunFolder, check_folder
+from fedbert_ds.server.checkpoint_folder import COMPLETE, Layout
+from fedbert_ds.server.run_folder import UNCHANGED, RunFolder, check_folder
 
 ROOT = Path(__file__).parents[3]
 
@@ -20,104 +17,6 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture
 def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "run")
-
-
-@pytest.fixture
-def checkpoints(folder: RunFolder) -> CheckpointFolder:
-    return folder.checkpoints
-
-
-def written(checkpoints: CheckpointFolder, window: int) -> Path:
-    """What DeepSpeed leaves before the checkpoint is complete."""
-    part = checkpoints.of(window)
-    part.mkdir(parents=True, exist_ok=True)
-    (part / "optimizer.pt").write_bytes(b"x")
-    return part
-
-
-# -- checkpoints -----------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_counts_once_it_is_marked(checkpoints: CheckpointFolder) -> None:
-    assert checkpoints.complete_windows() == frozenset()
-    written(checkpoints, 5)
-    assert checkpoints.complete_windows() == frozenset()
-    checkpoints.mark_complete(5, Layout(3, 2))
-    assert checkpoints.complete_windows() == {5} and checkpoints.layout(5) == Layout(ranks=3, zero_stage=2)
-
-
-def test_the_newest_two_are_kept(checkpoints: CheckpointFolder) -> None:
-    for window in (9, 10, 200):
-        written(checkpoints, window)
-        checkpoints.mark_complete(window, Layout(1, 0))
-    assert checkpoints.complete_windows() == {10, 200}, "by number, not by name"
-    assert {path.name for path in checkpoints.path.iterdir()} == {"window-10", "window-200"}
-
-
-def test_an_incomplete_checkpoint_is_neither_counted_nor_removed(checkpoints: CheckpointFolder) -> None:
-    written(checkpoints, 1)
-    for window in (2, 3, 4):
-        written(checkpoints, window)
-        checkpoints.mark_complete(window, Layout(1, 0))
-    assert checkpoints.complete_windows() == {3, 4}
-    assert checkpoints.of(1).is_dir()
-
-
-def test_a_crash_while_removing_leaves_no_half_checkpoint_that_counts(
-    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def crash(path: Path) -> None:
-        (path / "optimizer.pt").unlink()
-        raise KeyboardInterrupt
-
-    for window in (1, 2):
-        written(checkpoints, window)
-        checkpoints.mark_complete(window, Layout(1, 0))
-    written(checkpoints, 3)
-    monkeypatch.setattr(shutil, "rmtree", crash)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.mark_complete(3, Layout(1, 0))
-    assert checkpoints.complete_windows() == {2, 3}
-
-
-def test_a_crash_while_marking_leaves_an_incomplete_checkpoint(
-    checkpoints: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part = written(checkpoints, 1)
-
-    def full_disk(self: Path, *_: Any, **__: Any) -> None:
-        self.touch()
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        checkpoints.mark_complete(1, Layout(1, 0))
-    assert not (part / COMPLETE).exists()
-    assert checkpoints.complete_windows() == frozenset()
-
-
-def test_a_run_removes_what_it_will_write_again(checkpoints: CheckpointFolder) -> None:
-    """Another number of ranks writes other files: those of before would be left among them."""
-    for window in (3, 6):
-        written(checkpoints, window)
-        checkpoints.mark_complete(window, Layout(4, 2))
-    written(checkpoints, 1)
-    written(checkpoints, 9)
-    (checkpoints.path / "window-notes").mkdir()
-    checkpoints.begin_at(3)
-    assert {path.name for path in checkpoints.path.iterdir()} == {"window-3", "window-notes"}
-    checkpoints.begin_at(0)
-    assert checkpoints.complete_windows() == frozenset()
-    CheckpointFolder(checkpoints.path / "nothing yet").begin_at(0)
-
-
-@pytest.mark.parametrize("mark", ['{"window": 5, "ranks": 2}', "[]", "{", '{"ranks": 2, "zero_stage": "two"}'])
-def test_a_mark_that_names_no_layout_is_one_line(checkpoints: CheckpointFolder, mark: str) -> None:
-    written(checkpoints, 5)
-    (checkpoints.of(5) / COMPLETE).write_text(mark)
-    with pytest.raises(RunError, match=r'complete\.json: says not by how many ranks .*; add "ranks"') as caught:
-        checkpoints.layout(5)
-    assert "\n" not in str(caught.value)
 
 
 # -- fit to start, fit to resume -------------------------------------------------------------------
@@ -128,7 +27,7 @@ def saved(folder: RunFolder) -> RunConfig:
     """A run of 2 ranks that saved window 5; its run file."""
     config = load_config(ROOT / "configs" / "default.yaml", [f"run.directory={folder.path}"])
     folder.write_config(config)
-    written(folder.checkpoints, 5)
+    folder.checkpoints.draft.of(5).mkdir(parents=True)
     folder.checkpoints.mark_complete(5, Layout(2, 2))
     return config
 

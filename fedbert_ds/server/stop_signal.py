@@ -1,4 +1,4 @@
-"""Signals that make a run save and end."""
+"""What makes a run save and end: signals, and launchers that are gone."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import signal
 from types import FrameType
 from typing import Protocol
 
+from fedbert_ds.server.launchers import Launchers
+
 
 class StopFlag(Protocol):
     """A request that the run save and end."""
 
-    requested: bool
+    @property
+    def requested(self) -> bool:
+        """Whether it was made."""
+        ...
 
 
 class StopSignal:
-    """Set by Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning).
+    """Set by Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning), and once a launcher is
+    gone, by kill -9 for instance: nobody could stop the run any more.
 
     Another Ctrl-C then raises KeyboardInterrupt.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, launchers: Launchers | None = None) -> None:
+        self._is_signalled = False
+        self._launchers = launchers or Launchers.of_this_process()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
+    @property
+    def requested(self) -> bool:
+        """Whether the run shall save and end."""
+        if not self._is_signalled and self._launchers.are_gone:
+            self._is_signalled = True
+            print("warning the launcher is gone: the run saves and ends", flush=True)
+        return self._is_signalled
+
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._is_signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self._is_signalled = True

@@ -1,4 +1,5 @@
-"""The README's command under DeepSpeed's launcher: Ctrl-C saves and ends, --resume goes on."""
+"""The README's command under DeepSpeed's launcher: Ctrl-C and a lost launcher save and end,
+--resume goes on."""
 
 from __future__ import annotations
 
@@ -26,10 +27,11 @@ pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Iterator[Path]:
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[Path]:
     """A run file. Whatever of its run is left in the end is killed: it would train for ever."""
-    folder = tmp_path_factory.mktemp("launcher")
+    folder = tmp_path / "launcher"
+    folder.mkdir()
     write_text(folder)
     tree = run_file(
         folder,
@@ -69,6 +71,20 @@ def test_interrupt_then_resume(config) -> None:
     changed = _launch(config, "--resume", "model.hidden_size=64")
     assert changed.wait(timeout=120) != 0
     assert "model is" in (config.parent / "output.log").read_text()
+
+
+def test_a_run_whose_launcher_is_killed_saves_and_ends(config: Path) -> None:
+    """Before, ranks and clients trained on with nobody to stop them."""
+    run = config.parent / "run"
+    process = _launch(config)
+    _wait_for(lambda: _windows(run) >= 3, process, config)
+    process.kill()
+    process.wait()
+    _wait_for(lambda: not _left(config), None, config)
+    output = (config.parent / "output.log").read_text()
+    assert "warning the launcher is gone: the run saves and ends" in output, output[-3000:]
+    assert "stopped and saved at window" in output, output[-3000:]
+    assert max(CheckpointFolder(run / "checkpoints").complete_windows()) == _windows(run)
 
 
 def _launch(config: Path, *arguments: str) -> subprocess.Popen:

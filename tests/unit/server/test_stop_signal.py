@@ -1,9 +1,11 @@
-"""Signals that save and end a run; a second Ctrl-C is not waited for."""
+"""Signals and lost launchers save and end a run; a second Ctrl-C is not waited for."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,15 @@ def test_a_second_ctrl_c_kills_and_a_second_warning_does_not() -> None:
     assert stop.requested
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_a_launcher_that_is_gone_is_a_request_and_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    launchers: Any = SimpleNamespace(are_gone=False)
+    stop = StopSignal(launchers)
+    assert not stop.requested
+    launchers.are_gone = True
+    assert stop.requested and stop.requested
+    assert capsys.readouterr().out == "warning the launcher is gone: the run saves and ends\n"
+    asked = StopSignal(launchers)
+    signal.raise_signal(signal.SIGTERM)
+    assert asked.requested and capsys.readouterr().out == "", "whoever asked it to end has ended, too"

@@ -54,6 +54,16 @@ def private_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
+@contextmanager
+def private() -> Iterator[None]:
+    """What the process makes in this block, nobody but its owner may read."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def keep_private() -> None:
     """Let nobody but its owner read what this process writes from now on."""
     os.umask(0o077)

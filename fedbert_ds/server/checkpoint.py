@@ -71,7 +71,9 @@ class Checkpoints:
         # A client that is gone keeps the cursor of the last window that counted, and can come back
         # there.
         cursors = dict(rooms.cursors.committed)
-        parts = rooms.rank_group.gather((mine, is_whole, frozenset(rooms.inbox.saved)))
+        parts = rooms.rank_group.gather(
+            (mine, is_whole, frozenset(rooms.inbox.saved)), tuple[dict[str, Cursor], bool, frozenset[str]]
+        )
         for others, _, savers in parts:
             cursors.update(others)
             if rooms.strategy.halves_are_personal:
@@ -90,7 +92,7 @@ class Checkpoints:
     def _make_room(self) -> None:
         ranks = self._rooms.rank_group
         estimate = BYTES_PER_PARAMETER * (self._rooms.engine.num_parameters + self._client_parameters)
-        problem = ranks.broadcast(self._folder.make_room(estimate) if ranks.rank == 0 else None)
+        problem = ranks.broadcast(self._folder.make_room(estimate) if ranks.rank == 0 else None, str | None)
         if problem is not None:
             raise RunError(problem)
 
@@ -115,7 +117,7 @@ class Checkpoints:
         if rooms.remote is None:
             return True
         is_saved = rooms.rank_group.rank == 0 and rooms.remote.save(window, rooms.service.attend)
-        return rooms.rank_group.broadcast(is_saved)
+        return rooms.rank_group.broadcast(is_saved, bool)
 
 
 def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int, zero_stage: int) -> None:

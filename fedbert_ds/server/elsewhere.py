@@ -38,7 +38,7 @@ class Elsewhere:
         answer.
         """
         opened = self._open(resume) if self._rank_group.rank == 0 else None
-        return self._dial(self._rank_group.broadcast(opened))
+        return self._dial(self._rank_group.broadcast(opened, bytes))
 
     def send(self, order: pb.Order) -> None:
         """Queue an order."""

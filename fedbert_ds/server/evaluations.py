@@ -87,7 +87,9 @@ class Evaluations:
             losses = self._collect(window)
             with self._clocks_stopped():
                 is_broken = bool(rooms.membership.absent or rooms.lost_elsewhere)
-                parts = rooms.rank_group.gather((losses, asked, is_broken))
+                parts = rooms.rank_group.gather(
+                    (losses, asked, is_broken), tuple[dict[str, HeldOutLoss], frozenset[str], bool]
+                )
             if any(broken for _, _, broken in parts):
                 return False
             together = {client: loss for part, _, _ in parts for client, loss in part.items()}
@@ -124,7 +126,7 @@ class Evaluations:
                 continue
             with self._clocks_stopped():
                 if is_lockstep:
-                    is_done = all(rooms.rank_group.gather(part is None))
+                    is_done = all(rooms.rank_group.gather(part is None, bool))
                 elif part is None:
                     is_done = True
                 if not is_done:

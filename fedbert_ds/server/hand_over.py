@@ -44,7 +44,7 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     request = pb.ServerMessage(update_request=pb.UpdateRequest(window=window))
     rooms.service.ask(mine, Question("client model", window), request, collected)
     updates = [collected[client] for client in mine if client in collected]
-    if not any(rooms.rank_group.gather(len(updates))):
+    if not any(rooms.rank_group.gather(len(updates), int)):
         raise RunError(
             f"no client was left to hand over its half; window {window} is saved: start the clients again and "
             "add --resume"
@@ -76,7 +76,8 @@ def hand_over(
     body = rooms.engine.full_state()
     reason = "the run is complete" if is_complete else f"the run was stopped and saved at window {window}"
     rooms.service.finish(reason, is_complete)
-    all_figures = rooms.rank_group.gather([(saved.peak_memory_bytes, saved.flops_per_token) for saved in figures])
+    mine = [(saved.peak_memory_bytes, saved.flops_per_token) for saved in figures]
+    all_figures = rooms.rank_group.gather(mine, list[tuple[int, float]])
     if rooms.rank_group.rank != 0:
         return
     if rooms.remote is not None:
@@ -134,7 +135,7 @@ def best_model_keeper(rooms: Rooms, folder: RunFolder, model_config: Any, tokeni
         finally:
             # Later updates of this window are updates again.
             rooms.inbox.expect_collected(-1)
-        if any(rooms.rank_group.gather(bool(rooms.membership.absent))):
+        if any(rooms.rank_group.gather(bool(rooms.membership.absent), bool)):
             return False
         body = rooms.engine.full_state()
         if rooms.rank_group.rank == 0:

@@ -176,7 +176,7 @@ class Newcomers:
             connected = frozenset().union(*(status.clients for status in statuses))
             detached = frozenset().union(*(status.detached for status in statuses))
             decided = self._reception.decide(connected, detached, time.monotonic())
-        admissions = self._rank_group.broadcast(decided)
+        admissions = self._rank_group.broadcast(decided, Admissions)
         here = self._rank_group.rank
         self._members.admit(admissions.seats, window)
         for client in sorted(admissions.evicted & self._members.at(here)):

@@ -197,7 +197,7 @@ class RankServer:
             self._service.attend()
             self._watch()
             status = self._status(window, Tally(), has_given_up=time.monotonic() > deadline)
-            statuses = self._rooms.gathered(status)
+            statuses = self._rooms.gathered(status, RankStatus)
             if lost_elsewhere := _lost_elsewhere(statuses):
                 self._give_up_elsewhere(lost_elsewhere)
                 self._look_elsewhere(statuses, window)
@@ -242,7 +242,7 @@ class RankServer:
         new_problems = membership.take_new_problems() if window > self._first_window else ()
         status = self._status(window, self._take_tally(), new_problems)
         with self._busy("gather", window=window):
-            return self._rooms.gathered(status)
+            return self._rooms.gathered(status, RankStatus)
 
     def _status(
         self, window: int, tally: Tally, new_problems: tuple[str, ...] = (), has_given_up: bool = False
@@ -351,7 +351,7 @@ class RankServer:
         """Whether a client of any rank is missing from the window that is about to end, or the
         aggregator of another party.
         """
-        return any(self._rooms.gathered(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere)))
+        return any(self._rooms.gathered(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere), bool))
 
     def _await_reports(self, window: int) -> None:
         """Wait until each client that trains the window by itself has, or is gone."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -73,10 +73,10 @@ class Rooms:
         """Why the aggregator of another party is gone, if it is."""
         return self.remote.lost if self.remote is not None else ""
 
-    def gathered(self, mine: T) -> list[T]:
-        """One value of every rank, in order of ranks. Waits for all of them."""
+    def gathered(self, mine: T, kind: Any) -> list[T]:
+        """One value of this type of every rank, in order of ranks. Waits for all of them."""
         with self.time.charged("ranks"):
-            return self.rank_group.gather(mine)
+            return self.rank_group.gather(mine, kind)
 
     def commit_elsewhere(self, window: int, scale: float) -> None:
         """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""

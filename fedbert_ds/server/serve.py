@@ -26,10 +26,10 @@ from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
 from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
-from fedbert_ds.server.body.cores import allowed_cores, bind, codec_threads, place_of, share_of, threads_for
+from fedbert_ds.server.body.cores import Place, allowed_cores, bind, codec_threads, place_of, share_of, threads_for
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
-from fedbert_ds.server.body.peak import peak_of, together
+from fedbert_ds.server.body.peak import Peak, peak_of, together
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
@@ -45,11 +45,13 @@ from fedbert_ds.server.prepare import TextFacts, is_prepared, prepare_text, prep
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.server.rank_messages import RankSecret
 from fedbert_ds.server.rooms import Rooms, build_rooms
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_reporter import RunReporter
 from fedbert_ds.server.stop_signal import StopSignal
 from fedbert_ds.tasks.registry import task_of, task_of_section
+from fedbert_ds.telemetry.evaluations import Evaluation
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import address_file
 from fedbert_ds.wire.channel import TlsFiles
@@ -66,12 +68,13 @@ class Prepared:
     """The run's id."""
 
 
-def serve(config: RunConfig, resume: bool) -> int:
-    """Run this rank to the end and return its exit code. torch.distributed must be initialized.
+def serve(config: RunConfig, resume: bool, secret: RankSecret) -> int:
+    """Run this rank to the end and return its exit code. torch.distributed must be initialized, and
+    `secret` is offered.
 
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
-    ranks, folder = RankGroup(), RunFolder(config.run.directory)
+    ranks, folder = RankGroup(secret), RunFolder(config.run.directory)
     keep_private()
     with locked(folder.path, "run.directory") if ranks.rank == 0 else nullcontext():
         is_complete = _run(config, resume, ranks, folder)
@@ -90,7 +93,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     rule = strategy_of(config.federation, config.wire, config.cut)
     launched_on = allowed_cores()
     has_gpu = torch.cuda.is_available()
-    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device() if has_gpu else None))
+    places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device() if has_gpu else None), Place)
     cores = _bind(share_of(ranks.rank, places)) if has_gpu else frozenset()
     threads = codec_threads(ranks.rank, places)
     clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on, config.task.name)
@@ -101,16 +104,18 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         at_end.callback(clients.stop)
         at_end.callback(endpoint.stop)
         port = endpoint.start()
-        addresses = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}")
-        prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None)
+        addresses = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}", str)
+        prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None, Prepared)
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)
         reporter = RunReporter(config, ranks.world_size, prepared.facts, half, body)
         engine = _engine(config, body)
         if body is not None:
-            reporter.peak = together(ranks.gather(peak_of(_device(), _dtype(config))))
+            reporter.peak = together(ranks.gather(peak_of(_device(), _dtype(config)), Peak))
         del body
-        saved = ranks.broadcast(_whole_windows(folder) if ranks.rank == 0 else None) if resume else None
+        saved = None
+        if resume:
+            saved = ranks.broadcast(_whole_windows(folder) if ranks.rank == 0 else None, frozenset[int])
         expectation = _expectation(config, saved, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
@@ -120,7 +125,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             reporter.announce(addresses[0], cores)
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
-        start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None)
+        start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None, Start)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract, threads, pinned=torch.cuda.is_available())
         aggregator = elsewhere or _aggregator(config, half, rule)
@@ -164,7 +169,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         evaluations = Evaluations(
             rooms,
             config.run,
-            ranks.broadcast(reporter.begin_at(start.first_window) if ranks.rank == 0 else None),
+            ranks.broadcast(reporter.begin_at(start.first_window) if ranks.rank == 0 else None, tuple[Evaluation, ...]),
             reporter.evaluated,
             best_model_keeper(rooms, folder, model_config, tokenizer) if config.run.keep_best else None,
             task.measures if (task := task_of(model_config)) is not None else None,

@@ -35,6 +35,7 @@ from fedbert_ds.server.network.events import Connected, Disconnected, Event, Joi
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
+from fedbert_ds.server.rank_messages import RankMessages
 from fedbert_ds.server.rooms import build_rooms
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
@@ -139,16 +140,22 @@ class FakeEngine:
             self._clock.now += self._seconds
 
 
+def retold(value: Any, kind: Any) -> Any:
+    """A value as another rank hears it."""
+    messages = RankMessages(b"a secret")
+    return messages.unpack(messages.pack(value, kind, 0), kind, 0)
+
+
 class FakeRankGroup:
     """The only rank."""
 
     rank, world_size, group, update_group = 0, 1, None, None
 
-    def gather(self, mine: Any) -> list[Any]:
-        return [mine]
+    def gather(self, mine: Any, kind: Any) -> list[Any]:
+        return [retold(mine, kind)]
 
-    def broadcast(self, from_rank_0: Any) -> Any:
-        return from_rank_0
+    def broadcast(self, from_rank_0: Any, kind: Any) -> Any:
+        return self.gather(from_rank_0, kind)[0]
 
     def barrier(self) -> None:
         pass

@@ -289,7 +289,7 @@ def test_the_rank_of_a_lost_connection_ends_it_and_the_client_comes_in_the_next_
 
 def test_where_nobody_asks_nothing_is_decided_and_no_rank_waits(members: Members) -> None:
     class Alone(FakeRankGroup):
-        def broadcast(self, from_rank_0: Any) -> Any:
+        def broadcast(self, from_rank_0: Any, kind: Any) -> Any:
             raise AssertionError("an exchange between ranks for nothing")
 
     def admit(sessions: dict[str, str]) -> None:

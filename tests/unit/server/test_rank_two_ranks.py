@@ -18,6 +18,7 @@ from unit.server.fakes import (
     Served,
     hello_of,
     joined,
+    retold,
     run_config,
     seats,
 )
@@ -58,14 +59,14 @@ class BoardRankGroup:
         self.rank = rank
         self._board = board
 
-    def gather(self, mine: Any) -> list[Any]:
-        return self._board.meet(self.rank, mine)
+    def gather(self, mine: Any, kind: Any) -> list[Any]:
+        return [retold(one, kind) for one in self._board.meet(self.rank, mine)]
 
-    def broadcast(self, from_rank_0: Any) -> Any:
-        return self.gather(from_rank_0)[0]
+    def broadcast(self, from_rank_0: Any, kind: Any) -> Any:
+        return retold(self._board.meet(self.rank, from_rank_0)[0], kind)
 
     def barrier(self) -> None:
-        self.gather(None)
+        self._board.meet(self.rank, None)
 
 
 SECONDS_OF_WORK = 1000.0

@@ -40,6 +40,7 @@ def test_without_a_launcher_there_is_one_rank() -> None:
 
 PATIENT = """
 import sys, torch
+from pathlib import Path
 from deepspeed.utils import groups
 from fedbert_ds.config import parse_config
 from fedbert_ds.model.checkpoint import build_model
@@ -47,13 +48,16 @@ from fedbert_ds.model.cut import split
 from fedbert_ds.server.body.distributed import PATIENCE, initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.rank_group import RankGroup
+from fedbert_ds.server.rank_messages import RankSecret
 
 initialize()
 model = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
 config = parse_config({"model": model, "body": {"deepspeed": sys.argv[1]}}, "test")
 _, body = split(build_model(config.model, 20, 0, 1), "embeddings")
 BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
-ours = RankGroup()
+secret = RankSecret(Path(sys.argv[2]))
+secret.offer()
+ours = RankGroup(secret)
 its_own = groups._get_data_parallel_group()
 assert its_own is not torch.distributed.group.WORLD, "there is nothing to mend any more"
 for group in (its_own, torch.distributed.group.WORLD, ours.group, ours.update_group):
@@ -63,7 +67,7 @@ shut_down()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_no_collective_is_less_patient_than_a_run(stage: int) -> None:
+def test_no_collective_is_less_patient_than_a_run(stage: int, tmp_path: Path) -> None:
     """DeepSpeed reduces gradients in a group of its own, whose patience was torch's 30 minutes."""
-    result = run(PATIENT, str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json"))
+    result = run(PATIENT, str(ROOT / "configs" / "deepspeed" / f"zero{stage}.json"), str(tmp_path / "run"))
     assert result.returncode == 0, result.stderr[-2000:]

@@ -6,6 +6,7 @@ import os
 import socket
 
 from fedbert_ds.config import ServerSection
+from fedbert_ds.server.body.links import ranks_on_node
 
 
 def listening_port(server: ServerSection, rank: int) -> int:
@@ -20,7 +21,7 @@ def advertised_host(server: ServerSection, world_size: int) -> str:
     """
     if server.advertise:
         return server.advertise
-    on_several_nodes = world_size > int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size)))
+    on_several_nodes = world_size > ranks_on_node({"WORLD_SIZE": str(world_size), **os.environ})
     if on_several_nodes or server.host == "0.0.0.0":
         return socket.gethostname()
     return server.host

@@ -35,6 +35,7 @@ from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.hand_over import best_model_keeper, hand_over
+from fedbert_ds.server.heartbeat import Heartbeat
 from fedbert_ds.server.local_clients import LocalClients, client_name
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
@@ -76,8 +77,11 @@ def serve(config: RunConfig, resume: bool, secret: RankSecret) -> int:
     """
     ranks, folder = RankGroup(secret), RunFolder(config.run.directory)
     keep_private()
+    heart = Heartbeat(ranks.rank, ranks.world_size)
+    heart.start()
     with locked(folder.path, "run.directory") if ranks.rank == 0 else nullcontext():
         is_complete = _run(config, resume, ranks, folder)
+    heart.stop()
     # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
     if ranks.rank != 0:
         return 0

@@ -6,22 +6,30 @@ import logging
 import os
 import warnings
 from datetime import timedelta
+from typing import Any
 
 from fedbert_ds.server.body.links import check_links
+from fedbert_ds.server.body.meeting import stay_on_this_machine
 
 PATIENCE = timedelta(days=1)
 """Of every collective: one rank may wait for its clients, and the others for it."""
+
+_store: Any = None
+"""Where ranks meet, if this process has it."""
 
 
 def initialize() -> None:
     """Join the other ranks by RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Unset variables mean a run of one rank. Raises ConfigError if nodes cannot meet.
+    Unset variables mean a run of one rank. Ranks of one machine meet at its loopback address and
+    listen nowhere else. Raises ConfigError if nodes cannot meet.
     """
     for name, alone in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, alone)
     os.environ.setdefault("MASTER_PORT", "29500" if os.environ["WORLD_SIZE"] != "1" else _free_port())
     check_links(os.environ)
+    global _store
+    _store = stay_on_this_machine(os.environ)
     import torch
 
     use_cuda = torch.cuda.is_available()

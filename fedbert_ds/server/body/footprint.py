@@ -15,6 +15,7 @@ from torch import Tensor
 from fedbert_ds.config import Cut, Kernels
 from fedbert_ds.model.body import Recomputed
 from fedbert_ds.model.cut import body_skeleton
+from fedbert_ds.server.body.links import ranks_on_node
 from fedbert_kernels.recompute import watching
 
 SHARE = 0.5
@@ -98,5 +99,4 @@ def memory_budget(device: torch.device) -> int:
     if device.type != "cpu":
         free, _ = torch.get_device_module(device).mem_get_info(device)
         return int(SHARE * free)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return int(SHARE * psutil.virtual_memory().available) // ranks_here
+    return int(SHARE * psutil.virtual_memory().available) // ranks_on_node(os.environ)

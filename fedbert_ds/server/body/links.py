@@ -20,12 +20,11 @@ def check_links(environment: Mapping[str, str], patience: float = MEETING_SECOND
 
     Within one node there is nothing to check. Without it a rank would wait for PATIENCE.
     """
-    ranks_here = int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"]))
-    if int(environment["WORLD_SIZE"]) <= ranks_here:
+    if int(environment["WORLD_SIZE"]) <= ranks_on_node(environment):
         return
     host, port, rank = environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), environment["RANK"]
     here, interface = socket.gethostname(), environment.get("GLOO_SOCKET_IFNAME")
-    is_elsewhere = int(rank) >= ranks_here
+    is_elsewhere = int(rank) >= ranks_on_node(environment)
     if wrong := problem_of_names(host, addresses(host), is_elsewhere, here, addresses(here), interface):
         raise ConfigError(f"rank {rank} on {here}: {wrong}")
     if rank != "0" and not answers(host, port, patience):
@@ -34,6 +33,12 @@ def check_links(environment: Mapping[str, str], patience: float = MEETING_SECOND
             f"{patience:.0f} s; check that it has started, and that this port and those above 1024 are open "
             "between the nodes"
         )
+
+
+def ranks_on_node(environment: Mapping[str, str]) -> int:
+    """Ranks that share this node, as torchrun or deepspeed tells; all of them where none does."""
+    told = (environment.get(name) for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"))
+    return next((int(number) for number in told if number), 1)
 
 
 def problem_of_names(
@@ -51,7 +56,7 @@ def problem_of_names(
     """
     if not meeting_addresses:
         return f"MASTER_ADDR is {meeting_host}, which this node cannot look up; give it an address or a name it knows"
-    if is_elsewhere and all(map(_is_loopback, meeting_addresses)):
+    if is_elsewhere and all(map(is_loopback, meeting_addresses)):
         return (
             f"MASTER_ADDR is {meeting_host}, which is {meeting_addresses[0]} here, this node itself; give rank 0's "
             "address on the network between the nodes"
@@ -60,7 +65,7 @@ def problem_of_names(
         return None
     if not own_addresses:
         return f"this node cannot look up its own name, {here}; add it to /etc/hosts, or set {NAMES}"
-    if all(map(_is_loopback, own_addresses)):
+    if all(map(is_loopback, own_addresses)):
         return (
             f"this node's name, {here}, is {own_addresses[0]}, which other nodes cannot reach; set {NAMES} to the "
             "interface between the nodes (see: ip -brief address), or mend /etc/hosts"
@@ -89,5 +94,6 @@ def answers(host: str, port: int, patience: float) -> bool:
             time.sleep(min(1.0, patience / 10))
 
 
-def _is_loopback(address: str) -> bool:
+def is_loopback(address: str) -> bool:
+    """Whether an IP address, perhaps with an interface behind %, is this machine's own."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -37,7 +37,8 @@ def test_what_is_built_outside_is_not_counted() -> None:
 def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(available=1000)
     monkeypatch.setattr("fedbert_ds.server.body.footprint.psutil.virtual_memory", lambda: free)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     assert memory_budget(torch.device("cpu")) == SHARE * 1000
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory_budget(torch.device("cpu")) == SHARE * 1000 // 4

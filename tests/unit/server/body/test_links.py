@@ -8,7 +8,7 @@ import pytest
 
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.body import links
-from fedbert_ds.server.body.links import answers, check_links, problem_of_names
+from fedbert_ds.server.body.links import answers, check_links, problem_of_names, ranks_on_node
 
 GPU_1, GPU_2, LOOPBACK = ["10.0.0.1"], ["10.0.0.2"], ["127.0.1.1"]
 TWO_NODES = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": "1", "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500"}
@@ -70,3 +70,17 @@ def test_a_port_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch
 def test_a_name_that_is_unknown_has_no_addresses() -> None:
     assert links.addresses("no-such-host.invalid") == []
     assert "127.0.0.1" in links.addresses("127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "number"),
+    [
+        ({}, 1),
+        ({"WORLD_SIZE": "4"}, 4),
+        ({"WORLD_SIZE": "4", "LOCAL_SIZE": "2"}, 2),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "1", "LOCAL_SIZE": "2"}, 1),
+    ],
+    ids=["no launcher", "one node", "deepspeed", "torchrun"],
+)
+def test_every_launcher_says_how_many_ranks_share_a_node(environment: dict[str, str], number: int) -> None:
+    assert ranks_on_node(environment) == number

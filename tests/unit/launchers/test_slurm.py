@@ -103,6 +103,43 @@ def test_only_a_complete_run_leaves_word_for_its_clients(submitted, ends, is_lef
     assert address.exists() == is_left
 
 
+@pytest.mark.parametrize(("restarts", "is_queued"), [("", True), ("4", True), ("5", False)])
+def test_a_job_that_lost_a_rank_is_queued_again_but_not_for_ever(submitted, restarts, is_queued):
+    """The rank that was frozen is killed with its step, whose code is then 137."""
+    run_folder, said = submitted["cwd"] / "runs" / "slurm-123", submitted["cwd"] / "said"
+    run_folder.mkdir(parents=True)
+    (run_folder / "lost").touch()  # by the try before
+    srun, scontrol = (submitted["cwd"] / "bin" / name for name in ("srun", "scontrol"))
+    ends = "RANK=1; export RANK; bash -c 'exit 75'; status=$?; [ $status != 75 ] || touch \"$LOST\"; exit 137"
+    srun.write_text(f'#!/bin/sh\n[ ! -e "$LOST" ] || exit 3\n{ends}\n')
+    srun.chmod(0o755)
+    scontrol.write_text(f'{SCONTROL}[ "$1" != requeue ] || echo "$*" > {said}\n')
+    variables = {"DRY_RUN": "", "PYTHON": sys.executable} | ({"SLURM_RESTART_COUNT": restarts} if restarts else {})
+    result = run("pretrain.sbatch", **submitted | variables)
+    assert result.returncode == 137, result.stderr
+    assert said.exists() == is_queued and (not is_queued or said.read_text() == "requeue 123\n")
+    assert ("queued again, to go on" in result.stdout) == is_queued
+    assert ("after 5 times in the queue: look at the nodes" in result.stderr) != is_queued
+
+
+@pytest.mark.parametrize(("code", "mark"), [(75, "lost"), (130, "stopped"), (1, None), (0, None)])
+def test_a_rank_s_shell_leaves_word_of_how_it_ended(submitted, code, mark):
+    """What srun runs for each rank, as it stands in the script."""
+    folder = submitted["cwd"] / "runs" / "slurm-123"
+    folder.mkdir(parents=True)
+    python = submitted["cwd"] / "python"
+    python.write_text(f"#!/bin/sh\nexit {code}\n")
+    srun = submitted["cwd"] / "bin" / "srun"
+    srun.write_text(
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 "$@"\n'
+    )
+    for program in (python, srun):
+        program.chmod(0o755)
+    result = run("pretrain.sbatch", **submitted | {"DRY_RUN": "", "PYTHON": str(python), "SLURM_RESTART_COUNT": "9"})
+    assert [name for name in ("lost", "stopped") if (folder / name).exists()] == ([mark] if mark else []), result.stderr
+    assert result.returncode == (130 if code == 130 else code)
+
+
 def test_server_outside_a_job_or_the_repository_is_one_line(tmp_path):
     outside_job = run("pretrain.sbatch")
     assert outside_job.returncode == 1

@@ -57,15 +57,10 @@ def _run(config: RunConfig, resume: bool, rank: int) -> None:
         from fedbert_ds.server.before_start import check_before_start
 
         check_before_start(config, resume)
-    from fedbert_ds.server.rank_messages import RankSecret
-
-    secret = RankSecret(config.run.directory)
-    if rank == 0:
-        secret.offer()
     initialize()
     from fedbert_ds.server.serve import serve
 
-    exit_code = serve(config, resume, secret)
+    exit_code = serve(config, resume)
     shut_down()
     raise SystemExit(exit_code)
 

@@ -27,13 +27,15 @@ class RankGroup:
     """
 
     def __init__(self, secret: RankSecret) -> None:
+        if dist.get_rank() == 0:
+            secret.offer()
+        # No rank has a group before rank 0 joins it.
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.update_group = dist.new_group(backend="gloo", timeout=PATIENCE)
         """A second group, for a thread beside the body: within one group, all ranks must run their
         operations in the same order."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        # The groups have met, so rank 0 has offered it.
         self._messages = RankMessages(secret.read())
         self.barrier()
         if self.rank == 0:

@@ -72,13 +72,13 @@ class RankSecret:
         self._file = run_folder.with_name(f"{run_folder.name}.rank-secret")
 
     def offer(self) -> None:
-        """Rank 0 does, before ranks meet."""
+        """Rank 0 does, before it joins a group."""
         if not self._given:
             with private():
                 write_text(self._file, secrets.token_hex(32))
 
     def read(self) -> bytes:
-        """Every rank does, once ranks have met; ConfigError where there is no such file."""
+        """Every rank does, in a group with rank 0; ConfigError where there is no such file."""
         if self._given:
             return self._given.encode()
         try:

@@ -69,13 +69,12 @@ class Prepared:
     """The run's id."""
 
 
-def serve(config: RunConfig, resume: bool, secret: RankSecret) -> int:
-    """Run this rank to the end and return its exit code. torch.distributed must be initialized, and
-    `secret` is offered.
+def serve(config: RunConfig, resume: bool) -> int:
+    """Run this rank to the end and return its exit code. torch.distributed must be initialized.
 
     Raises a UserError on the rank that it concerns; the launcher then ends the others.
     """
-    ranks, folder = RankGroup(secret), RunFolder(config.run.directory)
+    ranks, folder = RankGroup(RankSecret(config.run.directory)), RunFolder(config.run.directory)
     keep_private()
     heart = Heartbeat(ranks.rank, ranks.world_size)
     heart.start()

@@ -22,9 +22,7 @@ from fedbert_ds.server.rank_messages import SECRET, RankSecret
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[RankGroup]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    secret = RankSecret(tmp_path / "run", {})
-    secret.offer()
-    yield RankGroup(secret)
+    yield RankGroup(RankSecret(tmp_path / "run", {}))
     dist.destroy_process_group()
 
 
@@ -61,8 +59,6 @@ from fedbert_ds.server.rank_messages import RankSecret
 
 rank, port, folder, secret = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
 source = RankSecret(folder / "run", {"FEDBERT_RANK_SECRET": secret} if secret else {})
-if rank == 0:
-    source.offer()
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
                         timeout=datetime.timedelta(seconds=60))
 """

@@ -55,9 +55,7 @@ model = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
 config = parse_config({"model": model, "body": {"deepspeed": sys.argv[1]}}, "test")
 _, body = split(build_model(config.model, 20, 0, 1), "embeddings")
 BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
-secret = RankSecret(Path(sys.argv[2]))
-secret.offer()
-ours = RankGroup(secret)
+ours = RankGroup(RankSecret(Path(sys.argv[2])))
 its_own = groups._get_data_parallel_group()
 assert its_own is not torch.distributed.group.WORLD, "there is nothing to mend any more"
 for group in (its_own, torch.distributed.group.WORLD, ours.group, ours.update_group):

@@ -23,11 +23,8 @@ from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rank_messages import RankSecret
 from pathlib import Path
 
-secret = RankSecret(Path(sys.argv[1]))
-if os.environ["RANK"] == "0":
-    secret.offer()
 initialize()
-group = RankGroup(secret)
+group = RankGroup(RankSecret(Path(sys.argv[1])))
 total = torch.ones(1)
 dist.all_reduce(total)
 listening = {one.laddr.ip for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}

@@ -78,8 +78,7 @@ def serve(config: RunConfig, resume: bool) -> int:
     keep_private()
     heart = Heartbeat(ranks.rank, ranks.world_size)
     heart.start()
-    with locked(folder.path, "run.directory") if ranks.rank == 0 else nullcontext():
-        is_complete = _run(config, resume, ranks, folder)
+    is_complete = _run(config, resume, ranks, folder)
     heart.stop()
     # Rank 0 speaks for the run. Launchers take any other code of any rank for a crash.
     if ranks.rank != 0:
@@ -108,6 +107,8 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         at_end.callback(endpoint.stop)
         port = endpoint.start()
         addresses = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}", str)
+        if ranks.rank == 0:
+            at_end.enter_context(locked(folder.path, "run.directory"))
         prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None, Prepared)
         tokenizer = tokenizer_from_bytes(prepared.tokenizer)
         model_config, half, body = _halves(config, tokenizer)

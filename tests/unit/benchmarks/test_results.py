@@ -30,6 +30,8 @@ from fedbert_ds.bench.host.benchmark import table as host_table
 from fedbert_ds.bench.memory.benchmark import MODERN, count
 from fedbert_ds.bench.memory.benchmark import table as in_flight_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
+from fedbert_ds.compare.table import grouped, owner_means, verdict
+from fedbert_ds.compare.table import table as compare_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
 
@@ -333,6 +335,28 @@ def test_256_streams_for_10_minutes():
     memory = [row["rss_mb"] for row in rows("streams") if row["seconds"] > 60]
     half = len(memory) // 2
     assert abs(sum(memory[half:]) / len(memory[half:]) - sum(memory[:half]) / half) < 10
+
+
+def test_what_joining_gives():
+    """Every seed is a record of its own; the page has them together."""
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS if path.stem.startswith("owners-")]
+    assert len({json.dumps(record["settings"], sort_keys=True) for record in records}) == 1
+    rows = [row for record in records for row in record["rows"]]
+    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert compare_table(rows) in page
+    told = " ".join(page.split())
+    assert all(line in told for line in verdict(rows))
+    systems = grouped(rows)
+    assert all(len(group) == len(records) for group in systems.values())
+    means = {label: owner_means(group) for label, group in systems.items()}
+    # What the page claims.
+    for owner, loss in means["synchronous"].items():
+        assert abs(loss - means["centralized"][owner]) < 0.02
+        assert loss < means["alone-share"][owner] - 0.1
+        assert loss < means["word frequency"][owner] - 0.9
+        assert loss < means["fedavg, average every 2"][owner] < means["diloco, average every 2, server_lr 0.1"][owner]
+    bytes_per_token = {label: group[0].get("bytes_per_token") for label, group in systems.items()}
+    assert 2400 < bytes_per_token["fedavg, average every 2"] < bytes_per_token["synchronous"] < 2700
 
 
 def test_glue_beside_plain_transformers_code():

@@ -156,8 +156,8 @@ class CheckpointFolder:
         if free >= needed:
             return None
         return (
-            f"{self.path}: {free / 1e9:.2f} GB are free and a checkpoint takes {needed / 1e9:.2f} GB; free some space "
-            "or move the run's folder, then add --resume"
+            f"{self.path}: {free / 1e6:,.0f} MB are free and a checkpoint takes {needed / 1e6:,.0f} MB; free some "
+            "space or move the run's folder, then add --resume"
         )
 
     def _free(self) -> int:

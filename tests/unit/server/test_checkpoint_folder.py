@@ -218,7 +218,7 @@ def test_room_for_another_is_made_or_missed_in_one_line(
     free = 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     problem = checkpoints.make_room(10_000_000_000)
-    assert problem is not None and "0.00 GB are free and a checkpoint takes 10.50 GB; free some space" in problem
+    assert problem is not None and "0 MB are free and a checkpoint takes 10,500 MB; free some space" in problem
     free = 11_000_000_000
     assert checkpoints.make_room(10_000_000_000) is None
     complete(checkpoints, 3, 6, size=2000)

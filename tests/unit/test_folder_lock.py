@@ -83,6 +83,7 @@ def test_what_is_made_is_for_its_owner_alone(tmp_path: Path) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (run, *run.iterdir())}
     assert modes == {"run": 0o700, "text": 0o600, "folder": 0o700, LOCK: 0o600}
     shared = tmp_path / "shared"
-    shared.mkdir(mode=0o755)
+    shared.mkdir()
+    shared.chmod(0o755)
     private_folder(shared)
     assert stat.S_IMODE(shared.stat().st_mode) == 0o755, "its owner has said so"

@@ -166,7 +166,10 @@ def test_masked_positions_come_back_in_the_order_asked(small_model) -> None:
     values, _ = activations_for(body, 8)
     bounds = torch.tensor([0, 3, 8], dtype=torch.int32)
     everything = body(values, torch.arange(8), bounds)
-    assert torch.equal(body(values, torch.tensor([6, 0, 3]), bounds), everything[[6, 0, 3]])
+    found = body(values, torch.tensor([6, 0, 3]), bounds)
+    # Not to the bit: on some processors a product of three rows rounds otherwise than one of eight.
+    torch.testing.assert_close(found, everything[[6, 0, 3]], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, everything[[0, 3, 6]], atol=1e-2)
 
 
 def test_the_last_feed_forward_runs_for_masked_positions_only(small_model, architecture, cut) -> None:

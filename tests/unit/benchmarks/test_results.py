@@ -353,7 +353,7 @@ def test_what_joining_gives():
     for owner, loss in means["synchronous"].items():
         assert abs(loss - means["centralized"][owner]) < 0.02
         assert loss < means["alone-share"][owner] - 0.1
-        assert loss < means["word frequency"][owner] - 0.9
+        assert loss < means["word frequency"][owner] - 0.8
         assert loss < means["fedavg, average every 2"][owner] < means["diloco, average every 2, server_lr 0.1"][owner]
     bytes_per_token = {label: group[0].get("bytes_per_token") for label, group in systems.items()}
     assert 2400 < bytes_per_token["fedavg, average every 2"] < bytes_per_token["synchronous"] < 2700

@@ -359,6 +359,18 @@ def test_what_joining_gives():
     assert 2400 < bytes_per_token["fedavg, average every 2"] < bytes_per_token["synchronous"] < 2700
 
 
+def test_every_mode_goes_on_from_a_checkpoint():
+    rows = json.loads((BENCHMARKS / "results" / "continued-minilm.json").read_text(encoding="utf-8"))["rows"]
+    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert compare_table(rows) in page
+    losses = {label: owner_means(group) for label, group in grouped(rows).items()}
+    before = losses.pop("before training")
+    systems = {label.partition(",")[0] for label in losses} - {"word frequency"}
+    assert systems == {"centralized", "synchronous", "parallel", "sequential", "fedavg", "diloco", "muloco"}
+    assert all(losses[label][owner] < before[owner] for label in losses for owner in before)
+    assert all(losses["synchronous"][owner] < losses["word frequency"][owner] - 0.3 for owner in before)
+
+
 def test_glue_beside_plain_transformers_code():
     record = json.loads((BENCHMARKS / "results" / "glue-plain.json").read_text(encoding="utf-8"))
     assert {row["task"] for row in record["rows"]} == {"SST-2", "RTE", "STS-B"}

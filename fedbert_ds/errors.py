@@ -72,6 +72,11 @@ def exit_with(error: UserError) -> NoReturn:
     raise SystemExit(error.exit_code)
 
 
+def warn(problem: str) -> None:
+    """Print one line about what the user may mend while work goes on."""
+    print(f"warning {problem}", flush=True)
+
+
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point: a UserError becomes one line and an exit code, and so does Ctrl-C. A
     bug keeps its traceback."""

@@ -10,7 +10,7 @@ from fedbert_ds.aggregator.endpoint import AggregatorEndpoint, OpenAsked, Ordere
 from fedbert_ds.aggregator.folder import AggregatorFolder, folder_of
 from fedbert_ds.aggregator.run import AggregatedRun, ClientModel
 from fedbert_ds.config import RunConfig
-from fedbert_ds.errors import ConfigError, RunError, UserError, WireError
+from fedbert_ds.errors import ConfigError, RunError, UserError, WireError, warn
 from fedbert_ds.federation.agreement import agreement, disagreement
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.folder_lock import locked
@@ -133,7 +133,7 @@ class _Process:
             raise ConfigError(difference)
         if not 0 < request.ranks <= MOST_RANKS:
             raise WireError(f"a server of {request.ranks} ranks")
-        saved = self._folder.whole_windows(lambda problem: print(f"warning {problem}", flush=True))
+        saved = self._folder.whole_windows(warn)
         if saved and not request.resume:
             raise RunError(
                 f"the aggregator's folder {self._folder.path} holds a run; add --resume at the server, or set another "

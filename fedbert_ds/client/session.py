@@ -19,7 +19,7 @@ from fedbert_ds.client.state import claim, run_of, whole_windows
 from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError
+from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError, warn
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import config_from_json, shape_hash
@@ -126,7 +126,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         vocabulary_hash=vocabulary_hash(tokenizer) if tokenizer else "",
         shape_hash=_shape_of(options.model) if options.model else "",
         cut=cut_to_json(options.cut) if options.cut else "",
-        saved_windows=whole_windows(options.state_folder, lambda problem: print(f"warning {problem}", flush=True)),
+        saved_windows=whole_windows(options.state_folder, warn),
         run=run_of(options.state_folder),
         task=options.task,
     )

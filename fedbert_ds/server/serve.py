@@ -14,7 +14,7 @@ import torch
 
 from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
-from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError
+from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError, warn
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import Strategy, strategy_of
@@ -297,7 +297,7 @@ def _aggregator(config: RunConfig, half: ClientHalf, strategy: Strategy) -> Aggr
 
 def _whole_windows(folder: RunFolder) -> frozenset[int]:
     """Windows that the run may go on with."""
-    return folder.checkpoints.whole_windows(lambda problem: print(f"warning {problem}", flush=True))
+    return folder.checkpoints.whole_windows(warn)
 
 
 def _expectation(

@@ -6,6 +6,7 @@ import signal
 from types import FrameType
 from typing import Protocol
 
+from fedbert_ds.errors import warn
 from fedbert_ds.server.launchers import Launchers
 
 
@@ -36,7 +37,7 @@ class StopSignal:
         """Whether the run shall save and end."""
         if not self._is_signalled and self._launchers.are_gone:
             self._is_signalled = True
-            print("warning the launcher is gone: the run saves and ends", flush=True)
+            warn("the launcher is gone: the run saves and ends")
         return self._is_signalled
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

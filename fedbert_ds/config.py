@@ -344,8 +344,11 @@ class FederationSection(Section):
     anew for each from the run's seed. Those who do bring more, so that an average window still
     holds `window.tokens`."""
     average_scope: Literal["embeddings", "head", "embeddings+head"] = "embeddings+head"
-    """Parts averaged in `parallel` mode. The rest stays personal to each client until the end of
-    the run, when whole halves are averaged into the result."""
+    """Parts averaged in `parallel` mode. The rest stays personal to each client."""
+    personal_parts: Literal["kept", "averaged"] = "kept"
+    """What becomes of parts outside `average_scope` when a model is written. `kept`: they never
+    leave their clients; the model has these parts as the run began. `averaged`: clients hand them
+    over, and their mean by masked tokens is in the model."""
     staleness: Annotated[int, Field(ge=0, le=8)] = 0
     """Windows whose exchange of client updates a client need not wait for before it begins the
     next; 0 is exact, more hides exchanges over slow links."""
@@ -408,6 +411,7 @@ _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
     "participants": ("mode", ("synchronous", "parallel")),
     "server_optimizer": ("mode", ("parallel",)),
     "proximal": ("mode", ("parallel",)),
+    "personal_parts": ("average_scope", ("embeddings", "head")),
     "server_lr": ("server_optimizer", ("momentum", "adam", "yogi", "nesterov")),
     "server_momentum": ("server_optimizer", ("momentum", "nesterov")),
     "server_betas": ("server_optimizer", ("adam", "yogi")),

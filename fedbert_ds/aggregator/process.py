@@ -170,4 +170,5 @@ def _client_model(config: RunConfig, request: pb.OpenRun) -> ClientModel:
     strategy = strategy_of(config.federation, config.wire, config.cut)
     weights = {name: parameter.detach() for name, parameter in half.named_parameters()}
     exchanged = {n: tuple(w.shape) for n, w in weights.items() if strategy.takes_part(half.parameter_scope(n))}
-    return ClientModel(weights, exchanged, model.config)
+    handed_over = {n: tuple(w.shape) for n, w in weights.items() if strategy.is_handed_over(half.parameter_scope(n))}
+    return ClientModel(weights, exchanged, handed_over, model.config)

@@ -35,6 +35,8 @@ class ClientModel:
     """fp32 by name."""
     exchanged: Shapes
     """Shapes of the tensors in updates."""
+    handed_over: Shapes
+    """Shapes of the tensors that clients hand over for the result."""
     model_config: Any
     """transformers' config of the whole model."""
 
@@ -67,7 +69,7 @@ class AggregatedRun:
         self._shapes = {name: model.exchanged[name] for name in sorted(model.exchanged)}
         clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
         self._updates = WindowUpdates(self._combined, len(sessions), config.federation.staleness, clips)
-        self._inbox = UpdateInbox(model.exchanged, self._aggregator.shapes, self._strategy.update_codec)
+        self._inbox = UpdateInbox(model.exchanged, model.handed_over, self._strategy.update_codec)
         self._guests = Guests(endpoint, sessions)
         self._has_begun = False
         self._roll_back = RollBack(len(sessions))
@@ -245,8 +247,8 @@ class AggregatedRun:
                 if not self._collected:
                     raise RunError("no client was left to hand over its half; start all again with --resume")
                 # By masked tokens, as the ranks average.
-                average = combine_ranks(self._guests.by_rank(self._collected), self._aggregator.shapes, average=True)
-                self._write_result(conclude.window, average)
+                average = combine_ranks(self._guests.by_rank(self._collected), self._model.handed_over, average=True)
+                self._write_result(conclude.window, self._aggregator.reference().weights | average)
 
     def close(self, report: pb.Report | None, finish: pb.Finish) -> None:
         """Part with every rank, with one last report, and with every client."""

@@ -26,12 +26,12 @@ class ArrivedUpdate:
 class UpdateInbox:
     """Joins each client's chunks. `receive` raises WireError for anything else than an update.
 
-    `exchanged` are the shapes of the tensors in updates, `client_model` of all tensors; `codec` is
-    that of updates. A whole client model travels in fp32.
+    `exchanged` are the shapes of the tensors in updates, `handed_over` of those for the run's
+    result; `codec` is that of updates. What is handed over travels in fp32.
     """
 
-    def __init__(self, exchanged: Shapes, client_model: Shapes, codec: str) -> None:
-        self._exchanged, self._client_model, self._codec = exchanged, client_model, codec
+    def __init__(self, exchanged: Shapes, handed_over: Shapes, codec: str) -> None:
+        self._exchanged, self._handed_over, self._codec = exchanged, handed_over, codec
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
         self._collecting: int | None = None
 
@@ -47,7 +47,7 @@ class UpdateInbox:
         chunk = message.update
         is_model = chunk.window == self._collecting
         if client not in self._assemblers:
-            shapes, codec = (self._client_model, "fp32") if is_model else (self._exchanged, self._codec)
+            shapes, codec = (self._handed_over, "fp32") if is_model else (self._exchanged, self._codec)
             self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its update", codec)
         window, assembler = self._assemblers[client]
         if chunk.window != window:

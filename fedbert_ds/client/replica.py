@@ -58,6 +58,9 @@ class Replica:
         """With staleness: the weights of each window's update, until their average is back."""
         self._assembler: UpdateAssembler | None = None
         """Of the update that is arriving."""
+        self._handed_over = frozenset(
+            name for name, _ in half.named_parameters() if self._strategy.is_handed_over(half.parameter_scope(name))
+        )
         self._shapes = {name: tuple(p.shape) for name, p in half.named_parameters()}
         self._reference = ReferenceAssembler(self._shapes)
         self._masked_since_average = 0
@@ -120,9 +123,14 @@ class Replica:
         self._optimizer.step(window)
         return self._exchanged_weights(window) if exchange == "weights" else ()
 
-    def whole(self, window: int) -> Iterator[pb.UpdateChunk]:
-        """All weights, exact, for the run's result before `window`."""
-        return self._chunks(window, dict(self._half.named_parameters()), float(max(1, self._masked_seen)), "fp32")
+    def handed_over(self, window: int) -> Iterator[pb.UpdateChunk]:
+        """The weights for the run's result before `window`, exact, but for what is this client's
+        alone. WireError where the result needs none of them.
+        """
+        if not self._handed_over:
+            raise WireError("the server asked for this client's half, which the run's result does not need")
+        weights = {name: p for name, p in self._half.named_parameters() if name in self._handed_over}
+        return self._chunks(window, weights, float(max(1, self._masked_seen)), "fp32")
 
     def flops_per_token(self) -> float:
         """Floating-point operations of the half per token, forward and backward.

@@ -117,7 +117,7 @@ class ClientTrainer:
             case "save":
                 self._save(message.save.window)
             case "update_request":
-                self._send_update(self._replica.whole(message.update_request.window))
+                self._send_update(self._replica.handed_over(message.update_request.window))
             case "finish":
                 self.finish = message.finish
             case "refused" if message.refused.may_return:

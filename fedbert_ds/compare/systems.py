@@ -130,6 +130,8 @@ def overrides_of(system: System, base: RunConfig) -> tuple[str, ...]:
         federation["mode"] = MODE[system.name]
     if system.average_every:
         federation["average_every"] = system.average_every
+    if federation.get("average_scope", _default("average_scope")) != _default("average_scope"):
+        federation["personal_parts"] = "averaged"  # what is compared are whole models
     if system.staleness:
         federation["staleness"] = system.staleness
     section = json.dumps({key: value for key, value in federation.items() if value != _default(key)})

@@ -83,7 +83,16 @@ class Strategy(Protocol):
 
     @property
     def result_is_reference(self) -> bool:
-        """The run's result is the reference; otherwise the average of all clients' halves."""
+        """The run's result is the reference; otherwise the average of what all clients hand over
+        of their halves, and the reference for the rest.
+        """
+
+    def is_handed_over(self, scope: Scope) -> bool:
+        """Clients hand parameters of this scope over for the result; others never leave them."""
+
+    @property
+    def has_kept_parts(self) -> bool:
+        """Some parameters never leave their clients. The result has them as the run began."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,7 @@ class Synchronous:
     trains_alone = False
     halves_are_personal = False
     result_is_reference = True
+    has_kept_parts = False
     needs_every_window = True
     exchanges_per_window = 1.0
 
@@ -118,6 +128,10 @@ class Synchronous:
         """Everything: there is one model."""
         return True
 
+    def is_handed_over(self, scope: Scope) -> bool:
+        """Nothing: the reference has it."""
+        return False
+
 
 @dataclass(frozen=True)
 class Parallel:
@@ -133,6 +147,7 @@ class Parallel:
     """Parts of the client half that are averaged."""
     participants: int | None = None
     """How many clients take part in a round; None: all."""
+    hands_over_personal_parts: bool = False
     trains_alone = False
     halves_are_personal = True
     result_is_reference = False
@@ -169,6 +184,15 @@ class Parallel:
     def takes_part(self, scope: Scope) -> bool:
         """The parts that the run file averages."""
         return scope in self.scopes
+
+    def is_handed_over(self, scope: Scope) -> bool:
+        """What is averaged anyway, which may have moved since; the rest if the run file says so."""
+        return not self.result_is_reference and (self.takes_part(scope) or self.hands_over_personal_parts)
+
+    @property
+    def has_kept_parts(self) -> bool:
+        """What is neither averaged nor handed over."""
+        return not all(self.takes_part(scope) or self.is_handed_over(scope) for scope in get_args(Scope))
 
 
 @dataclass(frozen=True)
@@ -227,7 +251,7 @@ def strategy_of(federation: FederationSection, wire: WireSection, cut: Cut = "em
         return Sequential(wire.updates, federation.average_every, frozenset(get_args(Scope)))
     scopes = federation.average_scope.split("+")
     averaged = frozenset(s for s in get_args(Scope) if s in scopes)
-    return Parallel(wire.updates, federation.average_every, averaged, count)
+    return Parallel(wire.updates, federation.average_every, averaged, count, federation.personal_parts == "averaged")
 
 
 def _all_or_some(seed: int, members: Members, round_windows: int, count: int | None) -> Sampler:

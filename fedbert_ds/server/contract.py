@@ -33,12 +33,12 @@ class Contract:
     longest_sequence: int
     """Tokens of the longest sequence."""
     is_rows_cut: bool
-    client_model: Shapes
-    """Shape of every tensor of a client half, by name."""
     exchanged: Shapes
     """Shapes of the tensors in client updates, by name."""
+    handed_over: Shapes
+    """Shapes of the tensors of a client half that it hands over for the result, by name."""
     update_codec: UpdateCodec = "fp32"
-    """Codec of the matrices in client updates. A whole client model travels in fp32."""
+    """Codec of the matrices in client updates. What is handed over travels in fp32."""
     num_counts: int = 0
     """Numbers in an evaluation that a task's measures are made of."""
 

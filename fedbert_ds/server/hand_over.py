@@ -25,6 +25,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import cut_to_json
 
 ClientFigures = Sequence[pb.Saved]
+KEPT_KEY = "federation.personal_parts: kept"
 BEST_EVALUATION = "evaluation.json"
 """File in the folder of the best model."""
 
@@ -32,12 +33,13 @@ BEST_EVALUATION = "evaluation.json"
 def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     """The client model before `window`, fp32 by name, on every rank.
 
-    It is the aggregator's, or, as the strategy says, the average of the clients' halves, by masked
-    tokens. Raises RunError, on every rank, when no client is left to hand one over.
+    It is the aggregator's; where the strategy says so, parts of it are the average of the clients',
+    by masked tokens. Raises RunError, on every rank, when no client is left to hand one over.
     """
     assert rooms.aggregator is not None
+    reference = rooms.aggregator.reference().weights
     if rooms.strategy.result_is_reference:
-        return rooms.aggregator.reference().weights
+        return reference
     mine = sorted(rooms.queue.clients)
     collected = rooms.inbox.collected
     rooms.inbox.expect_collected(window)
@@ -49,7 +51,7 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
             f"no client was left to hand over its half; window {window} is saved: start the clients again and "
             "add --resume"
         )
-    return combine(updates, rooms.contract.client_model, average=True, group=rooms.rank_group.group)
+    return reference | combine(updates, rooms.contract.handed_over, average=True, group=rooms.rank_group.group)
 
 
 def hand_over(
@@ -88,7 +90,9 @@ def hand_over(
         save_merged(folder.model, model_config, client_model, body, tokenizer)
     facts = facts | _costs(folder, [pair for pairs in all_figures for pair in pairs])
     baselines: dict[str, float] = {}
-    if is_complete and client_model is not None and folder.held_out.is_file():
+    if rooms.strategy.has_kept_parts:
+        facts = facts | {"held-out loss": f"not of a model without its clients' own parts ({KEPT_KEY})"}
+    elif is_complete and client_model is not None and folder.held_out.is_file():
         if config.task.is_labelled:
             facts = facts | _evaluate_task(folder, config)
         else:
@@ -109,6 +113,9 @@ def hand_over(
     if client_model is not None:
         loaded = f'{auto_class(model_config).__name__}.from_pretrained("{folder.model}")'
         print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
+        if rooms.strategy.has_kept_parts:
+            averaged = config.federation.average_scope
+            print(f"        all but body and {averaged} is as the run began: each client keeps its own ({KEPT_KEY})")
     else:
         print(_where_the_halves_are(folder, rooms))
     if config.run.keep_best:

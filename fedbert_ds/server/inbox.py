@@ -202,7 +202,7 @@ class Inbox:
         if client not in self._assemblers:
             if is_whole and client in self.collected:
                 raise WireError(f"client {client}: a second client model of window {chunk.window}")
-            shapes = self._contract.client_model if is_whole else self._contract.exchanged
+            shapes = self._contract.handed_over if is_whole else self._contract.exchanged
             codec = "fp32" if is_whole else self._contract.update_codec
             self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its update", codec)
         window, assembler = self._assemblers[client]

@@ -229,8 +229,8 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
         gradients=TensorContract(config.wire.gradients, half.widths.hidden, most),
         longest_sequence=config.data.sequence_length,
         is_rows_cut=config.cut == "rows",
-        client_model=parameters,
         exchanged={n: shape for n, shape in parameters.items() if strategy.takes_part(half.parameter_scope(n))},
+        handed_over={n: shape for n, shape in parameters.items() if strategy.is_handed_over(half.parameter_scope(n))},
         update_codec=strategy.update_codec,
         num_counts=half.num_counts,
     )

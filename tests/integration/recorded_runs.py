@@ -43,7 +43,12 @@ def jobs(folder: Path) -> list[dict[str, Any]]:
     add("zero1-parallel-int8", 1, federation=parallel, wire={"updates": "int8", "activations": "int8"})
     add("zero2-rows-synchronous", 2, cut="rows", optimizer={"name": "lamb", "lr": 0.01, "gradient_clipping": 1.0})
     add("zero3-layers-synchronous", 3, cut={"layers": 1}, model=dropout)
-    add("zero2-parallel", 2, model=dropout, federation={**parallel, "average_scope": "embeddings"})
+    add(
+        "zero2-parallel",
+        2,
+        model=dropout,
+        federation={**parallel, "average_scope": "embeddings", "personal_parts": "averaged"},
+    )
     add("zero2-resumed", 2, model=dropout, mutation="stopped before window 3")
     add("zero2-resumed", 2, model=dropout, resume=True)
     return todo

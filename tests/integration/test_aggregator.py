@@ -23,7 +23,15 @@ MODEL = {"dropout": 0.1}
 PLAIN = {"wire": {"compression": "none"}}
 MODES: dict[str, dict[str, Any]] = {
     "synchronous": {"optimizer": {"lr": 0.01, "gradient_clipping": 0.05}, **PLAIN},
-    "parallel": {"federation": {"mode": "parallel", "average_every": 2, "average_scope": "embeddings"}, **PLAIN},
+    "parallel": {
+        "federation": {
+            "mode": "parallel",
+            "average_every": 2,
+            "average_scope": "embeddings",
+            "personal_parts": "averaged",
+        },
+        **PLAIN,
+    },
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "adam-int8": {

@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import load_state, saved_windows
+from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.federation.reference import Reference
+from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.server.checkpoint import read_client_model
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 from fedbert_ds.server.cursors import Cursor
@@ -73,7 +75,9 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     sgd = {"name": "sgd", "lr": 0.5}
     add("parallel-1", optimizer=sgd, federation={"mode": "parallel", "average_every": 1})
     for scope in ("embeddings", "head"):
-        add(f"parallel-{scope}", federation={"mode": "parallel", "average_every": WINDOWS, "average_scope": scope})
+        for parts in ("kept", "averaged"):
+            federation = {"mode": "parallel", "average_every": WINDOWS, "average_scope": scope, "personal_parts": parts}
+            add(f"parallel-{scope}-{parts}", federation=federation, wire={"compression": "none"})
     for codec in ("bf16", "int8"):
         add(f"wire-{codec}", wire={"activations": codec, "gradients": codec})
     mixed = {"activations": "int4_hadamard", "hidden": "fp8_e4m3", "gradients": "int8_group", "updates": "int8"}
@@ -152,15 +156,23 @@ def test_parallel_averaging_every_window_equals_centralized_sgd(runs) -> None:
     assert _largest_difference(_weights(folder / "parallel-1"), Centralized(tree, data).train()) < 1e-5
 
 
-@pytest.mark.parametrize("scope, personal", [("embeddings", "head"), ("head", "embeddings")])
-def test_what_is_not_averaged_stays_personal(runs, scope, personal) -> None:
+@pytest.mark.parametrize("parts", ["kept", "averaged"])
+@pytest.mark.parametrize("scope", ["embeddings", "head"])
+def test_what_is_not_averaged_stays_personal(runs, scope, parts) -> None:
+    """Kept parts are not among the bytes that a client sends; averaged ones are in the model."""
     folder, _ = runs
-    halves = [load_state(folder / f"parallel-{scope}" / "clients" / client, WINDOWS)["half"] for client in CLIENTS]
-    for name in halves[0]:
-        is_head = name.startswith("cls.")
-        equal = all(torch.equal(halves[0][name], half[name]) for half in halves)
-        assert equal == (is_head == (scope == "head")), name
-    assert personal in ("head", "embeddings")
+    run = folder / f"parallel-{scope}-{parts}"
+    halves = {client: load_state(run / "clients" / client, WINDOWS)["half"] for client in CLIENTS}
+    sent = {client: (run / "clients" / client / "sent.bin").read_bytes() for client in CLIENTS}
+    began, model = _first_weights(run), _weights(run)
+    for name in halves["ada"]:
+        is_personal = name.startswith("cls.") == (scope == "embeddings")
+        first, *others = [half[name] for half in halves.values()]
+        assert all(torch.equal(first, other) for other in others) != is_personal, name
+        if is_personal:
+            was_sent = [half[name].numpy().tobytes() in sent[client] for client, half in halves.items()]
+            assert was_sent == [parts == "averaged"] * len(CLIENTS), name
+            assert torch.equal(model[name], began[name]) == (parts == "kept"), name
 
 
 def test_fewer_bytes_cross_with_a_narrower_codec_and_with_distinct_rows(runs) -> None:
@@ -219,6 +231,13 @@ def _varints(values: list[int]) -> bytes:
 
 def _weights(run: Path) -> dict[str, Tensor]:
     return AutoModelForMaskedLM.from_pretrained(run / "hf").state_dict()
+
+
+def _first_weights(run: Path) -> dict[str, Tensor]:
+    """Those that a run from scratch began with."""
+    config, tokenizer = load_config(run / "config.yaml"), load_tokenizer(str(run.parent / "tokenizer"))
+    assert tokenizer.pad_token_id is not None
+    return build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed).state_dict()
 
 
 def _has_personal_halves(name: str) -> bool:

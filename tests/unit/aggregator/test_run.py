@@ -41,7 +41,7 @@ class Run:
     def __init__(self, folder: Path, **federation: Any) -> None:
         self.endpoint = Endpoint()
         tree = {"federation": federation, "optimizer": {"name": "sgd", "gradient_clipping": 0.0}}
-        model = ClientModel({"table": torch.zeros(2, 2)}, SHAPES, None)
+        model = ClientModel({"table": torch.zeros(2, 2)}, SHAPES, SHAPES, None)
         config = parse_config(tree, "test")
         self.real = AggregatedRun(config, model, ["zero", "one"], self.endpoint, AggregatorFolder(folder))
         for rank, client in enumerate(("ada", "bo")):

@@ -298,11 +298,31 @@ def test_the_last_window_is_followed_by_none(tmp_path: Path) -> None:
     server.take_update()
     server.give_update({name: torch.zeros_like(p) for name, p in server.half.named_parameters()})
     assert not server.sent and not server.manifests
-    server.trainer.handle(pb.ServerMessage(update_request=pb.UpdateRequest(window=1)))
-    weights, weight = server.take_update()
-    assert weight == len(batch_of(0).labels) and len(weights) == len(list(server.half.parameters()))
     server.trainer.handle(pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
     assert server.trainer.finish == pb.Finish(reason="done", complete=True)
+
+
+@pytest.mark.parametrize("parts", ["kept", "averaged"])
+@pytest.mark.parametrize("scope", ["embeddings", "head", "embeddings+head"])
+def test_for_the_result_a_client_hands_over_nothing_that_is_its_own(tmp_path: Path, scope: str, parts: str) -> None:
+    keys = {} if scope == "embeddings+head" else {"personal_parts": parts}
+    federation = FederationSection(mode="parallel", average_every=10, average_scope=scope, **keys)
+    server = Server(tmp_path, half_of(), windows=1, federation=federation)
+    server.begin()
+    server.window()
+    server.trainer.handle(pb.ServerMessage(update_request=pb.UpdateRequest(window=1)))
+    weights, weight = server.take_update()
+    names = [name for name, _ in server.half.named_parameters()]
+    expected = [name for name in names if parts == "averaged" or server.half.parameter_scope(name) in scope]
+    assert weight == len(batch_of(0).labels) and sorted(weights) == sorted(expected)
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "sequential"])
+def test_a_half_that_no_result_needs_is_not_handed_over(tmp_path: Path, mode: str) -> None:
+    server = Server(tmp_path, half_of(), windows=1, federation=FederationSection(mode=mode))
+    server.begin()
+    with pytest.raises(WireError, match="asked for this client's half, which the run's result does not need"):
+        server.trainer.handle(pb.ServerMessage(update_request=pb.UpdateRequest(window=1)))
 
 
 # -- where to go on --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,13 @@ def test_what_means_nothing_to_a_system_is_left_out() -> None:
     assert applied("synchronous", "wikitext.yaml", *users).federation.proximal == 0
     assert applied("synchronous", "wikitext.yaml", *users).federation.participants == 4
     assert applied("sequential:5", "wikitext.yaml", *users).federation.participants == "all"
+
+
+def test_whole_models_are_compared_where_parts_are_personal() -> None:
+    run = base(federation={"mode": "parallel", "average_scope": "head"})
+    (system,) = parse_systems(["parallel:2"], run)
+    (section,) = [text for text in overrides_of(system, run) if text.startswith("federation=")]
+    assert json.loads(section.removeprefix("federation="))["personal_parts"] == "averaged"
 
 
 def test_commands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from unit.server.fake_client import HALF, FakeClient
 from unit.server.fakes import Rank, run_config
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import FederationSection, RunConfig, WireSection, parse_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_rows, write_shard
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.errors import RunError
 from fedbert_ds.evaluation.labelled import evaluate_task
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.server import hand_over as room
@@ -143,6 +145,18 @@ def test_a_complete_run_is_merged_evaluated_and_reported(
     assert f"report  {ended.folder.report}   complete" in out
     page = ended.folder.report.read_text()
     assert "word frequency alone" in page and "client peak memory" in page
+
+
+def test_a_model_without_its_clients_own_parts_is_not_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = Ended(tmp_path, monkeypatch)
+    kept = strategy_of(FederationSection(mode="parallel", average_scope="embeddings"), WireSection())
+    ended.rooms = replace(ended.rooms, strategy=kept)
+    ended.hand_over(window=1)
+    out = capsys.readouterr().out
+    assert "each client keeps its own (federation.personal_parts: kept)" in out and "held-out loss" not in out
+    assert "a model without its clients&#x27; own parts" in ended.folder.report.read_text()
 
 
 def test_a_complete_run_of_labels_is_measured_on_the_examples_held_out(

@@ -29,7 +29,7 @@ from fedbert_ds.wire.codecs import encode, encode_positions
 from fedbert_kernels.encoded import Encoded
 
 CONTRACT = Contract(
-    TensorContract("fp32", WIDTH, 8), TensorContract("fp32", WIDTH, 8), 8, False, HALF, {"table": HALF["table"]}
+    TensorContract("fp32", WIDTH, 8), TensorContract("fp32", WIDTH, 8), 8, False, {"table": HALF["table"]}, HALF
 )
 
 

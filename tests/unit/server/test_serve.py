@@ -28,6 +28,9 @@ def half_of(config: RunConfig) -> Any:
     return client_skeleton(config_of(config.model, 30, 0), config.cut)
 
 
+BOTH = {"embeddings", "head"}
+
+
 @pytest.mark.parametrize("cut", ["embeddings", "rows", {"layers": 1}])
 def test_clients_may_send_what_the_cut_and_the_codecs_say(cut: Any) -> None:
     config = config_with(cut=cut, wire={"activations": "int8", "gradients": "bf16"})
@@ -36,24 +39,25 @@ def test_clients_may_send_what_the_cut_and_the_codecs_say(cut: Any) -> None:
     assert contract.activations == TensorContract("int8", half.widths.activations, 64)
     assert contract.gradients == TensorContract("bf16", half.widths.hidden, 64)
     assert contract.is_rows_cut == (cut == "rows") and contract.longest_sequence == 12
-    assert contract.client_model == {name: tuple(p.shape) for name, p in half.named_parameters()}
+    assert contract.exchanged == {name: tuple(p.shape) for name, p in half.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    ("federation", "parts"),
+    ("federation", "parts", "handed_over"),
     [
-        ({"mode": "synchronous"}, {"embeddings", "head"}),
-        ({"mode": "parallel"}, {"embeddings", "head"}),
-        ({"mode": "parallel", "average_scope": "head"}, {"head"}),
+        ({"mode": "synchronous"}, BOTH, set()),
+        ({"mode": "parallel"}, BOTH, BOTH),
+        ({"mode": "parallel", "average_scope": "head"}, {"head"}, {"head"}),
+        ({"mode": "parallel", "average_scope": "head", "personal_parts": "averaged"}, {"head"}, BOTH),
     ],
-    ids=["synchronous", "parallel", "parallel, head alone"],
+    ids=["synchronous", "parallel", "parallel, head alone", "parallel, head alone, the rest at the end"],
 )
-def test_updates_carry_what_is_exchanged(federation: dict[str, Any], parts: set[str]) -> None:
+def test_updates_carry_what_is_exchanged(federation: dict[str, Any], parts: set[str], handed_over: set[str]) -> None:
     config = config_with(federation=federation, wire={"updates": "int8"})
     half = half_of(config)
     contract = build_contract(config, half)
     assert {half.parameter_scope(name) for name in contract.exchanged} == parts
-    assert contract.exchanged.items() <= contract.client_model.items()
+    assert {half.parameter_scope(name) for name in contract.handed_over} == handed_over
     assert contract.update_codec == "int8"
 
 

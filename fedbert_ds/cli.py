@@ -16,6 +16,7 @@ from fedbert_ds.glue.command import add_glue
 from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
+    from fedbert_ds.client.limits import Limits
     from fedbert_ds.config import Cut
 
 
@@ -49,7 +50,7 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         "--server", required=True, metavar="HOST:PORT", help="the coordinator's address, or its file server.address"
     )
     parser.add_argument(
-        "--data", required=True, nargs="+", metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
+        "--data", nargs="+", default=[], metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
     )
     parser.add_argument("--id", default=socket.gethostname(), help="this client's name in the run (default: host name)")
     parser.add_argument(
@@ -80,6 +81,17 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="columns of labelled files with the one or two texts",
     )
     parser.add_argument("--label-column", metavar="NAME", help="column of labelled files with the label")
+    parser.add_argument(
+        "--inspect",
+        action="store_true",
+        help="print what the run would have you send, to whom, and what that gives away; then leave",
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=1 << 20, metavar="N", help="most tokens of yours in a window (default: 2^20)"
+    )
+    parser.add_argument(
+        "--max-memory", type=float, metavar="GB", help="most memory of this process (default: 3/4 of the machine's)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
@@ -100,7 +112,7 @@ def _client(options: argparse.Namespace) -> None:
 
     leave_out_unused()
     return_large_blocks()
-    from fedbert_ds.client.session import ClientOptions, run_client
+    from fedbert_ds.client.session import ClientOptions, inspect_run, run_client
     from fedbert_ds.folder_lock import keep_private
     from fedbert_ds.wire.channel import TlsFiles
 
@@ -109,30 +121,46 @@ def _client(options: argparse.Namespace) -> None:
         raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
     if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
         raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
+    if not options.data and not options.inspect:
+        raise ConfigError("--data: name the files or folders of your text")
     _check_task(options)
     keep_private()
-    exit_code = run_client(
-        ClientOptions(
-            server=options.server,
-            data=tuple(options.data),
-            name=options.id,
-            state_folder=options.state or Path(f"fedbert-{options.id}"),
-            tokenizer=options.tokenizer,
-            model=options.model,
-            cut=_cut(options.cut) if options.cut else None,
-            tls=TlsFiles(*tls_files) if all(tls_files) else None,
-            held_out=options.held_out,
-            task=options.task,
-            text_columns=tuple(options.text_columns),
-            label_column=options.label_column,
-            device=options.device,
-            join_timeout=options.join_timeout,
-            connect_timeout=options.connect_timeout,
-            rejoin_timeout=0.0 if options.managed else options.rejoin_timeout,
-            managed=options.managed,
-        )
+    client = ClientOptions(
+        server=options.server,
+        data=tuple(options.data),
+        name=options.id,
+        state_folder=options.state or Path(f"fedbert-{options.id}"),
+        tokenizer=options.tokenizer,
+        model=options.model,
+        cut=_cut(options.cut) if options.cut else None,
+        tls=TlsFiles(*tls_files) if all(tls_files) else None,
+        held_out=options.held_out,
+        task=options.task,
+        text_columns=tuple(options.text_columns),
+        label_column=options.label_column,
+        device=options.device,
+        join_timeout=options.join_timeout,
+        connect_timeout=options.connect_timeout,
+        rejoin_timeout=0.0 if options.managed else options.rejoin_timeout,
+        managed=options.managed,
+        limits=_limits(options),
     )
-    raise SystemExit(exit_code)
+    if options.inspect:
+        print(inspect_run(client))
+        return
+    raise SystemExit(run_client(client))
+
+
+def _limits(options: argparse.Namespace) -> Limits:
+    from fedbert_ds.client.limits import Limits, most_of_this_machine
+
+    if options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {options.max_tokens}: at least 1")
+    if options.max_memory is None:
+        return Limits(options.max_tokens, most_of_this_machine())
+    if not 0.0 < options.max_memory < float("inf"):
+        raise ConfigError(f"--max-memory {options.max_memory}: gigabytes, more than 0")
+    return Limits(options.max_tokens, int(options.max_memory * 1e9))
 
 
 def _check_task(options: argparse.Namespace) -> None:

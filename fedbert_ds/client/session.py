@@ -6,29 +6,32 @@ import random
 import signal
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import torch
 
 from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
+from fedbert_ds.client.inspection import description
+from fedbert_ds.client.limits import Limits, check_peak
 from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
 from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.state import claim, run_of, whole_windows
 from fedbert_ds.client.trainer import ClientTrainer
+from fedbert_ds.client.welcome import Asked, read_welcome
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
 from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError, warn
-from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.federation.strategy import Strategy
 from fedbert_ds.folder_lock import locked
-from fedbert_ds.model.checkpoint import config_from_json, shape_hash
+from fedbert_ds.model.checkpoint import shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.address_file import look_up
 from fedbert_ds.wire.channel import TlsFiles, connect
-from fedbert_ds.wire.messages import PROTOCOL, cut_to_json, parse_cut, parse_settings
+from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
 
 
@@ -67,6 +70,7 @@ class ClientOptions:
     the client with it."""
     managed: bool = False
     """A launcher started this client and ends it through the server; signals are ignored."""
+    limits: Limits = field(default_factory=Limits)
 
 
 BACKOFF_SECONDS = (0.5, 30.0)
@@ -131,26 +135,24 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         task=options.task,
     )
     welcome = _join(options, hello, patience)
+    asked = read_welcome(welcome, options.limits)
     print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
     if tokenizer is None:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
-    settings = parse_settings(welcome.settings)
     with ExitStack() as at_end:
-        if strategy_of(settings.federation, settings.wire).halves_are_personal:
+        if asked.strategy.halves_are_personal:
             at_end.enter_context(locked(options.state_folder, "--state"))
             claim(options.state_folder, welcome.run)
-        model_config = config_from_json(welcome.model_config)
-        held_out = welcome.held_out if options.held_out is None else options.held_out
-        share = Share(options.name, held_out, welcome.evaluate_tokens)
-        text, held_out_text = own.encoded(tokenizer, model_config, settings, share)
+        share = Share(options.name, _held_out(options, asked), asked.evaluate_tokens)
+        text, held_out_text = own.encoded(tokenizer, asked.model_config, asked.settings, share)
         del own, tokenizer
         return_free_memory()
-        half = client_skeleton(model_config, parse_cut(welcome.cut))
-        stream = _open_streams(at_end, options, welcome, strategy_of(settings.federation, settings.wire, half.cut))
+        half = client_skeleton(asked.model_config, asked.cut)
+        stream = _open_streams(at_end, options, welcome, asked.strategy)
         trainer = ClientTrainer(
             half,
             text,
-            settings,
+            asked.settings,
             options.name,
             options.state_folder,
             _device(options.device),
@@ -159,12 +161,30 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         )
         while trainer.finish is None:
             trainer.handle(stream.receive())
+            check_peak(peak_memory_bytes(), options.limits)
     print(
         f"client {options.name}: {trainer.finish.reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
     return trainer.finish
+
+
+def inspect_run(options: ClientOptions) -> str:
+    """What the run at `options.server` would have this client send, to whom, and what that gives
+    away: lines for its owner. Nothing of the data is read; the server gives no seat away.
+
+    Raises WireError for a server that cannot be reached, and for a run outside `options.limits`.
+    """
+    hello = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True)
+    welcome = _join(options, hello, options.connect_timeout)
+    asked = read_welcome(welcome, options.limits)
+    server = look_up(options.server)
+    return description(asked, server, welcome.aggregator, options.tls is not None, _held_out(options, asked))
+
+
+def _held_out(options: ClientOptions, asked: Asked) -> float:
+    return asked.held_out if options.held_out is None else options.held_out
 
 
 def _open_streams(

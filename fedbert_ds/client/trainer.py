@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -196,7 +196,10 @@ class ClientTrainer:
         if plan.next_window <= plan.window:
             raise WireError(f"the server plans window {plan.next_window} after window {plan.window}")
         if plan.pieces:
-            self._windows.plan(plan.window, _cut(self._windows.content(plan.window).batch, plan.pieces))
+            parts = _cut(self._windows.content(plan.window).batch, plan.pieces)
+            if not self._strategy.trains_alone:
+                _check_sizes(parts, self._settings)
+            self._windows.plan(plan.window, parts)
         # The next batch is drawn while the server works on this one, so its manifest is in time.
         self._next_window = plan.next_window
         self._announce()
@@ -325,3 +328,11 @@ def _cut(batch: Batch, pieces: Iterable[pb.Piece]) -> dict[int, _Piece]:
             raise WireError(f"the server plans sequences {first} to {last} of {len(batch.lengths)}")
         parts[piece.micro_batch] = _Piece(sequences(batch, first, last), first)
     return parts
+
+
+def _check_sizes(parts: Mapping[int, _Piece], settings: ClientSettings) -> None:
+    """WireError for a part that takes more memory than the run's settings said."""
+    most = max(settings.tokens_per_micro_batch, settings.sequences.sequence_length)
+    for micro_batch, part in parts.items():
+        if (tokens := sum(part.batch.lengths)) > most:
+            raise WireError(f"the server plans {tokens} tokens for micro-batch {micro_batch}, the run has {most}")

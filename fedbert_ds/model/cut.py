@@ -70,6 +70,11 @@ def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mappin
     return model.eval()
 
 
+def client_outline(hf_config: Any, cut: Cut) -> ClientHalf:
+    """A client half on the meta device: names and shapes, no memory."""
+    return _client_on_meta(hf_config, cut)
+
+
 def client_skeleton(hf_config: Any, cut: Cut) -> ClientHalf:
     """A client half on the CPU, weights yet to be loaded; the body is never allocated."""
     half = _client_on_meta(hf_config, cut)

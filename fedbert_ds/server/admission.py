@@ -192,17 +192,23 @@ class Joins:
         return self.expectation.own_states(hello) if self.expectation.saved_windows is not None else frozenset()
 
 
-def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
-    """WireError, with what the client should change, for a Hello that does not fit the run."""
+def check_peer(hello: pb.Hello) -> None:
+    """WireError, with what the client should change, for a Hello that no run takes."""
     if not hello.client:
         raise WireError("a client without a name; give it one with --id")
     if len(hello.client) > LONGEST_NAME or not hello.client.isprintable():
         raise WireError(f"a client's name is at most {LONGEST_NAME} printable characters; give it another --id")
-    who = f"client {hello.client}"
     if hello.protocol != PROTOCOL:
         raise WireError(
-            f"{who} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same fedbert-ds on both"
+            f"client {hello.client} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same "
+            "fedbert-ds on both"
         )
+
+
+def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
+    """WireError, with what the client should change, for a Hello that does not fit the run."""
+    check_peer(hello)
+    who = f"client {hello.client}"
     if hello.task != expectation.task:
         raise WireError(
             f"{who} reads its files for {hello.task[:80] or 'no task'}, the run learns {expectation.task}; start it "
@@ -226,8 +232,10 @@ def fill(
     join_timeout: float,
     stop: StopFlag,
     watch: Callable[[], None],
+    answers_visitor: Callable[[JoinAsked], bool],
 ) -> None:
-    """Take joins until every expected client has joined.
+    """Take joins until every expected client has joined. `answers_visitor` answers those that are
+    none, and says so.
 
     `watch` runs while waiting; it raises for a local client process that died. After `join_timeout`
     seconds or a stop request, raises RunError with the names of the clients that joined, and sends
@@ -236,6 +244,8 @@ def fill(
     deadline = time.monotonic() + join_timeout
     while not joins.is_complete:
         match next_event(POLL_SECONDS):
+            case JoinAsked() as asked if answers_visitor(asked):
+                pass
             case JoinAsked(hello, answer):
                 try:
                     joins.admit(hello, answer)
@@ -274,6 +284,10 @@ class Invitation:
     run: str = ""
     """The run's id."""
 
+    def to_visitor(self) -> pb.Welcome:
+        """The answer to who asks what a run is like: no session, the tokens of all clients."""
+        return self.to(Seat(0, session="", tokens=self.config.window.tokens, aggregator_session=""))
+
     def to(self, seat: Seat) -> pb.Welcome:
         """The answer to the Join of a client with this seat."""
         config = self.config
@@ -301,3 +315,15 @@ class Invitation:
         if config.aggregator is not None:
             welcome.aggregator, welcome.aggregator_session = config.aggregator.address, seat.aggregator_session
         return welcome
+
+
+def answer_visitor(invitation: Invitation, asked: JoinAsked) -> bool:
+    """Tell who only asks what the run is like; False for a client that joins."""
+    if not asked.hello.inspect:
+        return False
+    try:
+        check_peer(asked.hello)
+        reply(asked.answer, invitation.to_visitor())
+    except WireError as error:
+        reply(asked.answer, error)
+    return True

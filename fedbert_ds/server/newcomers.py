@@ -12,7 +12,15 @@ from dataclasses import dataclass
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.strategy import Strategy
-from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat, check_hello, new_session
+from fedbert_ds.server.admission import (
+    Expectation,
+    Invitation,
+    Members,
+    Seat,
+    answer_visitor,
+    check_hello,
+    new_session,
+)
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, reply
@@ -70,6 +78,8 @@ class Reception:
         if isinstance(event, JoinAbandoned):
             if name in self._joins and self._joins[name].hello is event.hello:
                 del self._joins[name]
+            return
+        if answer_visitor(self._invitation, event):
             return
         try:
             check_hello(event.hello, self._expectation)

@@ -25,7 +25,16 @@ from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
 from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
-from fedbert_ds.server.admission import Expectation, Invitation, Joins, Members, Start, fill, start_of
+from fedbert_ds.server.admission import (
+    Expectation,
+    Invitation,
+    Joins,
+    Members,
+    Start,
+    answer_visitor,
+    fill,
+    start_of,
+)
 from fedbert_ds.server.body.cores import Place, allowed_cores, bind, codec_threads, place_of, share_of, threads_for
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
@@ -123,19 +132,20 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         expectation = _expectation(config, saved, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
+        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
         if ranks.rank == 0:
             at_end.callback(address_file.hide, folder.address)
             address_file.reveal(folder.address, addresses[0])
             reporter.announce(addresses[0], cores)
             clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
-            fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check)
+            visitors = partial(answer_visitor, invitation)
+            fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check, visitors)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None, Start)
         contract = build_contract(config, half)
         decoding = Decoding(endpoint.next_event, contract, threads, pinned=torch.cuda.is_available())
         aggregator = elsewhere or _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
         members = Members(start.seats, rule.sampler(config.run.seed, dict.fromkeys(start.seats, 0)))
-        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
         reception = None
         if ranks.rank == 0:
             reception = Reception(expectation, invitation, members, joins.shard_sizes, rule)

@@ -96,6 +96,10 @@ class Federation:
         arguments += ["--data", self.data[name], "--state", str(self.state(name)), "--rejoin-timeout", "120"]
         self.start(process or name, arguments, {}, kills)
 
+    def inspect(self, name: str) -> None:
+        """Have somebody ask what the run would have a client send."""
+        self.start(name, ["client", "--server", str(self.run_folder / "server.address"), "--id", name, "--inspect"], {})
+
     def kill(self, *names: str) -> None:
         """Kill -9 these processes and forget them."""
         for name in names:

@@ -86,6 +86,26 @@ def test_nobody_comes_back(place) -> None:
     assert "1 of 2 clients left, the run needs 2 (clients.minimum); saved up to window" in last, run.logs()
 
 
+def test_who_inspects_a_run_is_told_what_it_sends_and_moves_nothing(place) -> None:
+    """Before the clients are there, and while they train."""
+    with federation(place, run={"windows": 30, "save_every": 1000}) as run:
+        run.start_ranks(1)
+        run.await_server()
+        run.start_client("ada")
+        run.inspect("early")
+        run.wait(lambda: not run.processes["early"].is_alive())
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        run.inspect("late")
+        run.wait(lambda: not run.is_running)
+        assert run.failures() == {}, run.logs()
+    rows = run.metrics()
+    assert len(rows) == 30 and {row["clients"] for row in rows} == {2}
+    for visitor in ("early", "late"):
+        told = run.log(visitor)
+        assert "it gets     of each sequence: its length" in told and "inferred    Each token's vector" in told, told
+
+
 def test_two_processes_under_one_name(place) -> None:
     """The one that is here stays."""
     with federation(place, run={"windows": 100_000, "save_every": 1000}) as run:

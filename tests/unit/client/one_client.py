@@ -77,7 +77,7 @@ class Text:
 
 def settings_of(**changes: Any) -> ClientSettings:
     fields: dict[str, Any] = {
-        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "tokens_per_micro_batch": 9,
+        "seed": 1, "windows": 6, "tokens": sum(LENGTHS), "tokens_per_micro_batch": sum(LENGTHS),
         "sequences": SequenceSection(sequence_length=8, mask_probability=0.4),
         "federation": FederationSection(), "wire": WireSection(),
         "optimizer": OptimizerSection(name="sgd", lr=0.5, schedule="constant", gradient_clipping=0.0, weight_decay=0.0),

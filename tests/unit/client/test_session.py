@@ -4,6 +4,7 @@ exit code.
 
 from __future__ import annotations
 
+import json
 import queue
 import re
 import socket
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from fedbert_ds.client import session
-from fedbert_ds.client.session import STOPPED, ClientOptions, run_client
+from fedbert_ds.client.limits import Limits
+from fedbert_ds.client.session import STOPPED, ClientOptions, inspect_run, run_client
 from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
@@ -229,6 +231,48 @@ def test_a_server_of_another_version_is_one_line(served: Served, changes: dict[s
     served.client()
     served.event(JoinAsked).answer.set_result(served.welcome(**changes))
     assert message in served.failed()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokens": 10**10},
+            r"asks for 10,000,000,000 tokens of this client in a window; this client allows 1,048,576",
+        ),
+        ({"sequences": {"sequence_length": 16, "mask_probability": 0.999}}, "predicts 100 % of all tokens"),
+    ],
+)
+def test_a_server_that_asks_for_too_much_gets_nothing(served: Served, changes: dict[str, Any], message: str) -> None:
+    """The client opens no stream: what the server would have it send is not sent."""
+    settings = json.loads(served.welcome().settings) | changes
+    served.client()
+    served.event(JoinAsked).answer.set_result(served.welcome(settings=json.dumps(settings)))
+    assert message in served.failed()
+    assert served.endpoint.next_event(0.2) is None
+
+
+def test_a_client_leaves_when_it_has_held_more_memory_than_its_owner_allows(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "peak_memory_bytes", lambda: 5_000_000_000)
+    served.client(limits=Limits(max_memory=4_000_000_000))
+    served.let_in()
+    served.give_half()
+    assert "has held 5.0 GB of memory, over 4.0 GB (--max-memory); it leaves the run" in served.failed()
+
+
+def test_who_inspects_a_run_is_told_and_takes_no_seat(served: Served) -> None:
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    options = ClientOptions(f"127.0.0.1:{served.port}", (), "ada", served.folder / "state", connect_timeout=TIMEOUT)
+    threading.Thread(target=lambda: told.put(inspect_run(options)), daemon=True).start()
+    asked = served.event(JoinAsked)
+    assert asked.hello == pb.Hello(protocol=PROTOCOL, client="ada", inspect=True)
+    asked.answer.set_result(served.welcome(session=""))
+    lines = told.get(timeout=TIMEOUT)
+    assert f"server      127.0.0.1:{served.port}; plain text" in lines and "inferred" in lines
+    assert served.endpoint.next_event(0.2) is None
+    assert not (served.folder / "state").exists()
 
 
 def test_a_client_goes_on_where_the_server_says(served: Served) -> None:

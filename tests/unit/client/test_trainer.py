@@ -604,6 +604,15 @@ def test_a_message_that_does_not_fit_is_one_line(tmp_path: Path, message: pb.Ser
     assert reason in str(caught.value)
 
 
+def test_no_piece_is_larger_than_the_run_said(tmp_path: Path) -> None:
+    """A server cannot take a client's memory by planning all of a window at once."""
+    server = Server(tmp_path, half_of(), tokens_per_micro_batch=9)
+    server.begin()
+    whole = pb.Plan(next_window=1, pieces=[pb.Piece(num_sequences=len(LENGTHS))])
+    with pytest.raises(WireError, match=f"plans {sum(LENGTHS)} tokens for micro-batch 0, the run has 9"):
+        server.trainer.handle(pb.ServerMessage(plan=whole))
+
+
 def test_messages_out_of_turn_are_one_line(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     for early in (
@@ -672,7 +681,7 @@ def whole_server(folder: Path, average_every: int = 2, **changes: Any) -> Server
     )
     federation = FederationSection(mode="parallel", average_every=average_every)
     half = undivided(build_model(section, VOCABULARY, 0, seed=5))
-    return Server(folder, half, federation=federation, **changes)
+    return Server(folder, half, federation=federation, **({"tokens_per_micro_batch": 9} | changes))
 
 
 def plan_whole(server: Server, window: int) -> None:

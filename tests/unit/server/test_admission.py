@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -19,9 +21,12 @@ from fedbert_ds.server.admission import (
     Joins,
     Members,
     Seat,
+    answer_visitor,
+    fill,
     new_session,
     start_of,
 )
+from fedbert_ds.server.network.events import JoinAsked
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, parse_settings
 
@@ -286,6 +291,50 @@ def test_an_invitation_says_where_to_go_and_what_the_run_is() -> None:
     assert (welcome.tokenizer, welcome.model_config, welcome.cut) == (b"tokens", "{}", '"rows"')
     settings = parse_settings(welcome.settings)
     assert (settings.tokens, settings.windows) == (77, 9)
+
+
+def asked(**changes: object) -> tuple[JoinAsked, Future[pb.Welcome]]:
+    answer: Future[pb.Welcome] = Future()
+    return JoinAsked(hello(**changes), answer), answer
+
+
+def test_who_asks_what_a_run_is_like_gets_no_session_and_takes_no_seat() -> None:
+    config = parse_config({"window": {"tokens": 900}, "aggregator": {"address": "there:5", "secret": "s"}}, "test")
+    invitation = Invitation(config, ["here:1"], b"tokens", "{}", run="this")
+    # Its files, its text and its name in the run are of no account.
+    visit, answer = asked(inspect=True, shard_characters=0, task="", client="ada")
+    assert answer_visitor(invitation, visit)
+    welcome = answer.result(timeout=0)
+    assert (welcome.session, welcome.aggregator_session, welcome.aggregator) == ("", "", "there:5")
+    assert parse_settings(welcome.settings).tokens == 900 and welcome.tokenizer == b"tokens"
+
+
+def test_a_visitor_of_another_version_is_told() -> None:
+    visit, answer = asked(inspect=True, protocol=PROTOCOL + 1)
+    assert answer_visitor(Invitation(parse_config({}, "test"), ["here:1"], b"", "{}"), visit)
+    assert "install the same fedbert-ds on both" in str(answer.exception(timeout=0))
+
+
+def test_who_joins_is_no_visitor() -> None:
+    join_event, answer = asked()
+    assert not answer_visitor(Invitation(parse_config({}, "test"), ["here:1"], b"", "{}"), join_event)
+    assert not answer.done()
+
+
+def test_visitors_leave_the_seats_to_those_who_join() -> None:
+    joins = Joins(1, EXPECTATION)
+    invitation = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}")
+    visits = [asked(inspect=True, client=f"visitor {n}") for n in range(3)]
+    events = iter([*(visit for visit, _ in visits), asked()[0]])
+    fill(
+        joins,
+        lambda timeout: next(events),
+        60.0,
+        SimpleNamespace(requested=False),
+        lambda: None,
+        partial(answer_visitor, invitation),
+    )
+    assert joins.clients == ("ada",) and all(answer.result(timeout=0) for _, answer in visits)
 
 
 def test_sessions_are_secrets_of_their_own() -> None:

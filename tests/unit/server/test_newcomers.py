@@ -196,6 +196,12 @@ def test_a_join_that_does_not_fit_is_answered_at_once(members: Members, hello: d
     assert not reception.is_asked
 
 
+def test_who_asks_what_the_run_is_like_is_told_and_not_let_in(clock: Clock, members: Members) -> None:
+    reception = reception_of(members)
+    answer = asks(reception, "cy", inspect=True)
+    assert answer.result(timeout=0).session == "" and not reception.is_asked
+
+
 def test_other_ranks_take_no_joins() -> None:
     event, answer = joined(hello_of("cy"))
     no_joins_here(event)

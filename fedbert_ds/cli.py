@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedbert_ds import __version__
 from fedbert_ds.bench.commands import add_benches
+from fedbert_ds.certificates.commands import add_certs
 from fedbert_ds.compare.command import add_compare
 from fedbert_ds.errors import ConfigError, one_line_errors
 from fedbert_ds.glue.command import add_glue
@@ -41,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_benches(subcommands)
     _add_plan(subcommands)
     add_vocab(subcommands)
+    add_certs(subcommands)
     return parser
 
 

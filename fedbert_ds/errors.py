@@ -11,13 +11,21 @@ INTERRUPTED = 130
 """Exit code of a program that Ctrl-C ended, as shells have it."""
 
 
+def one_line(text: str) -> str:
+    """The text in one line without control characters: it may hold words of another party, which
+    must not steer the terminal of whoever reads a log.
+    """
+    words = " ".join(text.split())
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in words)
+
+
 class UserError(Exception):
     """A mistake in input, configuration or environment that the user can mend, in one line."""
 
     exit_code = 1
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(one_line(message))
 
 
 class ConfigError(UserError):
@@ -74,7 +82,7 @@ def exit_with(error: UserError) -> NoReturn:
 
 def warn(problem: str) -> None:
     """Print one line about what the user may mend while work goes on."""
-    print(f"warning {problem}", flush=True)
+    print(f"warning {one_line(problem)}", flush=True)
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:

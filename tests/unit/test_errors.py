@@ -34,6 +34,13 @@ def test_a_lost_server_leaves_as_any_error_of_the_wire(kind: type[UserError]) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_message_steers_no_terminal(kind: type[UserError]) -> None:
+    """It may hold words of another party: colours, cursor moves, text that runs backwards."""
+    message = str(kind("client \x1b[2J\x1b]0;owned\x07 \u202egnp \udc80 Köln, 東京"))
+    assert message == r"client \x1b[2J\x1b]0;owned\x07 \u202egnp \udc80 Köln, 東京" and message.isprintable()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_message_is_one_line(kind: type[UserError]) -> None:
     assert str(kind("a file:\n  is\tnot there;\r\n give another ")) == "a file: is not there; give another"
 

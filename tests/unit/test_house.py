@@ -51,8 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"bench", "client", "data", "evaluation", "federation", "glue", "model", "server", "server.queue"}
     | {"tasks", "telemetry"},
     "vocabulary": BASE | {"data", "telemetry"},
+    "certificates": BASE | {"telemetry", "wire"},
     "cli": BASE
-    | {"aggregator", "bench", "client", "compare", "evaluation", "glue", "model", "planner", "vocabulary", "wire"},
+    | {"aggregator", "bench", "certificates", "client", "compare", "evaluation", "glue", "model", "planner"}
+    | {"vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""
 

@@ -4,6 +4,8 @@
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit
 # make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
 # make card            all that a GPU is needed for, in 12 minutes (MINUTES=5, OUT=FILE.json, ARGS="--only waits")
+# make audit           known vulnerabilities of the installed packages (.ci/run does this, too)
+# make sbom            the installed packages as CycloneDX JSON, for a release (OUT=FILE.json)
 # make setup           the environment alone        make clean    remove it and what tools left
 #
 # make pretrain CONFIG=my.yaml ARGS="run.windows=50 --resume"    another run file, overrides, resume
@@ -18,7 +20,6 @@ PIP_FLAGS ?=
 CONFIG ?= configs/default.yaml
 ARGS ?=
 MINUTES ?= 12
-OUT ?= runs/card.json
 
 ifeq ($(DEVICE),cuda)
 EXTRAS := server,data,glue,dev,gpu
@@ -44,7 +45,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same chaos card setup clean
+.PHONY: pretrain test compile-check same chaos card audit sbom setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -66,7 +67,17 @@ chaos: $(STAMP)
 	@python tests/integration/chaos.py $(ARGS)
 
 card: $(STAMP)
-	@python -m benchmarks.card --minutes $(MINUTES) --out $(OUT) $(ARGS)
+	@python -m benchmarks.card --minutes $(MINUTES) --out $(or $(OUT),runs/card.json) $(ARGS)
+
+audit: $(STAMP)
+	@.ci/audit
+
+sbom: $(STAMP)
+	@[ -x $(VENV)/tools/bin/cyclonedx-py ] || { python -m venv $(VENV)/tools && \
+		$(VENV)/tools/bin/pip install --quiet 'cyclonedx-bom==7.*' >$(LOG) 2>&1; } || \
+		{ echo "make: pip failed: $$(grep '^ERROR' $(LOG) | tail -n 1) (all of it: $(LOG))"; exit 1; }
+	@$(VENV)/tools/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --output-reproducible \
+		--output-format JSON --output-file $(or $(OUT),sbom.json) && echo "sbom    $(or $(OUT),sbom.json)"
 
 setup: $(STAMP)
 	@:

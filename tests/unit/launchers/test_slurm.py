@@ -55,7 +55,7 @@ def submitted(tmp_path):
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("script", ["pretrain.sbatch", "client.sbatch"])
+@pytest.mark.parametrize("script", ["pretrain.sbatch", "client.sbatch", "../../.ci/run", "../../.ci/audit"])
 def test_shellcheck_has_nothing_to_say(script):
     result = subprocess.run([str(SHELLCHECK), str(SCRIPTS / script)], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout

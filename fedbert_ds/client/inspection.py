@@ -75,7 +75,8 @@ def description(asked: Asked, server: str, aggregator: str, has_tls: bool, held_
     if not strategy.trains_alone and not isinstance(asked.cut, LayersCut):
         lines.append(("", TABLE[bool(aggregator)]))
     if "gradients" in _exchanges(asked):
-        lines.append(("", "A gradient of the word table has a row for exactly the words of the window."))
+        lines.append(("", "In a window of few tokens the gradient of the head's bias is negative for exactly the "
+                          "words that were masked."))  # fmt: skip
     lines.append(("memory", f"{asked.least_memory / 1e9:.2f} GB at the least, and your text"))
     return "\n".join(f"{name:<11} {sentence}".rstrip() for name, sentence in lines)
 

@@ -86,6 +86,33 @@ def test_nobody_comes_back(place) -> None:
     assert "1 of 2 clients left, the run needs 2 (clients.minimum); saved up to window" in last, run.logs()
 
 
+def test_a_client_that_missed_the_last_saves_keeps_no_run_from_resuming(place) -> None:
+    """Its own state is older than every checkpoint that is left; the others' are not."""
+    sections = {"run": {"windows": 60, "save_every": 2}, "federation": {"mode": "parallel", "average_every": 2}}
+    with federation(place, ("ada", "bo", "cy"), clients={"minimum": 2}, **sections) as run:
+        checkpoints = run.run_folder / "checkpoints"
+
+        def oldest() -> int:
+            return min((int(path.parent.name[7:]) for path in checkpoints.glob("window-*/complete.json")), default=0)
+
+        run.start_ranks(1)
+        run.await_server()
+        for client in run.data:
+            run.start_client(client)
+        run.wait(lambda: run.num_windows >= 3)
+        run.kill("bo")
+        lost_at = run.num_windows
+        run.wait(lambda: oldest() > lost_at + 2)
+        run.stop_ranks()
+        run.wait(lambda: "rank 0" in run.failures())
+        run.start_ranks(1, resume=True)
+        run.start_client("bo")
+        run.wait(lambda: not run.is_running)
+        assert run.failures() == {}, run.logs()
+    rows = run.metrics()
+    assert [row["window"] for row in rows] == list(range(60)) and rows[-1]["clients"] == 3
+
+
 def test_who_inspects_a_run_is_told_what_it_sends_and_moves_nothing(place) -> None:
     """Before the clients are there, and while they train."""
     with federation(place, run={"windows": 30, "save_every": 1000}) as run:

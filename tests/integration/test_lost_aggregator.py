@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,17 @@ def start(run: Federation, kills: list[Kill] | None = None) -> None:
 def finish(run: Federation) -> None:
     run.wait(lambda: not run.is_running)
     assert run.failures() == {}, run.logs()
+
+
+def secrets_in(run: Federation) -> dict[str, list[str]]:
+    """Secrets in logs and in what the run writes, by file: the two parties', and sessions."""
+    found = {}
+    for path in run.folder.rglob("*"):
+        if path.is_file() and path.name not in ("secret", "run.txt"):
+            text = path.read_text(errors="replace")
+            if seen := re.findall(r"a secret of two parties|\b[0-9a-f]{32}\b", text):
+                found[str(path)] = seen
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +117,7 @@ def test_a_new_client_begins_with_the_aggregators_reference(tmp_path: Path) -> N
         run.start_client("dee")
         finish(run)
         assert "client dee: client updates go to the aggregator" in run.log("dee")
+    assert secrets_in(run) == {}
     rows = run.metrics()
     assert [row["window"] for row in rows] == list(range(40))
     assert (rows[0]["clients"], rows[-1]["clients"]) == (3, 4)

@@ -214,6 +214,9 @@ class WindowSection(Section):
     share: Literal["data", "equal"] = "data"
     """A client's part of `tokens`: in proportion to its shard, or equal. Where only m of K clients
     take part at a time, each brings K/m times that."""
+    largest_share: Annotated[float, Field(ge=1.0)] = 4.0
+    """With `share: data`, a client's text counts for at most so many times the median client's,
+    however much it says that it has."""
     order: Literal["arrival", "fixed"] = "arrival"
     """`arrival` runs whichever micro-batch is complete first. `fixed` follows the plan alone and is
     bit-identical between runs."""
@@ -372,6 +375,22 @@ class FederationSection(Section):
     proximal: Annotated[float, Field(ge=0.0)] = 0.0
     """FedProx (Li et al. 2020) in `parallel` mode: mu of the term mu/2 ||w - w_common||^2 in each
     client's loss, over the averaged weights."""
+    bound: Annotated[float, Field(ge=2.0)] | None = 10.0
+    """What a client sends counts for at most so many times what is typical: the median client's
+    gradient of a token, activation, or update. Honest clients stay far below, and then nothing
+    changes, to the bit; what is above is scaled down, counted and told. null: no bound."""
+    combine: Literal["mean", "median", "trimmed_mean", "krum", "norm_clipping"] = "mean"
+    """How client updates become one. `mean` (or, in `synchronous` mode, their sum) is exact. The
+    others hold out against liars among the clients, and each costs something where all are honest:
+    in `synchronous` mode the result no longer equals centralized training. Every client then counts
+    alike, but for `norm_clipping`. `median` and `trimmed_mean` (Yin et al. 2018) go weight by
+    weight, `krum` averages the updates that lie closest together (Multi-Krum, Blanchard et al.
+    2017), `norm_clipping` scales each down to the typical norm (Sun et al. 2019)."""
+    assumed_liars: Positive = 1
+    """Clients that may lie, f. `trimmed_mean` leaves the f largest and the f smallest values of
+    each weight out and needs more than 2 f clients; `krum` needs more than 2 f + 2."""
+    clipping_radius: Annotated[float, Field(gt=0.0)] = 1.0
+    """Largest norm of an update with `norm_clipping`, as a multiple of the median client's."""
 
     @model_validator(mode="after")
     def _keys_together(self) -> FederationSection:
@@ -386,6 +405,11 @@ class FederationSection(Section):
                 "one before; set it to 0"
             )
         return self
+
+    @property
+    def fewest_clients(self) -> int:
+        """Clients of a window that `combine` needs for so many `assumed_liars`."""
+        return {"trimmed_mean": 2 * self.assumed_liars + 1, "krum": 2 * self.assumed_liars + 3}.get(self.combine, 1)
 
     @property
     def ends_in_turns(self) -> bool:
@@ -408,6 +432,9 @@ _AVERAGING = "parallel"
 """The mode in which clients send weights or their change."""
 
 _ONLY_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "combine": ("mode", ("synchronous", "parallel")),
+    "assumed_liars": ("combine", ("trimmed_mean", "krum")),
+    "clipping_radius": ("combine", ("norm_clipping",)),
     "participants": ("mode", ("synchronous", "parallel")),
     "server_optimizer": ("mode", ("parallel",)),
     "proximal": ("mode", ("parallel",)),
@@ -621,6 +648,12 @@ class RunConfig(Section):
         if participants != "all" and participants > expected:
             raise ValueError(
                 f"federation.participants {participants} is above clients.expected {expected}; lower it or say all"
+            )
+        together = expected if participants == "all" else participants
+        if together < (fewest := self.federation.fewest_clients):
+            raise ValueError(
+                f"federation.combine {self.federation.combine} with assumed_liars {self.federation.assumed_liars} "
+                f"needs {fewest} clients at a time, and there are {together}; lower federation.assumed_liars"
             )
         if self.federation.ends_in_turns and self.run.windows % self.federation.average_every:
             raise ValueError(

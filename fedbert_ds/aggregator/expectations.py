@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
@@ -14,7 +14,8 @@ class Expectation:
 
     window: int
     average: bool
-    clients: set[str] = field(default_factory=set)
+    clients: dict[str, int] = field(default_factory=dict)
+    """Masked tokens behind each one's update."""
 
 
 class Expectations:
@@ -32,7 +33,7 @@ class Expectations:
         self.complete = -1
         """The newest complete window."""
 
-    def add(self, rank: int, window: int, average: bool, clients: Iterable[str]) -> Expectation | None:
+    def add(self, rank: int, window: int, average: bool, clients: Mapping[str, int]) -> Expectation | None:
         """A rank's part; the whole expectation with the last rank's.
 
         Raises WireError for a window out of order, or if ranks do not agree on `average`.
@@ -63,4 +64,4 @@ class Expectations:
         """
         for window, (expectation, _) in self._parts.items():
             if window not in delivered:
-                expectation.clients.discard(client)
+                expectation.clients.pop(client, None)

@@ -27,6 +27,9 @@ def folder_of(config: RunConfig) -> AggregatorFolder:
     return AggregatorFolder(config.aggregator.directory or directory.with_name(f"{directory.name}-aggregator"))
 
 
+Votes = dict[str, tuple[float, float]]
+
+
 @dataclass(frozen=True)
 class AggregatorFolder:
     """File names below the folder. It is not the server's run folder: another party owns it."""
@@ -64,24 +67,28 @@ class AggregatorFolder:
         """Those whose reference is as it was saved; `tell` hears of others. RunError if none is."""
         return self._references.whole(tell)
 
-    def save(self, window: int, reference: Reference) -> None:
-        """Write the reference before `window`; on disk when this returns. Keeps the newest two."""
-        self._references.save(window, lambda path: path.write_bytes(to_bytes(reference)))
+    def save(self, window: int, reference: Reference, votes: Votes | None = None) -> None:
+        """Write the reference before `window`, and what a combiner remembers; on disk when this
+        returns. Keeps the newest two.
+        """
+        notes = {"votes": votes or {}}
+        self._references.save(window, lambda path: path.write_bytes(to_bytes(reference, notes)))
 
-    def load(self, window: int, shapes: Shapes) -> Reference:
-        """The reference before `window`. Later ones are deleted: the run goes on from here.
+    def load(self, window: int, shapes: Shapes) -> tuple[Reference, Votes]:
+        """What `save` wrote before `window`. Later ones are deleted: the run goes on from here.
 
         Raises RunError if it is missing or damaged.
         """
         path = self._references.of(window)
         try:
-            reference, _ = from_bytes(path.read_bytes(), shapes)
-        except (OSError, ValueError) as error:
+            reference, notes = from_bytes(path.read_bytes(), shapes)
+            votes = {client: (float(norm), float(masked)) for client, (norm, masked) in notes.get("votes", {}).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{path}: cannot be read ({error}); remove it to resume from the one before, or start anew"
             ) from error
         self.begin_at(window)
-        return reference
+        return reference, votes
 
     def begin_at(self, window: int) -> None:
         """The run goes on before `window`: what was saved of later windows is deleted."""

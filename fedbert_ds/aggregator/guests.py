@@ -120,6 +120,15 @@ class Guests:
         for rank in self._ranks:
             self._endpoint.close_rank(rank, last)
 
+    def tell_combined(self, window: int, norm: float, bounded: Mapping[str, float]) -> None:
+        """Tell every rank that a window is combined, and whose updates, of its own clients, were
+        too large, by how many times.
+        """
+        for rank in range(len(self._ranks)):
+            mine = {client: times for client, times in bounded.items() if self._rank_of[client] == rank}
+            combined = pb.Combined(window=window, norm=norm, bounded=mine.keys(), times=mine.values())
+            self.tell_rank(rank, pb.Report(combined=combined))
+
     def tell_all_ranks(self, report: pb.Report) -> None:
         """Tell every rank."""
         for rank in range(len(self._ranks)):

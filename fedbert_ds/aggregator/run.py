@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from fedbert_ds.aggregator.window_updates import Committed, WindowUpdates
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.averaging import NobodyDelivered, combine_ranks
+from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
+from fedbert_ds.federation.combining import Combiner, OneProcess
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.network.outbox import Outbox
@@ -67,16 +68,21 @@ class AggregatedRun:
         )
         # The order of a rank's own sums, whose result must be the same bit for bit.
         self._shapes = {name: model.exchanged[name] for name in sorted(model.exchanged)}
+        self._guests = Guests(endpoint, sessions)
+        self._combiner = Combiner(
+            config.federation, self._shapes, OneProcess(self._guests.by_rank), self._aggregator.common
+        )
         clips = self._strategy.clips_together and config.optimizer.gradient_clipping > 0
         self._updates = WindowUpdates(self._combined, len(sessions), config.federation.staleness, clips)
         self._inbox = UpdateInbox(model.exchanged, model.handed_over, self._strategy.update_codec)
-        self._guests = Guests(endpoint, sessions)
         self._has_begun = False
         self._roll_back = RollBack(len(sessions))
         self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
         self._collected: dict[str, ClientUpdate] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
         """The result is being collected, until this time."""
+        self._totals: dict[str, int] = {}
+        """Masked tokens of each client in the whole run."""
         self._is_concluded = False
         """The result is written, so clients leave as they like."""
         self.finish: pb.Finish | None = None
@@ -125,12 +131,13 @@ class AggregatedRun:
         if not self._has_begun:
             self._folder.begin_at(admit.window)
             if admit.window:
-                self._aggregator.load(self._folder.load(admit.window, self._aggregator.shapes))
+                load_saved(self._folder, admit.window, self._aggregator, self._combiner)
         self._has_begun = True
         self._guests.admit(rank, admit)
 
     def _expect(self, rank: int, expect: pb.Expect) -> None:
-        here = [client for client in expect.clients if client in self._guests.here]
+        masked = counted(expect.clients, expect.masked, f"rank {rank}: updates of window {expect.window}")
+        here = {client: count for client, count in masked.items() if client in self._guests.here}
         self._updates.expect(rank, expect.window, expect.average, here)
 
     def _begin(self, begin: pb.BeginClient) -> None:
@@ -146,7 +153,7 @@ class AggregatedRun:
             return
         self._updates.undo(undo.window)
         if self._aggregator.reference().version > undo.window:
-            self._aggregator.load(self._folder.load(undo.window, self._aggregator.shapes))
+            load_saved(self._folder, undo.window, self._aggregator, self._combiner)
         for client in self._guests.under_way:
             self._inbox.drop(client)
         self._guests.tell_all_ranks(pb.Report(undone=pb.Undone(attempt=undo.attempt)))
@@ -156,13 +163,14 @@ class AggregatedRun:
     def _save(self, window: int) -> None:
         if not self._updates.is_idle:
             raise WireError(f"window {window} is to be saved while an earlier one is being combined")
-        self._folder.save(window, self._aggregator.reference())
+        self._folder.save(window, self._aggregator.reference(), self._combiner.state())
         self._guests.tell_rank(0, pb.Report(saved=pb.SavedReference(window=window)))
 
     def _conclude(self, conclude: pb.Conclude) -> None:
         if self._strategy.result_is_reference:
             self._write_result(conclude.window, self._aggregator.reference().weights)
             return
+        self._totals = counted(conclude.clients, conclude.masked, "the run's clients")
         self._inbox.collect(conclude.window)
         request = pb.ServerMessage(update_request=pb.UpdateRequest(window=conclude.window))
         for client in sorted(self._guests.under_way):
@@ -237,7 +245,7 @@ class AggregatedRun:
                 self._lose(client, str(error))
         if (combined := self._updates.take_combined()) is not None:
             window, norm = combined
-            self._guests.tell_all_ranks(pb.Report(combined=pb.Combined(window=window, norm=norm)))
+            self._guests.tell_combined(window, norm, dict(self._combiner.take_bounded()))
         if (committed := self._updates.take_committed()) is not None:
             self._hand_out(committed)
         if self._concluding is not None:
@@ -246,9 +254,13 @@ class AggregatedRun:
                 self._concluding = None
                 if not self._collected:
                     raise RunError("no client was left to hand over its half; start all again with --resume")
-                # By masked tokens, as the ranks average.
-                average = combine_ranks(self._guests.by_rank(self._collected), self._model.handed_over, average=True)
-                self._write_result(conclude.window, self._aggregator.reference().weights | average)
+                halves = {
+                    client: half._replace(weight=float(max(1, self._totals.get(client, 0))))
+                    for client, half in self._collected.items()
+                }
+                reference = self._aggregator.reference().weights
+                result = self._combiner.result(halves, self._model.handed_over, reference)
+                self._write_result(conclude.window, reference | result)
 
     def close(self, report: pb.Report | None, finish: pb.Finish) -> None:
         """Part with every rank, with one last report, and with every client."""
@@ -262,7 +274,7 @@ class AggregatedRun:
     def _combined(self, updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         """In the exchange's thread."""
         try:
-            result = combine_ranks(self._guests.by_rank(updates), self._shapes, average)
+            result = self._combiner.combine(updates, average)
         except NobodyDelivered:
             return self._aggregator.unchanged(self._shapes)
         return self._aggregator.answer(result) if average else result
@@ -283,3 +295,17 @@ class AggregatedRun:
         self._folder.write_result(weights, self._model.model_config, cut_to_json(self._config.cut), window)
         self._is_concluded = True
         self._guests.tell_all_ranks(pb.Report(concluded=pb.Concluded(file=str(self._folder.client_model))))
+
+
+def load_saved(folder: AggregatorFolder, window: int, aggregator: Aggregator, combiner: Combiner) -> None:
+    """Go on from what was saved before `window`. RunError if that cannot be read."""
+    reference, votes = folder.load(window, aggregator.shapes)
+    aggregator.load(reference)
+    combiner.load_state(votes)
+
+
+def counted(clients: Sequence[str], masked: Sequence[int], what: str) -> dict[str, int]:
+    """Masked tokens by client. Raises WireError for another number of counts than of clients."""
+    if len(clients) != len(masked):
+        raise WireError(f"{what}: {len(masked)} counts of masked tokens for {len(clients)} clients")
+    return dict(zip(clients, masked, strict=True))

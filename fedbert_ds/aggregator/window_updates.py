@@ -53,8 +53,10 @@ class WindowUpdates:
         """Nothing is awaited, combined or held."""
         return self._exchange.is_idle and self._held is None
 
-    def expect(self, rank: int, window: int, average: bool, clients: list[str]) -> None:
-        """A rank's part of a window; the last rank's begins it."""
+    def expect(self, rank: int, window: int, average: bool, clients: Mapping[str, int]) -> None:
+        """A rank's part of a window, with the masked tokens behind each client's update; the last
+        rank's part begins it.
+        """
         expectation = self._expectations.add(rank, window, average, clients)
         if expectation is None:
             return

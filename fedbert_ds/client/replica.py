@@ -195,9 +195,7 @@ class Replica:
         weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
         if self._staleness:
             self._sent[window] = {name: tensor.clone() for name, tensor in weights.items()}
-        # With a whole model a window without masked tokens is no step, and must not weigh as one.
-        least = 0 if self._strategy.trains_alone else 1
-        weight, self._masked_since_average = float(max(least, self._masked_since_average)), 0
+        weight, self._masked_since_average = float(max(self._strategy.least_weight, self._masked_since_average)), 0
         if self._shared is not None:
             return self._shared.changes(window, weights, weight)
         return self._chunks(window, weights, weight, self._strategy.update_codec)

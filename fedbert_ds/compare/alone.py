@@ -53,7 +53,9 @@ def train_alone(
     trainer = Centralized(config, tokenizer, {client: shards[client]}, device)
     if share:
         sizes = {name: sum(len(article.text) for article in shard) for name, shard in shards.items()}
-        trainer.shares = window_shares(sizes, config.window.tokens, config.window.share)
+        trainer.shares = window_shares(
+            sizes, config.window.tokens, config.window.share, largest=config.window.largest_share
+        )
     evaluations: list[dict[str, Any]] = []
     best: dict[str, torch.Tensor] = {}
     for windows in trained_windows(trainer, run):

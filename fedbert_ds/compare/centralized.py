@@ -73,7 +73,9 @@ class Centralized:
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
         strategy = strategy_of(config.federation, config.wire)
         participants = strategy.num_participants(len(articles))
-        self.shares = window_shares(sizes, config.window.tokens, config.window.share, participants)
+        self.shares = window_shares(
+            sizes, config.window.tokens, config.window.share, participants, config.window.largest_share
+        )
         length = config.data.sequence_length
         self._sampler = strategy.sampler(config.run.seed, dict.fromkeys(articles, 0))
         self.streams = {

@@ -85,6 +85,12 @@ class Aggregator:
             return self._with_owed({name: torch.zeros_like(weights[name]) for name in names})
         return {name: weights[name].clone() for name in names}
 
+    def common(self) -> dict[str, Tensor]:
+        """What clients' averaged updates are changes of: the weights before them, or nothing where
+        updates are changes already. As `answer`, it must follow the `apply` before.
+        """
+        return {} if self._strategy.sends_changes else self._settled_weights()
+
     def apply(self, window: int, combined: Mapping[str, Tensor]) -> None:
         """Move the reference by what the updates of `window` were combined to, fp32 by name, in the
         thread.

@@ -82,6 +82,10 @@ class Strategy(Protocol):
         """
 
     @property
+    def least_weight(self) -> int:
+        """Fewest masked tokens an update counts for: 0 where a window without any is no step."""
+
+    @property
     def result_is_reference(self) -> bool:
         """The run's result is the reference; otherwise the average of what all clients hand over
         of their halves, and the reference for the rest.
@@ -110,6 +114,7 @@ class Synchronous:
     result_is_reference = True
     has_kept_parts = False
     needs_every_window = True
+    least_weight = 0
     exchanges_per_window = 1.0
 
     def sampler(self, seed: int, members: Members) -> Sampler:
@@ -152,6 +157,7 @@ class Parallel:
     halves_are_personal = True
     result_is_reference = False
     needs_every_window = False
+    least_weight = 1
     clips_together = False
 
     @property
@@ -226,6 +232,7 @@ class Whole(Parallel):
 
     scopes: frozenset[Scope] = frozenset(get_args(Scope))
     trains_alone = True
+    least_weight = 0
     result_is_reference = True
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fedbert_ds.federation.client_update import ClientUpdate
 
+Bounded = list[tuple[str, float]]
+"""Clients whose update was too large, and how many times what may count it was."""
 Combine = Callable[[Mapping[str, ClientUpdate], bool], dict[str, Tensor]]
 """(updates by client, whether to average) -> average or sum over all ranks, collectively."""
 
@@ -19,6 +21,8 @@ class _WindowUpdates:
     """The updates of one window on this rank."""
 
     average: bool
+    masked: Mapping[str, int]
+    """Masked tokens behind each client's update, as this server has counted them."""
     awaited: set[str]
     """Clients that have not delivered."""
     decoded: dict[str, Future[ClientUpdate]] = field(default_factory=dict)
@@ -32,15 +36,21 @@ class UpdateExchange:
     because other ranks may be late; the body waits only where it is clipped with the updates.
     """
 
-    def __init__(self, combine: Combine) -> None:
+    def __init__(self, combine: Combine, take_bounded: Callable[[], Bounded] = list) -> None:
         self._combine = combine
+        self.take_bounded = take_bounded
+        """What was bounded since the last call."""
         self._windows: dict[int, _WindowUpdates] = {}
         self._combining: tuple[int, Future[dict[str, Tensor]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="update-exchange")
 
-    def expect(self, window: int, clients: Iterable[str], average: bool) -> None:
-        """Accept updates of this window from these clients; windows come in order."""
-        self._windows[window] = _WindowUpdates(average, set(clients))
+    def expect(self, window: int, masked: Mapping[str, int], average: bool) -> None:
+        """Accept updates of this window from these clients; windows come in order.
+
+        `masked` are the masked tokens behind each one's update. They are its weight, whatever the
+        client says.
+        """
+        self._windows[window] = _WindowUpdates(average, dict(masked), set(masked))
 
     def awaited(self, window: int) -> frozenset[str]:
         """Clients that have not delivered their update of this window."""
@@ -93,7 +103,10 @@ class UpdateExchange:
             ):
                 del self._windows[window]
                 # By name, so that the sum does not depend on who came first.
-                in_order = {client: update.result() for client, update in sorted(updates.decoded.items())}
+                in_order = {
+                    client: update.result()._replace(weight=float(updates.masked[client]))
+                    for client, update in sorted(updates.decoded.items())
+                }
                 self._combining = window, self._thread.submit(self._combine, in_order, updates.average)
         return None
 

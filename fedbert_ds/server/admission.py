@@ -19,6 +19,8 @@ from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
 LONGEST_NAME = 100
 """Characters of a client's name. Every message about the client holds it."""
+MOST_CHARACTERS = 10**13
+"""Of a client's text: ten terabytes."""
 
 
 def new_session() -> str:
@@ -155,15 +157,13 @@ class Joins:
         """Characters of each client's text."""
         return {client: hello.shard_characters for client, (hello, _) in self._waiting.items()}
 
-    def seats(
-        self, world_size: int, window_tokens: int, share: str, participants: int | None = None
-    ) -> dict[str, Seat]:
+    def seats(self, world_size: int, window: WindowSection, participants: int | None = None) -> dict[str, Seat]:
         """A rank, a session and a share of the window for each client; `participants` of them take
         part at a time, or all.
 
         Ranks and shares depend on names and text sizes alone.
         """
-        shares = window_shares(self.shard_sizes, window_tokens, share, participants)
+        shares = window_shares(self.shard_sizes, window.tokens, window.share, participants, window.largest_share)
         ranks = assign_clients(shares, world_size)
         return {
             client: Seat(ranks[client], new_session(), shares[client], self._own_states(hello))
@@ -224,6 +224,10 @@ def check_hello(hello: pb.Hello, expectation: Expectation) -> None:
         raise WireError(f"{who} has states of another run; give it another --state folder, or remove that one")
     if hello.shard_characters == 0:
         raise WireError(f"{who} has no text; check its --data")
+    if hello.shard_characters > MOST_CHARACTERS:
+        raise WireError(
+            f"{who} says it has {hello.shard_characters:.1e} characters of text; at most {MOST_CHARACTERS:.0e} are sane"
+        )
 
 
 def fill(
@@ -268,7 +272,7 @@ def start_of(joins: Joins, world_size: int, window: WindowSection, participants:
     """
     first_window = joins.first_window()
     is_saved = first_window in (joins.expectation.saved_windows or ())
-    return Start(joins.seats(world_size, window.tokens, window.share, participants), first_window, is_saved)
+    return Start(joins.seats(world_size, window, participants), first_window, is_saved)
 
 
 @dataclass(frozen=True)

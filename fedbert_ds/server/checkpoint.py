@@ -4,19 +4,33 @@ it counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from fedbert_ds.atomic_write import atomic_write
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.server.cursors import Cursor
+from fedbert_ds.server.masked_counts import Count
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rooms import Rooms
 from fedbert_ds.wire import fedbert_pb2 as pb
+
+
+@dataclass(frozen=True)
+class Books:
+    """What a checkpoint keeps of each client besides weights."""
+
+    cursors: dict[str, Cursor]
+    masked: dict[str, Count] = field(default_factory=dict)
+    votes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """What a combiner remembers."""
+
 
 BYTES_PER_PARAMETER = 16
 """Of a checkpoint, at most: a weight, its fp32 master and two moments. For the first one alone."""
@@ -39,10 +53,13 @@ class Checkpoints:
         self._rooms.engine.load(self._folder.path, window, saved.ranks, saved.zero_stage)
         aggregator = self._rooms.aggregator
         shapes = aggregator.shapes if aggregator is not None else {}
-        reference, cursors = read_client_model(self._folder.client_model(window), shapes)
+        reference, books = read_client_model(self._folder.client_model(window), shapes)
         if aggregator is not None:
             aggregator.load(reference)
-        self._rooms.cursors.roll_back(cursors)
+        if self._rooms.combiner is not None:
+            self._rooms.combiner.load_state(books.votes)
+        self._rooms.cursors.roll_back(books.cursors)
+        self._rooms.masked_counts.roll_back(books.masked)
         self._rooms.service.restored = window
 
     def save(self, window: int) -> bool:
@@ -67,25 +84,29 @@ class Checkpoints:
         self.client_figures.update(rooms.inbox.saved)
         here = rooms.members.at(rooms.rank_group.rank)
         mine = {client: cursor for client, cursor in rooms.cursors.committed.items() if client in here}
+        my_counts = {client: count for client, count in rooms.masked_counts.committed.items() if client in here}
         is_whole = not (rooms.strategy.halves_are_personal and rooms.membership.absent)
         # A client that is gone keeps the cursor of the last window that counted, and can come back
         # there.
-        cursors = dict(rooms.cursors.committed)
+        cursors, masked = dict(rooms.cursors.committed), rooms.masked_counts.committed
         parts = rooms.rank_group.gather(
-            (mine, is_whole, frozenset(rooms.inbox.saved)), tuple[dict[str, Cursor], bool, frozenset[str]]
+            (mine, my_counts, is_whole, frozenset(rooms.inbox.saved)),
+            tuple[dict[str, Cursor], dict[str, Count], bool, frozenset[str]],
         )
-        for others, _, savers in parts:
+        for others, counts, _, savers in parts:
             cursors.update(others)
+            masked.update(counts)
             if rooms.strategy.halves_are_personal:
                 rooms.members.note_states(savers, window)
-        if not all(whole for _, whole, _ in parts):
+        if not all(whole for _, _, whole, _ in parts):
             return False
         if not self._is_saved_elsewhere(window):
             return False
         if rooms.rank_group.rank == 0:
             # Where another party has the weights, only the cursors are saved here.
             reference = rooms.aggregator.reference() if rooms.aggregator is not None else Reference(window, {})
-            write_client_model(self._folder.draft.client_model(window), reference, cursors)
+            votes = {} if rooms.combiner is None else rooms.combiner.state()
+            write_client_model(self._folder.draft.client_model(window), reference, Books(cursors, masked, votes))
         complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
 
@@ -128,24 +149,22 @@ def complete(rank_group: RankGroup, folder: CheckpointFolder, window: int, zero_
     rank_group.barrier()
 
 
-def write_client_model(path: Path, reference: Reference, cursors: Mapping[str, Cursor]) -> None:
-    """Write the reference and the clients' cursors, whole or not at all."""
+def write_client_model(path: Path, reference: Reference, books: Books) -> None:
+    """Write the reference and what is kept of each client, whole or not at all."""
     with atomic_write(path) as partial:
-        partial.write_bytes(to_bytes(reference, {"cursors": cursors}))
+        partial.write_bytes(to_bytes(reference, asdict(books)))
 
 
-def read_client_model(path: Path, shapes: Shapes) -> tuple[Reference, dict[str, Cursor]]:
+def read_client_model(path: Path, shapes: Shapes) -> tuple[Reference, Books]:
     """What `write_client_model` wrote, for a client model of these shapes; RunError if it is
     missing or damaged.
     """
     try:
         reference, notes = from_bytes(path.read_bytes(), shapes)
-        cursors: dict[str, Cursor] = {
-            client: {key: int(n) for key, n in cursor.items()} for client, cursor in notes["cursors"].items()
-        }
+        books: Books = TypeAdapter(Books).validate_python(notes)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: cannot be read ({error}); remove this window's folder to resume from the one before, or start "
             "anew in another run.directory"
         ) from error
-    return reference, cursors
+    return reference, books

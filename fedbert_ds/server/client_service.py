@@ -187,7 +187,10 @@ class ClientService:
                 raise error
             if self._queue.is_connected(client):
                 self._membership.refuse(client, str(error), may_return=isinstance(error, ConnectionLost))
-        if (combined := self._exchange.poll()) is not None:
+        combined = self._exchange.poll()
+        for client, times in self._exchange.take_bounded():
+            self._membership.bounded(client, "update", times)
+        if combined is not None:
             window, tensors = combined
             if isinstance(self._exchange, RemoteExchange):
                 self.norms[window] = self._exchange.norms.pop(window)

@@ -90,6 +90,8 @@ class Tally:
     """Both ways; not among the others."""
     recompiles: int = 0
     """Graphs that torch.compile made."""
+    bounded: int = 0
+    """What clients sent that was too large and was scaled down: pieces and updates."""
 
 
 @dataclass(frozen=True)

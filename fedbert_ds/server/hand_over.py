@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedbert_ds.config import RunConfig, dump_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.federation.averaging import combine
+from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
 from fedbert_ds.model.heads import auto_class
@@ -33,10 +33,12 @@ BEST_EVALUATION = "evaluation.json"
 def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     """The client model before `window`, fp32 by name, on every rank.
 
-    It is the aggregator's; where the strategy says so, parts of it are the average of the clients',
-    by masked tokens. Raises RunError, on every rank, when no client is left to hand one over.
+    It is the aggregator's. Where the strategy says so, parts of it are what the clients' become
+    together: as the updates of a window, by masked tokens that the server has counted, and none
+    farther from the reference than the bound allows. Raises RunError, on every rank, when no client
+    is left to hand one over.
     """
-    assert rooms.aggregator is not None
+    assert rooms.aggregator is not None and rooms.combiner is not None
     reference = rooms.aggregator.reference().weights
     if rooms.strategy.result_is_reference:
         return reference
@@ -45,13 +47,19 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     rooms.inbox.expect_collected(window)
     request = pb.ServerMessage(update_request=pb.UpdateRequest(window=window))
     rooms.service.ask(mine, Question("client model", window), request, collected)
-    updates = [collected[client] for client in mine if client in collected]
-    if not any(rooms.rank_group.gather(len(updates), int)):
+    totals = rooms.masked_counts.totals
+    halves = {
+        client: collected[client]._replace(weight=float(max(1, totals.get(client, 0))))
+        for client in mine
+        if client in collected
+    }
+    try:
+        return reference | rooms.combiner.result(halves, rooms.contract.handed_over, reference)
+    except NobodyDelivered:
         raise RunError(
             f"no client was left to hand over its half; window {window} is saved: start the clients again and "
             "add --resume"
-        )
-    return reference | combine(updates, rooms.contract.handed_over, average=True, group=rooms.rank_group.group)
+        ) from None
 
 
 def hand_over(
@@ -156,8 +164,9 @@ def best_model_keeper(rooms: Rooms, folder: RunFolder, model_config: Any, tokeni
 def _collect_elsewhere(rooms: Rooms, window: int, is_complete: bool) -> None:
     """Have the aggregator of another party write the client model. All ranks call it."""
     assert rooms.remote is not None
+    totals = rooms.rank_group.gather(rooms.masked_counts.totals, dict[str, int])
     if rooms.rank_group.rank == 0:
-        rooms.remote.conclude(window, is_complete)
+        rooms.remote.conclude(window, is_complete, {client: n for counts in totals for client, n in counts.items()})
     # Clients stay until it has their halves.
     rooms.remote.await_result(rooms.service.attend)
     rooms.rank_group.barrier()

@@ -45,6 +45,8 @@ class Membership:
         """With `waits`: clients with a seat here that are gone; nothing goes on without them."""
         self.problems: list[str] = []
         """Every problem with clients, a sentence each, in order."""
+        self._times_bounded: dict[str, int] = {}
+        self._bounded_told = 0
 
     def join(self, client: str, now: float, is_awaited: bool = True) -> None:
         """A client opened its stream. Windows do not wait for one that comes while they run."""
@@ -93,6 +95,25 @@ class Membership:
             message = pb.Skipped(window=window, micro_batches=skipped)
             self._outbox.send(client, pb.ServerMessage(skipped=message))
 
+    def bounded(self, client: str, what: str, times: float) -> None:
+        """What a client sent was so many times what may count of it, and was scaled down.
+
+        It is a problem the first time, the tenth, and so on: honest clients never come there.
+        """
+        count = self._times_bounded[client] = self._times_bounded.get(client, 0) + 1
+        if is_power_of_ten(count):
+            often = "" if count == 1 else f"; {count} times so far"
+            self.problems.append(
+                f"client {client}: its {what} was {times:.3g} times what may count (federation.bound), and is scaled "
+                f"down{often}"
+            )
+
+    def take_bounded(self) -> int:
+        """How often something was scaled down since the last call."""
+        total = sum(self._times_bounded.values())
+        count, self._bounded_told = total - self._bounded_told, total
+        return count
+
     def take_new_problems(self) -> tuple[str, ...]:
         """Problems since the last call."""
         new = tuple(self.problems[self._told :])
@@ -109,3 +130,8 @@ class Membership:
         if self._waits:
             self.absent.add(client)
             self._queue.hold(True)
+
+
+def is_power_of_ten(count: int) -> bool:
+    """Whether a count is 1, 10, 100 and so on: often enough to say something again."""
+    return str(count).rstrip("0") == "1"

@@ -130,7 +130,8 @@ class Reception:
         self._shard_sizes[hello.client] = hello.shard_characters
         window = self._invitation.config.window
         participants = self._strategy.num_participants(len(self._shard_sizes))
-        tokens = window_shares(self._shard_sizes, window.tokens, window.share, participants)[hello.client]
+        shares = window_shares(self._shard_sizes, window.tokens, window.share, participants, window.largest_share)
+        tokens = shares[hello.client]
         ranks = range(len(self._invitation.endpoints))
         loads = [sum(self._members.tokens[client] for client in self._members.at(rank)) for rank in ranks]
         return Seat(loads.index(min(loads)), new_session(), tokens, states)

@@ -145,6 +145,7 @@ class RankServer:
                 is_undone = not self._train_window(window, statuses)
                 if not is_undone:
                     self._rooms.cursors.commit(window)
+                    self._rooms.masked_counts.commit(self._rooms.strategy.exchange_after(window) != "nothing")
                     window += 1
             if is_over:
                 return window
@@ -306,11 +307,13 @@ class RankServer:
         micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
         manifests = self._service.plans.pop(window).manifests
         self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
+        self._rooms.masked_counts.begin(manifests)
         self._rooms.inbox.begin()
         clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)
         if exchange != "nothing":
-            self._rooms.exchange.expect(window, clients, exchange == "weights")
+            masked = self._rooms.masked_counts.behind_updates(clients, self._rooms.strategy.least_weight)
+            self._rooms.exchange.expect(window, masked, exchange == "weights")
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""
@@ -392,6 +395,7 @@ class RankServer:
         tally.wait_seconds, tally.rank_wait_seconds = seconds.get("clients", 0.0), seconds.get("ranks", 0.0)
         tally.saving_seconds = seconds.get("saving", 0.0)
         tally.evaluation_seconds = seconds.get("evaluating", 0.0)
+        tally.bounded = self._rooms.membership.take_bounded()
         tally.recompiles = self._rooms.engine.take_recompiles()
         up, down, tally.update_bytes_down, held_out_down = self._rooms.outbox.take_bytes()
         held_out_up = self._rooms.inbox.held_out.take_bytes()

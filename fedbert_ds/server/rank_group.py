@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 from typing import Any, TypeVar
 
 import torch
@@ -36,7 +37,10 @@ class RankGroup:
         operations in the same order."""
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._messages = RankMessages(secret.read())
+        key = secret.read()
+        self._messages = RankMessages(key)
+        # The groups count their exchanges apart; what is said in one is no word in the other.
+        self._messages_beside = RankMessages(hmac.digest(key, b"beside the body", "sha256"))
         self.barrier()
         if self.rank == 0:
             secret.remove()
@@ -46,14 +50,16 @@ class RankGroup:
 
         WireError for a message that is no rank's of this run.
         """
-        self._messages.begin()
-        texts = self._exchange(self._messages.pack(mine, kind, self.rank))
-        return [self._messages.unpack(text, kind, sender) for sender, text in enumerate(texts)]
+        return self._gather(self._messages, self.group, mine, kind)
+
+    def gather_beside(self, mine: T, kind: Any) -> list[T]:
+        """As `gather`, in the thread beside the body."""
+        return self._gather(self._messages_beside, self.update_group, mine, kind)
 
     def broadcast(self, from_rank_0: T | None, kind: Any) -> T:
         """Rank 0's value. The other ranks pass None. As `gather`."""
         self._messages.begin()
-        texts = self._exchange(self._messages.pack(from_rank_0, kind, 0) if self.rank == 0 else b"")
+        texts = self._exchange(self._messages.pack(from_rank_0, kind, 0) if self.rank == 0 else b"", self.group)
         value: T = self._messages.unpack(texts[0], kind, 0)
         return value
 
@@ -61,23 +67,28 @@ class RankGroup:
         """Wait for all ranks."""
         dist.barrier(group=self.group)
 
-    def _exchange(self, mine: bytes) -> list[bytes]:
+    def _gather(self, messages: RankMessages, group: Any, mine: T, kind: Any) -> list[T]:
+        messages.begin()
+        texts = self._exchange(messages.pack(mine, kind, self.rank), group)
+        return [messages.unpack(text, kind, sender) for sender, text in enumerate(texts)]
+
+    def _exchange(self, mine: bytes, group: Any) -> list[bytes]:
         """The bytes of all ranks, in order."""
         size = len(mine).to_bytes(LENGTH_BYTES, "big")
-        heads = self._gathered(size + mine, FIRST_BYTES)
+        heads = self._gathered(size + mine, FIRST_BYTES, group)
         sizes = [int.from_bytes(head[:LENGTH_BYTES], "big") for head in heads]
         longest = max(sizes)
         if longest > MOST_BYTES:
             sizes = [0] * len(sizes)  # then no signature is right
         elif longest > FIRST_BYTES - LENGTH_BYTES:
-            heads = self._gathered(size + mine, LENGTH_BYTES + longest)
+            heads = self._gathered(size + mine, LENGTH_BYTES + longest, group)
         return [head[LENGTH_BYTES : LENGTH_BYTES + size] for head, size in zip(heads, sizes, strict=True)]
 
-    def _gathered(self, mine: bytes, width: int) -> list[bytes]:
+    def _gathered(self, mine: bytes, width: int, group: Any) -> list[bytes]:
         """The first `width` bytes of every rank's."""
         sent = torch.zeros(width, dtype=torch.uint8)
         part = mine[:width]
         sent[: len(part)] = torch.frombuffer(bytearray(part), dtype=torch.uint8)
         received: list[Tensor] = [torch.empty_like(sent) for _ in range(self.world_size)]
-        dist.all_gather(received, sent, group=self.group)
+        dist.all_gather(received, sent, group=group)
         return [tensor.numpy().tobytes() for tensor in received]

@@ -136,9 +136,10 @@ class RemoteAggregator:
         self._await(lambda: window in self._saved, attend)
         return window in self._saved
 
-    def conclude(self, window: int, complete: bool) -> None:
-        """Have the final client model written."""
-        self.send(pb.Order(conclude=pb.Conclude(window=window, complete=complete)))
+    def conclude(self, window: int, complete: bool, masked: Mapping[str, int]) -> None:
+        """Have the final client model written. `masked` are masked tokens by client."""
+        counts = {"clients": masked.keys(), "masked": masked.values()}
+        self.send(pb.Order(conclude=pb.Conclude(window=window, complete=complete, **counts)))
 
     def await_result(self, attend: Callable[[], None]) -> str:
         """The aggregator's file of the final client model; `attend` runs until it is written.

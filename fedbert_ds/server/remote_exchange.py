@@ -6,7 +6,7 @@ No tensor passes here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -29,12 +29,17 @@ class RemoteExchange:
         """Combined windows that `poll` has not returned."""
         self.norms: dict[int, float] = {}
         """Norms of combined updates, by window."""
+        self._bounded: list[tuple[str, float]] = []
         remote.hear_of_updates(self._hear, self._drop_all)
 
-    def expect(self, window: int, clients: Iterable[str], average: bool) -> None:
-        """Accept updates of this window from these clients; windows come in order."""
-        self._windows[window] = set(clients)
-        expect = pb.Expect(window=window, average=average, clients=sorted(self._windows[window]))
+    def expect(self, window: int, masked: Mapping[str, int], average: bool) -> None:
+        """Accept updates of this window from these clients; windows come in order. `masked` are the
+        masked tokens behind each one's.
+        """
+        self._windows[window] = set(masked)
+        clients = sorted(masked)
+        counts = [masked[client] for client in clients]
+        expect = pb.Expect(window=window, average=average, clients=clients, masked=counts)
         self._remote.send(pb.Order(expect=expect))
 
     def awaited(self, window: int) -> frozenset[str]:
@@ -62,6 +67,13 @@ class RemoteExchange:
         """(window, nothing) once the next window is combined, or None."""
         self._remote.take_reports()
         return (self._combined.pop(0), {}) if self._combined else None
+
+    def take_bounded(self) -> list[tuple[str, float]]:
+        """Clients whose update was too large, and how many times what may count, since the last
+        call.
+        """
+        bounded, self._bounded = self._bounded, []
+        return bounded
 
     def is_done(self, before: int) -> bool:
         """Every window below `before` is combined."""
@@ -93,6 +105,7 @@ class RemoteExchange:
                 window = report.combined.window
                 if self._windows.pop(window, None) is not None:
                     self.norms[window] = report.combined.norm
+                    self._bounded += zip(report.combined.bounded, report.combined.times, strict=False)
                     self._combined.append(window)
 
     def _drop_all(self) -> None:

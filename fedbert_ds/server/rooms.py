@@ -11,16 +11,19 @@ from torch import Tensor
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.averaging import NobodyDelivered, combine
+from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.combining import Combiner
 from fedbert_ds.federation.strategy import Strategy, strategy_of
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Members
+from fedbert_ds.server.among_ranks import AmongRanks
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.masked_counts import MaskedCounts
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
 from fedbert_ds.server.network.decoding import DecodedEvent
@@ -60,7 +63,10 @@ class Rooms:
     """The aggregator of another party, if there is one."""
     aggregator: Aggregator | None
     """This rank's own, if there is none."""
+    combiner: Combiner | None
+    """As `aggregator`."""
     cursors: Cursors
+    masked_counts: MaskedCounts
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -112,8 +118,10 @@ def build_rooms(
     cursors = Cursors({})
     owner = aggregator if isinstance(aggregator, Aggregator) else RemoteAggregator(aggregator, first_window)
     revoke: Callable[[str], None] = endpoint.revoke
+    combiner = None
     if isinstance(owner, Aggregator):
-        exchange: UpdateExchange | RemoteExchange = _exchange(contract, owner, rank_group)
+        combiner = _combiner(config, contract, owner, rank_group)
+        exchange: UpdateExchange | RemoteExchange = _exchange(combiner, owner)
     else:
         exchange = RemoteExchange(owner, queue.deadlines)
         revoke = _both(endpoint.revoke, owner.part_with)
@@ -152,7 +160,9 @@ def build_rooms(
         exchange=exchange,
         remote=owner if isinstance(owner, RemoteAggregator) else None,
         aggregator=owner if isinstance(owner, Aggregator) else None,
+        combiner=combiner,
         cursors=cursors,
+        masked_counts=MaskedCounts(),
         inbox=inbox,
         outbox=outbox,
         membership=membership,
@@ -164,18 +174,22 @@ def build_rooms(
     )
 
 
-def _exchange(contract: Contract, aggregator: Aggregator, rank_group: RankGroup) -> UpdateExchange:
-    """The exchange of updates among the ranks."""
+def _combiner(config: RunConfig, contract: Contract, aggregator: Aggregator, rank_group: RankGroup) -> Combiner:
     shapes = {name: contract.exchanged[name] for name in sorted(contract.exchanged)}
+    return Combiner(config.federation, shapes, AmongRanks(rank_group), aggregator.common)
+
+
+def _exchange(combiner: Combiner, aggregator: Aggregator) -> UpdateExchange:
+    """The exchange of updates among the ranks."""
 
     def combined(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
         try:
-            result = combine(list(updates.values()), shapes, average=average, group=rank_group.update_group)
+            result = combiner.combine(updates, average)
         except NobodyDelivered:
-            return aggregator.unchanged(shapes)
+            return aggregator.unchanged(combiner.shapes)
         return aggregator.answer(result) if average else result
 
-    return UpdateExchange(combined)
+    return UpdateExchange(combined, combiner.take_bounded)
 
 
 def _both(first: Callable[[str], None], second: Callable[[str], None]) -> Callable[[str], None]:

@@ -239,6 +239,7 @@ def window_metrics(
         evaluation_bytes=total("evaluation_bytes"),
         flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
         recompiles=total("recompiles"),
+        bounded=total("bounded"),
     )
 
 

@@ -74,6 +74,8 @@ class WindowMetrics:
     again, for want of memory, is not counted."""
     recompiles: int = 0
     """Graphs that torch.compile made on all ranks while they should have computed; 0 is right."""
+    bounded: int = 0
+    """What clients sent that `federation.bound` scaled down: pieces and updates; 0 is right."""
 
     @property
     def wire_bytes(self) -> int:

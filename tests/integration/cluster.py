@@ -160,7 +160,9 @@ class Centralized:
         sizes = {client: own.num_characters for client, own in owned.items()}
         strategy = strategy_of(self.config.federation, self.config.wire)
         participants = strategy.num_participants(len(data))
-        self.shares = window_shares(sizes, self.config.window.tokens, self.config.window.share, participants)
+        self.shares = window_shares(
+            sizes, self.config.window.tokens, self.config.window.share, participants, self.config.window.largest_share
+        )
         self.sampler = strategy.sampler(self.config.run.seed, dict.fromkeys(data, 0))
         self.streams = {client: self._stream(tokenizer, client, path) for client, path in data.items()}
         self.gradient_norms: list[float] = []

@@ -251,7 +251,8 @@ def _client_model(run: Path) -> tuple[Reference, dict[str, Cursor]]:
     with safetensors.safe_open(path, "pt") as file:
         names = [name for name in file.keys() if name.startswith(weights)]  # noqa: SIM118 (no mapping)
         shapes = {name.removeprefix(weights): tuple(file.get_slice(name).get_shape()) for name in names}
-    return read_client_model(path, shapes)
+    reference, books = read_client_model(path, shapes)
+    return reference, books.cursors
 
 
 def _metrics(run: Path) -> list[dict[str, Any]]:

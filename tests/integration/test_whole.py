@@ -103,8 +103,8 @@ def test_the_result_is_the_reference_and_a_round_leaves_all_clients_there(runs, 
     model = _weights(run)
     halves = [_half(run, client, last) for client in CLIENTS]
     shapes = {key: tuple(tensor.shape) for key, tensor in halves[0].items()}
-    reference, cursors = read_client_model(CheckpointFolder(run / "checkpoints").client_model(last), shapes)
-    assert reference.version == last and cursors.keys() == CLIENTS.keys()
+    reference, books = read_client_model(CheckpointFolder(run / "checkpoints").client_model(last), shapes)
+    assert reference.version == last and books.cursors.keys() == CLIENTS.keys()
     for key, tensor in reference.weights.items():
         assert torch.equal(model[key], tensor), key
         for client, half in zip(CLIENTS, halves, strict=True):

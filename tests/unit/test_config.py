@@ -620,3 +620,27 @@ def test_each_client_of_one_source_needs_as_many_clients_as_sources() -> None:
     parse_config(tree | {"clients": {"expected": 2, "local": 0}}, "x")  # remote clients bring their own text
     with pytest.raises(ConfigError, match=r"there are 3 clients for 2 sources; set clients\.local: 2"):
         parse_config(tree | {"clients": {"expected": 3, "local": 3}}, "x")
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"federation": {"combine": "median", "mode": "sequential"}}, "combine is for mode: synchronous or parallel"),
+        ({"federation": {"assumed_liars": 2}}, "assumed_liars is for combine: trimmed_mean or krum"),
+        ({"federation": {"clipping_radius": 2.0}}, "clipping_radius is for combine: norm_clipping"),
+        ({"federation": {"bound": 1.0}}, "federation.bound"),
+        ({"federation": {"combine": "krum"}}, "combine krum with assumed_liars 1 needs 5 clients at a time, .* are 4"),
+        (
+            {
+                "federation": {"combine": "trimmed_mean", "assumed_liars": 3, "participants": 6},
+                "clients": {"expected": 9},
+            },
+            "needs 7 clients at a time, and there are 6; lower federation.assumed_liars",
+        ),
+        ({"window": {"largest_share": 0.5}}, "window.largest_share"),
+    ],
+)
+def test_bounds_and_robust_rules_are_checked_together(tree: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_config(tree, "test")
+    assert "\n" not in str(caught.value)

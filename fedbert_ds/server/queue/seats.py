@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 
@@ -17,10 +18,17 @@ def assign_clients(shares: Mapping[str, int], world_size: int) -> dict[str, int]
 
 
 def window_shares(
-    shard_sizes: Mapping[str, int], window_tokens: int, share: str, participants: int | None = None
+    shard_sizes: Mapping[str, int],
+    window_tokens: int,
+    share: str,
+    participants: int | None = None,
+    largest: float = math.inf,
 ) -> dict[str, int]:
     """Tokens of each client in a window it takes part in: by its shard (`data`) or the same
     (`equal`); at least 1.
+
+    A shard's size is what its client says, so it counts for at most `largest` times the lower
+    median of all.
 
     All clients together bring `window_tokens`. Where only `participants` of K take part at a time,
     each brings K / participants times that, so that a window holds `window_tokens` on average, if
@@ -30,5 +38,8 @@ def window_shares(
     together = count if participants is None else participants
     if share == "equal":
         return {client: max(1, window_tokens // together) for client in shard_sizes}
-    total = sum(shard_sizes.values()) * together
-    return {client: max(1, window_tokens * size * count // total) for client, size in shard_sizes.items()}
+    ordered = sorted(shard_sizes.values())
+    most = ordered[(count - 1) // 2] * largest
+    sizes = {client: size if size <= most else int(most) for client, size in shard_sizes.items()}
+    total = sum(sizes.values()) * together
+    return {client: max(1, window_tokens * size * count // total) for client, size in sizes.items()}

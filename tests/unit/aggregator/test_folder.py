@@ -22,9 +22,10 @@ def reference(window: int) -> Reference:
 def test_the_newest_two_references_are_kept_and_come_back(tmp_path: Path) -> None:
     folder = AggregatorFolder(tmp_path)
     for window in (2, 4, 10):
-        folder.save(window, reference(window))
+        folder.save(window, reference(window), {"ada": (0.5, 3.0)})
     assert folder.saved_windows() == (4, 10)
-    loaded = folder.load(10, SHAPES)
+    loaded, votes = folder.load(10, SHAPES)
+    assert votes == {"ada": (0.5, 3.0)}
     assert loaded.version == 10 and torch.equal(loaded.weights["table"], reference(10).weights["table"])
     assert loaded.optimizer == {"table": {"step": 10}}
 
@@ -34,7 +35,7 @@ def test_a_run_that_goes_back_has_no_later_references(tmp_path: Path) -> None:
     folder = AggregatorFolder(tmp_path)
     for window in (2, 4):
         folder.save(window, reference(window))
-    assert folder.load(2, SHAPES).version == 2
+    assert folder.load(2, SHAPES)[0].version == 2
     assert folder.saved_windows() == (2,)
 
 
@@ -58,7 +59,7 @@ def test_a_reference_with_flipped_bytes_is_told_and_the_one_before_taken(tmp_pat
     path.write_bytes(content)
     told: list[str] = []
     assert folder.whole_windows(told.append) == (2,)
-    assert folder.load(4, SHAPES).version == 4, "nothing else would notice"
+    assert folder.load(4, SHAPES)[0].version == 4, "nothing else would notice"
     assert told == [f"{tmp_path}: reference-4.safetensors is not what was saved (SHA-256)"]
 
 

@@ -57,7 +57,10 @@ class Run:
     def expect(self, window: int, average: bool = False, without: str | None = None) -> None:
         for rank, client in zip(RANKS, ("ada", "bo"), strict=True):
             clients = [client] if client != without else []
-            self.real.order(rank, pb.Order(expect=pb.Expect(window=window, average=average, clients=clients)))
+            self.real.order(
+                rank,
+                pb.Order(expect=pb.Expect(window=window, average=average, clients=clients, masked=[1] * len(clients))),
+            )
 
     def update(self, client: str, window: int, value: float = 1.0) -> None:
         for chunk in update_chunks(window, [("table", torch.full((2, 2), value))], 1.0):
@@ -128,10 +131,10 @@ def test_a_window_goes_on_without_a_client_that_is_late(tmp_path: Path) -> None:
 def test_what_was_delivered_early_counts_though_its_client_is_gone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.update("bo", 0, value=5.0)
-    run.real.order(RANKS[1], pb.Order(expect=pb.Expect(window=0, clients=["bo"])))
+    run.real.order(RANKS[1], pb.Order(expect=pb.Expect(window=0, clients=["bo"], masked=[1])))
     run.real.disconnected("bo")
     assert [lost.client for lost in run.reported("lost", rank=1)] == ["bo"]
-    run.real.order(RANKS[0], pb.Order(expect=pb.Expect(window=0, clients=["ada"])))
+    run.real.order(RANKS[0], pb.Order(expect=pb.Expect(window=0, clients=["ada"], masked=[1])))
     run.update("ada", 0, value=1.0)
     run.commit(0)
     run.until(lambda: run.updates("ada") == [0])
@@ -290,7 +293,7 @@ def test_the_reference_goes_back_to_what_was_saved(tmp_path: Path) -> None:
         run.commit(window)
         run.until(lambda window=window: run.updates("ada")[-1:] == [window])
         run.real.order(RANKS[0], pb.Order(save=pb.Save(window=window + 1)))
-    before = AggregatorFolder(tmp_path).load(2, SHAPES).weights["table"]
+    before = AggregatorFolder(tmp_path).load(2, SHAPES)[0].weights["table"]
     undo(run, 2)
     run.endpoint.sent.clear()
     assert weights(run) == float(before[0, 0])

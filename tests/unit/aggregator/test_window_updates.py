@@ -32,8 +32,8 @@ def clips(request: pytest.FixtureRequest, updates: WindowUpdates) -> bool:
 
 
 def expect(updates: WindowUpdates, window: int, average: bool = False) -> None:
-    updates.expect(0, window, average, ["ada"])
-    updates.expect(1, window, average, ["bo"])
+    updates.expect(0, window, average, {"ada": 1})
+    updates.expect(1, window, average, {"bo": 1})
 
 
 def deliver(updates: WindowUpdates, client: str, window: int, value: float) -> None:
@@ -83,9 +83,9 @@ def test_the_next_window_is_not_combined_before_the_last_one_is_applied(updates:
 
 
 def test_a_client_that_is_forgotten_is_not_waited_for(updates: WindowUpdates) -> None:
-    updates.expect(1, 0, False, ["bo"])
+    updates.expect(1, 0, False, {"bo": 1})
     updates.forget("bo")
-    updates.expect(0, 0, False, ["ada"])
+    updates.expect(0, 0, False, {"ada": 1})
     deliver(updates, "ada", 0, 1.0)
     assert combined(updates)[0] == 0
     updates.commit(0, 1.0)

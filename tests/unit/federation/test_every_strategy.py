@@ -72,7 +72,7 @@ class Owner:
         """Deliver (client, tensors, weight) in this order; the reference afterwards."""
         updates = list(updates)
         average = self.strategy.exchange_after(self.window) == "weights"
-        self.exchange.expect(self.window, [client for client, _, _ in updates], average)
+        self.exchange.expect(self.window, {client: int(weight) for client, _, weight in updates}, average)
         for client, tensors, weight in updates:
             chunks = list(update_chunks(self.window, tensors.items(), weight, self.codec))
             self.exchange.deliver(self.window, client, partial(joined, client, chunks, self.codec))
@@ -203,7 +203,7 @@ def test_a_number_that_is_none_is_refused_and_its_client_named(codec: str, where
     """The others' update is combined without it."""
     owner = Owner("fedavg", codec)
     good = list(update_chunks(0, tensors_of(2).items(), 5.0, codec))
-    owner.exchange.expect(0, ["ada", "bo"], average=True)
+    owner.exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=True)
     owner.exchange.deliver(0, "bo", partial(joined, "bo", poisoned(codec, where, value), codec))
     owner.exchange.deliver(0, "ada", partial(joined, "ada", good, codec))
     deadline = time.monotonic() + 60

@@ -154,6 +154,9 @@ class FakeRankGroup:
     def gather(self, mine: Any, kind: Any) -> list[Any]:
         return [retold(mine, kind)]
 
+    def gather_beside(self, mine: Any, kind: Any) -> list[Any]:
+        return self.gather(mine, kind)
+
     def broadcast(self, from_rank_0: Any, kind: Any) -> Any:
         return self.gather(from_rank_0, kind)[0]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbert_ds.config import parse_config
+from fedbert_ds.config import WindowSection, parse_config
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.sampler import Everybody
 from fedbert_ds.server.admission import (
@@ -205,7 +205,7 @@ def test_a_new_run_begins_at_zero_whatever_clients_have_saved() -> None:
     join(joins, hello("ada", saved_windows=[3, 5]))
     join(joins, hello("bo"))
     assert joins.first_window() == 0
-    seats = joins.seats(world_size=1, window_tokens=1000, share="equal")
+    seats = joins.seats(1, WindowSection(tokens=1000, share="equal"))
     assert not seats["ada"].saved_windows, "they are of another run"
 
 
@@ -218,11 +218,18 @@ def test_states_of_another_run_are_refused_where_clients_keep_states(run: str) -
     join(joins, hello("ada", run=run))
     join(joins, hello("bo", saved_windows=[3], run="this run"))
     assert joins.first_window() == 3
-    seats = joins.seats(world_size=1, window_tokens=10, share="equal")
+    seats = joins.seats(1, WindowSection(tokens=10, share="equal"))
     assert seats["ada"].saved_windows == frozenset() and seats["bo"].saved_windows == {3}
     indifferent = Joins(1, Expectation("v", "s", "c", frozenset({5}), clients_save=False, run="this run"))
     join(indifferent, hello("ada", saved_windows=[5], run=run))
-    assert indifferent.seats(1, 10, "equal")["ada"].saved_windows == frozenset()
+    assert indifferent.seats(1, WindowSection(tokens=10, share="equal"))["ada"].saved_windows == frozenset()
+
+
+def test_an_absurd_amount_of_text_is_refused_in_one_line() -> None:
+    joins = Joins(2, EXPECTATION)
+    with pytest.raises(WireError, match=r"client bo says it has 9.2e\+18 characters of text; at most 1e\+13 are sane"):
+        join(joins, hello("bo", shard_characters=2**63))
+    join(joins, hello("ada", shard_characters=10**13))
 
 
 # -- seats -----------------------------------------------------------------------------------------
@@ -234,7 +241,7 @@ def test_seats_follow_from_names_and_texts_alone() -> None:
         joins = Joins(3, EXPECTATION)
         for name in order:
             join(joins, hello(name, shard_characters={"ada": 500, "bo": 300, "cy": 200}[name]))
-        seats.append(joins.seats(world_size=2, window_tokens=1000, share="data"))
+        seats.append(joins.seats(2, WindowSection(tokens=1000, share="data")))
     places = [{name: (seat.rank, seat.tokens) for name, seat in one.items()} for one in seats]
     assert places[0] == places[1] == {"ada": (0, 500), "bo": (1, 300), "cy": (1, 200)}
     sessions = [seat.session for one in seats for seat in one.values()]
@@ -245,7 +252,7 @@ def test_seats_with_equal_shares() -> None:
     joins = Joins(2, EXPECTATION)
     join(joins, hello("ada", shard_characters=999))
     join(joins, hello("bo", shard_characters=1))
-    seats = joins.seats(world_size=1, window_tokens=1001, share="equal")
+    seats = joins.seats(1, WindowSection(tokens=1001, share="equal"))
     assert {name: seat.tokens for name, seat in seats.items()} == {"ada": 500, "bo": 500}
 
 
@@ -263,7 +270,7 @@ def test_a_welcome_names_the_aggregator_with_a_session_that_is_not_the_ranks() -
 def test_a_seat_knows_the_states_its_client_has_kept(clients_save: bool) -> None:
     joins = Joins(1, Expectation("v", "s", "c", frozenset({4}), clients_save))
     join(joins, hello("ada", saved_windows=[3, 4]))
-    seats = joins.seats(world_size=1, window_tokens=1000, share="equal")
+    seats = joins.seats(1, WindowSection(tokens=1000, share="equal"))
     assert seats["ada"].saved_windows == (frozenset({3, 4}) if clients_save else frozenset())
 
 

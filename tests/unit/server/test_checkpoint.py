@@ -12,7 +12,7 @@ from unit.server.fakes import Rank, run_config
 
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference
-from fedbert_ds.server.checkpoint import complete, read_client_model, write_client_model
+from fedbert_ds.server.checkpoint import Books, complete, read_client_model, write_client_model
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -52,9 +52,9 @@ def test_clients_save_first_and_one_that_stays_silent_is_not_waited_for(monkeypa
     marked: list[tuple[int, frozenset[str]]] = []
     rank.served.folder.mark_complete = lambda window, layout: marked.append((window, rank.served.rooms.queue.clients))
     assert rank.run() == 1
-    reference, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
+    reference, books = read_client_model(rank.served.folder.client_model(1), HALF)
     after_one_window = {"epoch": 0, "position": 4, "sequences": SEQUENCES}
-    assert cursors == dict.fromkeys(("ada", "bo", "cy"), after_one_window), "bo's window counts, too"
+    assert books.cursors == dict.fromkeys(("ada", "bo", "cy"), after_one_window), "bo's window counts, too"
     assert reference.version == 1
     assert rank.engine.saved == [1] and marked == [(1, {"ada", "cy"})]
     assert clients[1].refusal == "client bo was silent for 300 s (clients.silence_timeout)"
@@ -68,8 +68,8 @@ def test_a_client_that_is_gone_keeps_its_cursor(monkeypatch: pytest.MonkeyPatch)
     rank.served.rooms.cursors.roll_back({"dee": old, "bo": old})
     rank.run()
     assert rank.clients[1].begins[0].cursor == pb.Cursor(**old)
-    _, cursors = read_client_model(rank.served.folder.client_model(1), HALF)
-    assert cursors["dee"] == old and cursors["bo"] == {"epoch": 0, "position": 7, "sequences": SEQUENCES}
+    _, books = read_client_model(rank.served.folder.client_model(1), HALF)
+    assert books.cursors["dee"] == old and books.cursors["bo"] == {"epoch": 0, "position": 7, "sequences": SEQUENCES}
 
 
 def test_what_was_saved_is_taken_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +123,10 @@ def test_the_client_model_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = tmp_path / "window-4" / "client_model.safetensors"
     weights = {name: torch.randn(shape) for name, shape in HALF.items()}
     moments = {name: {"step": 4, "exp_avg": torch.randn(shape)} for name, shape in HALF.items()}
-    cursors = {"Ada \u00e9": {"epoch": 2, "position": 17, "sequences": 40}}
-    write_client_model(path, Reference(4, weights, moments), cursors)
+    books = Books({"Ada \u00e9": {"epoch": 2, "position": 17, "sequences": 40}}, {"bo": (70, 5)}, {"bo": (0.1, 5.0)})
+    write_client_model(path, Reference(4, weights, moments), books)
     reference, again = read_client_model(path, HALF)
-    assert again == cursors and reference.version == 4
+    assert again == books and reference.version == 4
     for name in HALF:
         assert torch.equal(reference.weights[name], weights[name])
         assert torch.equal(reference.optimizer[name]["exp_avg"], moments[name]["exp_avg"])

@@ -52,7 +52,7 @@ def test_a_decision_about_the_body_is_not_its_business(rank: Rank) -> None:
 
 def test_what_was_combined_goes_to_everybody(rank: Rank) -> None:
     rooms = rank.served.rooms
-    rooms.exchange.expect(0, ["ada", "bo"], average=False)
+    rooms.exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=False)
     for client, value in (("ada", 1.0), ("bo", 2.0)):
         tensors = {name: torch.full(shape, value) for name, shape in HALF.items()}
         for chunk in update_chunks(0, tensors.items(), 1.0):
@@ -65,7 +65,7 @@ def test_what_was_combined_goes_to_everybody(rank: Rank) -> None:
 
 def test_an_update_that_is_not_sound_costs_its_client_alone(rank: Rank) -> None:
     rooms = rank.served.rooms
-    rooms.exchange.expect(0, ["ada", "bo"], average=False)
+    rooms.exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=False)
 
     def unsound() -> Any:
         raise WireError("client bo: its update: tensor 'table' holds nan")

@@ -72,11 +72,12 @@ def test_synchronous_halves_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.equal(half[name], torch.full(shape, 3.0 + 2.0 + 2.0))
 
 
-def test_parallel_halves_are_averaged_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_halves_are_averaged_by_the_servers_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(federation={"mode": "parallel"})
     rank = Rank(monkeypatch, config, trio(config))
     rank.run()
-    expected = (3.0 * 3 + 2.0 * 2 + 2.0 * 2) / 7  # values and weights are the lengths of names
+    # Values are the lengths of names, and so are the weights that clients name, which nobody hears.
+    expected = (3.0 * 6 + 2.0 * 5 + 2.0 * 6) / 17
     for client in rank.clients:
         for half in client.updates[1:]:
             torch.testing.assert_close(half["table"], torch.full(HALF["table"], expected))
@@ -150,7 +151,7 @@ def test_only_participants_train_and_everybody_gets_the_combined_update(
     """FakeClient refuses a second step of a window, and whatever is not of its own windows."""
     windows = 12
     config = run_config(
-        run={"windows": windows, "save_every": 5}, federation=federation, window={"order": order},
+        run={"windows": windows, "save_every": 5}, federation=federation | {"bound": None}, window={"order": order},
         clients={"expected": 4},
     )  # fmt: skip
     clients, sampler = four(config)
@@ -173,8 +174,10 @@ def test_only_participants_train_and_everybody_gets_the_combined_update(
         assert len(client.updates) == 1 + len(exchanges)
         for window, update in zip(exchanges, client.updates[1:], strict=True):
             names = [len(other.name) for other in in_window(clients, sampler, window)]
-            # Values and weights are the lengths of names.
-            summed = float(sum(names)), sum(n * n for n in names) / sum(names)
+            # Values are the lengths of names, weights the masked tokens.
+            masked = [sum(length // 2 for length in other.lengths) for other in in_window(clients, sampler, window)]
+            mean = sum(n * m for n, m in zip(names, masked, strict=True)) / sum(masked)
+            summed = float(sum(names)), mean
             expected = summed[0] if federation["mode"] == "synchronous" else summed[1]
             torch.testing.assert_close(update["head"], torch.full((2,), expected))
     # All say where they are, participants or not.
@@ -279,8 +282,9 @@ def test_the_half_to_hand_over(monkeypatch: pytest.MonkeyPatch, mode: str) -> No
     window = rank.run()
     half = rank.collect(window)
     assert {name: tuple(tensor.shape) for name, tensor in half.items()} == HALF
-    # Two steps from 0 with the sum of gradients 3, 2 and 2; or the average of weights 3, 2 and 2.
-    expected = -2 * 0.5 * 7.0 if mode == "synchronous" else 7.0 / 3
+    # Two steps from 0 with the sum of gradients 3, 2 and 2; or the average of weights 3, 2 and 2,
+    # by the masked tokens 6, 5 and 6.
+    expected = -2 * 0.5 * 7.0 if mode == "synchronous" else 40.0 / 17
     torch.testing.assert_close(half["head"], torch.full((2,), expected))
     asked = [client for client, message in rank.endpoint.sent if message.WhichOneof("body") == "update_request"]
     assert asked == ([] if mode == "synchronous" else ["ada", "bo", "cy"])

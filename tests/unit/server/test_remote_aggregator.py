@@ -47,7 +47,7 @@ def test_a_save_and_the_result_are_waited_for() -> None:
         exchange.take_unsound()
 
     remote.save(6, attend)
-    remote.conclude(7, complete=True)
+    remote.conclude(7, complete=True, masked={"ada": 5})
     assert remote.await_result(attend) == "there"
     remote.commit(7, 0.5)
     remote.finish("done", complete=True)
@@ -99,7 +99,7 @@ def lost() -> tuple[LostLine, RemoteExchange, RemoteAggregator]:
         line.reports.append(pb.Report(admitted=pb.Admitted()))
         remote.admit({client: "s"}, timeout=5.0)
     remote.part_with("cy")
-    exchange.expect(3, ["ada", "bo"], average=False)
+    exchange.expect(3, dict.fromkeys(["ada", "bo"], 1), average=False)
     line.is_lost = True
     return line, exchange, remote
 
@@ -168,6 +168,6 @@ def test_an_aggregator_that_is_back_begins_where_the_run_goes_on() -> None:
     line.reports.append(pb.Report(admitted=pb.Admitted(window=2)))
     remote.admit({"ada": "new"}, timeout=5.0)
     assert line.orders[-1].admit.window == 2
-    exchange.expect(2, ["ada"], average=False)
+    exchange.expect(2, dict.fromkeys(["ada"], 1), average=False)
     line.reports.append(pb.Report(combined=pb.Combined(window=2, norm=1.0)))
     assert exchange.poll() == (2, {})

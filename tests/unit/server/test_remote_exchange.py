@@ -42,8 +42,8 @@ def delivered(window: int, client: str, whole: bool = True) -> pb.Report:
 def test_a_window_is_done_when_the_aggregator_says_so() -> None:
     line, _, exchange, _ = made()
     assert exchange.is_idle and not exchange.is_combining and exchange.is_done(9)
-    exchange.expect(3, ["bo", "ada"], average=False)
-    assert line.orders == [pb.Order(expect=pb.Expect(window=3, clients=["ada", "bo"]))]
+    exchange.expect(3, {"bo": 5, "ada": 4}, average=False)
+    assert line.orders == [pb.Order(expect=pb.Expect(window=3, clients=["ada", "bo"], masked=[4, 5]))]
     assert exchange.awaited(3) == {"ada", "bo"} and exchange.awaited(4) == frozenset()
     assert exchange.is_combining and exchange.is_done(3) and not exchange.is_done(4) and exchange.poll() is None
     line.reports += [delivered(3, "ada"), delivered(3, "bo", whole=False)]
@@ -55,7 +55,7 @@ def test_a_window_is_done_when_the_aggregator_says_so() -> None:
 
 def test_an_update_at_the_aggregator_answers_the_ranks_question() -> None:
     line, deadlines, exchange, _ = made()
-    exchange.expect(0, ["ada"], average=True)
+    exchange.expect(0, dict.fromkeys(["ada"], 1), average=True)
     question = Question("update", 0)
     deadlines.ask("ada", question, 5.0)
     line.reports.append(delivered(0, "ada", whole=False))
@@ -68,7 +68,7 @@ def test_an_update_at_the_aggregator_answers_the_ranks_question() -> None:
 
 def test_a_client_that_is_late_or_gone_is_dropped_elsewhere_too() -> None:
     line, _, exchange, remote = made()
-    exchange.expect(0, ["ada", "bo"], average=True)
+    exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=True)
     line.reports.append(delivered(0, "bo"))
     exchange.poll()
     assert exchange.forget("ada") == [0] and exchange.forget("bo") == []

@@ -165,6 +165,7 @@ RANK_MAY_SAY: dict[tuple[str, str, str], str] = {
     ("Expect", "window", "uint32"): "a count",
     ("Expect", "average", "bool"): "how updates combine",
     ("Expect", "clients", "repeated string"): "names",
+    ("Expect", "masked", "repeated uint64"): "counts, the weights of updates",
     ("Drop", "client", "string"): "a name",
     ("Drop", "gone", "bool"): "whether it comes back",
     ("Commit", "window", "uint32"): "a count",
@@ -172,6 +173,8 @@ RANK_MAY_SAY: dict[tuple[str, str, str], str] = {
     ("Save", "window", "uint32"): "a count",
     ("Conclude", "window", "uint32"): "a count",
     ("Conclude", "complete", "bool"): "whether the run goes on later",
+    ("Conclude", "clients", "repeated string"): "names",
+    ("Conclude", "masked", "repeated uint64"): "counts, the weights of halves",
     ("Finish", "reason", "string"): "a sentence for the user",
     ("Finish", "complete", "bool"): "the same",
 }
@@ -195,6 +198,7 @@ def test_no_bytes_pass_between_ranks_and_an_aggregator() -> None:
     assert {row for row in both if row[2].endswith(("double", "float"))} == {
         ("Commit", "scale", "double"),
         ("Combined", "norm", "double"),
+        ("Combined", "times", "repeated double"),
     }
 
 

@@ -67,3 +67,21 @@ def test_participants_bring_so_much_that_a_window_is_full_on_average(
     assert window_tokens - participants <= mean <= window_tokens + len(sizes)
     everybody = window_shares(sizes, window_tokens, "data", len(sizes))
     assert everybody == window_shares(sizes, window_tokens, "data")
+
+
+def test_a_claim_of_much_text_counts_for_so_many_times_the_median_clients() -> None:
+    honest = {f"client-{n}": 1000 for n in range(9)}
+    for claim in (4001, 10**12, 2**63):
+        shares = window_shares(honest | {"liar": claim}, 1300, "data", largest=4.0)
+        assert shares == dict.fromkeys(honest, 100) | {"liar": 400}
+    assert window_shares(honest | {"rich": 4000}, 1300, "data", largest=4.0)["rich"] == 400
+    assert window_shares(honest | {"liar": 2**63}, 1300, "data")["liar"] == 1299
+
+
+@settings(max_examples=60)
+@given(
+    sizes=st.dictionaries(st.text("abc", min_size=1, max_size=3), st.integers(1000, 4000), min_size=1, max_size=8),
+    window_tokens=st.integers(1, 10**7),
+)
+def test_texts_that_are_not_too_unequal_keep_their_shares(sizes: dict[str, int], window_tokens: int) -> None:
+    assert window_shares(sizes, window_tokens, "data", largest=4.0) == window_shares(sizes, window_tokens, "data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -10,11 +11,12 @@ import grpc
 
 from fedbert_ds.errors import UserError
 from fedbert_ds.server.network.events import Received
-from fedbert_ds.server.network.listener import Listener, Servicer
+from fedbert_ds.server.network.listener import Listener, Servicer, unread
 from fedbert_ds.server.network.traffic import Traffic
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
 from fedbert_ds.wire.channel import CONDUCT, OPEN, TlsFiles
+from fedbert_ds.wire.introduction import introduction
 
 A_RANK = rank_name(0)[0]
 
@@ -94,14 +96,13 @@ class _Servicer(Servicer):
     def __init__(self, endpoint: AggregatorEndpoint) -> None:
         super().__init__(endpoint)
         self._endpoint = endpoint
-        self.handlers[OPEN] = grpc.unary_unary_rpc_method_handler(
-            self.open, pb.OpenRun.FromString, pb.Opened.SerializeToString
-        )
+        self.handlers[OPEN] = unread(self.open, pb.Opened.SerializeToString)
         self.handlers[CONDUCT] = grpc.stream_stream_rpc_method_handler(self.train)
 
-    async def open(self, request: pb.OpenRun, context: grpc.aio.ServicerContext) -> pb.Opened:
+    async def open(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.Opened:
         """Open."""
+        await self.turn_away_beyond_rate(context)
         try:
-            return await self._endpoint.open(request)
+            return await self._endpoint.open(introduction(context.invocation_metadata(), pb.OpenRun))
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

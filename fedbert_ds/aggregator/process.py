@@ -17,6 +17,7 @@ from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, Received, reply
+from fedbert_ds.server.network.limits import most_kept
 from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import is_secret, rank_name, read_secret
@@ -141,6 +142,7 @@ class _Process:
             )
         model = _client_model(self._config, request)
         self._end_run("another server took over")
+        self._endpoint.keep_at_most(most_kept(model.exchanged))
         sessions = [secrets.token_hex(16) for _ in range(request.ranks)]
         self._run = AggregatedRun(self._config, model, sessions, self._endpoint, self._folder)
         return pb.Opened(sessions=sessions, saved_windows=saved if request.resume else ())

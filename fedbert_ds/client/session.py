@@ -28,9 +28,9 @@ from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.address_file import look_up
 from fedbert_ds.wire.channel import TlsFiles, connect
+from fedbert_ds.wire.introduction import join
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
 
@@ -241,7 +241,8 @@ def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float)
                 f"{address}: no server answers; check --server, that it runs, and TLS on both sides"
             ) from None
         try:
-            return rpc.FederationStub(channel).Join(hello, timeout=options.join_timeout)
+            welcome: pb.Welcome = join(channel, hello, options.join_timeout).result()
+            return welcome
         except grpc.RpcError as error:
             raise _wire_error(address, error) from error
 

@@ -144,8 +144,8 @@ class ClientService:
                 self._membership.detached.add(client)
             case Attached(client):
                 self._membership.detached.discard(client)
-            case Disconnected(client):
-                self._membership.disconnect(client)
+            case Disconnected(client, reason):
+                self._membership.disconnect(client, reason)
             case Decoded(client, message, tensor) if self._queue.is_connected(client):
                 try:
                     self._receive(client, message, tensor)

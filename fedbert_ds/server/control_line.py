@@ -11,7 +11,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import AggregatorLost, WireError
 from fedbert_ds.federation.agreement import agreement
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
+from fedbert_ds.wire import introduction
 from fedbert_ds.wire.aggregation import rank_name, read_secret
 from fedbert_ds.wire.channel import TlsFiles, connect
 from fedbert_ds.wire.messages import PROTOCOL
@@ -43,7 +43,7 @@ def open_run(
     with connect(address, tls_of(config)) as channel:
         try:
             grpc.channel_ready_future(channel).result(timeout=config.clients.join_timeout)
-            opened: pb.Opened = rpc.AggregationStub(channel).Open(request, timeout=OPEN_SECONDS)
+            opened: pb.Opened = introduction.open_run(channel, request, OPEN_SECONDS).result()
         except grpc.FutureTimeoutError:
             raise WireError(
                 f"{address}: no aggregator answers; check aggregator.address, that it runs, and TLS on both sides"

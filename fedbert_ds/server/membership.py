@@ -55,10 +55,10 @@ class Membership:
             self.problems.append(f"client {client} has joined the run that is under way")
         self.absent.discard(client)
 
-    def disconnect(self, client: str) -> None:
+    def disconnect(self, client: str, reason: str = "") -> None:
         """A client's stream ended. Does nothing for a client that is gone already."""
         if self._queue.is_connected(client):
-            self.problems.append(f"client {client} disconnected")
+            self.problems.append(f"client {client} disconnected" + (f": {reason}" if reason else ""))
             self._leave(client)
 
     def refuse(self, client: str, reason: str, may_return: bool = False) -> None:

@@ -50,6 +50,7 @@ from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import RankEndpoint
+from fedbert_ds.server.network.limits import most_kept
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.prepare import TextFacts, is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.queue.in_flight import InFlightLimits
@@ -142,6 +143,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check, visitors)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None, Start)
         contract = build_contract(config, half)
+        endpoint.keep_at_most(most_kept(contract.exchanged, _most_window_bytes(config, rule, contract)))
         decoding = Decoding(endpoint.next_event, contract, threads, pinned=torch.cuda.is_available())
         aggregator = elsewhere or _aggregator(config, half, rule)
         del half  # the aggregator has its own copy
@@ -298,6 +300,13 @@ def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
 def _start(config: RunConfig, joins: Joins, strategy: Strategy, world_size: int) -> Start:
     participants = strategy.num_participants(config.clients.expected)
     return start_of(joins, world_size, config.window, participants)
+
+
+def _most_window_bytes(config: RunConfig, strategy: Strategy, contract: Contract) -> float:
+    """Bytes of a window's tensors to one client, if all text were its own."""
+    expected = config.clients.expected
+    tokens = config.window.tokens * expected / strategy.num_participants(expected)
+    return 4 * tokens * (contract.activations.width + contract.gradients.width)
 
 
 def _aggregator(config: RunConfig, half: ClientHalf, strategy: Strategy) -> Aggregator:

@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class FederationStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The first word of every call, a Hello, an Attach or an OpenRun, comes in its metadata (`introduction-bin`): no message is
+    read of a caller that is not known. The requests of Join and Open are empty.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +49,9 @@ class FederationStub(object):
 
 
 class FederationServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The first word of every call, a Hello, an Attach or an OpenRun, comes in its metadata (`introduction-bin`): no message is
+    read of a caller that is not known. The requests of Join and Open are empty.
+    """
 
     def Join(self, request, context):
         """At the coordinator: waits until every expected client has joined, then tells this one its rank's endpoint.
@@ -85,7 +89,9 @@ def add_FederationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Federation(object):
-    """Missing associated documentation comment in .proto file."""
+    """The first word of every call, a Hello, an Attach or an OpenRun, comes in its metadata (`introduction-bin`): no message is
+    read of a caller that is not known. The requests of Join and Open are empty.
+    """
 
     @staticmethod
     def Join(request,

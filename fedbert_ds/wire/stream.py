@@ -22,6 +22,7 @@ from fedbert_ds.wire.conversation import (
     UNREAD_BYTES,
     Conversation,
 )
+from fedbert_ds.wire.introduction import introduced
 from fedbert_ds.wire.shared_memory import SharedMemory, is_this_machine, offer
 
 KEPT_BYTES = 64 << 20
@@ -177,7 +178,7 @@ class DialledStream(Generic[M]):
             self._memory, shared = offered
             attach.shared.CopyFrom(shared)
         with connect(self._address, self._tls) as channel:
-            call = channel.stream_stream(self.call)(self._frames(self._connection, attach))
+            call = channel.stream_stream(self.call)(self._frames(self._connection), metadata=introduced(attach))
             self._call = call
             try:
                 for frame in call:
@@ -191,9 +192,8 @@ class DialledStream(Generic[M]):
                 call.cancel()
         return None
 
-    def _frames(self, connection: int, attach: pb.Attach) -> Iterator[bytes]:
-        """Frames of a connection: attach; after the answer, messages and acknowledgements."""
-        yield pb.ClientMessage(attach=attach).SerializeToString()
+    def _frames(self, connection: int) -> Iterator[bytes]:
+        """Messages and acknowledgements of a connection, once the server has answered."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._attached or self._connection != connection)

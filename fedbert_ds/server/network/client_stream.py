@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 
 from google.protobuf.message import DecodeError
@@ -12,11 +13,37 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import ACKNOWLEDGE_SECONDS, MESSAGE_BYTES, UNREAD_BYTES, Conversation
 from fedbert_ds.wire.shared_memory import SharedMemory, accept
 
-BACKLOG_BYTES = 8 << 30
-"""Bytes that may wait for one client, a whole client update among them; beyond, it is lost."""
+ALL_UNREAD_BYTES = 512 << 20
+"""Received bytes of all clients that wait to be handled, beyond which only those are read that have
+none waiting.
+"""
 
 DELIVERY_HEADER_BYTES = 2
 """Tag and length of a Delivery, whose own size is below 128."""
+
+
+class UnreadBytes:
+    """Received bytes of all clients that wait to be handled. Used on the event loop alone."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._fell = asyncio.Event()
+
+    @property
+    def are_too_many(self) -> bool:
+        """Nobody should send more who has sent what waits."""
+        return self._bytes > ALL_UNREAD_BYTES
+
+    def change(self, num_bytes: int) -> None:
+        """So many more wait, or fewer."""
+        self._bytes += num_bytes
+        if num_bytes < 0:
+            self._fell.set()
+
+    async def fall(self) -> None:
+        """Wait until there are fewer."""
+        self._fell.clear()
+        await self._fell.wait()
 
 
 class ClientStream:
@@ -26,7 +53,8 @@ class ClientStream:
     message of the client once and in order: parsed, as it came, and its size without the delivery;
     `handled(num_bytes)` must follow. `on_end(stream)` is called once, and
     `on_connection(stream, is_there)` when a connection is lost or is back. Without a connection the
-    stream ends after `reconnect_timeout` seconds.
+    stream ends after `reconnect_timeout` seconds, and at once when more than `most_kept` bytes wait
+    for the client's acknowledgement.
     """
 
     def __init__(
@@ -38,10 +66,16 @@ class ClientStream:
         on_message: Callable[[ClientStream, pb.ClientMessage, bytes, int], None],
         on_end: Callable[[ClientStream], None],
         on_connection: Callable[[ClientStream, bool], None],
+        most_kept: float = math.inf,
+        all_unread: UnreadBytes | None = None,
     ) -> None:
         self.client = client
         self.session = session
         self.is_over = False
+        self.reason = ""
+        """Why the server ended it, if it did."""
+        self._most_kept = most_kept
+        self._all_unread = all_unread or UnreadBytes()
         self._reconnect_timeout = reconnect_timeout
         self._shares_memory = shares_memory
         self._on_message = on_message
@@ -94,6 +128,8 @@ class ClientStream:
                 while self._unread_bytes > UNREAD_BYTES and not self._is_closing:
                     self._room.clear()
                     await self._room.wait()
+                while self._unread_bytes and self._all_unread.are_too_many and not self._is_closing:
+                    await self._all_unread.fall()
         except (DecodeError, WireError):
             # Nothing that could be answered: the other end is no client of ours.
             self.finish()
@@ -125,13 +161,16 @@ class ClientStream:
         if self.is_over:
             return
         self._conversation.put(body)
-        if self._conversation.kept_bytes > BACKLOG_BYTES:
+        if self._conversation.kept_bytes > self._most_kept:
+            kept, most = (round(number / 1e6) for number in (self._conversation.kept_bytes, self._most_kept))
+            self.reason = f"it has left {kept} MB unread, and the server keeps {most} MB for a client"
             self.finish()
         self._wake()
 
     def handled(self, num_bytes: int) -> None:
         """A message of `num_bytes` has been handled: there is room for more."""
         self._unread_bytes -= max(num_bytes, MESSAGE_BYTES)
+        self._all_unread.change(-max(num_bytes, MESSAGE_BYTES))
         self._room.set()
 
     def close(self) -> None:
@@ -165,6 +204,7 @@ class ClientStream:
             self.finish()
         elif not self._is_closing:
             self._unread_bytes += max(num_bytes, MESSAGE_BYTES)
+            self._all_unread.change(max(num_bytes, MESSAGE_BYTES))
             self._on_message(self, message, frame, num_bytes)
 
     def _lose(self, connection: object) -> None:

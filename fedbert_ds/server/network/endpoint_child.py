@@ -70,6 +70,8 @@ class EndpointChild:
                 case "admit", [sessions]:
                     self._listener.admit(sessions)
                     self._send("admitted")
+                case "keep_at_most", [num_bytes]:
+                    self._listener.keep_at_most(num_bytes)
                 case "revoke", [client]:
                     self._listener.revoke(client)
                 case "welcome", [number]:
@@ -94,8 +96,8 @@ class EndpointChild:
                     self._send("detached", client)
                 case Attached(client):
                     self._send("attached", client)
-                case Disconnected(client):
-                    self._send("disconnected", client)
+                case Disconnected(client, reason):
+                    self._send("disconnected", client, reason)
                 case JoinAsked(hello) as asked:
                     self._joins[id(hello)] = asked
                     self._send("join", id(hello), body=hello.SerializeToString())

@@ -96,6 +96,10 @@ class EndpointProcess:
         """Let a client open no further stream."""
         self._command("revoke", client)
 
+    def keep_at_most(self, num_bytes: int) -> None:
+        """Keep at most so many bytes for a client that comes from now on."""
+        self._command("keep_at_most", num_bytes)
+
     def next_event(self, timeout: float) -> Event | None:
         """The oldest event, waiting up to `timeout` s for one. WireError when the child is gone."""
         try:
@@ -177,9 +181,9 @@ class EndpointProcess:
                     self._events.put((Detached(client), 0))
                 case "attached", [client]:
                     self._events.put((Attached(client), 0))
-                case "disconnected", [client]:
+                case "disconnected", [client, reason]:
                     self._clients.discard(client)
-                    self._events.put((Disconnected(client), 0))
+                    self._events.put((Disconnected(client, reason), 0))
                 case "join", [number]:
                     self._events.put((self._join(number, pb.Hello.FromString(body)), 0))
                 case "abandoned", [number]:

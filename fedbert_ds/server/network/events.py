@@ -49,6 +49,8 @@ class Disconnected:
     """A client left or did not reconnect in time. A stream that `close` ends causes no event."""
 
     client: str
+    reason: str = ""
+    """Why the endpoint ended its stream, if it did."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,12 @@ class RankEndpoint(Protocol):
 
     def revoke(self, client: str) -> None:
         """Let a client open no further stream with the session it has."""
+        ...
+
+    def keep_at_most(self, num_bytes: int) -> None:
+        """Keep at most so many bytes for a client that comes from now on; one that leaves more of
+        them unread is disconnected.
+        """
         ...
 
     def next_event(self, timeout: float) -> Event | None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
 
 from fedbert_ds.errors import UserError, WireError
-from fedbert_ds.server.network.client_stream import ClientStream
+from fedbert_ds.server.network import limits
+from fedbert_ds.server.network.call_rate import CallRate, address_of
+from fedbert_ds.server.network.client_stream import ClientStream, UnreadBytes
 from fedbert_ds.server.network.events import (
     Attached,
     Connected,
@@ -26,7 +28,8 @@ from fedbert_ds.server.network.events import (
     JoinAsked,
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.channel import JOIN, OPTIONS, TRAIN, TlsFiles, server_credentials
+from fedbert_ds.wire.channel import JOIN, TRAIN, TlsFiles, server_credentials
+from fedbert_ds.wire.introduction import introduction
 
 M = TypeVar("M")
 """The event of a client's message."""
@@ -61,6 +64,8 @@ class Listener(Generic[M]):
         self._streams: dict[str, ClientStream] = {}
         self._closing: dict[str, ClientStream] = {}
         self._sessions: dict[str, str] = {}
+        self._most_kept: float = math.inf
+        self._all_unread = UnreadBytes()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -77,6 +82,10 @@ class Listener(Generic[M]):
     def revoke(self, client: str) -> None:
         """Let a client open no further stream."""
         self._sessions.pop(client, None)
+
+    def keep_at_most(self, num_bytes: int) -> None:
+        """Keep at most so many bytes for a client that comes from now on."""
+        self._most_kept = num_bytes
 
     def next_event(self, timeout: float) -> Event | M | None:
         """The oldest event, waiting up to `timeout` seconds for one."""
@@ -154,6 +163,8 @@ class Listener(Generic[M]):
             self._hand_on,
             self._ended,
             self._connection_changed,
+            self._most_kept,
+            self._all_unread,
         )
         self._events.put((Connected(attach.client), None))
         return stream
@@ -178,10 +189,10 @@ class Listener(Generic[M]):
         # Otherwise `close_body` was first, and the client may be back on another stream.
         if self._streams.get(stream.client) is stream:
             del self._streams[stream.client]
-            self._events.put((Disconnected(stream.client), None))
+            self._events.put((Disconnected(stream.client, stream.reason), None))
 
     async def _listen(self) -> int:
-        self._server = grpc.aio.server(options=OPTIONS)
+        self._server = grpc.aio.server(options=limits.server_options(limits.raise_descriptor_limit()))
         self._server.add_generic_rpc_handlers((self.servicer(),))
         try:
             if self._tls is None:
@@ -210,8 +221,10 @@ class Servicer(grpc.GenericRpcHandler):
 
     def __init__(self, listener: Listener[Any]) -> None:
         self._listener = listener
+        self._calls = CallRate(limits.CALLS_AT_ONCE, limits.CALLS_PER_SECOND)
+        """Joins, and streams that were refused."""
         self.handlers = {
-            JOIN: grpc.unary_unary_rpc_method_handler(self.join, pb.Hello.FromString, pb.Welcome.SerializeToString),
+            JOIN: unread(self.join, pb.Welcome.SerializeToString),
             TRAIN: grpc.stream_stream_rpc_method_handler(self.train),
         }
 
@@ -219,23 +232,22 @@ class Servicer(grpc.GenericRpcHandler):
         """The handler of a call, or None."""
         return self.handlers.get(details.method)
 
-    async def join(self, request: pb.Hello, context: grpc.aio.ServicerContext) -> pb.Welcome:
+    async def join(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.Welcome:
         """Join."""
+        await self.turn_away_beyond_rate(context)
         try:
-            return await self._listener.join(request)
+            return await self._listener.join(introduction(context.invocation_metadata(), pb.Hello))
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     async def train(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> AsyncIterator[bytes]:
         """Train, and every other conversation of the same form."""
-        frames = aiter(frames)
-        first = pb.ClientMessage()
-        with suppress(DecodeError):
-            first = pb.ClientMessage.FromString(await anext(frames, b""))
         try:
-            stream = self._listener.stream(first.attach)
-            connection = stream.attach(first.attach)
+            attach = introduction(context.invocation_metadata(), pb.Attach)
+            stream = self._listener.stream(attach)
+            connection = stream.attach(attach)
         except UserError as error:
+            await self.turn_away_beyond_rate(context)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         reader = asyncio.create_task(stream.read(connection, frames))
         try:
@@ -243,3 +255,16 @@ class Servicer(grpc.GenericRpcHandler):
                 yield frame
         finally:
             reader.cancel()
+
+    async def turn_away_beyond_rate(self, context: grpc.aio.ServicerContext) -> None:
+        """Turn a stranger away, after a second, whose address calls more often than any client."""
+        if not self._calls.admits(address_of(context.peer()), time.monotonic()):
+            await asyncio.sleep(limits.TURN_AWAY_SECONDS)
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "too many calls from this address; call again later")
+
+
+def unread(answer: Callable[..., Awaitable[M]], serialize: Callable[[M], bytes]) -> grpc.RpcMethodHandler:
+    """The handler of a call whose caller has said everything in the metadata: its request, which
+    should be empty, is not taken into memory.
+    """
+    return grpc.stream_unary_rpc_method_handler(answer, None, serialize)

@@ -11,9 +11,9 @@ from fedbert_ds.aggregator.endpoint import AggregatorEndpoint, OpenAsked, Ordere
 from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.events import Connected, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.aggregation import rank_name
 from fedbert_ds.wire.channel import connect
+from fedbert_ds.wire.introduction import open_run
 from fedbert_ds.wire.stream import AggregatorStream, ControlStream
 
 TIMEOUT = 30.0
@@ -90,7 +90,7 @@ def test_open_waits_for_its_answer(listening: tuple[AggregatorEndpoint, str]) ->
 
     def call() -> None:
         with connect(address, None) as channel:
-            answers.append(rpc.AggregationStub(channel).Open(pb.OpenRun(ranks=2), timeout=TIMEOUT))
+            answers.append(open_run(channel, pb.OpenRun(ranks=2), TIMEOUT).result())
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

@@ -136,7 +136,6 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
         lambda: beside("gradient", pb.ClientMessage(saved=pb.Saved(window=0))),
         "not asked to save",
     ),
-    "attach again": (lambda: beside("gradient", pb.ClientMessage(attach=pb.Attach(client="ada"))), "kind attach"),
 }
 
 

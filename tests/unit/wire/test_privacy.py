@@ -22,7 +22,7 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("Hello", "saved_windows", "repeated uint32"): "numbers of windows it has saved",
     ("Hello", "run", "string"): "which run it saved them in; the server drew the name",
     ("Hello", "task", "string"): "a name from a closed list (check_hello)",
-    ("ClientMessage", "attach", "Attach"): "first message of a stream",
+    ("Hello", "inspect", "bool"): "that it only asks what the run would have it send",
     ("ClientMessage", "begun", "Begun"): "an answer to Begin",
     ("ClientMessage", "manifest", "Manifest"): "sizes of a window",
     ("ClientMessage", "activations", "Activations"): "the cut itself",
@@ -117,12 +117,14 @@ def fields_of(*roots: Descriptor) -> set[tuple[str, str, str]]:
 
 
 def requests() -> list[Descriptor]:
-    """What clients send, over all calls of the service."""
-    return [method.input_type for method in pb.DESCRIPTOR.services_by_name["Federation"].methods]
+    """What clients send, over all calls of the service, and in the metadata of a stream."""
+    return [method.input_type for method in pb.DESCRIPTOR.services_by_name["Federation"].methods] + [
+        pb.Attach.DESCRIPTOR
+    ]
 
 
 def test_calls_are_the_ones_looked_at() -> None:
-    assert {message.name for message in requests()} == {"Hello", "ClientMessage"}
+    assert {message.name for message in requests()} == {"Hello", "ClientMessage", "Attach"}
 
 
 def test_every_field_a_client_can_send_has_a_reason() -> None:
@@ -150,7 +152,6 @@ RANK_MAY_SAY: dict[tuple[str, str, str], str] = {
     ("Order", "save", "Save"): "that the reference is to be written",
     ("Order", "conclude", "Conclude"): "that the result is to be written",
     ("Order", "finish", "Finish"): "that the run is over",
-    ("Order", "attach", "Attach"): "first message of a stream",
     ("Order", "leave", "Leave"): "that it goes",
     ("Order", "delivery", "Delivery"): "on every message of a stream",
     ("Admit", "window", "uint32"): "a count",
@@ -185,7 +186,7 @@ tensor.
 
 def test_every_field_a_rank_can_send_to_an_aggregator_has_a_reason() -> None:
     service = pb.DESCRIPTOR.services_by_name["Aggregation"]
-    of_streams = {row for row in ALLOWED if row[0] in ("Attach", "Delivery", "Shared")}
+    of_streams = {row for row in ALLOWED if row[0] == "Delivery"}
     found = fields_of(*(method.input_type for method in service.methods)) - of_streams
     assert sorted(found - RANK_MAY_SAY.keys()) == [] and sorted(RANK_MAY_SAY.keys() - found) == []
 

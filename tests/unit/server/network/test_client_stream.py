@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from unit.server.network.loopback import manifest, save
 
 from fedbert_ds.server.network import client_stream
-from fedbert_ds.server.network.client_stream import ClientStream
+from fedbert_ds.server.network.client_stream import ClientStream, UnreadBytes
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import UNREAD_BYTES, Conversation
 
@@ -53,13 +54,20 @@ class Connection:
 class Server:
     """A stream, and what it told its owner."""
 
-    def __init__(self, reconnect_timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        reconnect_timeout: float = TIMEOUT,
+        most_kept: float = math.inf,
+        all_unread: UnreadBytes | None = None,
+    ) -> None:
         self.messages: list[tuple[pb.ClientMessage, int]] = []
         self.ends = 0
         self.connections: list[bool] = []
         """False for a connection that was lost, True for one that came after it."""
         self.changed = asyncio.Event()
-        self.stream = ClientStream("ada", "s", reconnect_timeout, False, self._message, self._end, self._connection)
+        self.stream = ClientStream(
+            "ada", "s", reconnect_timeout, False, self._message, self._end, self._connection, most_kept, all_unread
+        )
 
     def _message(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
         parsed = pb.ClientMessage.FromString(frame)
@@ -268,13 +276,33 @@ def test_what_ends_a_stream_at_once(frame: bytes) -> None:
     asyncio.run(run())
 
 
-def test_a_client_that_takes_nothing_is_lost_before_memory_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_stream, "BACKLOG_BYTES", 3000)
+def test_a_client_that_takes_nothing_is_lost_before_memory_is() -> None:
+    async def run() -> None:
+        server = Server(most_kept=3_000_000)
+        for ends in (0, 0, 0, 1, 1):
+            server.stream.put(bytes(1_000_000))
+            assert server.ends == ends
+        assert server.stream.reason == "it has left 4 MB unread, and the server keeps 3 MB for a client"
+
+    asyncio.run(run())
+
+
+def test_while_much_is_unhandled_only_clients_are_read_that_have_nothing_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_stream, "ALL_UNREAD_BYTES", 1000)
 
     async def run() -> None:
-        server = Server()
-        for ends in (0, 0, 0, 1, 1):
-            server.stream.put(bytes(1000))
-            assert server.ends == ends
+        unread = UnreadBytes()
+        ada, bo = Server(all_unread=unread), Server(all_unread=unread)
+        body = pb.ClientMessage(update=pb.UpdateChunk(payload=bytes(2000)))
+        for server in (ada, bo):
+            connection, client = Connection(server.stream), Conversation()
+            for _ in range(2):
+                connection.say(frame_of(client, body))
+            await server.until(lambda server=server: bool(server.messages))
+        await asyncio.sleep(AWHILE)
+        assert len(ada.messages) == 1 and len(bo.messages) == 1
+        _, num_bytes = ada.messages[0]
+        ada.stream.handled(num_bytes)
+        await ada.until(lambda: len(ada.messages) == 2)
 
     asyncio.run(run())

@@ -24,9 +24,9 @@ from fedbert_ds.server.network.events import (
     Received,
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TRAIN, connect
 from fedbert_ds.wire.conversation import UNREAD_BYTES
+from fedbert_ds.wire.introduction import KEY, introduced, join
 
 
 @pytest.fixture(params=KINDS)
@@ -53,8 +53,7 @@ def streams(endpoint: Listening) -> Iterator[Callable[..., Stream]]:
 
 def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Listening) -> None:
     with connect(endpoint.address, None) as channel:
-        stub = rpc.FederationStub(channel)
-        calls = {name: stub.Join.future(pb.Hello(client=name), timeout=TIMEOUT) for name in ("ada", "bo")}
+        calls = {name: join(channel, pb.Hello(client=name), TIMEOUT) for name in ("ada", "bo")}
         asked = [endpoint.event(), endpoint.event()]
         assert not any(call.done() for call in calls.values())
         for event in asked:
@@ -71,7 +70,7 @@ def test_joins_wait_for_their_answers_and_each_gets_its_own(endpoint: Listening)
 
 def test_a_join_that_is_given_up_is_an_event(endpoint: Listening) -> None:
     with connect(endpoint.address, None) as channel:
-        call = rpc.FederationStub(channel).Join.future(pb.Hello(client="ada"), timeout=TIMEOUT)
+        call = join(channel, pb.Hello(client="ada"), TIMEOUT)
         asked = endpoint.event()
         assert isinstance(asked, JoinAsked)
         call.cancel()
@@ -102,11 +101,11 @@ def test_nobody_may_open_a_stream_before_the_run_has_begun() -> None:
 def test_a_stream_that_does_not_begin_with_attach_is_refused(endpoint: Listening) -> None:
     endpoint.real.admit({"": "", "ada": session_of("ada")})
     with connect(endpoint.address, None) as channel:
-        for messages in ([], [pb.ClientMessage()], [manifest(0)]):
-            call = rpc.FederationStub(channel).Train(iter(messages), timeout=TIMEOUT)
+        for metadata in ([], introduced(pb.Attach()), [(KEY, b"\xff\xff\xff")], introduced(pb.Hello(client="ada"))):
+            call = channel.stream_stream(TRAIN)(iter([manifest(0).SerializeToString()]), TIMEOUT, metadata=metadata)
             with pytest.raises(grpc.RpcError) as caught:
                 next(call)
-            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION, messages
+            assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION, metadata
     endpoint.no_event()
 
 
@@ -140,14 +139,14 @@ def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
     endpoint.real.send("ada", save(1))
     assert first.receive() == save(1)
     with connect(endpoint.address, None) as channel:
-        attach = pb.ClientMessage(attach=pb.Attach(client="ada", session=session_of("ada"), received=1))
+        attach = pb.Attach(client="ada", session=session_of("ada"), received=1)
         # Open until the test ends: a client that has nothing more to say ends its connection.
-        said: queue.SimpleQueue[pb.ClientMessage | None] = queue.SimpleQueue()
-        said.put(attach)
-        call = rpc.FederationStub(channel).Train(iter(said.get, None), timeout=TIMEOUT)
-        assert next(call) == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
+        said: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        call = channel.stream_stream(TRAIN)(iter(said.get, None), TIMEOUT, metadata=introduced(attach))
+        greeting = pb.ServerMessage.FromString(next(call))
+        assert greeting == pb.ServerMessage(attached=pb.Attached(), delivery=pb.Delivery())
         endpoint.real.send("ada", save(2))
-        assert next(call).save.window == 2
+        assert pb.ServerMessage.FromString(next(call)).save.window == 2
         endpoint.no_event()
         call.cancel()
         said.put(None)
@@ -249,15 +248,15 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
     in_process = isinstance(endpoint.real, EndpointProcess)
     monkeypatch.setattr(endpoint_process, "UNREAD_BYTES", UNREAD_BYTES)
 
-    def requests() -> Iterator[pb.ClientMessage]:
+    def requests() -> Iterator[bytes]:
         nonlocal taken
-        yield pb.ClientMessage(attach=pb.Attach(client="ada", session=session_of("ada")))
         while taken < flood:
             taken += 1
-            yield pb.ClientMessage(update=chunk, delivery=pb.Delivery(sequence=taken))
+            yield pb.ClientMessage(update=chunk, delivery=pb.Delivery(sequence=taken)).SerializeToString()
 
     with connect(endpoint.address, None) as channel:
-        call = rpc.FederationStub(channel).Train(requests(), timeout=60)
+        attach = introduced(pb.Attach(client="ada", session=session_of("ada")))
+        call = channel.stream_stream(TRAIN)(requests(), timeout=60, metadata=attach)
         assert endpoint.event() == Connected("ada")
         before, still = -1, 0
         deadline = time.monotonic() + TIMEOUT
@@ -281,12 +280,12 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
 ) -> None:
     bo = streams("bo")
     assert endpoint.event() == Connected("bo")
-    attach = pb.ClientMessage(attach=pb.Attach(client="ada", session=session_of("ada"))).SerializeToString()
+    attach = introduced(pb.Attach(client="ada", session=session_of("ada")))
     with connect(endpoint.address, None) as channel:
         raw = channel.stream_stream(TRAIN)
-        with pytest.raises(grpc.RpcError, match="no such session"):
+        with pytest.raises(grpc.RpcError, match="does not say who it is"):
             list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT))
-        assert len(list(raw(iter([attach, b"\xff\xff\xff"]), timeout=TIMEOUT))) == 1
+        assert len(list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT, metadata=attach))) == 1
     assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
     assert not caplog.records, "no traceback of ours for what somebody else sent"
     endpoint.real.send("bo", save(1))

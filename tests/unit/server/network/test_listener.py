@@ -15,8 +15,8 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire import fedbert_pb2_grpc as rpc
 from fedbert_ds.wire.channel import TlsFiles, connect, server_credentials
+from fedbert_ds.wire.introduction import join
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_mutual_tls_keeps_everybody_else_out(secure: Listening, authority: Calla
         channel = grpc.secure_channel(secure.address, grpc.ssl_channel_credentials(ca, key, certificate))
     with channel:
         with pytest.raises(grpc.RpcError) as caught:
-            rpc.FederationStub(channel).Join(pb.Hello(client="eve"), timeout=5)
+            join(channel, pb.Hello(client="eve"), 5).result()
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
     secure.no_event()
 
@@ -84,7 +84,7 @@ def test_mutual_tls_keeps_everybody_else_out(secure: Listening, authority: Calla
 def test_a_client_does_not_trust_a_server_of_another_authority(authority: Callable[[str], TlsFiles]) -> None:
     with listening(tls=authority("stranger")) as stranger:
         with connect(stranger.address, authority("client")) as channel, pytest.raises(grpc.RpcError) as caught:
-            rpc.FederationStub(channel).Join(pb.Hello(client="ada"), timeout=TIMEOUT)
+            join(channel, pb.Hello(client="ada"), TIMEOUT).result()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         stranger.no_event()
 

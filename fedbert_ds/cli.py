@@ -80,9 +80,12 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         nargs="+",
         default=[],
         metavar="NAME",
-        help="columns of labelled files with the one or two texts",
+        help="column of tables with the text (default: text), of labelled ones with the one or two texts",
     )
     parser.add_argument("--label-column", metavar="NAME", help="column of labelled files with the label")
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="of text files, cp1252 say (default: UTF-8, or what a file looks like)"
+    )
     parser.add_argument(
         "--inspect",
         action="store_true",
@@ -140,6 +143,7 @@ def _client(options: argparse.Namespace) -> None:
         task=options.task,
         text_columns=tuple(options.text_columns),
         label_column=options.label_column,
+        encoding=options.encoding,
         device=options.device,
         join_timeout=options.join_timeout,
         connect_timeout=options.connect_timeout,
@@ -170,9 +174,9 @@ def _check_task(options: argparse.Namespace) -> None:
 
     if options.task not in TASK_NAMES:
         raise ConfigError(f"--task {options.task}: choose {', '.join(TASK_NAMES)}")
-    if options.task == "masked_lm" and (options.text_columns or options.label_column):
-        raise ConfigError("--text-columns and --label-column are for labelled files; add --task")
-    if len(options.text_columns) > (1 if options.task == "token_classification" else 2):
+    if options.task == "masked_lm" and options.label_column:
+        raise ConfigError("--label-column is for labelled files; add --task")
+    if len(options.text_columns) > (1 if options.task in ("masked_lm", "token_classification") else 2):
         raise ConfigError(f"--text-columns {' '.join(options.text_columns)}: {options.task} reads fewer")
 
 

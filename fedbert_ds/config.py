@@ -181,6 +181,11 @@ class DataSection(SequenceSection):
     source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
     """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files
     or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
+    text_column: str | None = None
+    """Column or key of tables that holds the text. null: `text` in any case, or the only one."""
+    encoding: str | None = None
+    """Of text files without a byte order mark: cp1252, say. null: UTF-8, or what a file looks like,
+    which is told."""
     streaming: bool = False
     """Stream hub data sets instead of downloading them whole."""
     max_articles: Positive | None = None

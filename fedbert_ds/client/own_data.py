@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.corpus import Article, Reading, read_articles
 from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.labelled import LabelledStream, held_out_batch
 from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
+from fedbert_ds.data.table_files import Place
+from fedbert_ds.data.text_files import Encodings
 from fedbert_ds.errors import DataError, WireError
 from fedbert_ds.tasks.examples import column
 from fedbert_ds.tasks.registry import TASKS, task_of
-from fedbert_ds.tasks.rows import Place, read_rows
+from fedbert_ds.tasks.rows import read_rows
 from fedbert_ds.tasks.task import columns_of
 from fedbert_ds.wire.messages import ClientSettings
 
@@ -38,6 +40,10 @@ class OwnData(Protocol):
     """An owner's files, read."""
 
     @property
+    def summary(self) -> list[str]:
+        """What was read and what was left out, a sentence each."""
+
+    @property
     def num_characters(self) -> int:
         """Of all text: how much of a window is this owner's."""
 
@@ -52,6 +58,13 @@ class OwnText:
     """Plain text, for masked words."""
 
     articles: Sequence[Article]
+    remarks: Sequence[str] = ()
+    """What became of files and rows that were not read."""
+
+    @property
+    def summary(self) -> list[str]:
+        """See `OwnData`."""
+        return [f"{len(self.articles):,} articles, {self.num_characters:,} characters", *self.remarks]
 
     @property
     def num_characters(self) -> int:
@@ -86,6 +99,11 @@ class OwnExamples:
     label_column: str | None = None
 
     @property
+    def summary(self) -> list[str]:
+        """See `OwnData`."""
+        return [f"{len(self.places):,} labelled examples"]
+
+    @property
     def num_characters(self) -> int:
         """See `OwnData`; of all columns, as which of them are text is not known yet."""
         return sum(_characters(value) for _, row in self.places for value in row.values())
@@ -108,11 +126,19 @@ class OwnExamples:
 
 
 def read_own_data(
-    sources: Sequence[str], task_name: str, text_columns: Sequence[str] = (), label_column: str | None = None
+    sources: Sequence[str],
+    task_name: str,
+    text_columns: Sequence[str] = (),
+    label_column: str | None = None,
+    encoding: str | None = None,
 ) -> OwnData:
-    """Read an owner's files for the task of that name; DataError for files without text."""
+    """Read an owner's files for the task of that name; DataError for files without text.
+
+    Plain text may be in one of `text_columns`, and of an `encoding`.
+    """
     if task_name == MASKED_LM:
-        own: OwnText | OwnExamples = OwnText(list(read_articles(sources)))
+        reading = Reading(text_columns[0] if text_columns else None, Encodings(encoding))
+        own: OwnText | OwnExamples = OwnText(list(read_articles(sources, reading=reading)), reading.sentences())
     else:
         # Labels are known after joining only; a missing column is told before.
         columns = columns_of(TASKS[task_name](()), text_columns, label_column)

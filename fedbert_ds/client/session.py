@@ -57,8 +57,10 @@ class ClientOptions:
     task: str = MASKED_LM
     """What `data` is read for, as `task.name` of the run file; the run must have it."""
     text_columns: tuple[str, ...] = ()
-    """Columns of labelled files with the text; none: as the task names them."""
+    """Columns of tables with the text; none: as the task names them, or `text`."""
     label_column: str | None = None
+    encoding: str | None = None
+    """Of text files without a byte order mark; None: UTF-8, or what a file looks like."""
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`, ...; None: accelerate chooses."""
     join_timeout: float = 3600.0
@@ -121,7 +123,9 @@ def run_client(options: ClientOptions) -> int:
 
 def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     """Join within `patience` seconds and train until the server ends it."""
-    own = read_own_data(options.data, options.task, options.text_columns, options.label_column)
+    own = read_own_data(options.data, options.task, options.text_columns, options.label_column, options.encoding)
+    for sentence in own.summary:
+        print(f"client {options.name}: {sentence}", flush=True)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     hello = pb.Hello(
         protocol=PROTOCOL,

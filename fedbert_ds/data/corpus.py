@@ -5,18 +5,34 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fedbert_ds.data.folders import find
 from fedbert_ds.data.python_docs import python_documentation
+from fedbert_ds.data.table_files import TABLE_FORMS, is_table, rows_of
+from fedbert_ds.data.text_files import COMPRESSIONS, REPLACED, Encodings, form_of, lines_of
 from fedbert_ds.errors import DataError
 
 _SPLIT_NAME = re.compile(r"(train|training|validation|valid|dev|test|eval|unsupervised)(\[.*\])?$")
 _HEADING = re.compile(r"= .+ =$")
 _SUBHEADING = re.compile(r"= = .+ = =$")
+_DOC = re.compile(r"<doc\b[^>]*>\s*$")
+_DOC_TITLE = re.compile(r'\btitle="([^"]*)"')
+_WIKI_EXTRACT = re.compile(r"wiki_\d+(\.(gz|bz2|xz|zst))?")
+"""Names of WikiExtractor's files."""
 _JOINED = re.compile(r" @([-,.])@ ")
+
+
+LONGEST_WORD = 1000
+"""Characters. Longer ones are worth telling: a word piece tokenizer makes [UNK] of them."""
+TEXT, TITLE = "text", "title"
+"""Columns of tables."""
+_TEXT_FORMS = (".txt", ".tokens", ".raw")
+FORMS = ", ".join((*_TEXT_FORMS, *TABLE_FORMS))
 
 
 @dataclass(frozen=True)
@@ -38,115 +54,173 @@ class HasText(Protocol):
 Item = TypeVar("Item", bound=HasText)
 
 
+@dataclass
+class Reading:
+    """How text is to be found in files, and what became of them."""
+
+    text_column: str | None = None
+    """Column or key that holds the text; None: `text`, in any case, or the only column."""
+    encodings: Encodings = field(default_factory=Encodings)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Files and rows that were not read, by reason."""
+    articles: int = 0
+    characters: int = 0
+    longest_word: int = 0
+    """Characters."""
+
+    def sentences(self) -> list[str]:
+        """What its owner should know, but for numbers of articles and characters."""
+        told = []
+        if self.encodings.replaced:
+            told.append(f"{self.encodings.replaced:,} characters could not be decoded")
+        if self.longest_word > LONGEST_WORD:
+            told.append(f"the longest word has {self.longest_word:,} characters")
+        if self.left_out:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.left_out.items()))
+            told.append(f"left out: {reasons}")
+        return told
+
+
 def read_articles(
-    source: Sequence[str], *, streaming: bool = False, max_articles: int | None = None
+    source: Sequence[str], *, streaming: bool = False, max_articles: int | None = None, reading: Reading | None = None
 ) -> Iterator[Article]:
-    """Articles of all sources in order, the same on every run; blank ones are skipped.
+    """Articles of all sources in order, the same on every run; blank ones are left out.
 
     A source is one of
       `python-docs`                  the documentation that comes with Python;
-      a file                         .txt (one article), .jsonl (key `text`, optional `title`, one
-                                     article a line), .parquet (column `text`, optional `title`),
-                                     .tokens or .raw (WikiText);
-      a folder                       every such file under it, by name;
+      a .txt file                    one article, or one between blank lines each (BERT's format);
+      a table                        .csv, .tsv, .jsonl, .ndjson, .json, .parquet, .arrow: an
+                                     article a row, in the column `text` or that of `reading`, its
+                                     title in the column `title`;
+      .tokens, .raw                  WikiText;
+      wiki_NN                        WikiExtractor's files: JSON lines, or <doc> elements;
+      a folder                       every such file under it, by name, but for hidden ones; here a
+                                     .txt file is one article, and .json is read if nothing else is;
       `hub:NAME[:CONFIG][:SPLIT]`    a data set of the hub, or a folder that `datasets` can read. A
                                      lone second part is a split if named like one (train, test,
                                      validation, ...), else a configuration. The split is `train`
                                      by default. `streaming` needs no complete download.
-    Rows of WikiText (one row a line) are joined into articles.
+    Text files may be compressed (.gz, .bz2, .xz, .zst). Rows of WikiText (one row a line) are
+    joined into articles. Rows without text are left out; binary text is decoded. `reading` says
+    how, and counts what was left out.
 
     DataError at once for a missing file, an unknown suffix or an empty folder. While reading,
-    DataError for text that is not UTF-8, lines that are not JSON, a missing `text` column, a source
-    without text, or a package that is not installed.
+    DataError for text whose encoding does not show, lines that are not JSON, a missing text column,
+    a source without text, or a package that is not installed.
     """
-    readers = [(name, _reader(name, streaming)) for name in source]
-    return itertools.islice(_all_articles(readers), max_articles)
+    reading = reading or Reading()
+    readers = [(name, _reader(name, streaming, reading)) for name in source]
+    return itertools.islice(_all_articles(readers, reading), max_articles)
 
 
-def read_jsonl(path: Path) -> Iterator[Article]:
-    """Articles of a .jsonl file, one a line; DataError for a line without a string `text`."""
-    for number, line in enumerate(lines_of(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error}); one object a line is needed") from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f'{path}: line {number} has no string under "text"; rename the key that holds the text')
-        yield _article(row, f"{path.stem}:{number}")
-
-
-def _all_articles(readers: list[tuple[str, Callable[[], Iterator[Article]]]]) -> Iterator[Article]:
+def _all_articles(readers: list[tuple[str, Callable[[], Iterator[Article]]]], reading: Reading) -> Iterator[Article]:
     for name, read in readers:
         empty = True
         for article in read():
-            if article.text.strip():
-                empty = False
-                yield Article(_encodable(article.title), _encodable(article.text))
+            if not article.text.strip():
+                reading.left_out["blank articles"] += 1
+                continue
+            empty = False
+            article = Article(_encodable(article.title), _encodable(article.text))
+            reading.articles += 1
+            reading.characters += len(article.text)
+            reading.longest_word = max(reading.longest_word, *map(len, article.text.split()))
+            yield article
         if empty:
             raise DataError(f"{name}: holds no text; remove it from data.source or put text in it")
 
 
-def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Article]]:
+def _reader(name: str, streaming: bool, reading: Reading) -> Callable[[], Iterator[Article]]:
     """The reader of a source; mistakes that show without reading are raised here."""
     if name == "python-docs":
         return lambda: (Article(title, text) for title, text in python_documentation())
     if name.startswith("hub:"):
-        return lambda: _read_hub(name, streaming)
+        return lambda: _read_hub(name, streaming, reading)
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _FILE_READERS and file.is_file())
-        if not files:
-            raise DataError(f"{name}: no {_suffixes()} file in this folder; name another in data.source")
-        return lambda: itertools.chain.from_iterable(_FILE_READERS[file.suffix.lower()](file) for file in files)
+        found = find(path, lambda file: _is_readable(file) and form_of(file) != ".json")
+        if not found.files:
+            found = find(path, _is_readable)
+        if not found.files:
+            raise DataError(f"{name}: no file of text in this folder ({FORMS}); name another in data.source")
+        reading.left_out.update({f"file{'s' * (n > 1)} ({why})": n for why, n in found.left_out.items()})
+        return lambda: itertools.chain.from_iterable(_read_file(file, reading, is_alone=False) for file in found.files)
     if not path.exists():
         raise DataError(f"{name}: no such file or folder; name one in data.source, or python-docs, or hub:NAME")
-    if path.suffix.lower() not in _FILE_READERS:
-        raise DataError(f"{name}: cannot read {path.suffix or 'a file without suffix'}; use {_suffixes()}")
-    return lambda: _FILE_READERS[path.suffix.lower()](path)
+    if not _is_readable(path):
+        raise DataError(f"{name}: cannot read {path.suffix or 'a file without suffix'}; use {FORMS}")
+    return lambda: _read_file(path, reading, is_alone=True)
 
 
-def _read_text(path: Path) -> Iterator[Article]:
-    yield Article(path.stem, "".join(lines_of(path)).strip())
+def _is_readable(path: Path) -> bool:
+    return is_table(path) or form_of(path) in _TEXT_FORMS or _WIKI_EXTRACT.fullmatch(path.name) is not None
 
 
-def _read_wikitext(path: Path) -> Iterator[Article]:
-    return _wikitext_articles(lines_of(path))
+def _read_file(path: Path, reading: Reading, is_alone: bool) -> Iterator[Article]:
+    if is_table(path):
+        columns = lambda names: _columns(str(path), names, reading)  # noqa: E731
+        places = rows_of(path, columns, reading.encodings)
+        return _articles_of_rows((row for _, row in places), _stem(path), str(path), reading)
+    lines = lines_of(path, encodings=reading.encodings)
+    if _WIKI_EXTRACT.fullmatch(path.name):
+        return _wiki_extract(path, lines, reading)
+    if form_of(path) == ".txt":
+        return _documents(_stem(path), lines) if is_alone else iter([Article(_stem(path), "".join(lines).strip())])
+    return _wikitext_articles(lines)
 
 
-def _read_parquet(path: Path) -> Iterator[Article]:
-    def columns_of(names: Sequence[str]) -> list[str]:
-        _require_text_column(str(path), names)
-        return [name for name in ("text", "title") if name in names]
-
-    return _articles_of_rows(parquet_rows(path, columns_of), path.stem)
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
-def parquet_rows(path: Path, columns_of: Callable[[Sequence[str]], list[str]] = list) -> Iterator[dict[str, Any]]:
-    """Rows of a Parquet file, of the columns that `columns_of` chooses among the file's.
+def _documents(name: str, lines: Iterable[str]) -> Iterator[Article]:
+    """Documents between blank lines, each named after its first line's number."""
+    document: list[str] = []
+    first = 1
+    for number, line in enumerate(itertools.chain(lines, [""]), start=1):
+        if line.strip():
+            first = first if document else number
+            document.append(line)
+        elif document:
+            yield Article(f"{name}:{first}", "".join(document).strip())
+            document = []
 
-    DataError for a file that cannot be read, or without pyarrow.
-    """
+
+def _wiki_extract(path: Path, lines: Iterator[str], reading: Reading) -> Iterator[Article]:
+    """What WikiExtractor writes: a JSON object a line, or text between <doc ...> and </doc>."""
+    first = next((line for line in lines if line.strip()), "")
+    everything = itertools.chain([first], lines)
+    if first.lstrip().startswith("{"):
+        rows = (_parsed(path, line) for line in everything if line.strip())
+        yield from _articles_of_rows(rows, path.name, str(path), reading)
+        return
+    title, document = path.name, list[str]()
+    for line in everything:
+        if _DOC.match(line):
+            found = _DOC_TITLE.search(line)
+            title, document = found.group(1) if found else path.name, []
+        elif line.strip() == "</doc>":
+            yield Article(title, "".join(document).strip())
+            document = []
+        else:
+            document.append(line)
+    if document:
+        yield Article(title, "".join(document).strip())
+
+
+def _parsed(path: Path, line: str) -> Mapping[str, Any]:
     try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install fedbert-ds[data]") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = columns_of(file.schema_arrow.names)
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: a line is not JSON ({error}); one object a line is needed") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: a line is no JSON object; objects with a key for the text are needed")
+    return row
 
 
-def _read_hub(source: str, streaming: bool) -> Iterator[Article]:
+def _read_hub(source: str, streaming: bool, reading: Reading) -> Iterator[Article]:
     rows = load_hub(source, streaming)
-    # The first row tells, since a streamed set may not know its columns.
-    _require_text_column(source, list(next(iter(rows), {"text": ""})))
-    yield from _articles_of_rows(rows, parse_hub_name(source)[0].rsplit("/", 1)[-1])
+    yield from _articles_of_rows(rows, parse_hub_name(source)[0].rsplit("/", 1)[-1], source, reading)
 
 
 def load_hub(source: str, streaming: bool) -> Any:
@@ -178,31 +252,56 @@ def parse_hub_name(source: str) -> tuple[str, str | None, str]:
     return name, None, rest[0] if rest else "train"
 
 
-def _require_text_column(source: str, names: Sequence[str]) -> None:
-    if "text" not in names:
-        raise DataError(f"{source}: no column `text` (columns: {', '.join(names)}); rename the one that holds the text")
+def _columns(source: str, names: Sequence[str], reading: Reading) -> list[str]:
+    return [_text_column(source, names, reading), *(name for name in names if name == TITLE)]
 
 
-def _articles_of_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Article]:
+def _text_column(source: str, names: Sequence[str], reading: Reading) -> str:
+    """The column that holds the text; DataError if that cannot be known."""
+    if reading.text_column is not None:
+        if reading.text_column in names:
+            return reading.text_column
+        raise DataError(f"{source}: no column `{reading.text_column}` (data.text_column); there are {', '.join(names)}")
+    alike = [name for name in names if name.strip().lower() == TEXT]
+    if TEXT in names or len(alike) == 1:
+        return TEXT if TEXT in names else alike[0]
+    if len(names) == 1:
+        return names[0]
+    raise DataError(f"{source}: no column `text` (columns: {', '.join(names)}); name it in data.text_column")
+
+
+def _articles_of_rows(rows: Iterable[Mapping[str, Any]], name: str, source: str, reading: Reading) -> Iterator[Article]:
     """An article a row, or WikiText's if the first row with text is a WikiText title."""
     numbered = (
-        (number, row)
+        (number, article)
         for number, row in enumerate(rows, start=1)
-        if isinstance(row["text"], str) and row["text"].strip()
+        if (article := _article(row, f"{name}:{number}", source, reading)) is not None
     )
     first = next(numbered, None)
     if first is None:
         return
     everything = itertools.chain([first], numbered)
-    if _is_title(first[1]["text"]):
-        yield from _wikitext_articles(row["text"] for _, row in everything)
+    if _is_title(first[1].text):
+        yield from _wikitext_articles(article.text for _, article in everything)
     else:
-        yield from (_article(row, f"{name}:{number}") for number, row in everything)
+        yield from (article for _, article in everything)
 
 
-def _article(row: Mapping[str, Any], untitled: str) -> Article:
-    title = row.get("title")
-    return Article(title if isinstance(title, str) and title else untitled, row["text"])
+def _article(row: Mapping[str, Any], untitled: str, source: str, reading: Reading) -> Article | None:
+    """The article of a row; None, counted, for one without text."""
+    # Rows of JSON need not have the same keys.
+    text = row.get(_text_column(source, list(row), reading))
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "replace")
+        reading.encodings.replaced += text.count(REPLACED)
+    if text is None or (isinstance(text, str) and not text.strip()):
+        reading.left_out["rows without text"] += 1
+        return None
+    if not isinstance(text, str):
+        raise DataError(f"{source}: row {untitled} holds {type(text).__name__} and no text; name another column: "
+                        "data.text_column")  # fmt: skip
+    title = row.get(TITLE)
+    return Article(title if isinstance(title, str) and title else untitled, text)
 
 
 def _is_title(line: str) -> bool:
@@ -224,30 +323,6 @@ def _wikitext_articles(lines: Iterable[str]) -> Iterator[Article]:
         yield Article(title, "\n".join(paragraphs))
 
 
-def lines_of(path: Path, newline: str | None = None) -> Iterator[str]:
-    """Lines of a UTF-8 file; `newline` as `open` has it. DataError for a file that is none."""
-    try:
-        with path.open(encoding="utf-8-sig", newline=newline) as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
-
-
 def _encodable(text: str) -> str:
     """The text without lone surrogates, which JSON may carry and no tokenizer accepts."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
-
-
-_FILE_READERS: dict[str, Callable[[Path], Iterator[Article]]] = {
-    ".txt": _read_text,
-    ".jsonl": read_jsonl,
-    ".parquet": _read_parquet,
-    ".tokens": _read_wikitext,
-    ".raw": _read_wikitext,
-}
-
-
-def _suffixes() -> str:
-    return ", ".join(_FILE_READERS)

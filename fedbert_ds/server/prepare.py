@@ -19,6 +19,9 @@ from fedbert_ds.server.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from fedbert_ds.config import DataSection
+    from fedbert_ds.data.corpus import Article
+
 
 @dataclass(frozen=True)
 class TextFacts:
@@ -92,7 +95,6 @@ def _reader(
     """What reads articles, or a task's examples, of some sources, and what writes some of them for
     a client to read.
     """
-    from fedbert_ds.data.corpus import read_articles
     from fedbert_ds.data.shards import write_rows, write_shard
     from fedbert_ds.tasks.registry import task_of_section
     from fedbert_ds.tasks.rows import read_rows
@@ -100,7 +102,7 @@ def _reader(
 
     streaming, most, task = config.data.streaming, config.data.max_articles, task_of_section(config.task)
     if task is None:
-        return lambda some: list(read_articles(some, streaming=streaming, max_articles=most)), write_shard
+        return lambda some: _articles(some, config.data), write_shard
     columns = columns_of(task, config.task.text, config.task.label)
     return (
         lambda some: [
@@ -108,6 +110,17 @@ def _reader(
         ],
         lambda path, examples: write_rows(path, map(task.row, examples)),
     )
+
+
+def _articles(sources: Sequence[str], data: DataSection) -> list[Article]:
+    from fedbert_ds.data.corpus import Reading, read_articles
+    from fedbert_ds.data.text_files import Encodings
+
+    reading = Reading(data.text_column, Encodings(data.encoding))
+    articles = list(read_articles(sources, streaming=data.streaming, max_articles=data.max_articles, reading=reading))
+    for sentence in reading.sentences():
+        print(f"text    {sentence}", flush=True)
+    return articles
 
 
 def _dealt(

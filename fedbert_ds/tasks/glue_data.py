@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedbert_ds.data.table_files import full_lines
 from fedbert_ds.errors import DataError
 from fedbert_ds.tasks.examples import LabelledText
 from fedbert_ds.tasks.glue_tasks import HIGHEST_SCORE, GlueTask
-from fedbert_ds.tasks.rows import full_lines
 
 HUB_DATA_SET = "nyu-mll/glue"
 

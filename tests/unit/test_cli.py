@@ -51,7 +51,7 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
         (["aggregator", "--config", "empty.yaml"], "aggregator: the run file has no such section"),
         (["merge", "--body", "b", "--client-model", "c", "--out", "o"], "b/body.safetensors: no half of a run"),
         (["client", "--server", "x:1", "--data", "y", "--task", "poetry"], "--task poetry: choose masked_lm, sequence"),
-        (["client", "--server", "x:1", "--data", "y", "--label-column", "grade"], "are for labelled files; add --task"),
+        (["client", "--server", "x:1", "--data", "y", "--label-column", "grade"], "is for labelled files; add --task"),
         (
             ["client", "--server", "x:1", "--data", "y", "--task", "token_classification", "--text-columns", "a", "b"],
             "--text-columns a b: token_classification reads fewer",

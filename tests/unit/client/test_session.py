@@ -183,8 +183,10 @@ def test_the_end_of_a_run_is_an_exit_code(
     served.finish(complete=complete)
     assert served.ended() == code
     printed = capfd.readouterr().out.splitlines()
-    assert printed[0] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
-    assert printed[1].startswith(f"client ada: {'the run is over' if complete else 'it was stopped'}; peak memory ")
+    characters = sum(len(article.text) for article in ARTICLES)
+    assert printed[0] == f"client ada: {len(ARTICLES)} articles, {characters} characters"
+    assert printed[1] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
+    assert printed[2].startswith(f"client ada: {'the run is over' if complete else 'it was stopped'}; peak memory ")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from unit.data.test_text_files import compressed
 
 from fedbert_ds.data import python_docs
-from fedbert_ds.data.corpus import Article, parse_hub_name, read_articles
+from fedbert_ds.data.corpus import Article, Reading, parse_hub_name, read_articles
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import DataError
 
@@ -65,9 +66,11 @@ def test_python_documentation_of_one_module(tmp_path: Path, monkeypatch: pytest.
     ]
 
 
-def test_text_file_is_one_article(tmp_path: Path) -> None:
-    path = write(tmp_path / "note.txt", "\ufeffOne.\n\n\nTwo.\n")
-    assert list(read_articles([path])) == [Article("note", "One.\n\n\nTwo.")]
+def test_text_file_is_one_document_between_blank_lines_each_and_one_in_a_folder(tmp_path: Path) -> None:
+    """BERT's own format; who has a folder of notes has a note a file."""
+    path = write(tmp_path / "note.txt", "\ufeffOne.\n\n \nTwo\nlines.\n")
+    assert list(read_articles([path])) == [Article("note:1", "One."), Article("note:4", "Two\nlines.")]
+    assert list(read_articles([str(tmp_path)])) == [Article("note", "One.\n\n \nTwo\nlines.")]
 
 
 def test_jsonl_is_one_article_a_line(tmp_path: Path) -> None:
@@ -107,7 +110,17 @@ def test_parquet_reads_the_text_column(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": WIKITEXT.splitlines(keepends=True)}), path)
     assert list(read_articles([str(path)])) == WIKITEXT_ARTICLES
     parquet.write_table(pyarrow.table({"body": ["One."], "n": [1]}), path)
-    with pytest.raises(DataError, match=r"no column `text` \(columns: body, n\)"):
+    with pytest.raises(DataError, match=r"no column `text` \(columns: body, n\); name it in data\.text_column"):
+        list(read_articles([str(path)]))
+    assert list(read_articles([str(path)], reading=Reading("body"))) == [Article("a:1", "One.")]
+    with pytest.raises(DataError, match=r"no column `note` \(data\.text_column\); there are body, n"):
+        list(read_articles([str(path)], reading=Reading("note")))
+    reading = Reading()
+    parquet.write_table(pyarrow.table({"text": ["d\u00e9j\u00e0".encode(), b"caf\xe9", None], "n": [1, 2, 3]}), path)
+    assert [article.text for article in read_articles([str(path)], reading=reading)] == ["d\u00e9j\u00e0", "caf\ufffd"]
+    assert reading.sentences() == ["1 characters could not be decoded", "left out: 1 rows without text"]
+    parquet.write_table(pyarrow.table({"text": [["One."], ["Two."]], "n": [1, 2]}), path)
+    with pytest.raises(DataError, match=r"row a:1 holds list and no text; name another column: data\.text_column"):
         list(read_articles([str(path)]))
     write(path, "not parquet")
     with pytest.raises(DataError, match="not a readable Parquet file"):
@@ -129,8 +142,8 @@ def test_hub_reads_folders_without_a_network(tmp_path: Path, monkeypatch: pytest
         read(f"hub:{folder}:test")
     other = tmp_path / "other"
     other.mkdir()
-    write(other / "train.jsonl", '{"body": "One."}')
-    with pytest.raises(DataError, match=r"no column `text` \(columns: body\)"):
+    write(other / "train.jsonl", '{"body": "One.", "n": 1}')
+    with pytest.raises(DataError, match=r"no column `text` \(columns: body, n\)"):
         read(f"hub:{other}")
 
 
@@ -139,7 +152,7 @@ def test_hub_reads_data_sets_saved_to_disk(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict({"text": ["One.", "Two."]})
     rows.save_to_disk(tmp_path / "rows")
     datasets.DatasetDict({"test": rows}).save_to_disk(tmp_path / "splits")
-    datasets.Dataset.from_dict({"body": ["One."]}).save_to_disk(tmp_path / "body")
+    datasets.Dataset.from_dict({"body": ["One."], "n": [1]}).save_to_disk(tmp_path / "body")
     for name in (f"hub:{tmp_path}/rows", f"hub:{tmp_path}/splits:test"):
         assert list(read_articles([name])) == [
             Article(f"{name.split(':')[1].rsplit('/')[-1]}:1", "One."),
@@ -175,14 +188,17 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     ("prepare", "message"),
     [
         (lambda folder: str(folder / "none.txt"), "no such file or folder"),
-        (lambda folder: write(folder / "a.docx", "x"), "cannot read .docx; use .txt, .jsonl"),
-        (lambda folder: str(folder), "no .txt, .jsonl, .parquet, .tokens, .raw file in this folder"),
+        (
+            lambda folder: write(folder / "a.docx", "x"),
+            "cannot read .docx; use .txt, .tokens, .raw, .tsv, .csv",
+        ),
+        (lambda folder: str(folder), "no file of text in this folder (.txt, .tokens, .raw, .tsv, .csv"),
         (lambda folder: "hub:", "the form is hub:NAME"),
         (lambda folder: "hub:a:b:c:d", "the form is hub:NAME"),
         (lambda folder: write(folder / "a.txt", " \n"), "holds no text"),
         (lambda folder: write(folder / "a.jsonl", "{"), "line 1 is not JSON"),
-        (lambda folder: write(folder / "a.jsonl", '{"text": "a"}\n[1]'), 'line 2 has no string under "text"'),
-        (lambda folder: write(folder / "a.jsonl", '{"body": "a"}'), 'line 1 has no string under "text"'),
+        (lambda folder: write(folder / "a.jsonl", '{"text": "a"}\n[1]'), "line 2 is no JSON object"),
+        (lambda folder: write(folder / "a.jsonl", '{"body": "a", "n": 1}'), "no column `text` (columns: body, n)"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, prepare: Callable[[Path], str], message: str) -> None:
@@ -192,10 +208,52 @@ def test_mistakes_are_one_line(tmp_path: Path, prepare: Callable[[Path], str], m
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_text_that_is_not_utf8_is_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8"):
-        list(read_articles([str(tmp_path / "latin.txt")]))
+@pytest.mark.parametrize(
+    "names", [("TEXT", "id"), ("Text ", "id"), ("note",), ("text", "TEXT")], ids=lambda names: " ".join(names)
+)
+def test_the_column_of_text_is_the_one_that_looks_so(tmp_path: Path, names: tuple[str, ...]) -> None:
+    rows = ",".join(names) + "\n" + ",".join(["One."] + ["x"] * (len(names) - 1)) + "\n"
+    assert [article.text for article in read_articles([write(tmp_path / "a.csv", rows)])] == ["One."]
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "One."}\n{"text": " "}\n')
+    reading = Reading()
+    assert [article.text for article in read_articles([path], reading=reading)] == ["One."]
+    assert reading.sentences() == ["left out: 2 rows without text"]
+    assert (reading.articles, reading.characters, reading.longest_word) == (1, 4, 4)
+
+
+def test_what_a_folder_holds_besides_is_told(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.TXT", "._a.txt", ".hidden/c.txt", "__MACOSX/d.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "One.")
+    write(tmp_path / "report.docx", "x")
+    write(tmp_path / "info.json", "{}")
+    write(tmp_path / "README", "x")
+    reading = Reading()
+    assert len(list(read_articles([str(tmp_path)], reading=reading))) == 2
+    assert reading.sentences() == ["left out: 1 file (.docx), 1 file (.json), 1 file (no suffix), 4 files (hidden)"]
+
+
+def test_one_very_long_word_is_told(tmp_path: Path) -> None:
+    reading = Reading()
+    list(read_articles([write(tmp_path / "a.txt", f"so {'x' * 2000}")], reading=reading))
+    assert reading.sentences() == ["the longest word has 2,000 characters"]
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+def test_what_wikiextractor_writes(tmp_path: Path, compression: str) -> None:
+    (tmp_path / "AA").mkdir()
+    lines = '{"title": "T", "text": "One."}\n{"title": "U", "text": ""}\n'
+    document = '<doc id="1" url="u" title="V">\nV\n\nTwo.\n\n</doc>\n<doc id="2" url="u">\nThree.\n</doc>\n'
+    for name, text in (("wiki_00", lines), ("wiki_01", document)):
+        compressed(tmp_path / "AA" / f"{name}{compression}", text.encode())
+    assert list(read_articles([str(tmp_path)])) == [
+        Article("T", "One."),
+        Article("V", "V\n\nTwo."),
+        Article(f"wiki_01{compression}", "Three."),
+    ]
 
 
 def test_a_missing_file_is_found_before_anything_is_read(tmp_path: Path) -> None:

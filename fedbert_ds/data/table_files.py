@@ -1,0 +1,173 @@
+"""Rows of table files: .csv, .tsv, .jsonl and .ndjson, .json, .parquet, .arrow; each with its place
+for errors.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedbert_ds.data.text_files import COMPRESSIONS, Encodings, form_of, lines_of
+from fedbert_ds.errors import DataError
+
+Row = dict[str, Any]
+Place = tuple[str, Row]
+"""Where a row stands, for errors, and the row."""
+Columns = Callable[[Sequence[str]], Sequence[str]]
+"""Chooses among a file's columns, where a file can leave the others unread."""
+
+SEPARATORS = ",;\t|"
+"""Between the fields of a .csv file; spreadsheets of many countries write semicolons."""
+
+
+def rows_of(path: Path, columns: Columns = list, encodings: Encodings | None = None) -> Iterator[Place]:
+    """Rows of a table file. DataError for a damaged file, a cut-off row, or a package that is
+    missing.
+    """
+    return _READERS[form_of(path)](path, columns, encodings or Encodings())
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name says that it is a table that can be read."""
+    form = form_of(path)
+    return form in _READERS and not (form in _NEVER_COMPRESSED and path.suffix.lower() in COMPRESSIONS)
+
+
+def full_lines(path: Path, encodings: Encodings | None = None) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, with their numbers from 1. Only a newline ends one: texts hold
+    other characters that do.
+    """
+    for number, line in enumerate(lines_of(path, "\n", encodings), start=1):
+        if text := line.removesuffix("\n").removesuffix("\r"):
+            yield number, text
+
+
+def _tsv(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    # Quotes mean nothing, as in GLUE's files.
+    lines = full_lines(path, encodings)
+    header = next(lines, (1, ""))[1].split("\t")
+    for number, line in lines:
+        yield _fitted(path, number, header, line.split("\t"))
+
+
+def _csv(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    # A note may be longer than the 131,072 characters that csv takes by default.
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = lines_of(path, "", encodings)
+    first = next(lines, "")
+    separator = max(SEPARATORS, key=first.count)
+    rows = csv.reader(_chained(first, lines), delimiter=separator)
+    try:
+        header = next(rows, [])
+        for fields in rows:
+            if fields:
+                yield _fitted(path, rows.line_num, header, fields)
+    except csv.Error as error:
+        raise DataError(f"{path}: line {rows.line_num} is not CSV ({error}); mend the line") from error
+
+
+def _chained(first: str, lines: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from lines
+
+
+def _fitted(path: Path, number: int, header: list[str], fields: list[str]) -> Place:
+    if len(fields) < len(header):
+        raise DataError(f"{path}: line {number} has {len(fields)} fields, the header {len(header)}; mend the line")
+    return f"{path}: line {number}", dict(zip(header, fields, strict=False))
+
+
+def _json_lines(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    for number, line in enumerate(lines_of(path, encodings=encodings), start=1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {number} is not JSON ({error}); one object a line is needed") from error
+        yield f"{path}: line {number}", _object(path, f"line {number}", row)
+
+
+def _json(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    """An array of objects, alone or as the one array of an object; or objects, one a line."""
+    text = "".join(lines_of(path, encodings=encodings))
+    try:
+        document: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("{") and "\n" in text.strip():
+            yield from _json_lines(path, columns, encodings)
+            return
+        raise DataError(f"{path}: not JSON ({error}); an array of objects is needed") from error
+    if isinstance(document, dict):
+        arrays = [value for value in document.values() if isinstance(value, list)]
+        document = arrays[0] if len(arrays) == 1 else [document]
+    for number, row in enumerate(document if isinstance(document, list) else [document], start=1):
+        yield f"{path}: object {number}", _object(path, f"object {number}", row)
+
+
+def _object(path: Path, what: str, row: Any) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: {what} is no JSON object; objects with a key for the text are needed")
+    return row
+
+
+def _parquet(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: reading Parquet needs pyarrow; pip install fedbert-ds[data]") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(columns(file.schema_arrow.names))
+            batches = file.iter_batches(batch_size=1024, columns=names)
+            yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _arrow(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"{path}: reading Arrow needs pyarrow; pip install fedbert-ds[data]") from error
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            try:
+                batches = pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:
+                with pyarrow.ipc.open_file(file) as whole:
+                    batches = [whole.get_batch(number) for number in range(whole.num_record_batches)]
+            yield from _numbered(path, _chosen(batches, columns))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Arrow file ({error}); write it again") from error
+
+
+def _chosen(batches: Iterable[Any], columns: Columns) -> Iterator[Row]:
+    for batch in batches:
+        chosen = batch.select(list(columns(batch.schema.names)))
+        for start in range(0, chosen.num_rows, 1024):
+            yield from chosen.slice(start, 1024).to_pylist()
+
+
+def _numbered(path: Path, rows: Iterable[Row]) -> Iterator[Place]:
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row
+
+
+_READERS: dict[str, Callable[[Path, Columns, Encodings], Iterator[Place]]] = {
+    ".tsv": _tsv,
+    ".csv": _csv,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+_NEVER_COMPRESSED = frozenset({".parquet", ".arrow"})
+"""They are read in place, and are compressed inside."""
+TABLE_FORMS = tuple(_READERS)

@@ -1,0 +1,187 @@
+"""Text files as lines: decompressed by suffix, in the encoding that is named or detected."""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import zstandard
+
+from fedbert_ds.errors import DataError, warn
+
+CHUNK_BYTES = 1 << 20
+SAMPLE_BYTES = 1 << 16
+"""Text around the first bytes that are not UTF-8, from which the encoding is guessed."""
+REPLACED = "\ufffd"
+"""Stands for bytes that the encoding has no character for."""
+
+MARKS = (
+    # UTF-32's little-endian mark begins with UTF-16's.
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
+"""Byte order marks, and what they say of the encoding."""
+
+
+class _ZstdFile(io.RawIOBase):
+    """A .zst file's content; zstandard's own reader takes a truncated file for a whole one."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self._file = open(path, mode)  # noqa: SIM115 (closed below)
+        self._frame: Any = None
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any file. EOFError in the middle of a frame."""
+        while not self._ready:
+            frame = self._frame
+            rest = frame.unused_data if frame is not None and frame.eof else b""
+            chunk = rest or self._file.read(CHUNK_BYTES)
+            if not chunk:
+                if frame is not None and not frame.eof:
+                    raise EOFError("it ends in the middle of a frame")
+                return 0
+            if frame is None or frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._ready = self._frame.decompress(chunk)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file beneath."""
+        self._file.close()
+        super().close()
+
+
+def _zstd(path: Path, mode: str) -> io.BufferedReader:
+    return io.BufferedReader(_ZstdFile(path, mode), CHUNK_BYTES)
+
+
+_DECOMPRESS: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _zstd,
+}
+COMPRESSIONS = tuple(_DECOMPRESS)
+
+
+@dataclass
+class Encodings:
+    """How files are to be decoded, and what became of them."""
+
+    named: str | None = None
+    """Of every file without a byte order mark; None: UTF-8, or what a file looks like."""
+    replaced: int = 0
+    """Characters that stand for bytes which could not be decoded."""
+
+
+def form_of(path: Path) -> str:
+    """The suffix that says what is in a file, in lower case: `.jsonl` of `notes.JSONL.gz`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+def lines_of(path: Path, newline: str | None = None, encodings: Encodings | None = None) -> Iterator[str]:
+    """Lines of a text file; `newline` as `open` has it.
+
+    DataError for a file that cannot be read or decompressed, or whose encoding is not to be found.
+    """
+    encodings = encodings or Encodings()
+    try:
+        encoding = _encoding_of(path, encodings)
+        with opened(path) as file, io.TextIOWrapper(file, encoding, "replace", newline) as text:
+            for line in text:
+                if encoding not in ("utf-8", "utf-8-sig"):
+                    encodings.replaced += line.count(REPLACED)
+                yield line
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: cannot be decompressed ({error}); compress it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def opened(path: Path) -> BinaryIO:
+    """The bytes of a file, decompressed as its suffix says."""
+    return cast("BinaryIO", _DECOMPRESS.get(path.suffix.lower(), open)(path, "rb"))
+
+
+def _encoding_of(path: Path, encodings: Encodings) -> str:
+    with opened(path) as file:
+        start = file.read(CHUNK_BYTES)
+        for mark, encoding in MARKS:
+            if start.startswith(mark):
+                return encoding
+        if encodings.named is not None:
+            return _known(encodings.named)
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        before, chunk = b"", start
+        try:
+            while chunk:
+                decoder.decode(chunk)
+                before, chunk = chunk, file.read(CHUNK_BYTES)
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            at = max(0, len(before) + error.start - SAMPLE_BYTES // 2)
+            found = _guessed(path, (before + chunk + file.read(SAMPLE_BYTES))[at : at + SAMPLE_BYTES])
+            warn(f"{path}: not UTF-8, read as {found}; name its encoding if that is wrong (data.encoding, --encoding)")
+            return found
+    return "utf-8"
+
+
+def _known(name: str) -> str:
+    try:
+        return codecs.lookup(name).name
+    except LookupError as error:
+        raise DataError(f"encoding {name}: there is none of that name; utf-8, cp1252 or latin-1, say") from error
+
+
+def _guessed(path: Path, sample: bytes) -> str:
+    """The encoding of a text that is not UTF-8.
+
+    Of texts in Latin letters the two encodings of Windows are tried in order: guesses from bytes
+    alone take one for the other. In the right one, what stands inside words are letters.
+    """
+    found = None
+    if _is_latin(sample):
+        found = next((name for name in ("cp1252", "cp1250") if _words_are_letters(sample, name)), None)
+    else:
+        from charset_normalizer import from_bytes
+
+        best = from_bytes(sample).best()
+        found = None if best is None else best.encoding
+    if found is None:
+        raise DataError(f"{path}: neither UTF-8 nor of an encoding that shows; name it: data.encoding, --encoding")
+    return found
+
+
+def _is_latin(sample: bytes) -> bool:
+    """Most letters are ASCII's."""
+    ascii_letters = sum(byte < 128 and chr(byte).isalpha() for byte in sample)
+    return ascii_letters > sum(byte >= 128 for byte in sample)
+
+
+def _words_are_letters(sample: bytes, encoding: str) -> bool:
+    """Whether nearly all characters that ASCII has not are letters where they touch one."""
+    text = sample.decode(encoding, "replace")
+    inside = [one for before, one, after in zip(text, text[1:], text[2:], strict=False)
+              if one > "\x7f" and (before.isalpha() and after.isalpha())]  # fmt: skip
+    # Apostrophes and dashes join words.
+    fits = sum(one.isalpha() or one in "\u2019\u2018\u00b4\u00ad\u2013\u2014" for one in inside)
+    return fits >= 0.95 * len(inside)

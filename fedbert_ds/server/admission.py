@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
+from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -84,11 +86,16 @@ class Members:
         """Tokens of each client in a window."""
 
     def admit(self, seats: Mapping[str, Seat], first_window: int) -> None:
-        """Give seats to newcomers, which count from `first_window` on, or new sessions to members
-        that come back.
+        """Give seats to newcomers, or new sessions to members that come back.
+
+        Newcomers count from `first_window` on, which nobody has planned, or from a later window:
+        members are told their next turn far ahead, and it must stay theirs.
         """
-        for client in sorted(seats.keys() - self.seats.keys()):
-            self.sampler.admit(client, first_window)
+        takes_part, before = self.sampler.takes_part, first_window - 1
+        if newcomers := sorted(seats.keys() - self.seats.keys()):
+            told = [next_window_of(member, takes_part, before, math.inf) for member in self.seats]
+            for client in newcomers:
+                self.sampler.admit(client, max(told, default=before) + 1)
         self.seats.update(seats)
         self.tokens.update({client: seat.tokens for client, seat in seats.items()})
 

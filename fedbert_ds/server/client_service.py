@@ -136,8 +136,14 @@ class ClientService:
                 return False
             case JoinAsked() | JoinAbandoned():
                 self._on_join(event)
+            case Connected(client) if self._queue.is_connected(client):
+                # It was let in a second time before this rank knew of the first.
+                reason = f"client {client} connected twice, and joins again"
+                self._membership.refuse(client, reason, may_return=True)
             case Connected(client):
                 self._rolled_back.discard(client)
+                # What an earlier process of this client announced is not asked of the new one.
+                self.plans = {window: plan.without(client) for window, plan in self.plans.items()}
                 self._membership.join(client, time.monotonic(), self.awaits_newcomers)
                 self._begin(client)
             case Detached(client) if self._queue.is_connected(client):
@@ -239,9 +245,11 @@ class ClientService:
 
     def start_alone(self, window: int, manifests: Iterable[Manifest]) -> frozenset[str]:
         """Tell the clients of a window that they may train it by themselves; returns those here."""
-        taking_part = [manifest for manifest in manifests if manifest.client in self._queue.active]
-        clients = frozenset(manifest.client for manifest in taking_part)
-        self._inbox.reports.begin(window, taking_part)
+        planned = {manifest.client: manifest for manifest in manifests}
+        self._inbox.reports.begin(window, planned.values())
+        clients = self._queue.active & planned.keys()
+        for client in planned.keys() - clients:
+            self._inbox.reports.drop(client)  # lost or late since the window was planned
         for client in sorted(clients):
             self._outbox.send(client, pb.ServerMessage(open=pb.Open(window=window)))
         self.await_answers(clients, Question("trained", window))

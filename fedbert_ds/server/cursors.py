@@ -36,9 +36,14 @@ class Cursors:
             for number in trained:
                 del announced[number]
 
-    def forget(self, client: str) -> None:
-        """A client is gone: what it announced and nobody trained will be announced again."""
-        self._announced.pop(client, None)
+    def forget(self, client: str, counts: int | None = None) -> None:
+        """A client is gone: what it announced and nobody trained will be announced again.
+
+        Part of its window `counts` is trained already: its text goes on after that one.
+        """
+        announced = self._announced.pop(client, {})
+        if counts in announced:
+            self._announced[client] = {counts: announced[counts]}
 
     def roll_back(self, committed: Mapping[str, Cursor] | None = None) -> None:
         """Forget what is announced; with `committed`, go back to the cursors of a checkpoint."""

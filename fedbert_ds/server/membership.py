@@ -124,7 +124,7 @@ class Membership:
         self._queue.lose(client)
         self._exchange.forget(client)
         self._inbox.drop(client)
-        self._cursors.forget(client)
+        self._cursors.forget(client, counts=self._queue.schedule.window_trained_by(client))
         self._revoke(client)
         self.detached.discard(client)
         if self._waits:

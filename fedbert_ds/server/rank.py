@@ -73,18 +73,27 @@ class RankServer:
         """Connected clients of all ranks at the last gathering."""
 
     def connect(self) -> None:
-        """Wait until every client seated here has opened its stream.
+        """Wait until every client has opened its stream, at whichever rank it is seated.
 
-        Raises RunError after `clients.join_timeout` seconds.
+        One whose process ended before that may join again. Raises RunError, on every rank, after
+        `clients.join_timeout` seconds.
         """
-        seated = self._rooms.members.at(self._rooms.rank_group.rank)
         deadline = time.monotonic() + self._clients.join_timeout
-        while self._queue.clients != seated:
+        self._service.awaits_newcomers = True
+        while True:
+            status = self._status(self._first_window, Tally(), has_given_up=time.monotonic() > deadline)
+            statuses = self._rooms.gathered(status, RankStatus)
+            here = frozenset().union(*(status.clients for status in statuses))
+            missing = sorted(self._rooms.members.seats.keys() - here)
+            if not missing or any(status.stop for status in statuses):
+                self._queue.hold(False)
+                return
+            if any(status.has_given_up for status in statuses):
+                names = ", ".join(missing)
+                raise RunError(f"{names} joined but opened no stream; is server.advertise reachable from there?")
+            self._newcomers.let_in(statuses, self._first_window + self._rooms.staleness + PLANNED_AHEAD)
             self._service.dispatch(self._service.next_event(POLL_SECONDS))
             self._watch()
-            if time.monotonic() > deadline:
-                missing = ", ".join(sorted(seated - self._queue.clients))
-                raise RunError(f"{missing} joined but opened no stream; is server.advertise reachable from there?")
 
     def train(
         self,
@@ -304,10 +313,13 @@ class RankServer:
         num_micro_batches = 0 if trains_alone else max(1, *(status.num_micro_batches for status in statuses))
         others = (status for rank, status in enumerate(statuses) if rank != self._rooms.rank_group.rank)
         elsewhere = frozenset().union(*(status.active for status in others))
+        # Clients may have been lost since this rank told the others what it has.
+        lost = statuses[self._rooms.rank_group.rank].masked_tokens - self._queue.schedule.masked_tokens
         micro_batches = self._queue.start(num_micro_batches, time.monotonic(), limits, elsewhere)
         manifests = self._service.plans.pop(window).manifests
         self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
         self._rooms.masked_counts.begin(manifests)
+        self._micro_batches.tally.lost_masked_tokens += lost
         self._rooms.inbox.begin()
         clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedbert_ds.server.queue.packing import MicroBatch, Piece
 from fedbert_ds.wire.messages import Manifest
@@ -18,6 +18,10 @@ class Plan:
     """The manifests that were packed."""
     suspended: frozenset[str]
     """Suspended clients that sent a manifest: they have no piece and must be told so."""
+
+    def without(self, client: str) -> Plan:
+        """The plan without this client's manifest."""
+        return replace(self, manifests=tuple(one for one in self.manifests if one.client != client))
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,15 @@ class Schedule:
         micro_batches = self.windows[0].micro_batches.values() if self.windows else ()
         return frozenset(client for micro_batch in micro_batches for client in micro_batch.pieces)
 
+    def window_trained_by(self, client: str) -> int | None:
+        """The running window, if a piece of this client counts in it whatever becomes of it."""
+        if not self.is_running:
+            return None
+        done = (State.FORWARDED, State.GRADIENTS_READY, State.DONE)
+        micro_batches = (each for each in self.windows[0].micro_batches.values() if each.state in done)
+        has_piece = any(client in each.pieces and client not in each.awaited for each in micro_batches)
+        return self.windows[0].number if has_piece else None
+
     @property
     def live(self) -> Iterator[PlannedMicroBatch]:
         """OPEN to GRADIENTS_READY, of all windows."""

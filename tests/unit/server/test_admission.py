@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedbert_ds.config import WindowSection, parse_config
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.sampler import Everybody
+from fedbert_ds.federation.sampler import Everybody, Sample, Sampler, Turns
 from fedbert_ds.server.admission import (
     LONGEST_NAME,
     Expectation,
@@ -27,6 +29,7 @@ from fedbert_ds.server.admission import (
     start_of,
 )
 from fedbert_ds.server.network.events import JoinAsked
+from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, parse_settings
 
@@ -289,6 +292,18 @@ def test_members_are_whoever_has_a_seat() -> None:
     members.note_states(["bo", "cy"], 9)
     assert members.has_state("bo", 7) and members.has_state("bo", 9) and members.has_state("cy", 9)
     assert not members.has_state("ada", 9)
+
+
+@pytest.mark.parametrize("sampler", [Turns, partial(Sample, count=2, seed=1)])
+def test_a_turn_that_a_member_was_told_stays_its_own(sampler: Callable[..., Sampler]) -> None:
+    """A member announces its next turn far ahead, before anybody knows of newcomers."""
+    names = ["ada", "cy", "ed", "flo"]
+    members = Members({name: Seat(0, "first", 100) for name in names}, sampler(dict.fromkeys(names, 0), 1))
+    planned = 3
+    told = {name: next_window_of(name, members.sampler.takes_part, planned, math.inf) for name in names}
+    members.admit({name: Seat(0, "first", 100) for name in ("bo", "di")}, first_window=planned + 1)
+    assert told == {name: next_window_of(name, members.sampler.takes_part, planned, math.inf) for name in names}
+    assert any(members.sampler.takes_part("bo", window) for window in range(planned, 100))
 
 
 def test_an_invitation_says_where_to_go_and_what_the_run_is() -> None:

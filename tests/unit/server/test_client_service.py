@@ -258,6 +258,23 @@ def test_a_lost_connection_is_kept_in_mind_until_it_is_back(rank: Rank) -> None:
     assert membership.detached == set()
 
 
+def test_a_client_that_connects_twice_joins_again(rank: Rank) -> None:
+    """Its first process died before this rank knew of it, and rank 0 let a second one in."""
+    rooms = rank.served.rooms
+    assert rooms.service.dispatch(Connected("bo"))
+    assert not rooms.queue.is_connected("bo") and rank.clients[1].may_return
+    assert rank.clients[1].refusal == "client bo connected twice, and joins again"
+
+
+def test_what_an_earlier_process_announced_is_not_asked_of_the_next(rank: Rank) -> None:
+    rooms = rank.served.rooms
+    while not rooms.service.plans:
+        rooms.service.attend()
+    rooms.membership.disconnect("bo")
+    assert rooms.service.dispatch(Connected("bo"))
+    assert [manifest.client for manifest in rooms.service.plans[0].manifests] == ["ada"]
+
+
 def test_newcomers_are_awaited_where_the_run_says_so(rank: Rank) -> None:
     service, queue = rank.served.rooms.service, rank.served.rooms.queue
     service.dispatch(Disconnected("bo"))

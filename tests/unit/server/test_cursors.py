@@ -43,6 +43,18 @@ def test_whoever_is_gone_announces_again_what_nobody_trained() -> None:
     assert cursors.committed == {"ada": at(1), "bo": at(3)}
 
 
+def test_what_is_trained_of_a_lost_client_is_not_announced_again() -> None:
+    cursors = Cursors({"ada": at(1)})
+    cursors.announce("ada", 4, at(2))
+    cursors.announce("ada", 5, at(3))
+    cursors.forget("ada", counts=4)
+    cursors.commit(5)
+    assert cursors.committed == {"ada": at(2)}
+    cursors.forget("ada", counts=6)
+    cursors.commit(6)
+    assert cursors.committed == {"ada": at(2)}
+
+
 def test_a_roll_back_forgets_what_was_announced() -> None:
     cursors = Cursors({"ada": at(1)})
     cursors.announce("ada", 0, at(2))

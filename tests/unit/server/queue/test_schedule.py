@@ -26,6 +26,20 @@ def test_a_micro_batch_goes_through_its_states() -> None:
     assert window.is_done and not window.live
 
 
+def test_what_counts_of_a_client_whatever_becomes_of_it() -> None:
+    schedule = scheduled("ada+bo")
+    window, micro_batch = schedule.windows[0], schedule.windows[0].micro_batches[0]
+    bring(schedule, 0, State.FORWARDED)
+    assert schedule.window_trained_by("ada") is None, "its gradient is not here"
+    schedule.answer("ada", 0, "gradient")
+    assert schedule.window_trained_by("ada") == window.number and schedule.window_trained_by("bo") is None
+    schedule.drop("bo")
+    schedule.backward(micro_batch)
+    assert schedule.window_trained_by("ada") == window.number
+    schedule.step()
+    assert schedule.window_trained_by("ada") is None, "the window has ended"
+
+
 def test_a_dummy_waits_for_nobody_and_holds_no_memory() -> None:
     schedule = scheduled("ada", num_micro_batches=2)
     dummy = bring(schedule, 1, State.READY)

@@ -3,6 +3,7 @@
 # make compile-check   compile every kernel without a GPU, compare golden tables (some 4 minutes)
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit
 # make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
+# make schedules       simulated schedules of ranks, clients and faults (ARGS="--schedules 100000", --seed 7)
 # make card            all that a GPU is needed for, in 12 minutes (MINUTES=5, OUT=FILE.json, ARGS="--only waits")
 # make audit           known vulnerabilities of the installed packages (.ci/run does this, too)
 # make sbom            the installed packages as CycloneDX JSON, for a release (OUT=FILE.json)
@@ -45,7 +46,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same chaos card audit sbom setup clean
+.PHONY: pretrain test compile-check same chaos schedules card audit sbom setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -65,6 +66,9 @@ same: $(STAMP)
 
 chaos: $(STAMP)
 	@python tests/integration/chaos.py $(ARGS)
+
+schedules: $(STAMP)
+	@python tests/simulation/schedules.py $(ARGS)
 
 card: $(STAMP)
 	@python -m benchmarks.card --minutes $(MINUTES) --out $(or $(OUT),runs/card.json) $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -99,6 +100,30 @@ class Encoded:
         # A rotation adds GROUP codes up, each an eighth.
         bound = code * _largest(self.scales) * (GROUP / 8 if codec.rotated else 1)
         return float(torch.tensor(bound, dtype=torch.float32))
+
+    @cached_property
+    def norm(self) -> float:
+        """Euclidean norm of all values together. Decodes them, once."""
+        return float(torch.linalg.vector_norm(self.decode(), dtype=torch.float64))
+
+    @cached_property
+    def row_sizes(self) -> Tensor:
+        """[rows] fp32: the Euclidean norm of each row, or no less; looked at once.
+
+        Of codecs with scales it follows from the scales, as if every code were the largest.
+        """
+        if self.scales is None:
+            return torch.linalg.vector_norm(self.payload, dim=1, dtype=torch.float32)
+        codec = CODECS[self.codec]
+        columns = self.width / self.scales.shape[1]
+        # A rotation is orthonormal.
+        return torch.linalg.vector_norm(self.scales, dim=1, dtype=torch.float32) * (codec.largest * columns**0.5)
+
+    def times(self, factors: Tensor) -> Encoded:
+        """Each row multiplied by one of `factors` [rows]."""
+        if self.scales is None:
+            return replace(self, payload=(self.payload * factors[:, None]).to(self.payload.dtype))
+        return replace(self, scales=(self.scales * factors[:, None]).to(self.scales.dtype))
 
     def __len__(self) -> int:
         return len(self.payload)

@@ -30,6 +30,8 @@ class Books:
     masked: dict[str, Count] = field(default_factory=dict)
     votes: dict[str, tuple[float, float]] = field(default_factory=dict)
     """What a combiner remembers."""
+    sizes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """What is remembered of activations and gradients."""
 
 
 BYTES_PER_PARAMETER = 16
@@ -60,6 +62,7 @@ class Checkpoints:
             self._rooms.combiner.load_state(books.votes)
         self._rooms.cursors.roll_back(books.cursors)
         self._rooms.masked_counts.roll_back(books.masked)
+        self._rooms.influence.load_state(books.sizes)
         self._rooms.service.restored = window
 
     def save(self, window: int) -> bool:
@@ -106,7 +109,8 @@ class Checkpoints:
             # Where another party has the weights, only the cursors are saved here.
             reference = rooms.aggregator.reference() if rooms.aggregator is not None else Reference(window, {})
             votes = {} if rooms.combiner is None else rooms.combiner.state()
-            write_client_model(self._folder.draft.client_model(window), reference, Books(cursors, masked, votes))
+            books = Books(cursors, masked, votes, rooms.influence.state())
+            write_client_model(self._folder.draft.client_model(window), reference, books)
         complete(rooms.rank_group, self._folder, window, rooms.engine.zero_stage)
         return True
 

@@ -15,6 +15,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What is typical of what a client sends in a window."""
+
+    row: float
+    """Norm of a row of activations; the root of the mean square."""
+    token: float
+    """Norm of d(loss)/d(hidden) of a masked token, for a loss that is a sum over tokens; the root
+    of the mean square.
+    """
+
+
+@dataclass(frozen=True)
 class TensorContract:
     """Form of every tensor of one kind. The plan adds the number of rows."""
 
@@ -22,6 +34,7 @@ class TensorContract:
     width: int
     most_rows: int
     """Most rows of a piece, which bounds the memory for one."""
+    is_gradient: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,26 @@ class Contract:
     """Codec of the matrices in client updates. What is handed over travels in fp32."""
     num_counts: int = 0
     """Numbers in an evaluation that a task's measures are made of."""
+    mask_probability: float = 1.0
+    """Share of tokens that clients mask."""
+    first_sizes: Sizes | None = None
+    """What is typical as long as no client has sent anything. None: unknown."""
+
+
+@dataclass
+class Observed:
+    """What a client has sent for one window, as the body saw it: sizes before any bound."""
+
+    rows: int = 0
+    row_squares: float = 0.0
+    """Squares of the norms of all rows of activations."""
+    masked: int = 0
+    gradient_squares: float = 0.0
+    """Squares of d(loss)/d(hidden) for a loss that is a sum over masked tokens."""
+    loss_sum: float = 0.0
+    """Cross-entropies it reports, nats."""
+    loss_tokens: int = 0
+    """Masked tokens that `loss_sum` covers."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +150,8 @@ class RankStatus:
     """Clients of this rank without which no window may begin."""
     detached: frozenset[str] = frozenset()
     """Clients of this rank that have lost their connection and may still come back to it."""
+    observed: Mapping[str, Observed] = field(default_factory=dict)
+    """Of the window that has just ended, by client."""
     is_asked: bool = False
     """This rank has heard clients that want to join."""
     has_given_up: bool = False

@@ -14,6 +14,7 @@ from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.telemetry.evaluations import HeldOutLoss
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
+from fedbert_ds.wire.messages import check_loss
 from fedbert_kernels.encoded import Encoded
 
 PARTS_AHEAD = 2
@@ -119,8 +120,7 @@ class HeldOutInbox:
         who = f"client {client}: held-out loss before window {message.window}"
         self._require(client, message.window, who)
         self._bytes += message.ByteSize()
-        if not 0 <= message.loss_sum < math.inf:
-            raise WireError(f"{who}: a loss of {message.loss_sum}")
+        check_loss(message.loss_sum, message.masked_tokens, who)
         # A client without held-out text has counted nothing.
         counts = tuple(message.counts) if message.masked_tokens else (0.0,) * self._contract.num_counts
         if len(counts) != self._contract.num_counts or not all(map(math.isfinite, counts)):

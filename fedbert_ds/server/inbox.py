@@ -12,6 +12,7 @@ from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.held_out_inbox import HeldOutInbox
+from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.network.decoding import sender
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.packing import Piece
@@ -20,7 +21,7 @@ from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.server.reports import Reports
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode_positions, decode_row_index
-from fedbert_ds.wire.messages import checked_manifest, cursor_numbers
+from fedbert_ds.wire.messages import check_loss, check_masked, checked_manifest, cursor_numbers
 from fedbert_kernels.encoded import Encoded
 
 
@@ -37,6 +38,7 @@ class Inbox:
         cursors: Cursors,
         contract: Contract,
         tokens: Mapping[str, int],
+        influence: Influence,
     ) -> None:
         self._queue = queue
         self._exchange = exchange
@@ -44,6 +46,7 @@ class Inbox:
         self._contract = contract
         self._tokens = tokens
         """Tokens of each client in a window."""
+        self._influence = influence
         self._saving = self._collecting = -1
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Encoded] = {}
@@ -60,12 +63,14 @@ class Inbox:
         """Cross-entropies reported with this window's gradients, nats."""
         self.masked_tokens = 0
         """Masked tokens that `loss_sum` covers."""
+        self.losses: dict[str, tuple[float, int]] = {}
+        """Both, by client."""
         self.update_bytes = 0
         """Bytes of client updates received so far."""
 
     def begin(self) -> None:
         """Start the sums of another window."""
-        self.loss_sum, self.masked_tokens = 0.0, 0
+        self.loss_sum, self.masked_tokens, self.losses = 0.0, 0, {}
 
     def expect_collected(self, window: int) -> None:
         """From now on take whole client models, as before `window`."""
@@ -122,6 +127,7 @@ class Inbox:
             case "manifest":
                 longest = self._contract.longest_sequence
                 manifest = checked_manifest(client, message.manifest, longest, self._tokens[client])
+                check_masked(manifest, self._contract.mask_probability)
                 is_in_time = self._queue.manifest(manifest)
                 self._cursors.announce(client, manifest.window, cursor_numbers(message.manifest.cursor))
                 return is_in_time
@@ -172,6 +178,7 @@ class Inbox:
             row_index = decode_row_index(message.row_index, piece.tokens, num_rows, who)
         values = _planned(message.values, (num_rows, self._contract.activations.width), tensor, who)
         positions = decode_positions(message.masked_positions, piece.tokens, piece.masked, who)
+        self._influence.check(who, values)
         self._queue.answer(client, micro_batch, "activations")
         self._activations[micro_batch, client] = Arrived(values, row_index, positions)
 
@@ -182,12 +189,13 @@ class Inbox:
             return
         piece = self._expected(client, message.window, micro_batch, "gradient", who)
         gradient = _planned(message.hidden, (piece.masked, self._contract.gradients.width), tensor, who)
-        if not 0 <= message.loss_sum < math.inf:
-            raise WireError(f"{who}: a loss of {message.loss_sum}")
+        check_loss(message.loss_sum, piece.masked, who)
         self._queue.answer(client, micro_batch, "gradient")
         self._gradients[micro_batch, client] = gradient
         self.loss_sum += message.loss_sum
         self.masked_tokens += piece.masked
+        loss_sum, masked = self.losses.get(client, (0.0, 0))
+        self.losses[client] = loss_sum + message.loss_sum, masked + piece.masked
 
     def _expected(
         self, client: str, window: int, micro_batch: int, kind: Literal["activations", "gradient"], who: str

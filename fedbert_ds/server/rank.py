@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.contract import RankStatus, Tally
+from fedbert_ds.server.contract import Arrived, RankStatus, Tally
 from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.network.events import POLL_SECONDS
 from fedbert_ds.server.newcomers import Newcomers
@@ -17,6 +18,7 @@ from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Backward, Forward, Step
 from fedbert_ds.server.queue.in_flight import Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.rooms import Rooms
+from fedbert_kernels.encoded import Encoded
 
 OnWindow = Callable[[int, Sequence[RankStatus]], None]
 """(finished window, statuses of all ranks)"""
@@ -116,6 +118,7 @@ class RankServer:
         is_undone = False
         while True:
             statuses = self._gather(window, is_undone)
+            self._rooms.influence.learn(status.observed for status in statuses)
             self.clients = frozenset().union(*(status.clients for status in statuses))
             if window > reported:
                 on_window(window - 1, statuses)
@@ -251,6 +254,7 @@ class RankServer:
         # Nobody sees the status before the first window.
         new_problems = membership.take_new_problems() if window > self._first_window else ()
         status = self._status(window, self._take_tally(), new_problems)
+        status = replace(status, observed=self._rooms.influence.take())
         with self._busy("gather", window=window):
             return self._rooms.gathered(status, RankStatus)
 
@@ -290,12 +294,11 @@ class RankServer:
                     self._wait()
                 case Forward(micro_batch, pieces) as forward:
                     with self._busy("forward", micro_batch=micro_batch):
-                        arrived = [self._rooms.inbox.take_activations(micro_batch, piece.client) for piece in pieces]
+                        arrived = [self._activations(micro_batch, piece.client) for piece in pieces]
                         self._micro_batches.forward(forward, arrived)
                 case Backward(micro_batch, pieces) as backward:
                     with self._busy("backward", micro_batch=micro_batch):
-                        clients = [piece.client for piece in pieces]
-                        gradients = {client: self._rooms.inbox.take_gradient(micro_batch, client) for client in clients}
+                        gradients = {piece.client: self._gradient(micro_batch, piece.client) for piece in pieces}
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
@@ -320,12 +323,20 @@ class RankServer:
         self._micro_batches.begin(window, micro_batches, manifests, masked_tokens)
         self._rooms.masked_counts.begin(manifests)
         self._micro_batches.tally.lost_masked_tokens += lost
+        self._rooms.influence.begin(masked_tokens)
         self._rooms.inbox.begin()
         clients = self._service.start_alone(window, manifests) if trains_alone else self._queue.schedule.participants
         exchange = self._rooms.strategy.exchange_after(window)
         if exchange != "nothing":
             masked = self._rooms.masked_counts.behind_updates(clients, self._rooms.strategy.least_weight)
             self._rooms.exchange.expect(window, masked, exchange == "weights")
+
+    def _activations(self, micro_batch: int, client: str) -> Arrived:
+        arrived = self._rooms.inbox.take_activations(micro_batch, client)
+        return replace(arrived, values=self._rooms.influence.activations(client, arrived.values))
+
+    def _gradient(self, micro_batch: int, client: str) -> Encoded:
+        return self._rooms.influence.gradient(client, self._rooms.inbox.take_gradient(micro_batch, client))
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""
@@ -345,6 +356,7 @@ class RankServer:
         tally.loss_sum += self._rooms.inbox.loss_sum
         tally.masked_tokens += self._rooms.inbox.masked_tokens
         alone = self._rooms.inbox.reports.take()
+        self._rooms.influence.losses(self._rooms.inbox.losses | alone.losses)
         tally.loss_sum += alone.loss_sum
         tally.tokens += alone.tokens
         tally.masked_tokens += alone.masked_tokens
@@ -352,6 +364,7 @@ class RankServer:
         held_norm = self._update_norm(window) if self._rooms.service.holds_updates else 0.0
         if self._waits and not self._rolls_back_to_checkpoint and self._is_broken():
             self._rooms.engine.drop_gradients()
+            self._rooms.influence.take()
             return False
         norm = held_norm if self._optimizer.gradient_clipping > 0 else 0.0
         started = time.monotonic()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.messages import Manifest
+from fedbert_ds.wire.messages import Manifest, check_loss
 
 
 @dataclass
@@ -19,6 +18,8 @@ class Trained:
     """Cross-entropies of all masked tokens, nats."""
     tokens: int = 0
     masked_tokens: int = 0
+    losses: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Cross-entropies and masked tokens by client."""
     lost_masked_tokens: int = 0
     """Of clients that are gone before they had trained theirs."""
 
@@ -56,8 +57,7 @@ class Reports:
         manifest = self._awaited.get(client)
         if manifest is None or report.window != self._window:
             raise WireError(f"{who}, which was not asked for")
-        if not 0 <= report.loss_sum < math.inf:
-            raise WireError(f"{who}: a loss of {report.loss_sum}")
+        check_loss(report.loss_sum, report.masked_tokens, who)
         loss_sum, masked = self._so_far[client]
         loss_sum, masked = loss_sum + report.loss_sum, masked + report.masked_tokens
         announced = sum(manifest.masked)
@@ -68,6 +68,7 @@ class Reports:
             del self._awaited[client]
             self._trained.loss_sum += loss_sum
             self._trained.masked_tokens += masked
+            self._trained.losses[client] = loss_sum, masked
             self._trained.tokens += sum(manifest.lengths)
         return report.last
 

@@ -23,6 +23,7 @@ from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Contract
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.masked_counts import MaskedCounts
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
@@ -67,6 +68,7 @@ class Rooms:
     """As `aggregator`."""
     cursors: Cursors
     masked_counts: MaskedCounts
+    influence: Influence
     inbox: Inbox
     outbox: Outbox
     membership: Membership
@@ -125,7 +127,8 @@ def build_rooms(
     else:
         exchange = RemoteExchange(owner, queue.deadlines)
         revoke = _both(endpoint.revoke, owner.part_with)
-    inbox = Inbox(queue, exchange, cursors, contract, members.tokens)
+    influence = Influence(config.federation.bound, contract.first_sizes, lambda *bounded: membership.bounded(*bounded))
+    inbox = Inbox(queue, exchange, cursors, contract, members.tokens, influence)
     outbox = Outbox(endpoint, codec_threads)
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
     account = TimeAccount()
@@ -163,6 +166,7 @@ def build_rooms(
         combiner=combiner,
         cursors=cursors,
         masked_counts=MaskedCounts(),
+        influence=influence,
         inbox=inbox,
         outbox=outbox,
         membership=membership,

@@ -40,9 +40,10 @@ from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.body.no_body import NoBody
 from fedbert_ds.server.body.peak import Peak, peak_of, together
 from fedbert_ds.server.checkpoint import Checkpoints
-from fedbert_ds.server.contract import Contract, TensorContract
+from fedbert_ds.server.contract import Contract, Sizes, TensorContract
 from fedbert_ds.server.elsewhere import Elsewhere
 from fedbert_ds.server.evaluations import Evaluations
+from fedbert_ds.server.first_sizes import first_sizes
 from fedbert_ds.server.hand_over import best_model_keeper, hand_over
 from fedbert_ds.server.heartbeat import Heartbeat
 from fedbert_ds.server.local_clients import LocalClients, client_name
@@ -238,14 +239,22 @@ def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     most = max(config.window.tokens_per_micro_batch, config.data.sequence_length)
     return Contract(
         activations=TensorContract(config.wire.activations, half.widths.activations, most),
-        gradients=TensorContract(config.wire.gradients, half.widths.hidden, most),
+        gradients=TensorContract(config.wire.gradients, half.widths.hidden, most, is_gradient=True),
         longest_sequence=config.data.sequence_length,
         is_rows_cut=config.cut == "rows",
         exchanged={n: shape for n, shape in parameters.items() if strategy.takes_part(half.parameter_scope(n))},
         handed_over={n: shape for n, shape in parameters.items() if strategy.is_handed_over(half.parameter_scope(n))},
         update_codec=strategy.update_codec,
         num_counts=half.num_counts,
+        mask_probability=1.0 if config.task.is_labelled else config.data.mask_probability,
+        first_sizes=_first_sizes(config, half),
     )
+
+
+def _first_sizes(config: RunConfig, half: ClientHalf) -> Sizes | None:
+    if config.cut == "whole" or config.federation.bound is None:
+        return None
+    return first_sizes(half, config.wire.activations, config.data.sequence_length, config.run.seed)
 
 
 def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -> RankEndpoint:

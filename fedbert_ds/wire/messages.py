@@ -99,6 +99,31 @@ def cursor_numbers(cursor: pb.Cursor) -> dict[str, int]:
     return {"epoch": cursor.epoch, "position": cursor.position, "sequences": cursor.sequences}
 
 
+LARGEST_LOSS = 1e4
+"""Nats of a masked token. Guessing among all words costs some ten."""
+SLACK_MASKED = 64
+"""Masked tokens of a window that chance may add."""
+
+
+def check_masked(manifest: Manifest, mask_probability: float) -> None:
+    """WireError for more masked tokens than chance gives: they are a client's weight.
+
+    Twice as many as are due, and some: whole words are masked together.
+    """
+    masked, tokens = sum(manifest.masked), sum(manifest.lengths)
+    if masked > 2 * mask_probability * tokens + SLACK_MASKED:
+        raise WireError(
+            f"client {manifest.client}: manifest of window {manifest.window}: {masked} of {tokens} tokens masked; "
+            f"data.mask_probability is {mask_probability:g}"
+        )
+
+
+def check_loss(loss_sum: float, masked: int, who: str) -> None:
+    """WireError for a sum of cross-entropies that so many masked tokens cannot have."""
+    if not 0 <= loss_sum <= LARGEST_LOSS * masked:
+        raise WireError(f"{who}: a loss of {loss_sum} for {masked} masked tokens")
+
+
 def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_tokens: int) -> Manifest:
     """The manifest in a message; WireError for impossible sizes.
 

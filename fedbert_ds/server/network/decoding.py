@@ -147,6 +147,9 @@ def _encoded(frame: pb.TensorFrame, contract: TensorContract, who: str, pinned: 
         # Before memory is taken for it; the plan knows a smaller number still.
         return WireError(f"{who}: {rows} rows; no piece has more than {contract.most_rows}")
     try:
-        return from_frame(frame, (rows, contract.width), contract.codec, who, pinned=pinned)
+        encoded = from_frame(frame, (rows, contract.width), contract.codec, who, pinned=pinned)
     except WireError as error:
         return error
+    # Looked at here, so that the rank does not have to: how much it may count for.
+    _ = encoded.norm if contract.is_gradient else encoded.row_sizes
+    return encoded

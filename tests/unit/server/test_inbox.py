@@ -19,6 +19,7 @@ from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Contract, TensorContract
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
+from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.network.decoding import Decoded, decoded
 from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.queue.decisions import Forward, Open, Plan
@@ -58,7 +59,7 @@ def inbox() -> Any:
     queue = PipelineQueue(1, one_micro_batch, num_windows=1)
     exchange = UpdateExchange(lambda updates, average: {"weights": [update.weight for update in updates.values()]})
     cursors = Cursors({})
-    made = FedInbox(queue, exchange, cursors, CONTRACT, {"ada": 6})
+    made = FedInbox(queue, exchange, cursors, CONTRACT, {"ada": 6}, Influence(10.0, None, print))
     made.queue, made.exchange, made.cursors = queue, exchange, cursors
     queue.join("ada", 0.0)
     made.take("ada", manifest())
@@ -147,6 +148,8 @@ def test_activations_that_are_refused_leave_no_trace(inbox: Any, changes: dict[s
         {"micro_batch": 1},
         {"loss_sum": math.nan},
         {"loss_sum": -0.5},
+        {"loss_sum": 1.7e308},
+        {"loss_sum": 2.1e4},  # ten thousand nats for each of two masked tokens, and some
         {"hidden": encode(torch.ones(6, WIDTH), "fp32")},
         {"hidden": bad_frame(2, -math.inf)},
         {"hidden": bad_frame(2, -1e9)},

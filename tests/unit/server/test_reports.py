@@ -31,7 +31,8 @@ def test_parts_add_up_and_the_last_one_counts_all_of_them() -> None:
     assert reports.awaited == {"bo"}
     assert reports.receive("bo", report(loss_sum=0.5, masked_tokens=2))
     assert not reports.awaited
-    assert reports.take() == Trained(loss_sum=4.0, tokens=15, masked_tokens=5)
+    by_client = {"ada": (3.5, 3), "bo": (0.5, 2)}
+    assert reports.take() == Trained(loss_sum=4.0, tokens=15, masked_tokens=5, losses=by_client)
     assert reports.take() == Trained(), "once"
 
 
@@ -42,7 +43,7 @@ def test_what_a_client_had_not_trained_to_the_end_is_lost_with_it() -> None:
     reports.drop("ada")
     reports.receive("bo", report(masked_tokens=2))
     reports.drop("bo")
-    assert reports.take() == Trained(loss_sum=2.5, tokens=6, masked_tokens=2, lost_masked_tokens=3)
+    assert reports.take() == Trained(2.5, 6, 2, {"bo": (2.5, 2)}, lost_masked_tokens=3)
 
 
 def test_with_a_body_none_is_awaited() -> None:
@@ -68,7 +69,7 @@ def test_a_report_that_does_not_fit_is_refused_and_leaves_no_trace(client: str, 
     with pytest.raises(WireError, match=message):
         reports.receive(client, report(**changes))
     assert reports.receive("ada", report())
-    assert reports.take() == Trained(loss_sum=2.5, tokens=9, masked_tokens=3)
+    assert reports.take() == Trained(loss_sum=2.5, tokens=9, masked_tokens=3, losses={"ada": (2.5, 3)})
 
 
 def test_a_second_report_after_the_last_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""How much liars among the clients cost, by how updates are combined."""

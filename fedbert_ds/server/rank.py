@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
 from fedbert_ds.errors import RunError
-from fedbert_ds.server.contract import Arrived, RankStatus, Tally
+from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.network.events import POLL_SECONDS
 from fedbert_ds.server.newcomers import Newcomers
@@ -18,7 +18,6 @@ from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Backward, Forward, Step
 from fedbert_ds.server.queue.in_flight import Demand, InFlightLimits, in_flight_limits
 from fedbert_ds.server.rooms import Rooms
-from fedbert_kernels.encoded import Encoded
 
 OnWindow = Callable[[int, Sequence[RankStatus]], None]
 """(finished window, statuses of all ranks)"""
@@ -294,11 +293,11 @@ class RankServer:
                     self._wait()
                 case Forward(micro_batch, pieces) as forward:
                     with self._busy("forward", micro_batch=micro_batch):
-                        arrived = [self._activations(micro_batch, piece.client) for piece in pieces]
+                        arrived = [self._rooms.take_activations(micro_batch, piece.client) for piece in pieces]
                         self._micro_batches.forward(forward, arrived)
                 case Backward(micro_batch, pieces) as backward:
                     with self._busy("backward", micro_batch=micro_batch):
-                        gradients = {piece.client: self._gradient(micro_batch, piece.client) for piece in pieces}
+                        gradients = {p.client: self._rooms.take_gradient(micro_batch, p.client) for p in pieces}
                         self._micro_batches.backward(backward, gradients)
                 case Step(_, lost_masked_tokens):
                     self._micro_batches.end()
@@ -330,13 +329,6 @@ class RankServer:
         if exchange != "nothing":
             masked = self._rooms.masked_counts.behind_updates(clients, self._rooms.strategy.least_weight)
             self._rooms.exchange.expect(window, masked, exchange == "weights")
-
-    def _activations(self, micro_batch: int, client: str) -> Arrived:
-        arrived = self._rooms.inbox.take_activations(micro_batch, client)
-        return replace(arrived, values=self._rooms.influence.activations(client, arrived.values))
-
-    def _gradient(self, micro_batch: int, client: str) -> Encoded:
-        return self._rooms.influence.gradient(client, self._rooms.inbox.take_gradient(micro_batch, client))
 
     def _wait(self) -> None:
         """Wait for a result of the device, or else for an event."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from fedbert_ds.server.admission import Members
 from fedbert_ds.server.among_ranks import AmongRanks
 from fedbert_ds.server.body.engine import BodyEngine
 from fedbert_ds.server.client_service import ClientService
-from fedbert_ds.server.contract import Contract
+from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.influence import Influence
@@ -41,6 +41,7 @@ from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.time_account import TimeAccount
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire.messages import Manifest
+from fedbert_kernels.encoded import Encoded
 
 T = TypeVar("T")
 
@@ -85,6 +86,15 @@ class Rooms:
         """One value of this type of every rank, in order of ranks. Waits for all of them."""
         with self.time.charged("ranks"):
             return self.rank_group.gather(mine, kind)
+
+    def take_activations(self, micro_batch: int, client: str) -> Arrived:
+        """The activations of a client's piece, as they may count."""
+        arrived = self.inbox.take_activations(micro_batch, client)
+        return replace(arrived, values=self.influence.activations(client, arrived.values))
+
+    def take_gradient(self, micro_batch: int, client: str) -> Encoded:
+        """d(loss)/d(hidden) of a client's piece, as it may count."""
+        return self.influence.gradient(client, self.inbox.take_gradient(micro_batch, client))
 
     def commit_elsewhere(self, window: int, scale: float) -> None:
         """Tell an aggregator of another party that the body has stepped; rank 0 does, for all."""

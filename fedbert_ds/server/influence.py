@@ -61,11 +61,13 @@ class Influence:
 
     def activations(self, client: str, values: Encoded) -> Encoded:
         """A piece's activations as they may count."""
+        if self._times is None:
+            return values
         sizes = values.row_sizes
         observed = self._observed.setdefault(client, Observed())
         observed.rows += len(values)
         observed.row_squares += float(sizes.double().square().sum())
-        if self._times is None or self._typical is None or not len(values):
+        if self._typical is None or not len(values):
             return values
         norm = float(torch.linalg.vector_norm(sizes, dtype=torch.float64))
         factor, times = self._allowed(norm, self._typical.row, len(values))
@@ -78,11 +80,13 @@ class Influence:
 
     def gradient(self, client: str, values: Encoded) -> Encoded:
         """d(loss)/d(hidden) of a piece as it may count; the loss is the window's mean."""
+        if self._times is None:
+            return values
         masked, norm = len(values), values.norm
         observed = self._observed.setdefault(client, Observed())
         observed.masked += masked
         observed.gradient_squares += (norm * self._masked_tokens) ** 2
-        if self._times is None or self._typical is None:
+        if self._typical is None:
             return values
         factor, times = self._allowed(norm, self._typical.token / self._masked_tokens, masked)
         if factor == 1.0:

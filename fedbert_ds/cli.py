@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,14 @@ from fedbert_ds import __version__
 from fedbert_ds.bench.commands import add_benches
 from fedbert_ds.certificates.commands import add_certs
 from fedbert_ds.compare.command import add_compare
-from fedbert_ds.errors import ConfigError, one_line_errors
+from fedbert_ds.errors import ConfigError, one_line_errors, warn
 from fedbert_ds.glue.command import add_glue
 from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
     from fedbert_ds.client.limits import Limits
     from fedbert_ds.config import Cut
+    from fedbert_ds.wire.tls import TlsFiles
 
 
 @one_line_errors
@@ -54,7 +56,7 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
     )
-    parser.add_argument("--id", default=socket.gethostname(), help="this client's name in the run (default: host name)")
+    parser.add_argument("--id", help="this client's name in the run (default: the certificate's, or the host name)")
     parser.add_argument(
         "--state", type=Path, metavar="DIR", help="where to keep its state in parallel mode (default: fedbert-ID)"
     )
@@ -107,6 +109,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     for name in ("ca", "certificate", "key"):
         parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")
+    parser.add_argument(
+        "--plaintext", action="store_true", help="go without TLS beyond this machine, on a network nobody else is in"
+    )
     parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=_client)
 
@@ -117,9 +122,12 @@ def _client(options: argparse.Namespace) -> None:
 
     leave_out_unused()
     return_large_blocks()
+    # gRPC would write a line for each failed handshake. What is wrong is told in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     from fedbert_ds.client.session import ClientOptions, inspect_run, run_client
     from fedbert_ds.folder_lock import keep_private
-    from fedbert_ds.wire.channel import TlsFiles
+    from fedbert_ds.wire.identity import TOKEN_VARIABLE
+    from fedbert_ds.wire.tls import TlsFiles
 
     tls_files = (options.ca, options.certificate, options.key)
     if any(tls_files) and not all(tls_files):
@@ -130,15 +138,20 @@ def _client(options: argparse.Namespace) -> None:
         raise ConfigError("--data: name the files or folders of your text")
     _check_task(options)
     keep_private()
+    tls = TlsFiles(*tls_files) if all(tls_files) else None
+    name = _name(options, tls)
     client = ClientOptions(
         server=options.server,
         data=tuple(options.data),
-        name=options.id,
-        state_folder=options.state or Path(f"fedbert-{options.id}"),
+        name=name,
+        state_folder=options.state or Path(f"fedbert-{name}"),
         tokenizer=options.tokenizer,
         model=options.model,
         cut=_cut(options.cut) if options.cut else None,
-        tls=TlsFiles(*tls_files) if all(tls_files) else None,
+        tls=tls,
+        # Of a launcher on this machine, which knows where it listens.
+        plaintext=options.plaintext or options.managed,
+        token=os.environ.pop(TOKEN_VARIABLE, ""),
         held_out=options.held_out,
         task=options.task,
         text_columns=tuple(options.text_columns),
@@ -155,6 +168,28 @@ def _client(options: argparse.Namespace) -> None:
         print(inspect_run(client))
         return
     raise SystemExit(run_client(client))
+
+
+def _name(options: argparse.Namespace, tls: TlsFiles | None) -> str:
+    """The client's name: the one in its certificate, if it has one, or what `--id` says."""
+    from fedbert_ds.wire.identity import LONGEST_NAME, is_name
+    from fedbert_ds.wire.tls import expiry_warning
+
+    name = options.id or socket.gethostname()
+    # Its launcher's own clients show the launcher's certificate.
+    if tls is not None and not options.managed:
+        tls.read()
+        if (warning := expiry_warning(tls)) is not None:
+            warn(warning)
+        own = tls.own_certificate().name
+        if options.id and options.id != own:
+            raise ConfigError(f"--id {options.id}: the certificate is that of {own}; drop --id, or show another")
+        name = own
+    if not is_name(name):
+        raise ConfigError(
+            f"--id {name}: a name is up to {LONGEST_NAME} letters, digits and .-_@+, and begins with a letter or digit"
+        )
+    return name
 
 
 def _limits(options: argparse.Namespace) -> Limits:

@@ -467,6 +467,9 @@ class ClientsSection(Section):
     back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
+    allowed: tuple[str, ...] | None = None
+    """Names of the clients that may join besides local ones: with TLS, names in certificates. null:
+    whoever has a certificate of the authority."""
     local_device: Literal["cpu", "cuda"] = "cpu"
     """Where those compute. `cuda` deals them to all GPUs of this machine, on which the ranks
     compute, too."""
@@ -487,6 +490,11 @@ class ClientsSection(Section):
             raise ValueError(f"maximum {self.maximum} is below expected {self.expected}; raise it")
         if self.local > self.expected:
             raise ValueError(f"local {self.local} is above expected {self.expected}; raise expected")
+        if self.allowed is not None and self.local + len(set(self.allowed)) < self.expected:
+            raise ValueError(
+                f"allowed names {len(set(self.allowed))} clients, and {self.expected - self.local} are expected from "
+                "elsewhere; add names or lower expected"
+            )
         return self
 
     @property
@@ -509,6 +517,9 @@ class TlsSection(Section):
     """This server's certificate chain."""
     key: Path
     """This server's private key."""
+    revoked: Path | None = None
+    """List of certificates that no longer count: `revoked.txt` of `fedbert-ds certs revoke`. It is
+    read again when it changes."""
 
 
 class ServerSection(Section):
@@ -522,11 +533,14 @@ class ServerSection(Section):
     """Host name under which clients reach the ranks. null uses `host`, or each node's name on
     several nodes."""
     tls: TlsSection | None = None
-    """Mutual TLS. null is plaintext, for loopback and trusted networks only."""
+    """Mutual TLS (`fedbert-ds certs` makes the files). null is plain text, on loopback alone."""
+    plaintext: bool = False
+    """Listen beyond loopback without `tls`: whoever is on the way reads activations, and may take
+    anybody's place. For networks that nobody else is in."""
     network: Literal["auto", "thread", "process"] = "auto"
     """Where a rank's network runs. `thread`: in the body's process. `process`: in one of its own,
     which costs more CPU time and does not make the body wait. `auto`: a process where there are
-    GPUs."""
+    GPUs, or TLS: then failed handshakes are told and counted there."""
     shared_memory: bool = True
     """Clients on this machine pass large messages through shared memory instead of sockets."""
 
@@ -552,6 +566,8 @@ class AggregatorSection(Section):
     knows, so it knows the first client model, too."""
     tls: TlsSection | None = None
     """For the aggregator: its files of mutual TLS. Ranks that dial it show `server.tls`."""
+    plaintext: bool = False
+    """Reach the aggregator beyond loopback without TLS, as `server.plaintext`."""
 
     @model_validator(mode="after")
     def _address(self) -> AggregatorSection:

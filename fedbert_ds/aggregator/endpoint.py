@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from fedbert_ds.errors import UserError
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.network.listener import Listener, Servicer, unread
 from fedbert_ds.server.network.traffic import Traffic
@@ -42,9 +43,15 @@ class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
     """Ranks and clients open streams with the sessions that `admit` names."""
 
     def __init__(
-        self, host: str, port: int, tls: TlsFiles | None, reconnect_timeout: float, shares_memory: bool = True
+        self,
+        host: str,
+        port: int,
+        tls: TlsFiles | None,
+        reconnect_timeout: float,
+        shares_memory: bool = True,
+        rules: DoorRules | None = None,
     ) -> None:
-        super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received)
+        super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received, rules or DoorRules())
         self._traffic = Traffic()
 
     def admit(self, sessions: dict[str, str]) -> None:
@@ -99,10 +106,18 @@ class _Servicer(Servicer):
         self.handlers[OPEN] = unread(self.open, pb.Opened.SerializeToString)
         self.handlers[CONDUCT] = grpc.stream_stream_rpc_method_handler(self.train)
 
+    def let_in(self, context: grpc.aio.ServicerContext, attach: pb.Attach) -> None:
+        """A rank has a secret in place of a name; a client is who its certificate says."""
+        if attach.client.startswith(A_RANK):
+            self._endpoint.door.let_in_a_rank(context.auth_context())
+        else:
+            super().let_in(context, attach)
+
     async def open(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.Opened:
         """Open."""
         await self.turn_away_beyond_rate(context)
         try:
+            self._endpoint.door.let_in_a_rank(context.auth_context())
             return await self._endpoint.open(introduction(context.invocation_metadata(), pb.OpenRun))
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -10,9 +10,7 @@ from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.server.network.outbox import Sends
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
-
-LONGEST_NAME = 100
-"""Characters of a client's name."""
+from fedbert_ds.wire.identity import is_name
 
 
 class RunEndpoint(Sends, Protocol):
@@ -67,8 +65,8 @@ class Guests:
         """Admit clients of a rank, and tell it so. Raises WireError for an impossible name."""
         for admission in admit.clients:
             client = admission.client
-            if not client or not client.isprintable() or len(client) > LONGEST_NAME or not admission.session:
-                raise WireError(f"rank {rank} admits a client without a printable name or a session")
+            if not is_name(client) or not admission.session:
+                raise WireError(f"rank {rank} admits a client without a name or a session")
             self._rank_of[client] = rank
             self._sessions[client] = admission.session
             self.here.add(client)

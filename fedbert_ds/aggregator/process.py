@@ -9,20 +9,23 @@ from typing import Any
 from fedbert_ds.aggregator.endpoint import AggregatorEndpoint, OpenAsked, Ordered
 from fedbert_ds.aggregator.folder import AggregatorFolder, folder_of
 from fedbert_ds.aggregator.run import AggregatedRun, ClientModel
-from fedbert_ds.config import RunConfig
-from fedbert_ds.errors import ConfigError, RunError, UserError, WireError, warn
+from fedbert_ds.config import AggregatorSection, RunConfig
+from fedbert_ds.errors import ConfigError, RunError, UserError, WireError, one_line, warn
 from fedbert_ds.federation.agreement import agreement, disagreement
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import POLL_SECONDS, Connected, Disconnected, JoinAsked, Received, reply
+from fedbert_ds.server.network.handshakes import tell_failed_handshakes
 from fedbert_ds.server.network.limits import most_kept
 from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import is_secret, rank_name, read_secret
-from fedbert_ds.wire.channel import TlsFiles
+from fedbert_ds.wire.channel import is_loopback
 from fedbert_ds.wire.messages import PROTOCOL
+from fedbert_ds.wire.tls import TlsFiles, expiry_warning
 
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
@@ -48,9 +51,11 @@ def run_aggregator(config: RunConfig, resume: bool) -> int:
     secret = read_secret(section.secret)
     folder = folder_of(config)
     folder.check(resume)
-    tls = TlsFiles(section.tls.ca, section.tls.certificate, section.tls.key) if section.tls else None
+    tls = _checked_tls(section)
+    # In plain text a name is no more than a word.
+    rules = DoorRules(config.clients.allowed, section.tls.revoked) if section.tls else DoorRules()
     endpoint = AggregatorEndpoint(
-        section.host, section.port, tls, config.clients.reconnect_timeout, config.server.shared_memory
+        section.host, section.port, tls, config.clients.reconnect_timeout, config.server.shared_memory, rules
     )
     with locked(folder.path, "aggregator.directory"):
         try:
@@ -60,6 +65,25 @@ def run_aggregator(config: RunConfig, resume: bool) -> int:
             return _Process(config, secret, endpoint, folder).serve()
         finally:
             endpoint.stop()
+
+
+def _checked_tls(section: AggregatorSection) -> TlsFiles | None:
+    """The files of mutual TLS. ConfigError where there are none and nobody asked for plain text."""
+    if section.tls is None:
+        if not (is_loopback(section.host) or section.plaintext):
+            raise ConfigError(
+                f"aggregator.host: {section.host} listens beyond this machine, in plain text: anybody on the way could "
+                "read client updates or take a party's place; set aggregator.tls (fedbert-ds certs makes its files), "
+                "or aggregator.plaintext: true"
+            )
+        return None
+    tls = TlsFiles(section.tls.ca, section.tls.certificate, section.tls.key)
+    tls.read()
+    if (warning := expiry_warning(tls)) is not None:
+        warn(warning)
+    tell_failed_handshakes()
+    tls.check_host(section.address.rpartition(":")[0].strip("[]"))
+    return tls
 
 
 class _Process:
@@ -93,7 +117,7 @@ class _Process:
                     )
             elif (finish := self._run.finish) is not None:
                 self._run.close(None, finish)
-                print(f"aggregator: {finish.reason}", flush=True)
+                print(f"aggregator: {one_line(finish.reason)}", flush=True)
                 return 0 if finish.complete else STOPPED
 
     def _take(self, event: Any) -> None:

@@ -22,14 +22,14 @@ from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.client.welcome import Asked, read_welcome
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import ConnectionLost, ModelError, RunOver, ServerAway, WireError, warn
+from fedbert_ds.errors import ConfigError, ConnectionLost, ModelError, RunOver, ServerAway, WireError, one_line, warn
 from fedbert_ds.federation.strategy import Strategy
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.address_file import look_up
-from fedbert_ds.wire.channel import TlsFiles, connect
+from fedbert_ds.wire.channel import TlsFiles, await_ready, connect, is_loopback
 from fedbert_ds.wire.introduction import join
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
@@ -52,6 +52,10 @@ class ClientOptions:
     cut: Cut | None = None
     """The cut that the run must have; None takes any."""
     tls: TlsFiles | None = None
+    plaintext: bool = False
+    """Without `tls`, also beyond this machine."""
+    token: str = field(default="", repr=False)
+    """Of a launcher that started this client."""
     held_out: float | None = None
     """Share of the articles that is kept out of training; None: the run's."""
     task: str = MASKED_LM
@@ -116,7 +120,7 @@ def run_client(options: ClientOptions) -> int:
                 return 0
             if not options.rejoin_timeout:
                 return STOPPED
-            reason, is_saved = finish.reason, True
+            reason, is_saved = one_line(finish.reason), True
         patience = options.rejoin_timeout
         print(f"client {options.name}: {reason}; joins again, for {patience:.0f} s at most", flush=True)
 
@@ -137,10 +141,11 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         saved_windows=whole_windows(options.state_folder, warn),
         run=run_of(options.state_folder),
         task=options.task,
+        token=options.token,
     )
     welcome = _join(options, hello, patience)
     asked = read_welcome(welcome, options.limits)
-    print(f"client {options.name}: joined; serving rank at {welcome.endpoint}", flush=True)
+    print(f"client {options.name}: joined; serving rank at {one_line(welcome.endpoint)}", flush=True)
     if tokenizer is None:
         tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     with ExitStack() as at_end:
@@ -167,7 +172,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             trainer.handle(stream.receive())
             check_peak(peak_memory_bytes(), options.limits)
     print(
-        f"client {options.name}: {trainer.finish.reason}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
+        f"client {options.name}: {one_line(trainer.finish.reason)}; peak memory {peak_memory_bytes() / 1e6:.0f} MB, "
         f"{trainer.flops_per_token() / 1e6:.2f} MFLOP per token",
         flush=True,
     )
@@ -180,7 +185,7 @@ def inspect_run(options: ClientOptions) -> str:
 
     Raises WireError for a server that cannot be reached, and for a run outside `options.limits`.
     """
-    hello = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True)
+    hello = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True, token=options.token)
     welcome = _join(options, hello, options.connect_timeout)
     asked = read_welcome(welcome, options.limits)
     server = look_up(options.server)
@@ -196,10 +201,14 @@ def _open_streams(
 ) -> ServerStream | Parties:
     """The stream to this client's rank, and to the aggregator of another party if there is one."""
     tls, name, timeout = options.tls, options.name, welcome.reconnect_timeout
-    server = at_end.enter_context(ServerStream(welcome.endpoint, tls, name, welcome.session, timeout))
+    _check_plaintext(welcome.endpoint, options)
+    server = at_end.enter_context(
+        ServerStream(welcome.endpoint, tls, name, welcome.session, timeout, token=options.token)
+    )
     if not welcome.aggregator:
         return server
-    print(f"client {name}: client updates go to the aggregator at {welcome.aggregator}", flush=True)
+    _check_plaintext(welcome.aggregator, options)
+    print(f"client {name}: client updates go to the aggregator at {one_line(welcome.aggregator)}", flush=True)
     aggregator = at_end.enter_context(
         AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout)
     )
@@ -237,9 +246,10 @@ def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcom
 
 
 def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcome:
+    _check_plaintext(address, options)
     with connect(address, options.tls) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=min(patience, LONGEST_DIAL_SECONDS))
+            await_ready(channel, address, options.tls, min(patience, LONGEST_DIAL_SECONDS))
         except grpc.FutureTimeoutError:
             raise ServerAway(
                 f"{address}: no server answers; check --server, that it runs, and TLS on both sides"
@@ -249,6 +259,15 @@ def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float)
             return welcome
         except grpc.RpcError as error:
             raise _wire_error(address, error) from error
+
+
+def _check_plaintext(address: str, options: ClientOptions) -> None:
+    """ConfigError for plain text beyond this machine that nobody asked for."""
+    if options.tls is None and not (options.plaintext or is_loopback(address)):
+        raise ConfigError(
+            f"{address} is beyond this machine, and without TLS anybody on the way could read along or pose as the "
+            "server; give --ca, --certificate and --key (fedbert-ds certs makes them), or --plaintext"
+        )
 
 
 def _wire_error(address: str, error: grpc.RpcError) -> WireError:

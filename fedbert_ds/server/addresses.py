@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
-from fedbert_ds.config import ServerSection
+from fedbert_ds.config import RunConfig, ServerSection, TlsSection
+from fedbert_ds.errors import ConfigError, warn
 from fedbert_ds.server.body.links import ranks_on_node
+from fedbert_ds.wire.channel import is_loopback
+from fedbert_ds.wire.tls import TlsFiles, expiry_warning
 
 
 def listening_port(server: ServerSection, rank: int) -> int:
@@ -30,3 +33,46 @@ def advertised_host(server: ServerSection, world_size: int) -> str:
 def local_host(server: ServerSection) -> str:
     """The host of the endpoint, as processes on this machine reach it."""
     return "127.0.0.1" if server.host == "0.0.0.0" else server.host
+
+
+def tls_of(section: TlsSection | None) -> TlsFiles | None:
+    """The files of mutual TLS that ranks show to clients, and to an aggregator of another party."""
+    return TlsFiles(section.ca, section.certificate, section.key) if section else None
+
+
+def check_plaintext(config: RunConfig) -> None:
+    """ConfigError for a server that would speak plain text beyond this machine without being told
+    so.
+    """
+    server, aggregator = config.server, config.aggregator
+    if server.tls is not None:
+        return
+    if not (is_loopback(server.host) or server.plaintext):
+        raise ConfigError(
+            f"server.host: {server.host} listens beyond this machine, in plain text: anybody on the way could read "
+            "activations or take a client's place; set server.tls (fedbert-ds certs makes its files), or "
+            "server.plaintext: true"
+        )
+    if aggregator is not None and not (is_loopback(aggregator.address) or aggregator.plaintext):
+        raise ConfigError(
+            f"aggregator.address: {aggregator.address} would be dialled in plain text, the secret and all; set "
+            "server.tls (fedbert-ds certs makes its files), or aggregator.plaintext: true"
+        )
+
+
+def check_certificate(config: RunConfig) -> None:
+    """Warn of a certificate that expires soon. WireError for files of TLS that do not fit,
+    ConfigError for local clients that could not show theirs.
+    """
+    if (tls := tls_of(config.server.tls)) is None:
+        return
+    tls.read()
+    if (warning := expiry_warning(tls)) is not None:
+        warn(warning)
+    if config.clients.local:
+        if config.aggregator is not None:
+            raise ConfigError(
+                f"clients.local: {config.clients.local}: local clients have no certificates of their own, which the "
+                "aggregator wants to see; set clients.local: 0 and start them with fedbert-ds client"
+            )
+        tls.check_host(local_host(config.server))

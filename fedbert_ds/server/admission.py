@@ -12,15 +12,15 @@ from dataclasses import dataclass, field, replace
 from fedbert_ds.config import RunConfig, WindowSection
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.sampler import Sampler
+from fedbert_ds.server.network.door import Refusals
 from fedbert_ds.server.network.events import POLL_SECONDS, Event, JoinAbandoned, JoinAsked, reply
 from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.server.queue.seats import assign_clients, window_shares
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.identity import LONGEST_NAME, is_name
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 
-LONGEST_NAME = 100
-"""Characters of a client's name. Every message about the client holds it."""
 MOST_CHARACTERS = 10**13
 """Of a client's text: ten terabytes."""
 
@@ -203,8 +203,8 @@ def check_peer(hello: pb.Hello) -> None:
     """WireError, with what the client should change, for a Hello that no run takes."""
     if not hello.client:
         raise WireError("a client without a name; give it one with --id")
-    if len(hello.client) > LONGEST_NAME or not hello.client.isprintable():
-        raise WireError(f"a client's name is at most {LONGEST_NAME} printable characters; give it another --id")
+    if not is_name(hello.client):
+        raise WireError(f"a client's name is up to {LONGEST_NAME} letters, digits and .-_@+; give it another --id")
     if hello.protocol != PROTOCOL:
         raise WireError(
             f"client {hello.client} speaks protocol {hello.protocol}, this server {PROTOCOL}; install the same "
@@ -252,7 +252,7 @@ def fill(
     seconds or a stop request, raises RunError with the names of the clients that joined, and sends
     them the same error.
     """
-    deadline = time.monotonic() + join_timeout
+    deadline, refusals = time.monotonic() + join_timeout, Refusals()
     while not joins.is_complete:
         match next_event(POLL_SECONDS):
             case JoinAsked() as asked if answers_visitor(asked):
@@ -261,7 +261,7 @@ def fill(
                 try:
                     joins.admit(hello, answer)
                 except WireError as refusal:
-                    print(f"refused: {refusal}", flush=True)
+                    refusals.add(str(refusal))
             case JoinAbandoned(hello):
                 joins.withdraw(hello)
         watch()

@@ -10,10 +10,11 @@ import grpc
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import AggregatorLost, WireError
 from fedbert_ds.federation.agreement import agreement
+from fedbert_ds.server.addresses import tls_of
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import introduction
 from fedbert_ds.wire.aggregation import rank_name, read_secret
-from fedbert_ds.wire.channel import TlsFiles, connect
+from fedbert_ds.wire.channel import TlsFiles, await_ready, connect
 from fedbert_ds.wire.messages import PROTOCOL
 from fedbert_ds.wire.stream import ControlStream
 
@@ -40,9 +41,10 @@ def open_run(
         pad_token=pad_token,
         resume=resume,
     )
-    with connect(address, tls_of(config)) as channel:
+    tls = tls_of(config.server.tls)
+    with connect(address, tls) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=config.clients.join_timeout)
+            await_ready(channel, address, tls, config.clients.join_timeout)
             opened: pb.Opened = introduction.open_run(channel, request, OPEN_SECONDS).result()
         except grpc.FutureTimeoutError:
             raise WireError(
@@ -56,12 +58,6 @@ def open_run(
     if len(opened.sessions) != ranks:
         raise WireError(f"{address}: {len(opened.sessions)} sessions for {ranks} ranks; that is no aggregator")
     return opened
-
-
-def tls_of(config: RunConfig) -> TlsFiles | None:
-    """The files of mutual TLS that ranks show."""
-    tls = config.server.tls
-    return TlsFiles(tls.ca, tls.certificate, tls.key) if tls else None
 
 
 class ControlLine:

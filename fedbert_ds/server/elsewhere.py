@@ -6,7 +6,8 @@ import threading
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, UserError
-from fedbert_ds.server.control_line import ControlLine, open_run, tls_of
+from fedbert_ds.server.addresses import tls_of
+from fedbert_ds.server.control_line import ControlLine, open_run
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -92,7 +93,7 @@ class Elsewhere:
         self.stop()
         answer = pb.Opened.FromString(opened)
         rank, timeout = self._rank_group.rank, self._config.clients.reconnect_timeout
-        self._line = ControlLine(self._address, tls_of(self._config), rank, answer.sessions[rank], timeout)
+        self._line = ControlLine(self._address, tls_of(self._config.server.tls), rank, answer.sessions[rank], timeout)
         self._line.start()
         return frozenset(answer.saved_windows)
 

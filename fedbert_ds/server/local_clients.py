@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.body.cores import children_on
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.wire.channel import TlsFiles
+from fedbert_ds.wire.identity import TOKEN_VARIABLE
 
 RANK_VARIABLES = (
     "RANK",
@@ -37,6 +40,11 @@ def client_name(number: int) -> str:
     return f"client-{number:02d}"
 
 
+def new_tokens(number: int) -> dict[str, str]:
+    """A secret for each of so many local clients, by name. Whoever shows it is the launcher's."""
+    return {client_name(client): secrets.token_hex(16) for client in range(number)}
+
+
 @dataclass
 class LocalClients:
     """The client processes. `check` finds one that failed, `wait` and `stop` end them."""
@@ -48,6 +56,10 @@ class LocalClients:
     """That clients may use, where this rank is bound to fewer; none: the rank's."""
     task: str = "masked_lm"
     """What their shards are read for."""
+    tls: TlsFiles | None = None
+    """The server's own files: its clients show its certificate, and a token."""
+    tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """As `new_tokens`; handed over by the environment, which other users cannot read."""
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _revivals: dict[str, int] = field(default_factory=dict)
     _server: str = ""
@@ -64,6 +76,10 @@ class LocalClients:
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
             command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
             command += ["--device", self._device(name), "--task", self.task]
+            if self.tls is not None:
+                command += ["--ca", str(self.tls.ca), "--certificate", str(self.tls.certificate)]
+                command += ["--key", str(self.tls.key)]
+            environment[TOKEN_VARIABLE] = self.tokens.get(name, "")  # none, rather than an inherited one
             with self.folder.log(name).open("ab") as log, children_on(self.cores):
                 self.processes[name] = subprocess.Popen(
                     command,

@@ -23,6 +23,7 @@ from fedbert_ds.server.admission import (
 )
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.membership import Membership
+from fedbert_ds.server.network.door import Refusals
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, reply
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.rank_group import RankGroup
@@ -71,6 +72,7 @@ class Reception:
         self._members = members
         self._strategy = strategy
         self._joins: dict[str, _Join] = {}
+        self._refusals = Refusals()
 
     def hear(self, event: JoinAsked | JoinAbandoned) -> None:
         """Take a join in, or answer it with what is wrong with it; forget one that went away."""
@@ -86,6 +88,7 @@ class Reception:
             if name in self._joins:
                 raise WireError(f"client {name} is joining already; give each client its own --id")
         except WireError as error:
+            self._refusals.add(str(error))
             reply(event.answer, error)
             return
         self._joins[name] = _Join(event.hello, event.answer, time.monotonic())
@@ -137,6 +140,7 @@ class Reception:
         return Seat(loads.index(min(loads)), new_session(), tokens, states)
 
     def _refuse(self, client: str, reason: str) -> None:
+        self._refusals.add(reason)
         reply(self._joins.pop(client).answer, WireError(reason))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.config import RunConfig, ServerSection
+from fedbert_ds.config import ClientsSection, RunConfig, ServerSection
 from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError, warn
 from fedbert_ds.federation.aggregator import Aggregator
@@ -24,7 +24,7 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
-from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
+from fedbert_ds.server.addresses import advertised_host, listening_port, local_host, tls_of
 from fedbert_ds.server.admission import (
     Expectation,
     Invitation,
@@ -46,8 +46,9 @@ from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.first_sizes import first_sizes
 from fedbert_ds.server.hand_over import best_model_keeper, hand_over
 from fedbert_ds.server.heartbeat import Heartbeat
-from fedbert_ds.server.local_clients import LocalClients, client_name
+from fedbert_ds.server.local_clients import LocalClients, new_tokens
 from fedbert_ds.server.network.decoding import Decoding
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import RankEndpoint
@@ -66,7 +67,6 @@ from fedbert_ds.tasks.registry import task_of, task_of_section
 from fedbert_ds.telemetry.evaluations import Evaluation
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import address_file
-from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.messages import cut_to_json
 
 
@@ -109,15 +109,20 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     places = ranks.gather(place_of(socket.gethostname(), torch.cuda.current_device() if has_gpu else None), Place)
     cores = _bind(share_of(ranks.rank, places)) if has_gpu else frozenset()
     threads = codec_threads(ranks.rank, places)
-    clients = LocalClients(folder, _client_devices(config.clients.local_device), launched_on, config.task.name)
-    endpoint = build_endpoint(config.server, ranks.rank, config.clients.reconnect_timeout)
+    devices, tls = _client_devices(config.clients.local_device), tls_of(config.server.tls)
+    tokens = ranks.broadcast(new_tokens(config.clients.local) if ranks.rank == 0 else None, dict[str, str])
+    clients = LocalClients(folder, devices, launched_on, config.task.name, tls, tokens)
+    endpoint = build_endpoint(config.server, config.clients, ranks.rank, tokens)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order
         at_end.callback(trace.close)
         at_end.callback(clients.stop)
         at_end.callback(endpoint.stop)
         port = endpoint.start()
-        addresses = ranks.gather(f"{advertised_host(config.server, ranks.world_size)}:{port}", str)
+        host = advertised_host(config.server, ranks.world_size)
+        if tls is not None:
+            tls.check_host(host)
+        addresses = ranks.gather(f"{host}:{port}", str)
         if ranks.rank == 0:
             at_end.enter_context(locked(folder.path, "run.directory"))
         prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None, Prepared)
@@ -139,7 +144,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             at_end.callback(address_file.hide, folder.address)
             address_file.reveal(folder.address, addresses[0])
             reporter.announce(addresses[0], cores)
-            clients.start(f"{local_host(config.server)}:{port}", [client_name(n) for n in range(config.clients.local)])
+            clients.start(f"{local_host(config.server)}:{port}", list(tokens))
             visitors = partial(answer_visitor, invitation)
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check, visitors)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None, Start)
@@ -257,13 +262,20 @@ def _first_sizes(config: RunConfig, half: ClientHalf) -> Sizes | None:
     return first_sizes(half, config.wire.activations, config.data.sequence_length, config.run.seed)
 
 
-def build_endpoint(server: ServerSection, rank: int, reconnect_timeout: float) -> RankEndpoint:
-    """A rank's endpoint, not yet listening. `auto` takes a process of its own only beside a GPU."""
+def build_endpoint(
+    server: ServerSection, clients: ClientsSection, rank: int, tokens: Mapping[str, str]
+) -> RankEndpoint:
+    """A rank's endpoint, not yet listening. `auto` takes a process of its own beside a GPU, and
+    with TLS, where strangers may come.
+    """
     # By `fedbert-ds bench network`, a process of its own pays where the body leaves cores idle.
-    in_process = server.network == "process" or (server.network == "auto" and torch.cuda.is_available())
-    tls = TlsFiles(server.tls.ca, server.tls.certificate, server.tls.key) if server.tls else None
+    in_process = server.network == "process" or (
+        server.network == "auto" and (torch.cuda.is_available() or server.tls is not None)
+    )
+    rules = DoorRules(clients.allowed, server.tls.revoked if server.tls else None, tokens)
     kind = EndpointProcess if in_process else Endpoint
-    return kind(server.host, listening_port(server, rank), tls, reconnect_timeout, server.shared_memory)
+    port = listening_port(server, rank)
+    return kind(server.host, port, tls_of(server.tls), clients.reconnect_timeout, server.shared_memory, rules)
 
 
 def _prepare(config: RunConfig, folder: RunFolder, resume: bool) -> Prepared:

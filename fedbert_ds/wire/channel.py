@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ssl
-from dataclasses import dataclass
-from pathlib import Path
+import ipaddress
+import time
 from typing import Any
 
 import grpc
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.wire.tls import TlsFiles, tls_fault
 
 MAX_MESSAGE_BYTES = 256 << 20
 """Above the largest piece of a micro-batch; client updates travel in chunks of 1 MB."""
@@ -50,35 +50,6 @@ CONDUCT = "/fedbert.Aggregation/Conduct"
 """The ranks' calls at an aggregator of another party; Conduct carries bytes, as Train."""
 
 
-@dataclass(frozen=True)
-class TlsFiles:
-    """PEM files of one side of mutual TLS."""
-
-    ca: Path
-    certificate: Path
-    key: Path
-
-    def read(self) -> tuple[bytes, bytes, bytes]:
-        """Contents of ca, certificate and key; WireError if unreadable or no match."""
-        contents = []
-        for path in (self.ca, self.certificate, self.key):
-            try:
-                contents.append(path.read_bytes())
-            except OSError as error:
-                raise WireError(f"{path}: cannot be read: {error.strerror}; check the TLS files") from error
-        try:
-            # gRPC would report an unreachable server or a port that cannot be opened.
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.load_verify_locations(self.ca)
-            context.load_cert_chain(self.certificate, self.key, password="")
-        except (ssl.SSLError, ValueError) as error:
-            raise WireError(
-                f"{self.ca}, {self.certificate}, {self.key}: not PEM files of an authority, a certificate and its key "
-                "without a password; check the TLS files"
-            ) from error
-        return contents[0], contents[1], contents[2]
-
-
 def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
     """Server credentials; every client needs a certificate of the same authority."""
     ca, certificate, key = tls.read()
@@ -91,3 +62,36 @@ def connect(address: str, tls: TlsFiles | None) -> grpc.Channel:
         return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
     ca, certificate, key = tls.read()
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=CLIENT_OPTIONS)
+
+
+FIRST_LOOK_SECONDS = 1.0
+"""After so long without a connection TLS is looked at, and then after twice as long each time."""
+
+
+def await_ready(channel: grpc.Channel, address: str, tls: TlsFiles | None, seconds: float) -> None:
+    """Wait until the channel is connected; grpc.FutureTimeoutError after `seconds`.
+
+    Raises WireError, with what is wrong, where TLS keeps the two sides apart: waiting changes
+    nothing about it.
+    """
+    ready, deadline, look = grpc.channel_ready_future(channel), time.monotonic() + seconds, FIRST_LOOK_SECONDS
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            ready.result(timeout=max(0.0, min(left, look)))
+            return
+        except grpc.FutureTimeoutError:
+            if (fault := tls_fault(address, tls)) is not None:
+                raise WireError(f"{address}: {fault}") from None
+            if left <= look:
+                raise
+        look *= 2
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nothing that is sent to this host, or to host:port, leaves the machine."""
+    name = host.rpartition(":")[0] if host.count(":") == 1 or "]" in host else host
+    try:
+        return ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return name == "localhost"

@@ -16,6 +16,9 @@ from fedbert_ds.errors import WireError
 LONGEST_NAME = 64
 """Characters of a client's name: an X.509 common name has no more."""
 
+TOKEN_VARIABLE = "FEDBERT_CLIENT_TOKEN"
+"""Environment variable with the secret that a launcher hands to its local client."""
+
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._@+-]{{0,{LONGEST_NAME - 1}}}")
 
 

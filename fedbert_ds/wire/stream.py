@@ -24,6 +24,7 @@ from fedbert_ds.wire.conversation import (
 )
 from fedbert_ds.wire.introduction import introduced
 from fedbert_ds.wire.shared_memory import SharedMemory, is_this_machine, offer
+from fedbert_ds.wire.tls import tls_fault
 
 KEPT_BYTES = 64 << 20
 """Unacknowledged bytes beyond which `send` waits."""
@@ -71,11 +72,14 @@ class DialledStream(Generic[M]):
         session: str,
         reconnect_timeout: float = RECONNECT_SECONDS,
         shares_memory: bool = True,
+        token: str = "",
     ) -> None:
         self._address = address
         self._tls = tls
         self._client = client
         self._session = session
+        self._token = token
+        """That a local client has of its launcher."""
         self._reconnect_timeout = reconnect_timeout
         self._shares_memory = shares_memory and is_this_machine(address)
         self._memory: SharedMemory | None = None
@@ -148,10 +152,13 @@ class DialledStream(Generic[M]):
     def _run(self) -> None:
         first, longest = BACKOFF_SECONDS
         lost_at, backoff = time.monotonic(), first
+        was_attached = False
         while True:
             outcome = self._talk()
             if self._attached:
-                lost_at, backoff = time.monotonic(), first
+                lost_at, backoff, was_attached = time.monotonic(), first, True
+            elif not was_attached and outcome is not None and outcome.code() is grpc.StatusCode.UNAVAILABLE:
+                self._look_at_tls()
             with self._changed:
                 self._connection += 1
                 self._attached = False
@@ -159,8 +166,9 @@ class DialledStream(Generic[M]):
                 if self._memory is not None:
                     self._memory.close()
                     self._memory = None
-                if outcome is None or outcome.code() in FINAL or self._gave_up(lost_at):
-                    self._ended = self._ended or self._why(outcome)
+                is_final = outcome is None or outcome.code() in FINAL
+                if self._ended is None and (is_final or self._gave_up(lost_at)):
+                    self._ended = self._why(outcome)
                 self._changed.notify_all()
                 if self._ended is not None:
                     return
@@ -171,13 +179,27 @@ class DialledStream(Generic[M]):
         patience = LEAVE_SECONDS if self._left else self._reconnect_timeout
         return time.monotonic() - lost_at > patience
 
+    def _look_at_tls(self) -> None:
+        """End with the reason, if TLS keeps the two sides apart: dialling again changes nothing."""
+        if (fault := tls_fault(self._address, self._tls)) is not None:
+            self._ended = WireError(f"{self._address}: {fault}")
+
     def _talk(self) -> grpc.RpcError | None:
-        """One connection, to its end; None if the server ended the stream in good order."""
-        attach = pb.Attach(client=self._client, session=self._session, received=self._conversation.received)
+        """One connection, to its end; None if the server ended the stream in good order, or this
+        side cannot dial.
+        """
+        attach = pb.Attach(
+            client=self._client, session=self._session, received=self._conversation.received, token=self._token
+        )
         if self._shares_memory and (offered := offer()) is not None:
             self._memory, shared = offered
             attach.shared.CopyFrom(shared)
-        with connect(self._address, self._tls) as channel:
+        try:
+            channel = connect(self._address, self._tls)
+        except WireError as error:  # its own certificate has expired, say
+            self._ended = error
+            return None
+        with channel:
             call = channel.stream_stream(self.call)(self._frames(self._connection), metadata=introduced(attach))
             self._call = call
             try:

@@ -53,7 +53,7 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
         "data.sequence_length=32", "window.tokens=300", "window.tokens_per_micro_batch=96",
         f"optimizer.warmup_windows={min(2, shipped.optimizer.warmup_windows)}",
         f"federation.average_every={period}", "clients.expected=3", "clients.local=0", "clients.join_timeout=60",
-        "server.port=0", "server.host=127.0.0.1",
+        "server.port=0", "server.host=127.0.0.1", "server.tls=null",
     ]  # fmt: skip
     if shipped.model.embedding_size is not None:
         small.append("model.embedding_size=16")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.cli import main
 from fedbert_ds.client import session
 from fedbert_ds.client.session import ClientOptions
@@ -59,12 +61,14 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
         (["client", "--server", "x:1", "--data", "y", "--held-out", "1.5"], "--held-out 1.5: a share of the text"),
         (["client", "--server", "x:1", "--data", "y", "--ca", "ca.pem"], "--ca, --certificate and --key"),
         (["client", "--server", "x:1", "--data", "no-such-file.txt"], "no-such-file.txt"),
+        (["client", "--server", "x:1", "--data", "text.txt"], "x:1 is beyond this machine, and without TLS anybody"),
     ],
 )
 def test_a_mistake_is_one_line_and_a_non_zero_exit(arguments, says, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "empty.yaml").touch()
+    (tmp_path / "text.txt").write_text("the quick brown fox")
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("fedbert-ds: ")]
@@ -88,6 +92,63 @@ def test_a_client_joins_again_unless_a_launcher_sees_to_it(monkeypatch, words, s
         main(["client", "--server", "run/server.address", "--data", "y", "--id", "ada", *words])
     assert exit_.value.code == 75
     assert given[0].rejoin_timeout == seconds and given[0].server == "run/server.address"
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    """Options with hospital-a's certificate."""
+    authority = Authority(tmp_path / "certs")
+    authority.create("an authority", 100)
+    certificate = authority.issue("hospital-a", 90)
+    key = str(certificate.with_suffix(".key"))
+    return ["--ca", str(tmp_path / "certs" / "ca.pem"), "--certificate", str(certificate), "--key", key]
+
+
+@pytest.mark.parametrize("words", [[], ["--id", "hospital-a"]], ids=str)
+def test_a_client_has_its_certificate_s_name(monkeypatch, files, words) -> None:
+    given: list[ClientOptions] = []
+    monkeypatch.setattr(session, "run_client", lambda options: given.append(options) or 0)
+    monkeypatch.setenv("FEDBERT_CLIENT_TOKEN", "a secret")
+    with pytest.raises(SystemExit):
+        main(["client", "--server", "x:1", "--data", "y", *files, *words])
+    assert given[0].name == "hospital-a" and given[0].state_folder == Path("fedbert-hospital-a")
+    assert given[0].token == "a secret" and "a secret" not in repr(given[0])
+    assert "FEDBERT_CLIENT_TOKEN" not in os.environ, "no process of its own inherits it"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--id", "hospital-b"], "--id hospital-b: the certificate is that of hospital-a; drop --id"),
+        (["--server", "far.example:1"], "far.example:1: no server answers"),
+    ],
+)
+def test_another_name_than_the_certificate_s_is_one_line(capsys, files, tmp_path, words, says) -> None:
+    (tmp_path / "notes.txt").write_text("the quick brown fox")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "client",
+                "--server",
+                "x:1",
+                "--data",
+                str(tmp_path / "notes.txt"),
+                "--connect-timeout",
+                "0.1",
+                *files,
+                *words,
+            ]
+        )
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["two words", "x" * 65, "\x1b[2J"])
+def test_a_name_that_cannot_be_is_one_line(capsys, name) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["client", "--server", "x:1", "--data", "y", "--id", name])
+    assert exit_.value.code == 2
+    line = capsys.readouterr().err.strip()
+    assert "a name is up to 64 letters" in line and line.isprintable()
 
 
 def test_eval_of_a_fine_tuned_model_prints_its_measures(tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.network.listener import Listener
 from fedbert_ds.server.network.traffic import Traffic
@@ -20,8 +21,9 @@ class Endpoint(Listener[Received]):
         tls: TlsFiles | None,
         reconnect_timeout: float = RECONNECT_SECONDS,
         shares_memory: bool = True,
+        rules: DoorRules | None = None,
     ) -> None:
-        super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received)
+        super().__init__(host, port, tls, reconnect_timeout, shares_memory, self._received, rules or DoorRules())
         self._traffic = Traffic()
 
     def send(self, client: str, message: pb.ServerMessage) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import (
     POLL_SECONDS,
     Attached,
@@ -25,6 +26,7 @@ from fedbert_ds.server.network.events import (
     JoinAsked,
     reply,
 )
+from fedbert_ds.server.network.handshakes import tell_failed_handshakes
 from fedbert_ds.server.network.listener import Listener
 from fedbert_ds.server.network.socket_channel import SocketChannel
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -124,9 +126,11 @@ def main(descriptor: int) -> None:
     request = channel.receive()
     if request is None:
         return
-    _, host, port, files, reconnect_timeout, shares_memory = request[0]
+    _, host, port, files, reconnect_timeout, shares_memory, rules = request[0]
     tls = TlsFiles(*map(Path, files)) if files else None
-    listener = Listener(host, port, tls, reconnect_timeout, shares_memory, received_frame)
+    if tls is not None:
+        tell_failed_handshakes()
+    listener = Listener(host, port, tls, reconnect_timeout, shares_memory, received_frame, DoorRules.from_json(rules))
     try:
         channel.send(["port", listener.start()])
     except WireError as error:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import (
     Attached,
     Connected,
@@ -46,9 +47,10 @@ class EndpointProcess:
         tls: TlsFiles | None,
         reconnect_timeout: float = RECONNECT_SECONDS,
         shares_memory: bool = True,
+        rules: DoorRules | None = None,
     ) -> None:
         files = [str(path) for path in (tls.ca, tls.certificate, tls.key)] if tls else None
-        self._start = ["start", host, port, files, reconnect_timeout, shares_memory]
+        self._start = ["start", host, port, files, reconnect_timeout, shares_memory, (rules or DoorRules()).to_json()]
         self._address = f"{host}:{port}"
         self._events: queue.SimpleQueue[tuple[Event | None, int]] = queue.SimpleQueue()
         """Events, each with the bytes that wait with it; None after the last."""

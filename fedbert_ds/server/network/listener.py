@@ -18,6 +18,7 @@ from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.server.network import limits
 from fedbert_ds.server.network.call_rate import CallRate, address_of
 from fedbert_ds.server.network.client_stream import ClientStream, UnreadBytes
+from fedbert_ds.server.network.door import Door, DoorRules
 from fedbert_ds.server.network.events import (
     Attached,
     Connected,
@@ -53,12 +54,16 @@ class Listener(Generic[M]):
         reconnect_timeout: float,
         shares_memory: bool,
         make_event: Callable[[str, pb.ClientMessage, bytes, int], M],
+        rules: DoorRules,
     ) -> None:
         self._address = f"{host}:{port}"
         self._tls = tls
         self._reconnect_timeout = reconnect_timeout
         self._shares_memory = shares_memory
         self._make_event = make_event
+        self._rules = rules
+        self.door = Door(DoorRules(), has_tls=False)
+        """Who may come; from `start` on by the rules."""
         self._events: queue.SimpleQueue[tuple[Event | M, Callable[[], None] | None]] = queue.SimpleQueue()
         """Events, each with a function for the event loop to call when the event is taken."""
         self._streams: dict[str, ClientStream] = {}
@@ -71,7 +76,10 @@ class Listener(Generic[M]):
         self._server: grpc.aio.Server | None = None
 
     def start(self) -> int:
-        """Listen; returns the port. WireError if it is in use, or the host not this machine's."""
+        """Listen; returns the port. WireError if it is in use, or the host not this machine's, or a
+        file of TLS does not fit.
+        """
+        self.door = Door(self._rules, self._tls is not None)
         self._thread.start()
         return asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(timeout=30)
 
@@ -205,10 +213,12 @@ class Listener(Generic[M]):
                 "change server.port or server.host"
             ) from error
         await self._server.start()
+        self._watch = self._loop.create_task(self.door.watch(self._streams))
         return port
 
     async def _end(self, grace: float) -> None:
         """Wait until clients have the last messages of closed streams, then stop the server."""
+        self.door.refusals.close()
         deadline = self._loop.time() + grace
         while self._closing and self._loop.time() < deadline:
             await asyncio.sleep(0.02)
@@ -232,11 +242,17 @@ class Servicer(grpc.GenericRpcHandler):
         """The handler of a call, or None."""
         return self.handlers.get(details.method)
 
+    def let_in(self, context: grpc.aio.ServicerContext, attach: pb.Attach) -> None:
+        """WireError for a caller who may not open the stream of this client."""
+        self._listener.door.let_in(context.auth_context(), attach.client, attach.token)
+
     async def join(self, frames: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> pb.Welcome:
         """Join."""
         await self.turn_away_beyond_rate(context)
         try:
-            return await self._listener.join(introduction(context.invocation_metadata(), pb.Hello))
+            hello = introduction(context.invocation_metadata(), pb.Hello)
+            self._listener.door.let_in(context.auth_context(), hello.client, hello.token)
+            return await self._listener.join(hello)
         except UserError as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
@@ -244,6 +260,7 @@ class Servicer(grpc.GenericRpcHandler):
         """Train, and every other conversation of the same form."""
         try:
             attach = introduction(context.invocation_metadata(), pb.Attach)
+            self.let_in(context, attach)
             stream = self._listener.stream(attach)
             connection = stream.attach(attach)
         except UserError as error:

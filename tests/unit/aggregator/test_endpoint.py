@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
+import grpc
 import pytest
 
 from fedbert_ds.aggregator.endpoint import AggregatorEndpoint, OpenAsked, Ordered
+from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import Connected, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
 from fedbert_ds.wire.channel import connect
 from fedbert_ds.wire.introduction import open_run
 from fedbert_ds.wire.stream import AggregatorStream, ControlStream
+from fedbert_ds.wire.tls import TlsFiles
 
 TIMEOUT = 30.0
 RANK = rank_name(0)
@@ -99,3 +104,44 @@ def test_open_waits_for_its_answer(listening: tuple[AggregatorEndpoint, str]) ->
     event.answer.set_result(pb.Opened(sessions=["a", "b"]))
     thread.join(timeout=TIMEOUT)
     assert answers == [pb.Opened(sessions=["a", "b"])]
+
+
+def test_a_client_is_who_its_certificate_says(tmp_path: Path) -> None:
+    """The server draws the sessions, so it could lend one to a client of its own; not a name."""
+    authority = Authority(tmp_path)
+    authority.create("an authority", 100)
+
+    def files(name: str, hosts: list[str] | None = None) -> TlsFiles:
+        certificate = authority.issue(name, 90, hosts=hosts)
+        return TlsFiles(tmp_path / "ca.pem", certificate, certificate.with_suffix(".key"))
+
+    rules = DoorRules(allowed=("ada",), revoked=authority.revocation_list)
+    endpoint = AggregatorEndpoint("127.0.0.1", 0, files("sums", []), TIMEOUT, rules=rules)
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({RANK: "of rank 0", "ada": "of ada", "bo": "of bo"})
+    try:
+        server, ada, bo = files("body", []), files("ada"), files("bo")
+        for shown, client, reason in (
+            (server, "ada", "client ada shows the certificate of body"),
+            (bo, "ada", "client ada shows the certificate of bo"),
+            (bo, "bo", "client bo is not on the run's list"),
+        ):
+            with (
+                AggregatorStream(address, shown, client, f"of {client}", shares_memory=False) as stream,
+                pytest.raises(WireError, match=reason),
+            ):
+                stream.receive()
+        assert endpoint.next_event(0.1) is None
+        with AggregatorStream(address, ada, "ada", "of ada", shares_memory=False):
+            assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        with ControlStream(address, server, RANK, "of rank 0", shares_memory=False):
+            assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+            assert endpoint.next_event(TIMEOUT) == Connected(RANK)
+        authority.revoke("body")
+        with (
+            connect(address, server) as channel,
+            pytest.raises(grpc.RpcError, match="the certificate of body is revoked"),
+        ):
+            open_run(channel, pb.OpenRun(), TIMEOUT).result()
+    finally:
+        endpoint.stop(grace=0.1)

@@ -102,5 +102,5 @@ def test_who_is_gone_does_not_come_back_but_its_updates_have_their_rank() -> Non
 
 @pytest.mark.parametrize("name", ["", rank_name(0), "n" * 101, "two\nlines"])
 def test_no_client_has_an_impossible_name(name: str) -> None:
-    with pytest.raises(WireError, match="rank 0 admits a client without a printable name"):
+    with pytest.raises(WireError, match="rank 0 admits a client without a name"):
         made()[1].admit(0, pb.Admit(clients=[admission(name)]))

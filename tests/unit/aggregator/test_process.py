@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from unit.aggregator.coordinator import TIMEOUT, Process, Rank, config_of, federation, first_weights, opened
 
-from fedbert_ds.aggregator.process import STOPPED
+from fedbert_ds.aggregator.process import STOPPED, run_aggregator
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import AggregatorLost, ConfigError, RunError, WireError
 from fedbert_ds.folder_lock import locked
@@ -238,3 +238,11 @@ def test_without_its_section_there_is_nothing_to_do() -> None:
     error = Process(RunConfig()).ended()
     assert isinstance(error, ConfigError) and "no such section" in str(error)
     assert TIMEOUT
+
+
+def test_plain_text_beyond_this_machine_must_be_asked_for(tmp_path: Path) -> None:
+    section = config_of(tmp_path).aggregator
+    assert section is not None
+    beyond = config_of(tmp_path).model_copy(update={"aggregator": section.model_copy(update={"host": "0.0.0.0"})})
+    with pytest.raises(ConfigError, match=r"aggregator\.host: 0\.0\.0\.0 listens .* or aggregator\.plaintext: true"):
+        run_aggregator(beyond, resume=False)

@@ -9,12 +9,13 @@ import queue
 import re
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.client import session
 from fedbert_ds.client.limits import Limits
 from fedbert_ds.client.session import STOPPED, ClientOptions, inspect_run, run_client
@@ -27,11 +28,13 @@ from fedbert_ds.federation.reference import Reference, reference_chunks, to_byte
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
 from fedbert_ds.wire import address_file
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
+from fedbert_ds.wire.tls import TlsFiles
 
 TIMEOUT = 30.0
 ARTICLES = [Article(f"number {n}", "the quick brown fox jumps over the lazy dog " * 3) for n in range(3)]
@@ -448,6 +451,77 @@ def test_a_file_that_does_not_come_is_one_line(served: Served) -> None:
     file = served.folder / "server.address"
     served.client(server=str(file), connect_timeout=0.2)
     assert served.failed() == f"{file}: no such file; is the server running, and is this its run folder?"
+
+
+# -- TLS and plain text ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def certificates(tmp_path: Path) -> Callable[[str], TlsFiles]:
+    """Makes ada's files or those of a server `body`."""
+    authority = Authority(tmp_path / "certs")
+    authority.create("an authority", 100)
+
+    def issue(name: str) -> TlsFiles:
+        certificate = authority.issue(name, 90, hosts=[] if name == "body" else None)
+        return TlsFiles(authority.folder / "ca.pem", certificate, certificate.with_suffix(".key"))
+
+    return issue
+
+
+def test_a_plaintext_server_is_named_at_once(served: Served, certificates: Callable[[str], TlsFiles]) -> None:
+    """However long the client would wait for a server that is away."""
+    served.client(tls=certificates("ada"), connect_timeout=3600.0, rejoin_timeout=3600.0)
+    assert "speaks plain text, and this side TLS" in served.failed()
+
+
+def test_a_rank_that_its_client_cannot_trust_is_named_at_once(
+    served: Served, certificates: Callable[[str], TlsFiles]
+) -> None:
+    """The coordinator is fine; the rank that it names has no TLS, say."""
+    plain = served.endpoint
+    served.endpoint = Endpoint("127.0.0.1", 0, certificates("body"))
+    secure, served.port = served.endpoint, served.endpoint.start()
+    try:
+        served.client(tls=certificates("ada"), rejoin_timeout=3600.0)
+        other = Endpoint("127.0.0.1", 0, None)
+        served.event(JoinAsked).answer.set_result(
+            served.welcome(endpoint=f"127.0.0.1:{other.start()}", reconnect_timeout=3600.0)
+        )
+        assert "speaks plain text, and this side TLS" in served.failed()
+        other.stop(grace=0.1)
+    finally:
+        secure.stop(grace=0.1)
+        served.endpoint = plain
+
+
+@pytest.mark.parametrize("changes", [{"endpoint": "gpu01.example:1"}, {"aggregator": "sums.example:1"}])
+def test_nobody_leads_a_plaintext_client_beyond_its_machine(served: Served, changes: dict[str, str]) -> None:
+    served.client()
+    served.endpoint.admit({"ada": "session of ada"})
+    served.event(JoinAsked).answer.set_result(served.welcome(**changes))
+    (address,) = changes.values()
+    assert f"{address} is beyond this machine, and without TLS" in served.failed()
+
+
+def test_a_local_client_shows_its_token(served: Served) -> None:
+    served.endpoint.stop(grace=0.1)
+    served.endpoint = Endpoint("127.0.0.1", 0, None, rules=DoorRules(tokens={"ada": "secret"}))
+    served.port = served.endpoint.start()
+    served.client(token="")
+    assert "client ada is a process of this run's launcher" in served.failed()
+    served.client(token="secret")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+
+
+def test_a_server_s_last_words_steer_no_terminal(served: Served, capfd: pytest.CaptureFixture[str]) -> None:
+    served.client()
+    served.train()
+    served.endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason="over \x1b[2J", complete=True)))
+    assert served.ended() == 0
+    assert r"client ada: over \x1b[2J; peak memory" in capfd.readouterr().out
 
 
 # -- a client's own mistakes -----------------------------------------------------------------------

@@ -187,3 +187,22 @@ def test_client_says_what_is_missing_in_one_line(variables, message):
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
+
+
+def test_certificates_are_one_variable_for_server_and_clients(submitted):
+    """What follows the script still wins."""
+    server = run("pretrain.sbatch", "server.tls=null", "server.plaintext=true", CERTS="certs", **submitted).stdout
+    tls = "server.tls={ca: certs/ca.pem, certificate: certs/body.pem, key: certs/body.key, revoked: certs/revoked.txt}"
+    assert f"{tls} server.tls=null server.plaintext=true" in server
+    task = {"SLURM_ARRAY_TASK_ID": "7", "SERVER": "gpu01:29600", "DRY_RUN": "1", "CERTS": "certs"}
+    client = run("client.sbatch", **task).stdout
+    assert "--id client-7 " in client
+    assert "--ca certs/ca.pem --certificate certs/client-7.pem --key certs/client-7.key" in client
+    assert "--ca" not in run("client.sbatch", **task | {"CERTS": ""}).stdout
+
+
+def test_certificates_that_are_not_there_are_one_line(submitted):
+    server = run("pretrain.sbatch", CERTS="certs", **submitted | {"DRY_RUN": "", "PYTHON": sys.executable})
+    assert server.returncode == 1 and "certs/body.pem: no such file; fedbert-ds certs server body" in server.stderr
+    client = run("client.sbatch", SERVER="gpu01:29600", CERTS="certs", FEDBERT_DS=sys.executable)
+    assert client.returncode == 1 and "certs/client-0.pem: no such file; fedbert-ds certs client" in client.stderr

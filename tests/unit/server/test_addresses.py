@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
-from fedbert_ds.config import ServerSection
-from fedbert_ds.server.addresses import advertised_host, listening_port, local_host
+from fedbert_ds.certificates.authority import Authority
+from fedbert_ds.config import RunConfig, ServerSection, parse_config
+from fedbert_ds.errors import ConfigError, WireError
+from fedbert_ds.server.addresses import (
+    advertised_host,
+    check_certificate,
+    check_plaintext,
+    listening_port,
+    local_host,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +52,77 @@ def test_the_advertised_host(
 def test_local_clients_do_not_dial_every_interface() -> None:
     assert local_host(ServerSection(host="0.0.0.0")) == "127.0.0.1"
     assert local_host(ServerSection(host="10.0.0.7")) == "10.0.0.7"
+
+
+def config_with(**sections: object) -> RunConfig:
+    return parse_config(dict(sections), "test")
+
+
+ELSEWHERE = {"address": "sums.example:29700", "secret": "s"}
+FILES = {"ca": "ca.pem", "certificate": "body.pem", "key": "body.key"}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"server": {"host": "::1"}},
+        {"server": {"host": "0.0.0.0", "plaintext": True}},
+        {"server": {"host": "0.0.0.0", "tls": FILES}},
+        {"aggregator": {"address": "127.0.0.1:29700", "secret": "s"}},
+        {"aggregator": ELSEWHERE | {"plaintext": True}},
+        {"aggregator": ELSEWHERE, "server": {"tls": FILES}},
+    ],
+)
+def test_plain_text_on_loopback_or_where_it_is_asked_for(sections: dict[str, object]) -> None:
+    check_plaintext(config_with(**sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"server": {"host": "0.0.0.0"}}, r"server\.host: 0\.0\.0\.0 listens .* or server\.plaintext: true"),
+        ({"server": {"host": "gpu01"}}, r"server\.host: gpu01 listens .* set server\.tls \(fedbert-ds certs"),
+        ({"aggregator": ELSEWHERE}, r"aggregator\.address: sums\.example:29700 .* or aggregator\.plaintext: true"),
+        (
+            {"aggregator": ELSEWHERE, "server": {"host": "0.0.0.0", "plaintext": True}},
+            r"aggregator\.address: sums\.example:29700 would be dialled in plain text, the secret and all",
+        ),
+    ],
+)
+def test_plain_text_that_nobody_asked_for_is_one_line(sections: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_plaintext(config_with(**sections))
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    made = Authority(tmp_path)
+    made.create("an authority", 100)
+    return made
+
+
+def with_tls(certificate: Path, **sections: object) -> RunConfig:
+    files = {"ca": certificate.with_name("ca.pem"), "certificate": certificate, "key": certificate.with_suffix(".key")}
+    return config_with(server={"tls": {name: str(path) for name, path in files.items()}}, **sections)
+
+
+def test_a_certificate_that_expires_soon_is_warned_of(authority: Authority, capsys: pytest.CaptureFixture[str]) -> None:
+    check_certificate(with_tls(authority.issue("body", 90, hosts=[])))
+    assert capsys.readouterr().out == ""
+    check_certificate(with_tls(authority.issue("other", 5, hosts=[])))
+    assert "other.pem expires in 5 days; renew it" in capsys.readouterr().out
+
+
+def test_files_that_do_not_fit_are_told_before_work_starts(authority: Authority) -> None:
+    certificate = authority.issue("body", 90, hosts=[])
+    certificate.with_suffix(".key").write_text("no key")
+    with pytest.raises(WireError, match=r"not PEM files"):
+        check_certificate(with_tls(certificate))
+
+
+def test_local_clients_cannot_show_an_aggregator_whose_they_are(authority: Authority) -> None:
+    config = with_tls(authority.issue("body", 90, hosts=[]), aggregator=ELSEWHERE)
+    with pytest.raises(ConfigError, match=r"clients\.local: 4: local clients have no certificates of their own"):
+        check_certificate(config)
+    check_certificate(with_tls(authority.folder / "body.pem", aggregator=ELSEWHERE, clients={"local": 0}))

@@ -17,7 +17,6 @@ from fedbert_ds.config import WindowSection, parse_config
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.sampler import Everybody, Sample, Sampler, Turns
 from fedbert_ds.server.admission import (
-    LONGEST_NAME,
     Expectation,
     Invitation,
     Joins,
@@ -31,6 +30,7 @@ from fedbert_ds.server.admission import (
 from fedbert_ds.server.network.events import JoinAsked
 from fedbert_ds.server.queue.roster import next_window_of
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.identity import LONGEST_NAME
 from fedbert_ds.wire.messages import PROTOCOL, parse_settings
 
 EXPECTATION = Expectation("vocabulary", "shape", '"embeddings"')
@@ -55,8 +55,11 @@ def join(joins: Joins, message: pb.Hello) -> Future[pb.Welcome]:
             f"speaks protocol {PROTOCOL + 1}, this server {PROTOCOL}; install the same fedbert-ds on both",
         ),
         (hello(client=""), "a client without a name; give it one with --id"),
-        (hello(client="x" * (LONGEST_NAME + 1)), f"at most {LONGEST_NAME} printable characters; give it another --id"),
-        (hello(client="ada\x1b[31m"), f"at most {LONGEST_NAME} printable characters; give it another --id"),
+        (
+            hello(client="x" * (LONGEST_NAME + 1)),
+            f"up to {LONGEST_NAME} letters, digits and .-_@+; give it another --id",
+        ),
+        (hello(client="ada\x1b[31m"), f"up to {LONGEST_NAME} letters, digits and .-_@+; give it another --id"),
         (hello(client="bo"), "client bo has joined already; give each client its own --id"),
         (hello(vocabulary_hash="mine"), "another vocabulary than the run; drop --tokenizer or name the run's"),
         (hello(shape_hash="mine"), "another model than the run; drop --model or name the run's"),
@@ -346,7 +349,7 @@ def test_who_joins_is_no_visitor() -> None:
 def test_visitors_leave_the_seats_to_those_who_join() -> None:
     joins = Joins(1, EXPECTATION)
     invitation = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}")
-    visits = [asked(inspect=True, client=f"visitor {n}") for n in range(3)]
+    visits = [asked(inspect=True, client=f"visitor-{n}") for n in range(3)]
     events = iter([*(visit for visit, _ in visits), asked()[0]])
     fill(
         joins,

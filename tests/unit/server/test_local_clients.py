@@ -13,8 +13,9 @@ import pytest
 
 from fedbert_ds.errors import RunError
 from fedbert_ds.server import local_clients
-from fedbert_ds.server.local_clients import RANK_VARIABLES, LocalClients, client_name
+from fedbert_ds.server.local_clients import RANK_VARIABLES, LocalClients, client_name, new_tokens
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.wire.tls import TlsFiles
 
 PYTHON = sys.executable
 
@@ -23,6 +24,7 @@ PYTHON = sys.executable
 def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., LocalClients]]:
     """Starts clients that run a line of Python each instead of the client program."""
     running: list[LocalClients] = []
+    monkeypatch.setattr(local_clients.sys, "executable", PYTHON)  # and back at the end
 
     def start(**programs: str) -> LocalClients:
         clients = LocalClients(RunFolder(tmp_path))
@@ -39,6 +41,17 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     yield start
     for clients in running:
         clients.stop()
+
+
+def start_more(clients: LocalClients, program: str) -> None:
+    """Start ada, who runs this line of Python."""
+    folder = clients.folder.path
+    (folder / "clients" / "ada").mkdir(parents=True)
+    script = folder / "ada.sh"
+    script.write_text(f"#!/bin/sh\nexec {PYTHON} -c '{program}' \"$@\"\n")
+    script.chmod(0o755)
+    local_clients.sys.executable = str(script)
+    clients.start("127.0.0.1:1", ["ada"])
 
 
 def wait_for_failures(clients: LocalClients) -> list[str]:
@@ -115,6 +128,37 @@ def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: 
     expected += ["--data", str(folder / "shard.jsonl"), "--state", str(folder), "--managed", "--device", "cpu"]
     expected += ["--task", "masked_lm"]
     assert f" 1 {expected} (see" in failure
+
+
+def test_a_token_is_handed_over_where_no_other_user_reads_it(
+    started: Callable[..., LocalClients], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the environment, never on the command line; the same when it is started again."""
+    monkeypatch.setenv("FEDBERT_CLIENT_TOKEN", "of somebody else")
+    tokens = new_tokens(2)
+    assert list(tokens) == [client_name(0), client_name(1)] and len(set(tokens.values())) == 2
+    program = 'import os, sys; print(os.environ["FEDBERT_CLIENT_TOKEN"], sys.argv); sys.exit(1)'
+    clients = started()
+    clients.tokens = {"ada": tokens["client-00"]}
+    for again in (False, True):
+        if again:
+            clients.revive()
+        else:
+            start_more(clients, program)
+        clients.processes["ada"].wait(timeout=30)
+    lines = clients.folder.log("ada").read_text().splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+    token, words = lines[0].split(" ", 1)
+    assert token == tokens["client-00"] and token not in words and token not in repr(clients)
+
+
+def test_local_clients_show_their_server_s_certificate(started: Callable[..., LocalClients], tmp_path: Path) -> None:
+    clients = started()
+    clients.tls = TlsFiles(tmp_path / "ca.pem", tmp_path / "body.pem", tmp_path / "body.key")
+    start_more(clients, "import sys; print(sys.argv); sys.exit(1)")
+    (failure,) = wait_for_failures(clients)
+    for option, name in (("--ca", "ca.pem"), ("--certificate", "body.pem"), ("--key", "body.key")):
+        assert str([option, str(tmp_path / name)])[1:-1] in failure
 
 
 def test_whoever_has_ended_is_started_again(started: Callable[..., LocalClients], tmp_path: Path) -> None:

@@ -75,4 +75,4 @@ def test_the_network_has_a_process_of_its_own_beside_a_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     config = config_with(server={"network": network, "port": 0})
-    assert type(build_endpoint(config.server, rank=0, reconnect_timeout=1.0)) is kind
+    assert type(build_endpoint(config.server, config.clients, rank=0, tokens={})) is kind

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Event
@@ -22,8 +23,13 @@ KINDS = [Endpoint, EndpointProcess]
 class Listening:
     """A started endpoint and its address."""
 
-    def __init__(self, tls: TlsFiles | None = None, kind: type[Endpoint | EndpointProcess] = Endpoint) -> None:
-        self.real = kind("127.0.0.1", 0, tls)
+    def __init__(
+        self,
+        tls: TlsFiles | None = None,
+        kind: type[Endpoint | EndpointProcess] = Endpoint,
+        rules: DoorRules | None = None,
+    ) -> None:
+        self.real = kind("127.0.0.1", 0, tls, rules=rules)
         self.port = self.real.start()
         self.address = f"127.0.0.1:{self.port}"
 
@@ -37,9 +43,11 @@ class Listening:
 
 
 @contextmanager
-def listening(kind: type[Endpoint | EndpointProcess] = Endpoint, tls: TlsFiles | None = None) -> Iterator[Listening]:
+def listening(
+    kind: type[Endpoint | EndpointProcess] = Endpoint, tls: TlsFiles | None = None, rules: DoorRules | None = None
+) -> Iterator[Listening]:
     """An endpoint that admits ada and bo, with the sessions that `Stream` gives them."""
-    started = Listening(tls, kind)
+    started = Listening(tls, kind, rules)
     started.real.admit({name: session_of(name) for name in ("ada", "bo")})
     yield started
     started.real.stop(grace=0.1)
@@ -48,7 +56,9 @@ def listening(kind: type[Endpoint | EndpointProcess] = Endpoint, tls: TlsFiles |
 class Stream(ServerStream):
     """A client's training stream, driven by a test."""
 
-    def __init__(self, address: str, client: str, session: str | None = None, tls: TlsFiles | None = None) -> None:
+    def __init__(
+        self, address: str, client: str, session: str | None = None, tls: TlsFiles | None = None, token: str = ""
+    ) -> None:
         # Not through memory: what these tests break is the socket.
         super().__init__(
             address,
@@ -57,6 +67,7 @@ class Stream(ServerStream):
             session_of(client) if session is None else session,
             reconnect_timeout=TIMEOUT,
             shares_memory=False,
+            token=token,
         )
         self.__enter__()
 

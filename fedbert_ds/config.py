@@ -162,6 +162,15 @@ class TokenizerSection(Section):
     """Hub name or folder of a tokenizer. null trains WordPiece on data.source."""
     vocab_size: Positive = 4000
     """Word pieces of a trained tokenizer."""
+    kind: Literal["wordpiece", "byte_bpe"] = "wordpiece"
+    """Of a trained tokenizer: BERT's, or byte-level BPE (RoBERTa's), which reads every script and
+    text without spaces, such as Thai or proteins. No character becomes [UNK] there."""
+    lowercase: bool | None = None
+    """Whether a trained tokenizer takes capitals for small letters. null: as its kind does, so
+    WordPiece does and byte-level BPE does not."""
+    strip_accents: bool | None = None
+    """Whether a trained WordPiece tokenizer leaves accents out; that changes words in Hindi,
+    German or Vietnamese. null: where it takes capitals for small letters."""
 
 
 class SequenceSection(Section):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedbert_ds.data.corpus import Article, Reading, read_articles
 from fedbert_ds.data.held_out import evaluation_batch, keep_apart
 from fedbert_ds.data.labelled import LabelledStream, held_out_batch
-from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
+from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, check_known, encode
 from fedbert_ds.data.table_files import Place
 from fedbert_ds.data.text_files import Encodings
 from fedbert_ds.errors import DataError, WireError
@@ -85,9 +85,11 @@ class OwnText:
         }
         held_out = None
         if kept and share.evaluate_tokens:
-            text = encode(kept, tokenizer, length)
-            held_out = evaluation_batch(text, tokenizer, max_tokens=share.evaluate_tokens, **masking)
-        return BatchStream(encode(trained_on, tokenizer, length), tokenizer, **masking), held_out
+            apart = encode(kept, tokenizer, length)
+            held_out = evaluation_batch(apart, tokenizer, max_tokens=share.evaluate_tokens, **masking)
+        text = encode(trained_on, tokenizer, length)
+        check_known(text, tokenizer)
+        return BatchStream(text, tokenizer, **masking), held_out
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.errors import DataError
+from fedbert_ds.errors import DataError, warn
 from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _MASKED, _RANDOM = 0.8, 0.1
+MUCH_UNKNOWN = 0.01
+"""Share of [UNK] that is worth a warning."""
 _CHARACTERS_AT_ONCE = 1 << 18
 """Text that is tokenized at once, unless one article is longer: a token in the making takes a
 hundred times the memory of its id.
@@ -115,6 +117,24 @@ def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequ
         offsets=torch.from_numpy(np.cumsum(lengths, dtype=np.int64)),
         word_starts=torch.from_numpy(np.concatenate(starts)),
     )
+
+
+def check_known(text: EncodedText, tokenizer: PreTrainedTokenizerFast) -> None:
+    """DataError where the tokenizer knows no word of a text, and a warning where it misses many."""
+    if tokenizer.unk_token_id is None:
+        return
+    unknown = int((text.tokens == tokenizer.unk_token_id).sum())
+    tokens = text.num_tokens - 2 * text.num_sequences
+    if unknown == tokens:
+        raise DataError(
+            "the tokenizer knows no word of this text, all of it is [UNK]; name another in tokenizer.path, or set "
+            "tokenizer.kind: byte_bpe"
+        )
+    if unknown > MUCH_UNKNOWN * tokens:
+        warn(
+            f"{100 * unknown / tokens:.1f} % of the text's tokens are [UNK], which the tokenizer does not know and "
+            "nothing is learned of; another tokenizer.path or tokenizer.kind: byte_bpe reads them"
+        )
 
 
 class Masker:

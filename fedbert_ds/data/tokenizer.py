@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,48 +18,69 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SMALLEST_VOCABULARY = 64
+COVERED = 0.999
+"""Share of a text's characters that are in the alphabet, if the vocabulary has room."""
+LONGEST_WORD = 100
+"""Characters of a word that WordPiece reads; it takes a longer one for [UNK]."""
 _BLOCK = 4096
 """Copies of a word at once."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
-def train_wordpiece(articles: Iterable[HasText], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a lower-casing BERT tokenizer of at most `vocab_size` word pieces; [PAD] is id 0.
+@dataclass(frozen=True)
+class Letters:
+    """Which letters a trained WordPiece tokenizer takes for the same."""
+
+    lowercase: bool = True
+    """Capitals for small ones."""
+    strip_accents: bool | None = None
+    """Those with accents for those without. None: with `lowercase`."""
+
+
+BERTS = Letters()
+
+
+def train_wordpiece(articles: Iterable[HasText], vocab_size: int, letters: Letters = BERTS) -> PreTrainedTokenizerFast:
+    """Train a BERT tokenizer of at most `vocab_size` word pieces; [PAD] is id 0.
 
     The same articles give the same vocabulary in every process. DataError for no text or fewer than
     64 pieces.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"tokenizer.vocab_size {vocab_size} is too small; use {SMALLEST_VOCABULARY} or more")
-    words = count_words(article.text for article in articles)
+    words = count_words((article.text for article in articles), letters)
     if not words:
-        raise DataError("no text to train a tokenizer on; add text to data.source or name one in tokenizer.path")
-    return wordpiece_of_counts(words, vocab_size)
+        raise DataError(
+            f"no text to train a tokenizer on, in words of up to {LONGEST_WORD} characters; add text to data.source, "
+            "set tokenizer.kind: byte_bpe for text without spaces, or name one in tokenizer.path"
+        )
+    return wordpiece_of_counts(words, vocab_size, letters)
 
 
-def count_words(texts: Iterable[str]) -> Counter[str]:
-    """How often each word of these texts occurs, as a lower-casing BERT tokenizer divides them:
-    without accents, punctuation apart.
+def count_words(texts: Iterable[str], letters: Letters = BERTS) -> Counter[str]:
+    """How often each word of these texts occurs, as a BERT tokenizer divides them: punctuation
+    apart. Longer words than LONGEST_WORD, which it does not read, are left out.
     """
-    normalizer, pre_tokenizer = _word_rules()
+    normalizer, pre_tokenizer = _word_rules(letters)
     runs: Counter[str] = Counter()
     for text in texts:
         runs.update(normalizer.normalize_str(text).split())
     words: Counter[str] = Counter()
     for run, count in runs.items():
         for word, _ in pre_tokenizer.pre_tokenize_str(run):
-            words[word] += count
+            if len(word) <= LONGEST_WORD:
+                words[word] += count
     return words
 
 
-def wordpiece_of_counts(words: Mapping[str, int], vocab_size: int) -> PreTrainedTokenizerFast:
+def wordpiece_of_counts(words: Mapping[str, int], vocab_size: int, letters: Letters = BERTS) -> PreTrainedTokenizerFast:
     """The tokenizer that `train_wordpiece` makes of a text with these words of `count_words`, at
     least one.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import BertTokenizer
 
-    alphabet, continuing = _alphabet(words, largest=(vocab_size - len(SPECIAL_TOKENS)) // 4)
+    alphabet, continuing = _alphabet(words, vocab_size - len(SPECIAL_TOKENS))
     # The trainer numbers `##x` pieces in the order of a hash map, which differs between processes,
     # and breaks ties by number. Special tokens are numbered first and in order, so naming the
     # pieces there fixes the vocabulary.
@@ -75,12 +97,14 @@ def wordpiece_of_counts(words: Mapping[str, int], vocab_size: int) -> PreTrained
 
     # A new tokenizer around the vocabulary, whose `##x` pieces are not special.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = _word_rules()
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _word_rules(letters)
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     tokenizer.post_processor = processors.BertProcessing(
         ("[SEP]", SPECIAL_TOKENS.index("[SEP]")), ("[CLS]", SPECIAL_TOKENS.index("[CLS]"))
     )
-    return BertTokenizer(tokenizer_object=tokenizer)
+    return BertTokenizer(
+        tokenizer_object=tokenizer, do_lower_case=letters.lowercase, strip_accents=letters.strip_accents
+    )
 
 
 def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
@@ -158,11 +182,12 @@ def _checked_special_tokens(tokens: dict[str, Any]) -> dict[str, Any]:
     return tokens
 
 
-def _word_rules() -> tuple[Any, Any]:
-    """What makes words of a text: BERT's normalizer, lower-casing, and its pre-tokenizer."""
+def _word_rules(letters: Letters) -> tuple[Any, Any]:
+    """What makes words of a text: BERT's normalizer and pre-tokenizer."""
     from tokenizers import normalizers, pre_tokenizers
 
-    return normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    normalizer = normalizers.BertNormalizer(lowercase=letters.lowercase, strip_accents=letters.strip_accents)
+    return normalizer, pre_tokenizers.BertPreTokenizer()
 
 
 def _repeated(words: Mapping[str, int]) -> Iterator[str]:
@@ -174,13 +199,26 @@ def _repeated(words: Mapping[str, int]) -> Iterator[str]:
             yield f"{word} " * min(_BLOCK, count - first)
 
 
-def _alphabet(words: Mapping[str, int], largest: int) -> tuple[list[str], list[str]]:
-    """The `largest` most frequent characters, sorted, and those of them that occur inside words."""
+def _alphabet(words: Mapping[str, int], pieces: int) -> tuple[list[str], list[str]]:
+    """The most frequent characters, sorted, and those of them that occur inside words.
+
+    A quarter of the vocabulary at most, which the alphabets of most scripts fill by far; for others
+    (Chinese) as many as make up nearly all of the text, and leave room for none but themselves.
+    """
     counts: Counter[str] = Counter()
     continuing: set[str] = set()
     for word, count in words.items():
         for character in word:
             counts[character] += count
         continuing.update(word[1:])
-    kept = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:largest])
-    return kept, [character for character in kept if character in continuing]
+    by_frequency = sorted(counts, key=lambda character: (-counts[character], character))
+    kept, covered, total = set(by_frequency[: pieces // 4]), 0, sum(counts.values())
+    room = pieces
+    for character in by_frequency:
+        room -= 1 + (character in continuing)
+        if room < 0 or (character not in kept and covered >= COVERED * total):
+            break
+        covered += counts[character]
+        kept.add(character)
+    alphabet = sorted(kept)
+    return alphabet, [character for character in alphabet if character in continuing]

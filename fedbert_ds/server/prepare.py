@@ -19,7 +19,7 @@ from fedbert_ds.server.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from fedbert_ds.config import DataSection
+    from fedbert_ds.config import DataSection, TokenizerSection
     from fedbert_ds.data.corpus import Article
 
 
@@ -52,7 +52,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
-    from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
+    from fedbert_ds.data.tokenizer import load_tokenizer
 
     name = config.tokenizer.path or config.model.checkpoint
     tokenizer = load_tokenizer(name) if name else None
@@ -72,7 +72,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
             "clients.local, add to data.source, or set data.client_held_out: 0"
         )
     if tokenizer is None:
-        tokenizer = train_wordpiece(train, config.tokenizer.vocab_size)
+        tokenizer = _trained(train, config.tokenizer)
     write(folder.held_out, held_out)
     for number, shard in enumerate(shards):
         write(folder.shard(client_name(number)), shard)
@@ -87,6 +87,16 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     )
     _write_facts(folder, facts)
     return tokenizer, facts
+
+
+def _trained(train: Sequence[Any], section: TokenizerSection) -> PreTrainedTokenizerFast:
+    from fedbert_ds.data.byte_bpe import train_byte_bpe
+    from fedbert_ds.data.tokenizer import Letters, train_wordpiece
+
+    if section.kind == "byte_bpe":
+        return train_byte_bpe(train, section.vocab_size, lowercase=bool(section.lowercase))
+    letters = Letters(section.lowercase is not False, section.strip_accents)
+    return train_wordpiece(train, section.vocab_size, letters)
 
 
 def _reader(

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedbert_ds.data.corpus import Article
-from fedbert_ds.data.masking import Batch, BatchStream, EncodedText, Masker, encode
+from fedbert_ds.data.masking import Batch, BatchStream, EncodedText, Masker, check_known, encode
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
 
@@ -449,3 +449,17 @@ def test_whole_words_keep_80_10_10_for_each_token(articles: list[Article], wordp
     size = len(wordpiece)
     expected = np.array([0.8 + 0.1 / size, 0.1 * (1 - 2 / size), 0.1 + 0.1 / size]) * observed.sum()
     assert_fits(observed, expected)
+
+
+def test_a_tokenizer_that_misses_much_of_the_text_is_told(
+    wordpiece: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(text: str) -> str:
+        check_known(encode([Article("a", text)], wordpiece, 16), wordpiece)
+        return capsys.readouterr().out
+
+    told = check("model " * 20 + "ж " * 5)
+    assert told.startswith("warning ") and "% of the text's tokens are [UNK]" in told
+    assert not check("model " * 1000 + "ж")
+    with pytest.raises(DataError, match=r"knows no word of this text, all of it is \[UNK\]; name another"):
+        check("ж " * 5)

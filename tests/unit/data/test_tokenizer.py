@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import (
     SPECIAL_TOKENS,
+    Letters,
     load_tokenizer,
     tokenizer_from_bytes,
     tokenizer_to_bytes,
@@ -168,3 +170,62 @@ def test_a_folder_is_read_without_network(
     monkeypatch.setattr("socket.socket.connect", refuse)
     monkeypatch.setattr("socket.getaddrinfo", refuse)
     assert len(load_tokenizer(str(tmp_path))) == 200
+
+
+# -- scripts and spellings -------------------------------------------------------------------------
+
+SCRIPTS = {
+    "Latin": "The patient was admitted with a fever and a headache. ",
+    "Hindi": "मरीज को तेज बुखार और सिरदर्द के साथ भर्ती कराया गया था। ",
+    "Arabic": "تم إدخال المريض إلى المستشفى بسبب ارتفاع في درجة الحرارة. ",
+    "Korean": "환자는 고열과 두통으로 입원했다. ",
+    "Chinese": "病人因高烧和头痛入院，治疗持续了三天，随后出院。",
+}
+
+
+def articles_in(script: str) -> list[Article]:
+    return [Article(str(n), SCRIPTS[script] * 20 + str(n)) for n in range(10)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_becomes_unk(script: str) -> None:
+    tokenizer = train_wordpiece(articles_in(script), 300)
+    assert tokenizer.unk_token_id not in tokenizer(SCRIPTS[script]).input_ids
+
+
+def test_an_alphabet_of_thousands_covers_nearly_all_of_the_text() -> None:
+    """Chinese, in a vocabulary that would give letters a quarter of its room: some 200."""
+    random = Random(1)
+    characters = [chr(0x4E00 + n) for n in range(600)]
+    weights = [1 / (n + 1) for n in range(600)]
+    articles = [Article(str(n), "".join(random.choices(characters, weights, k=2000))) for n in range(20)]
+    tokenizer = train_wordpiece(articles, 800)
+    ids = [id_ for article in articles for id_ in tokenizer(article.text, add_special_tokens=False).input_ids]
+    assert len(tokenizer) <= 800 and ids.count(tokenizer.unk_token_id) < 0.002 * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("letters", "text", "expected"),
+    [
+        (Letters(), "Möchte MOCHTE", ["mochte", "mochte"]),
+        (Letters(lowercase=False), "Möchte Mochte", ["Möchte", "Mochte"]),
+        (Letters(lowercase=True, strip_accents=False), "Möchte mochte", ["möchte", "mochte"]),
+        (Letters(lowercase=False, strip_accents=True), "Möchte mochte", ["Mochte", "mochte"]),
+        (Letters(strip_accents=False), "कमल कमाल", ["कमल", "कमाल"]),
+    ],
+)
+def test_letters_that_are_the_same(tmp_path: Path, letters: Letters, text: str, expected: list[str]) -> None:
+    """And still are, saved and loaded again, and sent as bytes."""
+    tokenizer = train_wordpiece([Article("a", f"{text} " * 50)], 200, letters)
+    tokenizer.save_pretrained(tmp_path)
+    for same in (tokenizer, load_tokenizer(str(tmp_path)), tokenizer_from_bytes(tokenizer_to_bytes(tokenizer))):
+        ids = same(text, add_special_tokens=False).input_ids
+        assert same.unk_token_id not in ids and same.decode(ids) == " ".join(expected)
+
+
+def test_words_of_more_than_a_hundred_characters_are_left_out_of_training() -> None:
+    """They are [UNK] in any case; one of a million characters would take minutes."""
+    tokenizer = train_wordpiece([Article("a", "so it goes " * 9 + "x" * 1_000_000)], 100)
+    assert "x" not in tokenizer.get_vocab()
+    with pytest.raises(DataError, match=r"in words of up to 100 characters; .* tokenizer\.kind: byte_bpe"):
+        train_wordpiece([Article("a", "x" * 101)], 100)

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedbert_ds.errors import ConfigError
 
+
+def _expanded(text: str) -> str:
+    """`~` and `$VARIABLES` as a shell has them; names of the hub and numbers stay."""
+    return os.path.expanduser(os.path.expandvars(text))
+
+
 Positive = Annotated[int, Field(gt=0)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
+Name = Annotated[str, AfterValidator(_expanded)]
+"""A path, or a name of the hub."""
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
 UpdateCodec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard", "int2_hadamard"]
@@ -35,7 +45,7 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where a run writes, how long it lasts, and its seed."""
 
-    directory: Path = Path("runs/default")
+    directory: UserPath = Path("runs/default")
     """Folder that the run writes: config.yaml, metrics.jsonl, evaluations.jsonl, report.html,
     loss.png, checkpoints/, hf/, hf-best/, clients/."""
     windows: Positive = 600
@@ -65,7 +75,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
-    checkpoint: str | None = None
+    checkpoint: Name | None = None
     """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa, ELECTRA or ModernBERT). null
     starts from scratch."""
     architecture: Literal["bert", "roberta", "electra", "modernbert"] = "bert"
@@ -158,7 +168,7 @@ class TaskSection(Section):
 class TokenizerSection(Section):
     """The vocabulary: named, or trained by the server on text that it can read (local runs)."""
 
-    path: str | None = None
+    path: Name | None = None
     """Hub name or folder of a tokenizer. null trains WordPiece on data.source."""
     vocab_size: Positive = 4000
     """Word pieces of a trained tokenizer."""
@@ -187,7 +197,7 @@ class SequenceSection(Section):
 class DataSection(SequenceSection):
     """Text, its shards for local clients, and how it becomes masked sequences."""
 
-    source: tuple[str, ...] = Field(default=("python-docs",), min_length=1)
+    source: tuple[Name, ...] = Field(default=("python-docs",), min_length=1)
     """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files
     or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
     text_column: str | None = None
@@ -290,7 +300,7 @@ def _compile(value: Any) -> Any:
 class BodySection(Section):
     """The body under DeepSpeed."""
 
-    deepspeed: Path = Path("deepspeed/zero2.json")
+    deepspeed: UserPath = Path("deepspeed/zero2.json")
     """DeepSpeed JSON file, relative to the run file."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
@@ -520,13 +530,13 @@ class ClientsSection(Section):
 class TlsSection(Section):
     """PEM files of mutual TLS: all three or none."""
 
-    ca: Path
+    ca: UserPath
     """Certificate of the authority that signed both sides."""
-    certificate: Path
+    certificate: UserPath
     """This server's certificate chain."""
-    key: Path
+    key: UserPath
     """This server's private key."""
-    revoked: Path | None = None
+    revoked: UserPath | None = None
     """List of certificates that no longer count: `revoked.txt` of `fedbert-ds certs revoke`. It is
     read again when it changes."""
 
@@ -562,12 +572,12 @@ class AggregatorSection(Section):
 
     address: str
     """HOST:PORT at which ranks and clients reach the aggregator."""
-    secret: Path
+    secret: UserPath
     """File with a secret that the two parties share and no client knows."""
     host: str = "127.0.0.1"
     """For the aggregator: address to listen on. 0.0.0.0 for remote ranks and clients. The port is
     that of `address`."""
-    directory: Path | None = None
+    directory: UserPath | None = None
     """For the aggregator: folder of its checkpoints and of the final client model. null is
     `run.directory` with `-aggregator` added."""
     seed: int | None = None

@@ -644,3 +644,49 @@ def test_bounds_and_robust_rules_are_checked_together(tree: dict, message: str) 
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(tree, "test")
     assert "\n" not in str(caught.value)
+
+
+def test_paths_are_a_shells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` and variables, in every key that names a file; names of the hub and others stay."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    tree = {
+        "run": {"directory": "~/runs/a"},
+        "model": {"checkpoint": "$SCRATCH/bert"},
+        "tokenizer": {"path": "~/words"},
+        "data": {"source": ["${SCRATCH}/notes", "hub:owner/name:train", "python-docs"]},
+        "body": {"deepspeed": "~/zero.json"},
+        "server": {"tls": {"ca": "~/ca.pem", "certificate": "$SCRATCH/me.pem", "key": "~/me.key"}},
+        "aggregator": {"address": "there:1", "secret": "~/secret", "directory": "$SCRATCH/a"},
+    }
+    config = parse_config(tree, "test")
+    assert config.server.tls is not None and config.aggregator is not None
+    assert [
+        str(path)
+        for path in (
+            config.run.directory,
+            config.model.checkpoint,
+            config.tokenizer.path,
+            *config.data.source,
+            config.body.deepspeed,
+            config.server.tls.ca,
+            config.server.tls.certificate,
+            config.server.tls.key,
+            config.aggregator.secret,
+            config.aggregator.directory,
+        )
+    ] == [
+        "/home/ada/runs/a",
+        "/scratch/bert",
+        "/home/ada/words",
+        "/scratch/notes",
+        "hub:owner/name:train",
+        "python-docs",
+        "/home/ada/zero.json",
+        "/home/ada/ca.pem",
+        "/scratch/me.pem",
+        "/home/ada/me.key",
+        "/home/ada/secret",
+        "/scratch/a",
+    ]
+    assert parse_config({"model": {"checkpoint": "bert-base-uncased"}}, "test").model.checkpoint == "bert-base-uncased"

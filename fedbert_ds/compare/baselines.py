@@ -11,6 +11,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 WORD_FREQUENCY, BEFORE, NOT_PRETRAINED = "word frequency", "before training", "not pre-trained"
 """As the table calls them."""
@@ -50,5 +51,5 @@ def _not_pretrained(config: RunConfig, text: RunFolder) -> Any:
             model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(config.model.checkpoint))
     with quiet_transformers():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     return folder

@@ -38,6 +38,7 @@ from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics
 from fedbert_ds.telemetry.report import draw_loss
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 NUM_THREADS = 1
 """Threads of the program: fixed, for the order of floating-point sums follows from it."""
@@ -175,7 +176,7 @@ def hand_over(trainer: Centralized, tokenizer: Any, run: RunFolder) -> None:
     """Write hf/ and config.yaml, and print what training took, as clients do."""
     with quiet_transformers():
         trainer.model.save_pretrained(run.model)
-        tokenizer.save_pretrained(run.model)
+        save_tokenizer(tokenizer, run.model)
     write_text(run.config, dump_config(trainer.config))
     rows = read_metrics(run.metrics)
     share = sum(row.masked_tokens for row in rows) / max(1, sum(row.tokens for row in rows))

@@ -23,6 +23,7 @@ from fedbert_ds.seeding import generator
 from fedbert_ds.tasks.glue_data import Examples, TaskData, read_task
 from fedbert_ds.tasks.glue_tasks import GLUE, GlueTask
 from fedbert_ds.tasks.metrics import Values, score, task_score
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -221,7 +222,7 @@ class _FineTuning:
         if self._run.keeps_model:
             with quiet_transformers():
                 self._model.save_pretrained(folder / MODEL)
-                self._tokenizer.save_pretrained(folder / MODEL)
+                save_tokenizer(self._tokenizer, folder / MODEL)
 
     def _encoded(self, examples: Examples) -> Encoded:
         return encode(examples, self._tokenizer, self._recipe.length)

@@ -31,6 +31,7 @@ from fedbert_ds.model.cut import merge
 from fedbert_ds.model.heads import auto_class_of
 from fedbert_ds.tasks.registry import task_of
 from fedbert_ds.tasks.task import Task
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def save_merged(
     shutil.rmtree(writing, ignore_errors=True)
     with quiet_transformers():
         model.save_pretrained(writing)
-        tokenizer.save_pretrained(writing)
+        save_tokenizer(tokenizer, writing)
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedbert_ds.atomic_write import atomic_write, write_text
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.checkpoint import config_from_json, config_to_json, quiet_transformers, save_merged
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 CLIENT_MODEL = "client_model.safetensors"
 BODY = "body.safetensors"
@@ -33,7 +34,7 @@ def write_body(
     _write(folder / BODY, weights, {"config": config_to_json(hf_config), "cut": cut, "window": str(window)})
     write_text(folder / "config.json", config_to_json(hf_config))
     with quiet_transformers():
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def merge_folders(body: Path, client_model: Path, out: Path) -> None:

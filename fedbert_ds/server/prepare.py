@@ -53,6 +53,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     tokenizer is named then, DataError if the text is not enough for what each client needs.
     """
     from fedbert_ds.data.tokenizer import load_tokenizer
+    from fedbert_ds.tokenizer_folder import save_tokenizer
 
     name = config.tokenizer.path or config.model.checkpoint
     tokenizer = load_tokenizer(name) if name else None
@@ -61,7 +62,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
             raise ConfigError(
                 "tokenizer.path: name a tokenizer; without local clients the server has no text to train one"
             )
-        tokenizer.save_pretrained(folder.tokenizer)
+        save_tokenizer(tokenizer, folder.tokenizer)
         _write_facts(folder, None)
         return tokenizer, None
     read, write = _reader(config)
@@ -76,7 +77,7 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     write(folder.held_out, held_out)
     for number, shard in enumerate(shards):
         write(folder.shard(client_name(number)), shard)
-    tokenizer.save_pretrained(folder.tokenizer)
+    save_tokenizer(tokenizer, folder.tokenizer)
     facts = TextFacts(
         tuple(config.data.source),
         len(train) + len(held_out),

@@ -130,6 +130,7 @@ def _merge(options: argparse.Namespace) -> None:
     from fedbert_ds.data.tokenizer import SMALLEST_VOCABULARY, wordpiece_of_counts
     from fedbert_ds.errors import ConfigError, DataError
     from fedbert_ds.telemetry.tables import markdown
+    from fedbert_ds.tokenizer_folder import save_tokenizer
     from fedbert_ds.vocabulary.counts import merge_counts, read_counts, revealed
 
     if options.size < SMALLEST_VOCABULARY:
@@ -139,7 +140,7 @@ def _merge(options: argparse.Namespace) -> None:
     counts = [read_counts(path) for path in options.counts]
     merged = merge_counts(counts, options.least)
     tokenizer = wordpiece_of_counts(merged, options.size)
-    tokenizer.save_pretrained(options.out)
+    save_tokenizer(tokenizer, options.out)
     heads = ["owner", "how", "words in plain, with counts", "used", "of no other owner"]
     rows = [
         [

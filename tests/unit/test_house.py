@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fedbert_ds"
 UNIT = ROOT / "tests" / "unit"
 
-BASE = {"errors", "seeding", "atomic_write", "seals", "folder_lock", "numbered_files", "config"}
+BASE = {"errors", "seeding", "atomic_write", "seals", "folder_lock", "numbered_files", "tokenizer_folder", "config"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "seals": {"atomic_write"},
     "folder_lock": {"atomic_write", "errors"},
     "numbered_files": {"atomic_write", "errors", "seals"},
+    "tokenizer_folder": {"atomic_write"},
     "config": {"errors"},
     "wire": BASE | {"kernels"},
     "model": BASE | {"kernels", "tasks"},

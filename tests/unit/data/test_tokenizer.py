@@ -23,6 +23,7 @@ from fedbert_ds.data.tokenizer import (
     vocabulary_hash,
 )
 from fedbert_ds.errors import DataError
+from fedbert_ds.tokenizer_folder import save_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -106,6 +107,19 @@ def test_round_trip_as_bytes(any_tokenizer: PreTrainedTokenizerFast) -> None:
     assert vocabulary_hash(restored) == vocabulary_hash(any_tokenizer)
     assert restored.model_max_length == any_tokenizer.model_max_length
     assert_same(tokenizer_from_bytes(tokenizer_to_bytes(restored)), any_tokenizer)
+
+
+def test_what_is_saved_names_a_class_that_transformers_4_has(
+    any_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of a tokenizer that crossed the wire, too, and beside any model."""
+    for number, tokenizer in enumerate((any_tokenizer, tokenizer_from_bytes(tokenizer_to_bytes(any_tokenizer)))):
+        folder = tmp_path / str(number)
+        save_tokenizer(tokenizer, folder)
+        (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+        told = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+        assert told in ("BertTokenizer", "BertTokenizerFast", "RobertaTokenizer", "PreTrainedTokenizerFast")
+        assert_same(load_tokenizer(str(folder)), any_tokenizer)
 
 
 def assert_same(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> None:

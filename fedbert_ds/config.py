@@ -76,8 +76,8 @@ class ModelSection(Section):
     """The network: a checkpoint to continue from, or a shape to start from scratch."""
 
     checkpoint: Name | None = None
-    """Hub name or folder of a Hugging Face masked LM (BERT, RoBERTa, ELECTRA or ModernBERT). null
-    starts from scratch."""
+    """Hub name or folder of a Hugging Face masked LM: BERT, RoBERTa (also CamemBERT, XLM-RoBERTa),
+    ELECTRA or ModernBERT. null starts from scratch."""
     architecture: Literal["bert", "roberta", "electra", "modernbert"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2

@@ -219,7 +219,7 @@ def _shape_of(model: str) -> str:
     from transformers import AutoConfig
 
     try:
-        return shape_hash(AutoConfig.from_pretrained(model))
+        return shape_hash(AutoConfig.from_pretrained(model, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise ModelError(f"--model {model}: no such model; give a folder or hub name") from error
 

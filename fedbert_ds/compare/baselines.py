@@ -48,7 +48,9 @@ def _not_pretrained(config: RunConfig, text: RunFolder) -> Any:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
-            model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(config.model.checkpoint))
+            model = AutoModelForMaskedLM.from_config(
+                AutoConfig.from_pretrained(config.model.checkpoint, trust_remote_code=False)
+            )
     with quiet_transformers():
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)

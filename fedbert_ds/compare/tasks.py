@@ -91,7 +91,7 @@ def scores(options: TaskOptions, model: str, out: Path, command: str, device: st
 
     Results in the folder `out` are read, not repeated. UserErrors as those of `run_study`.
     """
-    longest = longest_sequence(AutoConfig.from_pretrained(model))
+    longest = longest_sequence(AutoConfig.from_pretrained(model, trust_remote_code=False))
     results = run_study(
         Study(
             model=model,

@@ -82,7 +82,9 @@ def is_fine_tuned(name: str) -> bool:
     folder = local_folder(name)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(str(folder or name), local_files_only=folder is not None)
+            config = AutoConfig.from_pretrained(
+                str(folder or name), local_files_only=folder is not None, trust_remote_code=False
+            )
     except Exception:  # whoever loads it tells what is wrong with it
         return False
     return task_of(config) is not None

@@ -80,7 +80,9 @@ def check_mnli(name: str) -> None:
 
     folder = _folder_with_config(name)
     try:
-        config = AutoConfig.from_pretrained(folder or name, local_files_only=folder is not None)
+        config = AutoConfig.from_pretrained(
+            folder or name, local_files_only=folder is not None, trust_remote_code=False
+        )
     except Exception as error:  # hub, network and JSON errors share no base
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"{name}: no checkpoint there ({reason}); --from-mnli takes one fine-tuned on MNLI") from error

@@ -1,4 +1,4 @@
-"""Where the four supported Hugging Face encoders keep their parts, and the widths at the cut."""
+"""Where the supported Hugging Face encoders keep their parts, and the widths at the cut."""
 
 from __future__ import annotations
 
@@ -49,12 +49,16 @@ class Architecture:
     """A head of sequences takes all their hidden states, and reads those of the first token."""
     head_takes_sequences: bool = False
     """This model's head does."""
+    positions_after_padding: bool = False
+    """The position table's rows up to that of the padding's id are unused."""
 
     @property
     def turns_by_position(self) -> bool:
         """Whether layers turn queries and keys by position; embeddings then know no positions."""
         return "rotary_emb" in self.encoder
 
+
+_ROBERTA = Architecture(base="roberta", heads=("lm_head",), decoder="lm_head.decoder", positions_after_padding=True)
 
 ARCHITECTURES = {
     "bert": Architecture(
@@ -63,7 +67,10 @@ ARCHITECTURES = {
         decoder="cls.predictions.decoder",
         heads_of_sequences=("bert.pooler", "dropout", "classifier"),
     ),
-    "roberta": Architecture(base="roberta", heads=("lm_head",), decoder="lm_head.decoder"),
+    "roberta": _ROBERTA,
+    # Of other languages, with RoBERTa's modules under RoBERTa's names.
+    "camembert": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
     "electra": Architecture(
         base="electra",
         heads=("generator_lm_head",),
@@ -99,14 +106,12 @@ class Widths(NamedTuple):
 
 
 def architecture(hf_config: Any) -> Architecture:
-    """The parts of a model with the head that its transformers config says; ModelError names the
-    supported four, and the one way to read a sequence.
+    """The parts of a model with the head that its transformers config says; ModelError names those
+    supported, and the one way to read a sequence.
     """
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in ARCHITECTURES:
-        raise ModelError(
-            f"architecture {model_type} is not supported; use a bert, roberta, electra or modernbert model"
-        )
+        raise ModelError(f"architecture {model_type} is not supported; use one of {', '.join(ARCHITECTURES)}")
     parts, task = ARCHITECTURES[model_type], task_of(hf_config)
     if task is None:
         return parts
@@ -143,7 +148,7 @@ def position_offset(hf_config: Any) -> int:
 
     RoBERTa leaves the first pad_token_id + 1 rows unused.
     """
-    return hf_config.pad_token_id + 1 if hf_config.model_type == "roberta" else 0
+    return hf_config.pad_token_id + 1 if ARCHITECTURES[hf_config.model_type].positions_after_padding else 0
 
 
 def longest_sequence(hf_config: Any) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -209,10 +210,13 @@ def _set_head(hf_config: Any, task: Task | None) -> None:
 
 def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, task: Task | None) -> PreTrainedModel:
     try:
-        hf_config = AutoConfig.from_pretrained(checkpoint)
+        # Code that comes with a model is never run, and nobody is asked whether it should be.
+        hf_config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
         raise ModelError(
-            f"model.checkpoint {checkpoint}: no such folder or hub model, or no config.json in it"
+            f"model.checkpoint {checkpoint}: no such folder or hub model, or no config.json in it that this version of "
+            f"transformers reads by itself ({reason})"
         ) from error
     # The head that it was saved with does not decide which it gets.
     hf_config.architectures = None
@@ -233,9 +237,13 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
                 output_loading_info=True,
                 # A classifier of another task is as good as none.
                 ignore_mismatched_sizes=task is not None,
+                trust_remote_code=False,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"model.checkpoint {checkpoint}: its weights cannot be loaded: {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"model.checkpoint {checkpoint}: its weights cannot be loaded ({error}); fetch them again, with git lfs if "
+            "they came by git"
+        ) from error
     model.config.architectures = [type(model).__name__]
     parts = architecture(model.config)
     missing = sorted(loading["missing_keys"]) + sorted(entry[0] for entry in loading["mismatched_keys"])

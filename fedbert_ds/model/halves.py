@@ -54,7 +54,7 @@ def merge_folders(body: Path, client_model: Path, out: Path) -> None:
             raise ModelError(f"{client_model} and {body / BODY} differ in {key}; give the halves of one run's end")
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(body)
+            tokenizer = AutoTokenizer.from_pretrained(body, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{body}: holds no tokenizer; give the folder that the server wrote") from error
     save_merged(out, config_from_json(body_facts["config"]), client_state, body_state, tokenizer)

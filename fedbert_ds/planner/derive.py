@@ -197,7 +197,7 @@ def _hf_config(config: RunConfig) -> Any:
         from fedbert_ds.errors import ModelError
 
         try:
-            return AutoConfig.from_pretrained(config.model.checkpoint)
+            return AutoConfig.from_pretrained(config.model.checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ModelError(f"model.checkpoint {config.model.checkpoint}: no such model") from error
     from fedbert_ds.model.checkpoint import config_of

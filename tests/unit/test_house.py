@@ -202,3 +202,13 @@ def test_no_test_reads_privates(path: Path) -> None:
         and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", "os", "sys"} | own)
     ]
     assert not found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_code_that_comes_with_a_model_is_never_run(path: Path) -> None:
+    """transformers asks on standard input where a call does not say so."""
+    for call in ast.walk(tree_of(path)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+            told = {keyword.arg for keyword in call.keywords}
+            # None is a mapping that is passed on; those hold it.
+            assert told & {"trust_remote_code", None}, f"line {call.lineno}"

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from unit.model.samples import PAD, VOCABULARY, small_section
+from unit.model.samples import FROM_SCRATCH, PAD, VOCABULARY, small_section
 
 from fedbert_ds.config import LayersCut
-from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.checkpoint import build_model
 
 CUTS = {"embeddings": "embeddings", "rows": "rows", "layers": LayersCut(layers=1)}
@@ -25,7 +24,7 @@ def small_model() -> Callable[..., Any]:
     return build
 
 
-@pytest.fixture(params=list(ARCHITECTURES))
+@pytest.fixture(params=FROM_SCRATCH)
 def architecture(request: pytest.FixtureRequest) -> str:
     return request.param
 

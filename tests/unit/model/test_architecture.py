@@ -1,4 +1,4 @@
-"""The four supported masked LMs: their parts, the widths at the cut, the positions they hold."""
+"""The supported masked LMs: their parts, the widths at the cut, the positions they hold."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM
+from unit.model.samples import FROM_SCRATCH
 
 from fedbert_ds.config import LayersCut
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.architecture import (
-    ARCHITECTURES,
     architecture,
     layers_of,
     linear_parameters,
@@ -32,7 +32,7 @@ def config_of(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **SMALL, **more)
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", FROM_SCRATCH)
 def test_every_part_is_where_it_is_said_to_be(model_type: str) -> None:
     config = config_of(model_type)
     parts = architecture(config)
@@ -69,13 +69,13 @@ def test_a_factorized_model_sends_its_narrow_embeddings(model_type: str, cut: An
 
 
 def test_roberta_leaves_the_first_positions_unused() -> None:
-    assert [position_offset(config_of(name)) for name in ARCHITECTURES] == [0, 2, 0, 0]
-    assert [longest_sequence(config_of(name)) for name in ARCHITECTURES] == [24, 22, 24, 24]
+    assert [position_offset(config_of(name)) for name in FROM_SCRATCH] == [0, 2, 0, 0]
+    assert [longest_sequence(config_of(name)) for name in FROM_SCRATCH] == [24, 22, 24, 24]
 
 
 def test_another_architecture_is_one_line() -> None:
     with pytest.raises(
-        ModelError, match="architecture gpt2 is not supported; use a bert, roberta, electra or modernbert"
+        ModelError, match="architecture gpt2 is not supported; use one of bert, roberta, camembert, xlm-roberta"
     ):
         architecture(AutoConfig.for_model("gpt2"))
 

@@ -139,11 +139,36 @@ def test_installed_sentence_encoder_loads() -> None:
     assert (model.config.num_hidden_layers, longest_sequence(model.config)) == (6, 512)
 
 
+@pytest.mark.parametrize("damage", ["a git-LFS pointer", "cut short", "empty"])
+def test_weights_that_cannot_be_read_are_one_line(small_model, tmp_path: Path, damage: str) -> None:
+    small_model("bert").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
+    weights.write_bytes({"a git-LFS pointer": pointer, "cut short": content[: len(content) // 2], "empty": b""}[damage])
+    with pytest.raises(ModelError, match=r"its weights cannot be loaded .* fetch them again, with git lfs") as told:
+        from_folder(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_asked_about(
+    small_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on standard input, and run it after a y."""
+    (tmp_path / "code.py").write_text("import pathlib; pathlib.Path(__file__).with_name('ran').touch()")
+    auto = {"AutoConfig": "code.Config", "AutoModelForMaskedLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": auto}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    with pytest.raises(ModelError, match="that this version of transformers reads by itself") as told:
+        from_folder(tmp_path)
+    assert not (tmp_path / "ran").exists() and "\n" not in str(told.value)
+
+
 def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder or hub model"):
         from_folder(tmp_path / "nowhere")
     DistilBertConfig().save_pretrained(tmp_path / "distil")
-    with pytest.raises(ModelError, match="distilbert is not supported; use a bert, roberta, electra or modernbert"):
+    with pytest.raises(ModelError, match="distilbert is not supported; use one of bert, roberta"):
         from_folder(tmp_path / "distil")
     small_model("bert").save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90"):

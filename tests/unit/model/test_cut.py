@@ -6,6 +6,7 @@ import copy
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
-from unit.model.samples import Packed, pack, padded_logits, word_table
+from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
+from unit.model.samples import PAD, VOCABULARY, Packed, pack, padded_logits, word_table
 
 from fedbert_ds.config import LayersCut, ModelSection
 from fedbert_ds.errors import ModelError
-from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.model.checkpoint import build_model, save_merged
 from fedbert_ds.model.cut import body_skeleton, client_skeleton, merge, split, undivided
 
 LENGTHS = [5, 1, 7, 5, 2, 1]
@@ -70,6 +72,24 @@ def assert_same_step(model: Any, cut: Any, packed: Packed, whole: Step, toleranc
         # As torch.testing.assert_close, which takes seconds for 30,522 words. NaN is not at most 0.
         beyond = (actual[name] - gradient).abs_().sub_(tolerance).sub_(gradient.abs(), alpha=tolerance).max()
         assert beyond <= 0, f"{name}: {float(beyond)} beyond the tolerance"
+
+
+@pytest.mark.parametrize("model_type", ["camembert", "xlm-roberta"])
+def test_roberta_of_other_languages_steps_like_the_whole_one(small_model, cut, model_type: str, tmp_path) -> None:
+    """And its checkpoint loads, splits, merges and loads again as the same model."""
+    fields = {key: value for key, value in small_model("roberta").config.to_dict().items() if key != "model_type"}
+    made = AutoModelForMaskedLM.from_config(CONFIG_MAPPING[model_type].from_dict(fields), dtype=torch.float32)
+    made.save_pretrained(tmp_path / "checkpoint")
+    section = ModelSection(checkpoint=str(tmp_path / "checkpoint"), dropout=0.0)
+    model = build_model(section, VOCABULARY, PAD, seed=1)
+    assert model.config.model_type == model_type
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer_config.json").write_text("{}"))
+    client, body = split(copy.deepcopy(model), cut)
+    save_merged(tmp_path / "hf", client.config, client.state_dict(), body.state_dict(), tokenizer)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in made.state_dict().items())
+    packed = pack(LENGTHS)
+    assert_same_step(model.double(), cut, packed, step_of_the_whole(model, packed), tolerance=1e-10)
 
 
 def test_split_model_steps_like_the_whole_one(small_model, architecture, cut) -> None:

@@ -211,6 +211,7 @@ class AggregatedRun:
             return
         if not arrived.is_model:
             delivered = pb.Delivered(window=arrived.window, client=client, whole=arrived.decode is not None)
+            delivered.bytes = len(message.update.payload)
             self._guests.tell_rank_of(client, pb.Report(delivered=delivered))
 
     def disconnected(self, client: str) -> None:

@@ -42,6 +42,12 @@ from fedbert_kernels.encoded import Encoded
 COMBINING_POLL_SECONDS = 0.002
 """Longest wait for an event while updates are being combined: no event marks their end."""
 
+STOPPING_SECONDS = 20.0
+"""How long each answer may take once the run is to save and end: it has minutes, not more."""
+
+EVENTS_AT_ONCE = 256
+"""Then the body is looked after, however fast events come."""
+
 
 class ClientService:
     """Serves the clients of one rank. `attend` does what is due and waits a little if nothing is.
@@ -69,6 +75,7 @@ class ClientService:
         account: TimeAccount,
         holds_updates: bool = False,
         shares_moments: bool = True,
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
@@ -86,6 +93,8 @@ class ClientService:
         self._account = account
         self.holds_updates = holds_updates
         """Combined updates wait until the rank has stepped; `norms` has theirs."""
+        self._is_stopping = is_stopping
+        """The run saves and ends."""
         self._shares_moments = shares_moments
         """A client that begins needs what the reference's optimizer remembers."""
         self.awaits_newcomers = True
@@ -94,6 +103,8 @@ class ClientService:
         """The window that the run goes on with as it was saved, while nothing is trained since."""
         self._attempt = 0
         """How often windows were rolled back."""
+        self._begins: dict[str, int] = {}
+        """Begins of each client that it has not answered."""
         self._rolled_back: set[str] = set()
         """Clients that have not heard of the last time."""
         self._reference: tuple[int, bytes] | None = None
@@ -114,15 +125,18 @@ class ClientService:
 
     def wait(self) -> None:
         """Wait a little for one event and take it in."""
+        if self._is_stopping():
+            self._queue.deadlines.hurry(STOPPING_SECONDS, time.monotonic())
         is_combining = self._exchange.is_combining
         with self._account.charged("ranks" if is_combining else "clients"):
             event = self.next_event(COMBINING_POLL_SECONDS if is_combining else POLL_SECONDS)
         self.dispatch(event)
 
     def take_in(self) -> None:
-        """Take in every event that has arrived."""
-        while self.dispatch(self.next_event(0)):
-            pass
+        """Take in the events that have arrived; of very many the first ones."""
+        for _ in range(EVENTS_AT_ONCE):
+            if not self.dispatch(self.next_event(0)):
+                return
 
     def next_event(self, timeout: float) -> DecodedEvent | None:
         """The next event; None after `timeout` seconds. Raises errors of the encoding thread."""
@@ -142,6 +156,7 @@ class ClientService:
                 self._membership.refuse(client, reason, may_return=True)
             case Connected(client):
                 self._rolled_back.discard(client)
+                self._begins[client] = 0
                 # What an earlier process of this client announced is not asked of the new one.
                 self.plans = {window: plan.without(client) for window, plan in self.plans.items()}
                 self._membership.join(client, time.monotonic(), self.awaits_newcomers)
@@ -304,6 +319,9 @@ class ClientService:
 
     def _receive(self, client: str, message: pb.ClientMessage, tensor: Encoded | WireError | None) -> None:
         if message.HasField("begun"):
+            if not self._begins.get(client):
+                raise WireError(f"client {client}: it has begun, and nobody told it to")
+            self._begins[client] -= 1
             if message.begun.attempt == self._attempt:
                 self._rolled_back.discard(client)
             return
@@ -337,6 +355,7 @@ class ClientService:
             cursor=pb.Cursor(**cursor) if cursor is not None else None,
             reference=kept is None,
         )
+        self._begins[client] = self._begins.get(client, 0) + 1
         self._outbox.send(client, pb.ServerMessage(begin=begin))
         if reference is None:
             return

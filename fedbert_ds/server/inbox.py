@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from fedbert_ds.errors import WireError
@@ -14,7 +14,7 @@ from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.held_out_inbox import HeldOutInbox
 from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.network.decoding import sender
-from fedbert_ds.server.queue.deadlines import Question
+from fedbert_ds.server.queue.deadlines import SLOWEST_UPLOAD, Question
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import MANIFEST, PipelineQueue
 from fedbert_ds.server.remote_exchange import RemoteExchange
@@ -51,6 +51,8 @@ class Inbox:
         self._activations: dict[tuple[int, str], Arrived] = {}
         self._gradients: dict[tuple[int, str], Encoded] = {}
         self._assemblers: dict[str, tuple[int, UpdateAssembler]] = {}
+        self._left_out: dict[str, set[int]] = {}
+        """Windows that went on without a client, whose updates may still come."""
         self.reports = Reports()
         """Of clients that train by themselves."""
         self.held_out = HeldOutInbox(contract)
@@ -95,6 +97,7 @@ class Inbox:
         self.drop_activations(client)
         # A gradient that came in time still counts; the queue decides.
         self._assemblers.pop(client, None)
+        self._left_out.pop(client, None)
         self.reports.drop(client)
         self.held_out.drop(client)
         self.collected.pop(client, None)
@@ -104,9 +107,16 @@ class Inbox:
         self._activations.clear()
         self._gradients.clear()
         self._assemblers.clear()
+        self._left_out.clear()
         self.reports = Reports()
         self.held_out.begin(-1)
         self.begin()
+
+    def leave_out(self, client: str, windows: Iterable[int]) -> None:
+        """These windows go on without the client: its update of each may still come, and is not
+        used.
+        """
+        self._left_out.setdefault(client, set()).update(windows)
 
     def drop_activations(self, client: str) -> None:
         """Drop those activations of a client that no forward has taken."""
@@ -149,9 +159,10 @@ class Inbox:
                 self._receive_update(client, message.update, now)
             case "trained":
                 question = Question("trained", message.trained.window)
-                is_last = self.reports.receive(client, message.trained)
-                note = self._queue.deadlines.answered if is_last else self._queue.deadlines.progress
-                note(client, question, now)
+                if self.reports.receive(client, message.trained):
+                    self._queue.deadlines.answered(client, question, now)
+                else:
+                    self._queue.deadlines.progress(client, question, now)
                 # It comes to its next manifest once this window is trained.
                 self._queue.deadlines.progress(client, MANIFEST, now)
             case "saved":
@@ -167,7 +178,7 @@ class Inbox:
     def _receive_activations(self, client: str, message: pb.Activations, tensor: Encoded | WireError | None) -> None:
         micro_batch = message.micro_batch
         who = sender(client, "activations", micro_batch)
-        if self._queue.was_skipped(client, micro_batch):
+        if self._queue.take_skipped(client, micro_batch):
             return
         piece = self._expected(client, message.window, micro_batch, "activations", who)
         num_rows, row_index = piece.tokens, None
@@ -185,7 +196,7 @@ class Inbox:
     def _receive_gradient(self, client: str, message: pb.Gradient, tensor: Encoded | WireError | None) -> None:
         micro_batch = message.micro_batch
         who = sender(client, "gradient", micro_batch)
-        if self._queue.was_skipped(client, micro_batch):
+        if self._queue.take_skipped(client, micro_batch):
             return
         piece = self._expected(client, message.window, micro_batch, "gradient", who)
         gradient = _planned(message.hidden, (piece.masked, self._contract.gradients.width), tensor, who)
@@ -210,6 +221,9 @@ class Inbox:
         if client not in self._assemblers:
             if is_whole and client in self.collected:
                 raise WireError(f"client {client}: a second client model of window {chunk.window}")
+            left_out = self._left_out.get(client, ())
+            if not is_whole and chunk.window not in left_out and client not in self._exchange.awaited(chunk.window):
+                raise WireError(f"client {client}: an update of window {chunk.window}, which nobody asked for")
             shapes = self._contract.handed_over if is_whole else self._contract.exchanged
             codec = "fp32" if is_whole else self._contract.update_codec
             self._assemblers[client] = chunk.window, UpdateAssembler(shapes, f"client {client}: its update", codec)
@@ -218,9 +232,11 @@ class Inbox:
             raise WireError(f"client {client}: an update of window {chunk.window} inside that of window {window}")
         question = Question("client model" if is_whole else "update", window)
         if not assembler.take(chunk):
-            self._queue.deadlines.progress(client, question, now)
+            self._queue.deadlines.progress(client, question, now, len(chunk.payload) / SLOWEST_UPLOAD)
             return
         del self._assemblers[client]
+        if client in self._left_out:  # updates come in order
+            self._left_out[client] = {number for number in self._left_out[client] if number > window}
         self._queue.deadlines.answered(client, question, now)
         if is_whole:
             self.collected[client] = assembler.finish()

@@ -70,8 +70,10 @@ class Membership:
 
     def expire(self, client: str) -> None:
         """End the part of a client that was silent for `clients.silence_timeout`."""
-        seconds = f"{self._queue.deadlines.silence_timeout:.0f} s (clients.silence_timeout)"
-        self.refuse(client, f"client {client} was silent for {seconds}", may_return=True)
+        deadlines = self._queue.deadlines
+        limit = "while the run stops" if deadlines.is_hurried else "(clients.silence_timeout)"
+        reason = f"client {client} was silent for {deadlines.silence_timeout:.0f} s {limit}"
+        self.refuse(client, reason, may_return=True)
 
     def evict(self, client: str) -> None:
         """End the part of a client whose connection is lost, because it joins again."""
@@ -87,6 +89,7 @@ class Membership:
             self._queue.deadlines.cancel(client, Question("update", window))
         left_out = "".join(f"; its update of window {window} is left out" for window in windows)
         self.problems.append(f"client {client} is late: windows go on without it until it answers{left_out}")
+        self._inbox.leave_out(client, [*windows, *(window for window, _ in micro_batches)])
         self._inbox.drop_activations(client)
         by_window: dict[int, list[int]] = {}
         for window, micro_batch in micro_batches:

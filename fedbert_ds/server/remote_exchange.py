@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import ClientUpdate
-from fedbert_ds.server.queue.deadlines import Deadlines, Question
+from fedbert_ds.server.queue.deadlines import SLOWEST_UPLOAD, Deadlines, Question
 from fedbert_ds.server.remote_aggregator import RemoteAggregator
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -100,7 +100,8 @@ class RemoteExchange:
                     self._deadlines.answered(client, Question("update", window), time.monotonic())
                     self._windows.get(window, set()).discard(client)
                 else:
-                    self._deadlines.progress(client, Question("update", window), time.monotonic())
+                    seconds = report.delivered.bytes / SLOWEST_UPLOAD
+                    self._deadlines.progress(client, Question("update", window), time.monotonic(), seconds)
             case "combined":
                 window = report.combined.window
                 if self._windows.pop(window, None) is not None:

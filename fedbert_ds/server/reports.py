@@ -33,15 +33,17 @@ class Reports:
     def __init__(self) -> None:
         self._window = -1
         self._awaited: dict[str, Manifest] = {}
-        self._so_far: dict[str, tuple[float, int]] = {}
-        """Loss sum and masked tokens of the parts that each awaited client has reported."""
+        self._so_far: dict[str, tuple[float, int, int]] = {}
+        """Loss sum and masked tokens of the parts that each awaited client has reported, and how
+        many parts.
+        """
         self._trained = Trained()
 
     def begin(self, window: int, manifests: Iterable[Manifest]) -> None:
         """Await the reports of these clients on `window`."""
         self._window, self._trained = window, Trained()
         self._awaited = {manifest.client: manifest for manifest in manifests}
-        self._so_far = dict.fromkeys(self._awaited, (0.0, 0))
+        self._so_far = dict.fromkeys(self._awaited, (0.0, 0, 0))
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -58,12 +60,14 @@ class Reports:
         if manifest is None or report.window != self._window:
             raise WireError(f"{who}, which was not asked for")
         check_loss(report.loss_sum, report.masked_tokens, who)
-        loss_sum, masked = self._so_far[client]
-        loss_sum, masked = loss_sum + report.loss_sum, masked + report.masked_tokens
+        loss_sum, masked, parts = self._so_far[client]
+        loss_sum, masked, parts = loss_sum + report.loss_sum, masked + report.masked_tokens, parts + 1
+        if parts > len(manifest.lengths):
+            raise WireError(f"{who}: {parts} parts of {len(manifest.lengths)} sequences")
         announced = sum(manifest.masked)
         if masked > announced or (report.last and masked != announced):
             raise WireError(f"{who}: {masked} masked tokens instead of {announced}")
-        self._so_far[client] = loss_sum, masked
+        self._so_far[client] = loss_sum, masked, parts
         if report.last:
             del self._awaited[client]
             self._trained.loss_sum += loss_sum

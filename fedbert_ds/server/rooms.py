@@ -159,6 +159,7 @@ def build_rooms(
         account,
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
         shares_moments=not strategy.halves_are_personal,
+        is_stopping=lambda: stop.requested,
     )
     return Rooms(
         contract=contract,

@@ -17,6 +17,15 @@ FLOOR_SECONDS = 30.0
 SPREADS = 8.0
 MULTIPLE = 4.0
 
+LONGEST_ANSWER = 10.0
+"""Times `silence_timeout` that one answer may take, however much of it comes meanwhile."""
+
+SLOWEST_UPLOAD = 16_000.0
+"""Bytes a second of a client update that buy its client more time."""
+
+ANEW_SECONDS = 1.0
+"""A clock is not set forward by less."""
+
 ABOUT_A_PIECE = frozenset({"activations", "gradient"})
 """Kinds of questions that a window can go on without.
 
@@ -95,6 +104,8 @@ class Deadlines:
     def __init__(self, silence_timeout: float = math.inf, answer_times: AnswerTimes | None = None) -> None:
         self.silence_timeout = silence_timeout
         """Seconds a question may stay open; its client is gone then."""
+        self.is_hurried = False
+        """`silence_timeout` is no longer the one that was set at first."""
         self.answer_times = answer_times
         """Where deadlines for pieces come from; without it no client is too slow."""
         self._open: dict[str, dict[Question, _Clock]] = {}
@@ -116,12 +127,38 @@ class Deadlines:
         A question that is not due is open, but its clock stands until it is asked again: a client
         answers for the next window when it is done with the running one.
         """
-        self._set_clock(client, question, _Clock(now, now - self._stopped if is_due else math.inf))
+        since = now - self._stopped if is_due else math.inf
+        self._set_clock(client, question, _Clock(now, since, since))
 
-    def progress(self, client: str, question: Question, now: float) -> None:
-        """Part of a long answer came: its clock starts anew."""
-        if (clock := self._clock(client, question)) is not None:
-            self._set_clock(client, question, _Clock(clock.asked, now - self._stopped))
+    def progress(self, client: str, question: Question, now: float, seconds: float = math.inf) -> None:
+        """Part of a long answer came, which deserves so many seconds more: its clock is set forward
+        by them, to now at most.
+
+        The whole answer takes `LONGEST_ANSWER` times `silence_timeout` at most.
+        """
+        clock = self._clock(client, question)
+        if clock is None or clock.since == math.inf:
+            return
+        latest = min(now - self._stopped, clock.began + (LONGEST_ANSWER - 1) * self.silence_timeout)
+        clock = clock._replace(earned=clock.earned + seconds)
+        since = min(latest, clock.since + clock.earned)
+        if since - clock.since >= ANEW_SECONDS:
+            self._set_clock(client, question, clock._replace(since=since, earned=0.0))
+        else:
+            self._open[client][question] = clock
+
+    def hurry(self, seconds: float, now: float) -> None:
+        """From now on nobody may be silent for longer than so many seconds; those before do not
+        count.
+        """
+        if self.is_hurried or seconds >= self.silence_timeout:
+            return
+        self.silence_timeout, self.is_hurried = seconds, True
+        since = now - self._stopped
+        for client, clocks in self._open.items():
+            for question, clock in list(clocks.items()):
+                if clock.since < math.inf:
+                    self._set_clock(client, question, clock._replace(since=since, began=since))
 
     def answered(self, client: str, question: Question, now: float) -> None:
         """Close a question and learn from its answer time. Does nothing if it is not open."""
@@ -149,7 +186,7 @@ class Deadlines:
         clocks = self._open.get(client, {})
         oldest = min((clock.since for clock in clocks.values()), default=math.inf)
         self._open[client] = {asked: clock for asked, clock in clocks.items() if asked.kind not in ABOUT_A_PIECE}
-        self._set_clock(client, question, _Clock(oldest + self._stopped, oldest))
+        self._set_clock(client, question, _Clock(oldest + self._stopped, oldest, oldest))
 
     def close_all(self, client: str) -> None:
         """Close every question to a client: no answer is wanted any more."""
@@ -207,4 +244,10 @@ class _Clock(NamedTuple):
     asked: float
     """By the caller's clock."""
     since: float
-    """By the clock that stands still while the rank is busy; infinite if not due yet."""
+    """By the clock that stands still while the rank is busy, and set forward by progress; infinite if
+    not due yet.
+    """
+    began: float
+    """As `since` was at first."""
+    earned: float = 0.0
+    """Seconds of progress that it was not set forward by yet."""

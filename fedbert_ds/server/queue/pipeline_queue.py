@@ -167,6 +167,13 @@ class PipelineQueue:
         self.roster.require(client)
         return self.schedule.awaited(client, micro_batch, kind).pieces[client]
 
+    def take_skipped(self, client: str, micro_batch: int) -> bool:
+        """As `was_skipped`, once: of each piece one answer may be on its way."""
+        was_skipped = self.was_skipped(client, micro_batch)
+        if was_skipped:
+            self._skipped[client].remove(micro_batch)
+        return was_skipped
+
     def was_skipped(self, client: str, micro_batch: int) -> bool:
         """Whether this piece was skipped: what still comes of it is to be ignored."""
         return micro_batch in self._skipped.get(client, ())

@@ -160,6 +160,7 @@ class Roster:
         client = manifest.client
         self.require(client)
         if manifest.window < self.next_window and client in self._left_out:
+            self._left_out.discard(client)  # it is told what comes next, and may be wrong once
             return False
         expected = self.next_window_of(client)
         if manifest.window != expected:

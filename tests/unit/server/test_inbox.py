@@ -22,6 +22,7 @@ from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.network.decoding import Decoded, decoded
 from fedbert_ds.server.network.events import Received
+from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Forward, Open, Plan
 from fedbert_ds.server.queue.packing import Piece
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
@@ -196,7 +197,8 @@ def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
         inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
     inbox.take("ada", pb.ClientMessage(update=last))
     for chunk in update_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
-        inbox.take("ada", pb.ClientMessage(update=chunk))
+        with pytest.raises(WireError, match="an update of window 0, which nobody asked for"):
+            inbox.take("ada", pb.ClientMessage(update=chunk))
     assert combined(inbox) == {"weights": [1.0]}, "a second one is not looked at"
 
 
@@ -209,8 +211,41 @@ def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> N
     assert inbox.collected["ada"][0].keys() == HALF.keys()
     with pytest.raises(WireError, match="a second client model of window 1"):
         inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
+    inbox.exchange.expect(2, dict.fromkeys(["ada"], 1), True)
     with pytest.raises(WireError, match="'head'"):
         inbox.take("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:], 5.0))))
+
+
+def test_of_a_window_that_went_on_without_a_client_one_update_may_come(inbox: Any) -> None:
+    """It was on its way; nothing is made of it, and of no other window anything is taken."""
+    chunks = [pb.ClientMessage(update=chunk) for chunk in update_chunks(3, [("table", torch.ones(3, WIDTH))], 5.0)]
+    inbox.leave_out("ada", [2, 3, 5])
+    for client, window in (("ada", 4), ("bo", 3)):
+        with pytest.raises(WireError, match=f"client {client}: an update of window {window}, which nobody asked for"):
+            inbox.take(client, pb.ClientMessage(update=pb.UpdateChunk(window=window)))
+    for chunk in chunks:
+        inbox.take("ada", chunk)
+    assert inbox.exchange.is_idle
+    for window in (2, 3):
+        with pytest.raises(WireError, match="which nobody asked for"):
+            inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=window)))
+    inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=5, name="table", shape=(3, WIDTH), payload=b"1")))
+    inbox.drop("ada")
+    with pytest.raises(WireError, match="which nobody asked for"):
+        inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=5)))
+
+
+def test_a_trickle_of_an_update_buys_no_time(inbox: Any) -> None:
+    """Bytes do, at 16 kB/s."""
+    inbox.exchange.expect(0, dict.fromkeys(["ada"], 1), True)
+    deadlines, question = inbox.queue.deadlines, Question("update", 0)
+    deadlines.close_all("ada")
+    deadlines.silence_timeout = 30.0
+    deadlines.ask("ada", question, 0.0)
+    for second in range(40):
+        payload = pb.UpdateChunk(window=0, name="table", shape=(3, WIDTH), offset=second, payload=b"1")
+        inbox.receive("ada", pb.ClientMessage(update=payload), None, float(second))
+        assert (deadlines.late(float(second)) is None) == (second <= 30)
 
 
 @pytest.mark.parametrize("saved", [pb.Saved(window=2), pb.Saved(window=3, flops_per_token=math.nan)])
@@ -237,7 +272,7 @@ def test_late_answers_of_a_skipped_piece_are_ignored(inbox: Any, monkeypatch: py
     inbox.drop_activations("ada")
     with pytest.raises(KeyError):
         inbox.take_activations(0, "ada")
-    monkeypatch.setattr(inbox.queue, "was_skipped", lambda client, micro_batch: (client, micro_batch) == ("ada", 0))
+    monkeypatch.setattr(inbox.queue, "take_skipped", lambda client, micro_batch: (client, micro_batch) == ("ada", 0))
     assert inbox.take("ada", activations()) and inbox.take("ada", gradient())
     assert inbox.is_empty
     with pytest.raises(WireError, match="nobody asked for"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import sys
 
 import pytest
 
@@ -122,6 +124,64 @@ def test_each_part_of_a_long_answer_starts_its_clock_anew() -> None:
     assert deadlines.asked_at("ada", update) == 0.0, "it was asked once"
     assert deadlines.late(37.0) is None
     assert deadlines.late(37.5) == Late("ada", is_gone=True)
+
+
+def test_progress_sets_a_clock_forward_by_what_it_deserves_and_never_beyond_now() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    update = Question("update", 2)
+    deadlines.ask("ada", update, 0.0)
+    for now in (1.0, 2.0, 3.0, 4.0):
+        deadlines.progress("ada", update, now, seconds=0.5)  # 2 s together
+    assert deadlines.late(12.0) is None
+    deadlines.progress("ada", update, 12.0, seconds=100.0)
+    assert deadlines.late(22.0) is None
+    assert deadlines.late(22.5) == Late("ada", is_gone=True)
+
+
+def test_an_answer_has_an_end_whatever_comes_of_it() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.ask("bo", SAVED, 0.0)
+    late = []
+    for second in range(200):
+        deadlines.progress("ada", SAVED, float(second))
+        if (client := deadlines.late(float(second))) is not None:
+            late.append((client.client, second))
+            deadlines.forget(client.client)
+    assert late == [("bo", 11), ("ada", 101)], "each by its own clock"
+
+
+def test_many_small_parts_take_no_memory() -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    before = sys.getsizeof(pickle.dumps(deadlines))
+    for part in range(20_000):
+        deadlines.progress("ada", SAVED, part / 10_000)
+    assert sys.getsizeof(pickle.dumps(deadlines)) < before + 200
+
+
+def test_in_a_hurry_everybody_has_the_same_few_seconds() -> None:
+    deadlines = Deadlines(silence_timeout=300.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.ask("bo", GRADIENT, 90.0)
+    deadlines.ask("cy", ACTIVATIONS, 90.0, is_due=False)
+    for now in (100.0, 105.0):
+        deadlines.hurry(10.0, now)
+    assert deadlines.late(110.0) is None, "however long they had been silent"
+    late = []
+    while (client := deadlines.late(110.5)) is not None:
+        late.append(client)
+        deadlines.forget(client.client)
+    assert late == [Late("ada", is_gone=True), Late("bo", is_gone=True)]
+    deadlines.ask("dee", SAVED, 120.0)
+    assert deadlines.late(130.0) is None and deadlines.late(130.5) == Late("dee", is_gone=True)
+
+
+def test_a_hurry_gives_nobody_more_time() -> None:
+    deadlines = Deadlines(silence_timeout=5.0)
+    deadlines.ask("ada", SAVED, 0.0)
+    deadlines.hurry(10.0, 4.0)
+    assert deadlines.late(5.5) == Late("ada", is_gone=True) and not deadlines.is_hurried
 
 
 def test_progress_of_a_question_that_is_not_open_opens_none() -> None:

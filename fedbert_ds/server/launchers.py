@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import psutil
 
+from fedbert_ds.server.network.neighbour import has_ended
+
 SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -38,7 +40,7 @@ class Launchers:
         """Whether one has ended. Looks once a second at most."""
         if not self._are_gone and self._clock() >= self._next_look:
             self._next_look = self._clock() + SECONDS_BETWEEN_LOOKS
-            self._are_gone = any(map(_has_ended, self._processes))
+            self._are_gone = any(map(has_ended, self._processes))
         return self._are_gone
 
 
@@ -47,11 +49,3 @@ def _group(process: psutil.Process) -> int | None:
         return os.getpgid(process.pid)
     except OSError:
         return None
-
-
-def _has_ended(process: psutil.Process) -> bool:
-    try:
-        # A number that another process has now counts as ended, and so does one nobody waited for.
-        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return True

@@ -6,9 +6,11 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 
+import psutil
 from google.protobuf.message import DecodeError
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.neighbour import has_ended, neighbour
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.conversation import ACKNOWLEDGE_SECONDS, MESSAGE_BYTES, UNREAD_BYTES, Conversation
 from fedbert_ds.wire.shared_memory import SharedMemory, accept
@@ -17,6 +19,9 @@ ALL_UNREAD_BYTES = 512 << 20
 """Received bytes of all clients that wait to be handled, beyond which only those are read that have
 none waiting.
 """
+
+LOOK_SECONDS = 0.5
+"""Between looks for the process of a client on this machine that has lost its connection."""
 
 DELIVERY_HEADER_BYTES = 2
 """Tag and length of a Delivery, whose own size is below 128."""
@@ -86,6 +91,8 @@ class ClientStream:
         self._conversation = Conversation()
         self._connection: object | None = None
         """Stands for the current connection; None while there is none."""
+        self._process: psutil.Process | None = None
+        """The client's, if it is on this machine."""
         self._memory: SharedMemory | None = None
         """Shared by the client for the current connection."""
         self._changed = asyncio.Event()
@@ -105,6 +112,7 @@ class ClientStream:
         client has received messages that this conversation did not send.
         """
         self._conversation.resume(attach.received)
+        self._process = neighbour(attach.shared) if attach.HasField("shared") else None
         self._share(accept(attach.shared) if attach.HasField("shared") and self._shares_memory else None)
         self._connection = connection = object()
         if self._is_lost:
@@ -217,7 +225,19 @@ class ClientStream:
             self._restart_timer()
             self._is_lost = True
             self._on_connection(self, False)
+            self._look_for_the_process()
         self._wake()
+
+    def _look_for_the_process(self) -> None:
+        """While the connection is lost: a process of this machine that has ended is not waited for.
+        """
+        if self.is_over or self._connection is not None or self._process is None:
+            return
+        if has_ended(self._process):
+            self.reason = "its process has ended"
+            self.finish()
+        else:
+            asyncio.get_running_loop().call_later(LOOK_SECONDS, self._look_for_the_process)
 
     def _share(self, memory: SharedMemory | None) -> None:
         """Send large messages through this memory, for the current connection."""

@@ -244,8 +244,8 @@ class _Clock(NamedTuple):
     asked: float
     """By the caller's clock."""
     since: float
-    """By the clock that stands still while the rank is busy, and set forward by progress; infinite if
-    not due yet.
+    """By the clock that stands still while the rank is busy, and that progress sets forward;
+    infinite if not due yet.
     """
     began: float
     """As `since` was at first."""

@@ -1,4 +1,4 @@
-"""Clients that keep a rank waiting as long as it lets them: what they cost, and the others' part."""
+"""Clients that keep a rank waiting for as long as it lets them, and what that costs the others."""
 
 from __future__ import annotations
 

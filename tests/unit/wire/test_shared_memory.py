@@ -151,6 +151,24 @@ with ServerStream(sys.argv[1], None, "ada", "session of ada") as stream:
 """
 
 
+@pytest.mark.parametrize("shares_memory", [True, False])
+def test_a_client_of_this_machine_that_is_killed_is_not_waited_for(shares_memory: bool) -> None:
+    """Though a connection that is lost may come back for an hour; the process is never waited for,
+    as where another process started it."""
+    endpoint = Endpoint("127.0.0.1", 0, None, reconnect_timeout=3600.0, shares_memory=shares_memory)
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({"ada": "session of ada"})
+    client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
+    assert endpoint.next_event(TIMEOUT) == Connected("ada")
+    client.send_signal(signal.SIGKILL)
+    while isinstance(event := endpoint.next_event(TIMEOUT), Received):
+        pass
+    assert event == Detached("ada")
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada", "its process has ended")
+    client.wait(timeout=TIMEOUT)
+    endpoint.stop(grace=0.1)
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[SharedMemory] = []
     monkeypatch.setattr(
@@ -172,7 +190,8 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
     while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
     assert event == Detached("ada")
-    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+    event = endpoint.next_event(TIMEOUT)
+    assert isinstance(event, Disconnected) and event.client == "ada"
     assert own_memory() == before
     endpoint.stop(grace=0.1)
     assert not list(Path("/dev/shm").glob("*fedbert*"))

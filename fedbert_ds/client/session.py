@@ -82,7 +82,7 @@ class ClientOptions:
 BACKOFF_SECONDS = (0.5, 30.0)
 """First and longest wait before joining again; it doubles, times 0.5 to 1.5 at random."""
 
-LONGEST_DIAL_SECONDS = 60.0
+LONGEST_DIAL_SECONDS = 20.0
 """After that long the address is looked up again."""
 
 STOPPED = 75

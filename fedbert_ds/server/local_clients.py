@@ -120,7 +120,7 @@ class LocalClients:
         while True:
             failed = [name for name, process in self.processes.items() if process.poll() not in (None, *ENDED_WELL)]
             if failed or time.monotonic() >= deadline:
-                return [f"{name} ended: {self._last_words(name)}" for name in failed]
+                return [self._end_of(name) for name in failed]
             time.sleep(0.1)
 
     def wait(self, seconds: float) -> None:
@@ -139,6 +139,10 @@ class LocalClients:
                 process.kill()
         for process in self.processes.values():
             process.wait()
+
+    def _end_of(self, name: str) -> str:
+        code = self.processes[name].returncode
+        return f"{name} was killed by signal {-code}" if code < 0 else f"{name} ended: {self._last_words(name)}"
 
     def _last_words(self, name: str) -> str:
         path = self.folder.log(name)

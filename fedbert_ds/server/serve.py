@@ -386,7 +386,7 @@ def _train(
         if rooms.remote is not None and rooms.rank_group.rank == 0:
             rooms.remote.finish(f"the run ended: {error}", complete=False)
         reasons = "; ".join(clients.failures(patience=15.0))
-        raise RunError(f"{reasons}; {error}" if reasons else str(error)) from error
+        raise RunError(f"{reasons}; {error}" if reasons and reasons not in str(error) else str(error)) from error
 
 
 def _bind(cores: frozenset[int]) -> frozenset[int]:

@@ -67,9 +67,13 @@ class Federation:
         return {name: code for name, code in codes.items() if code}
 
     def start_ranks(self, num: int, *overrides: str, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
-        """Start so many ranks; those there were are killed first."""
-        self.kill(*(name for name in self.processes if name.startswith("rank")))
+        """Start so many ranks; those there were are killed first, their address is forgotten."""
         (self.run_folder / "server.address").unlink(missing_ok=True)
+        self.restart_ranks(num, *overrides, resume=resume, kills=kills)
+
+    def restart_ranks(self, num: int, *overrides: str, resume: bool = False, kills: Sequence[Kill] = ()) -> None:
+        """Start so many ranks in the folder as it is; those there were are killed first."""
+        self.kill(*(name for name in self.processes if name.startswith("rank")))
         config = self.run_file()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

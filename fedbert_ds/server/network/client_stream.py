@@ -229,8 +229,7 @@ class ClientStream:
         self._wake()
 
     def _look_for_the_process(self) -> None:
-        """While the connection is lost: a process of this machine that has ended is not waited for.
-        """
+        """While the connection is lost: a process that has ended is not waited for."""
         if self.is_over or self._connection is not None or self._process is None:
             return
         if has_ended(self._process):

@@ -113,6 +113,12 @@ def test_a_client_that_ends_well_or_says_nothing(started: Callable[..., LocalCli
     assert [failure.split(" (see")[0] for failure in clients.failures()] == ["cy ended: without a word"]
 
 
+def test_a_client_that_is_killed_is_named_as_such(started: Callable[..., LocalClients]) -> None:
+    clients = started(ada="import time; time.sleep(60)")
+    clients.processes["ada"].kill()
+    assert wait_for_failures(clients) == ["ada was killed by signal 9"]
+
+
 def test_a_client_is_no_rank(started: Callable[..., LocalClients], monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in RANK_VARIABLES:
         monkeypatch.setenv(variable, "3")

@@ -140,7 +140,7 @@ class RankStatus:
     """Connected clients."""
     stop: bool
     problems: tuple[str, ...]
-    """Every problem with clients so far, a sentence each."""
+    """The last problems with clients, a sentence each."""
     new_problems: tuple[str, ...]
     """Problems of the window that has just ended."""
     tally: Tally = field(default_factory=Tally)

@@ -13,6 +13,9 @@ from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
 from fedbert_ds.server.remote_exchange import RemoteExchange
 from fedbert_ds.wire import fedbert_pb2 as pb
 
+MOST_PROBLEMS = 100
+"""That are kept, and told of one window: a client can cause as many as it likes."""
+
 
 class Membership:
     """Tells every room of a rank when a client joins, is suspended or leaves.
@@ -38,13 +41,16 @@ class Membership:
         self._outbox = outbox
         self._revoke = revoke
         self._waits = waits
-        self._told = 0
+        self._new: list[str] = []
+        """Problems since the last `take_new_problems`, the first ones."""
+        self._more_new = 0
+        """How many came after these."""
         self.detached: set[str] = set()
         """Connected clients that have lost their connection and may still come back to it."""
         self.absent: set[str] = set()
         """With `waits`: clients with a seat here that are gone; nothing goes on without them."""
         self.problems: list[str] = []
-        """Every problem with clients, a sentence each, in order."""
+        """The last problems with clients, a sentence each, in order."""
         self._times_bounded: dict[str, int] = {}
         self._bounded_told = 0
 
@@ -52,18 +58,18 @@ class Membership:
         """A client opened its stream. Windows do not wait for one that comes while they run."""
         self._queue.join(client, now, is_awaited)
         if client in self.absent or not is_awaited:
-            self.problems.append(f"client {client} has joined the run that is under way")
+            self._note(f"client {client} has joined the run that is under way")
         self.absent.discard(client)
 
     def disconnect(self, client: str, reason: str = "") -> None:
         """A client's stream ended. Does nothing for a client that is gone already."""
         if self._queue.is_connected(client):
-            self.problems.append(f"client {client} disconnected" + (f": {reason}" if reason else ""))
+            self._note(f"client {client} disconnected" + (f": {reason}" if reason else ""))
             self._leave(client)
 
     def refuse(self, client: str, reason: str, may_return: bool = False) -> None:
         """End a client's part in the run and tell it the reason, and whether it may join again."""
-        self.problems.append(reason)
+        self._note(reason)
         refused = pb.Refused(reason=reason, may_return=may_return)
         self._outbox.close(client, pb.ServerMessage(refused=refused))
         self._leave(client)
@@ -88,7 +94,7 @@ class Membership:
         for window in windows:
             self._queue.deadlines.cancel(client, Question("update", window))
         left_out = "".join(f"; its update of window {window} is left out" for window in windows)
-        self.problems.append(f"client {client} is late: windows go on without it until it answers{left_out}")
+        self._note(f"client {client} is late: windows go on without it until it answers{left_out}")
         self._inbox.leave_out(client, [*windows, *(window for window, _ in micro_batches)])
         self._inbox.drop_activations(client)
         by_window: dict[int, list[int]] = {}
@@ -106,7 +112,7 @@ class Membership:
         count = self._times_bounded[client] = self._times_bounded.get(client, 0) + 1
         if is_power_of_ten(count):
             often = "" if count == 1 else f"; {count} times so far"
-            self.problems.append(
+            self._note(
                 f"client {client}: its {what} was {times:.3g} times what may count (federation.bound), and is scaled "
                 f"down{often}"
             )
@@ -119,9 +125,17 @@ class Membership:
 
     def take_new_problems(self) -> tuple[str, ...]:
         """Problems since the last call."""
-        new = tuple(self.problems[self._told :])
-        self._told = len(self.problems)
+        new = (*self._new, *([f"{self._more_new} more problems with clients"] if self._more_new else []))
+        self._new, self._more_new = [], 0
         return new
+
+    def _note(self, problem: str) -> None:
+        if len(self._new) < MOST_PROBLEMS:
+            self._new.append(problem)
+        else:
+            self._more_new += 1
+        self.problems.append(problem)
+        del self.problems[:-MOST_PROBLEMS]
 
     def _leave(self, client: str) -> None:
         self._queue.lose(client)

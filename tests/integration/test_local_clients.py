@@ -12,7 +12,7 @@ import pytest
 from integration.cluster import run_file, write_text
 from integration.federation import Federation, fork_quickly
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 fork_quickly()
 
 
@@ -44,9 +44,9 @@ def kill_client(run: Federation, name: str) -> None:
 def test_a_run_that_needs_a_local_client_which_was_killed_saves_and_names_it(tmp_path: Path) -> None:
     with federation(tmp_path) as run:
         run.start_ranks(1)
-        run.wait(lambda: run.num_windows >= 2)
+        run.wait(lambda: run.num_windows >= 2, timeout=400)
         kill_client(run, "client-01")
-        run.wait(lambda: not run.is_running)
+        run.wait(lambda: not run.is_running, timeout=400)
         assert run.failures() == {"rank 0": 6}, run.logs()
         log = run.log("rank 0")
         assert "client client-01 disconnected: its process has ended" in log
@@ -61,9 +61,9 @@ def test_a_run_that_can_goes_on_after_a_local_client_was_killed(tmp_path: Path, 
     """Without it, or with it: it is started again."""
     with federation(tmp_path, on_loss=on_loss, minimum=1) as run:
         run.start_ranks(1)
-        run.wait(lambda: run.num_windows >= 2)
+        run.wait(lambda: run.num_windows >= 2, timeout=400)
         kill_client(run, "client-01")
-        run.wait(lambda: not run.is_running)
+        run.wait(lambda: not run.is_running, timeout=400)
         assert run.failures() == {}, run.logs()
     rows = run.metrics()
     assert [row["window"] for row in rows] == list(range(60))
@@ -81,5 +81,5 @@ def test_the_address_of_a_server_that_was_killed_misleads_nobody(tmp_path: Path)
             run.start_client(client)
         run.wait(lambda: somebody.accept() is not None)
         run.restart_ranks(1)
-        run.wait(lambda: not run.is_running, timeout=300)
+        run.wait(lambda: not run.is_running, timeout=400)
         assert run.failures() == {}, run.logs()

@@ -122,7 +122,7 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
     ),
     "half before it is asked for": (
         lambda: beside("manifest", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),
-        "did not arrive whole",
+        "an update of window 0, which nobody asked for",
     ),
     "half without end": (
         lambda: beside("update", pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=1.0))),

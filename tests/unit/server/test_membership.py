@@ -134,3 +134,14 @@ def test_windows_go_on_while_one_comes_that_is_not_awaited(rank: Rank) -> None:
     announce(rank, "ada", "bo")
     decision = rank.served.rooms.queue.decide(rank.clock.now)
     assert isinstance(decision, Plan) and {m.client for m in decision.manifests} == {"ada", "bo"}
+
+
+def test_a_client_that_comes_and_goes_for_ever_takes_no_memory(rank: Rank) -> None:
+    """Every rank hears of these problems, at every window."""
+    for _ in range(1000):
+        members(rank).refuse("bo", "client bo: no")
+        members(rank).join("bo", 0.0)
+    assert members(rank).problems == ["client bo: no"] * 100
+    told = members(rank).take_new_problems()
+    assert len(told) == 101 and told[-1].endswith("more problems with clients")
+    assert members(rank).take_new_problems() == ()

@@ -94,7 +94,7 @@ def test_without_the_other_process_it_stops_at_once(child: Running) -> None:
 def test_events_are_reported_in_order_and_frames_as_they_came(child: Running) -> None:
     child.listener.events.put(Connected("ada"))
     child.listener.events.put(received_frame("ada", pb.ClientMessage(), b"a frame", 5))
-    for event in (Detached("ada"), Attached("ada"), Disconnected("ada")):
+    for event in (Detached("ada"), Attached("ada"), Disconnected("ada", "so")):
         child.listener.events.put(event)
     reported = [child.channel.receive() for _ in range(5)]
     assert reported == [
@@ -102,7 +102,7 @@ def test_events_are_reported_in_order_and_frames_as_they_came(child: Running) ->
         (["received", "ada", 5], b"a frame"),
         (["detached", "ada"], b""),
         (["attached", "ada"], b""),
-        (["disconnected", "ada"], b""),
+        (["disconnected", "ada", "so"], b""),
     ]
 
 

@@ -284,6 +284,9 @@ def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _eval(options: argparse.Namespace) -> None:
+    for name in ("batch_size", "workers"):
+        if (value := getattr(options, name)) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: at least 1")
     from fedbert_ds.evaluation.labelled import evaluate_task, is_fine_tuned
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,11 +86,21 @@ def warn(problem: str) -> None:
     print(f"warning {one_line(problem)}", flush=True)
 
 
+def print_everything() -> None:
+    """From now on a character that the output's encoding lacks is printed as its escape: a name in
+    another script must not end a process whose log is ASCII.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate an entry point: a UserError becomes one line and an exit code, and so does Ctrl-C. A
     bug keeps its traceback."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        print_everything()
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from fedbert_ds.config import RunConfig, load_config
-from fedbert_ds.errors import UserError, exit_with
+from fedbert_ds.errors import UserError, exit_with, print_everything
 from fedbert_ds.server.run_folder import RunFolder
 
 
@@ -22,6 +22,7 @@ def main() -> None:
 
     A UserError is one line on standard error and its exit code.
     """
+    print_everything()
     parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
     parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")

@@ -20,8 +20,9 @@ class StopFlag(Protocol):
 
 
 class StopSignal:
-    """Set by Ctrl-C, SIGTERM (a launcher) and SIGUSR1 (SLURM's warning), and once a launcher is
-    gone, by kill -9 for instance: nobody could stop the run any more.
+    """Set by Ctrl-C, SIGTERM (a launcher), SIGUSR1 (SLURM's warning) and SIGHUP (a terminal that
+    was closed, unless nohup has it ignored), and once a launcher is gone, by kill -9 for instance:
+    nobody could stop the run any more.
 
     Another Ctrl-C then raises KeyboardInterrupt.
     """
@@ -31,6 +32,8 @@ class StopSignal:
         self._launchers = launchers or Launchers.of_this_process()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._ask)
 
     @property
     def requested(self) -> bool:

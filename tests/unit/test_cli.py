@@ -47,6 +47,8 @@ def test_eval_prints_loss_and_perplexity_the_same_each_time(checkpoint, capsys) 
     "arguments, says",
     [
         (["eval", "--model", "nowhere/at-all", "--data", "text.jsonl"], "nowhere/at-all"),
+        (["eval", "--model", "m", "--data", "d", "--batch-size", "0"], "--batch-size 0: at least 1"),
+        (["eval", "--model", "m", "--data", "d", "--workers", "-1"], "--workers -1: at least 1"),
         (["client", "--server", "x:1", "--data", "y", "--cut", "middle"], "--cut middle: choose"),
         (["client", "--server", "x:1", "--data", "y", "--cut", "layers:0"], "--cut layers:0: choose"),
         (["aggregator", "--config", "no.yaml"], "no.yaml: no such run file"),

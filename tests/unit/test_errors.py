@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +93,19 @@ def test_ctrl_c_is_one_line_and_the_exit_code_that_shells_have(capsys: pytest.Ca
             main(kept)
         assert left.value.code == INTERRUPTED == 130
         assert capsys.readouterr() == ("", f"\nfedbert-ds: {line}\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_every_name_is_printed_whatever_the_log_is_written_in(tmp_path: Path, encoding: str) -> None:
+    arguments = ["client", "--server", "here:1", "--data", "notes/病人 é.txt", "--id", "Klinik"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "fedbert_ds.cli", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    told = ended.stderr.decode(encoding).splitlines()
+    assert ended.returncode == 3 and len(told) == 1 and told[0].startswith("fedbert-ds: notes/"), told
+    assert ("病人" in told[0]) == (encoding == "utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 from fedbert_ds.server.stop_signal import StopSignal
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,13 @@ def test_a_signal_is_a_request(number: signal.Signals) -> None:
     assert not stop.requested
     signal.raise_signal(number)
     assert stop.requested
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.requested
 
 
 def test_a_second_ctrl_c_kills_and_a_second_warning_does_not() -> None:

@@ -14,6 +14,7 @@ from benchmarks.codecs.report import table as codecs_table
 from benchmarks.codecs.settings import BASELINE, Setting, all_in
 from benchmarks.collectives.benchmark import table as collectives_table
 from benchmarks.evaluation.benchmark import table as evaluation_table
+from benchmarks.fine_tuning.benchmark import table as fine_tuning_table
 from benchmarks.fp8.benchmark import table as fp8_table
 from benchmarks.glue.benchmark import table as glue_table
 from benchmarks.memory.benchmark import table as memory_table
@@ -386,3 +387,11 @@ def test_glue_sst_2():
     assert row["train_examples"] == 67_349 and len(row["epochs"]) == 1
     assert row["dev"]["dev"]["accuracy"] > 0.88
     assert f"{100 * row['dev']['dev']['accuracy']:.1f} % on the whole dev set" in README
+
+
+def test_fine_tuning_sst_2():
+    record = json.loads((BENCHMARKS / "results" / "fine-tuning-sst-2.json").read_text(encoding="utf-8"))
+    assert fine_tuning_table(record["rows"]) in README
+    assert record["train_examples"] == 67_349
+    assert [row["way"] for row in record["rows"]] == ["in one place", "split, 1 client", "synchronous, 4 clients"]
+    assert all(row["measures"]["accuracy"] > 0.88 for row in record["rows"])

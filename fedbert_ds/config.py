@@ -493,8 +493,9 @@ class ClientsSection(Section):
     """Where those compute. `cuda` deals them to all GPUs of this machine, on which the ranks
     compute, too."""
     join_timeout: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds to wait at the start for `expected` clients to join, then for their streams; and in a
-    run for clients that it cannot go on without."""
+    """Seconds to wait at the start for `expected` clients to join, then for their streams: who has
+    joined and not come by then counts as lost, and somebody else may have its place; and in a run
+    for clients that it cannot go on without."""
     silence_timeout: Annotated[float, Field(gt=0.0)] = 300.0
     """Seconds that a client may owe an answer. After that it is gone."""
     reconnect_timeout: Annotated[float, Field(gt=0.0)] = 60.0

@@ -73,6 +73,8 @@ class Reception:
         self._strategy = strategy
         self._joins: dict[str, _Join] = {}
         self._refusals = Refusals()
+        self._awaited = dict.fromkeys(members.seats, time.monotonic())
+        """When each client was let in that has not opened its stream since."""
 
     def hear(self, event: JoinAsked | JoinAbandoned) -> None:
         """Take a join in, or answer it with what is wrong with it; forget one that went away."""
@@ -99,7 +101,8 @@ class Reception:
         return bool(self._joins)
 
     def decide(self, connected: frozenset[str], detached: frozenset[str], now: float) -> Admissions:
-        """Who is let in, and whose place they take. The others wait, or are refused.
+        """Who is let in, and whose place they take. The others wait, or are refused. A place that
+        is kept for a client which has not opened its stream yet is no reason to refuse: they wait.
 
         `connected` are the clients of all ranks, `detached` those among them that have lost their
         connection.
@@ -107,6 +110,7 @@ class Reception:
         seats: dict[str, Seat] = {}
         evicted = set()
         most = self._invitation.config.clients.most
+        self.see(connected, now)
         for name, join in sorted(self._joins.items()):
             if name in detached:
                 evicted.add(name)
@@ -115,14 +119,27 @@ class Reception:
                     self._refuse(name, f"client {name} is here already; end it, or give each client its own --id")
             elif name not in self._members.seats and len(connected | seats.keys()) >= most:
                 self._refuse(name, f"client {name}: the run has its {most} clients; raise clients.maximum")
-            else:
+            elif name in self._members.seats or len(connected | self._awaited.keys()) < most:
                 seats[name] = self._seat(join.hello)
+                self._awaited[name] = now
         return Admissions(seats, frozenset(evicted))
 
     def welcome(self, admissions: Admissions) -> None:
         """Answer the joins that are let in."""
         for client, seat in admissions.seats.items():
             reply(self._joins.pop(client).answer, self._invitation.to(seat))
+
+    def see(self, connected: frozenset[str], now: float) -> None:
+        """These clients are here: their places no longer wait for them. Nor do those of clients
+        that have not come for a while: somebody else may have them.
+        """
+        patience = self._invitation.config.clients.join_timeout
+        for client, since in list(self._awaited.items()):
+            if client in connected:
+                del self._awaited[client]
+            elif now - since > patience:
+                del self._awaited[client]
+                self._shard_sizes.pop(client, None)
 
     def _seat(self, hello: pb.Hello) -> Seat:
         """The seat a member had; for a new client one at the rank with the fewest tokens."""
@@ -184,11 +201,13 @@ class Newcomers:
 
         New clients count from `window` on, which no rank has planned yet.
         """
+        connected = frozenset().union(*(status.clients for status in statuses))
+        if self._reception is not None:
+            self._reception.see(connected, time.monotonic())
         if not any(status.is_asked for status in statuses):
             return
         decided = None
         if self._reception is not None:
-            connected = frozenset().union(*(status.clients for status in statuses))
             detached = frozenset().union(*(status.detached for status in statuses))
             decided = self._reception.decide(connected, detached, time.monotonic())
         admissions = self._rank_group.broadcast(decided, Admissions)

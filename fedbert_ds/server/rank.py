@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from fedbert_ds.config import ClientsSection, OptimizerSection, RunSection
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import RunError, warn
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.network.events import POLL_SECONDS
@@ -76,8 +76,9 @@ class RankServer:
     def connect(self) -> None:
         """Wait until every client has opened its stream, at whichever rank it is seated.
 
-        One whose process ended before that may join again. Raises RunError, on every rank, after
-        `clients.join_timeout` seconds.
+        One whose process ended before that may join again. After `clients.join_timeout` seconds the
+        run goes on without who has not come, as without any client that is lost. Raises RunError,
+        on every rank, if nobody has come by then.
         """
         deadline = time.monotonic() + self._clients.join_timeout
         self._service.awaits_newcomers = True
@@ -90,8 +91,14 @@ class RankServer:
                 self._queue.hold(False)
                 return
             if any(status.has_given_up for status in statuses):
-                names = ", ".join(missing)
-                raise RunError(f"{names} joined but opened no stream; is server.advertise reachable from there?")
+                problem = f"{', '.join(missing)} joined but opened no stream; is server.advertise reachable from there?"
+                if not here:
+                    raise RunError(problem)
+                self._rooms.membership.problems.append(problem)
+                if self._rooms.rank_group.rank == 0:
+                    warn(problem)
+                self._queue.hold(bool(self._rooms.membership.absent))
+                return
             self._newcomers.let_in(statuses, self._first_window + self._rooms.staleness + PLANNED_AHEAD)
             self._service.dispatch(self._service.next_event(POLL_SECONDS))
             self._watch()

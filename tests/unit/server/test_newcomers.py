@@ -126,6 +126,48 @@ def test_a_lost_connection_keeps_no_place_from_a_client_that_joins_again(clock: 
     assert reception.decide(frozenset({"ada"}), NOBODY, clock.now).seats.keys() == {"bo"}
 
 
+def test_who_joins_and_opens_no_stream_keeps_its_place_for_a_while(clock: Clock, members: Members) -> None:
+    """Whoever comes meanwhile waits, and has it then."""
+    reception = reception_of(members, most=2)
+    patience = run_config().clients.join_timeout
+    reception.see(frozenset({"ada"}), clock.now)
+    answer = asks(reception, "cy")
+    clock.now += patience - 1
+    assert reception.decide(frozenset({"ada"}), NOBODY, clock.now) == Admissions({}, NOBODY)
+    assert not answer.done() and reception.is_asked
+    clock.now += 2
+    admissions = reception.decide(frozenset({"ada"}), NOBODY, clock.now)
+    assert admissions.seats.keys() == {"cy"} and admissions.seats["cy"].tokens == 500, "a share without bo's text"
+    # Bo's own seat is still bo's, should it come.
+    members.admit(admissions.seats, 7)
+    reception.welcome(admissions)
+    asks(reception, "bo")
+    assert reception.decide(frozenset({"ada"}), NOBODY, clock.now).seats["bo"].rank == 1
+
+
+def test_names_that_only_join_fill_no_run(clock: Clock, members: Members) -> None:
+    """A caller that asks for seat after seat has as many as there are free, and no more."""
+    reception = reception_of(members, most=4)
+    reception.see(HERE, clock.now)
+    answers = [asks(reception, f"ghost-{number}") for number in range(50)]
+    admissions = reception.decide(HERE, NOBODY, clock.now)
+    assert len(admissions.seats) == 2
+    members.admit(admissions.seats, 7)
+    reception.welcome(admissions)
+    assert sum(answer.exception(timeout=0) is None for answer in answers) == 2
+    more = [asks(reception, f"ghost-{number}") for number in range(50, 100)]
+    assert reception.decide(HERE, NOBODY, clock.now) == Admissions({}, NOBODY)
+    assert not any(answer.done() for answer in more)
+
+
+def test_a_lost_client_s_place_waits_for_nobody(clock: Clock, members: Members) -> None:
+    """It had opened its stream."""
+    reception = reception_of(members, most=2)
+    reception.see(HERE, clock.now)
+    asks(reception, "cy")
+    assert reception.decide(frozenset({"ada"}), NOBODY, clock.now).seats.keys() == {"cy"}
+
+
 def test_a_client_that_is_here_keeps_its_place_after_a_while(clock: Clock, members: Members) -> None:
     """The process before may be dead, and the server may not know it yet."""
     reception = reception_of(members)

@@ -238,10 +238,22 @@ def test_a_join_that_is_one_too_many_is_answered(monkeypatch: pytest.MonkeyPatch
         answer.result(timeout=0)
 
 
-def test_a_client_that_joined_and_never_came_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_joined_and_never_came_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is named, and the others train on."""
+    config = run_config(clients={"join_timeout": 5.0, "minimum": 2})
+    rank = Rank(monkeypatch, config, trio(config), latency=lambda client, event: 1e9 if client == "bo" else 0.0)
+    assert rank.run() == 2
+    problem = "bo joined but opened no stream; is server.advertise reachable from there?"
+    assert f"warning {problem}\n" in capsys.readouterr().out
+    assert {client.name: len(client.windows_stepped) for client in rank.clients} == {"ada": 2, "bo": 0, "cy": 2}
+
+
+def test_a_run_to_which_nobody_came_names_them(monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(clients={"join_timeout": 5.0})
-    rank = Rank(monkeypatch, config, trio(config), latency=lambda client, event: 10.0 if client == "bo" else 0.0)
-    with pytest.raises(RunError, match=r"^bo joined but opened no stream; is server\.advertise reachable from there\?"):
+    rank = Rank(monkeypatch, config, trio(config), latency=lambda client, event: 1e9)
+    with pytest.raises(RunError, match=r"^ada, bo, cy joined but opened no stream; is server\.advertise reachable"):
         rank.run()
 
 

@@ -28,7 +28,7 @@ from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import shape_hash
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.address_file import look_up
+from fedbert_ds.wire.address_file import await_change, look_up
 from fedbert_ds.wire.channel import TlsFiles, await_ready, connect, is_loopback
 from fedbert_ds.wire.introduction import join
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
@@ -241,7 +241,7 @@ def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcom
                 deadline = min(deadline, begun + options.connect_timeout)
             if time.monotonic() + backoff > deadline:
                 raise
-        time.sleep(backoff * random.uniform(0.5, 1.5))
+        await_change(options.server, backoff * random.uniform(0.5, 1.5))
         backoff = min(2 * backoff, longest)
 
 

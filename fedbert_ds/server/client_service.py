@@ -26,6 +26,7 @@ from fedbert_ds.server.network.events import (
     Disconnected,
     JoinAbandoned,
     JoinAsked,
+    Knocked,
 )
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.deadlines import Question
@@ -163,6 +164,9 @@ class ClientService:
                 self._begin(client)
             case Detached(client) if self._queue.is_connected(client):
                 self._membership.detached.add(client)
+            case Knocked(client) if client in self._membership.detached:
+                # Its process has ended: nobody has to wait for the connection to come back.
+                self._membership.evict(client)
             case Attached(client):
                 self._membership.detached.discard(client)
             case Disconnected(client, reason):

@@ -100,6 +100,11 @@ class Reception:
         """There are joins to decide about."""
         return bool(self._joins)
 
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Names of the clients that ask to join."""
+        return tuple(self._joins)
+
     def decide(self, connected: frozenset[str], detached: frozenset[str], now: float) -> Admissions:
         """Who is let in, and whose place they take. The others wait, or are refused. A place that
         is kept for a client which has not opened its stream yet is no reason to refuse: they wait.

@@ -46,6 +46,7 @@ from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.first_sizes import first_sizes
 from fedbert_ds.server.hand_over import best_model_keeper, hand_over
 from fedbert_ds.server.heartbeat import Heartbeat
+from fedbert_ds.server.knocks import Knocks
 from fedbert_ds.server.local_clients import LocalClients, new_tokens
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.door import DoorRules
@@ -157,13 +158,14 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         reception = None
         if ranks.rank == 0:
             reception = Reception(expectation, invitation, members, joins.shard_sizes, rule)
+        knocks = Knocks(ranks.rank, ranks.world_size)
         rooms = build_rooms(
             config,
             contract,
             engine,
             endpoint,
             aggregator,
-            decoding.next_event,
+            knocks.among(decoding.next_event, lambda: reception.waiting if reception is not None else ()),
             ranks,
             members,
             start.first_window,
@@ -173,9 +175,11 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             threads,
         )
         at_end.callback(decoding.stop)
+        at_end.callback(knocks.stop)
         at_end.callback(rooms.service.settle)
         endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
         decoding.start()
+        knocks.start()
         if ranks.rank == 0:
             folder.checkpoints.begin_at(start.first_window)
         checkpoints = Checkpoints(rooms, folder.checkpoints)

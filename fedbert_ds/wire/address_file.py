@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from fedbert_ds.atomic_write import write_text
@@ -9,6 +10,9 @@ from fedbert_ds.errors import RunOver, ServerAway
 
 SUFFIX = ".address"
 """Ends the file's name; nothing else that a client may be given as the server does."""
+
+LOOK_SECONDS = 0.2
+"""Between two looks at a file whose change is awaited."""
 
 COMPLETE = "complete"
 """What the file holds once the run is complete, until the run is extended."""
@@ -27,6 +31,22 @@ def hide(file: Path) -> None:
 def close(file: Path) -> None:
     """Tell clients that the run is complete and needs none of them."""
     write_text(file, COMPLETE + "\n")
+
+
+def await_change(server: str, seconds: float) -> None:
+    """Wait so long; where `server` names a file, only until the file says something else."""
+    before, deadline = _content(server), time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        time.sleep(min(left, LOOK_SECONDS))
+        if _content(server) != before:
+            return
+
+
+def _content(server: str) -> str | None:
+    try:
+        return Path(server).read_text(encoding="utf-8") if server.endswith(SUFFIX) else None
+    except OSError:
+        return None
 
 
 def look_up(server: str) -> str:

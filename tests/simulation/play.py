@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -179,8 +180,13 @@ class Coordinator:
 
     def join(self, event: JoinAsked | JoinAbandoned) -> None:
         """A client calls Join at rank 0."""
-        if 0 in self._endpoints:
-            self._endpoints[0].join(event)
+        if 0 not in self._endpoints:
+            return
+        self._endpoints[0].join(event)
+        if isinstance(event, JoinAsked):
+            for endpoint in self._endpoints.values():
+                knock = partial(endpoint.knock, event.hello.client)
+                self.play.world.after(self.play.world.random.random(), knock)
 
     def open(
         self, client: str, rank: int, session: str, seed: int,

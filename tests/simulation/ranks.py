@@ -17,7 +17,15 @@ from fedbert_ds.federation.averaging import combine_ranks
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.influence import Vote
 from fedbert_ds.server.network.decoding import Decoded, DecodedEvent
-from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    JoinAbandoned,
+    JoinAsked,
+    Knocked,
+)
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 Work = deque[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]]
@@ -222,6 +230,10 @@ class Endpoint:
     def join(self, event: JoinAsked | JoinAbandoned) -> None:
         """A client joins, or goes away while it waits."""
         self._events.append(event)
+
+    def knock(self, client: str) -> None:
+        """Every rank hears that a client waits at rank 0."""
+        self._events.append(Knocked(client))
 
     def open(self, stream: Stream, session: str) -> bool:
         """A client opens its stream; False for a wrong session."""

@@ -21,6 +21,7 @@ from fedbert_ds.server.network.events import (
     Event,
     JoinAbandoned,
     JoinAsked,
+    Knocked,
     Received,
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -41,7 +42,7 @@ class Decoded:
     """[rows, width], or what is wrong with it; None for a message without a tensor."""
 
 
-DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Detached | Attached | Disconnected
+DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Detached | Attached | Disconnected | Knocked
 
 
 def decoded(event: Event, contract: Contract, pinned: bool = False) -> DecodedEvent:

@@ -67,6 +67,13 @@ class Attached:
     client: str
 
 
+@dataclass(frozen=True)
+class Knocked:
+    """Somebody waits at the coordinator to join as this client."""
+
+    client: str
+
+
 Event = JoinAsked | JoinAbandoned | Connected | Received | Detached | Attached | Disconnected
 
 

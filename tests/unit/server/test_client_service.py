@@ -16,7 +16,15 @@ from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import Reference, from_bytes
 from fedbert_ds.server.network.decoding import Decoded
-from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, JoinAbandoned, Received
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    JoinAbandoned,
+    Knocked,
+    Received,
+)
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Step
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -256,6 +264,13 @@ def test_a_lost_connection_is_kept_in_mind_until_it_is_back(rank: Rank) -> None:
     assert membership.detached == set() and rank.served.rooms.queue.clients == {"ada"}
     assert service.dispatch(Attached("bo"))
     assert membership.detached == set()
+
+
+def test_a_client_whose_next_process_waits_is_not_waited_for(rank: Rank) -> None:
+    service, rooms = rank.served.rooms.service, rank.served.rooms
+    assert service.dispatch(Knocked("bo")) and rooms.queue.clients == {"ada", "bo"}, "it is here"
+    service.dispatch(Detached("bo"))
+    assert service.dispatch(Knocked("bo")) and rooms.queue.clients == {"ada"}
 
 
 def test_a_client_that_connects_twice_joins_again(rank: Rank) -> None:

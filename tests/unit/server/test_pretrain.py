@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,16 @@ def test_a_restart_resumes_a_run_that_had_begun(tmp_path: Path, monkeypatch: pyt
     assert pretrain.is_restart(config)
     RunFolder(config.run.directory).remove()
     assert not pretrain.is_restart(config), "it died before it had begun"
+
+
+@pytest.mark.parametrize("number", pretrain.FULL)
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def run_out(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(pretrain, "load_config", run_out)
+    assert run(monkeypatch, "--config", "run.yaml") == 6
+    told = capsys.readouterr().err
+    assert told.startswith(f"fedbert-ds: runs/a/metrics.jsonl: {os.strerror(number)}; what was saved is whole: ")

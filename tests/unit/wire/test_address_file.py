@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -32,3 +33,18 @@ def test_it_tells_that_a_run_is_complete_until_it_is_extended(tmp_path: Path) ->
 
 def test_an_address_is_no_file() -> None:
     assert address_file.look_up("gpu-1:29600") == "gpu-1:29600"
+
+
+def test_whoever_waits_looks_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is back is found at once, however long the client would have waited."""
+    file = tmp_path / "server.address"
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            address_file.reveal(file, "gpu-1:29600")
+
+    monkeypatch.setattr(address_file, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
+    address_file.await_change(str(file), 1000.0)
+    assert naps == [address_file.LOOK_SECONDS] * 3

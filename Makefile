@@ -4,6 +4,7 @@
 # make same            six short runs: compare losses and weights with the recorded ones, bit by bit
 # make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
 # make schedules       simulated schedules of ranks, clients and faults (ARGS="--schedules 100000", --seed 7)
+# make faults          one long run that everything happens to (ARGS="--faults 62 --minutes 30 --processes 32")
 # make card            all that a GPU is needed for, in 12 minutes (MINUTES=5, OUT=FILE.json, ARGS="--only waits")
 # make audit           known vulnerabilities of the installed packages (.ci/run does this, too)
 # make sbom            the installed packages as CycloneDX JSON, for a release (OUT=FILE.json)
@@ -46,7 +47,7 @@ LOG := $(VENV)/install.log
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same chaos schedules card audit sbom setup clean
+.PHONY: pretrain test compile-check same chaos schedules faults card audit sbom setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -69,6 +70,9 @@ chaos: $(STAMP)
 
 schedules: $(STAMP)
 	@python tests/simulation/schedules.py $(ARGS)
+
+faults: $(STAMP)
+	@python tests/integration/faults.py $(ARGS)
 
 card: $(STAMP)
 	@python -m benchmarks.card --minutes $(MINUTES) --out $(or $(OUT),runs/card.json) $(ARGS)

@@ -134,14 +134,14 @@ def train(
     return Disturbed(Federation(place, tree, data), kills, mode.startswith("synchronous")).train(timeout)
 
 
-def outcome(run_folder: Path) -> Outcome:
+def outcome(run_folder: Path, windows: int = WINDOWS) -> Outcome:
     """Losses and weights of a finished run."""
     from safetensors.torch import load_file
 
     from fedbert_ds.model.halves import CLIENT_MODEL, merge_folders
 
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["window"] for row in rows] == list(range(WINDOWS)), [row["window"] for row in rows]
+    assert [row["window"] for row in rows] == list(range(windows)), [row["window"] for row in rows]
     assert not any(row["lost_masked_tokens"] for row in rows), "tokens were lost"
     model, elsewhere = run_folder / "hf", run_folder.with_name(f"{run_folder.name}-aggregator")
     if elsewhere.exists():

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from integration.faults_process import obey
+
 # Imported before processes are forked off: each is up at once.
 import fedbert_ds.aggregator.process
 import fedbert_ds.client.session
@@ -42,6 +44,7 @@ def run_process(who: str, arguments: list[str], variables: dict[str, str], log: 
         os.dup2(output.fileno(), 2)
     os.setsid()
     os.environ.update(variables)
+    obey()
     for kill in kills:
         if kill.who == who and not _mark(log.parent, kill).exists():
             arm = _arm_aggregator if who == "aggregator" else _arm_rank if who.startswith("rank") else _arm_client

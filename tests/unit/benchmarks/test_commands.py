@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from integration.chaos import build_parser as chaos_parser
+from integration.faults import build_parser as faults_parser
 from simulation.schedules import build_parser as schedules_parser
 
 from benchmarks.card.__main__ import build_parser as card_parser
@@ -56,6 +57,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.optimizers": (optimizers_parser, MODES_RUN_FILE),
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
     "python tests/integration/chaos.py": (chaos_parser, None),
+    "python tests/integration/faults.py": (faults_parser, None),
     "python tests/simulation/schedules.py": (schedules_parser, None),
 }
 """How each program parses its options, and the run file that its overrides change."""

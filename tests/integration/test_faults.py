@@ -1,0 +1,31 @@
+"""A dozen faults of every kind in one run; faults.py deals thousands."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+from integration.faults import KINDS, LONGEST_GAP, compared, drawn
+from integration.federation import fork_quickly
+
+pytestmark = pytest.mark.timeout(1200)
+fork_quickly()
+
+
+def test_a_run_that_everything_happens_to_ends_as_if_nothing_had(tmp_path: Path) -> None:
+    """A failure names its seed: python tests/integration/faults.py --faults 12 --seed SEED."""
+    seed = random.randrange(10**6)
+    result = compared(tmp_path, seed, num_faults=12, seconds=30.0, processes=5, save_every=5)
+    assert len(result.told.done) == 12 and result.is_identical, seed
+
+
+def test_a_schedule_is_its_seed_s_and_has_no_long_pause() -> None:
+    clients = [f"client-{number}" for number in range(6)]
+    faults = drawn(7, 2000, 2000 * 12.0, clients)
+    assert faults == drawn(7, 2000, 2000 * 12.0, clients) != drawn(8, 2000, 2000 * 12.0, clients)
+    assert {fault.kind for fault in faults} == KINDS.keys()
+    assert {fault.who for fault in faults} == {"rank 0", "rank 1", *clients}
+    gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(faults)]
+    assert min(gaps) > 0 and max(gaps) <= LONGEST_GAP

@@ -27,9 +27,9 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -54,7 +54,8 @@ DEADLINE_SECONDS = 600.0
 """Longest time without a window, after which the run is said to hang."""
 
 
-class Fault(NamedTuple):
+@dataclass(frozen=True)
+class Fault:
     """One fault of a schedule."""
 
     at: float
@@ -182,7 +183,7 @@ class Disturbed:
     def _happens(self, fault: Fault) -> bool:
         process = self.federation.processes.get(fault.who)
         if process is None or process.pid is None or not process.is_alive():
-            self._faults.append(fault._replace(at=self._faults[-1].at + 1.0 if self._faults else fault.at + 1.0))
+            self._faults.append(replace(fault, at=self._faults[-1].at + 1.0 if self._faults else fault.at + 1.0))
             return False
         pid = process.pid
         match fault.kind:

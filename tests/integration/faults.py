@@ -256,7 +256,7 @@ class Result:
 
     def lost_seconds(self) -> dict[str, tuple[int, float]]:
         """(how many, seconds they cost) by kind: what windows took beyond the median, charged to
-        the last fault before their end.
+        the first fault inside, or else to the last one before.
         """
         times = [*self.told.times, self.told.stopped]
         gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
@@ -265,8 +265,9 @@ class Result:
         done = list(self.told.done)
         kind = "none yet"
         for gap, end in zip(gaps, times[1:], strict=True):
-            while done and done[0][0] <= end:
-                kind = done.pop(0)[1]
+            inside = [what for at, what in done if at <= end]
+            done = done[len(inside) :]
+            kind = inside[0] if inside else kind
             costs[kind] += gap - usual
         counts = Counter(kind for _, kind in self.told.done)
         return {kind: (counts[kind], seconds) for kind, seconds in costs.items()}

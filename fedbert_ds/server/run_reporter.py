@@ -70,7 +70,10 @@ class RunReporter:
             print(f"cores   {len(cores)} for rank 0, near its GPU: {_ranges(cores)}; {torch.get_num_threads()} threads")
         remote = config.clients.expected - config.clients.local
         if remote:
-            print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH --id NAME")
+            shown = "--ca ca.pem --certificate NAME.pem --key NAME.key" if config.server.tls else "--id NAME"
+            if config.server.plaintext and config.server.tls is None:
+                shown += " --plaintext"
+            print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH {shown}")
         if config.server.tls is None and config.server.host not in ("127.0.0.1", "localhost", "::1"):
             what = "activations" if self._body_parameters is not None else "changes of weights"
             print(f"warning server.tls is not set: {what} cross the network in the clear")

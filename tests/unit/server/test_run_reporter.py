@@ -165,12 +165,19 @@ def test_the_opening_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_remote_clients_are_told_how_to_join_and_plain_text_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    overrides = ("clients.local=1", "server.host=0.0.0.0", "cut={layers: 1}")
+    overrides = ("clients.local=1", "server.host=0.0.0.0", "server.plaintext=true", "cut={layers: 1}")
     reporter_of(config_in(tmp_path, *overrides), text=None).announce("gpu-1:29600")
     out = capsys.readouterr().out
-    assert "clients waiting for 3: fedbert-ds client --server gpu-1:29600 --data PATH --id NAME" in out
+    assert "clients waiting for 3: fedbert-ds client --server gpu-1:29600 --data PATH --id NAME --plaintext" in out
     assert "warning server.tls is not set: activations cross the network in the clear" in out
     assert "cut: layers: 1" in out and "text " not in out
+
+
+def test_with_tls_a_certificate_says_who_joins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tls = "server.tls={ca: ca.pem, certificate: body.pem, key: body.key}"
+    reporter_of(config_in(tmp_path, "clients.local=1", "server.host=0.0.0.0", tls)).announce("gpu-1:29600")
+    out = capsys.readouterr().out
+    assert "--data PATH --ca ca.pem --certificate NAME.pem --key NAME.key" in out and "in the clear" not in out
 
 
 def test_facts_name_what_ran(tmp_path: Path) -> None:

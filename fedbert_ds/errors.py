@@ -53,6 +53,10 @@ class WireError(UserError):
     exit_code = 5
 
 
+class NotFinite(WireError):
+    """What is to be sent is not of finite numbers."""
+
+
 class ConnectionLost(WireError):
     """The server is gone, or went on without this client, which may join again."""
 

@@ -77,6 +77,8 @@ class ClientService:
         holds_updates: bool = False,
         shares_moments: bool = True,
         is_stopping: Callable[[], bool] = lambda: False,
+        unsound: set[str] | None = None,
+        is_healthy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
@@ -98,6 +100,8 @@ class ClientService:
         """The run saves and ends."""
         self._shares_moments = shares_moments
         """A client that begins needs what the reference's optimizer remembers."""
+        self._unsound, self._is_healthy = unsound if unsound is not None else set(), is_healthy
+        """Clients whose numbers made the body's results not finite; whether others' do not."""
         self.awaits_newcomers = True
         """The next window waits for a client that connects."""
         self.restored: int | None = None
@@ -140,8 +144,16 @@ class ClientService:
                 return
 
     def next_event(self, timeout: float) -> DecodedEvent | None:
-        """The next event; None after `timeout` seconds. Raises errors of the encoding thread."""
+        """The next event; None after `timeout` seconds. Raises errors of the encoding thread, and
+        NotFinite for results of a body that has none that are finite.
+        """
         self._outbox.check()
+        for client, error in self._outbox.take_unsound():
+            if not self._is_healthy():
+                raise error
+            if self._queue.is_connected(client):
+                self._unsound.add(client)
+                self._membership.refuse(client, f"client {client}: what it sent makes results that are not finite")
         return self._take_event(timeout)
 
     def dispatch(self, event: DecodedEvent | None) -> bool:
@@ -160,6 +172,7 @@ class ClientService:
                 self._begins[client] = 0
                 # What an earlier process of this client announced is not asked of the new one.
                 self.plans = {window: plan.without(client) for window, plan in self.plans.items()}
+                self._unsound.discard(client)
                 self._membership.join(client, time.monotonic(), self.awaits_newcomers)
                 self._begin(client)
             case Detached(client) if self._queue.is_connected(client):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 
@@ -49,6 +49,7 @@ class MicroBatches:
         trace: Trace,
         seed: int,
         rank: int,
+        unsound: Set[str] = frozenset(),
     ) -> None:
         self._engine = engine
         self._contract = contract
@@ -57,6 +58,8 @@ class MicroBatches:
         self._trace = trace
         self._seed = seed
         self._rank = rank
+        self._unsound = unsound
+        """Clients whose numbers made results that are not finite."""
         self._window = 0
         self._numbers: dict[int, int] = {}
         """Place of each micro-batch in the running window."""
@@ -108,6 +111,7 @@ class MicroBatches:
         """
         micro_batch, form = decision.micro_batch, self._contract.gradients
         flight = self._in_flight.pop(micro_batch)
+        self._leave_out_unsound(micro_batch, flight, gradients.keys())
         parts = [
             gradients[piece.client]
             if piece.client in gradients
@@ -119,6 +123,18 @@ class MicroBatches:
         self.tally.backwards += 1
         send = partial(self._send_input_gradients, micro_batch, flight, frozenset(gradients))
         self._pending_sends.append((work, send))
+
+    def _leave_out_unsound(self, micro_batch: int, flight: InFlight, present: Set[str]) -> None:
+        """Forward a micro-batch again without the pieces of clients that have spoilt it, and are
+        gone: what others sent counts as if these had sent nothing.
+        """
+        spoilt, end = [], 0
+        for piece, values in zip(flight.pieces, flight.values_per_piece, strict=True):
+            end += values
+            if piece.client in self._unsound and piece.client not in present:
+                spoilt.append(slice(end - values, end))
+        if spoilt:
+            self._engine.blank(micro_batch, spoilt)
 
     def evaluate(self, window: int, part: HeldOutPart | None) -> None:
         """Run a forward over held-out text, or over nothing where other ranks have some; hidden

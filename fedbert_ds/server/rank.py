@@ -365,6 +365,12 @@ class RankServer:
             self._rooms.engine.drop_gradients()
             self._rooms.influence.take()
             return False
+        if self._rooms.engine.drop_unsound():
+            tally.lost_masked_tokens += tally.masked_tokens
+            self._rooms.membership.problems.append(
+                f"the body's gradient of window {window} was not finite on rank {self._rooms.rank_group.rank} and is "
+                "left out there"
+            )
         norm = held_norm if self._optimizer.gradient_clipping > 0 else 0.0
         started = time.monotonic()
         with self._busy("step", window=window):

@@ -142,6 +142,7 @@ def build_rooms(
     outbox = Outbox(endpoint, codec_threads)
     membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
     account = TimeAccount()
+    unsound: set[str] = set()
     service = ClientService(
         queue,
         inbox,
@@ -160,6 +161,8 @@ def build_rooms(
         holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
         shares_moments=not strategy.halves_are_personal,
         is_stopping=lambda: stop.requested,
+        unsound=unsound,
+        is_healthy=lambda: engine.is_healthy(contract.activations.width, contract.is_rows_cut),
     )
     return Rooms(
         contract=contract,
@@ -184,7 +187,7 @@ def build_rooms(
         service=service,
         time=account,
         micro_batches=MicroBatches(
-            engine, contract, config.wire, outbox, trace, seed=config.run.seed, rank=rank_group.rank
+            engine, contract, config.wire, outbox, trace, config.run.seed, rank_group.rank, unsound
         ),
     )
 

@@ -22,6 +22,7 @@ from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts
 from fedbert_ds.server.run_folder import TRACKERS, RunFolder
 from fedbert_ds.telemetry.evaluations import Evaluation, read_evaluations, write_evaluations
+from fedbert_ds.telemetry.loss_comparison import LossComparison
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_number
 from fedbert_ds.telemetry.trackers import Trackers, of_evaluation, of_window
@@ -47,6 +48,7 @@ class RunReporter:
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
         self._trackers = Trackers({}, print)
+        self._losses = LossComparison()
         self._started = time.monotonic()
 
     def announce(self, address: str, cores: Collection[int] = ()) -> None:
@@ -104,7 +106,9 @@ class RunReporter:
         config = self._config
         capacity = config.window.tokens_per_micro_batch
         rate = config.optimizer.learning_rate(window, config.run.windows)
-        metrics = window_metrics(window, statuses, capacity, rate, self._flops_per_token)
+        for sentence in self._losses.add(_losses(statuses)):
+            self._progress.note(f"warning {sentence}")
+        metrics = window_metrics(window, statuses, capacity, rate, self._flops_per_token, self._losses.outlying)
         self._log.append(metrics)
         self._tell_problems(statuses)
         self._progress.update(metrics)
@@ -200,9 +204,10 @@ def window_metrics(
     capacity: int,
     learning_rate: float,
     flops_per_token: Callable[[float, float], float],
+    outlying: Collection[str] = (),
 ) -> WindowMetrics:
     """The metrics of one window, all ranks together. `capacity` is tokens per micro-batch,
-    `flops_per_token` as `Body.flops_per_token`.
+    `flops_per_token` as `Body.flops_per_token`. The losses of `outlying` clients are left out.
     """
     tallies = [status.tally for status in statuses]
 
@@ -211,6 +216,9 @@ def window_metrics(
 
     places = (total("forwards") - total("dummy_micro_batches")) * capacity
     tokens, masked = total("tokens"), total("masked_tokens")
+    left_out = [loss for client, loss in _losses(statuses).items() if client in outlying]
+    loss_sum = total("loss_sum") - sum(loss for loss, _ in left_out)
+    believed = masked - sum(count for _, count in left_out)
     times = [time_parts(tally, min(each.step_seconds for each in tallies)) for tally in tallies]
 
     def mean(part: Callable[[TimeParts], float]) -> float:
@@ -218,7 +226,7 @@ def window_metrics(
 
     return WindowMetrics(
         window=window,
-        loss=total("loss_sum") / masked if masked else float("nan"),
+        loss=loss_sum / believed if believed else float("nan"),
         tokens=tokens,
         masked_tokens=masked,
         lost_masked_tokens=total("lost_masked_tokens"),
@@ -243,7 +251,18 @@ def window_metrics(
         flops=flops_per_token(masked / tokens, total("squared_lengths") / tokens) * tokens if tokens else 0.0,
         recompiles=total("recompiles"),
         bounded=total("bounded"),
+        outlying_losses=len(outlying),
     )
+
+
+def _losses(statuses: Sequence[RankStatus]) -> dict[str, tuple[float, int]]:
+    """What the clients of all ranks report: (sum of cross-entropies in nats, masked tokens)."""
+    return {
+        client: (observed.loss_sum, observed.loss_tokens)
+        for status in statuses
+        for client, observed in status.observed.items()
+        if observed.loss_tokens
+    }
 
 
 def rate_sentence(flops_per_second: float, peak: Peak) -> str:

@@ -76,6 +76,8 @@ class WindowMetrics:
     """Graphs that torch.compile made on all ranks while they should have computed; 0 is right."""
     bounded: int = 0
     """What clients sent that `federation.bound` scaled down: pieces and updates; 0 is right."""
+    outlying_losses: int = 0
+    """Clients whose reported loss is far from the others'; it is left out of `loss`."""
 
     @property
     def wire_bytes(self) -> int:

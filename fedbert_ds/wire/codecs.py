@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import NotFinite, WireError
 from fedbert_ds.wire.compression import compress, decompress_planes, put_together
 from fedbert_ds.wire.fedbert_pb2 import TensorFrame
 from fedbert_kernels.encoded import NAMES, Encoded, form
@@ -45,9 +45,9 @@ def decode(
 
 
 def to_frame(encoded: Encoded, *, compressed: bool = False) -> TensorFrame:
-    """Frame an encoded tensor. Raises WireError for values that were not finite."""
+    """Frame an encoded tensor. Raises NotFinite for values that were not."""
     if not encoded.is_finite:
-        raise WireError(
+        raise NotFinite(
             "an activation or gradient is not finite; lower optimizer.lr, raise optimizer.warmup_windows "
             "or check the checkpoint the run continues from"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -108,7 +108,7 @@ class BodyEngine:
         self._world_size = world_size
         self._device = Device(device)
         self._inputs: dict[int, BodyInput] = {}
-        """At stage 3."""
+        """Of micro-batches in flight."""
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
         """Up to stage 2: activations and hidden states."""
         self._tokens: dict[int, int] = {}
@@ -213,8 +213,8 @@ class BodyEngine:
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
         activations = body_input.values(self._engine.module.input_dtype)
+        self._inputs[micro_batch] = body_input
         if self._stage == 3:
-            self._inputs[micro_batch] = body_input
             with torch.no_grad():
                 return self._run(body_input, activations).detach()
         activations.requires_grad_(True)
@@ -229,10 +229,10 @@ class BodyEngine:
 
     def _backward(self, micro_batch: int, encoded_gradient: Encoded, is_last: bool) -> Tensor:
         hidden_gradient = encoded_gradient.decode()
+        body_input = self._inputs.pop(micro_batch)
         if self._gradient is not None:
             activations, hidden = self._graphs.pop(micro_batch)
             return self._gradient.backward(hidden, hidden_gradient, activations)
-        body_input = self._inputs.pop(micro_batch)
         activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
         hidden = self._run(body_input, activations)
         # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
@@ -260,6 +260,59 @@ class BodyEngine:
         if self._gradient is not None:
             self._gradient.drop()
         return 1.0 if self._clipping is None else self._clipping.scale
+
+    def blank(self, micro_batch: int, rows: Sequence[slice]) -> None:
+        """Put zeros in place of these rows of activations, as if they had been sent, before the
+        backward of a micro-batch in flight.
+        """
+        body_input = self._inputs[micro_batch]
+        (activations,) = body_input.activations
+        factors = torch.ones(len(activations), device=activations.payload.device, dtype=torch.bool)
+        for span in rows:
+            factors[span] = False
+
+        def zeroed(part: Tensor) -> Tensor:
+            # A product would keep what is not finite.
+            return torch.where(factors[:, None], part.float(), 0.0).to(part.dtype)
+
+        blanked = replace(body_input, activations=[activations.map(zeroed)])
+        if self._stage == 3:
+            self._inputs[micro_batch] = blanked
+        else:
+            del self._graphs[micro_batch]
+            self._forward(micro_batch, blanked)
+
+    def is_healthy(self, width: int, with_rows: bool) -> bool:
+        """Whether the body's results and gradients are finite for activations as clients send them.
+
+        Unknown, so False, at ZeRO stage 3, where all ranks would have to ask.
+        """
+        if self._stage == 3:
+            return False
+        values = torch.randn(8, width, generator=torch.Generator().manual_seed(1))
+        plain = _unused((8,), 8, width, with_rows, seed=0)
+        index = torch.arange(8) if with_rows else None
+        there = replace(plain, activations=[Encoded.of(values, "fp32")], row_index=index).to(self._device)
+        body = self._engine.module
+        activations = there.values(body.input_dtype).requires_grad_(True)
+        body.eval()
+        try:
+            hidden = self._run(there, activations).float()
+            ramp = torch.linspace(-1.0, 1.0, hidden.shape[1], device=hidden.device)
+            (gradient,) = torch.autograd.grad((hidden * ramp).sum(), [activations])
+        finally:
+            body.train()
+        return bool(torch.isfinite(hidden).all()) and bool(torch.isfinite(gradient).all())
+
+    def drop_unsound(self) -> bool:
+        """Forget what this rank's backwards have accumulated if it is not finite; whether it was.
+
+        One client's numbers would else be everybody's. At ZeRO stage 3 nothing is looked at.
+        """
+        if self._gradient is None or self._gradient.is_finite:
+            return False
+        self._gradient.drop()
+        return True
 
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated; all ranks together.

@@ -64,6 +64,11 @@ class WindowGradient:
             torch.distributed.reduce_scatter_tensor(part, flat, group=group)
             self._give_part(number, part)
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether this rank's sums are. Waits for the device."""
+        return all(bool(torch.isfinite(flat).all()) for flat in self._flats)
+
     def drop(self) -> None:
         """Forget the sums."""
         torch._foreach_zero_(self._flats)

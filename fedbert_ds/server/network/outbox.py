@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
+from fedbert_ds.errors import NotFinite
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -29,8 +30,9 @@ class Sends(Protocol):
 class Outbox:
     """Messages leave in the order of the calls. Used from one thread.
 
-    A thread sends them; `threads` others compress. An error in one of them, such as a WireError for
-    values that are not finite, is raised by a later call, at the latest by `settle`.
+    A thread sends them; `threads` others compress. An error in one of them is raised by a later
+    call, at the latest by `settle`. Results of the body that are not finite are not sent;
+    `take_unsound` tells of them.
     """
 
     def __init__(self, endpoint: Sends, threads: int = 1) -> None:
@@ -42,6 +44,7 @@ class Outbox:
         self._update_bytes = self._held_out_bytes = 0
         """Sent since the last `take_bytes`."""
         self._failure: BaseException | None = None
+        self._unsound: list[tuple[str, NotFinite]] = []
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
         """Send a message that needs no encoding."""
@@ -49,8 +52,7 @@ class Outbox:
 
     def send_framed(self, client: str, make: Callable[[], pb.ServerMessage]) -> None:
         """Send the message that `make` frames, beside others that are framed."""
-        framed = self._framing.submit(make)
-        self._put(self._send, (client,), lambda: (framed.result(),))
+        self._put(self._send_one, client, self._framing.submit(make))
 
     def send_coded(self, clients: Sequence[str], make: Callable[[], Iterable[pb.ServerMessage]]) -> None:
         """Send each of these clients the messages that `make` encodes, one at a time."""
@@ -64,6 +66,12 @@ class Outbox:
         """Raise the thread's first error, if there was one."""
         if self._failure is not None:
             raise self._failure
+
+    def take_unsound(self) -> list[tuple[str, NotFinite]]:
+        """Clients whose results were not finite, since the last call."""
+        with self._counting:
+            unsound, self._unsound = self._unsound, []
+        return unsound
 
     def settle(self) -> None:
         """Wait until the endpoint has every message; raises as `check`."""
@@ -92,6 +100,15 @@ class Outbox:
             work(*arguments)
         except BaseException as error:
             self._failure = self._failure or error
+
+    def _send_one(self, client: str, framed: Future[pb.ServerMessage]) -> None:
+        try:
+            message = framed.result()
+        except NotFinite as error:
+            with self._counting:
+                self._unsound.append((client, error))
+            return
+        self._send((client,), lambda: (message,))
 
     def _send(self, clients: Sequence[str], make: Callable[[], Iterable[pb.ServerMessage]]) -> None:
         for message in make():

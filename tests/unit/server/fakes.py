@@ -111,6 +111,9 @@ class FakeEngine:
         self.dropped.append(self._since_step)
         self._since_step = 0
 
+    def drop_unsound(self) -> bool:
+        return False
+
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         index = torch.zeros(1, dtype=torch.int64) if with_rows else None
         nowhere = torch.zeros(0, dtype=torch.int64)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from unit.server.bad_clients import BAD, BAD_ROWS, SOME, trio
-from unit.server.fake_client import GONE
-from unit.server.fakes import Rank, run_config
+from unit.server.fake_client import GONE, Alter, FakeClient
+from unit.server.fakes import FakeEngine, Rank, run_config
 
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import NotFinite, RunError
+from fedbert_ds.server.body.device_work import DeviceWork
+from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_kernels.encoded import Encoded
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -82,3 +89,106 @@ def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPa
         assert bo.refusal == "client bo was silent for 300 s (clients.silence_timeout)"
         assert rank.endpoint.revoked == {"bo"}
     assert ada.refusal is None and cy.refusal is None
+
+
+# -- well-formed lies ------------------------------------------------------------------------------
+
+
+def larger(kind: str, times: float) -> Alter:
+    """A client whose numbers of this kind are so many times what it should send; they are legal."""
+
+    def alter(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        if message.WhichOneof("body") == kind:
+            frame = message.gradient.hidden if kind == "gradient" else message.activations.values
+            frame.payload = (times * np.frombuffer(frame.payload, np.float32)).astype(np.float32).tobytes()
+        return [message]
+
+    return alter
+
+
+class Unchecked(FakeClient):
+    """What comes back to it follows from what counted, and not from what it sent."""
+
+    def _check_input_gradient(self, message: pb.InputGradient) -> None:
+        pass
+
+
+def received(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """From now on the largest gradient that each backward of a FakeEngine gets."""
+    largest: list[float] = []
+    backward = FakeEngine.backward
+
+    def recorded(self: FakeEngine, micro_batch: int, parts: Any, *others: Any) -> Any:
+        largest.append(max(Encoded.join(parts).decode().abs().flatten().tolist(), default=0.0))
+        return backward(self, micro_batch, parts, *others)
+
+    monkeypatch.setattr(FakeEngine, "backward", recorded)
+    return largest
+
+
+def test_a_liars_gradients_count_for_so_many_times_what_is_typical_and_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    largest = received(monkeypatch)
+    windows = 12
+    config = run_config(run={"windows": windows}, federation={"bound": 4.0})
+    ada, bo, cy = trio(config)
+    liar = Unchecked("bo", config, bo.lengths, larger("gradient", 1e5))
+    rank = Rank(monkeypatch, config, [ada, liar, cy])
+    assert rank.run() == windows
+    in_each = len(largest) // windows
+    assert max(largest[:in_each]) > 1e4, "nothing is typical before anybody has sent anything"
+    assert max(largest[in_each:]) < 4.0 * 4 * math.sqrt(20)
+    assert all(status.tally.bounded > 0 for status in rank.statuses[1:])
+    first, tenth = (problem for problem in rank.problems if "client bo: its gradient was" in problem)
+    assert "(federation.bound), and is scaled down" in first and tenth.endswith("; 10 times so far")
+
+
+def test_honest_clients_never_meet_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_config(run={"windows": 12}, federation={"bound": 4.0})
+    rank = Rank(monkeypatch, config, trio(config))
+    assert rank.run() == 12
+    assert not rank.problems and not any(status.tally.bounded for status in rank.statuses)
+
+
+def spoilt_by(monkeypatch: pytest.MonkeyPatch, is_healthy: bool) -> list[tuple[int, list[slice]]]:
+    """A body whose results for activations above 1e5 are not finite, and what is left out of it."""
+    left_out: list[tuple[int, list[slice]]] = []
+    forward = FakeEngine.forward
+
+    def spoilt(self: FakeEngine, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
+        hidden, seconds = forward(self, micro_batch, body_input, codec).result()
+        values = hidden.decode()
+        return DeviceWork(Encoded.of(torch.where(values.abs() > 1e5, torch.nan, values), codec), seconds)
+
+    monkeypatch.setattr(FakeEngine, "forward", spoilt)
+    monkeypatch.setattr(FakeEngine, "blank", lambda self, *which: left_out.append(which), raising=False)
+    monkeypatch.setattr(FakeEngine, "is_healthy", lambda self, *_: is_healthy, raising=False)
+    return left_out
+
+
+@pytest.mark.parametrize("on_loss", ["continue", "wait"])
+def test_legal_values_that_spoil_the_bodys_results_cost_their_client_alone(
+    monkeypatch: pytest.MonkeyPatch, on_loss: str
+) -> None:
+    left_out = spoilt_by(monkeypatch, is_healthy=True)
+    config = run_config(clients=SOME | {"on_loss": on_loss, "join_timeout": 1.0}, federation={"bound": None})
+    rank = Rank(monkeypatch, config, trio(config, larger("activations", 2e5)))
+    if on_loss == "wait":
+        with pytest.raises(RunError, match="client bo: what it sent makes results that are not finite; 2 of 3"):
+            rank.run()
+        return
+    assert rank.run() == 2
+    ada, bo, cy = rank.clients
+    assert ada.windows_stepped == cy.windows_stepped == [0, 1]
+    assert rank.problems == ["client bo: what it sent makes results that are not finite"] == [bo.refusal]
+    assert left_out and all(spans for _, spans in left_out), "its rows alone, before the backward"
+    assert rank.statuses[0].tally.lost_masked_tokens == 5 and rank.statuses[1].tally.lost_masked_tokens == 0
+
+
+def test_a_body_that_makes_nothing_finite_is_the_runs_own_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt_by(monkeypatch, is_healthy=False)
+    config = run_config(clients=SOME, federation={"bound": None})
+    rank = Rank(monkeypatch, config, trio(config, larger("activations", 2e5)))
+    with pytest.raises(NotFinite, match=r"lower optimizer\.lr"):
+        rank.run()

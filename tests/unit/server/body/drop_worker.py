@@ -3,7 +3,9 @@
     python drop_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
 
 Writes `STAGE-PRECISION-KIND-RANK.pt` into the folder: the weights after three windows. KIND is
-`plain`, or `dropped`: one window was undone after the first and two after the second.
+`plain`, or `dropped`: one window was undone after the first and two after the second. With fp32 at
+stages 0 and 3 also `spoilt`: a client's sequence in each micro-batch makes results that are not
+finite, and is left out before the backward; or `zeros`: it was zeros from the start.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ def run_rank(rank: int, folder: Path) -> None:
             for kind in ("plain", "dropped"):
                 weights = train(path, precision, is_disturbed=kind == "dropped")
                 torch.save(weights, folder / f"{stage}-{precision}-{kind}-{rank}.pt")
+        for kind in ("zeros", "spoilt") if stage in (0, 3) else ():
+            weights = train(path, "fp32", is_disturbed=False, other=kind)
+            torch.save(weights, folder / f"{stage}-fp32-{kind}-{rank}.pt")
     shut_down()
 
 
-def train(deepspeed: Path, precision: str, is_disturbed: bool) -> dict[str, torch.Tensor]:
+def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") -> dict[str, torch.Tensor]:
     """Weights by name after three windows."""
     from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
@@ -57,25 +62,44 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool) -> dict[str, torc
         for attempt in range(num_undone if is_disturbed else 0):
             accumulate(engine, 100 + 10 * window + attempt)
             engine.drop_gradients()
-        accumulate(engine, window)
+        accumulate(engine, window, other)
+        assert not engine.drop_unsound()
+        assert engine.is_healthy(WIDTH, False) == (engine.zero_stage < 3)
         engine.step(config.optimizer.lr, client_norm=0.5)
+    if other == "spoilt" and engine.zero_stage < 3:
+        accumulate(engine, 7, other, left_out=False)
+        assert engine.drop_unsound() and not engine.drop_unsound()
     return engine.full_state()
 
 
-def accumulate(engine, window: int) -> None:
-    """Forwards and backwards of a window; its numbers follow from `window` and the rank alone."""
+def accumulate(engine, window: int, other: str = "", left_out: bool = True) -> None:
+    """Forwards and backwards of a window; its numbers follow from `window` and the rank alone.
+
+    With `other` each micro-batch has one more sequence, with values of that kind.
+    """
     from fedbert_ds.server.body.engine import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     random = torch.Generator().manual_seed(1000 * window + torch.distributed.get_rank())
     for number, lengths in enumerate(LENGTHS):
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
-        values = Encoded.of(torch.randn(sum(lengths), WIDTH, generator=random), "fp32")
-        place = BodyInput([values], torch.arange(0, sum(lengths), 2), bounds, None, 10 * window + number)
-        engine.forward(number, place)
+        tensor, masked = torch.randn(sum(lengths), WIDTH, generator=random), torch.arange(0, sum(lengths), 2)
+        if other:
+            tensor = torch.cat([tensor, torch.full((3, WIDTH), torch.inf if other == "spoilt" else 0.0)])
+            masked = torch.cat([masked, torch.tensor([len(tensor) - 1])])
+            bounds = torch.tensor([*bounds, len(tensor)]).int()
+        place = BodyInput([Encoded.of(tensor, "fp32")], masked, bounds, None, 10 * window + number)
+        hidden, _ = engine.forward(number, place).result()
+        assert hidden.is_finite == (other != "spoilt")
     for number, lengths in enumerate(LENGTHS):
         gradient = torch.randn(len(range(0, sum(lengths), 2)), WIDTH, generator=random)
-        engine.backward(number, [Encoded.of(gradient, "fp32")], is_last=number + 1 == len(LENGTHS)).result()
+        parts = [Encoded.of(gradient, "fp32")]
+        if other:
+            parts.append(Encoded.zeros(1, WIDTH, "fp32"))
+        if other == "spoilt" and left_out:
+            engine.blank(number, [slice(sum(lengths), sum(lengths) + 3)])
+        of_inputs, _ = engine.backward(number, parts, is_last=number + 1 == len(LENGTHS)).result()
+        assert of_inputs.is_finite == (left_out or other != "spoilt")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.errors import WireError
+from fedbert_ds.errors import NotFinite, WireError
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -94,6 +94,20 @@ def test_bytes_of_client_updates_are_counted_apart_and_once() -> None:
     updates = 4 * UPDATE.ByteSize()
     assert outbox.take_bytes() == (7, updates + OPEN.ByteSize() + held_out.ByteSize(), updates, held_out.ByteSize())
     assert outbox.take_bytes() == (7, 0, 0, 0)
+
+
+def test_what_is_not_finite_is_not_sent_and_told_and_others_go_on() -> None:
+    outbox, endpoint = outbox_and_endpoint()
+
+    def fails() -> Any:
+        raise NotFinite("an activation or gradient is not finite")
+
+    outbox.send_framed("ada", fails)
+    outbox.send_framed("bo", lambda: OPEN)
+    outbox.settle()
+    assert [client for client, _ in endpoint.sent] == ["bo"]
+    ((client, error),) = outbox.take_unsound()
+    assert client == "ada" and isinstance(error, NotFinite) and outbox.take_unsound() == []
 
 
 @pytest.mark.parametrize("kind", ["coded", "framed"])

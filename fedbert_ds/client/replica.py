@@ -21,6 +21,7 @@ from fedbert_ds.federation.shared_weights import SharedWeights
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.wire import fedbert_pb2 as pb
+from fedbert_ds.wire.codecs import LARGEST_SUM
 from fedbert_ds.wire.messages import ClientSettings
 
 
@@ -179,7 +180,9 @@ class Replica:
     def _joined(self, chunk: pb.UpdateChunk) -> Mapping[str, Tensor] | None:
         """The tensors of an update, after its last chunk."""
         if self._assembler is None:
-            self._assembler = UpdateAssembler(self._exchanged, "the server's update", self._strategy.update_codec)
+            # A sum over clients, each of whom may send the largest value that a rank takes.
+            codec = self._strategy.update_codec
+            self._assembler = UpdateAssembler(self._exchanged, "the server's update", codec, LARGEST_SUM)
         update = self._assembler.add(chunk)
         if update is None:
             return None

@@ -18,6 +18,7 @@ from fedbert_ds.federation.half_optimizer import HalfOptimizer
 from fedbert_ds.federation.reference import Reference
 from fedbert_ds.federation.server_optimizer import Rule, ServerOptimizer
 from fedbert_ds.federation.strategy import Strategy
+from fedbert_ds.wire.codecs import LARGEST_SUM
 
 OWED = "owed"
 """Key of what an answer was rounded by, in a reference's optimizer state."""
@@ -164,7 +165,8 @@ class Aggregator:
         codec = self._strategy.update_codec
         if codec == "fp32":
             return combined
-        client = UpdateAssembler({name: tuple(tensor.shape) for name, tensor in combined.items()}, "the update", codec)
+        shapes = {name: tuple(tensor.shape) for name, tensor in combined.items()}
+        client = UpdateAssembler(shapes, "the update", codec, LARGEST_SUM)
         for chunk in update_chunks(window, combined.items(), 0.0, codec):
             update = client.add(chunk)
         assert update is not None

@@ -104,11 +104,19 @@ def _in_chunks(parts: Iterable[Buffer]) -> Iterator[bytes]:
 class UpdateAssembler:
     """Joins the chunks of one update into tensors of known shapes.
 
-    Chunks of a tensor come in order. `codec` is the sender's; `who` begins every error message.
+    Chunks of a tensor come in order. `codec` is the sender's; `who` begins every error message. No
+    value may be larger than `largest`.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], who: str, codec: str = "fp32") -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        who: str,
+        codec: str = "fp32",
+        largest: float = LARGEST_VALUE,
+    ) -> None:
         self._shapes = shapes
+        self._largest = largest
         self._who = who
         self._codec = codec
         self._buffers: dict[str, bytearray] = {}
@@ -195,8 +203,8 @@ class UpdateAssembler:
         values = torch.frombuffer(buffer, dtype=torch.float32).view(shape) if buffer else torch.zeros(shape)
         # NaN if any value is
         largest = max(float(values.max()), -float(values.min())) if buffer else 0.0
-        if not largest <= LARGEST_VALUE:
-            raise WireError(f"{who} holds {largest:.3g}; at most {LARGEST_VALUE:.0e} is sane")
+        if not largest <= self._largest:
+            raise WireError(f"{who} holds {largest:.3g}; at most {self._largest:.0e} is sane")
         return values
 
     def _decode_rows(self, shape: tuple[int, ...], buffer: Buffer, who: str) -> Tensor:
@@ -209,7 +217,7 @@ class UpdateAssembler:
             parts = {"payload": bytes(content[:payload_bytes]), "scales": bytes(scales[:scale_bytes])}
             content, scales = content[payload_bytes:], scales[scale_bytes:]
             frame = pb.TensorFrame(codec=self._codec, shape=rows.shape, **parts)
-            rows.copy_(decode(frame, rows.shape, self._codec, who))
+            rows.copy_(decode(frame, rows.shape, self._codec, who, largest=self._largest))
         return values
 
 

@@ -19,6 +19,8 @@ from fedbert_kernels.encoded import NAMES, Encoded, form
 
 LARGEST_VALUE = 1e6
 """Above any value of a sane run; larger ones could overflow a micro-batch shared by clients."""
+LARGEST_SUM = 1e12
+"""As many clients as there may ever be, added up: what a client takes from the server."""
 
 
 def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: bool = False) -> TensorFrame:
@@ -35,13 +37,18 @@ def encode(tensor: Tensor, codec: str, seed: int | None = None, *, compressed: b
 
 
 def decode(
-    frame: TensorFrame, shape: Sequence[int], codec: str, what: str, device: torch.device | str = "cpu"
+    frame: TensorFrame,
+    shape: Sequence[int],
+    codec: str,
+    what: str,
+    device: torch.device | str = "cpu",
+    largest: float = LARGEST_VALUE,
 ) -> Tensor:
     """The fp32 tensor of `shape`, [rows, width], in a frame of `codec`; it moves to `device` coded.
 
     Raises WireError as `from_frame`.
     """
-    return from_frame(frame, shape, codec, what).to(device).decode()
+    return from_frame(frame, shape, codec, what, largest=largest).to(device).decode()
 
 
 def to_frame(encoded: Encoded, *, compressed: bool = False) -> TensorFrame:
@@ -61,12 +68,20 @@ def to_frame(encoded: Encoded, *, compressed: bool = False) -> TensorFrame:
     )
 
 
-def from_frame(frame: TensorFrame, shape: Sequence[int], codec: str, what: str, *, pinned: bool = False) -> Encoded:
+def from_frame(
+    frame: TensorFrame,
+    shape: Sequence[int],
+    codec: str,
+    what: str,
+    *,
+    pinned: bool = False,
+    largest: float = LARGEST_VALUE,
+) -> Encoded:
     """The encoded tensor of `shape`, [rows, width], in a frame of `codec`, on the CPU; `pinned` in
     memory that a GPU copies from by itself.
 
     Raises WireError naming `what` for another shape, codec or size, and for values that are not
-    finite or beyond LARGEST_VALUE. Sizes are compared before memory is allocated.
+    finite or beyond `largest`. Sizes are compared before memory is allocated.
     """
     if len(frame.shape) != len(shape) or tuple(frame.shape) != tuple(shape):
         raise WireError(f"{what}: shape {frame.shape[:8]} instead of {list(shape)}")
@@ -84,8 +99,8 @@ def from_frame(frame: TensorFrame, shape: Sequence[int], codec: str, what: str, 
         _tensor(payload, frame.compressed, rows, payload_form, pinned),
         None if scale_form is None else _tensor(scales, frame.compressed, rows, scale_form, pinned),
     )
-    if not encoded.bound <= LARGEST_VALUE:
-        _check_values(encoded, what)
+    if not encoded.bound <= largest:
+        _check_values(encoded, what, largest)
     return encoded
 
 
@@ -172,13 +187,13 @@ def _tensor(planes: bytes, compressed: bool, rows: int, part: tuple[int, torch.d
     return content.view(dtype).view(rows, columns)
 
 
-def _check_values(encoded: Encoded, what: str) -> None:
+def _check_values(encoded: Encoded, what: str, allowed: float) -> None:
     """Decode it: its bound is larger than its values."""
     largest = float(encoded.decode().abs().max())  # NaN if any value is
     if not math.isfinite(largest):
         raise WireError(f"{what}: a value is not finite")
-    if largest > LARGEST_VALUE:
-        raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {LARGEST_VALUE:.0e}")
+    if largest > allowed:
+        raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {allowed:.0e}")
 
 
 def _bytes(tensor: Tensor, compressed: bool) -> bytes:

@@ -21,7 +21,7 @@ from fedbert_ds.federation.client_update import (
     update_chunks,
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.codecs import LARGEST_VALUE, NAMES, decode, encode, frame_bytes
+from fedbert_ds.wire.codecs import LARGEST_SUM, LARGEST_VALUE, NAMES, decode, encode, frame_bytes
 from fedbert_ds.wire.compression import compress
 
 SHAPES = {"table": (3, 4), "bias": (4,), "scale": ()}
@@ -272,3 +272,21 @@ def test_damaged_chunks_are_joined_or_refused(data: st.DataObject) -> None:
                 assert 0 <= weight <= LARGEST_WEIGHT
     except WireError:
         return
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+def test_clients_take_the_sum_of_what_ranks_take_of_many(codec: str) -> None:
+    """A limit for one client's update would let it make the others quit."""
+    most = torch.full((2, 4), 1e6)
+    for count, largest, is_taken in ((1, LARGEST_VALUE, True), (3, LARGEST_VALUE, False), (1000, LARGEST_SUM, True)):
+        assembler = UpdateAssembler({"table": (2, 4)}, "an update", codec, largest)
+        chunks = list(update_chunks(0, [("table", count * most)], 0.0, codec))
+        if is_taken:
+            update = None
+            for chunk in chunks:
+                update = assembler.add(chunk)
+            assert update is not None and float(update.tensors["table"].max()) == pytest.approx(count * 1e6, rel=0.01)
+        else:
+            with pytest.raises(WireError, match=r"e\+06"):
+                for chunk in chunks:
+                    assembler.add(chunk)

@@ -17,6 +17,7 @@ from benchmarks.evaluation.benchmark import table as evaluation_table
 from benchmarks.fine_tuning.benchmark import table as fine_tuning_table
 from benchmarks.fp8.benchmark import table as fp8_table
 from benchmarks.glue.benchmark import table as glue_table
+from benchmarks.liars.benchmark import table as liars_table
 from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
 from benchmarks.modes.comparison import table
@@ -395,3 +396,22 @@ def test_fine_tuning_sst_2():
     assert record["train_examples"] == 67_349
     assert [row["way"] for row in record["rows"]] == ["in one place", "split, 1 client", "synchronous, 4 clients"]
     assert all(row["measures"]["accuracy"] > 0.88 for row in record["rows"])
+
+
+def test_liars_cost_little_under_robust_rules():
+    record = json.loads((BENCHMARKS / "results" / "liars.json").read_text(encoding="utf-8"))
+    assert liars_table(record["rows"], "whole", "flip") in README
+    # What the page claims.
+    loss = {(row["combine"], row["liars"]): row["held_out_loss"] for row in record["rows"]}
+    bounded = {(row["combine"], row["liars"]): row["bounded"] for row in record["rows"]}
+    assert loss["mean", 0] == loss["mean, no bound", 0] and not any(
+        count for (_, liars), count in bounded.items() if not liars
+    )
+    rounds = record["settings"]["windows"] // 2
+    for (combine, liars), count in bounded.items():
+        assert count == (0 if combine == "mean, no bound" else liars * rounds)
+    assert round(loss["mean", 1] - loss["mean", 0], 2) == 0.24
+    assert loss["mean", 3] > 10 and round(loss["krum", 3] - loss["mean", 0], 2) == 0.08
+    for rule in ("median", "trimmed_mean", "krum"):
+        assert all(loss[rule, liars] - loss["mean", 0] < 0.32 for liars in (0, 1, 3))
+    assert f"({record['unigram_loss']:.2f})" in README

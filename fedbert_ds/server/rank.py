@@ -365,17 +365,17 @@ class RankServer:
             self._rooms.engine.drop_gradients()
             self._rooms.influence.take()
             return False
-        if self._rooms.engine.drop_unsound():
-            tally.lost_masked_tokens += tally.masked_tokens
-            self._rooms.membership.problems.append(
-                f"the body's gradient of window {window} was not finite on rank {self._rooms.rank_group.rank} and is "
-                "left out there"
-            )
         norm = held_norm if self._optimizer.gradient_clipping > 0 else 0.0
         started = time.monotonic()
         with self._busy("step", window=window):
             scale = self._rooms.engine.step(self._optimizer.learning_rate(window, self._run.windows), norm)
         tally.step_seconds += time.monotonic() - started
+        if self._rooms.engine.lost_gradient:
+            tally.lost_masked_tokens += tally.masked_tokens
+            rank = self._rooms.rank_group.rank
+            self._rooms.membership.problems.append(
+                f"the body's gradient of window {window} was not finite on rank {rank} and is left out"
+            )
         self._service.commit(window, scale)
         self._rooms.commit_elsewhere(window, scale)
         return True

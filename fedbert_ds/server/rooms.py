@@ -19,6 +19,7 @@ from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Members
 from fedbert_ds.server.among_ranks import AmongRanks
 from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.health import is_healthy
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
@@ -162,7 +163,7 @@ def build_rooms(
         shares_moments=not strategy.halves_are_personal,
         is_stopping=lambda: stop.requested,
         unsound=unsound,
-        is_healthy=lambda: engine.is_healthy(contract.activations.width, contract.is_rows_cut),
+        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
     )
     return Rooms(
         contract=contract,

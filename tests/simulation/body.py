@@ -53,6 +53,7 @@ class Body:
     """
 
     zero_stage = 2
+    lost_gradient = False
     num_parameters = 1
 
     def __init__(

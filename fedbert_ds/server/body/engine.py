@@ -91,6 +91,10 @@ class BodyEngine:
     with the same dropout seed: the cost of full activation checkpointing.
     """
 
+    lost_gradient = False
+    """This rank's gradient was not finite at the last step, and was left out: one client's numbers
+    would else be everybody's. At ZeRO stage 3 nothing is looked at."""
+
     def __init__(
         self,
         engine: Any,
@@ -115,7 +119,7 @@ class BodyEngine:
         self._bytes_in_flight = 0
         self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
-        self._gradient = None if stage == 3 else WindowGradient(engine, stage, self._masters())
+        self._gradient = None if stage == 3 else WindowGradient(engine, stage, _masters(engine, stage))
         self._memory_budget = memory_budget(device)
 
     @classmethod
@@ -252,6 +256,9 @@ class BodyEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self._gradient is not None:
+            self.lost_gradient = not self._gradient.is_finite
+            if self.lost_gradient:
+                self._gradient.drop()
             self._gradient.give()
             self._engine.set_gradient_accumulation_boundary(True)
         if self._clipping is not None:
@@ -281,38 +288,6 @@ class BodyEngine:
         else:
             del self._graphs[micro_batch]
             self._forward(micro_batch, blanked)
-
-    def is_healthy(self, width: int, with_rows: bool) -> bool:
-        """Whether the body's results and gradients are finite for activations as clients send them.
-
-        Unknown, so False, at ZeRO stage 3, where all ranks would have to ask.
-        """
-        if self._stage == 3:
-            return False
-        values = torch.randn(8, width, generator=torch.Generator().manual_seed(1))
-        plain = _unused((8,), 8, width, with_rows, seed=0)
-        index = torch.arange(8) if with_rows else None
-        there = replace(plain, activations=[Encoded.of(values, "fp32")], row_index=index).to(self._device)
-        body = self._engine.module
-        activations = there.values(body.input_dtype).requires_grad_(True)
-        body.eval()
-        try:
-            hidden = self._run(there, activations).float()
-            ramp = torch.linspace(-1.0, 1.0, hidden.shape[1], device=hidden.device)
-            (gradient,) = torch.autograd.grad((hidden * ramp).sum(), [activations])
-        finally:
-            body.train()
-        return bool(torch.isfinite(hidden).all()) and bool(torch.isfinite(gradient).all())
-
-    def drop_unsound(self) -> bool:
-        """Forget what this rank's backwards have accumulated if it is not finite; whether it was.
-
-        One client's numbers would else be everybody's. At ZeRO stage 3 nothing is looked at.
-        """
-        if self._gradient is None or self._gradient.is_finite:
-            return False
-        self._gradient.drop()
-        return True
 
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated; all ranks together.
@@ -357,7 +332,7 @@ class BodyEngine:
         """Whole fp32 weights by Hugging Face name, on the CPU. All ranks call it: it gathers
         partitions."""
         state = {}
-        masters = self._masters()
+        masters = _masters(self._engine, self._stage)
         for name, parameter in self._engine.module.named_parameters():
             whole = masters[parameter] if self._stage == 0 else safe_get_full_fp32_param(parameter)
             state[name] = whole.detach().to(device="cpu", dtype=torch.float32).clone()
@@ -397,11 +372,12 @@ class BodyEngine:
         forward = self._engine if self._stage == 3 else self._engine.module
         return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
 
-    def _masters(self) -> dict[Tensor, Tensor]:
-        """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""
-        masters: dict[Tensor, Tensor] = {parameter: parameter for parameter in self._engine.module.parameters()}
-        if self._stage == 0 and hasattr(self._engine.optimizer, "fp32_groups"):
-            optimizer = self._engine.optimizer
-            for low_group, full_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                masters.update(zip(low_group, full_group, strict=True))
-        return masters
+
+def _masters(engine: Any, stage: int) -> dict[Tensor, Tensor]:
+    """At stage 0, each parameter's fp32 weights: itself, or under bf16 DeepSpeed's copy."""
+    masters: dict[Tensor, Tensor] = {parameter: parameter for parameter in engine.module.parameters()}
+    if stage == 0 and hasattr(engine.optimizer, "fp32_groups"):
+        optimizer = engine.optimizer
+        for low_group, full_group in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            masters.update(zip(low_group, full_group, strict=True))
+    return masters

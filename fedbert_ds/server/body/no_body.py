@@ -31,10 +31,6 @@ class NoBody(BodyEngine):
         """No gradient, so none is shrunk."""
         return 1.0
 
-    def drop_unsound(self) -> bool:
-        """Nothing is accumulated."""
-        return False
-
     def full_state(self) -> dict[str, Tensor]:
         """No tensors."""
         return {}

@@ -49,6 +49,7 @@ class FakeEngine:
 
     zero_stage = 2
     num_parameters = 1000
+    lost_gradient = False
 
     def __init__(
         self,
@@ -110,9 +111,6 @@ class FakeEngine:
         assert not self._inputs, "inside a window"
         self.dropped.append(self._since_step)
         self._since_step = 0
-
-    def drop_unsound(self) -> bool:
-        return False
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         index = torch.zeros(1, dtype=torch.int64) if with_rows else None

@@ -163,7 +163,7 @@ def spoilt_by(monkeypatch: pytest.MonkeyPatch, is_healthy: bool) -> list[tuple[i
 
     monkeypatch.setattr(FakeEngine, "forward", spoilt)
     monkeypatch.setattr(FakeEngine, "blank", lambda self, *which: left_out.append(which), raising=False)
-    monkeypatch.setattr(FakeEngine, "is_healthy", lambda self, *_: is_healthy, raising=False)
+    monkeypatch.setattr("fedbert_ds.server.rooms.is_healthy", lambda *_: is_healthy)
     return left_out
 
 

@@ -63,13 +63,14 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
             accumulate(engine, 100 + 10 * window + attempt)
             engine.drop_gradients()
         accumulate(engine, window, other)
-        if other:
-            assert not engine.drop_unsound() and engine.is_healthy(WIDTH, False)
         engine.step(config.optimizer.lr, client_norm=0.5)
+    assert not engine.lost_gradient
+    weights = engine.full_state()
     if other == "spoilt":
         accumulate(engine, 7, other, left_out=False)
-        assert engine.drop_unsound() and not engine.drop_unsound()
-    return engine.full_state()
+        engine.step(config.optimizer.lr)
+        assert engine.lost_gradient and all(tensor.isfinite().all() for tensor in engine.full_state().values())
+    return weights
 
 
 def accumulate(engine, window: int, other: str = "", left_out: bool = True) -> None:

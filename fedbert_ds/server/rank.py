@@ -259,8 +259,7 @@ class RankServer:
             self._rooms.outbox.settle()
         # Nobody sees the status before the first window.
         new_problems = membership.take_new_problems() if window > self._first_window else ()
-        status = self._status(window, self._take_tally(), new_problems)
-        status = replace(status, observed=self._rooms.influence.take())
+        status = replace(self._status(window, self._take_tally(), new_problems), observed=self._rooms.influence.take())
         with self._busy("gather", window=window):
             return self._rooms.gathered(status, RankStatus)
 
@@ -372,18 +371,13 @@ class RankServer:
         tally.step_seconds += time.monotonic() - started
         if self._rooms.engine.lost_gradient:
             tally.lost_masked_tokens += tally.masked_tokens
-            rank = self._rooms.rank_group.rank
-            self._rooms.membership.problems.append(
-                f"the body's gradient of window {window} was not finite on rank {rank} and is left out"
-            )
+            self._rooms.membership.lose_gradient(window)
         self._service.commit(window, scale)
         self._rooms.commit_elsewhere(window, scale)
         return True
 
     def _is_broken(self) -> bool:
-        """Whether a client of any rank is missing from the window that is about to end, or the
-        aggregator of another party.
-        """
+        """A client of any rank, or the aggregator of another party, is missing from the window."""
         return any(self._rooms.gathered(bool(self._rooms.membership.absent or self._rooms.lost_elsewhere), bool))
 
     def _await_reports(self, window: int) -> None:

@@ -37,7 +37,7 @@ def test_clients_may_send_what_the_cut_and_the_codecs_say(cut: Any) -> None:
     half = half_of(config)
     contract = build_contract(config, half)
     assert contract.activations == TensorContract("int8", half.widths.activations, 64)
-    assert contract.gradients == TensorContract("bf16", half.widths.hidden, 64)
+    assert contract.gradients == TensorContract("bf16", half.widths.hidden, 64, is_gradient=True)
     assert contract.is_rows_cut == (cut == "rows") and contract.longest_sequence == 12
     assert contract.exchanged == {name: tuple(p.shape) for name, p in half.named_parameters()}
 

@@ -1,9 +1,8 @@
-"""Local clients that are killed, and the address of a server that was: real programs."""
+"""Local clients that are killed, and what becomes of their run: real programs."""
 
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +68,3 @@ def test_a_run_that_can_goes_on_after_a_local_client_was_killed(tmp_path: Path, 
     assert [row["window"] for row in rows] == list(range(60))
     lost = [row["window"] for row in rows if row["lost_masked_tokens"]]
     assert on_loss == "continue" or not lost
-
-
-def test_the_address_of_a_server_that_was_killed_misleads_nobody(tmp_path: Path) -> None:
-    """It stays in the folder, and somebody else may have the port by then."""
-    with federation(tmp_path, local=0) as run, socket.create_server(("127.0.0.1", 0)) as somebody:
-        address = run.run_folder / "server.address"
-        address.parent.mkdir(parents=True)
-        address.write_text(f"127.0.0.1:{somebody.getsockname()[1]}\n")
-        for client in run.data:
-            run.start_client(client)
-        run.wait(lambda: somebody.accept() is not None)
-        run.restart_ranks(1)
-        run.wait(lambda: not run.is_running, timeout=400)
-        assert run.failures() == {}, run.logs()

@@ -97,21 +97,13 @@ def hand_over(
     if client_model is not None:
         save_merged(folder.model, model_config, client_model, body, tokenizer)
     facts = facts | _costs(folder, [pair for pairs in all_figures for pair in pairs])
+    judged: dict[str, str] = {}
     baselines: dict[str, float] = {}
     if rooms.strategy.has_kept_parts:
-        facts = facts | {"held-out loss": f"not of a model without its clients' own parts ({KEPT_KEY})"}
+        judged = {"held-out loss": f"not of a model without its clients' own parts ({KEPT_KEY})"}
     elif is_complete and client_model is not None and folder.held_out.is_file():
-        if config.task.is_labelled:
-            facts = facts | _evaluate_task(folder, config)
-        else:
-            baselines = _evaluate(folder, config, tokenizer, model_config.vocab_size)
-            held_out, unigram = baselines["held out, at the end"], baselines["word frequency alone"]
-            facts["held-out loss"] = f"{held_out:.3f} nats a masked token"
-            facts["word frequency alone"] = f"{unigram:.3f} nats"
-            print(
-                f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
-                f"{unigram - held_out:.2f} nats learned beyond it"
-            )
+        judged, baselines = _judge(folder, config, tokenizer, model_config)
+    facts = facts | judged
     if evaluations:
         facts["held out by clients"] = f"{evaluations[-1].sentence}, before window {evaluations[-1].window}"
     write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines, evaluations)
@@ -119,13 +111,37 @@ def hand_over(
     rate = facts.get("rate of the body")
     print(f"time    {facts['time']}" + (f"; {rate}" if rate else ""))
     if client_model is not None:
-        loaded = f'{auto_class(model_config).__name__}.from_pretrained("{folder.model}")'
-        print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
-        if rooms.strategy.has_kept_parts:
-            averaged = config.federation.average_scope
-            print(f"        all but body and {averaged} is as the run began: each client keeps its own ({KEPT_KEY})")
+        _tell_model(folder, rooms, config, model_config)
     else:
         print(_where_the_halves_are(folder, rooms))
+    _tell_end(folder, config, window, is_complete)
+
+
+def _judge(
+    folder: RunFolder, config: RunConfig, tokenizer: Any, model_config: Any
+) -> tuple[dict[str, str], dict[str, float]]:
+    """The finished model on text that no client had: facts, and losses to draw beside the run's."""
+    if config.task.is_labelled:
+        return _evaluate_task(folder, config), {}
+    losses = _evaluate(folder, config, tokenizer, model_config.vocab_size)
+    held_out, unigram = losses["held out, at the end"], losses["word frequency alone"]
+    print(
+        f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
+        f"{unigram - held_out:.2f} nats learned beyond it"
+    )
+    facts = {"held-out loss": f"{held_out:.3f} nats a masked token", "word frequency alone": f"{unigram:.3f} nats"}
+    return facts, losses
+
+
+def _tell_model(folder: RunFolder, rooms: Rooms, config: RunConfig, model_config: Any) -> None:
+    loaded = f'{auto_class(model_config).__name__}.from_pretrained("{folder.model}")'
+    print(f"model   {folder.model}   a transformers checkpoint: {loaded}")
+    if rooms.strategy.has_kept_parts:
+        averaged = config.federation.average_scope
+        print(f"        all but body and {averaged} is as the run began: each client keeps its own ({KEPT_KEY})")
+
+
+def _tell_end(folder: RunFolder, config: RunConfig, window: int, is_complete: bool) -> None:
     if config.run.keep_best:
         for best in read_evaluations(folder.best_model / BEST_EVALUATION):
             print(f"best    {folder.best_model}   before window {best.window}: {best.sentence}")

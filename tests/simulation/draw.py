@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import random
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -151,7 +152,7 @@ def _fault(rng: random.Random, clients: tuple[str, ...], length: float) -> Fault
 
 @cache
 def _config(text: str) -> RunConfig:
-    tree = eval(text, {})
+    tree = ast.literal_eval(text)
     tree["optimizer"] = {
         "name": "sgd", "lr": 1.0, "schedule": "constant", "weight_decay": 0.0, "gradient_clipping": 0.0
     }  # fmt: skip

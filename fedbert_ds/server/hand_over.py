@@ -180,7 +180,10 @@ def best_model_keeper(rooms: Rooms, folder: RunFolder, model_config: Any, tokeni
 def _collect_elsewhere(rooms: Rooms, window: int, is_complete: bool) -> None:
     """Have the aggregator of another party write the client model. All ranks call it."""
     assert rooms.remote is not None
-    totals = rooms.rank_group.gather(rooms.masked_counts.totals, dict[str, int])
+    # A rank that has resumed knows older counts of the other ranks' clients, too.
+    here = rooms.members.at(rooms.rank_group.rank)
+    mine = {client: count for client, count in rooms.masked_counts.totals.items() if client in here}
+    totals = rooms.rank_group.gather(mine, dict[str, int])
     if rooms.rank_group.rank == 0:
         rooms.remote.conclude(window, is_complete, {client: n for counts in totals for client, n in counts.items()})
     # Clients stay until it has their halves.

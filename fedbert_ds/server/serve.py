@@ -57,6 +57,7 @@ from fedbert_ds.server.network.limits import most_kept
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.prepare import TextFacts, is_prepared, prepare_text, prepared_text
 from fedbert_ds.server.queue.in_flight import InFlightLimits
+from fedbert_ds.server.queue.seats import capped
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.server.rank_messages import RankSecret
@@ -324,6 +325,12 @@ def _engine(config: RunConfig, body: Body | None) -> BodyEngine:
 
 def _start(config: RunConfig, joins: Joins, strategy: Strategy, world_size: int) -> Start:
     participants = strategy.num_participants(config.clients.expected)
+    if config.window.share == "data":
+        for client, times in capped(joins.shard_sizes, config.window.largest_share).items():
+            warn(
+                f"client {client} has {times:,.1f} times the median client's text, of which "
+                f"{config.window.largest_share:g} times count (window.largest_share)"
+            )
     return start_of(joins, world_size, config.window, participants)
 
 

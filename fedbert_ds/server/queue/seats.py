@@ -38,8 +38,18 @@ def window_shares(
     together = count if participants is None else participants
     if share == "equal":
         return {client: max(1, window_tokens // together) for client in shard_sizes}
-    ordered = sorted(shard_sizes.values())
-    most = ordered[(count - 1) // 2] * largest
+    most = _median(shard_sizes) * largest
     sizes = {client: size if size <= most else int(most) for client, size in shard_sizes.items()}
     total = sum(sizes.values()) * together
     return {client: max(1, window_tokens * size * count // total) for client, size in sizes.items()}
+
+
+def capped(shard_sizes: Mapping[str, int], largest: float) -> dict[str, float]:
+    """Clients whose text does not count in full, and how many times the median client's it is."""
+    median = _median(shard_sizes)
+    return {client: size / median for client, size in sorted(shard_sizes.items()) if size > median * largest}
+
+
+def _median(shard_sizes: Mapping[str, int]) -> int:
+    """The lower one."""
+    return sorted(shard_sizes.values())[(len(shard_sizes) - 1) // 2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbert_ds.server.queue.seats import assign_clients, window_shares
+from fedbert_ds.server.queue.seats import assign_clients, capped, window_shares
 
 SHARES = st.dictionaries(st.text("abcdef", min_size=1, max_size=3), st.integers(1, 10_000), min_size=1, max_size=12)
 
@@ -85,3 +85,8 @@ def test_a_claim_of_much_text_counts_for_so_many_times_the_median_clients() -> N
 )
 def test_texts_that_are_not_too_unequal_keep_their_shares(sizes: dict[str, int], window_tokens: int) -> None:
     assert window_shares(sizes, window_tokens, "data", largest=4.0) == window_shares(sizes, window_tokens, "data")
+
+
+def test_whose_text_does_not_count_in_full_is_known() -> None:
+    assert capped({"a": 100, "b": 401, "c": 100, "d": 90}, 4.0) == {"b": 4.01}
+    assert capped({"a": 100, "b": 400}, 4.0) == {} == capped({"a": 5}, 1.0)

@@ -113,6 +113,25 @@ def test_a_client_that_missed_the_last_saves_keeps_no_run_from_resuming(place) -
     assert [row["window"] for row in rows] == list(range(60)) and rows[-1]["clients"] == 3
 
 
+def test_the_address_of_a_server_that_was_killed_misleads_nobody(place) -> None:
+    """Clients look again until the file names the one that is there."""
+    with federation(place, run={"windows": 60, "save_every": 2}) as run:
+        run.start_ranks(1)
+        run.await_server()
+        run.start_client("ada")
+        run.start_client("bo")
+        run.wait(lambda: run.num_windows >= 3)
+        address = run.run_folder / "server.address"
+        dead = address.read_text()
+        run.kill("rank 0")
+        assert address.read_text() == dead, "nobody was left to remove it"
+        run.restart_ranks(1, resume=True)
+        run.wait(lambda: not run.is_running, timeout=300)
+        assert run.failures() == {}, run.logs()
+        assert address.read_text() not in ("", dead)
+    assert [row["window"] for row in run.metrics()] == list(range(60))
+
+
 def test_who_inspects_a_run_is_told_what_it_sends_and_moves_nothing(place) -> None:
     """Before the clients are there, and while they train."""
     with federation(place, run={"windows": 30, "save_every": 1000}) as run:

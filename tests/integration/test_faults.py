@@ -28,4 +28,5 @@ def test_a_schedule_is_its_seed_s_and_has_no_long_pause() -> None:
     assert {fault.kind for fault in faults} == KINDS.keys()
     assert {fault.who for fault in faults} == {"rank 0", "rank 1", *clients}
     gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(faults)]
-    assert min(gaps) > 0 and max(gaps) <= LONGEST_GAP
+    # Gaps of sums of many numbers are rounded.
+    assert min(gaps) > 0 and max(gaps) <= LONGEST_GAP + 1e-6

@@ -399,7 +399,7 @@ class FederationSection(Section):
     proximal: Annotated[float, Field(ge=0.0)] = 0.0
     """FedProx (Li et al. 2020) in `parallel` mode: mu of the term mu/2 ||w - w_common||^2 in each
     client's loss, over the averaged weights."""
-    bound: Annotated[float, Field(ge=2.0)] | None = 4.0
+    bound: Annotated[float, Field(ge=2.0)] | None = 10.0
     """What a client sends counts for at most so many times what is typical: the median client's
     gradient of a token, activation, or update. Honest clients stay below, and then nothing changes,
     to the bit; what is above is scaled down, counted and told. null: no bound."""

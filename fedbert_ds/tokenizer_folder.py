@@ -16,7 +16,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write a tokenizer so that transformers 4 and 5 load it, from tokenizer.json alone."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     # Of a tokenizer that came as bytes transformers 5 names a class that transformers 4 has not.
     if config.get("tokenizer_class") == "TokenizersBackend":
         write_text(path, json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")

@@ -32,7 +32,7 @@ WHOLE = ("cut=whole", "federation.mode=parallel", "federation.average_every=2")
 MODES: dict[str, tuple[str, ...]] = {"synchronous": ("federation.mode=synchronous",), "whole": WHOLE}
 COMBINE: dict[str, tuple[str, ...]] = {
     "mean, no bound": ("federation.bound=null",),
-    "mean": (),
+    "mean": ("federation.bound=4",),
     "median": ("federation.combine=median",),
     "trimmed_mean": ("federation.combine=trimmed_mean", f"federation.assumed_liars={ASSUMED}"),
     "krum": ("federation.combine=krum", f"federation.assumed_liars={ASSUMED}"),
@@ -105,7 +105,9 @@ def unigram_loss(text: RunFolder, overrides: tuple[str, ...]) -> float:
 
 
 def _train(config: RunConfig, folder: Path, shards: dict[str, Path], case: Case) -> None:
-    context = multiprocessing.get_context("fork")
+    # From a process that has neither threads nor gRPC yet, which do not mix with fork.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fedbert_ds.server.serve", "fedbert_ds.client.session"])
     log = folder.with_suffix(".log")
     liars = sorted(shards)[len(shards) - case.liars :]
     processes = [context.Process(target=_rank, args=(config, log), daemon=True)]

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.timeout(900)
 fork_quickly()
 
 NUM_RANKS, NUM_CLIENTS = 8, 24
-CLIENTS = {f"client {number:02}": 2 + number % 5 for number in range(NUM_CLIENTS)}
+CLIENTS = {f"client-{number:02}": 2 + number % 5 for number in range(NUM_CLIENTS)}
 """Numbers of articles: unequal shards, so that ranks have unequal numbers of micro-batches."""
-SLOW = "client 07"
+SLOW = "client-07"
 AWAKE, ASLEEP = 0.1, 0.6
 """Seconds: the slow client gets a seventh of the time."""
 TOLERANCE = 2e-5

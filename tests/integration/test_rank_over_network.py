@@ -83,7 +83,7 @@ def test_a_rank_and_its_clients_do_not_notice_links_that_break(endpoint: Listeni
         assert client.finish == pb.Finish(reason="done", complete=True)
 
 
-@pytest.mark.parametrize("fault", [None, "activations out of all measure", "gradient of another shape", "attach again"])
+@pytest.mark.parametrize("fault", [None, "activations out of all measure", "gradient of another shape"])
 def test_a_rank_serves_on_after_a_client_failed(endpoint: Listening, fault: str | None) -> None:
     config = run_config(clients={"minimum": 2}, run={"windows": 3})
     clients = trio(config, FakeClient("bo", config, (4, 3, 3, 2), BAD[fault][0]()) if fault else None)

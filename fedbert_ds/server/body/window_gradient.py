@@ -66,8 +66,8 @@ class WindowGradient:
 
     @property
     def is_finite(self) -> bool:
-        """Whether this rank's sums are. Waits for the device."""
-        return all(bool(torch.isfinite(flat).all()) for flat in self._flats)
+        """Whether this rank's sums are. Waits for the device, once."""
+        return bool(torch.stack([torch.isfinite(flat).all() for flat in self._flats]).all())
 
     def drop(self) -> None:
         """Forget the sums."""

@@ -36,7 +36,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return train_wordpiece([Article("words", " ".join(WORDS))], 70)
+    return train_wordpiece([Article("words", " ".join(WORDS))], 100)
 
 
 def checkpoint(folder: Path, tokenizer: Any, name: str | None) -> Any:

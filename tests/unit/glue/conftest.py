@@ -20,7 +20,7 @@ WORDS = [Article("one", "the quick brown fox jumps over the lazy dog and runs aw
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = train_wordpiece(WORDS, 100)
+    tokenizer = train_wordpiece(WORDS, 160)
     section = ModelSection(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=2, max_position_embeddings=32, initializer_range=0.3
     )

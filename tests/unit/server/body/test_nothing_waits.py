@@ -75,10 +75,10 @@ def test_forwards_and_backwards_wait_for_nothing(told: Told, stage: int, precisi
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_waits_for_the_norm_alone(told: Told, stage: int, precision: str) -> None:
     """Whether it is finite, and by how much it is to be clipped; DeepSpeed asks more than once, but
-    not for each parameter.
+    not for each parameter. This server asks once, whether the rank's sums are finite.
     """
     waits = told(stage, precision)["step"]
-    assert 1 <= len(waits) <= 8, waits
+    assert 1 <= len(waits) <= 9, waits
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

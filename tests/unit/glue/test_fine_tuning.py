@@ -100,7 +100,7 @@ def test_predictions_in_between_change_no_loss(checkpoint: str) -> None:
 @pytest.mark.parametrize("name", ["RTE", "STS-B"])
 def test_predictions_are_those_of_one_text_at_a_time_in_the_files_order(checkpoint: str, name: str) -> None:
     """150 texts of all lengths: three batches, sorted and put back."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model, tokenizer = load_classifier(checkpoint, GLUE[name]).eval(), load_task_tokenizer(checkpoint)
     encoded = encode(made_up(name, 150).train, tokenizer, 24)
     found = predict(model, tokenizer, encoded, Recipe(length=24))

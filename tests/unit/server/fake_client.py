@@ -166,7 +166,8 @@ class FakeClient:
         """A loss of 3 nats a masked token, and of the window's number in all."""
         masked = self.lengths[number] // 2
         is_last = number == len(self.lengths) - 1
-        loss = 3.0 * masked + window * is_last
+        # Something that tells windows apart, where there is a masked token to have lost it on.
+        loss = 3.0 * masked + window * (number == 0)
         return pb.ClientMessage(
             evaluated=pb.Evaluated(window=window, loss_sum=loss, masked_tokens=masked, last=is_last)
         )

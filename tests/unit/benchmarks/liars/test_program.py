@@ -50,7 +50,8 @@ def test_real_liars_are_bounded_and_named_in_both_modes(tmp_path: Path, monkeypa
     assert [(row["mode"], row["liars"]) for row in record["rows"]] == [("whole", 1), ("synchronous", 1)]
     for row in record["rows"]:
         assert row["bounded"] > 0 and row["held_out_loss"] < record["unigram_loss"] + 2.0
-        assert "client client-09: its update was" in (work / f"{row['mode']}-mean-1-flip.log").read_text()
         assert f"{row['held_out_loss']:.2f}" in table(record["rows"], row["mode"], "flip")
-    assert "client client-09: its gradient was" in (work / "synchronous-mean-1-flip.log").read_text()
+    # In `synchronous` mode a client of little text may send the more for each token.
+    for mode, what in (("whole", "update"), ("synchronous", "gradient")):
+        assert f"client client-09: its {what} was" in (work / f"{mode}-mean-1-flip.log").read_text()
     assert str(tmp_path) not in json.dumps(record["settings"])

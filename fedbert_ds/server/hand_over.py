@@ -47,7 +47,7 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     rooms.inbox.expect_collected(window)
     request = pb.ServerMessage(update_request=pb.UpdateRequest(window=window))
     rooms.service.ask(mine, Question("client model", window), request, collected)
-    totals = rooms.masked_counts.totals
+    totals = rooms.masked_counts.totals(mine)
     halves = {
         client: collected[client]._replace(weight=float(max(1, totals.get(client, 0))))
         for client in mine
@@ -180,9 +180,7 @@ def best_model_keeper(rooms: Rooms, folder: RunFolder, model_config: Any, tokeni
 def _collect_elsewhere(rooms: Rooms, window: int, is_complete: bool) -> None:
     """Have the aggregator of another party write the client model. All ranks call it."""
     assert rooms.remote is not None
-    # A rank that has resumed knows older counts of the other ranks' clients, too.
-    here = rooms.members.at(rooms.rank_group.rank)
-    mine = {client: count for client, count in rooms.masked_counts.totals.items() if client in here}
+    mine = rooms.masked_counts.totals(rooms.members.at(rooms.rank_group.rank))
     totals = rooms.rank_group.gather(mine, dict[str, int])
     if rooms.rank_group.rank == 0:
         rooms.remote.conclude(window, is_complete, {client: n for counts in totals for client, n in counts.items()})

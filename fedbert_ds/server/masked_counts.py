@@ -47,10 +47,12 @@ class MaskedCounts:
         """For a checkpoint."""
         return dict(self._committed)
 
-    @property
-    def totals(self) -> dict[str, int]:
-        """Masked tokens of each client in the run so far."""
-        return {client: total for client, (total, _) in self._committed.items()}
+    def totals(self, clients: Iterable[str]) -> dict[str, int]:
+        """Masked tokens of each of this rank's `clients` in the run so far.
+
+        A rank that has resumed also knows older counts, of the other ranks' clients.
+        """
+        return {client: self._committed[client][0] for client in clients if client in self._committed}
 
     def roll_back(self, committed: Mapping[str, Count]) -> None:
         """Go back to the counts of a checkpoint."""

@@ -19,7 +19,7 @@ def test_what_is_behind_an_update_is_what_was_planned_since_the_last_one() -> No
     counts.commit(is_exchanged=True)
     counts.begin([manifest("bo", 3)])
     assert counts.behind_updates(["ada", "bo"]) == {"ada": 0, "bo": 3}
-    assert counts.totals == {"ada": 7, "bo": 5}, "the running window is not trained yet"
+    assert counts.totals(["ada", "bo", "cy"]) == {"ada": 7, "bo": 5}, "the running window is not trained yet"
 
 
 def test_a_window_that_is_undone_counts_once() -> None:
@@ -31,3 +31,12 @@ def test_a_window_that_is_undone_counts_once() -> None:
     assert counts.committed == {"ada": (12, 6)}
     counts.roll_back({"ada": (10, 4)})
     assert counts.behind_updates(["ada"]) == {"ada": 4}
+
+
+def test_older_counts_of_other_ranks_clients_are_not_told() -> None:
+    """A rank that resumes reads every client's from the checkpoint and counts on its own."""
+    counts = MaskedCounts()
+    counts.roll_back({"ada": (10, 4), "bo": (20, 4)})
+    counts.begin([manifest("ada", 2)])
+    counts.commit(is_exchanged=False)
+    assert counts.totals(["ada"]) == {"ada": 12}

@@ -134,13 +134,15 @@ class Authority:
         return len(new)
 
     def issued(self) -> list[Issued]:
-        """Every certificate signed so far, the authority's first, then by name and expiry."""
+        """Every certificate signed so far, the authority's first, then by name; the one that counts
+        comes last of its name, whatever its expiry.
+        """
         current, revoked = self._fingerprint_of(AUTHORITY), self._revoked()
         found = [_read(self._load(AUTHORITY), frozenset(), current)]
         for file in (self.folder / ISSUED).glob("*.pem"):
             one = x509.load_pem_x509_certificate(file.read_bytes())
             found.append(_read(one, revoked.keys(), self._fingerprint_of(_common_name(one.subject))))
-        return sorted(found, key=lambda one: (one.kind != "authority", one.name, one.expires))
+        return sorted(found, key=lambda one: (one.kind != "authority", one.name, one.is_current, one.expires))
 
     def standing(self, one: Issued) -> str:
         """How it stands with a certificate, in a word or two."""

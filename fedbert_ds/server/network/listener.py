@@ -154,11 +154,13 @@ class Listener(Generic[M]):
             self._events.put((JoinAbandoned(hello), None))
             raise
 
-    def stream(self, attach: pb.Attach) -> ClientStream:
-        """The stream of a client, opened if there is none; WireError if its session is wrong."""
+    def attach(self, attach: pb.Attach) -> tuple[ClientStream, object]:
+        """A client's stream, opened if there is none, and its new connection; WireError if its
+        session is wrong, or its count of messages.
+        """
         stream = self._streams.get(attach.client) or self._closing.get(attach.client)
         if stream is not None and stream.session == attach.session:
-            return stream
+            return stream, stream.attach(attach)
         if not attach.session or self._sessions.get(attach.client) != attach.session:
             raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
         if attach.received:
@@ -174,8 +176,10 @@ class Listener(Generic[M]):
             self._most_kept,
             self._all_unread,
         )
+        connection = stream.attach(attach)
+        # Told once the stream knows the process: one that is killed at once is not waited for.
         self._events.put((Connected(attach.client), None))
-        return stream
+        return stream, connection
 
     def _hand_on(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
         event = self._make_event(stream.client, message, frame, num_bytes)
@@ -261,8 +265,7 @@ class Servicer(grpc.GenericRpcHandler):
         try:
             attach = introduction(context.invocation_metadata(), pb.Attach)
             self.let_in(context, attach)
-            stream = self._listener.stream(attach)
-            connection = stream.attach(attach)
+            stream, connection = self._listener.attach(attach)
         except UserError as error:
             await self.turn_away_beyond_rate(context)
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))

@@ -164,7 +164,7 @@ def _arm_aggregator(kill: Kill, folder: Path) -> None:
         case "gradient":
             _before(AggregatedRun, "receive", lambda _, __, m: m.update.window == kill.window, kill, folder)
         case "averaging":
-            _before(Guests, "tell_all_ranks", lambda _, report: report.combined.window == kill.window, kill, folder)
+            _before(Guests, "tell_combined", of_window, kill, folder)
         case "commit":
             _before(Aggregator, "apply", of_window, kill, folder, after=True)
         case "checkpoint":

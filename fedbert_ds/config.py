@@ -77,8 +77,8 @@ class ModelSection(Section):
 
     checkpoint: Name | None = None
     """Hub name or folder of a Hugging Face masked LM: BERT, RoBERTa (also CamemBERT, XLM-RoBERTa),
-    ELECTRA or ModernBERT. null starts from scratch."""
-    architecture: Literal["bert", "roberta", "electra", "modernbert"] = "bert"
+    ELECTRA, DistilBERT or ModernBERT. null starts from scratch."""
+    architecture: Literal["bert", "roberta", "electra", "distilbert", "modernbert"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
     """Transformer layers of client and server together."""

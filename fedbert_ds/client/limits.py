@@ -77,6 +77,7 @@ def check_model(hf_config: Any) -> None:
         "hidden_size": WIDEST,
         "embedding_size": WIDEST,
         "intermediate_size": 8 * WIDEST,
+        "hidden_dim": 8 * WIDEST,  # DistilBERT's name for it
         "max_position_embeddings": LONGEST_SEQUENCE,
         "type_vocab_size": LONGEST_SEQUENCE,
         "num_labels": MOST_LABELS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -25,6 +25,8 @@ class Architecture:
     piece."""
     body_head: str | None = None
     """Projection of hidden states before the head that belongs to the body (ELECTRA's H -> E)."""
+    kind: Literal["bert", "distilbert", "modernbert"] = "bert"
+    """Whose layers it has; `encoder` knows how each is run over packed tokens."""
     words: str = "word_embeddings"
     """The word table, in `embeddings`."""
     encoder: tuple[str, ...] = ("embeddings_project", "encoder")
@@ -35,6 +37,8 @@ class Architecture:
     """What follows the last layer, in the base: the body's."""
     feed_forward: tuple[str, ...] = ("intermediate", "output")
     """Parts of a layer behind its attention, where tokens no longer meet."""
+    intermediate: str = "intermediate_size"
+    """Field of the config with the width of the feed-forward."""
     dropouts: tuple[str, ...] = ("hidden_dropout_prob",)
     """Fields of the config with drop probabilities of hidden states."""
     attention_dropout: str = "attention_probs_dropout_prob"
@@ -45,6 +49,8 @@ class Architecture:
     """As `heads`, of a classifier of sequences."""
     heads_of_tokens: tuple[str, ...] = ("dropout", "classifier")
     """As `heads`, of a classifier of tokens."""
+    rectified: tuple[str, ...] = ()
+    """Parts of a head whose results go through max(0, x), which no module of the model does."""
     reads_sequences: bool = True
     """A head of sequences takes all their hidden states, and reads those of the first token."""
     head_takes_sequences: bool = False
@@ -55,7 +61,7 @@ class Architecture:
     @property
     def turns_by_position(self) -> bool:
         """Whether layers turn queries and keys by position; embeddings then know no positions."""
-        return "rotary_emb" in self.encoder
+        return self.kind == "modernbert"
 
 
 _ROBERTA = Architecture(base="roberta", heads=("lm_head",), decoder="lm_head.decoder", positions_after_padding=True)
@@ -78,10 +84,28 @@ ARCHITECTURES = {
         body_head="generator_predictions",
         is_factorized=True,
     ),
+    # BERT's layers under other names, without kinds of tokens; its residuals are added outside the
+    # attention.
+    "distilbert": Architecture(
+        base="distilbert",
+        heads=("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"),
+        decoder="vocab_projector",
+        kind="distilbert",
+        encoder=("transformer",),
+        layers="transformer.layer",
+        feed_forward=("ffn", "output_layer_norm"),
+        intermediate="hidden_dim",
+        dropouts=("dropout", "seq_classif_dropout"),
+        attention_dropout="attention_dropout",
+        heads_of_sequences=("pre_classifier", "dropout", "classifier"),
+        rectified=("pre_classifier",),
+        reads_sequences=False,
+    ),
     "modernbert": Architecture(
         base="model",
         heads=("head", "decoder"),
         decoder="decoder",
+        kind="modernbert",
         words="tok_embeddings",
         encoder=("rotary_emb", "layers", "final_norm"),
         layers="layers",
@@ -94,6 +118,14 @@ ARCHITECTURES = {
         reads_sequences=False,
     ),
 }
+
+REFUSED = {
+    "mpnet": "its attention scores get a bias by distance, which attention of packed sequences does not take",
+    "deberta": "its attention scores depend on distances, which attention of packed sequences does not take",
+    "deberta-v2": "its attention scores depend on distances, which attention of packed sequences does not take",
+    "albert": "its layers are one set of weights, which cannot be divided between client and server",
+}
+"""Encoders that users bring and our layers do not compute, each with the reason."""
 
 
 class Widths(NamedTuple):
@@ -111,7 +143,8 @@ def architecture(hf_config: Any) -> Architecture:
     """
     model_type = getattr(hf_config, "model_type", None)
     if model_type not in ARCHITECTURES:
-        raise ModelError(f"architecture {model_type} is not supported; use one of {', '.join(ARCHITECTURES)}")
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
+        raise ModelError(f"architecture {model_type} is not supported{reason}; use one of {', '.join(ARCHITECTURES)}")
     parts, task = ARCHITECTURES[model_type], task_of(hf_config)
     if task is None:
         return parts
@@ -179,6 +212,11 @@ def words_of(base: nn.Module, hf_config: Any) -> Any:
 def layers_of(base: nn.Module, hf_config: Any) -> Any:
     """The encoder layers of a base model, a ModuleList."""
     return base.get_submodule(architecture(hf_config).layers)
+
+
+def feed_forward_width(hf_config: Any) -> int:
+    """Width of the feed-forward of a layer."""
+    return getattr(hf_config, architecture(hf_config).intermediate)
 
 
 def attention_dropout(hf_config: Any) -> float:

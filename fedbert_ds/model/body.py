@@ -91,7 +91,7 @@ class Body(nn.Module):
                     f"a sequence of {packing.max_length} tokens is longer than the position table, "
                     f"{longest_sequence(self.config)}"
                 )
-            hidden = self.base.embeddings(inputs_embeds=hidden, **position_ids(self.config, packing))
+            hidden = self.base.embeddings(input_ids=None, inputs_embeds=hidden, **position_ids(self.config, packing))
         selected = encode(self.base, self.config, hidden, packing, masked_positions).squeeze(0)
         if self._parts.body_head is not None:
             selected = self.get_submodule(self._parts.body_head)(selected)

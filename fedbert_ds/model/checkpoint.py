@@ -18,6 +18,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     BertConfig,
+    DistilBertConfig,
     ElectraConfig,
     ModernBertConfig,
     PreTrainedModel,
@@ -27,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError
-from fedbert_ds.model.architecture import ARCHITECTURES, architecture, longest_sequence
+from fedbert_ds.model.architecture import ARCHITECTURES, architecture, feed_forward_width, longest_sequence
 from fedbert_ds.model.cut import merge
 from fedbert_ds.model.heads import auto_class_of
 from fedbert_ds.tasks.registry import task_of
@@ -37,7 +38,7 @@ from fedbert_ds.tokenizer_folder import save_tokenizer
 logger = logging.getLogger(__name__)
 
 _SHAPE_FIELDS = (
-    *("type_vocab_size", "hidden_act", "layer_norm_eps"),
+    *("type_vocab_size", "hidden_act", "activation", "layer_norm_eps"),
     # ModernBERT's
     *("hidden_activation", "norm_eps", "norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
     *("classifier_activation", "local_attention", "layer_types", "rope_parameters"),
@@ -72,7 +73,7 @@ def shape_hash(hf_config: Any) -> str:
         "architecture": hf_config.model_type,
         "hidden_size": hf_config.hidden_size,
         "embedding_size": getattr(hf_config, "embedding_size", hf_config.hidden_size),
-        "intermediate_size": hf_config.intermediate_size,
+        "intermediate_size": feed_forward_width(hf_config),
         "num_hidden_layers": hf_config.num_hidden_layers,
         "num_attention_heads": hf_config.num_attention_heads,
         "vocab_size": hf_config.vocab_size,
@@ -156,6 +157,8 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
         fields |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
         fields["max_position_embeddings"] += pad_token_id + 1
         hf_config = RobertaConfig(**fields)
+    elif section.architecture == "distilbert":
+        hf_config = DistilBertConfig(hidden_dim=fields.pop("intermediate_size"), **fields)
     elif section.architecture == "modernbert":
         # Gated: the published models' 1.5 x hidden_size. Ids of a tokenizer that is not this one's
         # would be wrong, and no layer reads them.

@@ -148,6 +148,8 @@ class ClientHalf(nn.Module):
             hidden = hidden.unsqueeze(1)
         for name in self._parts.heads:
             hidden = self.get_submodule(name)(hidden)
+            if name in self._parts.rectified:
+                hidden = hidden.relu()
         return hidden
 
     def head_backward(

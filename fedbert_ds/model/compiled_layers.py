@@ -50,8 +50,8 @@ def install_compile(body: Body, choice: Compile, dtype: torch.dtype, longest: in
     """
     if choice is False or len(body.layers) < 2:
         return False
-    if choice == "auto" and architecture(body.config).turns_by_position:
-        return False  # its layers are of several kinds, of which one would be timed
+    if choice == "auto" and architecture(body.config).kind != "bert":
+        return False  # BERT's layers are what is timed; ModernBERT's are of several kinds
     device = next(body.parameters()).device
     if body.attend is None and choice is True and device.type != "cuda":
         from fedbert_kernels.attention import HEAD_SIZES, attention

@@ -165,7 +165,8 @@ def _fill_buffers(module: nn.Module) -> None:
         positions = getattr(part, "position_ids", None)
         if isinstance(positions, Tensor):
             part.position_ids = torch.arange(positions.shape[-1]).expand((1, -1))
-            part.token_type_ids = torch.zeros(positions.shape, dtype=torch.long)
+            if hasattr(part, "token_type_ids"):
+                part.token_type_ids = torch.zeros(positions.shape, dtype=torch.long)
         if hasattr(part, "rope_type"):
             part._buffers.update(type(part)(part.config)._buffers)
     unfilled = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]

@@ -24,7 +24,8 @@ def encode(base: Any, hf_config: Any, hidden: Tensor, packing: Packing, masked_p
         return encode_with_rotary(base, hf_config, hidden, packing, masked_positions)
     if getattr(base, "embeddings_project", None) is not None:
         hidden = base.embeddings_project(hidden)
-    return base.encoder(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state
+    layers = base.transformer if architecture(hf_config).kind == "distilbert" else base.encoder
+    return layers(hidden, packing=packing, masked_positions=masked_positions).last_hidden_state
 
 
 def position_ids(hf_config: Any, packing: Packing) -> dict[str, Tensor]:
@@ -39,12 +40,16 @@ def keep_masked_positions(base: nn.Module, hf_config: Any) -> None:
 
     `encode` then needs `masked_positions`.
     """
-    last = layers_of(base, hf_config)[-1]
-    if architecture(hf_config).turns_by_position:
-        from fedbert_ds.model.modernbert import LastLayer
+    last, kind = layers_of(base, hf_config)[-1], architecture(hf_config).kind
+    # A layer of another class keeps its weights and their names.
+    if kind == "modernbert":
+        from fedbert_ds.model import modernbert
 
-        # It keeps its weights and their names.
-        last.__class__ = LastLayer
+        last.__class__ = modernbert.LastLayer
+    elif kind == "distilbert":
+        from fedbert_ds.model import distilbert
+
+        last.__class__ = distilbert.LastLayer
     else:
         last.attention.register_forward_hook(_select, with_kwargs=True)
 

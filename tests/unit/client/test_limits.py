@@ -44,7 +44,15 @@ def test_what_the_owner_allows_is_not_refused() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size", "max_position_embeddings", "num_labels"],
+    [
+        "vocab_size",
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "hidden_dim",
+        "max_position_embeddings",
+        "num_labels",
+    ],
 )
 @pytest.mark.parametrize("value", [10**9, -1, "many", None])
 def test_a_model_of_no_sane_run_is_refused_before_it_is_built(field: str, value: Any) -> None:

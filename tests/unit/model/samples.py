@@ -13,7 +13,7 @@ from fedbert_ds.model.architecture import architecture as parts_of
 from fedbert_ds.model.architecture import words_of
 
 VOCABULARY = 61
-FROM_SCRATCH = ("bert", "roberta", "electra", "modernbert")
+FROM_SCRATCH = ("bert", "roberta", "electra", "distilbert", "modernbert")
 """Architectures that a run file can ask for without a checkpoint."""
 PAD = 1
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unit.model.samples import pack, word_table
 
 from fedbert_ds.config import LayersCut
+from fedbert_ds.model.architecture import ARCHITECTURES
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.body.footprint import saved_bytes
 
@@ -176,7 +177,7 @@ def test_the_last_feed_forward_runs_for_masked_positions_only(small_model, archi
     _, body = split(small_model(architecture), cut)
     rows: list[int] = []
     for layer in body.layers[1:]:
-        feed_forward = layer.mlp if architecture == "modernbert" else layer.intermediate
+        feed_forward = layer.get_submodule(ARCHITECTURES[architecture].feed_forward[0])
         feed_forward.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].shape[1]))
     values, row_index = activations_for(body, 9)
     body(values, torch.tensor([8, 0]), torch.tensor([0, 3, 9]), row_index)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTokenizer, DistilBertConfig
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTokenizer, MPNetConfig
 from unit.model.samples import PAD, VOCABULARY
 
 from fedbert_ds.config import ModelSection
@@ -107,7 +107,7 @@ def test_attention_has_a_dropout_of_its_own(
     expected = 0.25 if attention is None else attention
     assert attention_dropout(body.config) == expected
     # ModernBERT drops what attention gives at the rate of its weights.
-    ends = "attn.out_drop" if architecture == "modernbert" else "attention.self.dropout"
+    ends = {"modernbert": "attn.out_drop", "distilbert": "attention.dropout"}.get(architecture, "self.dropout")
     in_attention = {p for name, p in drops.items() if name.endswith(ends)}
     assert in_attention == ({expected} if expected or architecture != "modernbert" else set())
     assert {p for name, p in drops.items() if not name.endswith(ends)} == {0.25}
@@ -167,9 +167,9 @@ def test_code_that_comes_with_a_checkpoint_is_neither_run_nor_asked_about(
 def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder or hub model"):
         from_folder(tmp_path / "nowhere")
-    DistilBertConfig().save_pretrained(tmp_path / "distil")
-    with pytest.raises(ModelError, match="distilbert is not supported; use one of bert, roberta"):
-        from_folder(tmp_path / "distil")
+    MPNetConfig().save_pretrained(tmp_path / "mpnet")
+    with pytest.raises(ModelError, match=r"mpnet is not supported \(its .* by distance, .* use one of bert, roberta"):
+        from_folder(tmp_path / "mpnet")
     small_model("bert").save_pretrained(tmp_path / "small")
     with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90"):
         from_folder(tmp_path / "small", vocab_size=90)

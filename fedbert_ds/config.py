@@ -153,7 +153,7 @@ class TaskSection(Section):
     def _fits(self) -> TaskSection:
         has_labels = self.name in ("sequence_classification", "token_classification")
         if has_labels and len(self.labels) < 2:
-            raise ValueError(f"{self.name} needs labels, two at least: labels: [negative, positive], say")
+            raise ValueError(f"{self.name} needs labels, two at least; set labels: [negative, positive], say")
         if not has_labels and self.labels:
             raise ValueError(f"{self.name} has no labels; remove task.labels or change task.name")
         if len(set(self.labels)) < len(self.labels):
@@ -294,7 +294,7 @@ def _compile(value: Any) -> Any:
     # As for `cut`: one sentence instead of an error for each alternative.
     if value == "auto" or isinstance(value, bool):
         return value
-    raise ValueError("must be auto, true or false")
+    raise ValueError("no such choice; set auto, true or false")
 
 
 class BodySection(Section):
@@ -353,7 +353,7 @@ def _participants(value: Any) -> Any:
     # As for `cut`: one sentence instead of an error for each alternative.
     if value == "all" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise ValueError("must be all or a number of clients, at least 1")
+    raise ValueError("no such choice; set all or a number of clients, at least 1")
 
 
 class FederationSection(Section):
@@ -593,7 +593,7 @@ class AggregatorSection(Section):
     def _address(self) -> AggregatorSection:
         host, _, port = self.address.rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise ValueError(f"address {self.address} is not HOST:PORT")
+            raise ValueError(f"address {self.address} is not HOST:PORT; write both")
         return self
 
     @property
@@ -643,7 +643,7 @@ def _cut(value: Any) -> Any:
         return value
     if isinstance(value, dict) and set(value) == {"layers"}:
         return LayersCut(**value)
-    raise ValueError("must be embeddings, rows, whole or {layers: K}")
+    raise ValueError("no such cut; set embeddings, rows, whole or {layers: K}")
 
 
 class RunConfig(Section):
@@ -705,7 +705,7 @@ class RunConfig(Section):
             if self.data.sequence_length > self.model.max_position_embeddings:
                 raise ValueError(
                     f"data.sequence_length {self.data.sequence_length} is longer than the position table, "
-                    f"model.max_position_embeddings {self.model.max_position_embeddings}"
+                    f"model.max_position_embeddings {self.model.max_position_embeddings}; lower the former"
                 )
             if isinstance(self.cut, LayersCut) and self.cut.layers >= self.model.num_hidden_layers:
                 raise ValueError(
@@ -718,7 +718,7 @@ class RunConfig(Section):
                 "have gone on by then; set one of them to its default"
             )
         if self.wire.updates == "int2_hadamard" and self.federation.mode != _AVERAGING:
-            raise ValueError("wire.updates int2_hadamard is for changes of weights, federation.mode: parallel")
+            raise ValueError("wire.updates int2_hadamard is for federation.mode: parallel; choose another codec")
         if self.aggregator is not None and self.cut == "whole":
             raise ValueError(
                 "cut: whole leaves the server nothing but the client model, which the section aggregator gives to "
@@ -752,7 +752,7 @@ class RunConfig(Section):
         federation = self.federation
         if federation.mode != _AVERAGING:
             raise ValueError(
-                "cut: whole needs federation.mode: parallel: clients step alone, and their changes are averaged"
+                "cut: whole has clients step alone and averages their changes; set federation.mode: parallel"
             )
         for key in ("staleness", "average_scope"):
             if getattr(federation, key) != type(federation).model_fields[key].default:
@@ -790,7 +790,9 @@ def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = Tr
         body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
         config = config.model_copy(update={"body": body})
     if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
-        raise ConfigError(f"{path}: body.deepspeed: no such file {config.body.deepspeed}")
+        raise ConfigError(
+            f"{path}: body.deepspeed: no such file {config.body.deepspeed}; name a file of DeepSpeed settings"
+        )
     return config
 
 
@@ -802,14 +804,14 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+        raise ConfigError(f"{path}: not valid YAML; mend this place: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: a run file is a mapping of sections")
+        raise ConfigError(f"{path}: a run file is a mapping of sections; write `section:`, and its keys below")
     if "base" not in tree:
         return tree
     base = tree.pop("base")
     if not isinstance(base, str):
-        raise ConfigError(f"{path}: base is the name of another run file")
+        raise ConfigError(f"{path}: base is the name of another run file; give one name")
     if path.resolve() in (one.resolve() for one in above):
         raise ConfigError(f"{path}: is its own base; remove one of the keys `base`")
     under = _read(path.parent / base, (*above, path))
@@ -846,17 +848,17 @@ def dump_config(config: RunConfig) -> str:
 def _apply(tree: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     if not separator:
-        raise ConfigError(f"{override}: an override has the form section.key=value")
+        raise ConfigError(f"{override}: an override has the form section.key=value; write it so")
     *parents, leaf = name.split(".")
     node = tree
     for parent in parents:
         node = node.setdefault(parent, {})
         if not isinstance(node, dict):
-            raise ConfigError(f"{override}: {parent} is not a section")
+            raise ConfigError(f"{override}: {parent} is not a section; write section.key=value")
     try:
         node[leaf] = yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{override}: not valid YAML") from error
+        raise ConfigError(f"{override}: not valid YAML; put quotes around the value") from error
 
 
 def _explain(error: ValidationError) -> str:
@@ -870,7 +872,7 @@ def _explain(error: ValidationError) -> str:
             annotation = section.model_fields[part].annotation
             section = next((kind for kind in get_args(annotation) if kind is not type(None)), annotation)
         near = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else ""
+        hint = f"; did you mean {'.'.join([*location[:-1], near[0]])}?" if near else "; remove it"
         if name in RENAMED:
             hint = f"; it is {RENAMED[name]} now"
         return f"{name} is not a key{hint}"

@@ -128,7 +128,7 @@ class Authority:
         mine = [one for one in self.issued() if one.name == name and one.expires > self._today]
         new = [one for one in mine if not one.is_revoked]
         if not new:
-            raise ConfigError(f"{name}: {'revoked already' if mine else self._unknown(name)}")
+            raise ConfigError(f"{name}: {'revoked already; nothing is left to do' if mine else self._unknown(name)}")
         day = self._today.date().isoformat()
         self._write_list([*revoked.values(), *(f"{one.fingerprint} {one.name} {day}" for one in new)])
         return len(new)
@@ -179,9 +179,11 @@ class Authority:
         try:
             key = serialization.load_pem_private_key(file.read_bytes(), None)
         except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{file}: the key cannot be read") from error
+            raise ConfigError(
+                f"{file}: the key cannot be read; give the one that fedbert-ds certs made, without a password"
+            ) from error
         if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ConfigError(f"{file}: no ECDSA key")
+            raise ConfigError(f"{file}: no ECDSA key; give the one that fedbert-ds certs made")
         return key
 
     def _new_key(self, name: str) -> ec.EllipticCurvePrivateKey:
@@ -209,7 +211,7 @@ class Authority:
         _check_name(name)
         for host in hosts or ():
             if not _is_host(host):
-                raise ConfigError(f"{host}: no host name and no IP address")
+                raise ConfigError(f"{host}: no host name and no IP address; write one, without port")
         counts = [one for one in self.issued() if one.name == name and one.expires > self._today]
         if any(not one.is_revoked for one in counts):
             raise ConfigError(f"{name}: has a certificate; renew it, or revoke it first")

@@ -158,7 +158,7 @@ def _parse(text: str, base: RunConfig) -> System:
     name, separator, numbers = text.partition(":")
     number, with_rate, rate = numbers.partition(":")
     if "=" in text:
-        raise ConfigError(f"--systems {text}: section.key=value goes right behind RUN_FILE")
+        raise ConfigError(f"--systems {text}: section.key=value goes right behind RUN_FILE; move it there")
     if name not in NAMES:
         raise ConfigError(f"--systems {text}: choose {', '.join(NAMES)}")
     if name not in DEFAULT_EVERY:
@@ -182,7 +182,7 @@ def _rate(text: str, rate: str) -> float:
     except ValueError:
         value = 0.0
     if not 0.0 < value < math.inf:
-        raise ConfigError(f"--systems {text}: a server_lr is a number above 0")
+        raise ConfigError(f"--systems {text}: a server_lr is a number above 0; write one, or drop it")
     return value
 
 

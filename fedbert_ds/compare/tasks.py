@@ -49,11 +49,11 @@ class TaskOptions:
         unknown task and one that is named twice.
         """
         if glue is None and tasks:
-            raise ConfigError("--tasks needs --glue DIR, the folder of GLUE's original files")
+            raise ConfigError("--tasks needs --glue DIR, the folder of GLUE's original files; add it")
         if glue is None:
             return None
         if not tasks:
-            raise ConfigError("--glue needs --tasks: RTE STS-B, say")
+            raise ConfigError("--glue needs --tasks; add --tasks RTE STS-B, say")
         names = tuple(glue_task(name).name for name in tasks)
         for what, given in (("tasks", names), ("glue-seeds", seeds)):
             if len(set(given)) != len(given):

@@ -157,7 +157,9 @@ class Aggregator:
             case "weights":
                 self._take_over(received)
             case "nothing":
-                raise RunError(f"an update of window {window}, after which none is exchanged")
+                raise RunError(
+                    f"an update of window {window}, after which none is exchanged; install one version on all sides"
+                )
         self._version = window + 1
 
     def _as_received(self, window: int, combined: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

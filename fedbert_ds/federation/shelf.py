@@ -28,7 +28,9 @@ class Shelf:
             self._where.mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=self._where, buffering=0)  # noqa: SIM115 (it ends with this object)
         except OSError as error:
-            raise RunError(f"{self._where}: no temporary file can be made there: {error.strerror}") from error
+            raise RunError(
+                f"{self._where}: takes no temporary file ({error.strerror}); make it writable, or free space"
+            ) from error
         self._places: dict[str, int] = {}
         end = 0
         for name, shape in self._shapes.items():
@@ -50,7 +52,9 @@ class Shelf:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise RunError(f"a temporary file in {self._where} cannot be written: {error.strerror}") from error
+            raise RunError(
+                f"a temporary file in {self._where} cannot be written ({error.strerror}); free some space"
+            ) from error
         self._names.add(name)
 
     def get(self, name: str) -> Tensor:

@@ -44,7 +44,9 @@ def load_classifier(name: str, task: GlueTask) -> PreTrainedModel:
             )
     except Exception as error:  # hub, network, JSON and safetensors errors share no base
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: cannot be loaded as a sequence classifier ({reason})") from error
+        raise ModelError(
+            f"{name}: cannot be loaded as a sequence classifier ({reason}); name another checkpoint"
+        ) from error
     encoder = f"{model.base_model_prefix}."
     wrong = [key for key in report["missing_keys"] if key.startswith(encoder) and ".pooler." not in key]
     wrong += [entry[0] for entry in report["mismatched_keys"] if entry[0].startswith(encoder)]

@@ -25,7 +25,9 @@ def run_plan(options: argparse.Namespace) -> None:
         try:
             record = json.loads(options.validate.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise ConfigError(f"--validate {options.validate}: not a record of bench pipeline: {error}") from error
+            raise ConfigError(
+                f"--validate {options.validate}: not a record of bench pipeline ({error}); give what its --out wrote"
+            ) from error
         checks = list(validate(record))
         print(table(checks))
         rows = [
@@ -39,11 +41,13 @@ def run_plan(options: argparse.Namespace) -> None:
         ]
     else:
         if options.config is None:
-            raise ConfigError("plan needs --config FILE, a run file such as configs/bert-base.yaml, or --validate")
+            raise ConfigError(
+                "plan needs --config FILE, a run file such as configs/bert-base.yaml, or --validate; add one"
+            )
         config, machines = load_config(options.config, options.overrides), machines_of(options)
         if options.sweep:
             if options.out is None:
-                raise ConfigError("--sweep needs --out FILE.json")
+                raise ConfigError("--sweep needs --out FILE.json; add it")
             share = max(1, config.window.tokens // machines.clients)
             for prediction in sweep(config, machines, options.tokens, share):
                 rows.append(as_row(prediction))
@@ -70,7 +74,7 @@ def machines_of(options: argparse.Namespace) -> Machines:
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
     if options.rtt < 0 or options.spread < 0 or options.host_ms < 0:
-        raise ConfigError("--rtt, --spread and --host-ms cannot be below 0")
+        raise ConfigError("--rtt, --spread and --host-ms cannot be below 0; give numbers from 0 on")
     rate = options.mbit * 1e6 / 8
     return Machines(
         gpus=options.gpus,

@@ -199,7 +199,9 @@ def _hf_config(config: RunConfig) -> Any:
         try:
             return AutoConfig.from_pretrained(config.model.checkpoint, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ModelError(f"model.checkpoint {config.model.checkpoint}: no such model") from error
+            raise ModelError(
+                f"model.checkpoint {config.model.checkpoint}: no such model; name a folder or hub name"
+            ) from error
     from fedbert_ds.model.checkpoint import config_of
 
     named = VOCABULARIES.get(config.model.architecture, VOCABULARY)

@@ -70,4 +70,4 @@ def label_number(value: Any, labels: tuple[str, ...], where: str) -> int:
         return labels.index(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
-    raise DataError(f"{where}: label {value!r} is none of the task's: {', '.join(labels)}")
+    raise DataError(f"{where}: label {value!r} is none of the task's; use {', '.join(labels)}")

@@ -100,14 +100,14 @@ def read_tsv(task: GlueTask, path: Path, *, labelled: bool = True) -> list[Label
 def _label(task: GlueTask, text: str, where: str) -> int | float:
     if task.labels is not None:
         if text not in task.labels:
-            raise DataError(f"{where}: label {text!r} is none of {task.name}'s: {', '.join(task.labels)}")
+            raise DataError(f"{where}: label {text!r} is none of {task.name}'s; use {', '.join(task.labels)}")
         return task.labels.index(text)
     try:
         score = float(text)
     except ValueError:
         score = math.nan
     if not 0 <= score <= HIGHEST_SCORE:
-        raise DataError(f"{where}: label {text!r} is none of {task.name}'s: numbers from 0 to {HIGHEST_SCORE:g}")
+        raise DataError(f"{where}: label {text!r} is none of {task.name}'s; use numbers from 0 to {HIGHEST_SCORE:g}")
     return score
 
 
@@ -145,7 +145,9 @@ def _read_hub(task: GlueTask) -> TaskData:
 def _hub_examples(task: GlueTask, rows: Iterable[Any], where: str, labelled: bool) -> Iterator[LabelledText]:
     for number, row in enumerate(rows):
         if absent := [column for column in (*task.hub_sentences, "label") if column not in row]:
-            raise DataError(f"{where}: no column {absent[0]!r} (columns: {', '.join(row)})")
+            raise DataError(
+                f"{where}: no column {absent[0]!r} (columns: {', '.join(row)}); name --data DIR with the original files"
+            )
         label = row["label"]
         if not labelled:
             label = None
@@ -153,6 +155,6 @@ def _hub_examples(task: GlueTask, rows: Iterable[Any], where: str, labelled: boo
             label = _label(task, str(label), f"{where}: row {number}")
         elif label not in range(len(task.labels)):
             raise DataError(
-                f"{where}: row {number}: label {label!r} is none of {task.name}'s: {', '.join(task.labels)}"
+                f"{where}: row {number}: label {label!r} is none of {task.name}'s; use {', '.join(task.labels)}"
             )
         yield LabelledText(tuple(row[column] for column in task.hub_sentences), label)

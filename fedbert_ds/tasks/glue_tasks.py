@@ -95,7 +95,7 @@ def glue_task(name: str) -> GlueTask:
     """The task of this name, however its letters are cased; ConfigError for another."""
     by_letters = {known.lower(): task for known, task in GLUE.items()}
     if name.lower() == "wnli":
-        raise ConfigError("task WNLI is left out: its dev set contradicts its training set")
+        raise ConfigError("task WNLI is left out: its dev set contradicts its training set; drop it from --tasks")
     if name.lower() not in by_letters:
         raise ConfigError(f"task {name}: no such task; choose {', '.join(GLUE)}")
     return by_letters[name.lower()]

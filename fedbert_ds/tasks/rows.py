@@ -61,7 +61,7 @@ def _reader(name: str, streaming: bool) -> Callable[[], Iterator[Place]]:
     if not path.exists():
         raise DataError(f"{name}: no such file or folder; name one with labelled examples, or hub:NAME")
     if not _is_readable(path):
-        raise DataError(f"{name}: labelled examples come as {FORMS}, or hub:NAME")
+        raise DataError(f"{name}: not in a form for labelled examples; use {FORMS}, or hub:NAME")
     return lambda: _rows(path)
 
 

@@ -72,7 +72,7 @@ def _count(options: argparse.Namespace) -> None:
     from fedbert_ds.vocabulary.counts import WordCounts, restrict, write_counts
 
     if options.minimum_count < 1 or (options.top is not None and options.top < 1):
-        raise ConfigError("--minimum-count and --top are numbers from 1 on")
+        raise ConfigError("--minimum-count and --top are numbers from 1 on; raise them")
     if not options.id.strip():
         raise ConfigError("--id is empty; give the owner's name")
     everything = count_words(article.text for article in read_articles(options.data))

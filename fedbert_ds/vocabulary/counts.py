@@ -124,7 +124,7 @@ def read_document(path: Path, kind: str, fields: Mapping[str, type]) -> dict[str
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file") from error
+        raise DataError(f"{path}: no such file; give {_article(kind)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({type(error).__name__}); give {_article(kind)}") from error
     if not isinstance(document, dict) or document.get("format") != kind:

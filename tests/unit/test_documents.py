@@ -1,9 +1,13 @@
-"""Every file that a page names exists, and prose wraps at 100 columns."""
+"""Every file that a page names exists, prose wraps at 100 columns, and the page of errors is made
+of the code."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -43,3 +47,19 @@ def test_prose_wraps(page: Path) -> None:
         elif not in_code and len(line) > PROSE_COLUMNS and not re.match(r"\s*(\||!\[|<|- \[|\d+\. \[)", line):
             long.append(number)
     assert long == []
+
+
+def errors_page() -> ModuleType:
+    """.ci/errors_page.py, which is no package's."""
+    spec = importlib.util.spec_from_file_location("errors_page", ROOT / ".ci" / "errors_page.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_errors_is_made_of_this_code() -> None:
+    """Whoever changes a message writes the page anew."""
+    made = errors_page()
+    assert (ROOT / made.PAGE).read_text(encoding="utf-8") == made.page(), f"run: {made.COMMAND}"

@@ -91,7 +91,7 @@ def bench_kernels(
     dtype = torch.bfloat16 if on_gpu else torch.float32
     commit = source_commit()
     if options.tune and not _has_triton(device):
-        raise RunError("--tune needs a GPU and the triton package: elsewhere there is nothing to tune")
+        raise RunError("--tune needs a GPU and the triton package; drop it, elsewhere there is nothing to tune")
     mixes = mixes_of(options, sizes.tokens) if "attention" in options.kernels else {}
     tuned = tune_launches(mixes, sizes.heads_and_sizes, dtype, device) if options.tune else []
     choices: list[dict[str, Any]] = []

@@ -112,7 +112,7 @@ def test_a_checkpoint_says_whether_it_has_a_head_for_labels(tmp_path: Path, toke
 def test_rows_that_do_not_fit_and_missing_checkpoints_are_one_line(tmp_path: Path, tokenizer: Any) -> None:
     checkpoint(tmp_path, tokenizer, "sequence_classification")
     write_rows(tmp_path / "rows.jsonl", [{"text": "fox", "label": "cat"}])
-    with pytest.raises(DataError, match=r"line 1: label 'cat' is none of the task's: O, B-X, I-X"):
+    with pytest.raises(DataError, match=r"line 1: label 'cat' is none of the task's; use O, B-X, I-X"):
         evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")])
     with pytest.raises(ModelError, match="cannot be loaded as a fine-tuned checkpoint"):
         evaluate_task(tmp_path / "nothing", [str(tmp_path / "rows.jsonl")])

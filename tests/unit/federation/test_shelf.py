@@ -41,5 +41,5 @@ def test_what_was_not_put_is_not_there() -> None:
 
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="no temporary file can be made there"):
+    with pytest.raises(RunError, match="takes no temporary file"):
         Shelf(SHAPES, tmp_path / "file")

@@ -132,7 +132,7 @@ def test_an_example_that_is_none_is_told_before_anything_is_written(tmp_path: Pa
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     task = {"name": "sequence_classification", "labels": ["low", "high"]}
-    with pytest.raises(DataError, match=r"notes.jsonl: line 2: label 'medium' is none of the task's: low, high"):
+    with pytest.raises(DataError, match=r"notes.jsonl: line 2: label 'medium' is none of the task's; use low, high"):
         prepare_text(config_of(source, task=task), folder)
     assert not list(folder.path.iterdir())
 

@@ -22,7 +22,7 @@ def test_a_label_is_a_word_or_a_number(value: object, number: int) -> None:
 
 @pytest.mark.parametrize("value", ["maybe", "1", 2, -1, True, 1.0, None, ""])
 def test_another_label_is_refused(value: object) -> None:
-    with pytest.raises(DataError, match=r"^here: label .* is none of the task's: no, yes$"):
+    with pytest.raises(DataError, match=r"^here: label .* is none of the task's; use no, yes$"):
         label_number(value, LABELS, "here")
 
 

@@ -73,7 +73,11 @@ def test_parquet_and_a_hub_data_set(tmp_path: Path) -> None:
         ("a.conll", "EU B-ORG\nrejects\n", "line 2 has no label behind its word"),
         ("a.parquet", "none", "not a readable Parquet file"),
         ("a.tsv", "sentence\tlabel\n", "holds no rows"),
-        ("a.txt", "text", "labelled examples come as .tsv, .csv, .jsonl, .ndjson, .json, .parquet, .arrow, .conll, or"),
+        (
+            "a.txt",
+            "text",
+            "not in a form for labelled examples; use .tsv, .csv, .jsonl, .ndjson, .json, .parquet, .arrow, .conll, or",
+        ),
     ],
 )
 def test_a_damaged_file_is_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:

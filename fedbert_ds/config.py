@@ -24,6 +24,8 @@ Positive = Annotated[int, Field(gt=0)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
 Name = Annotated[str, AfterValidator(_expanded)]
 """A path, or a name of the hub."""
+Host = Annotated[str, AfterValidator(lambda host: host.strip("[]"))]
+"""A name or an address. IPv6 may stand in brackets."""
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
 UpdateCodec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard", "int2_hadamard"]
@@ -545,11 +547,11 @@ class TlsSection(Section):
 class ServerSection(Section):
     """Where clients find the server."""
 
-    host: str = "127.0.0.1"
-    """Address to listen on. 0.0.0.0 for remote clients."""
+    host: Host = "127.0.0.1"
+    """Address to listen on. 0.0.0.0 or :: for remote clients."""
     port: Annotated[int, Field(ge=0, le=65535)] = 29600
     """The coordinator's port. Rank r listens on port + r. 0 picks free ports."""
-    advertise: str | None = None
+    advertise: Host | None = None
     """Host name under which clients reach the ranks. null uses `host`, or each node's name on
     several nodes."""
     tls: TlsSection | None = None
@@ -575,9 +577,9 @@ class AggregatorSection(Section):
     """HOST:PORT at which ranks and clients reach the aggregator."""
     secret: UserPath
     """File with a secret that the two parties share and no client knows."""
-    host: str = "127.0.0.1"
-    """For the aggregator: address to listen on. 0.0.0.0 for remote ranks and clients. The port is
-    that of `address`."""
+    host: Host = "127.0.0.1"
+    """For the aggregator: address to listen on. 0.0.0.0 or :: for remote ranks and clients. The
+    port is that of `address`."""
     directory: UserPath | None = None
     """For the aggregator: folder of its checkpoints and of the final client model. null is
     `run.directory` with `-aggregator` added."""
@@ -592,8 +594,10 @@ class AggregatorSection(Section):
     @model_validator(mode="after")
     def _address(self) -> AggregatorSection:
         host, _, port = self.address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        if not host or "://" in host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"address {self.address} is not HOST:PORT; write both")
+        if ":" in host and not (host.startswith("[") and host.endswith("]")):
+            raise ValueError(f"address {self.address}: an IPv6 address stands in brackets: [::1]:29700")
         return self
 
     @property

@@ -27,9 +27,11 @@ from fedbert_ds.federation.strategy import Strategy
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import shape_hash
 from fedbert_ds.model.cut import client_skeleton
+from fedbert_ds.wire import address_file
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.address_file import await_change, look_up
 from fedbert_ds.wire.channel import TlsFiles, await_ready, connect, is_loopback
+from fedbert_ds.wire.host_port import parted
+from fedbert_ds.wire.http_proxy import proxy_note
 from fedbert_ds.wire.introduction import join
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
@@ -89,6 +91,16 @@ STOPPED = 75
 """Exit code of a client whose run was stopped and can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
+def check_server(server: str) -> None:
+    """ConfigError for what is neither HOST:PORT nor a run's file server.address."""
+    if server.endswith(address_file.SUFFIX):
+        return
+    try:
+        parted(server)
+    except ValueError as error:
+        raise ConfigError(f"--server {server}: {error}; or name the file server.address of a run") from None
+
+
 def run_client(options: ClientOptions) -> int:
     """Take part in a run from join to finish; returns the exit code, 0 or STOPPED.
 
@@ -100,6 +112,7 @@ def run_client(options: ClientOptions) -> int:
     if options.managed:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    check_server(options.server)
     patience, is_saved = options.connect_timeout, False
     while True:
         try:
@@ -185,10 +198,11 @@ def inspect_run(options: ClientOptions) -> str:
 
     Raises WireError for a server that cannot be reached, and for a run outside `options.limits`.
     """
+    check_server(options.server)
     hello = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True, token=options.token)
     welcome = _join(options, hello, options.connect_timeout)
     asked = read_welcome(welcome, options.limits)
-    server = look_up(options.server)
+    server = address_file.look_up(options.server)
     return description(asked, server, welcome.aggregator, options.tls is not None, _held_out(options, asked))
 
 
@@ -235,13 +249,13 @@ def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcom
         seconds_left = max(0.1, deadline - time.monotonic())
         try:
             # It may come back elsewhere, so its address is looked up every time.
-            return _ask(look_up(options.server), options, hello, seconds_left)
+            return _ask(address_file.look_up(options.server), options, hello, seconds_left)
         except ServerAway as away:
             if isinstance(away, RunOver):
                 deadline = min(deadline, begun + options.connect_timeout)
             if time.monotonic() + backoff > deadline:
                 raise
-        await_change(options.server, backoff * random.uniform(0.5, 1.5))
+        address_file.await_change(options.server, backoff * random.uniform(0.5, 1.5))
         backoff = min(2 * backoff, longest)
 
 
@@ -253,6 +267,7 @@ def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float)
         except grpc.FutureTimeoutError:
             raise ServerAway(
                 f"{address}: no server answers; check --server, that it runs, and TLS on both sides"
+                f"{proxy_note(address)}"
             ) from None
         try:
             welcome: pb.Welcome = join(channel, hello, options.join_timeout).result()

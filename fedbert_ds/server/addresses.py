@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 
 from fedbert_ds.config import RunConfig, ServerSection, TlsSection
 from fedbert_ds.errors import ConfigError, warn
 from fedbert_ds.server.body.links import ranks_on_node
 from fedbert_ds.wire.channel import is_loopback
+from fedbert_ds.wire.host_port import is_every_interface
 from fedbert_ds.wire.tls import TlsFiles, expiry_warning
 
 
@@ -20,19 +22,46 @@ def listening_port(server: ServerSection, rank: int) -> int:
 def advertised_host(server: ServerSection, world_size: int) -> str:
     """The host of this rank's endpoint, as clients outside reach it.
 
-    `server.advertise`, or this node's name on several nodes and behind 0.0.0.0, or `server.host`.
+    `server.advertise`, or this node's name on several nodes and behind 0.0.0.0 or ::, or
+    `server.host`.
     """
     if server.advertise:
         return server.advertise
     on_several_nodes = world_size > ranks_on_node({"WORLD_SIZE": str(world_size), **os.environ})
-    if on_several_nodes or server.host == "0.0.0.0":
+    if on_several_nodes or is_every_interface(server.host):
         return socket.gethostname()
     return server.host
 
 
 def local_host(server: ServerSection) -> str:
     """The host of the endpoint, as processes on this machine reach it."""
-    return "127.0.0.1" if server.host == "0.0.0.0" else server.host
+    # gRPC listens on both families behind 0.0.0.0 and behind ::, where the machine has both.
+    return "127.0.0.1" if is_every_interface(server.host) else server.host
+
+
+def nearest(addresses: Sequence[str], local_addresses: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """Each rank's address for clients on rank 0's node, whose name may be unknown to itself.
+
+    All lists are by rank; `nodes` are names.
+    """
+    return [
+        here if node == nodes[0] else there for there, here, node in zip(addresses, local_addresses, nodes, strict=True)
+    ]
+
+
+def check_advertised(config: RunConfig) -> None:
+    """Warn where remote clients are told a name that this machine itself does not know."""
+    server, name = config.server, socket.gethostname()
+    is_told = server.advertise is None and is_every_interface(server.host)
+    if not is_told or config.clients.expected <= config.clients.local:
+        return
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:
+        warn(
+            f"server.host: {server.host} tells remote clients this machine's name, {name}, which does not resolve "
+            "here; set server.advertise to a name or an address that they reach"
+        )
 
 
 def tls_of(section: TlsSection | None) -> TlsFiles | None:

@@ -294,12 +294,14 @@ class Invitation:
     """Hugging Face's JSON."""
     run: str = ""
     """The run's id."""
+    local_endpoints: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By local client: the address of each rank, as this machine reaches it."""
 
     def to_visitor(self) -> pb.Welcome:
         """The answer to who asks what a run is like: no session, the tokens of all clients."""
-        return self.to(Seat(0, session="", tokens=self.config.window.tokens, aggregator_session=""))
+        return self.to("", Seat(0, session="", tokens=self.config.window.tokens, aggregator_session=""))
 
-    def to(self, seat: Seat) -> pb.Welcome:
+    def to(self, client: str, seat: Seat) -> pb.Welcome:
         """The answer to the Join of a client with this seat."""
         config = self.config
         settings = client_settings(
@@ -312,7 +314,7 @@ class Invitation:
             config.window.tokens_per_micro_batch,
         )
         welcome = pb.Welcome(
-            endpoint=self.endpoints[seat.rank],
+            endpoint=self.local_endpoints.get(client, self.endpoints)[seat.rank],
             session=seat.session,
             model_config=self.model_config,
             cut=cut_to_json(config.cut),

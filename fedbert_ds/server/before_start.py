@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.server.addresses import check_certificate, check_plaintext
+from fedbert_ds.server.addresses import check_advertised, check_certificate, check_plaintext
 from fedbert_ds.server.body.settings import deepspeed_settings
 from fedbert_ds.server.run_folder import RunFolder, check_folder
 from fedbert_ds.telemetry.trackers import check_trackers
@@ -19,6 +19,7 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
         deepspeed_settings(config.body, config.optimizer)
     check_plaintext(config)
     check_certificate(config)
+    check_advertised(config)
     check_folder(RunFolder(config.run.directory), config, resume)
     check_trackers(config.run.trackers)
     # torch is imported here: other mistakes need not wait for it.

@@ -15,6 +15,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import introduction
 from fedbert_ds.wire.aggregation import rank_name, read_secret
 from fedbert_ds.wire.channel import TlsFiles, await_ready, connect
+from fedbert_ds.wire.http_proxy import proxy_note
 from fedbert_ds.wire.messages import PROTOCOL
 from fedbert_ds.wire.stream import ControlStream
 
@@ -49,6 +50,7 @@ def open_run(
         except grpc.FutureTimeoutError:
             raise WireError(
                 f"{address}: no aggregator answers; check aggregator.address, that it runs, and TLS on both sides"
+                f"{proxy_note(address)}"
             ) from None
         except grpc.RpcError as error:
             details = error.details() or "no details"

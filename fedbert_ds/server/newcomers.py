@@ -132,7 +132,7 @@ class Reception:
     def welcome(self, admissions: Admissions) -> None:
         """Answer the joins that are let in."""
         for client, seat in admissions.seats.items():
-            reply(self._joins.pop(client).answer, self._invitation.to(seat))
+            reply(self._joins.pop(client).answer, self._invitation.to(client, seat))
 
     def see(self, connected: frozenset[str], now: float) -> None:
         """These clients are here: their places no longer wait for them. Nor do those of clients

@@ -26,6 +26,7 @@ from fedbert_ds.telemetry.loss_comparison import LossComparison
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics, summary
 from fedbert_ds.telemetry.progress import Progress, duration, short_number
 from fedbert_ds.telemetry.trackers import Trackers, of_evaluation, of_window
+from fedbert_ds.wire.channel import is_loopback
 
 
 class RunReporter:
@@ -76,7 +77,7 @@ class RunReporter:
             if config.server.plaintext and config.server.tls is None:
                 shown += " --plaintext"
             print(f"clients waiting for {remote}: fedbert-ds client --server {address} --data PATH {shown}")
-        if config.server.tls is None and config.server.host not in ("127.0.0.1", "localhost", "::1"):
+        if config.server.tls is None and not is_loopback(config.server.host):
             what = "activations" if self._body_parameters is not None else "changes of weights"
             print(f"warning server.tls is not set: {what} cross the network in the clear")
         if torch.cuda.is_available() and self._body_parameters is not None and config.body.precision == "fp32":

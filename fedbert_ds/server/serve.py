@@ -24,7 +24,7 @@ from fedbert_ds.model.body import Body
 from fedbert_ds.model.checkpoint import build_model, config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split, undivided
-from fedbert_ds.server.addresses import advertised_host, listening_port, local_host, tls_of
+from fedbert_ds.server.addresses import advertised_host, listening_port, local_host, nearest, tls_of
 from fedbert_ds.server.admission import (
     Expectation,
     Invitation,
@@ -69,6 +69,7 @@ from fedbert_ds.tasks.registry import task_of, task_of_section
 from fedbert_ds.telemetry.evaluations import Evaluation
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import address_file
+from fedbert_ds.wire.host_port import host_port
 from fedbert_ds.wire.messages import cut_to_json
 
 
@@ -124,7 +125,8 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         host = advertised_host(config.server, ranks.world_size)
         if tls is not None:
             tls.check_host(host)
-        addresses = ranks.gather(f"{host}:{port}", str)
+        addresses = ranks.gather(host_port(host, port), str)
+        local_addresses = ranks.gather(host_port(local_host(config.server), port), str)
         if ranks.rank == 0:
             at_end.enter_context(locked(folder.path, "run.directory"))
         prepared = ranks.broadcast(_prepare(config, folder, resume) if ranks.rank == 0 else None, Prepared)
@@ -141,12 +143,20 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         expectation = _expectation(config, saved, tokenizer, model_config, prepared.run)
         elsewhere, expectation = _open_elsewhere(config, ranks, resume, tokenizer, expectation, at_end)
         joins = Joins(config.clients.expected, expectation)
-        invitation = Invitation(config, addresses, prepared.tokenizer, config_to_json(model_config), prepared.run)
+        near = nearest(addresses, local_addresses, [place.node for place in places])
+        invitation = Invitation(
+            config,
+            addresses,
+            prepared.tokenizer,
+            config_to_json(model_config),
+            prepared.run,
+            dict.fromkeys(tokens, near),
+        )
         if ranks.rank == 0:
             at_end.callback(address_file.hide, folder.address)
             address_file.reveal(folder.address, addresses[0])
             reporter.announce(addresses[0], cores)
-            clients.start(f"{local_host(config.server)}:{port}", list(tokens))
+            clients.start(local_addresses[0], list(tokens))
             visitors = partial(answer_visitor, invitation)
             fill(joins, endpoint.next_event, config.clients.join_timeout, stop, clients.check, visitors)
         start = ranks.broadcast(_start(config, joins, rule, ranks.world_size) if ranks.rank == 0 else None, Start)
@@ -192,7 +202,7 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
         ranks.barrier()
         if ranks.rank == 0:
             for client, seat in start.seats.items():
-                joins.welcome(client, invitation.to(seat))
+                joins.welcome(client, invitation.to(client, seat))
         evaluations = Evaluations(
             rooms,
             config.run,

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.wire.http_proxy import proxy_options
 from fedbert_ds.wire.tls import TlsFiles, tls_fault
 
 MAX_MESSAGE_BYTES = 256 << 20
@@ -57,11 +58,14 @@ def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
 
 
 def connect(address: str, tls: TlsFiles | None) -> grpc.Channel:
-    """A channel to host:port, encrypted if TLS files are given."""
+    """A channel to host:port, encrypted if TLS files are given; through the environment's proxy,
+    unless the address is this machine's.
+    """
+    options = CLIENT_OPTIONS + proxy_options(address)
     if tls is None:
-        return grpc.insecure_channel(address, options=CLIENT_OPTIONS)
+        return grpc.insecure_channel(address, options=options)
     ca, certificate, key = tls.read()
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=CLIENT_OPTIONS)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options=options)
 
 
 FIRST_LOOK_SECONDS = 1.0
@@ -71,8 +75,8 @@ FIRST_LOOK_SECONDS = 1.0
 def await_ready(channel: grpc.Channel, address: str, tls: TlsFiles | None, seconds: float) -> None:
     """Wait until the channel is connected; grpc.FutureTimeoutError after `seconds`.
 
-    Raises WireError, with what is wrong, where TLS keeps the two sides apart: waiting changes
-    nothing about it.
+    Raises WireError, with what is wrong, where TLS or a proxy keeps the two sides apart: waiting
+    changes nothing about it.
     """
     ready, deadline, look = grpc.channel_ready_future(channel), time.monotonic() + seconds, FIRST_LOOK_SECONDS
     while True:
@@ -90,7 +94,7 @@ def await_ready(channel: grpc.Channel, address: str, tls: TlsFiles | None, secon
 
 def is_loopback(host: str) -> bool:
     """Whether nothing that is sent to this host, or to host:port, leaves the machine."""
-    name = host.rpartition(":")[0] if host.count(":") == 1 or "]" in host else host
+    name = host.rpartition(":")[0] if host.count(":") == 1 or "]:" in host else host
     try:
         return ipaddress.ip_address(name.strip("[]")).is_loopback
     except ValueError:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 import stat
 from collections import deque
-from urllib.request import getproxies
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -111,18 +109,3 @@ def accept(shared: pb.Shared) -> SharedMemory | None:
         os.close(descriptor)
         return None
     return SharedMemory(descriptor, is_server=True)
-
-
-def is_this_machine(address: str) -> bool:
-    """Whether host:port is an address of this machine, reached without a proxy."""
-    if any(name in getproxies() for name in ("grpc", "https", "http")):
-        return False
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        for family, kind, _, _, where in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind) as probe:
-                probe.bind(where)  # fails for an address of another machine
-                return True
-    except OSError:
-        pass
-    return False

@@ -22,8 +22,10 @@ from fedbert_ds.wire.conversation import (
     UNREAD_BYTES,
     Conversation,
 )
+from fedbert_ds.wire.host_port import is_this_machine
+from fedbert_ds.wire.http_proxy import proxy_note
 from fedbert_ds.wire.introduction import introduced
-from fedbert_ds.wire.shared_memory import SharedMemory, is_this_machine, offer
+from fedbert_ds.wire.shared_memory import SharedMemory, offer
 from fedbert_ds.wire.tls import tls_fault
 
 KEPT_BYTES = 64 << 20
@@ -273,7 +275,10 @@ class DialledStream(Generic[M]):
             # It has restarted, or went on without this side: the session is over, not the run.
             return ConnectionLost(f"{self.other_side} refused {self.this_side}: {details}")
         kind = WireError if code in FINAL else ConnectionLost
-        return kind(f"{self._address}: connection lost ({code.name.lower()}: {details}); start {self.this_side} again")
+        note = proxy_note(self._address) if code is grpc.StatusCode.UNAVAILABLE else ""
+        return kind(
+            f"{self._address}: connection lost ({code.name.lower()}: {details}); start {self.this_side} again{note}"
+        )
 
 
 class ServerStream(DialledStream[pb.ServerMessage]):

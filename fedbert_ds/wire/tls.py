@@ -7,7 +7,6 @@ here to find the reason: with itself in memory, or with a server that gRPC does 
 
 from __future__ import annotations
 
-import socket
 import ssl
 import time
 from contextlib import suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.wire.http_proxy import ProxyRefused, dial
 from fedbert_ds.wire.identity import certificate_name
 
 NO_CHECK_TIME = 0x200000
@@ -153,12 +153,12 @@ def expiry_warning(tls: TlsFiles) -> str | None:
 
 
 def tls_fault(address: str, tls: TlsFiles | None, seconds: float = 5.0) -> str | None:
-    """What keeps TLS from the server at host:port, in a sentence; None if it is not TLS.
+    """What keeps TLS from the server at host:port, in a sentence; None if it is not TLS. A proxy
+    on the way that will not let it through is told, too.
 
     Dials the server once more, by itself.
     """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
+    host = address.rpartition(":")[0].strip("[]")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.set_alpn_protocols(["h2"])
     if tls is None:
@@ -168,7 +168,7 @@ def tls_fault(address: str, tls: TlsFiles | None, seconds: float = 5.0) -> str |
         context.load_cert_chain(tls.certificate, tls.key, password="")
     try:
         with (
-            socket.create_connection((host, int(port)), timeout=seconds) as line,
+            dial(address, seconds) as line,
             context.wrap_socket(line, server_hostname=host) as secured,
         ):
             if tls is None:
@@ -181,6 +181,8 @@ def tls_fault(address: str, tls: TlsFiles | None, seconds: float = 5.0) -> str |
         return _fault_of_theirs(error, host)
     except ssl.SSLError as error:
         return _fault_of_alert(error.reason or "", tls is not None)
+    except ProxyRefused as error:
+        return str(error)
     except (OSError, ValueError):
         pass
     return None

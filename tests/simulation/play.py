@@ -143,7 +143,7 @@ class _Invitation:
         self.config = config
         self.endpoints = [str(rank) for rank in range(ranks)]
 
-    def to(self, seat: Seat) -> pb.Welcome:
+    def to(self, client: str, seat: Seat) -> pb.Welcome:
         return pb.Welcome(endpoint=str(seat.rank), session=seat.session, settings=str(seat.tokens))
 
 
@@ -263,7 +263,7 @@ class Coordinator:
         group.barrier()
         if rank == 0:
             for client, seat in start.seats.items():
-                joins.welcome(client, invitation.to(seat))
+                joins.welcome(client, invitation.to(client, seat))
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
         newcomers = Newcomers(reception, members, rooms.membership, endpoint.admit, group)  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ from fedbert_ds.server.network.traffic import Traffic
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.conversation import RECONNECT_SECONDS
+from fedbert_ds.wire.host_port import host_port
 
 UNREAD_BYTES = 256 << 20
 """Received bytes of all clients that may wait in this process; more wait in the child."""
@@ -51,7 +52,7 @@ class EndpointProcess:
     ) -> None:
         files = [str(path) for path in (tls.ca, tls.certificate, tls.key)] if tls else None
         self._start = ["start", host, port, files, reconnect_timeout, shares_memory, (rules or DoorRules()).to_json()]
-        self._address = f"{host}:{port}"
+        self._address = host_port(host, port)
         self._events: queue.SimpleQueue[tuple[Event | None, int]] = queue.SimpleQueue()
         """Events, each with the bytes that wait with it; None after the last."""
         self._commands: queue.SimpleQueue[tuple[list[Any], bytes] | None] = queue.SimpleQueue()

@@ -30,6 +30,7 @@ from fedbert_ds.server.network.events import (
 )
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import JOIN, TRAIN, TlsFiles, server_credentials
+from fedbert_ds.wire.host_port import host_port
 from fedbert_ds.wire.introduction import introduction
 
 M = TypeVar("M")
@@ -56,7 +57,7 @@ class Listener(Generic[M]):
         make_event: Callable[[str, pb.ClientMessage, bytes, int], M],
         rules: DoorRules,
     ) -> None:
-        self._address = f"{host}:{port}"
+        self._address = host_port(host, port)
         self._tls = tls
         self._reconnect_timeout = reconnect_timeout
         self._shares_memory = shares_memory

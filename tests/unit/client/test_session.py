@@ -23,7 +23,7 @@ from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import tokenizer_to_bytes, train_wordpiece, vocabulary_hash
-from fedbert_ds.errors import DataError, ServerAway, UserError, WireError
+from fedbert_ds.errors import ConfigError, DataError, ServerAway, UserError, WireError
 from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, config_to_json
@@ -172,6 +172,18 @@ def test_hello_says_what_its_user_insists_on_and_no_more(served: Served) -> None
     assert hellos["bo"] == pb.Hello(
         client="bo", vocabulary_hash=vocabulary_hash(served.tokenizer), cut=cut_to_json(LayersCut(layers=2)), **common
     )
+
+
+@pytest.mark.parametrize("server", ["gpu01", "http://gpu01:29600", "::1:29600", "runs/mine", "gpu01:http"])
+@pytest.mark.parametrize("start", [run_client, inspect_run])
+def test_what_is_no_server_is_told_before_text_is_read(
+    tmp_path: Path, server: str, start: Callable[[ClientOptions], object]
+) -> None:
+    options = ClientOptions(server, (str(tmp_path / "nowhere.txt"),), "ada", tmp_path)
+    with pytest.raises(
+        ConfigError, match=rf"--server {re.escape(server)}: .*; or name the file server\.address of a run"
+    ):
+        start(options)
 
 
 @pytest.mark.parametrize(("complete", "code"), [(True, 0), (False, STOPPED)])

@@ -12,10 +12,12 @@ from fedbert_ds.config import RunConfig, ServerSection, parse_config
 from fedbert_ds.errors import ConfigError, WireError
 from fedbert_ds.server.addresses import (
     advertised_host,
+    check_advertised,
     check_certificate,
     check_plaintext,
     listening_port,
     local_host,
+    nearest,
 )
 
 
@@ -37,6 +39,9 @@ def test_each_rank_has_a_port_or_a_free_one() -> None:
         (ServerSection(), 2, "2", "127.0.0.1"),
         (ServerSection(host="10.0.0.7"), 2, None, "10.0.0.7"),
         (ServerSection(host="0.0.0.0"), 2, None, socket.gethostname()),
+        (ServerSection(host="::"), 2, None, socket.gethostname()),
+        (ServerSection(host="[::]"), 2, None, socket.gethostname()),
+        (ServerSection(host="::1"), 2, None, "::1"),
         (ServerSection(), 16, "8", socket.gethostname()),
         (ServerSection(advertise="body.example"), 16, "8", "body.example"),
     ],
@@ -51,7 +56,36 @@ def test_the_advertised_host(
 
 def test_local_clients_do_not_dial_every_interface() -> None:
     assert local_host(ServerSection(host="0.0.0.0")) == "127.0.0.1"
+    assert local_host(ServerSection(host="::")) == "127.0.0.1"
     assert local_host(ServerSection(host="10.0.0.7")) == "10.0.0.7"
+    assert local_host(ServerSection(host="[::1]")) == "::1"
+
+
+def test_clients_on_rank_0_s_node_dial_its_ranks_there_and_others_by_name() -> None:
+    """The node's name may be unknown on the node itself."""
+    told, here = ["gpu01:1", "gpu01:2", "gpu02:3"], ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"]
+    assert nearest(told, here, ["gpu01", "gpu01", "gpu02"]) == ["127.0.0.1:1", "127.0.0.1:2", "gpu02:3"]
+
+
+@pytest.mark.parametrize("resolves", [True, False])
+def test_a_name_that_the_machine_itself_does_not_know_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], resolves: bool
+) -> None:
+    def look_up(name: str, _: object) -> list[object]:
+        if not resolves:
+            raise socket.gaierror(name)
+        return []
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    remote = {"clients": {"local": 2, "expected": 3}}
+    check_advertised(config_with(server={"host": "::"}, **remote))
+    warned = capsys.readouterr().out
+    assert (f"this machine's name, {socket.gethostname()}, which does not resolve" in warned) is not resolves
+    # Nobody is told the name.
+    check_advertised(config_with(server={"host": "0.0.0.0"}, clients={"local": 2, "expected": 2}))
+    check_advertised(config_with(server={"host": "0.0.0.0", "advertise": "body.example"}, **remote))
+    check_advertised(config_with(server={"host": "10.0.0.7"}, **remote))
+    assert capsys.readouterr().out == ""
 
 
 def config_with(**sections: object) -> RunConfig:

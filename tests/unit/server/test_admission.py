@@ -265,10 +265,10 @@ def test_seats_with_equal_shares() -> None:
 def test_a_welcome_names_the_aggregator_with_a_session_that_is_not_the_ranks() -> None:
     config = parse_config({"aggregator": {"address": "there:5", "secret": "file"}}, "test")
     seats = [Seat(0, "secret", 77), Seat(0, "secret", 77)]
-    welcomes = [Invitation(config, ["here:1"], b"", "{}").to(seat) for seat in seats]
+    welcomes = [Invitation(config, ["here:1"], b"", "{}").to("ada", seat) for seat in seats]
     assert {welcome.aggregator for welcome in welcomes} == {"there:5"}
     assert len({seats[0].session, *(welcome.aggregator_session for welcome in welcomes)}) == 3
-    alone = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}").to(seats[0])
+    alone = Invitation(parse_config({}, "test"), ["here:1"], b"", "{}").to("ada", seats[0])
     assert not alone.aggregator and not alone.aggregator_session
 
 
@@ -311,11 +311,20 @@ def test_a_turn_that_a_member_was_told_stays_its_own(sampler: Callable[..., Samp
 
 def test_an_invitation_says_where_to_go_and_what_the_run_is() -> None:
     config = parse_config({"clients": {"reconnect_timeout": 17.0}, "cut": "rows", "run": {"windows": 9}}, "test")
-    welcome = Invitation(config, ["here:1", "there:2"], b"tokens", "{}").to(Seat(1, "secret", 77))
+    welcome = Invitation(config, ["here:1", "there:2"], b"tokens", "{}").to("ada", Seat(1, "secret", 77))
     assert (welcome.endpoint, welcome.session, welcome.reconnect_timeout) == ("there:2", "secret", 17.0)
     assert (welcome.tokenizer, welcome.model_config, welcome.cut) == (b"tokens", "{}", '"rows"')
     settings = parse_settings(welcome.settings)
     assert (settings.tokens, settings.windows) == (77, 9)
+
+
+def test_a_local_client_stays_on_this_machine_and_nobody_else_is_told_its_address() -> None:
+    near = {"client-00": ["127.0.0.1:1", "127.0.0.1:2"]}
+    invitation = Invitation(parse_config({}, "test"), ["a-name:1", "a-name:2"], b"", "{}", local_endpoints=near)
+    seat = Seat(1, "secret", 77)
+    assert invitation.to("client-00", seat).endpoint == "127.0.0.1:2"
+    assert invitation.to("ada", seat).endpoint == "a-name:2"
+    assert invitation.to_visitor().endpoint == "a-name:1"
 
 
 def asked(**changes: object) -> tuple[JoinAsked, Future[pb.Welcome]]:

@@ -26,7 +26,7 @@ def test_a_slow_link_s_answers_may_wait_behind_megabytes() -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]:29600", "127.0.0.1:1", "localhost:1"]
+    "host", ["127.0.0.1", "127.8.8.8", "localhost", "::1", "[::1]:29600", "127.0.0.1:1", "localhost:1", "[::1]"]
 )
 def test_what_stays_on_this_machine(host: str) -> None:
     assert is_loopback(host)

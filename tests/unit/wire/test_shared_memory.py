@@ -21,7 +21,7 @@ from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Connected, Detached, Disconnected, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import shared_memory
-from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, is_this_machine, offer
+from fedbert_ds.wire.shared_memory import LEAST_BYTES, RING_BYTES, SharedMemory, accept, offer
 from fedbert_ds.wire.stream import ServerStream
 
 TIMEOUT = 60.0
@@ -115,18 +115,6 @@ def test_nothing_else_is_opened(memory: tuple[SharedMemory, pb.Shared], tmp_path
             assert accept(pb.Shared(**(fields | changes))) is None, changes
     os.truncate(shared.descriptor, 5)
     assert accept(shared) is None, "of another size"
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [("127.0.0.1:1", True), ("localhost:1", True), ("192.0.2.1:1", False), ("no.such.:1", False)],
-)
-def test_own_addresses(monkeypatch: pytest.MonkeyPatch, address: str, expected: bool) -> None:
-    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    assert is_this_machine(address) is expected
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    assert not is_this_machine(address)
 
 
 def own_memory() -> int:

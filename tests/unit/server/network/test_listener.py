@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from fedbert_ds.server.network.endpoint_process import EndpointProcess
 from fedbert_ds.server.network.events import Connected, Disconnected
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import introduction
-from fedbert_ds.wire.channel import TlsFiles, connect, server_credentials
+from fedbert_ds.wire.channel import TlsFiles, await_ready, connect, server_credentials
 from fedbert_ds.wire.identity import fingerprint
 
 
@@ -53,6 +54,23 @@ def test_mutual_tls_lets_a_signed_client_in(secure: Listening, authority: Callab
     assert stream.receive() == save(1)
     stream.end()
     assert secure.event() == Disconnected("ada")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("host", ["::1", "[::1]", "::"])
+def test_ipv6_with_and_without_tls(authority: Callable[[str], TlsFiles], kind: type, host: str) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 on this machine")
+    for tls, own in ((None, None), (authority("server"), authority("ada"))):
+        endpoint = kind(host, 0, tls)
+        address = f"[::1]:{endpoint.start()}"
+        try:
+            with connect(address, own) as channel:
+                await_ready(channel, address, own, TIMEOUT)
+        finally:
+            endpoint.stop(grace=0.1)
 
 
 @pytest.mark.parametrize("who", ["plaintext", "no certificate", "a certificate of another authority"])

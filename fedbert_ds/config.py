@@ -597,7 +597,7 @@ class AggregatorSection(Section):
         if not host or "://" in host or not port.isdecimal() or not 0 < int(port) < 65536:
             raise ValueError(f"address {self.address} is not HOST:PORT; write both")
         if ":" in host and not (host.startswith("[") and host.endswith("]")):
-            raise ValueError(f"address {self.address}: an IPv6 address stands in brackets: [::1]:29700")
+            raise ValueError(f"address {self.address}: is IPv6 without brackets; write [::1]:29700, say")
         return self
 
     @property

@@ -302,10 +302,11 @@ def _compile(value: Any) -> Any:
 class BodySection(Section):
     """The body under DeepSpeed."""
 
-    deepspeed: UserPath = Path("deepspeed/zero2.json")
-    """DeepSpeed JSON file, relative to the run file."""
+    deepspeed: UserPath | None = Path("deepspeed/zero2.json")
+    """DeepSpeed JSON file, relative to the run file. null: none, `zero_stage` says enough."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """Overrides the ZeRO stage of the DeepSpeed file. null keeps it."""
+    """The ZeRO stage, whatever the DeepSpeed file says: 0 keeps the body whole on every rank, 1
+    divides moments, 2 gradients, too, 3 weights, too. null: the file's, or 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the body. Master weights and sums of gradients are fp32 either way."""
     activation_checkpointing: Annotated[
@@ -790,13 +791,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = Tr
         _apply(tree, override)
     config = parse_config(tree, origin=str(path))
     deepspeed = config.body.deepspeed
-    if not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
+    if deepspeed is not None and not deepspeed.is_absolute() and (path.parent / deepspeed).is_file():
         body = config.body.model_copy(update={"deepspeed": (path.parent / deepspeed).resolve()})
         config = config.model_copy(update={"body": body})
-    if needs_body and config.cut != "whole" and not config.body.deepspeed.is_file():
-        raise ConfigError(
-            f"{path}: body.deepspeed: no such file {config.body.deepspeed}; name a file of DeepSpeed settings"
-        )
+    deepspeed = config.body.deepspeed
+    if needs_body and config.cut != "whole" and deepspeed is not None and not deepspeed.is_file():
+        raise ConfigError(f"{path}: body.deepspeed: no such file {deepspeed}; name a file of DeepSpeed settings")
     return config
 
 

@@ -53,8 +53,9 @@ class Job:
         # Without defaults: a key that a later version adds makes no run another one.
         places: Any = {"run": {"directory"}, "body": {"deepspeed"}}
         digest = hashlib.sha256(self.config.model_dump_json(exclude_defaults=True, exclude=places).encode())
-        if self.config.body.deepspeed.is_file():
-            digest.update(self.config.body.deepspeed.read_bytes())
+        deepspeed = self.config.body.deepspeed
+        if deepspeed is not None and deepspeed.is_file():
+            digest.update(deepspeed.read_bytes())
         for text in self.made_with:
             digest.update(b"\0" + text.encode())
         return digest.hexdigest()
@@ -152,7 +153,8 @@ def public_settings(config: RunConfig) -> dict[str, Any]:
     """A run's resolved settings for the record, with no path of this machine in them."""
     tree: dict[str, Any] = json.loads(config.model_dump_json())
     del tree["run"]["directory"], tree["federation"]
-    tree["body"]["deepspeed"] = config.body.deepspeed.name
+    if config.body.deepspeed is not None:
+        tree["body"]["deepspeed"] = config.body.deepspeed.name
     tree["data"]["source"] = [_name(source) for source in config.data.source]
     for section, key in (("tokenizer", "path"), ("model", "checkpoint")):
         if tree[section][key] is not None:

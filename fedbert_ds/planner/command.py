@@ -44,6 +44,8 @@ def run_plan(options: argparse.Namespace) -> None:
             raise ConfigError(
                 "plan needs --config FILE, a run file such as configs/bert-base.yaml, or --validate; add one"
             )
+        if not options.tokens > 0:
+            raise ConfigError(f"--tokens {options.tokens}: give a number above 0")
         config, machines = load_config(options.config, options.overrides), machines_of(options)
         if options.sweep:
             if options.out is None:
@@ -70,7 +72,7 @@ def run_plan(options: argparse.Namespace) -> None:
 
 def machines_of(options: argparse.Namespace) -> Machines:
     """The machines in the options; ConfigError for numbers out of range."""
-    for name in ("gpus", "clients", "tokens", "tflops", "client_gflops", "mbit", "efficiency", "gpu_memory", "cores"):
+    for name in ("gpus", "clients", "tflops", "client_gflops", "mbit", "efficiency", "gpu_memory", "cores"):
         if not getattr(options, name) > 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: give a number above 0")
     if options.rtt < 0 or options.spread < 0 or options.host_ms < 0:

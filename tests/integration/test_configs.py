@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoConfig
 
 from fedbert_ds.config import ModelSection, RunConfig, load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.init.choices import Wanted, choose
+from fedbert_ds.init.command import written
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.heads import auto_class
 
@@ -32,6 +35,12 @@ VARIANTS["domain-adaptation-of-modernbert"] = (
     ("model.checkpoint=answerdotai/ModernBERT-base", "model.dropout=0.0"),
 )
 """{name: (run file, overrides)}: all files, and what their comments say to set."""
+WRITTEN = tempfile.TemporaryDirectory()
+"""Run files of `fedbert-ds init`: where exchanges cost nothing, and where they cost much."""
+for kind, speed in (("exact", lambda config: 1e5), ("fast", lambda config: 1e5 * config.federation.average_every)):
+    written_file = Path(WRITTEN.name) / f"init-{kind}.yaml"
+    written_file.write_text(written(choose(Wanted(), speed), Wanted()), encoding="utf-8")
+    VARIANTS[written_file.stem] = (str(written_file), ())
 CHECKPOINTS: dict[str, Any] = {
     "bert-base-uncased": "bert", "bert-base-cased": "bert", "ModernBERT-base": "modernbert"
 }  # fmt: skip
@@ -53,7 +62,7 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
         "data.sequence_length=32", "window.tokens=300", "window.tokens_per_micro_batch=96",
         f"optimizer.warmup_windows={min(2, shipped.optimizer.warmup_windows)}",
         f"federation.average_every={period}", "clients.expected=3", "clients.local=0", "clients.join_timeout=60",
-        "server.port=0", "server.host=127.0.0.1", "server.tls=null",
+        "server.port=0", "server.host=127.0.0.1", "server.tls=null", "server.advertise=null",
     ]  # fmt: skip
     if shipped.model.embedding_size is not None:
         small.append("model.embedding_size=16")
@@ -63,7 +72,9 @@ def toy(folder: Path, name: str) -> dict[str, Any]:
         # For local clients, and these are none of the server's.
         small.append("data.shards=equal")
     config = load_config(CONFIGS / file, [*overrides, *small])
-    return json.loads(config.model_dump_json(exclude_none=True))
+    tree: dict[str, Any] = json.loads(config.model_dump_json(exclude_none=True))
+    # Its null is not its default.
+    return tree | {"body": {"deepspeed": None} | tree["body"]}
 
 
 @pytest.fixture(scope="module")

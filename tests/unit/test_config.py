@@ -412,6 +412,13 @@ def test_the_deepspeed_file_is_looked_for_beside_the_run_file_first(
     assert load_config(run_file(f"body: {{deepspeed: {absolute}}}")).body.deepspeed == absolute
 
 
+def test_a_run_file_may_do_without_a_deepspeed_file(run_file: Any, tmp_path: Path) -> None:
+    config = load_config(run_file("body: {deepspeed: null, zero_stage: 1}"))
+    assert config.body.deepspeed is None
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
 def test_a_base_gives_what_a_file_leaves_out(run_file: Any, tmp_path: Path) -> None:
     (tmp_path / "bottom.yaml").write_text("run: {windows: 9, seed: 4}\ncut: {layers: 2}\nmodel: {num_hidden_layers: 3}")
     (tmp_path / "middle.yaml").write_text("base: bottom.yaml\nrun: {windows: 8}\nwire: {activations: int8}")

@@ -51,10 +51,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare": BASE
     | {"bench", "client", "data", "evaluation", "federation", "glue", "model", "server", "server.queue"}
     | {"tasks", "telemetry"},
+    "init": BASE | {"planner"},
     "vocabulary": BASE | {"data", "telemetry"},
     "certificates": BASE | {"telemetry", "wire"},
     "cli": BASE
-    | {"aggregator", "bench", "certificates", "client", "compare", "evaluation", "glue", "model", "planner"}
+    | {"aggregator", "bench", "certificates", "client", "compare", "evaluation", "glue", "init", "model", "planner"}
     | {"vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""

@@ -78,5 +78,5 @@ def measure_centralized(run: Run) -> dict[str, Any]:
 def _settings(config: RunConfig) -> dict[str, Any]:
     """Sections of the run file for the record, with no path of this machine in them."""
     tree: dict[str, Any] = json.loads(config.model_dump_json())
-    tree["body"]["deepspeed"] = Path(config.body.deepspeed).name
+    tree["body"]["deepspeed"] = Path(tree["body"]["deepspeed"]).name
     return {name: tree[name] for name in ("model", "data", "window", "optimizer", "body", "federation")}

@@ -61,10 +61,10 @@ def zero_stage(body: BodySection) -> int:
 
 
 def _read(body: BodySection) -> dict[str, Any]:
-    """The user's file, checked, with the run file's ZeRO stage where it sets one."""
+    """The user's file, if any, checked, with the run file's ZeRO stage where it sets one."""
     path = body.deepspeed
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
     if not isinstance(settings, dict):

@@ -49,6 +49,12 @@ def test_the_run_file_overrides_the_stage(tmp_path: Path) -> None:
     assert zero_stage(config_with(tmp_path, "{}").body) == 0
 
 
+def test_no_file_is_needed_for_a_stage() -> None:
+    config = parse_config({"body": {"deepspeed": None, "zero_stage": 1}}, "test")
+    assert settings_of(config)["zero_optimization"] == {"stage": 1}
+    assert zero_stage(parse_config({"body": {"deepspeed": None}}, "test").body) == 0
+
+
 def test_one_step_a_window_and_clipping_are_always_said(tmp_path: Path) -> None:
     """DeepSpeed would clip at 1.0, and divide gradients by accumulation steps."""
     settings = settings_of(config_with(tmp_path, "{}", optimizer={"gradient_clipping": 0.0}))

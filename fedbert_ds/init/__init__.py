@@ -1,0 +1,1 @@
+"""Writes a run file for given machines, so that nobody needs to know all keys to start."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,11 +21,27 @@ def _expanded(text: str) -> str:
     return os.path.expanduser(os.path.expandvars(text))
 
 
+def _text(value: Any) -> Any:
+    """A whole number that stands where a text does: a folder called 2024. It reads as it is
+    written, see `_Yaml`.
+    """
+    return str(value) if type(value) is int else value
+
+
+def _listed(value: Any) -> Any:
+    """One text, as a list of it."""
+    return (value,) if isinstance(value, str) or type(value) is int else value
+
+
 Positive = Annotated[int, Field(gt=0)]
-UserPath = Annotated[Path, AfterValidator(lambda path: Path(_expanded(str(path))))]
-Name = Annotated[str, AfterValidator(_expanded)]
+UserPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: Path(_expanded(str(path))))]
+Text = Annotated[str, BeforeValidator(_text)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
+"""Several texts; one of them may stand without the brackets of a list."""
+Name = Annotated[Text, AfterValidator(_expanded)]
 """A path, or a name of the hub."""
-Host = Annotated[str, AfterValidator(lambda host: host.strip("[]"))]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
+Host = Annotated[Text, AfterValidator(lambda host: host.strip("[]"))]
 """A name or an address. IPv6 may stand in brackets."""
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 Codec = Literal["fp32", "bf16", "fp8_e4m3", "fp8_e5m2", "int8", "int8_group", "int4_hadamard"]
@@ -67,7 +84,7 @@ class RunSection(Section):
     keep_best: bool = False
     """Write the model of the lowest held-out loss so far to `hf-best/`, besides the last one in
     `hf/`."""
-    trackers: tuple[str, ...] = ()
+    trackers: Texts = ()
     """Experiment trackers that metrics and evaluations go to besides: `tensorboard` (files in
     trackers/), `wandb`, `mlflow` and others that accelerate knows and that are installed."""
     trace: bool = False
@@ -138,12 +155,12 @@ class TaskSection(Section):
     name: TaskName = "masked_lm"
     """`masked_lm` pre-trains. The others fine-tune `model.checkpoint`: a label for each text or
     pair of texts, a score for each, or a label for each word (named entities)."""
-    labels: tuple[str, ...] = ()
+    labels: Texts = ()
     """The labels' words, in the order of the classifier's outputs."""
-    text: tuple[str, ...] = ()
+    text: Texts = ()
     """Columns of `data.source` with the text, or with the two texts of a pair; of token
     classification the column of the words. Empty: `text`, of token classification `tokens`."""
-    label: str | None = None
+    label: Text | None = None
     """Column with the label. null: `label`, of token classification `tags`."""
 
     @property
@@ -199,10 +216,10 @@ class SequenceSection(Section):
 class DataSection(SequenceSection):
     """Text, its shards for local clients, and how it becomes masked sequences."""
 
-    source: tuple[Name, ...] = Field(default=("python-docs",), min_length=1)
+    source: Names = Field(default=("python-docs",), min_length=1)
     """`python-docs` (the documentation that comes with Python), .txt/.jsonl/.parquet/.tokens files
     or folders, or hub names `hub:NAME[:CONFIG][:SPLIT]`."""
-    text_column: str | None = None
+    text_column: Text | None = None
     """Column or key of tables that holds the text. null: `text` in any case, or the only one."""
     encoding: str | None = None
     """Of text files without a byte order mark: cp1252, say. null: UTF-8, or what a file looks like,
@@ -489,7 +506,7 @@ class ClientsSection(Section):
     back; a run that lost clients ends as if it had not."""
     local: Annotated[int, Field(ge=0)] = 4
     """Client processes that the launcher starts on this machine."""
-    allowed: tuple[str, ...] | None = None
+    allowed: Texts | None = None
     """Names of the clients that may join besides local ones: with TLS, names in certificates. null:
     whoever has a certificate of the authority."""
     local_device: Literal["cpu", "cuda"] = "cpu"
@@ -778,6 +795,25 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 """Keys of older run files."""
 
 
+class _Yaml(yaml.SafeLoader):
+    """YAML without dates, and with whole numbers only as they are counted: run.directory=2024-01-01
+    names a folder, and so do 007 and 12:30.
+    """
+
+
+_INT = "tag:yaml.org,2002:int"
+_Yaml.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, "tag:yaml.org,2002:timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml.add_implicit_resolver(_INT, re.compile(r"-?(?:0|[1-9][0-9]*)$"), list("-0123456789"))
+
+
+def _is_ipv6(text: str) -> bool:
+    """Whether it looks like an IPv6 address: YAML would make a mapping or a list of some."""
+    return re.fullmatch(r"\[?[0-9a-fA-F.]*:[0-9a-fA-F:.]*\]?", text) is not None
+
+
 def load_config(path: Path, overrides: Sequence[str] = (), needs_body: bool = True) -> RunConfig:
     """Read a YAML run file and apply `section.key=value` overrides (values are YAML).
 
@@ -806,7 +842,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         reader = f"{above[-1]}: base: " if above else ""
         raise ConfigError(f"{reader}{path}: no such run file; give {'one' if above else 'one with --config'}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Yaml) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML; mend this place: {error}") from error
     if not isinstance(tree, dict):
@@ -860,9 +896,24 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"{override}: {parent} is not a section; write section.key=value")
     try:
-        node[leaf] = yaml.safe_load(text)
+        node[leaf] = text if _is_ipv6(text) else yaml.load(text, _Yaml)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{override}: not valid YAML; put quotes around the value") from error
+
+
+_KINDS = {
+    "tuple_type": "must be a list, [ONE, TWO]",
+    "too_short": "must have at least one entry",
+    "string_type": "must be a text, in quotes where YAML takes it for something else",
+    "path_type": "must be a path, in quotes where YAML takes it for something else",
+    "model_type": "is a section, with a `key: value` in each line below it",
+}
+"""What is expected, by the kind of pydantic's error, where its words are those of Python."""
+
+
+def _shown(value: Any) -> str:
+    text = "nothing" if value in (None, ()) or value == [] else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _explain(error: ValidationError) -> str:
@@ -880,6 +931,8 @@ def _explain(error: ValidationError) -> str:
         if name in RENAMED:
             hint = f"; it is {RENAMED[name]} now"
         return f"{name} is not a key{hint}"
+    if first["type"] in _KINDS:
+        return f"{name}: {_KINDS[first['type']]}, not {_shown(first['input'])}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"{name}: {message}" if name else message

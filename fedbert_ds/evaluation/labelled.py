@@ -69,6 +69,8 @@ def evaluate_task(
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
     length = sequence_length or min(limit, LONGEST_SEQUENCE)
     sequences = task.encode(examples, tokenizer, length)
+    if not len(sequences.labels):
+        raise DataError(f"{', '.join(sources)}: no label to evaluate on; give more examples")
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     loss, counts = _sums(model, task, sequences, batch_size, tokenizer.pad_token_id or 0)
     num_labels = len(sequences.labels)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedbert_ds.config import RunConfig, dump_config
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import RunError, UserError, one_line, warn
 from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
@@ -26,6 +27,8 @@ from fedbert_ds.wire.messages import cut_to_json
 
 ClientFigures = Sequence[pb.Saved]
 KEPT_KEY = "federation.personal_parts: kept"
+FIGURES = ("client peak memory", "client FLOP per token")
+"""Facts of the report."""
 BEST_EVALUATION = "evaluation.json"
 """File in the folder of the best model."""
 
@@ -107,7 +110,8 @@ def hand_over(
     if evaluations:
         facts["held out by clients"] = f"{evaluations[-1].sentence}, before window {evaluations[-1].window}"
     write_report(folder.path, dump_config(config), read_metrics(folder.metrics), facts, baselines, evaluations)
-    print(f"clients {facts['client peak memory']} peak memory, {facts['client FLOP per token']} FLOP per token")
+    if FIGURES[0] in facts:
+        print(f"clients {facts[FIGURES[0]]} peak memory, {facts[FIGURES[1]]} FLOP per token")
     rate = facts.get("rate of the body")
     print(f"time    {facts['time']}" + (f"; {rate}" if rate else ""))
     if client_model is not None:
@@ -120,17 +124,28 @@ def hand_over(
 def _judge(
     folder: RunFolder, config: RunConfig, tokenizer: Any, model_config: Any
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """The finished model on text that no client had: facts, and losses to draw beside the run's."""
-    if config.task.is_labelled:
-        return _evaluate_task(folder, config), {}
-    losses = _evaluate(folder, config, tokenizer, model_config.vocab_size)
+    """The finished model on text that no client had: facts, and losses to draw beside the run's. A
+    text or a machine that does not do for it is told, and the run is complete without the loss.
+    """
+    try:
+        if config.task.is_labelled:
+            return _evaluate_task(folder, config), {}
+        losses = _evaluate(folder, config, tokenizer, model_config.vocab_size)
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        reason = one_line(str(error)) or type(error).__name__
+        warn(f"no held-out loss: {reason}")
+        return {"held-out loss": f"missing: {reason}"}, {}
     held_out, unigram = losses["held out, at the end"], losses["word frequency alone"]
-    print(
-        f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: "
-        f"{unigram - held_out:.2f} nats learned beyond it"
-    )
+    print(f"held-out loss {held_out:.2f}, word frequency alone {unigram:.2f}: {beyond_frequency(unigram - held_out)}")
     facts = {"held-out loss": f"{held_out:.3f} nats a masked token", "word frequency alone": f"{unigram:.3f} nats"}
     return facts, losses
+
+
+def beyond_frequency(nats: float) -> str:
+    """What a held-out loss says that is so much below that of word frequency alone."""
+    if not nats < 0.0:
+        return f"{nats:.2f} nats learned beyond it"
+    return f"{-nats:.2f} nats worse than it; train for more windows, or look at the report's losses"
 
 
 def _tell_model(folder: RunFolder, rooms: Rooms, config: RunConfig, model_config: Any) -> None:
@@ -205,9 +220,17 @@ def _costs(folder: RunFolder, figures: Sequence[tuple[int, float]]) -> dict[str,
             f"{short_bytes(totals.bytes_per_token_up)} up, {short_bytes(totals.bytes_per_token_down)} down, "
             f"{short_bytes(totals.update_bytes_per_token)} of client updates"
         ),
-        "client peak memory": short_bytes(max((memory for memory, _ in figures), default=0)),
-        "client FLOP per token": f"{max((flops for _, flops in figures), default=0.0) / 1e6:.2f} M",
-    }
+    } | _of_clients(figures)
+
+
+def _of_clients(figures: Sequence[tuple[int, float]]) -> dict[str, str]:
+    """What clients said of (peak memory, FLOP per token) when they saved; nothing of a run that was
+    complete before it was resumed, for then none of them trained.
+    """
+    if not any(flops for _, flops in figures):
+        return {}
+    memory, flops = (max(column) for column in zip(*figures, strict=True))
+    return dict(zip(FIGURES, (short_bytes(memory), f"{flops / 1e6:.2f} M"), strict=True))
 
 
 def time_sentence(totals: Summary) -> str:

@@ -57,6 +57,11 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
 
     name = config.tokenizer.path or config.model.checkpoint
     tokenizer = load_tokenizer(name) if name else None
+    if tokenizer is not None and config.data.sequence_length > tokenizer.model_max_length:
+        raise ConfigError(
+            f"data.sequence_length {config.data.sequence_length} is longer than the tokenizer {name} takes; lower it "
+            f"to {tokenizer.model_max_length} (model_max_length in its tokenizer_config.json)"
+        )
     if not config.clients.local:
         if tokenizer is None:
             raise ConfigError(

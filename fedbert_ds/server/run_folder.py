@@ -6,6 +6,7 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config, load_config
@@ -171,7 +172,22 @@ def check_unchanged(saved: RunConfig, now: RunConfig) -> None:
         for part in path.split("."):
             old, new = old[part], new[part]
         if old != new:
+            key, sentence = _difference(path, old, new)
             raise RunError(
-                f"{path} is {new} now and was {old} when {saved.run.directory} was saved; change it back, "
-                "or drop --resume and set another run.directory"
+                f"{key} {sentence} when {saved.run.directory} was saved; change it back, or drop --resume and set "
+                "another run.directory"
             )
+
+
+def _difference(path: str, old: Any, new: Any) -> tuple[str, str]:
+    """(the first key at or below `path` that differs, how: "is ... now and was ...")."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        part = next(part for part in old | new if old.get(part) != new.get(part))
+        return _difference(f"{path}.{part}", old.get(part), new.get(part))
+    if isinstance(old, tuple) and isinstance(new, tuple):
+        added = [str(one) for one in new if one not in old]
+        gone = [str(one) for one in old if one not in new]
+        if added or gone:
+            changes = [f"has {', '.join(added)} now"] * bool(added) + [f"has not {', '.join(gone)} now"] * bool(gone)
+            return path, f"{' and '.join(changes)}, unlike"
+    return path, f"is {new} now and was {old}"

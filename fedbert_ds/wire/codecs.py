@@ -191,9 +191,15 @@ def _check_values(encoded: Encoded, what: str, allowed: float) -> None:
     """Decode it: its bound is larger than its values."""
     largest = float(encoded.decode().abs().max())  # NaN if any value is
     if not math.isfinite(largest):
-        raise WireError(f"{what}: a value is not finite")
+        raise WireError(
+            f"{what}: a value is not finite; lower optimizer.lr or raise optimizer.warmup_windows, unless only this "
+            "client sends such"
+        )
     if largest > allowed:
-        raise WireError(f"{what}: a value of {largest:.3g}; the largest allowed is {allowed:.0e}")
+        raise WireError(
+            f"{what}: a value of {largest:.3g}, beyond {allowed:.0e}, which no sound training reaches; lower "
+            "optimizer.lr or raise optimizer.warmup_windows"
+        )
 
 
 def _bytes(tensor: Tensor, compressed: bool) -> bytes:

@@ -116,3 +116,10 @@ def test_rows_that_do_not_fit_and_missing_checkpoints_are_one_line(tmp_path: Pat
         evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")])
     with pytest.raises(ModelError, match="cannot be loaded as a fine-tuned checkpoint"):
         evaluate_task(tmp_path / "nothing", [str(tmp_path / "rows.jsonl")])
+
+
+def test_examples_without_a_label_to_predict_are_one_line(tmp_path: Path, tokenizer: Any) -> None:
+    checkpoint(tmp_path, tokenizer, "sequence_classification")
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(DataError):
+        evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")])

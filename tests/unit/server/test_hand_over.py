@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.server import hand_over as room
-from fedbert_ds.server.hand_over import collect_client_model, hand_over
+from fedbert_ds.server.hand_over import beyond_frequency, collect_client_model, hand_over
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
@@ -104,6 +105,7 @@ class Ended:
             write_rows(self.folder.held_out, [{"text": one.text, "label": n % 2} for n, one in enumerate(articles[6:])])
         model = build_model(self.config.model, len(self.tokenizer), self.tokenizer.pad_token_id, 3, learned)
         self.model_config = model.config
+        self.patch = monkeypatch
         self.expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         half, body = split(model, self.config.cut)
         weights = {name: p.detach().clone() for name, p in half.named_parameters()}
@@ -116,8 +118,9 @@ class Ended:
             self.rooms.service, "finish", lambda reason, complete: self.finished.append((reason, complete))
         )
 
-    def hand_over(self, window: int) -> None:
-        figures = [pb.Saved(peak_memory_bytes=600_000_000, flops_per_token=2e6), pb.Saved(peak_memory_bytes=1)]
+    def hand_over(self, window: int, figures: Sequence[pb.Saved] | None = None) -> None:
+        if figures is None:
+            figures = [pb.Saved(peak_memory_bytes=600_000_000, flops_per_token=2e6), pb.Saved(peak_memory_bytes=1)]
         hand_over(
             self.rooms,
             self.config,
@@ -140,11 +143,74 @@ def test_a_complete_run_is_merged_evaluated_and_reported(
     assert all(torch.equal(merged[name], tensor) for name, tensor in ended.expected.items())
     assert ended.finished == [("the run is complete", True)]
     out = capsys.readouterr().out
-    assert "held-out loss" in out and "nats learned beyond it" in out
+    assert "held-out loss" in out and "nats worse than it" in out
     assert "clients 600.0 MB peak memory, 2.00 M FLOP per token" in out
     assert f"report  {ended.folder.report}   complete" in out
     page = ended.folder.report.read_text()
     assert "word frequency alone" in page and "client peak memory" in page
+
+
+def held_out_of_one_word(ended: Ended) -> None:
+    write_shard(ended.folder.held_out, [Article("note", "ward")])
+
+
+def a_tokenizer_of_short_texts(ended: Ended) -> None:
+    ended.tokenizer.model_max_length = 8
+
+
+def no_held_out_text(ended: Ended) -> None:
+    ended.folder.held_out.write_text("no JSON\n")
+
+
+def memory_that_is_short(ended: Ended) -> None:
+    def evaluate(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    ended.patch.setattr(room, "_evaluate", evaluate)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (held_out_of_one_word, "no token of it was masked"),
+        (a_tokenizer_of_short_texts, "sequences of 16 tokens do not fit; use at most 8"),
+        (no_held_out_text, "held_out.jsonl"),
+        (memory_that_is_short, "CUDA out of memory"),
+    ],
+)
+def test_a_complete_run_is_reported_though_its_held_out_text_cannot_be_evaluated(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Ended], None],
+    reason: str,
+) -> None:
+    ended = Ended(tmp_path, monkeypatch)
+    spoil(ended)
+    ended.hand_over(window=1)
+    out = capsys.readouterr().out
+    (warning,) = (line for line in out.splitlines() if line.startswith("warning"))
+    assert warning.startswith("warning no held-out loss: ") and reason in warning
+    assert f"report  {ended.folder.report}   complete" in out
+    assert "missing: " in ended.folder.report.read_text()
+    AutoModelForMaskedLM.from_pretrained(ended.folder.model)
+
+
+def test_a_loss_above_word_frequency_alone_is_not_called_learned() -> None:
+    assert beyond_frequency(1.116) == "1.12 nats learned beyond it"
+    assert beyond_frequency(-1.771).startswith("1.77 nats worse than it; train for more windows")
+    assert "learned" not in beyond_frequency(-0.001)
+
+
+def test_a_run_that_was_complete_before_has_no_figures_of_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Resumed, it trains no window, so no client says what it took."""
+    ended = Ended(tmp_path, monkeypatch)
+    ended.hand_over(window=1, figures=[])
+    out = capsys.readouterr().out
+    assert "peak memory" not in out and "complete" in out
+    assert "peak memory" not in ended.folder.report.read_text()
 
 
 def test_a_model_without_its_clients_own_parts_is_not_evaluated(

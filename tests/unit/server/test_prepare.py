@@ -63,6 +63,27 @@ def test_the_same_seed_deals_the_same(tmp_path: Path, source: Path) -> None:
     assert held_out("one", 1) == held_out("two", 1) != held_out("three", 2)
 
 
+@pytest.mark.parametrize("local", [0, 3])
+def test_a_tokenizer_of_shorter_texts_is_told_before_the_run(tmp_path: Path, source: Path, local: int) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    tokenizer, _ = prepare_text(config_of(source), folder)
+    tokenizer.model_max_length = 64
+    tokenizer.save_pretrained(tmp_path / "short")
+
+    def config(length: int) -> RunConfig:
+        return config_of(
+            source,
+            tokenizer={"path": str(tmp_path / "short")},
+            data={"source": [str(source)], "held_out": 0.2, "sequence_length": length},
+            clients={"expected": 3, "local": local},
+        )
+
+    with pytest.raises(ConfigError, match=r"data\.sequence_length 65 is longer than .*short takes; lower it to 64"):
+        prepare_text(config(65), folder)
+    prepare_text(config(64), folder)
+
+
 def test_without_local_clients_a_tokenizer_must_be_named(tmp_path: Path, source: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()

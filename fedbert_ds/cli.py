@@ -61,7 +61,7 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     parser.add_argument("--id", help="this client's name in the run (default: the certificate's, or the host name)")
     parser.add_argument(
-        "--state", type=Path, metavar="DIR", help="where to keep its state in parallel mode (default: fedbert-ID)"
+        "--state", type=Path, metavar="DIR", help="where to keep its tokens and its state (default: fedbert-ID)"
     )
     parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
     parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
@@ -90,6 +90,11 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument("--label-column", metavar="NAME", help="column of labelled files with the label")
     parser.add_argument(
         "--encoding", metavar="NAME", help="of text files, cp1252 say (default: UTF-8, or what a file looks like)"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        help="where to keep your text as tokens for the next start (default: tokens/ in --state; off: in memory)",
     )
     parser.add_argument(
         "--inspect",
@@ -147,7 +152,7 @@ def _client(options: argparse.Namespace) -> None:
         server=options.server,
         data=tuple(options.data),
         name=name,
-        state_folder=options.state or Path(f"fedbert-{name}"),
+        state_folder=options.state or _state(name),
         tokenizer=options.tokenizer,
         model=options.model,
         cut=_cut(options.cut) if options.cut else None,
@@ -160,6 +165,7 @@ def _client(options: argparse.Namespace) -> None:
         text_columns=tuple(options.text_columns),
         label_column=options.label_column,
         encoding=options.encoding,
+        cache=_cache(options, name),
         device=options.device,
         join_timeout=options.join_timeout,
         connect_timeout=options.connect_timeout,
@@ -205,6 +211,17 @@ def _limits(options: argparse.Namespace) -> Limits:
     if not 0.0 < options.max_memory < float("inf"):
         raise ConfigError(f"--max-memory {options.max_memory}: gigabytes, more than 0")
     return Limits(options.max_tokens, int(options.max_memory * 1e9))
+
+
+def _cache(options: argparse.Namespace, name: str) -> Path | None:
+    """Folder for tokens; of a folder that several clients may be given, a part of its own."""
+    if options.cache == "off":
+        return None
+    return Path(options.cache, name, "tokens") if options.cache else (options.state or _state(name)) / "tokens"
+
+
+def _state(name: str) -> Path:
+    return Path(f"fedbert-{name}")
 
 
 def _check_task(options: argparse.Namespace) -> None:

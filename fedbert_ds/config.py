@@ -224,6 +224,9 @@ class DataSection(SequenceSection):
     encoding: str | None = None
     """Of text files without a byte order mark: cp1252, say. null: UTF-8, or what a file looks like,
     which is told."""
+    cache: Name | None = None
+    """Folder where local clients keep their text as tokens, each in a part of its own, so that they
+    need not tokenize again. null: in the run's folder. `off`: in memory."""
     streaming: bool = False
     """Stream hub data sets instead of downloading them whole."""
     max_articles: Positive | None = None

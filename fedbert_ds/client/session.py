@@ -17,6 +17,7 @@ from fedbert_ds.client.inspection import description
 from fedbert_ds.client.limits import Limits, check_peak
 from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
 from fedbert_ds.client.parties import Parties
+from fedbert_ds.client.remembered_text import RememberedText
 from fedbert_ds.client.state import claim, run_of, whole_windows
 from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.client.welcome import Asked, read_welcome
@@ -67,6 +68,8 @@ class ClientOptions:
     label_column: str | None = None
     encoding: str | None = None
     """Of text files without a byte order mark; None: UTF-8, or what a file looks like."""
+    cache: Path | None = None
+    """Folder of its text as tokens, kept for the next start; None keeps them in memory."""
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`, ...; None: accelerate chooses."""
     join_timeout: float = 3600.0
@@ -140,9 +143,15 @@ def run_client(options: ClientOptions) -> int:
 
 def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     """Join within `patience` seconds and train until the server ends it."""
-    own = read_own_data(options.data, options.task, options.text_columns, options.label_column, options.encoding)
-    for sentence in own.summary:
+    own = read_own_data(
+        options.data, options.task, options.text_columns, options.label_column, options.encoding, options.cache
+    )
+
+    def tell(sentence: str) -> None:
         print(f"client {options.name}: {sentence}", flush=True)
+
+    for sentence in own.summary:
+        tell(sentence)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     hello = pb.Hello(
         protocol=PROTOCOL,
@@ -167,13 +176,17 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             claim(options.state_folder, welcome.run)
         share = Share(options.name, _held_out(options, asked), asked.evaluate_tokens)
         text, held_out_text = own.encoded(tokenizer, asked.model_config, asked.settings, share)
+        at_end.callback(text.text.close)
+        for sentence in own.tokens_told:
+            tell(sentence)
+        remembered = RememberedText(text, own.num_articles, options.state_folder, welcome.run, tell)
         del own, tokenizer
         return_free_memory()
         half = client_skeleton(asked.model_config, asked.cut)
         stream = _open_streams(at_end, options, welcome, asked.strategy)
         trainer = ClientTrainer(
             half,
-            text,
+            remembered,
             asked.settings,
             options.name,
             options.state_folder,

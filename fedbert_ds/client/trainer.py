@@ -15,7 +15,7 @@ from fedbert_ds.client.replica import Replica
 from fedbert_ds.client.state import load_state, save_state, saved_windows
 from fedbert_ds.client.whole_window import bounds, sequences, train_window
 from fedbert_ds.client.window_state import WindowState
-from fedbert_ds.data.masking import Batch, SequenceStream
+from fedbert_ds.data.masking import Batch, Stream
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.client_half import Activations, ClientHalf
@@ -58,7 +58,7 @@ class ClientTrainer:
     def __init__(
         self,
         half: ClientHalf,
-        text: SequenceStream,
+        text: Stream,
         settings: ClientSettings,
         name: str,
         state_folder: Path,

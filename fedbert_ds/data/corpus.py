@@ -29,6 +29,8 @@ _JOINED = re.compile(r" @([-,.])@ ")
 
 LONGEST_WORD = 1000
 """Characters. Longer ones are worth telling: a word piece tokenizer makes [UNK] of them."""
+LONGEST_DOCUMENT = 1 << 24
+"""Characters of a document of a text file; a longer one is divided where a line ends."""
 TEXT, TITLE = "text", "title"
 """Columns of tables."""
 _TEXT_FORMS = (".txt", ".tokens", ".raw")
@@ -63,6 +65,10 @@ class Reading:
     encodings: Encodings = field(default_factory=Encodings)
     left_out: Counter[str] = field(default_factory=Counter)
     """Files and rows that were not read, by reason."""
+    files: int = 0
+    """Files that were read, or are being read."""
+    divided: int = 0
+    """Places where documents longer than LONGEST_DOCUMENT were divided."""
     articles: int = 0
     characters: int = 0
     longest_word: int = 0
@@ -75,6 +81,10 @@ class Reading:
             told.append(f"{self.encodings.replaced:,} characters could not be decoded")
         if self.longest_word > LONGEST_WORD:
             told.append(f"the longest word has {self.longest_word:,} characters")
+        if self.divided:
+            told.append(
+                f"documents of more than {LONGEST_DOCUMENT:,} characters were divided, in {self.divided:,} places"
+            )
         if self.left_out:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.left_out.items()))
             told.append(f"left out: {reasons}")
@@ -136,6 +146,14 @@ def _reader(name: str, streaming: bool, reading: Reading) -> Callable[[], Iterat
         return lambda: (Article(title, text) for title, text in python_documentation())
     if name.startswith("hub:"):
         return lambda: _read_hub(name, streaming, reading)
+    files, is_alone = _files(name, reading)
+    return lambda: itertools.chain.from_iterable(_read_file(file, reading, is_alone) for file in files)
+
+
+def _files(name: str, reading: Reading) -> tuple[list[Path], bool]:
+    """The files of a source that is a path, and whether it is one file; DataError if none is there
+    to be read. Others are counted.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         found = find(path, lambda file: _is_readable(file) and form_of(file) != ".json")
@@ -144,12 +162,38 @@ def _reader(name: str, streaming: bool, reading: Reading) -> Callable[[], Iterat
         if not found.files:
             raise DataError(f"{name}: no file of text in this folder ({FORMS}); name another in data.source")
         reading.left_out.update({f"file{'s' * (n > 1)} ({why})": n for why, n in found.left_out.items()})
-        return lambda: itertools.chain.from_iterable(_read_file(file, reading, is_alone=False) for file in found.files)
+        return found.files, False
     if not path.exists():
         raise DataError(f"{name}: no such file or folder; name one in data.source, or python-docs, or hub:NAME")
     if not _is_readable(path):
         raise DataError(f"{name}: cannot read {path.suffix or 'a file without suffix'}; use {FORMS}")
-    return lambda: _read_file(path, reading, is_alone=True)
+    return [path], True
+
+
+def identity_of(source: Sequence[str]) -> list[Any] | None:
+    """What says, without reading them, that sources hold the text that they held before: path, size
+    and time of the last change of every file, and how many files are left out.
+
+    None where nothing says it: of the documentation of Python, of a data set that is in no file.
+    DataError as `read_articles` at once.
+    """
+    known: list[Any] = []
+    for name in source:
+        left_out = Reading()
+        if name == "python-docs":
+            return None
+        if name.startswith("hub:"):
+            files = [Path(file["filename"]) for file in getattr(load_hub(name, False), "cache_files", ())]
+        else:
+            files, _ = _files(name, left_out)
+        if not files:
+            return None
+        try:
+            facts = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        except OSError:
+            return None
+        known.append([name, facts, sorted(left_out.left_out.items())])
+    return known
 
 
 def _is_readable(path: Path) -> bool:
@@ -157,6 +201,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def _read_file(path: Path, reading: Reading, is_alone: bool) -> Iterator[Article]:
+    reading.files += 1
     if is_table(path):
         columns = lambda names: _columns(str(path), names, reading)  # noqa: E731
         places = rows_of(path, columns, reading.encodings)
@@ -165,7 +210,7 @@ def _read_file(path: Path, reading: Reading, is_alone: bool) -> Iterator[Article
     if _WIKI_EXTRACT.fullmatch(path.name):
         return _wiki_extract(path, lines, reading)
     if form_of(path) == ".txt":
-        return _documents(_stem(path), lines) if is_alone else iter([Article(_stem(path), "".join(lines).strip())])
+        return _documents(_stem(path), lines, reading) if is_alone else _one_document(_stem(path), lines, reading)
     return _wikitext_articles(lines)
 
 
@@ -173,17 +218,35 @@ def _stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in COMPRESSIONS else path.stem
 
 
-def _documents(name: str, lines: Iterable[str]) -> Iterator[Article]:
+def _documents(name: str, lines: Iterable[str], reading: Reading) -> Iterator[Article]:
     """Documents between blank lines, each named after its first line's number."""
     document: list[str] = []
-    first = 1
+    first = characters = 0
     for number, line in enumerate(itertools.chain(lines, [""]), start=1):
+        is_full = characters > LONGEST_DOCUMENT
+        if document and (is_full or not line.strip()):
+            reading.divided += is_full
+            yield Article(f"{name}:{first}", "".join(document).strip())
+            document, characters = [], 0
         if line.strip():
             first = first if document else number
             document.append(line)
-        elif document:
-            yield Article(f"{name}:{first}", "".join(document).strip())
-            document = []
+            characters += len(line)
+
+
+def _one_document(name: str, lines: Iterable[str], reading: Reading) -> Iterator[Article]:
+    """All lines as one document, unless it is too long."""
+    document: list[str] = []
+    characters = parts = 0
+    for line in lines:
+        if characters > LONGEST_DOCUMENT:
+            parts += 1
+            yield Article(f"{name}:{parts}", "".join(document).strip())
+            document, characters = [], 0
+        document.append(line)
+        characters += len(line)
+    reading.divided += parts
+    yield Article(f"{name}:{parts + 1}" if parts else name, "".join(document).strip())
 
 
 def _wiki_extract(path: Path, lines: Iterator[str], reading: Reading) -> Iterator[Article]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from fedbert_ds.data.corpus import Item
-from fedbert_ds.data.masking import Batch, EncodedText, Masker
+from fedbert_ds.data.masking import Batch, Masker, Sequences
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
 
@@ -26,23 +25,34 @@ def keep_apart(articles: Sequence[Item], share: float) -> tuple[list[Item], list
 
     DataError for one article alone, and for a share outside [0, 1).
     """
+    check_share(len(articles), share)
+    held_out = [is_kept_apart(number, share) for number in range(len(articles))]
+    chosen = [article for article, is_chosen in zip(articles, held_out, strict=True) if is_chosen]
+    left = [article for article, is_chosen in zip(articles, held_out, strict=True) if not is_chosen]
+    return left, chosen
+
+
+def check_share(articles: int, share: float) -> None:
+    """DataError for one article alone, of which a share is to be held out, and for a share outside
+    [0, 1).
+    """
     if not 0.0 <= share < 1.0:
         raise DataError(f"a held-out share of {share} leaves nothing to train on; use at least 0 and less than 1")
-    if share == 0.0:
-        return list(articles), []
-    if len(articles) == 1:
+    if share and articles == 1:
         raise DataError(
             "1 article cannot be both trained on and held out; give more files or a .jsonl, or add --held-out 0"
         )
+
+
+def is_kept_apart(number: int, share: float) -> bool:
+    """Whether the article of this number, from 0, is among the held-out ones of `keep_apart`."""
     # Counted from the second article, one is held out where a new multiple of 1 / share begins.
-    held_out = [place == 0 or int(place * share) > int((place - 1) * share) for place in range(len(articles) - 1)]
-    chosen = [article for article, is_chosen in zip(articles[1:], held_out, strict=True) if is_chosen]
-    left = [article for article, is_chosen in zip(articles[1:], held_out, strict=True) if not is_chosen]
-    return [articles[0], *left], chosen
+    place = number - 1
+    return share > 0.0 and (place == 0 or (place > 0 and int(place * share) > int((place - 1) * share)))
 
 
 def evaluation_batch(
-    text: EncodedText,
+    text: Sequences,
     tokenizer: PreTrainedTokenizerFast,
     *,
     mask_probability: float,
@@ -57,16 +67,12 @@ def evaluation_batch(
     Masks follow from `seed`, `client` and the text alone, so that every evaluation predicts the
     same tokens.
     """
-    input_ids, positions, labels = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word).mask(
-        text.tokens.numpy(), text.word_starts.numpy(), generator("evaluate", seed, client)
-    )
-    targets = np.full(len(input_ids), -1, dtype=np.int64)
-    targets[positions] = labels
+    masker = Masker(tokenizer, mask_probability=mask_probability, whole_word=whole_word)
     pieces = text.pieces(text.spread(max_tokens))
-    read = np.concatenate([targets[piece] for piece in pieces])
+    input_ids, positions, labels = masker.mask_pieces(text, pieces, generator("evaluate", seed, client))
     return Batch(
-        input_ids=torch.from_numpy(np.concatenate([input_ids[piece] for piece in pieces])),
+        input_ids=torch.from_numpy(input_ids),
         lengths=[piece.stop - piece.start for piece in pieces],
-        masked_positions=torch.from_numpy(np.flatnonzero(read >= 0).astype(np.int64)),
-        labels=torch.from_numpy(read[read >= 0]),
+        masked_positions=torch.from_numpy(positions),
+        labels=torch.from_numpy(labels),
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,11 +28,82 @@ _CHARACTERS_AT_ONCE = 1 << 18
 """Text that is tokenized at once, unless one article is longer: a token in the making takes a
 hundred times the memory of its id.
 """
+_LONGEST_PART = 1 << 20
+"""Characters of an article that are tokenized at once."""
+_BLOCK_TOKENS = 1 << 20
+
+
+class Arrays(NamedTuple):
+    """A text's tokens [N] integers, word starts [N] bool and offsets [S + 1] int64."""
+
+    tokens: np.ndarray
+    word_starts: np.ndarray
+    offsets: np.ndarray
+
+
+class Sequences(ABC):
+    """Sequences one after another, unpadded, in memory or on disk; each is [CLS] ... [SEP]."""
+
+    @property
+    @abstractmethod
+    def num_sequences(self) -> int:
+        """S."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """N, special tokens included."""
+
+    @abstractmethod
+    def arrays(self) -> Arrays:
+        """All of it, to take parts of. Of a text on disk it is a map of files: what was read of a
+        map is memory of this process until the map is dropped, so keep it no longer than needed.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back what it holds open; it is not read after that."""
+
+    def pieces(self, sequences: Iterable[int]) -> list[slice]:
+        """Where these sequences stand among the tokens."""
+        offsets = self.arrays().offsets
+        return [slice(int(offsets[index]), int(offsets[index + 1])) for index in sequences]
+
+    def spread(self, max_tokens: int) -> list[int]:
+        """Numbers of sequences, spread evenly over the text, that together have about `max_tokens`
+        tokens at most; at least one.
+        """
+        count = max(1, min(self.num_sequences, self.num_sequences * max_tokens // self.num_tokens))
+        return np.unique(np.linspace(0, self.num_sequences - 1, count).round().astype(np.int64)).tolist()
+
+    def take(self, pieces: Sequence[slice]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [T] and word starts [T] of these pieces, copied one after another."""
+        tokens, word_starts, _ = self.arrays()
+        return np.concatenate([tokens[one] for one in pieces]), np.concatenate([word_starts[one] for one in pieces])
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All tokens and word starts, in order and in parts."""
+        for begin in range(0, self.num_tokens, _BLOCK_TOKENS):
+            yield self.take([slice(begin, min(begin + _BLOCK_TOKENS, self.num_tokens))])
+
+    def count(self, token: int) -> int:
+        """How often a token occurs."""
+        return sum(int(np.count_nonzero(tokens == token)) for tokens, _ in self.blocks())
+
+    def digest(self, num_tokens: int) -> str:
+        """SHA-256 of the first `num_tokens` tokens: equal for equal text, wherever it is kept."""
+        digest, left = hashlib.sha256(), num_tokens
+        for tokens, _ in self.blocks():
+            digest.update(tokens[:left].astype("<i4").tobytes())
+            left -= len(tokens)
+            if left <= 0:
+                break
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
-class EncodedText:
-    """Sequences one after another, unpadded; each is [CLS] ... [SEP]."""
+class EncodedText(Sequences):
+    """A text in memory."""
 
     tokens: Tensor
     """[N] int32: token ids of all sequences."""
@@ -54,16 +127,12 @@ class EncodedText:
         """[S] int64: tokens of each sequence, special tokens included."""
         return self.offsets.diff()
 
-    def pieces(self, sequences: Iterable[int]) -> list[slice]:
-        """Where these sequences stand in `tokens`."""
-        return [slice(int(self.offsets[index]), int(self.offsets[index + 1])) for index in sequences]
+    def arrays(self) -> Arrays:
+        """See `Sequences`."""
+        return Arrays(self.tokens.numpy(), self.word_starts.numpy(), self.offsets.numpy())
 
-    def spread(self, max_tokens: int) -> list[int]:
-        """Numbers of sequences, spread evenly over the text, that together have about `max_tokens`
-        tokens at most; at least one.
-        """
-        count = max(1, min(self.num_sequences, self.num_sequences * max_tokens // self.num_tokens))
-        return np.unique(np.linspace(0, self.num_sequences - 1, count).round().astype(np.int64)).tolist()
+    def close(self) -> None:
+        """Nothing is open."""
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """[vocab_size] int64: occurrences of each token; the added [CLS] and [SEP] do not count."""
@@ -98,32 +167,75 @@ def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequ
     DataError for a sequence_length below 3, for a tokenizer without special tokens for both ends,
     and for articles without any token.
     """
+    collected = Collected()
+    for part in encoded_articles(articles, tokenizer, sequence_length):
+        collected.add(part)
+    return collected.text()
+
+
+class Encoded(NamedTuple):
+    """The sequences of one article: tokens [n] int32, word starts [n] bool, lengths [s]."""
+
+    tokens: np.ndarray
+    word_starts: np.ndarray
+    lengths: list[int]
+
+
+@dataclass
+class Collected:
+    """Articles' sequences, gathered into a text in memory."""
+
+    parts: list[Encoded] = field(default_factory=list)
+
+    def add(self, part: Encoded) -> None:
+        """Put an article's sequences behind the others."""
+        self.parts.append(part)
+
+    def text(self) -> EncodedText:
+        """All of them; DataError if there is no token."""
+        lengths = [length for part in self.parts for length in part.lengths]
+        if not lengths:
+            raise DataError(NO_TOKEN)
+        return EncodedText(
+            tokens=torch.from_numpy(np.concatenate([part.tokens for part in self.parts])),
+            offsets=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int64)),
+            word_starts=torch.from_numpy(np.concatenate([part.word_starts for part in self.parts])),
+        )
+
+
+NO_TOKEN = "the text of this shard is empty: no token in it; give data.source some text"
+
+
+def encoded_articles(
+    articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequence_length: int
+) -> Iterator[Encoded]:
+    """The sequences of each article, as `encode` makes them, one article after the other.
+
+    DataError as `encode`, but for articles without any token.
+    """
     if sequence_length < 3:
         raise DataError(f"data.sequence_length {sequence_length} has no room for text; use 3 or more")
     first, last = sequence_ends(tokenizer)
     room = sequence_length - 2
-    tokens, starts, lengths = [], [], [0]
     for ids, word_starts in _token_arrays(articles, tokenizer):
+        tokens, starts, lengths = [ids[:0]], [word_starts[:0]], list[int]()
         for begin in range(0, len(ids), room):
             piece, piece_starts = ids[begin : begin + room], word_starts[begin : begin + room].copy()
             piece_starts[0] = True
             tokens += [first, piece, last]
             starts += [_TRUE, piece_starts, _TRUE]
             lengths.append(len(piece) + 2)
-    if not tokens:
-        raise DataError("the text of this shard is empty: no token in it; give data.source some text")
-    return EncodedText(
-        tokens=torch.from_numpy(np.concatenate(tokens)),
-        offsets=torch.from_numpy(np.cumsum(lengths, dtype=np.int64)),
-        word_starts=torch.from_numpy(np.concatenate(starts)),
-    )
+        yield Encoded(np.concatenate(tokens), np.concatenate(starts), lengths)
 
 
-def check_known(text: EncodedText, tokenizer: PreTrainedTokenizerFast) -> None:
-    """DataError where the tokenizer knows no word of a text, and a warning where it misses many."""
+def check_known(text: Sequences, tokenizer: PreTrainedTokenizerFast) -> float:
+    """The share of a text's tokens that are [UNK].
+
+    DataError where the tokenizer knows no word of it, and a warning where it misses many.
+    """
     if tokenizer.unk_token_id is None:
-        return
-    unknown = int((text.tokens == tokenizer.unk_token_id).sum())
+        return 0.0
+    unknown = text.count(tokenizer.unk_token_id)
     tokens = text.num_tokens - 2 * text.num_sequences
     if unknown == tokens:
         raise DataError(
@@ -135,6 +247,7 @@ def check_known(text: EncodedText, tokenizer: PreTrainedTokenizerFast) -> None:
             f"{100 * unknown / tokens:.1f} % of the text's tokens are [UNK], which the tokenizer does not know and "
             "nothing is learned of; another tokenizer.path or tokenizer.kind: byte_bpe reads them"
         )
+    return unknown / tokens
 
 
 class Masker:
@@ -179,6 +292,65 @@ class Masker:
         input_ids[positions] = hidden
         return input_ids, positions, labels
 
+    def mask_pieces(
+        self, text: Sequences, pieces: Sequence[slice], random: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What `mask` of the whole text gives for these pieces of it, in the text's order, without
+        the whole text in memory. Positions are those in the pieces, one after another.
+        """
+        starts = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
+        found, ordinals, labels = [], [], []
+        begin = masked = 0
+        carried = np.zeros(1, dtype=bool)  # whether the word that reaches into a block is chosen
+        for tokens, word_starts in text.blocks():
+            if self.whole_word:
+                drawn = random.random(int(word_starts.sum())) < self.mask_probability
+                of_words = np.concatenate([carried, drawn])
+                chosen = of_words[np.cumsum(word_starts)]
+                carried = of_words[-1:]
+            else:
+                chosen = random.random(len(tokens)) < self.mask_probability
+            positions = np.flatnonzero(chosen & ~np.isin(tokens, self._special_ids))
+            places = np.searchsorted(starts, positions + begin)
+            ours = np.flatnonzero(
+                (places < len(starts)) & (starts[np.minimum(places, len(starts) - 1)] == positions + begin)
+            )
+            found.append(places[ours])
+            ordinals.append(masked + ours)
+            labels.append(tokens[positions[ours]].astype(np.int64))
+            begin += len(tokens)
+            masked += len(positions)
+        here, wanted, originals = np.concatenate(found), np.concatenate(ordinals), np.concatenate(labels)
+        fate = _some_of(random.random, masked, wanted)
+        random_tokens = _some_of(lambda size: random.integers(self._num_tokens, size=size), masked, wanted)
+        hidden = np.where(fate < _MASKED, self._mask_id, np.where(fate < _MASKED + _RANDOM, random_tokens, originals))
+        input_ids = text.take(pieces)[0].astype(np.int64)
+        input_ids[here] = hidden
+        return input_ids, here.astype(np.int64), originals
+
+
+def _some_of(draw: Callable[[int], np.ndarray], total: int, wanted: np.ndarray) -> np.ndarray:
+    """Of `total` draws those that are wanted (ascending numbers), without all in memory."""
+    drawn = [np.empty(0)]
+    for begin in range(0, total, _BLOCK_TOKENS):
+        size = min(_BLOCK_TOKENS, total - begin)
+        values = draw(size)
+        drawn.append(values[wanted[np.searchsorted(wanted, begin) : np.searchsorted(wanted, begin + size)] - begin])
+    return np.concatenate(drawn)
+
+
+class Stream(Protocol):
+    """What a client's training takes text from."""
+
+    def next_batch(self, window: int, max_tokens: int) -> Batch:
+        """The next sequences, for `window`, of about `max_tokens` together."""
+
+    def state_dict(self) -> dict[str, int]:
+        """The cursor."""
+
+    def load_state_dict(self, state: Mapping[str, int] | None) -> None:
+        """Go on from a cursor, or from the beginning."""
+
 
 class SequenceStream(ABC):
     """An endless stream of batches over one client's sequences, shuffled anew every epoch.
@@ -188,7 +360,7 @@ class SequenceStream(ABC):
     batches.
     """
 
-    def __init__(self, text: EncodedText, *, seed: int, client: int | str) -> None:
+    def __init__(self, text: Sequences, *, seed: int, client: int | str) -> None:
         if text.num_sequences == 0:
             raise DataError("the text of this shard is empty: no sequence in it; give data.source some text")
         self.text = text
@@ -206,7 +378,7 @@ class SequenceStream(ABC):
         One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a
         batch where the text ends, so a text shorter than `max_tokens` is repeated.
         """
-        offsets = self.text.offsets
+        offsets = self.text.arrays().offsets
         sequences: list[int] = []
         room = max_tokens
         while True:
@@ -240,7 +412,10 @@ class SequenceStream(ABC):
         self._order = self._shuffle(self._epoch, state["sequences"])
 
     def _shuffle(self, epoch: int, sequences: int) -> np.ndarray:
-        return generator("shuffle", self._seed, self._client, epoch).permutation(sequences)
+        # The numbers of `permutation`, in half its memory.
+        order = np.arange(sequences, dtype=np.int32 if sequences < 2**31 else np.int64)
+        generator("shuffle", self._seed, self._client, epoch).shuffle(order)
+        return order
 
 
 class BatchStream(SequenceStream):
@@ -251,7 +426,7 @@ class BatchStream(SequenceStream):
 
     def __init__(
         self,
-        text: EncodedText,
+        text: Sequences,
         tokenizer: PreTrainedTokenizerFast,
         *,
         mask_probability: float,
@@ -265,12 +440,8 @@ class BatchStream(SequenceStream):
     def batch_of(self, sequences: Sequence[int], window: int) -> Batch:
         """These sequences, masked for `window`."""
         pieces = self.text.pieces(sequences)
-        tokens, word_starts = self.text.tokens.numpy(), self.text.word_starts.numpy()
-        input_ids, positions, labels = self._masker.mask(
-            np.concatenate([tokens[piece] for piece in pieces]),
-            np.concatenate([word_starts[piece] for piece in pieces]),
-            generator("mask", self._seed, self._client, window),
-        )
+        random = generator("mask", self._seed, self._client, window)
+        input_ids, positions, labels = self._masker.mask(*self.text.take(pieces), random)
         return Batch(
             input_ids=torch.from_numpy(input_ids),
             lengths=[piece.stop - piece.start for piece in pieces],
@@ -296,25 +467,54 @@ def _token_arrays(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
     backend = plain_backend(tokenizer)
-    for texts in _some_at_once(article.text for article in articles):
-        for encoding in backend.encode_batch(texts, add_special_tokens=False):
+    # An article's last part ends it; the parts before are kept until then.
+    parts = ((part, is_last) for article in articles for part, is_last in parts_of(article.text))
+    before: list[tuple[np.ndarray, np.ndarray]] = []
+    for some in _some_at_once(parts):
+        for encoding, (_, is_last) in zip(
+            backend.encode_batch([text for text, _ in some], add_special_tokens=False), some, strict=True
+        ):
             ids = np.array(encoding.ids, dtype=np.int32)
             # A token outside any word is None; -1 keeps it apart from its neighbours.
             words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
             word_starts = np.ones(len(ids), dtype=bool)
             word_starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
-            yield ids, word_starts
+            before.append((ids, word_starts))
+            if is_last:
+                yield np.concatenate([part[0] for part in before]), np.concatenate([part[1] for part in before])
+                before = []
 
 
-def _some_at_once(texts: Iterable[str]) -> Iterator[list[str]]:
-    some: list[str] = []
+def parts_of(text: str, longest: int = _LONGEST_PART) -> Iterator[tuple[str, bool]]:
+    """A text in parts of at most `longest` characters, each with whether it is the last.
+
+    A part begins with a space between two letters or digits of ASCII, where every tokenizer begins
+    a word, so that the parts together have the tokens of the whole. Where the second half of a part
+    has none it ends at its last white space, or at its length.
+    """
+    begin = 0
+    while len(text) - begin > longest:
+        window = text[begin : begin + longest]
+        spaces = list(_PLAIN_SPACE.finditer(window, longest // 2)) or list(_SPACE.finditer(window, longest // 2))
+        end = begin + (spaces[-1].start() if spaces else longest)
+        yield text[begin:end], False
+        begin = end
+    yield text[begin:], True
+
+
+_PLAIN_SPACE = re.compile("(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
+_SPACE = re.compile(r"(?<=\S)\s")
+
+
+def _some_at_once(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    some: list[tuple[str, bool]] = []
     characters = 0
-    for text in texts:
-        if some and characters + len(text) > _CHARACTERS_AT_ONCE:
+    for part in parts:
+        if some and characters + len(part[0]) > _CHARACTERS_AT_ONCE:
             yield some
             some, characters = [], 0
-        some.append(text)
-        characters += len(text)
+        some.append(part)
+        characters += len(part[0])
     if some:
         yield some
 

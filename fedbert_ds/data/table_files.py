@@ -136,12 +136,13 @@ def _arrow(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place
     except ImportError as error:
         raise DataError(f"{path}: reading Arrow needs pyarrow; pip install fedbert-ds[data]") from error
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        # No memory map: what was read of one counts as this process's memory.
+        with pyarrow.OSFile(str(path)) as file:
             try:
-                batches = pyarrow.ipc.open_stream(file)
+                batches = iter(pyarrow.ipc.open_stream(file))
             except pyarrow.ArrowInvalid:
-                with pyarrow.ipc.open_file(file) as whole:
-                    batches = [whole.get_batch(number) for number in range(whole.num_record_batches)]
+                whole = pyarrow.ipc.open_file(file)
+                batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
             yield from _numbered(path, _chosen(batches, columns))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Arrow file ({error}); write it again") from error

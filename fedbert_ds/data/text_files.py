@@ -9,7 +9,7 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,6 +23,8 @@ SAMPLE_BYTES = 1 << 16
 REPLACED = "\ufffd"
 """Stands for bytes that the encoding has no character for."""
 
+DETECTED = "utf-8"
+"""The encoding of a file that is valid UTF-8 and has no mark."""
 MARKS = (
     # UTF-32's little-endian mark begins with UTF-16's.
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -90,6 +92,8 @@ class Encodings:
     """Of every file without a byte order mark; None: UTF-8, or what a file looks like."""
     replaced: int = 0
     """Characters that stand for bytes which could not be decoded."""
+    found: dict[Path, str] = field(default_factory=dict)
+    """Encodings of files that were looked at: they are read so again, and nothing is told twice."""
 
 
 def form_of(path: Path) -> str:
@@ -105,10 +109,13 @@ def lines_of(path: Path, newline: str | None = None, encodings: Encodings | None
     """
     encodings = encodings or Encodings()
     try:
-        encoding = _encoding_of(path, encodings)
+        if path not in encodings.found:
+            encodings.found[path] = _encoding_of(path, encodings)
+        encoding = encodings.found[path]
         with opened(path) as file, io.TextIOWrapper(file, encoding, "replace", newline) as text:
             for line in text:
-                if encoding not in ("utf-8", "utf-8-sig"):
+                # In UTF-8 that shows, every byte was decoded before: the sign stands in the text.
+                if encoding != DETECTED:
                     encodings.replaced += line.count(REPLACED)
                 yield line
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
@@ -142,14 +149,15 @@ def _encoding_of(path: Path, encodings: Encodings) -> str:
             found = _guessed(path, (before + chunk + file.read(SAMPLE_BYTES))[at : at + SAMPLE_BYTES])
             warn(f"{path}: not UTF-8, read as {found}; name its encoding if that is wrong (data.encoding, --encoding)")
             return found
-    return "utf-8"
+    return DETECTED
 
 
 def _known(name: str) -> str:
     try:
-        return codecs.lookup(name).name
+        known = codecs.lookup(name).name
     except LookupError as error:
         raise DataError(f"encoding {name}: there is none of that name; utf-8, cp1252 or latin-1, say") from error
+    return "utf-8-sig" if known == DETECTED else known
 
 
 def _guessed(path: Path, sample: bytes) -> str:

@@ -143,6 +143,13 @@ def vocabulary_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Differs for tokenizers that could make other tokens of a text; SHA-256, hexadecimal."""
+    import tokenizers
+
+    return hashlib.sha256(tokenizers.__version__.encode() + tokenizer_to_bytes(tokenizer)).hexdigest()
+
+
 def tokenizer_to_bytes(tokenizer: PreTrainedTokenizerFast) -> bytes:
     """One JSON document, from which `tokenizer_from_bytes` makes an equal tokenizer."""
     document = {

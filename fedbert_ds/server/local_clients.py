@@ -56,6 +56,8 @@ class LocalClients:
     """That clients may use, where this rank is bound to fewer; none: the rank's."""
     task: str = "masked_lm"
     """What their shards are read for."""
+    cache: str | None = None
+    """Where they keep their tokens, as `data.cache`."""
     tls: TlsFiles | None = None
     """The server's own files: its clients show its certificate, and a token."""
     tokens: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -76,6 +78,7 @@ class LocalClients:
             command = [sys.executable, "-m", "fedbert_ds.cli", "client", "--server", server, "--id", name]
             command += ["--data", str(shard), "--state", str(shard.parent), "--managed"]
             command += ["--device", self._device(name), "--task", self.task]
+            command += ["--cache", self.cache] if self.cache else []
             if self.tls is not None:
                 command += ["--ca", str(self.tls.ca), "--certificate", str(self.tls.certificate)]
                 command += ["--key", str(self.tls.key)]

@@ -97,12 +97,15 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
 
 def _trained(train: Sequence[Any], section: TokenizerSection) -> PreTrainedTokenizerFast:
     from fedbert_ds.data.byte_bpe import train_byte_bpe
+    from fedbert_ds.data.long_steps import telling
     from fedbert_ds.data.tokenizer import Letters, train_wordpiece
 
+    total = sum(len(article.text) for article in train)
+    told = telling(train, "text    counted for the tokenizer", lambda article: len(article.text), total)
     if section.kind == "byte_bpe":
-        return train_byte_bpe(train, section.vocab_size, lowercase=bool(section.lowercase))
+        return train_byte_bpe(told, section.vocab_size, lowercase=bool(section.lowercase))
     letters = Letters(section.lowercase is not False, section.strip_accents)
-    return train_wordpiece(train, section.vocab_size, letters)
+    return train_wordpiece(told, section.vocab_size, letters)
 
 
 def _reader(
@@ -130,10 +133,12 @@ def _reader(
 
 def _articles(sources: Sequence[str], data: DataSection) -> list[Article]:
     from fedbert_ds.data.corpus import Reading, read_articles
+    from fedbert_ds.data.long_steps import telling
     from fedbert_ds.data.text_files import Encodings
 
     reading = Reading(data.text_column, Encodings(data.encoding))
-    articles = list(read_articles(sources, streaming=data.streaming, max_articles=data.max_articles, reading=reading))
+    found = read_articles(sources, streaming=data.streaming, max_articles=data.max_articles, reading=reading)
+    articles = list(telling(found, "text    reading", lambda article: len(article.text)))
     for sentence in reading.sentences():
         print(f"text    {sentence}", flush=True)
     return articles

@@ -114,7 +114,9 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
     threads = codec_threads(ranks.rank, places)
     devices, tls = _client_devices(config.clients.local_device), tls_of(config.server.tls)
     tokens = ranks.broadcast(new_tokens(config.clients.local) if ranks.rank == 0 else None, dict[str, str])
-    clients = LocalClients(folder, devices, launched_on, config.task.name, tls, tokens)
+    clients = LocalClients(
+        folder, devices, launched_on, config.task.name, tls=tls, tokens=tokens, cache=config.data.cache
+    )
     endpoint = build_endpoint(config.server, config.clients, ranks.rank, tokens)
     trace = Trace(folder.trace(ranks.rank) if config.run.trace else None, ranks.rank)
     with ExitStack() as at_end:  # callbacks run in reverse order

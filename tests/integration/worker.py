@@ -102,7 +102,7 @@ def run_client(jobs: list[dict], name: str) -> None:
         session.ClientTrainer = recorder.trainer
         options = session.ClientOptions(
             server=_address(folder), data=(job["data"][name],), name=name, state_folder=state, device="cpu",
-            task=job["config"].get("task", {}).get("name", "masked_lm"),
+            cache=state / "tokens", task=job["config"].get("task", {}).get("name", "masked_lm"),
         )  # fmt: skip
         session.run_client(options)
         recorder.write(state)

@@ -96,6 +96,24 @@ def test_a_client_joins_again_unless_a_launcher_sees_to_it(monkeypatch, words, s
     assert given[0].rejoin_timeout == seconds and given[0].server == "run/server.address"
 
 
+@pytest.mark.parametrize(
+    ("words", "cache"),
+    [
+        ([], Path("fedbert-ada/tokens")),
+        (["--state", "mine"], Path("mine/tokens")),
+        (["--cache", "large"], Path("large/ada/tokens")),
+        (["--cache", "off"], None),
+    ],
+    ids=str,
+)
+def test_tokens_are_kept_in_a_clients_own_folder(monkeypatch, words, cache) -> None:
+    given: list[ClientOptions] = []
+    monkeypatch.setattr(session, "run_client", lambda options: given.append(options) or 0)
+    with pytest.raises(SystemExit):
+        main(["client", "--server", "x:1", "--data", "y", "--id", "ada", *words])
+    assert given[0].cache == cache
+
+
 @pytest.fixture
 def files(tmp_path) -> list[str]:
     """Options with hospital-a's certificate."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from transformers import BertConfig
 from unit.client.one_client import settings_of
 
+from fedbert_ds.client import own_data
 from fedbert_ds.client.own_data import OwnExamples, Share, read_own_data
 from fedbert_ds.config import SequenceSection
 from fedbert_ds.data.corpus import Article, read_articles
@@ -108,7 +111,7 @@ def test_files_without_what_the_task_needs_are_told_before_joining(tmp_path: Pat
 
 def test_a_label_outside_the_runs_set_is_one_line(tokenizer: Any) -> None:
     own = OwnExamples([("rows: line 7", {"text": "fox", "label": "maybe"})])
-    with pytest.raises(DataError, match=r"^rows: line 7: label 'maybe' is none of the task's: no, yes$"):
+    with pytest.raises(DataError, match=r"^rows: line 7: label 'maybe' is none of the task's; use no, yes$"):
         own.encoded(tokenizer, config(), SETTINGS, Share("ada", 0.0, 0))
     with pytest.raises(WireError, match="no head for labels"):
         own.encoded(tokenizer, BertConfig(), SETTINGS, Share("ada", 0.0, 0))
@@ -122,3 +125,117 @@ def test_words_with_labels(tmp_path: Path, tokenizer: Any) -> None:
     assert own.num_characters == 3 + 5 + 3 + 1
     batch = own.encoded(tokenizer, config(task), SETTINGS, Share("ada", 0.0, 0))[0].next_batch(0, 4)
     assert batch.labels[:2].tolist() == [1, 0]
+
+
+# -- tokens that are kept --------------------------------------------------------------------------
+
+
+class Owner:
+    """Starts with a cache, as `fedbert-ds client` does, and counts how often text is read."""
+
+    def __init__(self, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.cache, self.tokenizer = folder / "text.jsonl", folder / "tokens", tokenizer
+        self.readings = 0
+
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.readings += 1
+            return read_articles(*arguments, **named)
+
+        monkeypatch.setattr(own_data, "read_articles", counted)
+
+    def start(self, held_out: float = 0.3, length: int = 16, encoding: str | None = None) -> tuple[Any, Any, list[str]]:
+        self.readings = 0
+        own = read_own_data([str(self.path)], "masked_lm", encoding=encoding, cache=self.cache)
+        settings = settings_of(sequences=SequenceSection(sequence_length=length, mask_probability=0.3))
+        stream, kept = own.encoded(self.tokenizer, BertConfig(), settings, Share("ada", held_out, 40))
+        return stream, kept, [*own.summary, *own.tokens_told]
+
+
+@pytest.fixture
+def owner(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Owner:
+    made = Owner(tmp_path, tokenizer, monkeypatch)
+    write_shard(made.path, ARTICLES)
+    return made
+
+
+def test_a_second_start_reads_no_text_and_trains_on_the_same(owner: Owner) -> None:
+    stream, kept, told = owner.start()
+    assert owner.readings == 2, "to count it before joining, and to tokenize it"
+    in_memory, apart = read_own_data([str(owner.path)], "masked_lm").encoded(
+        owner.tokenizer, BertConfig(), SETTINGS, Share("ada", 0.3, 40)
+    )
+    again, kept_again, told_again = owner.start()
+    assert owner.readings == 0 and told_again == told
+    assert told[0] == "1 file, 6 articles, 924 characters, longest word 5"
+    assert told[1].endswith("sequences to train on, 0.00 % [UNK]")
+    for window in range(3):
+        batches = [one.next_batch(window, 40) for one in (stream, again, in_memory)]
+        assert all(batch.input_ids.equal(batches[0].input_ids) for batch in batches)
+    for batch in (kept, kept_again):
+        assert batch.input_ids.equal(apart.input_ids) and batch.labels.equal(apart.labels)
+
+
+@pytest.mark.parametrize(
+    ("change", "start"),
+    [
+        (lambda owner: write_shard(owner.path, [*ARTICLES, ARTICLES[0]]), {}),
+        (lambda owner: os.utime(owner.path, ns=(1, 1)), {}),
+        (lambda owner: None, {"held_out": 0.0}),
+        (lambda owner: None, {"length": 12}),
+        (lambda owner: None, {"encoding": "latin-1"}),
+        (lambda owner: setattr(owner, "tokenizer", train_wordpiece(ARTICLES, 90)), {}),
+        (lambda owner: [path.unlink() for path in owner.cache.rglob("*.tokens")], {}),
+    ],
+    ids=["more text", "written again", "another share", "another length", "another encoding", "another tokenizer",
+         "damage"],
+)  # fmt: skip
+def test_whatever_could_change_a_token_makes_them_anew(owner: Owner, change: Any, start: dict[str, Any]) -> None:
+    owner.start()
+    change(owner)
+    owner.start(**start)
+    assert owner.readings >= 1
+    owner.start(**start)
+    assert owner.readings == 0 and len(list(owner.cache.iterdir())) == 1
+
+
+def test_a_text_that_changes_while_it_is_read_is_one_line(owner: Owner) -> None:
+    own = read_own_data([str(owner.path)], "masked_lm", cache=owner.cache)
+    write_shard(owner.path, ARTICLES[:-1])
+    with pytest.raises(DataError, match="the text changed while it was read; start this client again when"):
+        own.encoded(owner.tokenizer, BertConfig(), SETTINGS, Share("ada", 0.0, 0))
+    assert not list(owner.cache.iterdir())
+    own = read_own_data([str(owner.path)], "masked_lm", cache=owner.cache)
+    write_shard(owner.path, [*ARTICLES[1:-1], ARTICLES[0]])  # as many characters
+    with pytest.raises(DataError, match="the text changed"):
+        own.encoded(owner.tokenizer, BertConfig(), SETTINGS, Share("ada", 0.0, 0))
+
+
+def test_a_text_that_nothing_identifies_is_read_every_time(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_data, "identity_of", lambda sources: None)
+    first = owner.start()[0].next_batch(0, 40)
+    assert owner.start()[0].next_batch(0, 40).input_ids.equal(first.input_ids)
+    assert owner.readings == 2 and len(list(owner.cache.iterdir())) == 1
+
+
+def test_articles_are_never_in_memory_together(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither when they are counted nor when they are tokenized."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most = 0
+
+    class Watched(str):
+        __slots__ = ("__weakref__",)
+
+    def articles(*_: Any, reading: Any, **__: Any) -> Any:
+        nonlocal most
+        for number in range(300):
+            text = Watched(f"{number} " + "the quick brown fox " * 400)  # a set has equal ones once
+            alive.add(text)
+            most = max(most, len(alive))
+            reading.articles += 1
+            reading.characters += len(text)
+            yield Article(str(number), text)
+            del text
+
+    monkeypatch.setattr(own_data, "read_articles", articles)
+    owner.start()
+    assert 0 < most < 100, "of 300"

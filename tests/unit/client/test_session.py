@@ -199,9 +199,10 @@ def test_the_end_of_a_run_is_an_exit_code(
     assert served.ended() == code
     printed = capfd.readouterr().out.splitlines()
     characters = sum(len(article.text) for article in ARTICLES)
-    assert printed[0] == f"client ada: {len(ARTICLES)} articles, {characters} characters"
+    assert printed[0] == f"client ada: 1 file, {len(ARTICLES)} articles, {characters} characters, longest word 5"
+    assert re.fullmatch(r"client ada: [\d,]+ tokens in \d+ sequences to train on, 0.00 % \[UNK\]", printed[2])
     assert printed[1] == f"client ada: joined; serving rank at 127.0.0.1:{served.port}"
-    assert printed[2].startswith(f"client ada: {'the run is over' if complete else 'it was stopped'}; peak memory ")
+    assert printed[3].startswith(f"client ada: {'the run is over' if complete else 'it was stopped'}; peak memory ")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedbert_ds.data import masking
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.masking import Batch, BatchStream, EncodedText, Masker, check_known, encode
 from fedbert_ds.errors import DataError
@@ -463,3 +464,24 @@ def test_a_tokenizer_that_misses_much_of_the_text_is_told(
     assert not check("model " * 1000 + "ж")
     with pytest.raises(DataError, match=r"knows no word of this text, all of it is \[UNK\]; name another"):
         check("ж " * 5)
+
+
+def test_long_articles_are_tokenized_in_parts_as_whole_ones_are(
+    articles: list[Article], any_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token in the making takes a hundred times its memory; an article may be a book."""
+    long = [Article("a", " ".join(article.text for article in articles[:12])), articles[0]]
+    whole = encode(long, any_tokenizer, 24)
+    monkeypatch.setattr(masking.parts_of, "__defaults__", (150,))
+    assert len(list(masking.parts_of(long[0].text))) > 20
+    parts = encode(long, any_tokenizer, 24)
+    for ours, theirs in zip(parts.arrays(), whole.arrays(), strict=True):
+        assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize("text", ["ab" * 50, "a b" * 40, "äö üß " * 30, "", "a", "word " * 10 + "x" * 90])
+def test_parts_are_the_text_and_none_is_too_long(text: str) -> None:
+    parts = list(masking.parts_of(text, 20))
+    assert "".join(part for part, _ in parts) == text
+    assert all(len(part) <= 20 for part, _ in parts)
+    assert [is_last for _, is_last in parts] == [False] * (len(parts) - 1) + [True]

@@ -77,9 +77,10 @@ def test_clients_are_dealt_to_devices_and_keep_theirs(tmp_path: Path, monkeypatc
     names = [client_name(number) for number in range(3)]
     for name in names:
         (tmp_path / "clients" / name).mkdir(parents=True)
-    clients = LocalClients(RunFolder(tmp_path), ["cuda:0", "cuda:1"], task="token_classification")
+    clients = LocalClients(RunFolder(tmp_path), ["cuda:0", "cuda:1"], task="token_classification", cache="large")
     clients.start("127.0.0.1:1", names)
     assert all(command[command.index("--task") + 1] == "token_classification" for command in commands)
+    assert all(command[command.index("--cache") + 1] == "large" for command in commands)
     clients.revive()
     asked = [command[command.index("--device") + 1] for command in commands]
     assert asked == ["cuda:0", "cuda:1", "cuda:0"] * 2

@@ -1,0 +1,57 @@
+"""Long steps are told: live on a terminal, a line a minute in a log, short ones not at all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import pytest
+
+from fedbert_ds.data.long_steps import telling
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def clock_of(step: float) -> Iterator[float]:
+    now = 0.0
+    while True:
+        yield now
+        now += step
+
+
+def told(stream: io.StringIO, step: float, items: int = 10, total: int | None = None) -> str:
+    """What is printed of items of 10 million characters, with so many seconds between looks."""
+    clock = clock_of(step)
+    given = ["x"] * items
+    assert list(telling(given, "tokenizing", lambda _: 10**7, total, stream=stream, clock=lambda: next(clock))) == given
+    return stream.getvalue()
+
+
+def test_a_log_has_a_line_a_minute() -> None:
+    lines = told(io.StringIO(), 25.0).splitlines()
+    assert lines[0] == "tokenizing: 30 million characters" and len(lines) == 3
+
+
+def test_a_short_step_is_not_told() -> None:
+    assert told(io.StringIO(), 1.0) == ""
+    assert told(Terminal(), 0.001) == ""
+
+
+def test_of_a_known_total_the_share_and_the_time_are_told() -> None:
+    first = told(io.StringIO(), 600.0, total=10**8).splitlines()[0]
+    assert first == "tokenizing: 10 million characters of 100 million, 10 %, 3 h 00 min left"
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+def test_a_terminal_has_one_line_which_goes_in_the_end(monkeypatch: pytest.MonkeyPatch, term: str) -> None:
+    monkeypatch.setenv("TERM", term)
+    printed = told(Terminal(), 0.4)
+    assert "\n" not in printed
+    assert (printed == "") == (term == "dumb")
+    if printed:
+        *lines, blank, end = printed.split("\r")
+        assert lines[1] == "tokenizing: 20 million characters" and not end
+        assert not blank.strip() and len(blank) == max(map(len, lines))

@@ -49,6 +49,7 @@ TITLES = {
 ROOMS = {
     "fedbert_ds/cli.py": "command",
     "fedbert_ds/init": "command",
+    "fedbert_ds/doctor": "command",
     "fedbert_ds/config.py": "config",
     "fedbert_ds/data/tokenizer.py": "tokenizer",
     "fedbert_ds/data/byte_bpe.py": "tokenizer",

@@ -21,6 +21,7 @@ from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
     from fedbert_ds.client.limits import Limits
+    from fedbert_ds.client.session import ClientOptions
     from fedbert_ds.config import Cut
     from fedbert_ds.wire.tls import TlsFiles
 
@@ -38,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedbert-ds {__version__}")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_client(subcommands)
+    _add_doctor(subcommands)
     _add_aggregator(subcommands)
     _add_merge(subcommands)
     _add_eval(subcommands)
@@ -53,8 +55,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser("client", help="take part in a run with your own text")
+    _add_client_options(parser, needs_server=True)
     parser.add_argument(
-        "--server", required=True, metavar="HOST:PORT", help="the coordinator's address, or its file server.address"
+        "--inspect",
+        action="store_true",
+        help="print what the run would have you send, to whom, and what that gives away; then leave",
+    )
+    parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(run=_client)
+
+
+def _add_doctor(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser("doctor", help="say what would stop a run here, at the server or at a client")
+    parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN_FILE", help="at the server: the run to start")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the server (default: one a GPU, or 1)")
+    _add_client_options(parser.add_argument_group("at a client"), needs_server=False)
+    parser.set_defaults(run=_doctor, inspect=True, managed=False)
+
+
+def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) -> None:
+    parser.add_argument(
+        "--server",
+        required=needs_server,
+        metavar="HOST:PORT",
+        help="the coordinator's address, or its file server.address",
     )
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
@@ -97,11 +122,6 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
         help="where to keep your text as tokens for the next start (default: tokens/ in --state; off: in memory)",
     )
     parser.add_argument(
-        "--inspect",
-        action="store_true",
-        help="print what the run would have you send, to whom, and what that gives away; then leave",
-    )
-    parser.add_argument(
         "--max-tokens", type=int, default=1 << 20, metavar="N", help="most tokens of yours in a window (default: 2^20)"
     )
     parser.add_argument(
@@ -120,8 +140,6 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--plaintext", action="store_true", help="go without TLS beyond this machine, on a network nobody else is in"
     )
-    parser.add_argument("--managed", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(run=_client)
 
 
 def _client(options: argparse.Namespace) -> None:
@@ -132,8 +150,31 @@ def _client(options: argparse.Namespace) -> None:
     return_large_blocks()
     # gRPC would write a line for each failed handshake. What is wrong is told in one.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    from fedbert_ds.client.session import ClientOptions, inspect_run, run_client
+    from fedbert_ds.client.session import inspect_run, run_client
     from fedbert_ds.folder_lock import keep_private
+    from fedbert_ds.wire.tls import expiry_warning
+
+    keep_private()
+    client = _client_options(options)
+    # Its launcher's own clients show the launcher's certificate.
+    if client.tls is not None and not client.managed and (soon := expiry_warning(client.tls)) is not None:
+        warn(soon)
+    if options.inspect:
+        print(inspect_run(client))
+        return
+    raise SystemExit(run_client(client))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    from fedbert_ds.doctor.command import run_doctor
+
+    run_doctor(options, _client_options)
+
+
+def _client_options(options: argparse.Namespace) -> ClientOptions:
+    """What a client is given; ConfigError for options that do not fit together."""
+    from fedbert_ds.client.session import ClientOptions
     from fedbert_ds.wire.identity import TOKEN_VARIABLE
     from fedbert_ds.wire.tls import TlsFiles
 
@@ -145,10 +186,9 @@ def _client(options: argparse.Namespace) -> None:
     if not options.data and not options.inspect:
         raise ConfigError("--data: name the files or folders of your text")
     _check_task(options)
-    keep_private()
     tls = TlsFiles(*tls_files) if all(tls_files) else None
     name = _name(options, tls)
-    client = ClientOptions(
+    return ClientOptions(
         server=options.server,
         data=tuple(options.data),
         name=name,
@@ -173,23 +213,16 @@ def _client(options: argparse.Namespace) -> None:
         managed=options.managed,
         limits=_limits(options),
     )
-    if options.inspect:
-        print(inspect_run(client))
-        return
-    raise SystemExit(run_client(client))
 
 
 def _name(options: argparse.Namespace, tls: TlsFiles | None) -> str:
     """The client's name: the one in its certificate, if it has one, or what `--id` says."""
     from fedbert_ds.wire.identity import LONGEST_NAME, is_name
-    from fedbert_ds.wire.tls import expiry_warning
 
     name = options.id or socket.gethostname()
     # Its launcher's own clients show the launcher's certificate.
     if tls is not None and not options.managed:
         tls.read()
-        if (warning := expiry_warning(tls)) is not None:
-            warn(warning)
         own = tls.own_certificate().name
         if options.id and options.id != own:
             raise ConfigError(f"--id {options.id}: the certificate is that of {own}; drop --id, or show another")

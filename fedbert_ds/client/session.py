@@ -211,12 +211,17 @@ def inspect_run(options: ClientOptions) -> str:
 
     Raises WireError for a server that cannot be reached, and for a run outside `options.limits`.
     """
+    welcome, asked = look_at_run(options)
+    server = address_file.look_up(options.server)
+    return description(asked, server, welcome.aggregator, options.tls is not None, _held_out(options, asked))
+
+
+def look_at_run(options: ClientOptions) -> tuple[pb.Welcome, Asked]:
+    """What the run at `options.server` would ask of this client. Raises as `inspect_run`."""
     check_server(options.server)
     hello = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True, token=options.token)
     welcome = _join(options, hello, options.connect_timeout)
-    asked = read_welcome(welcome, options.limits)
-    server = address_file.look_up(options.server)
-    return description(asked, server, welcome.aggregator, options.tls is not None, _held_out(options, asked))
+    return welcome, read_welcome(welcome, options.limits)
 
 
 def _held_out(options: ClientOptions, asked: Asked) -> float:

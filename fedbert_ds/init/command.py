@@ -83,8 +83,8 @@ def written(choice: Choice, wanted: Wanted) -> str:
     heading = [
         f"BERT-{wanted.size} with {wanted.clients} clients and {there}, for {wanted.hours:g} hours. "
         "Written by `fedbert-ds init`.",
-        "All other keys have their defaults; fedbert_ds/config.py documents them. Predict the run with "
-        "`fedbert-ds plan` after a change.",
+        "All other keys have their defaults; fedbert_ds/config.py documents them. Check the file with "
+        "`fedbert-ds doctor`, and predict it with `fedbert-ds plan` after a change.",
     ]
     if not wanted.data:
         heading.append("Yours to decide: text, which the owners bring; the tokenizer; the server's name; certificates.")
@@ -96,15 +96,17 @@ def next_steps(choice: Choice, wanted: Wanted, out: Path) -> Sequence[str]:
     ranks = f"--num_gpus {max(1, wanted.gpus)}"
     start = f"deepspeed {ranks} launchers/pretrain.py --config {out}"
     if wanted.data:
-        return [f"start   {start}"]
+        return [f"check   fedbert-ds doctor {out}", f"start   {start}"]
     files = "--ca ca.pem --certificate hospital-a.pem --key hospital-a.key"
     client = f"--server {wanted.host}:{choice.config.server.port} --data notes/ {files}"
     return [
         "certs   fedbert-ds certs ca",
         f"        fedbert-ds certs server {wanted.host}",
         f"        fedbert-ds certs client hospital-a          # and so on for {wanted.clients} owners",
+        f"check   fedbert-ds doctor {out}",
         f"start   {start}",
-        f"owners  fedbert-ds client {client}",
+        f"owners  fedbert-ds doctor {client}",
+        f"        fedbert-ds client {client}",
     ]
 
 

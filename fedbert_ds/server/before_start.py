@@ -22,7 +22,12 @@ def check_before_start(config: RunConfig, resume: bool) -> None:
     check_advertised(config)
     check_folder(RunFolder(config.run.directory), config, resume)
     check_trackers(config.run.trackers)
-    # torch is imported here: other mistakes need not wait for it.
+    # torch is imported there: other mistakes need not wait for it.
+    check_device(config)
+
+
+def check_device(config: RunConfig) -> None:
+    """ConfigError for a key that this machine's device does not fit."""
     if config.clients.local_device == "cuda":
         import torch
 

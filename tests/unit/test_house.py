@@ -52,10 +52,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"bench", "client", "data", "evaluation", "federation", "glue", "model", "server", "server.queue"}
     | {"tasks", "telemetry"},
     "init": BASE | {"planner"},
+    # Asks each side's own checks; what is light at a client imports no server.
+    "doctor": BASE | {"client", "data", "planner", "server", "server.body", "server.network", "telemetry", "wire"},
     "vocabulary": BASE | {"data", "telemetry"},
     "certificates": BASE | {"telemetry", "wire"},
     "cli": BASE
-    | {"aggregator", "bench", "certificates", "client", "compare", "evaluation", "glue", "init", "model", "planner"}
+    | {
+        "aggregator",
+        "bench",
+        "certificates",
+        "client",
+        "compare",
+        "doctor",
+        "evaluation",
+        "glue",
+        "init",
+        "model",
+        "planner",
+    }
     | {"vocabulary", "wire"},
 }
 """Rooms that each room may import. Client and server meet in wire/ only; kernels import no room."""

@@ -39,8 +39,8 @@ def test_the_file_loads_and_says_what_is_left_to_decide(remote: tuple[Path, str]
 
 def test_what_is_to_be_run_next_can_be_run(remote: tuple[Path, str]) -> None:
     out, printed = remote
-    commands = re.findall(r"fedbert-ds ((?:certs|client) .*)", printed)
-    assert len(commands) == 4
+    commands = re.findall(r"fedbert-ds ((?:certs|client|doctor) .*)", printed)
+    assert len(commands) == 6
     for command in commands:
         build_parser().parse_args(command.partition("#")[0].split())
     assert f"deepspeed --num_gpus 2 launchers/pretrain.py --config {out}" in printed

@@ -1,0 +1,1 @@
+"""`fedbert-ds doctor`: what would stop a run here, each finding with its remedy."""

@@ -8,6 +8,8 @@ import json
 import queue
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.client import session
 from fedbert_ds.client.limits import Limits
 from fedbert_ds.client.session import STOPPED, ClientOptions, inspect_run, run_client
+from fedbert_ds.client.state import saved_windows
 from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
@@ -112,9 +115,9 @@ class Served:
         assert "\n" not in str(error)
         return str(error)
 
-    def event(self, kind: type) -> Any:
+    def event(self, kind: type, timeout: float = TIMEOUT) -> Any:
         """The next event but for a Begun, which must be of this kind."""
-        event = self.endpoint.next_event(TIMEOUT)
+        event = self.endpoint.next_event(timeout)
         if isinstance(event, Received) and event.message.HasField("begun"):
             event = self.endpoint.next_event(TIMEOUT)
         assert isinstance(event, kind), event
@@ -546,3 +549,33 @@ def test_no_text_is_one_line_before_anything_is_sent(served: Served) -> None:
     error = served.ended()
     assert isinstance(error, DataError) and "empty.jsonl" in str(error)
     assert served.endpoint.next_event(0.1) is None
+
+
+OTHER_SYSTEM = Path(__file__).with_name("other_system.py")
+
+
+@pytest.mark.parametrize("system", ["windows", "macos"])
+def test_a_client_on_another_system_takes_part_and_keeps_its_state(served: Served, system: str) -> None:
+    """The whole command, from its options to its exit code, without what the system lacks."""
+    config = RunConfig(run={"windows": 2}, federation={"mode": "parallel", "average_every": 2})
+    settings = client_settings(config.run, config.data, config.optimizer, config.federation, config.wire, tokens=32)
+    command = [sys.executable, str(OTHER_SYSTEM), system, "client", "--server", f"127.0.0.1:{served.port}"]
+    command += ["--id", "ada", "--data", str(served.folder / "shard.jsonl"), "--device", "cpu"]
+    client = subprocess.Popen(command, cwd=served.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        asked = served.event(JoinAsked, timeout=90.0)  # it imports torch first
+        served.endpoint.admit({"ada": "session of ada"})
+        asked.answer.set_result(served.welcome(settings=settings.model_dump_json(), run="this run"))
+        served.event(Connected)
+        served.give_half()
+        assert served.event(Received).message.manifest.window == 0
+        served.endpoint.send("ada", pb.ServerMessage(save=pb.Save(window=0)))
+        assert served.event(Received).message.HasField("saved")
+        served.finish(complete=True)
+        printed, _ = client.communicate(timeout=TIMEOUT)
+    finally:
+        client.kill()
+        client.wait()
+    assert client.returncode == 0, printed
+    assert "client ada: the run is over; peak memory " in printed
+    assert saved_windows(served.folder / "fedbert-ada") == (0,), "in the folder that its name gives"

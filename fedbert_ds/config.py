@@ -97,6 +97,9 @@ class ModelSection(Section):
     checkpoint: Name | None = None
     """Hub name or folder of a Hugging Face masked LM: BERT, RoBERTa (also CamemBERT, XLM-RoBERTa),
     ELECTRA, DistilBERT or ModernBERT. null starts from scratch."""
+    resize: bool = False
+    """Give a checkpoint with fewer words than the tokenizer a row for each new one, the mean of the
+    rows that it has. The merged model has them, too."""
     architecture: Literal["bert", "roberta", "electra", "distilbert", "modernbert"] = "bert"
     """Architecture when starting from scratch; a checkpoint brings its own."""
     num_hidden_layers: Positive = 2
@@ -131,6 +134,8 @@ class ModelSection(Section):
                 f"num_attention_heads {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
                 "choose a divisor"
             )
+        if self.resize and self.checkpoint is None:
+            raise ValueError("resize is for a checkpoint; name one in model.checkpoint or remove it")
         if self.embedding_size is not None and self.architecture != "electra":
             raise ValueError("embedding_size is for architecture: electra; remove it or change the architecture")
         for key in ("local_attention", "global_attention_every"):

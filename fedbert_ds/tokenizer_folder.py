@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedbert_ds.atomic_write import write_text
 
@@ -17,6 +17,22 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    readable = _readable_by_both(config)
+    if readable != config:
+        write_text(path, json.dumps(readable, indent=2) + "\n")
+
+
+def _readable_by_both(config: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json as transformers 4 writes it where that of 5 differs."""
+    config = dict(config)
     # Of a tokenizer that came as bytes transformers 5 names a class that transformers 4 has not.
     if config.get("tokenizer_class") == "TokenizersBackend":
-        write_text(path, json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n")
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Where 4 expects names with their tokens, 5 has a list of tokens; it reads the older key, too.
+    if isinstance(extra := config.get("extra_special_tokens"), list):
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = extra
+    # How it was read here says nothing to who reads it next.
+    for of_this_process in ("is_local", "local_files_only"):
+        config.pop(of_this_process, None)
+    return config

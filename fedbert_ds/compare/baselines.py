@@ -8,7 +8,7 @@ import torch
 
 from fedbert_ds.compare import held_out
 from fedbert_ds.config import RunConfig
-from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.data.tokenizer import load_tokenizer, num_rows
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.tokenizer_folder import save_tokenizer
@@ -42,7 +42,7 @@ def _not_pretrained(config: RunConfig, text: RunFolder) -> Any:
     folder = text.path.with_name("not-pre-trained")
     tokenizer = load_tokenizer(str(text.tokenizer))
     if config.model.checkpoint is None:
-        model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+        model = build_model(config.model, num_rows(tokenizer), tokenizer.pad_token_id, config.run.seed)
     else:
         from transformers import AutoConfig, AutoModelForMaskedLM
 

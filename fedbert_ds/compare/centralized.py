@@ -25,7 +25,7 @@ from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.held_out import keep_apart
 from fedbert_ds.data.masking import Batch, encode
-from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.data.tokenizer import load_tokenizer, num_rows
 from fedbert_ds.errors import RunError, one_line_errors
 from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.federation.strategy import strategy_of
@@ -67,7 +67,9 @@ class Centralized:
         self, config: RunConfig, tokenizer: Any, articles: Mapping[str, Sequence[Article]], device: str = "cpu"
     ) -> None:
         self.config = config
-        self.model: Any = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed).train()
+        self.model: Any = build_model(
+            config.model, num_rows(tokenizer), tokenizer.pad_token_id, config.run.seed
+        ).train()
         self.model.to(device)
         # Where a device's tensors take no part of a CPU's, parameters move as new ones, untied.
         self.model.tie_weights()

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.plain_tokens import divides_words, plain_backend, words_begin
 from fedbert_ds.errors import DataError, warn
 from fedbert_ds.seeding import generator
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 _MASKED, _RANDOM = 0.8, 0.1
@@ -162,7 +162,8 @@ def encode(articles: Iterable[Article], tokenizer: PreTrainedTokenizerFast, sequ
     """Tokenize articles and cut each into sequences of at most `sequence_length` tokens.
 
     [CLS] and [SEP] are among them. A sequence never holds text of two articles, and every token of
-    the text is in exactly one sequence. Text that looks like a special token ("[MASK]") is text.
+    the text is in exactly one sequence. Text that looks like a special token ("[MASK]") is text,
+    except for special tokens that were added for the text itself ("[NAME]").
 
     DataError for a sequence_length below 3, for a tokenizer without special tokens for both ends,
     and for articles without any token.
@@ -467,18 +468,16 @@ def _token_arrays(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(ids [n] int32, word_starts [n] bool) of each article, without special tokens."""
     backend = plain_backend(tokenizer)
+    has_words = divides_words(backend)
     # An article's last part ends it; the parts before are kept until then.
     parts = ((part, is_last) for article in articles for part, is_last in parts_of(article.text))
     before: list[tuple[np.ndarray, np.ndarray]] = []
     for some in _some_at_once(parts):
-        for encoding, (_, is_last) in zip(
+        for encoding, (text, is_last) in zip(
             backend.encode_batch([text for text, _ in some], add_special_tokens=False), some, strict=True
         ):
             ids = np.array(encoding.ids, dtype=np.int32)
-            # A token outside any word is None; -1 keeps it apart from its neighbours.
-            words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
-            word_starts = np.ones(len(ids), dtype=bool)
-            word_starts[1:] = (words[1:] != words[:-1]) | (words[1:] < 0)
+            word_starts = words_begin(encoding, None if has_words else text)
             before.append((ids, word_starts))
             if is_last:
                 yield np.concatenate([part[0] for part in before]), np.concatenate([part[1] for part in before])
@@ -517,14 +516,3 @@ def _some_at_once(parts: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str,
         characters += len(part[0])
     if some:
         yield some
-
-
-def plain_backend(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """A copy that neither truncates nor pads, and takes "[MASK]" in text for text."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend

@@ -150,11 +150,19 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(tokenizers.__version__.encode() + tokenizer_to_bytes(tokenizer)).hexdigest()
 
 
+def num_rows(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that a word table needs: more than there are words where ids have gaps, as those of a
+    vocabulary that holds a word twice.
+    """
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
 def tokenizer_to_bytes(tokenizer: PreTrainedTokenizerFast) -> bytes:
     """One JSON document, from which `tokenizer_from_bytes` makes an equal tokenizer."""
     document = {
         "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": tokenizer.special_tokens_map,
+        "extra_special_tokens": list(tokenizer.extra_special_tokens),
         "model_max_length": tokenizer.model_max_length,
         "model_input_names": list(tokenizer.model_input_names),
         "padding_side": tokenizer.padding_side,
@@ -172,6 +180,7 @@ def tokenizer_from_bytes(data: bytes) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(
             tokenizer_object=Tokenizer.from_str(document["tokenizer"]),
             **_checked_special_tokens(document["special_tokens"]),
+            extra_special_tokens=[str(token) for token in document.get("extra_special_tokens", ())],
             model_max_length=int(document["model_max_length"]),
             model_input_names=[str(name) for name in document["model_input_names"]],
             padding_side=str(document["padding_side"]),

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
-from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
+from fedbert_ds.data.tokenizer import load_tokenizer, local_folder, num_rows
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import MaskedText, packed_batches, padded_batches
 from fedbert_ds.evaluation.workers import SumOf, in_processes
@@ -84,9 +84,9 @@ def evaluate_masked_lm(
         tokenizer = load_tokenizer(name)
     except DataError as error:
         raise ModelError(f"{error}; a checkpoint to evaluate needs its tokenizer beside it") from error
-    num_rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_rows:
-        raise ModelError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {num_rows}; save its own there")
+    rows, needed = model.get_input_embeddings().num_embeddings, num_rows(tokenizer)
+    if needed > rows:
+        raise ModelError(f"{name}: the tokenizer has {needed} tokens, the model {rows}; save its own there")
     limit = min(position_limit(model), tokenizer.model_max_length)
     if sequence_length is not None and sequence_length > limit:
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
+from fedbert_ds.data.tokenizer import load_tokenizer, local_folder, num_rows
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.model.architecture import position_limit
 from fedbert_ds.tasks.glue_tasks import GLUE, GlueTask
@@ -69,8 +69,9 @@ def load_task_tokenizer(name: str) -> PreTrainedTokenizerFast:
 def check_fits(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int) -> None:
     """ModelError, one line, when tokens or `length` lie outside the model's tables."""
     rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-    if len(tokenizer) > rows:
-        raise ModelError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows}; save its own there")
+    needed = num_rows(tokenizer)
+    if needed > rows:
+        raise ModelError(f"{name}: the tokenizer has {needed} tokens, the model {rows}; save its own there")
     limit = min(tokenizer.model_max_length, position_limit(model))
     if length > limit:
         raise ModelError(f"{name}: sequences of {length} tokens do not fit; use --length {limit} or less")

@@ -53,8 +53,9 @@ def build_model(
     `seed` alone decides new weights.
 
     A checkpoint brings its own shape, vocabulary size and padding id; one with another head gets a
-    new one. ModelError, one line, if the checkpoint is not found, has another architecture, lacks
-    weights of the encoder, or has fewer words than `vocab_size`.
+    new one, and one with fewer words than `vocab_size` new rows if `section.resize` says so.
+    ModelError, one line, if the checkpoint is not found, has another architecture, lacks weights of
+    the encoder, or has fewer words without `section.resize`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -224,10 +225,10 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
     # The head that it was saved with does not decide which it gets.
     hf_config.architectures = None
     check_architecture(hf_config)
-    if vocab_size > hf_config.vocab_size:
+    if vocab_size > hf_config.vocab_size and not section.resize:
         raise ModelError(
-            f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; "
-            "use the checkpoint's own tokenizer (tokenizer.path)"
+            f"model.checkpoint {checkpoint} has {hf_config.vocab_size} words, the tokenizer {vocab_size}; use the "
+            "checkpoint's own tokenizer (tokenizer.path), or set model.resize: true for words added to it"
         )
     hf_config.update(_dropouts(section, hf_config.model_type))
     _set_head(hf_config, task)
@@ -258,7 +259,28 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
     if missing:
         head = "masked-LM head" if task is None else f"head for {task.name}"
         logger.warning("model.checkpoint %s has no %s; a new one is trained", checkpoint, head)
+    if vocab_size > model.config.vocab_size:
+        _grow(model, vocab_size)
     return model
+
+
+def _grow(model: PreTrainedModel, vocab_size: int) -> None:
+    """Add rows to word table and decoder, as the mean of those that are there (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models").
+    """
+    rows = model.config.vocab_size
+    with quiet_transformers():
+        model.resize_token_embeddings(vocab_size)
+    decoder: Any = model.get_output_embeddings()
+    if decoder is None or decoder.bias is None:
+        return
+    # transformers gives a decoder that is the table biases of zero.
+    with torch.no_grad():
+        decoder.bias[rows:] = decoder.bias[:rows].mean()
+    # And of RoBERTa's it leaves the other name behind where the decoder has a table of its own.
+    head: Any = model.get_submodule(architecture(model.config).decoder.rpartition(".")[0])
+    if hasattr(head, "bias"):
+        head.bias = decoder.bias
 
 
 @contextlib.contextmanager

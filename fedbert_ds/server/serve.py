@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedbert_ds.config import ClientsSection, RunConfig, ServerSection
-from fedbert_ds.data.tokenizer import tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
+from fedbert_ds.data.tokenizer import num_rows, tokenizer_from_bytes, tokenizer_to_bytes, vocabulary_hash
 from fedbert_ds.errors import INTERRUPTED, ConfigError, RunError, warn
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
@@ -316,7 +316,7 @@ def _halves(config: RunConfig, tokenizer: Any) -> tuple[Any, ClientHalf, Body | 
     all ranks.
     """
     task = task_of_section(config.task)
-    model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed, task)
+    model = build_model(config.model, num_rows(tokenizer), tokenizer.pad_token_id, config.run.seed, task)
     if config.data.sequence_length > longest_sequence(model.config):
         raise ConfigError(
             f"data.sequence_length {config.data.sequence_length} is longer than the model's position table, "
@@ -379,7 +379,7 @@ def _open_elsewhere(
     """
     if config.aggregator is None:
         return None, expectation
-    elsewhere = Elsewhere(config, ranks, len(tokenizer), tokenizer.pad_token_id, expectation.shape_hash)
+    elsewhere = Elsewhere(config, ranks, num_rows(tokenizer), tokenizer.pad_token_id, expectation.shape_hash)
     at_end.callback(elsewhere.stop)
     saved = elsewhere.open(resume)
     if expectation.saved_windows is not None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_ds.data.labelled import LabelledSequences
-from fedbert_ds.data.masking import EncodedText, plain_backend, sequence_ends
+from fedbert_ds.data.masking import EncodedText, sequence_ends
+from fedbert_ds.data.plain_tokens import plain_backend
 from fedbert_ds.errors import DataError
 from fedbert_ds.tasks.examples import LabelledWords, Row, column, label_number
 from fedbert_ds.tasks.rows import TAGS, TOKENS

@@ -147,6 +147,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     # Values that do not go together.
     ({"model": {"hidden_size": 100, "num_attention_heads": 3}},
      "model: num_attention_heads 3 does not divide hidden_size 100; choose a divisor"),
+    ({"model": {"resize": True}}, "model: resize is for a checkpoint; name one in model.checkpoint or remove it"),
     ({"model": {"embedding_size": 64}},
      "model: embedding_size is for architecture: electra; remove it or change the architecture"),
     ({"model": {"local_attention": 64}},

@@ -49,14 +49,14 @@ def main() -> None:
     config = load_config(options.config, options.overrides)
     initialize()
     from fedbert_ds.bench.text import first_batches
-    from fedbert_ds.data.tokenizer import load_tokenizer
+    from fedbert_ds.data.tokenizer import load_tokenizer, num_rows
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.model.optimizer import build_optimizer
     from fedbert_ds.server.body.engine import BodyEngine
 
     tokenizer = load_tokenizer(options.tokenizer)
-    model = build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed)
+    model = build_model(config.model, num_rows(tokenizer), tokenizer.pad_token_id, config.run.seed)
     half, body = split(model, config.cut)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     engine = BodyEngine.build(body.to(device), config.body, config.optimizer, config.kernels, device)

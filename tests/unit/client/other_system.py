@@ -92,7 +92,7 @@ def _windows_psutil() -> None:
 
     def memory_info(process: psutil.Process) -> Any:
         told = before(process)
-        return SimpleNamespace(**told._asdict(), peak_wset=told.rss)
+        return SimpleNamespace(rss=told.rss, peak_wset=told.rss)
 
     psutil.Process.memory_info = memory_info
 

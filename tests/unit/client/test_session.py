@@ -554,6 +554,7 @@ def test_no_text_is_one_line_before_anything_is_sent(served: Served) -> None:
 OTHER_SYSTEM = Path(__file__).with_name("other_system.py")
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("system", ["windows", "macos"])
 def test_a_client_on_another_system_takes_part_and_keeps_its_state(served: Served, system: str) -> None:
     """The whole command, from its options to its exit code, without what the system lacks."""
@@ -563,7 +564,7 @@ def test_a_client_on_another_system_takes_part_and_keeps_its_state(served: Serve
     command += ["--id", "ada", "--data", str(served.folder / "shard.jsonl"), "--device", "cpu"]
     client = subprocess.Popen(command, cwd=served.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        asked = served.event(JoinAsked, timeout=90.0)  # it imports torch first
+        asked = served.event(JoinAsked, timeout=200.0)  # it imports torch first
         served.endpoint.admit({"ada": "session of ada"})
         asked.answer.set_result(served.welcome(settings=settings.model_dump_json(), run="this run"))
         served.event(Connected)

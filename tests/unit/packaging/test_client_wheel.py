@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from fedbert_ds.cli import build_parser
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -85,6 +89,17 @@ def test_a_client_starts_from_it_without_packages_of_the_extras(wheel: Path, tmp
     assert result.returncode == 0, result.stderr
     first, *shown = result.stdout.splitlines()
     assert Path(first) == tmp_path / "fedbert_ds" / "__init__.py" and "--server" in " ".join(shown)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "installing.md"], ids=lambda path: path.name)
+def test_the_lines_for_an_owner_name_this_wheel_and_parse(wheel: Path, page: Path) -> None:
+    lines = re.findall(
+        r"^(?:uvx --from|pipx run --spec) (\S+) fedbert-ds (.*)$", page.read_text(encoding="utf-8"), re.M
+    )
+    assert lines
+    for name, arguments in lines:
+        assert name == f"./{wheel.name}"
+        assert build_parser().parse_args(shlex.split(arguments)).server == "HOST:29600"
 
 
 def client_files() -> dict[Path, ast.Module]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import signal
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,17 @@ from fedbert_ds.client.trainer import ClientTrainer
 from fedbert_ds.client.welcome import Asked, read_welcome
 from fedbert_ds.config import Cut
 from fedbert_ds.data.tokenizer import load_tokenizer, tokenizer_from_bytes, vocabulary_hash
-from fedbert_ds.errors import ConfigError, ConnectionLost, ModelError, RunOver, ServerAway, WireError, one_line, warn
+from fedbert_ds.errors import (
+    ConfigError,
+    ConnectionLost,
+    ModelError,
+    RunOver,
+    ServerAway,
+    UserError,
+    WireError,
+    one_line,
+    warn,
+)
 from fedbert_ds.federation.strategy import Strategy
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import shape_hash
@@ -165,24 +176,27 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         task=options.task,
         token=options.token,
     )
+    # What can be wrong on this machine is told before others count on this client.
+    device = _device(options.device)
     welcome = _join(options, hello, patience)
-    asked = read_welcome(welcome, options.limits)
-    print(f"client {options.name}: joined; serving rank at {one_line(welcome.endpoint)}", flush=True)
-    if tokenizer is None:
-        tokenizer = tokenizer_from_bytes(welcome.tokenizer)
     with ExitStack() as at_end:
-        if asked.strategy.halves_are_personal:
-            at_end.enter_context(locked(options.state_folder, "--state"))
-            claim(options.state_folder, welcome.run)
-        share = Share(options.name, _held_out(options, asked), asked.evaluate_tokens)
-        text, held_out_text = own.encoded(tokenizer, asked.model_config, asked.settings, share)
-        at_end.callback(text.text.close)
-        for sentence in own.tokens_told:
-            tell(sentence)
-        remembered = RememberedText(text, own.num_articles, options.state_folder, welcome.run, tell)
-        del own, tokenizer
-        return_free_memory()
-        half = client_skeleton(asked.model_config, asked.cut)
+        with _leaving_on_failure(options, welcome):
+            asked = read_welcome(welcome, options.limits)
+            print(f"client {options.name}: joined; serving rank at {one_line(welcome.endpoint)}", flush=True)
+            if tokenizer is None:
+                tokenizer = tokenizer_from_bytes(welcome.tokenizer)
+            if asked.strategy.halves_are_personal:
+                at_end.enter_context(locked(options.state_folder, "--state"))
+                claim(options.state_folder, welcome.run)
+            share = Share(options.name, _held_out(options, asked), asked.evaluate_tokens)
+            text, held_out_text = own.encoded(tokenizer, asked.model_config, asked.settings, share)
+            at_end.callback(text.text.close)
+            for sentence in own.tokens_told:
+                tell(sentence)
+            remembered = RememberedText(text, own.num_articles, options.state_folder, welcome.run, tell)
+            del own, tokenizer
+            return_free_memory()
+            half = client_skeleton(asked.model_config, asked.cut)
         stream = _open_streams(at_end, options, welcome, asked.strategy)
         trainer = ClientTrainer(
             half,
@@ -190,7 +204,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             asked.settings,
             options.name,
             options.state_folder,
-            _device(options.device),
+            device,
             stream.send,
             held_out_text,
         )
@@ -203,6 +217,19 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         flush=True,
     )
     return trainer.finish
+
+
+@contextmanager
+def _leaving_on_failure(options: ClientOptions, welcome: pb.Welcome) -> Iterator[None]:
+    """If the block fails, tell the server that this client leaves: it has been let in, and nobody
+    shall wait for it.
+    """
+    try:
+        yield
+    except BaseException:
+        with suppress(UserError), _server_stream(options, welcome):
+            pass  # whoever hangs up says goodbye
+        raise
 
 
 def inspect_run(options: ClientOptions) -> str:
@@ -233,10 +260,7 @@ def _open_streams(
 ) -> ServerStream | Parties:
     """The stream to this client's rank, and to the aggregator of another party if there is one."""
     tls, name, timeout = options.tls, options.name, welcome.reconnect_timeout
-    _check_plaintext(welcome.endpoint, options)
-    server = at_end.enter_context(
-        ServerStream(welcome.endpoint, tls, name, welcome.session, timeout, token=options.token)
-    )
+    server = at_end.enter_context(_server_stream(options, welcome))
     if not welcome.aggregator:
         return server
     _check_plaintext(welcome.aggregator, options)
@@ -245,6 +269,12 @@ def _open_streams(
         AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout)
     )
     return Parties(server, aggregator, strategy)
+
+
+def _server_stream(options: ClientOptions, welcome: pb.Welcome) -> ServerStream:
+    _check_plaintext(welcome.endpoint, options)
+    name, timeout = options.name, welcome.reconnect_timeout
+    return ServerStream(welcome.endpoint, options.tls, name, welcome.session, timeout, token=options.token)
 
 
 def _shape_of(model: str) -> str:
@@ -313,7 +343,13 @@ def _wire_error(address: str, error: grpc.RpcError) -> WireError:
 
 
 def _device(name: str | None) -> torch.device:
+    """ConfigError for a device that cannot compute here."""
     if name is not None:
+        try:
+            torch.zeros(1, device=name).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(f"--device {name}: cannot be used here ({reason}); try --device cpu") from None
         return torch.device(name)
     from accelerate import PartialState
 

@@ -18,6 +18,7 @@ from fedbert_ds.data.masking import Batch
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import padded_batches
+from fedbert_ds.evaluation.masked_lm import usable_devices
 from fedbert_ds.model.architecture import position_limit, tells_texts_apart
 from fedbert_ds.model.checkpoint import quiet_transformers
 from fedbert_ds.model.heads import auto_class_of
@@ -71,7 +72,7 @@ def evaluate_task(
     sequences = task.encode(examples, tokenizer, length)
     if not len(sequences.labels):
         raise DataError(f"{', '.join(sources)}: no label to evaluate on; give more examples")
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model.to(usable_devices(device, 1)[0]).eval()
     loss, counts = _sums(model, task, sequences, batch_size, tokenizer.pad_token_id or 0)
     num_labels = len(sequences.labels)
     return TaskResult(loss / num_labels, task.measures(counts), len(examples), num_labels)

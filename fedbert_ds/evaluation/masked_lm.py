@@ -90,7 +90,7 @@ def evaluate_masked_lm(
     limit = min(position_limit(model), tokenizer.model_max_length)
     if sequence_length is not None and sequence_length > limit:
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
-    devices = _devices(device, workers)
+    devices = usable_devices(device, workers)
     text = encode(_articles(articles_or_paths), tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
     masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
     sequences = masked.chosen(max_sequences)
@@ -220,13 +220,13 @@ def _padding(tokenizer: PreTrainedTokenizerFast) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
-def _devices(device: str | None, workers: int) -> list[str]:
-    """The device of each worker."""
+def usable_devices(device: str | None, workers: int) -> list[str]:
+    """The device of each worker; ModelError for one that cannot compute here."""
     if workers < 1:
         raise ModelError(f"{workers} workers compute nothing; use 1 or more")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(f"device {name}: cannot be used here ({reason}); try cpu") from error

@@ -21,7 +21,7 @@ from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.client import session
 from fedbert_ds.client.limits import Limits
 from fedbert_ds.client.session import STOPPED, ClientOptions, inspect_run, run_client
-from fedbert_ds.client.state import saved_windows
+from fedbert_ds.client.state import save_state, saved_windows
 from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
@@ -51,6 +51,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         self.listen()
         self.folder = folder
+        self.allow = Limits()
         self.tokenizer = train_wordpiece(ARTICLES, 64)
         section = ModelSection(hidden_size=8, num_attention_heads=2, max_position_embeddings=16, dropout=0.0)
         model = build_model(section, len(self.tokenizer), self.tokenizer.pad_token_id, seed=1)
@@ -319,6 +320,54 @@ def test_a_state_folder_has_one_client(served: Served) -> None:
         served.train()
         served.finish(complete=True)
         assert served.ended() == 0
+
+
+def text_without_a_token(served: Served) -> dict[str, Any]:
+    write_shard(served.folder / "shard.jsonl", [Article("empty", "\u200b" * 40), Article("too", "\u200b")])
+    return {}
+
+
+def more_than_its_owner_allows(served: Served) -> dict[str, Any]:
+    served.allow = Limits(max_tokens=8)
+    return {}
+
+
+def a_tokenizer_that_cannot_be_read(served: Served) -> dict[str, Any]:
+    return {"tokenizer": b"no archive"}
+
+
+def a_state_folder_of_another_run(served: Served) -> dict[str, Any]:
+    config = RunConfig(run={"windows": 2}, federation={"mode": "parallel", "average_every": 2})
+    settings = client_settings(config.run, config.data, config.optimizer, config.federation, config.wire, tokens=32)
+    save_state(served.folder / "state", 3, {})
+    return {"settings": settings.model_dump_json(), "run": "this run"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (text_without_a_token, "oken"),
+        (more_than_its_owner_allows, "--max-tokens"),
+        (a_tokenizer_that_cannot_be_read, "tokenizer"),
+        (a_state_folder_of_another_run, "holds states of another run"),
+    ],
+)
+def test_who_cannot_go_on_after_it_was_let_in_leaves_at_once(
+    served: Served, spoil: Callable[[Served], dict[str, Any]], reason: str
+) -> None:
+    """So nobody waits for it."""
+    changes = spoil(served)
+    served.client(limits=served.allow)
+    served.let_in(**changes)
+    assert served.event(Disconnected).client == "ada"
+    assert reason in served.failed()
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta", ""])
+def test_a_device_that_cannot_compute_is_told_before_anybody_counts_on_the_client(served: Served, device: str) -> None:
+    served.client(device=device)
+    assert re.match(rf"--device {device}: cannot be used here \(.+\); try --device cpu$", served.failed())
+    assert served.endpoint.next_event(0.0) is None
 
 
 def test_others_that_do_not_come_are_one_line(served: Served) -> None:

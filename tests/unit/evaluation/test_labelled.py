@@ -118,6 +118,14 @@ def test_rows_that_do_not_fit_and_missing_checkpoints_are_one_line(tmp_path: Pat
         evaluate_task(tmp_path / "nothing", [str(tmp_path / "rows.jsonl")])
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:77", "meta"])
+def test_a_device_that_cannot_compute_is_one_line(tmp_path: Path, tokenizer: Any, device: str) -> None:
+    checkpoint(tmp_path, tokenizer, "sequence_regression")
+    write_rows(tmp_path / "rows.jsonl", [{"text": "fox", "label": 1.0}])
+    with pytest.raises(ModelError, match=rf"device {device}: cannot be used here \(.+\); try cpu"):
+        evaluate_task(tmp_path / "model", [str(tmp_path / "rows.jsonl")], device=device)
+
+
 def test_examples_without_a_label_to_predict_are_one_line(tmp_path: Path, tokenizer: Any) -> None:
     checkpoint(tmp_path, tokenizer, "sequence_classification")
     (tmp_path / "rows.jsonl").write_text("")

@@ -15,7 +15,7 @@ from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.network.events import Event, Received
+from fedbert_ds.server.network.events import Connected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -233,6 +233,27 @@ def test_a_client_that_joined_and_never_came_ends_no_run(
     problem = "bo joined but opened no stream; is server.advertise reachable from there?"
     assert f"warning {problem}\n" in capsys.readouterr().out
     assert {client.name: len(client.windows_stepped) for client in rank.clients} == {"ada": 2, "bo": 0, "cy": 2}
+
+
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_a_client_that_came_and_left_before_the_run_began_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, minimum: int
+) -> None:
+    """It found that it cannot take part, and said so."""
+    config = run_config(clients={"join_timeout": 600.0, "minimum": minimum})
+
+    def leaves(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        return [pb.ClientMessage()]  # its connection ends
+
+    def cy_comes_last(client: str, event: Event) -> float:
+        return 30.0 if client == "cy" and isinstance(event, Connected) else 0.0
+
+    ada, cy = FakeClient("ada", config), FakeClient("cy", config)
+    rank = Rank(monkeypatch, config, [ada, FakeClient("bo", config, alter=leaves), cy], latency=cy_comes_last)
+    begun = rank.clock.now
+    assert rank.run() == 2
+    assert rank.clock.now - begun < 600.0
+    assert [len(client.windows_stepped) for client in (ada, cy)] == [2, 2]
 
 
 def test_a_run_to_which_nobody_came_names_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from collections.abc import Callable, Iterator
@@ -79,6 +80,56 @@ class AggregatorLost(RunError):
     """The aggregator of another party is gone. The run can go on from the last checkpoint."""
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a write says where there is no more room: the disk's, the user's, a file's."""
+UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+    errno.ESTALE,
+)
+"""What the system says of a place that is not what a user took it for, or that has become so."""
+
+
+def of_system(error: OSError, again: str = "start again") -> RunError | None:
+    """The line for a file or a folder that cannot be used; None for what may be a bug."""
+    if error.errno in NO_ROOM:
+        where = error.filename or "a file"
+        return RunError(f"{where}: {error.strerror}; what was saved is whole: free some space, then {again}")
+    if error.errno in UNUSABLE and error.filename:
+        return RunError(f"{error.filename}: {error.strerror}; name another place or mend that one, then {again}")
+    return None
+
+
+_SIGNS = ("(os error ", "inline_container", "PytorchStreamWriter", "write failed", "iostream error")
+"""In what libraries say of a file that they cannot write; the first is Rust's."""
+
+
+@contextmanager
+def writes(where: object) -> Iterator[None]:
+    """In this block a library writes at `where`. RunError, one line, where the disk takes no more:
+    of torch, safetensors and tokenizers each has a kind of its own for that.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, OSError) and not any(sign in reason for sign in _SIGNS):
+            raise
+        raise RunError(
+            f"{where}: cannot be written ({reason}); what was saved before is whole: free some space or mend that, "
+            "then start again"
+        ) from error
+
+
 def exit_with(error: UserError) -> NoReturn:
     """Print the error as one line on standard error and raise SystemExit with its exit code."""
     print(f"fedbert-ds: {error}", file=sys.stderr, flush=True)
@@ -100,8 +151,9 @@ def print_everything() -> None:
 
 
 def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate an entry point: a UserError becomes one line and an exit code, and so does Ctrl-C. A
-    bug keeps its traceback."""
+    """Decorate an entry point: a UserError becomes one line and an exit code, and so do a file that
+    cannot be used and Ctrl-C. A bug keeps its traceback.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
         print_everything()
@@ -109,6 +161,10 @@ def one_line_errors(main: Callable[..., Any]) -> Callable[..., Any]:
             return main(*args, **kwargs)
         except UserError as error:
             exit_with(error)
+        except OSError as error:
+            if (told := of_system(error)) is None:
+                raise
+            exit_with(told)
         except KeyboardInterrupt:
             _stop("stopped")
 

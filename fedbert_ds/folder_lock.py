@@ -21,12 +21,14 @@ HOLDER = "lock-holder.txt"
 
 @contextmanager
 def locked(folder: Path, key: str) -> Iterator[None]:
-    """Keep other processes out of a folder while the block runs; RunError, one line, if one is in.
+    """Keep other processes out of a folder while the block runs; RunError, one line, if one is in,
+    and as `check_usable`.
 
     `key` is what the user sets to name another folder. The folder is made if it is missing, for its
     owner's eyes alone. A process that is killed lets go. Where the file system knows no locks,
     nothing is kept out.
     """
+    check_usable(folder, key)
     private_folder(folder)
     lock = FileLock(folder / LOCK, timeout=0, mode=0o600)
     try:
@@ -42,6 +44,20 @@ def locked(folder: Path, key: str) -> Iterator[None]:
     finally:
         (folder / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def check_usable(folder: Path, key: str) -> None:
+    """RunError, before anything is written, for a folder that is a file, that lies below one, or in
+    which this user can write nothing. `key` is what the user sets to name another.
+    """
+    try:
+        place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror}; set another {key}") from None
+    if not place.is_dir():
+        raise RunError(f"{folder}: {'' if place == folder else f'{place} '}is a file and no folder; set another {key}")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise RunError(f"{folder}: nothing can be written in {place}; change its permissions, or set another {key}")
 
 
 def holds_nothing(folder: Path) -> bool:

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedbert_ds.atomic_write import write_text
+from fedbert_ds.errors import writes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a tokenizer so that transformers 4 and 5 load it, from tokenizer.json alone."""
-    tokenizer.save_pretrained(folder)
+    """Write a tokenizer so that transformers 4 and 5 load it, from tokenizer.json alone. RunError
+    where the disk takes no more.
+    """
+    with writes(folder):
+        tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     readable = _readable_by_both(config)

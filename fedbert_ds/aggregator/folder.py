@@ -15,7 +15,7 @@ from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
-from fedbert_ds.folder_lock import holds_nothing
+from fedbert_ds.folder_lock import check_usable, holds_nothing
 from fedbert_ds.model.halves import CLIENT_MODEL, write_client_model
 from fedbert_ds.numbered_files import NumberedFiles
 
@@ -45,6 +45,7 @@ class AggregatorFolder:
         """Raises RunError, before anything is written, if the folder does not fit a run that starts
         or resumes.
         """
+        check_usable(self.path, "aggregator.directory")
         holds_run = not holds_nothing(self.path)
         if holds_run and not resume:
             raise RunError(f"{self.path}: holds a run already; add --resume, or set another aggregator.directory")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fedbert_ds.atomic_write import write_text
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import RunError, writes
 from fedbert_ds.numbered_files import NumberedFiles
 
 RUN = "run.txt"
@@ -41,9 +41,11 @@ def claim(folder: Path, run: str) -> None:
 def save_state(folder: Path, window: int, state: dict[str, Any]) -> None:
     """Write the state before `window`, whole or not at all; keep the newest two.
 
-    Later states go: the run went back behind them, and trains their windows again.
+    Later states go: the run went back behind them, and trains their windows again. RunError where
+    the disk takes no more.
     """
-    _states(folder).save(window, lambda path: torch.save(state, path))
+    with writes(folder):
+        _states(folder).save(window, lambda path: torch.save(state, path))
 
 
 def load_state(folder: Path, window: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.held_out import keep_apart
 from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, num_rows
-from fedbert_ds.errors import RunError, one_line_errors
+from fedbert_ds.errors import RunError, one_line_errors, writes
 from fedbert_ds.evaluation.masked_lm import scores_at
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.folder_lock import holds_nothing
@@ -176,7 +176,7 @@ def trained_windows(trainer: Centralized, run: RunFolder) -> Iterator[int]:
 
 def hand_over(trainer: Centralized, tokenizer: Any, run: RunFolder) -> None:
     """Write hf/ and config.yaml, and print what training took, as clients do."""
-    with quiet_transformers():
+    with quiet_transformers(), writes(run.model):
         trainer.model.save_pretrained(run.model)
         save_tokenizer(tokenizer, run.model)
     write_text(run.config, dump_config(trainer.config))

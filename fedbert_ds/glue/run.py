@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedbert_ds.atomic_write import write_text
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import RunError, writes
 from fedbert_ds.glue.checkpoint import check_fits, load_classifier, load_task_tokenizer
 from fedbert_ds.glue.fine_tuning import Encoded, encode, fine_tune, predict
 from fedbert_ds.glue.recipe import Recipe
@@ -220,7 +220,7 @@ class _FineTuning:
         for split, examples in self._data.test.items():
             write_predictions(folder, self._task, split, self._predicted(self._encoded(examples)))
         if self._run.keeps_model:
-            with quiet_transformers():
+            with quiet_transformers(), writes(folder):
                 self._model.save_pretrained(folder / MODEL)
                 save_tokenizer(self._tokenizer, folder / MODEL)
 

@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from fedbert_ds.config import ModelSection
-from fedbert_ds.errors import ModelError
+from fedbert_ds.errors import ModelError, RunError, writes
 from fedbert_ds.model.architecture import ARCHITECTURES, architecture, feed_forward_width, longest_sequence
 from fedbert_ds.model.cut import merge
 from fedbert_ds.model.heads import auto_class_of
@@ -122,13 +122,16 @@ def save_merged(
     """Write the merged model and its tokenizer as an ordinary Hugging Face folder.
 
     It is written beside `folder` and renamed: a reader finds the old folder or the new one, whole,
-    or none between two renames. ModelError if the halves do not fit (see `merge`).
+    or none between two renames. ModelError if the halves do not fit (see `merge`), RunError for a
+    file in its place and where the disk takes no more.
     """
     model = merge(hf_config, client_state, body_state)
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder}: is a file and no folder; name another, or move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
     writing, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("writing", "old"))
     shutil.rmtree(writing, ignore_errors=True)
-    with quiet_transformers():
+    with quiet_transformers(), writes(folder):
         model.save_pretrained(writing)
         save_tokenizer(tokenizer, writing)
     if folder.exists():

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from fedbert_ds.atomic_write import atomic_write
-from fedbert_ds.errors import RunError
+from fedbert_ds.errors import RunError, writes
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.server.cursors import Cursor
@@ -127,14 +127,8 @@ class Checkpoints:
         return sum(map(prod, shapes.values()))
 
     def _save_body(self, window: int) -> None:
-        try:
+        with writes(self._folder.draft.of(window)):
             self._rooms.engine.save(self._folder.draft.path, window)
-        except (OSError, RuntimeError) as error:  # torch's writer raises either
-            reason = str(error).strip().partition("\n")[0]
-            raise RunError(
-                f"{self._folder.draft.of(window)}: cannot be written ({reason}); what was saved before is whole: mend "
-                "that, then add --resume"
-            ) from error
 
     def _is_saved_elsewhere(self, window: int) -> bool:
         """An aggregator of another party, if there is one, has saved the reference, too."""

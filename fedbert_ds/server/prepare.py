@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig
-from fedbert_ds.errors import ConfigError, DataError
+from fedbert_ds.errors import ConfigError, DataError, one_line, warn
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.run_folder import RunFolder
 
@@ -62,6 +62,8 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
             f"data.sequence_length {config.data.sequence_length} is longer than the tokenizer {name} takes; lower it "
             f"to {tokenizer.model_max_length} (model_max_length in its tokenizer_config.json)"
         )
+    if tokenizer is not None and config.tokenizer.path and config.model.checkpoint:
+        _compare_vocabularies(tokenizer, config.tokenizer.path, config.model.checkpoint)
     if not config.clients.local:
         if tokenizer is None:
             raise ConfigError(
@@ -93,6 +95,26 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     )
     _write_facts(folder, facts)
     return tokenizer, facts
+
+
+def _compare_vocabularies(tokenizer: PreTrainedTokenizerFast, path: str, checkpoint: str) -> None:
+    """Warn of a tokenizer whose numbers are not those that the checkpoint's rows were trained for.
+    Tokens that it adds behind them are no difference.
+    """
+    from fedbert_ds.data.tokenizer import load_tokenizer
+
+    try:
+        trained_for = load_tokenizer(checkpoint).get_vocab()
+    except DataError:
+        return  # the checkpoint has none, so nobody can tell
+    numbers = tokenizer.get_vocab()
+    moved = [token for token, number in trained_for.items() if numbers.get(token) != number]
+    if moved:
+        warn(
+            f"tokenizer.path {path} has {len(moved):,} of {len(trained_for):,} tokens of model.checkpoint {checkpoint} "
+            f"at another number or not at all ({one_line(moved[0])!r} first): the checkpoint's word table is wrong for "
+            "them; drop tokenizer.path to take the checkpoint's own"
+        )
 
 
 def _trained(train: Sequence[Any], section: TokenizerSection) -> PreTrainedTokenizerFast:

@@ -8,17 +8,13 @@ Without a launcher it is a run of one rank.
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import time
 from pathlib import Path
 
 from fedbert_ds.config import RunConfig, load_config
-from fedbert_ds.errors import RunError, UserError, exit_with, print_everything
+from fedbert_ds.errors import UserError, exit_with, of_system, print_everything
 from fedbert_ds.server.run_folder import RunFolder
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What a write says where there is no more room: the disk's, the user's, a file's."""
 
 
 def main() -> None:
@@ -40,10 +36,9 @@ def main() -> None:
         config = load_config(options.config, options.overrides)
         _run(config, options.resume or is_restart(config), rank)
     except OSError as error:
-        if error.errno not in FULL:
+        if (told := of_system(error, again="add --resume")) is None:
             raise
-        where = error.filename or "the run's folder"
-        exit_with(RunError(f"{where}: {error.strerror}; what was saved is whole: free some space, then add --resume"))
+        exit_with(told)
     except UserError as error:
         if rank != 0:
             # Rank 0 reports a mistake that all ranks share; the launcher ends this one meanwhile.

@@ -76,20 +76,18 @@ class RankServer:
     def connect(self) -> None:
         """Wait until every client has opened its stream, at whichever rank it is seated.
 
-        One whose process ended before that may join again. After `clients.join_timeout` seconds the
-        run goes on without who has not come, as without any client that is lost; at once without
-        who came and left, unless the run waits for lost clients. Raises RunError, on every rank, if
-        nobody has come by then.
+        One whose process ended before may join again. Who came and left is not waited for, unless
+        the run waits for lost clients, and after `clients.join_timeout` seconds nobody is. Raises
+        RunError, on every rank, if nobody has come by then.
         """
-        have_come: frozenset[str] = frozenset()
-        deadline = time.monotonic() + self._clients.join_timeout
+        deadline, come = time.monotonic() + self._clients.join_timeout, frozenset[str]()
         self._service.awaits_newcomers = True
         while True:
             status = self._status(self._first_window, Tally(), has_given_up=time.monotonic() > deadline)
             statuses = self._rooms.gathered(status, RankStatus)
             here = frozenset().union(*(status.clients for status in statuses))
-            have_come |= here
-            missing = sorted(self._rooms.members.seats.keys() - (here if self._waits else have_come))
+            come = here if self._waits else come | here
+            missing = sorted(self._rooms.members.seats.keys() - come)
             if not missing or any(status.stop for status in statuses):
                 self._queue.hold(False)
                 return

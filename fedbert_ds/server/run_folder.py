@@ -11,7 +11,7 @@ from typing import Any
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.config import RunConfig, dump_config, load_config
 from fedbert_ds.errors import RunError
-from fedbert_ds.folder_lock import holds_nothing, private_folder
+from fedbert_ds.folder_lock import check_usable, holds_nothing, private_folder
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 
 TRACKERS = "trackers"
@@ -147,6 +147,7 @@ def check_folder(folder: RunFolder, config: RunConfig, resume: bool) -> None:
     change. Raises RunError if the run does not fit.
     """
     path = folder.path
+    check_usable(path, "run.directory")
     if not resume:
         if not holds_nothing(path):
             raise RunError(f"{path}: holds a run already; add --resume to continue it, or set another run.directory")

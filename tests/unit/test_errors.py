@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import os
 import subprocess
@@ -14,13 +15,17 @@ import pytest
 from fedbert_ds import errors
 from fedbert_ds.errors import (
     INTERRUPTED,
+    NO_ROOM,
+    UNUSABLE,
     ConnectionLost,
+    RunError,
     ServerAway,
     UserError,
     WireError,
     exit_with,
     keeps_what_is_finished,
     one_line_errors,
+    writes,
 )
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, UserError)]
@@ -80,6 +85,63 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(KeyError, match="bug"):
         main()
+
+
+@pytest.mark.parametrize("number", [*NO_ROOM, *UNUSABLE])
+def test_a_place_that_cannot_be_used_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whenever it shows, and whichever command finds it."""
+
+    @one_line_errors
+    def main() -> None:
+        raise OSError(number, os.strerror(number), "runs/a/report.html")
+
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == RunError.exit_code
+    line = capsys.readouterr().err
+    assert line.startswith(f"fedbert-ds: runs/a/report.html: {os.strerror(number)}; ") and line.count("\n") == 1
+    assert ("free some space" in line) == (number in NO_ROOM)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("no number"),
+        ConnectionResetError(errno.ECONNRESET, "reset"),
+        FileNotFoundError(errno.ENOENT, "no file", "x"),
+    ],
+)
+def test_what_may_be_a_bug_of_files_keeps_its_traceback(error: OSError) -> None:
+    @one_line_errors
+    def main() -> None:
+        raise error
+
+    with pytest.raises(OSError) as caught:
+        main()
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #1"),
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_a_library_that_cannot_write_is_one_line_that_names_the_place(error: Exception) -> None:
+    with (
+        pytest.raises(RunError, match=r"^runs/a: cannot be written \(.*\); what was saved before is whole"),
+        writes("runs/a"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("sizes of tensors must match"), KeyError("bug"), WireError("theirs")])
+def test_any_other_error_of_a_library_stays_what_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, writes("runs/a"):
+        raise error
+    assert caught.value is error
 
 
 def test_ctrl_c_is_one_line_and_the_exit_code_that_shells_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -14,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from fedbert_ds.errors import RunError
-from fedbert_ds.folder_lock import HOLDER, LOCK, keep_private, locked, private_folder
+from fedbert_ds.folder_lock import HOLDER, LOCK, check_usable, keep_private, locked, private_folder
 
 HOLD = """
 import sys, time
@@ -87,3 +88,45 @@ def test_what_is_made_is_for_its_owner_alone(tmp_path: Path) -> None:
     shared.chmod(0o755)
     private_folder(shared)
     assert stat.S_IMODE(shared.stat().st_mode) == 0o755, "its owner has said so"
+
+
+@pytest.mark.parametrize("below", ["", "sub", "sub/deeper"])
+def test_a_file_is_no_folder_and_none_lies_below_it(tmp_path: Path, below: str) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    folder = file / below if below else file
+    for use in (check_usable, lambda folder, key: locked(folder, key).__enter__()):
+        with pytest.raises(RunError) as caught:
+            use(folder, "run.directory")
+        assert str(caught.value) == (
+            f"{folder}: {f'{file} ' if below else ''}is a file and no folder; set another run.directory"
+        )
+    assert file.read_bytes() == b"" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only disk, or another user's folder. Root may write in all but the former."""
+    asked: list[Path] = []
+
+    def access(path: Path, mode: int) -> bool:
+        asked.append(path)
+        return False
+
+    monkeypatch.setattr(os, "access", access)
+    with pytest.raises(
+        RunError, match=rf"nothing can be written in {re.escape(str(tmp_path))}; .* set another --state"
+    ):
+        check_usable(tmp_path / "new" / "deeper", "--state")
+    assert asked == [tmp_path]
+
+
+def test_a_name_that_the_system_does_not_take_is_told(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"name too long; set another --out$|File name too long; set another --out$"):
+        check_usable(tmp_path / ("x" * 5000), "--out")
+
+
+def test_folders_to_be_made_are_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    check_usable(Path("runs/a"), "run.directory")
+    check_usable(tmp_path, "run.directory")
+    assert not list(tmp_path.iterdir())

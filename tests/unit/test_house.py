@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "seals": {"atomic_write"},
     "folder_lock": {"atomic_write", "errors"},
     "numbered_files": {"atomic_write", "errors", "seals"},
-    "tokenizer_folder": {"atomic_write"},
+    "tokenizer_folder": {"atomic_write", "errors"},
     "config": {"errors"},
     "wire": BASE | {"kernels"},
     "model": BASE | {"kernels", "tasks"},

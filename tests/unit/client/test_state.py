@@ -57,7 +57,7 @@ def test_a_save_that_fails_leaves_the_old_state(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(torch, "save", full_disk)
     for window in (5, 6):
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(RunError, match="no space"):
             save_state(tmp_path, window, state(2))
     assert saved_windows(tmp_path) == (5,)
     assert load_state(tmp_path, 5)["cursor"]["epoch"] == 1
@@ -153,3 +153,17 @@ def test_states_without_a_run_are_not_taken_over(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds states of another run"):
         claim(tmp_path, "mine")
     assert run_of(tmp_path) == ""
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_what_was_saved_stays(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    save_state(tmp_path, 1, state(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(RunError, match=r"cannot be written .* what was saved before is whole"):
+            save_state(tmp_path, 2, {"weights": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert saved_windows(tmp_path) == (1,) and whole_windows(tmp_path, pytest.fail) == (1,)
+    load_state(tmp_path, 1)

@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTok
 from unit.model.samples import PAD, VOCABULARY
 
 from fedbert_ds.config import ModelSection
-from fedbert_ds.errors import ModelError
+from fedbert_ds.errors import ModelError, RunError
 from fedbert_ds.model.architecture import ARCHITECTURES, attention_dropout
 from fedbert_ds.model.checkpoint import (
     build_model,
@@ -80,6 +80,31 @@ def test_failed_save_leaves_the_old_folder(small_model, tokenizer, tmp_path: Pat
     with pytest.raises(ModelError):
         save_merged(tmp_path / "hf", client.config, client.state_dict(), {}, tokenizer)
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == before
+
+
+@pytest.mark.parametrize("limit", [10_000, 200], ids=["the weights", "all of it"])
+def test_a_disk_that_takes_no_more_is_one_line_and_leaves_the_old_folder(
+    small_model, tokenizer, tmp_path: Path, limit: int
+) -> None:
+    resource = pytest.importorskip("resource")
+    half, body = split(small_model("bert"), "embeddings")
+    save_merged(tmp_path / "hf", small_model("bert").config, half.state_dict(), body.state_dict(), tokenizer)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(RunError, match="hf: cannot be written"):
+            save_merged(tmp_path / "hf", small_model("bert").config, half.state_dict(), body.state_dict(), tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    AutoModelForMaskedLM.from_pretrained(tmp_path / "hf")
+
+
+def test_a_file_in_the_place_of_a_model_is_left_alone(small_model, tokenizer, tmp_path: Path) -> None:
+    half, body = split(small_model("bert"), "embeddings")
+    (tmp_path / "hf").write_text("notes")
+    with pytest.raises(RunError, match="hf: is a file and no folder"):
+        save_merged(tmp_path / "hf", small_model("bert").config, half.state_dict(), body.state_dict(), tokenizer)
+    assert (tmp_path / "hf").read_text() == "notes" and not list(tmp_path.glob(".hf*"))
 
 
 def test_checkpoint_continues_with_its_weights_and_our_dropout(small_model, architecture, tmp_path: Path) -> None:

@@ -33,6 +33,17 @@ def test_a_folder_and_a_deepspeed_file_that_do_not_fit(tmp_path: Path) -> None:
         check_before_start(config_in(tmp_path, '{"gradient_clipping": 1.0}'), resume=False)
 
 
+@pytest.mark.parametrize("below", ["", "sub"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_s_folder_that_is_a_file_is_told(tmp_path: Path, below: str, resume: bool) -> None:
+    (tmp_path / "run").write_text("notes")
+    config = config_in(tmp_path)
+    run = config.run.model_copy(update={"directory": tmp_path / "run" / below})
+    with pytest.raises(RunError, match=r"is a file and no folder; set another run\.directory"):
+        check_before_start(config.model_copy(update={"run": run}), resume)
+    assert (tmp_path / "run").read_text() == "notes"
+
+
 def test_a_mistake_does_not_wait_for_torch() -> None:
     program = "import sys, fedbert_ds.server.before_start as it; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60).returncode == 0

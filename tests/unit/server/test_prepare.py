@@ -4,6 +4,8 @@ back.
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.shards import write_shard
-from fedbert_ds.data.tokenizer import vocabulary_hash
+from fedbert_ds.data.tokenizer import train_wordpiece, vocabulary_hash
 from fedbert_ds.errors import ConfigError, DataError
 from fedbert_ds.server.checkpoint_folder import Layout
 from fedbert_ds.server.local_clients import client_name
@@ -61,6 +63,42 @@ def test_the_same_seed_deals_the_same(tmp_path: Path, source: Path) -> None:
         return folder.held_out.read_bytes()
 
     assert held_out("one", 1) == held_out("two", 1) != held_out("three", 2)
+
+
+def save_renumbered(folder: Path, source: Path, change: str) -> None:
+    """A tokenizer of the source: as it is, with two words' numbers swapped, or with one more."""
+    tokenizer = train_wordpiece(list(read_articles([str(source)])), 70)
+    tokenizer.save_pretrained(folder)
+    if change == "added":
+        tokenizer.add_tokens(["a-word-of-its-own"])
+        tokenizer.save_pretrained(folder)
+    if change == "swapped":
+        path = folder / "tokenizer.json"
+        tree = json.loads(path.read_text())
+        words = tree["model"]["vocab"]
+        words["ward"], words["dose"] = words["dose"], words["ward"]
+        path.write_text(json.dumps(tree))
+
+
+@pytest.mark.parametrize(
+    ("change", "warns"), [("none", False), ("added", False), ("swapped", True), ("no tokenizer there", False)]
+)
+def test_a_tokenizer_with_other_numbers_than_the_checkpoint_s_is_warned_of(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], change: str, warns: bool
+) -> None:
+    """Of equal size it fits, and every word is another one's row."""
+    if change == "no tokenizer there":
+        (tmp_path / "checkpoint").mkdir()
+    else:
+        save_renumbered(tmp_path / "checkpoint", source, "none")
+    save_renumbered(tmp_path / "named", source, change)
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    paths = {"tokenizer": {"path": str(tmp_path / "named")}, "model": {"checkpoint": str(tmp_path / "checkpoint")}}
+    prepare_text(config_of(source, **paths), folder)
+    out = capsys.readouterr().out
+    assert bool(re.search(r"named has 2 of \d+ tokens of model\.checkpoint", out)) is warns
+    assert ("drop tokenizer.path to take the checkpoint's own" in out) is warns
 
 
 @pytest.mark.parametrize("local", [0, 3])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedbert_ds.config import parse_config
+from fedbert_ds.errors import NO_ROOM
 from fedbert_ds.server import pretrain
 from fedbert_ds.server.run_folder import RunFolder
 
@@ -56,7 +57,7 @@ def test_a_restart_resumes_a_run_that_had_begun(tmp_path: Path, monkeypatch: pyt
     assert not pretrain.is_restart(config), "it died before it had begun"
 
 
-@pytest.mark.parametrize("number", pretrain.FULL)
+@pytest.mark.parametrize("number", NO_ROOM)
 def test_a_full_disk_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:

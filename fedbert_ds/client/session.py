@@ -154,6 +154,8 @@ def run_client(options: ClientOptions) -> int:
 
 def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     """Join within `patience` seconds and train until the server ends it."""
+    # What can be wrong on this machine is told before others count on this client.
+    device = _device(options.device)
     own = read_own_data(
         options.data, options.task, options.text_columns, options.label_column, options.encoding, options.cache
     )
@@ -176,8 +178,6 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         task=options.task,
         token=options.token,
     )
-    # What can be wrong on this machine is told before others count on this client.
-    device = _device(options.device)
     welcome = _join(options, hello, patience)
     with ExitStack() as at_end:
         with _leaving_on_failure(options, welcome):

@@ -118,7 +118,7 @@ def _asked(options: Callable[[], ClientOptions], articles: list[Article]) -> Ite
     yield ok("run", f"it would take {client.name}, for {asked.settings.windows:,} windows")
     yield ok(
         "memory",
-        f"{asked.least_memory / 1e9:.2f} GB at the least and your text, of {client.limits.max_memory / 1e9:.1f}",
+        f"{asked.least_memory / 1e9:.2f} GB at the least and your text, of {client.limits.max_memory / 1e9:.1f} GB",
     )
     if articles:
         yield from unknown_findings(articles, tokenizer)

@@ -114,34 +114,32 @@ def _device(config: RunConfig) -> Iterator[Finding]:
 
 def _model(config: RunConfig, ranks: int) -> Iterator[Finding]:
     """The model, and what it takes of disk and memory."""
-    import psutil
     import torch
 
-    from fedbert_ds.planner.derive import Machines, derive
+    from fedbert_ds.model.cut import body_outline, client_outline
+    from fedbert_ds.planner.derive import model_config_of
     from fedbert_ds.server.checkpoint import BYTES_PER_PARAMETER
 
-    # What is wrong with DeepSpeed's file has been told.
-    alone = config.model_copy(update={"body": config.body.model_copy(update={"deepspeed": None})})
     try:
-        _, model = derive(alone, Machines(gpus=ranks, clients=config.clients.expected))
+        model = model_config_of(config)
+        half = client_outline(model, config.cut).num_parameters
+        body = 0 if config.cut == "whole" else body_outline(model, config.cut).num_parameters
     except UserError as error:
         yield of_error("model", error, "name another in model.checkpoint")
         return
-    parameters = model.body_parameters + model.half_parameters
     name = config.model.checkpoint or config.model.architecture
-    yield ok("model", f"{name}: body {model.body_parameters:,} parameters, client half {model.half_parameters:,}")
-    needed = KEPT_CHECKPOINTS * BYTES_PER_PARAMETER * parameters
+    yield ok("model", f"{name}: body {body:,} parameters, client half {half:,}")
+    needed = KEPT_CHECKPOINTS * BYTES_PER_PARAMETER * (body + half)
     yield disk_finding(config.run.directory, needed, "checkpoints")
-    body, half = STATES * model.body_parameters, STATES * model.half_parameters
+    body, half = STATES * body, STATES * half
     local = config.clients.local * half
     if _gpus():
         least = min(torch.cuda.get_device_properties(number).total_memory for number in range(_gpus()))
-        yield memory_finding("GPU memory", body / ranks, least, "a rank's body", "set a higher body.zero_stage")
+        yield memory_finding("GPU memory", body / ranks, least, "a rank's body", "take more GPUs, or a smaller model")
         yield memory_finding("memory", half + local, _available(), "the client model", "lower clients.local")
     else:
-        what = "the model with its optimizer"
-        yield memory_finding("memory", body * ranks + half + local, psutil.virtual_memory().available, what,
-                             "take fewer ranks or clients, or a smaller model")  # fmt: skip
+        what, remedy = "the model with its optimizer", "take fewer ranks or clients, or a smaller model"
+        yield memory_finding("memory", body * ranks + half + local, _available(), what, remedy)
 
 
 def _available() -> float:

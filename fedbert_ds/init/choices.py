@@ -259,7 +259,9 @@ def _length(draft: _Draft, wanted: Wanted, windows: int, rate: float) -> None:
     period = draft.tree["federation"]["average_every"]
     windows = math.ceil(windows / period) * period
     per_hour = windows / wanted.hours
-    draft.set("run.windows", windows, f"{wanted.hours:g} hours at {rate:,.0f} tokens a second, as the planner predicts")
+    told = f"{wanted.hours:g} hours at {rate:,.0f} tokens a second, as the planner predicts"
+    few = f". These are few for a model to learn, {FEWEST_WINDOWS:,} or more are usual: give it more --hours"
+    draft.set("run.windows", windows, told + few * (windows < FEWEST_WINDOWS))
     draft.set("run.save_every", max(1, min(windows, round(SAVE_HOURS * per_hour))), "about every half hour")
     draft.set("run.evaluate_every", max(1, windows // EVALUATIONS), f"{EVALUATIONS} in this run")
     peak = LAMB_RATE * min(1.0, math.sqrt(LAMB_WINDOWS / windows))

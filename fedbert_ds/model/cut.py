@@ -75,6 +75,11 @@ def client_outline(hf_config: Any, cut: Cut) -> ClientHalf:
     return _client_on_meta(hf_config, cut)
 
 
+def body_outline(hf_config: Any, cut: Cut) -> Body:
+    """A body on the meta device: names and shapes, no memory. ModelError for `cut: whole`."""
+    return _body_on_meta(hf_config, cut)
+
+
 def client_skeleton(hf_config: Any, cut: Cut) -> ClientHalf:
     """A client half on the CPU, weights yet to be loaded; the body is never allocated."""
     half = _client_on_meta(hf_config, cut)

@@ -84,7 +84,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
 
     Raises ModelError if there is no such model, ConfigError as `deepspeed_settings`.
     """
-    hf_config = _hf_config(config)
+    hf_config = model_config_of(config)
     model = _model(config, hf_config)
     kept, stage = bytes_in_flight(config, hf_config), zero_stage(config.body)
     # Stage 3 runs every forward twice, and so does backward if it computes layers again.
@@ -190,7 +190,11 @@ def distinct_rows(tokens: int) -> int:
     return max(1, min(tokens, round(1.89 * tokens**0.761)))
 
 
-def _hf_config(config: RunConfig) -> Any:
+def model_config_of(config: RunConfig) -> Any:
+    """The Hugging Face config of a run's model, with its tokenizer's usual vocabulary.
+
+    Raises ModelError for a checkpoint that is not there.
+    """
     if config.model.checkpoint is not None:
         from transformers import AutoConfig
 

@@ -53,7 +53,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"tasks", "telemetry"},
     "init": BASE | {"planner"},
     # Asks each side's own checks; what is light at a client imports no server.
-    "doctor": BASE | {"client", "data", "planner", "server", "server.body", "server.network", "telemetry", "wire"},
+    "doctor": BASE
+    | {"client", "data", "model", "planner", "server", "server.body", "server.network", "telemetry", "wire"},
     "vocabulary": BASE | {"data", "telemetry"},
     "certificates": BASE | {"telemetry", "wire"},
     "cli": BASE

@@ -102,6 +102,17 @@ def test_what_is_damaged_is_named(folder: Path, sections: dict[str, Any], says: 
     assert any(line.startswith("fail  ") and says in line and "; " in line for line in lines), lines
 
 
+def test_without_a_body_nothing_is_missing(folder: Path) -> None:
+    config = config_in(folder, federation={"mode": "parallel"}).model_copy(update={"cut": "whole"})
+    assert faults(config) == []
+
+
+def test_a_vast_model_is_counted_and_never_made(folder: Path) -> None:
+    """Its 300 billion weights would fit no memory."""
+    lines = faults(config_in(folder, model={"hidden_size": 32768, "num_hidden_layers": 24}))
+    assert [line.partition(": ")[0] for line in lines] == ["fail  disk", "fail  memory"]
+
+
 def test_checkpoints_need_room(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
     (line,) = faults(config_in(folder))

@@ -108,3 +108,8 @@ def test_a_tokenizer_that_is_named_is_not_left_to_decide() -> None:
 def test_numbers_that_make_no_run_are_one_line(wanted: Wanted, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         choose(wanted, always(1e5))
+
+
+def test_hours_that_are_too_few_are_told() -> None:
+    assert "few for a model" not in choose(Wanted(hours=100), always(1e5)).reasons["run.windows"]
+    assert "few for a model" in choose(Wanted(hours=0.01), always(1e5)).reasons["run.windows"]

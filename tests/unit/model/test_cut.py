@@ -20,7 +20,7 @@ from unit.model.samples import PAD, VOCABULARY, Packed, pack, padded_logits, wor
 from fedbert_ds.config import LayersCut, ModelSection
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.checkpoint import build_model, save_merged
-from fedbert_ds.model.cut import body_skeleton, client_skeleton, merge, split, undivided
+from fedbert_ds.model.cut import body_outline, body_skeleton, client_outline, client_skeleton, merge, split, undivided
 
 LENGTHS = [5, 1, 7, 5, 2, 1]
 
@@ -205,6 +205,16 @@ class Allocations(TorchDispatchMode):
         if isinstance(result, torch.Tensor) and not result.is_meta and not function.is_view:
             self.entries += result.numel()
         return result
+
+
+@pytest.mark.parametrize("cut", ["embeddings", "rows", LayersCut(layers=1)], ids=str)
+def test_outlines_have_the_shapes_of_the_halves_and_no_memory(small_model, cut) -> None:
+    config = small_model("bert").config
+    pairs = ((client_outline, client_skeleton), (body_outline, body_skeleton))
+    for outline, skeleton in ((outline(config, cut), skeleton(config, cut)) for outline, skeleton in pairs):
+        assert all(parameter.is_meta for parameter in outline.parameters())
+        shapes = [{name: one.shape for name, one in half.named_parameters()} for half in (outline, skeleton)]
+        assert shapes[0] == shapes[1] and outline.num_parameters == skeleton.num_parameters
 
 
 def test_client_skeleton_never_allocates_the_body(small_model, architecture) -> None:

@@ -377,6 +377,9 @@ def split(text: str) -> tuple[str, str]:
             return text[:place], text[place + 2 :]
     if look := re.fullmatch(r"(.*) \((see [^)]*)\)", text):
         return look[1], look[2]
+    # `run.windows: a whole number, not 'many'` says itself what belongs there.
+    if wanted := re.fullmatch(r"(.*): ([^:]+), not ([^:]+)", text):
+        return f"{wanted[1]}: not {wanted[3]}", f"give {wanted[2]}"
     asked = list(ASKS.finditer(text))
     return (text[: asked[-1].start()], text[asked[-1].end() :]) if asked else (text, "")
 

@@ -180,7 +180,7 @@ def _client_options(options: argparse.Namespace) -> ClientOptions:
 
     tls_files = (options.ca, options.certificate, options.key)
     if any(tls_files) and not all(tls_files):
-        raise ConfigError("mutual TLS needs all of --ca, --certificate and --key")
+        raise ConfigError("mutual TLS needs all of --ca, --certificate and --key; add what is missing")
     if options.held_out is not None and not 0.0 <= options.held_out < 1.0:
         raise ConfigError(f"--held-out {options.held_out}: a share of the text, at least 0 and less than 1")
     if not options.data and not options.inspect:
@@ -242,7 +242,7 @@ def _limits(options: argparse.Namespace) -> Limits:
     if options.max_memory is None:
         return Limits(options.max_tokens, most_of_this_machine())
     if not 0.0 < options.max_memory < float("inf"):
-        raise ConfigError(f"--max-memory {options.max_memory}: gigabytes, more than 0")
+        raise ConfigError(f"--max-memory {options.max_memory}: give gigabytes, more than 0")
     return Limits(options.max_tokens, int(options.max_memory * 1e9))
 
 
@@ -265,7 +265,7 @@ def _check_task(options: argparse.Namespace) -> None:
     if options.task == "masked_lm" and options.label_column:
         raise ConfigError("--label-column is for labelled files; add --task")
     if len(options.text_columns) > (1 if options.task in ("masked_lm", "token_classification") else 2):
-        raise ConfigError(f"--text-columns {' '.join(options.text_columns)}: {options.task} reads fewer")
+        raise ConfigError(f"--text-columns {' '.join(options.text_columns)}: {options.task} reads fewer; drop one")
 
 
 def _cut(text: str) -> Cut:

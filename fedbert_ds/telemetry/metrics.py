@@ -194,7 +194,7 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[WindowMetrics]:
     """Read MetricsLog's file, less a last line cut short by a crash; RunError for other damage."""
     if not path.is_file():
-        raise RunError(f"{path}: no such metrics file")
+        raise RunError(f"{path}: no such metrics file; name one that a run wrote")
     lines = path.read_text(encoding="utf-8").split("\n")
     complete, rest = lines[:-1], lines[-1]
     rows = [_parse(line, f"{path}:{number}") for number, line in enumerate(complete, 1)]

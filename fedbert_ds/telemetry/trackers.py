@@ -75,7 +75,7 @@ def check_trackers(names: Sequence[str]) -> None:
     there = {str(one) for one in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
-            raise ConfigError(f"run.trackers: {name} is none of {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+            raise ConfigError(f"run.trackers: {name} is no tracker; choose {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
         if name not in there:
             raise ConfigError(f"run.trackers: {name} is not installed; pip install {name}, or remove it")
 

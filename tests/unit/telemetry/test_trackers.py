@@ -97,7 +97,10 @@ def test_without_trackers_nothing_happens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("tensorbored", "run.trackers: tensorbored is none of aim, "), ("wandb", "wandb is not installed; pip install")],
+    [
+        ("tensorbored", "run.trackers: tensorbored is no tracker; choose aim, "),
+        ("wandb", "wandb is not installed; pip install"),
+    ],
 )
 def test_a_tracker_that_is_not_there_is_one_line(name: str, message: str) -> None:
     check_trackers(["recorded"])

@@ -44,6 +44,8 @@ FREE_PORT := 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); prin
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed-$(DEVICE)
 LOG := $(VENV)/install.log
+# Another version of transformers, which tests let read what we write.
+OLDER := $(VENV)/transformers-4
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -53,7 +55,7 @@ pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
 
 test: export HF_HUB_OFFLINE := 1
-test: $(STAMP)
+test: $(STAMP) $(OLDER)/.installed
 	@ruff check --quiet .
 	@ruff format --quiet --check . || { echo "make: files above are not formatted; run: ruff format ."; exit 1; }
 	@mypy --no-error-summary
@@ -108,6 +110,12 @@ $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
 		{ echo "make: pip failed: $$(grep '^ERROR' $(LOG) | tail -n 1) (all of it: $(LOG))"; exit 1; }
 	@rm -f $(VENV)/.installed-*
 	@touch $@
+
+# Not of the environment: where there is no index, its tests are skipped and say so.
+$(OLDER)/.installed: tests/integration/transformers-4.txt | $(STAMP)
+	@rm -rf $(OLDER)
+	@$(BIN)/python -m pip install --quiet --no-deps $(PIP_FLAGS) --target $(OLDER) --requirement $< >$(OLDER).log 2>&1 && \
+		touch $@ || { rm -rf $(OLDER); echo "make: transformers 4 is not tried: $$(grep '^ERROR' $(OLDER).log | tail -n 1)"; }
 
 clean:
 	@! [ -f $(VENV)/pyvenv.cfg ] || rm -rf $(VENV)

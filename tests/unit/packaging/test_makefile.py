@@ -56,6 +56,23 @@ def test_nothing_is_done_twice(tmp_path):
     assert (result.returncode, result.stdout) == (0, "")
 
 
+def test_without_an_index_an_older_transformers_is_not_tried_and_said_so(tmp_path):
+    binaries = tmp_path / "bin"
+    binaries.mkdir()
+    python = binaries / "python"
+    python.write_text("#!/bin/sh\necho 'ERROR: no index' >&2\nexit 1\n")
+    python.chmod(0o755)
+    (tmp_path / ".installed-cpu").touch()
+    result = make("DEVICE=cpu", f"VENV={tmp_path}", f"{tmp_path}/transformers-4/.installed")
+    assert (result.returncode, result.stdout) == (0, "make: transformers 4 is not tried: ERROR: no index\n")
+    assert not (tmp_path / "transformers-4").exists()
+    # As pip does, so that the folder is there.
+    python.write_text(f"#!/bin/sh\nmkdir {tmp_path}/transformers-4\n")
+    result = make("DEVICE=cpu", f"VENV={tmp_path}", f"{tmp_path}/transformers-4/.installed")
+    assert (result.returncode, result.stdout) == (0, "")
+    assert (tmp_path / "transformers-4" / ".installed").is_file()
+
+
 def test_ranks_follow_the_machine(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").touch()

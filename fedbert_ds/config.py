@@ -327,8 +327,8 @@ def _compile(value: Any) -> Any:
 class BodySection(Section):
     """The body under DeepSpeed."""
 
-    deepspeed: UserPath | None = Path("deepspeed/zero2.json")
-    """DeepSpeed JSON file, relative to the run file. null: none, `zero_stage` says enough."""
+    deepspeed: UserPath | None = None
+    """DeepSpeed JSON file, relative to the run file. null: none, as `zero_stage` says enough."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """The ZeRO stage, whatever the DeepSpeed file says: 0 keeps the body whole on every rank, 1
     divides moments, 2 gradients, too, 3 weights, too. null: the file's, or 0."""

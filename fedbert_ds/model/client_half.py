@@ -57,7 +57,8 @@ class ClientHalf(nn.Module):
         """What its head learns; None for masked words."""
         self._parts = architecture(model.config)
         self._ties = dict(model.all_tied_weights_keys)
-        for name, module in model.named_children():
+        # A tied tensor is named by the first module that has it: CamemBERT has its head first.
+        for name, module in sorted(model.named_children(), key=lambda child: child[0] != self._parts.base):
             self.add_module(name, module)
         base: Any = self.get_submodule(self._parts.base)
         keep_angles_exact(base)

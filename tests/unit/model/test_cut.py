@@ -50,7 +50,8 @@ def step_of_the_whole(model: Any, packed: Packed) -> Step:
     logits = padded_logits(model, packed)
     losses = functional.cross_entropy(logits, packed.labels, reduction="sum")
     (losses / len(packed.labels)).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    tied = model.all_tied_weights_keys
+    gradients = {tied.get(name, name): parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     return Step(logits.detach(), losses.item(), gradients)
 
@@ -85,7 +86,9 @@ def test_roberta_of_other_languages_steps_like_the_whole_one(small_model, cut, m
     assert model.config.model_type == model_type
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: (folder / "tokenizer_config.json").write_text("{}"))
     client, body = split(copy.deepcopy(model), cut)
-    save_merged(tmp_path / "hf", client.config, client.state_dict(), body.state_dict(), tokenizer)
+    # As a run hands them over: each tensor once, under one name.
+    mine, theirs = dict(client.named_parameters()), dict(body.named_parameters())
+    save_merged(tmp_path / "hf", client.config, mine, theirs, tokenizer)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "hf").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in made.state_dict().items())
     packed = pack(LENGTHS)

@@ -34,6 +34,8 @@ from fedbert_ds.model.checkpoint import build_model, save_merged
 from fedbert_ds.model.cut import split
 from fedbert_ds.tokenizer_folder import save_tokenizer
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[2]
 OLDER = Path(sys.prefix) / "transformers-4"
 """Where `make test` puts transformers 4."""
@@ -185,7 +187,7 @@ def by_transformers_4(tried: dict[str, Tried]) -> dict[str, Any]:
     folders = [str(folder) for row in tried.values() for folder in (row.hf, row.tokenizer)]
     program = str(Path(__file__).parent / "read_checkpoint.py")
     done = subprocess.run(
-        [sys.executable, program, TEXT, *folders], env=environment, capture_output=True, text=True, timeout=110
+        [sys.executable, program, TEXT, *folders], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])

@@ -22,16 +22,17 @@ def name_finding(host: str, key: str, for_others: bool) -> Finding:
     `key` names another host.
     """
     try:
-        found = {str(where[0]) for _, _, _, _, where in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        found = {
+            str(where[0]) for _, _, _, _, where in socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+        }
     except (OSError, UnicodeError):
         return fault(
             "name", f"{host} cannot be looked up on this machine", f"mend {key}, the name server, or /etc/hosts"
         )
     says = f"{host} is {', '.join(sorted(found))}"
     if for_others and all(map(is_loopback, found)):
-        return warning(
-            "name", f"{says} on this machine, which nobody else reaches", f"see what it is at the owners; {key}"
-        )
+        remedy = f"see that it is this machine's address at the owners, or change {key}"
+        return warning("name", f"{says} on this machine, which nobody else reaches", remedy)
     return ok("name", says)
 
 

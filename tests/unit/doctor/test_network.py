@@ -19,10 +19,12 @@ def listening() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def closed() -> Iterator[int]:
+    """A port of 127.0.0.1 that is taken and not listened on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
 
 
 def test_a_name_that_leads_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +86,9 @@ def test_proxies_are_told_and_their_passwords_are_not() -> None:
         assert apart.level == "ok" and "https_proxy" in apart.line and "secret" not in apart.line
 
 
-def test_what_answers_at_an_address(listening: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_answers_at_an_address(listening: int, closed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert reach_finding(f"127.0.0.1:{listening}").level == "ok"
-    refused = reach_finding(f"127.0.0.1:{closed_port()}")
+    refused = reach_finding(f"127.0.0.1:{closed}")
     assert refused.is_in_the_way and "nobody listens" in refused.says
 
     def silent(*_: object) -> None:
@@ -96,10 +98,10 @@ def test_what_answers_at_an_address(listening: int, monkeypatch: pytest.MonkeyPa
     assert "firewalls" in reach_finding("192.0.2.1:29600").remedy
 
 
-def test_a_proxy_that_is_gone_is_told_with_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_that_is_gone_is_told_with_its_variable(closed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in network.VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{closed}")
     finding = reach_finding("192.0.2.1:29600")
     assert finding.is_in_the_way and "http_proxy" in finding.line

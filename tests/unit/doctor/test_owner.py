@@ -44,7 +44,9 @@ def faults(findings: list[Finding]) -> list[str]:
 def examined(served: Served, limits: Limits | None = None, text: str = ENGLISH) -> list[Finding]:
     """Findings of a client that a server answers."""
     owner = owner_of(served.folder, f"127.0.0.1:{served.port}", text=text)
-    options = ClientOptions(owner.server, owner.data, "ada", owner.state_folder, connect_timeout=TIMEOUT)
+    options = ClientOptions(
+        owner.server, owner.data, "ada", owner.state_folder, connect_timeout=TIMEOUT, join_timeout=TIMEOUT
+    )
     options = replace(options, limits=limits or options.limits)
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(lambda: list(examine_owner(owner, lambda: options)))
@@ -76,7 +78,9 @@ def test_a_tokenizer_that_reads_nothing_of_the_text(served: Served) -> None:
 
 def test_a_server_that_refuses(served: Served) -> None:
     owner = owner_of(served.folder, f"127.0.0.1:{served.port}")
-    options = ClientOptions(owner.server, owner.data, "ada", owner.state_folder, connect_timeout=TIMEOUT)
+    options = ClientOptions(
+        owner.server, owner.data, "ada", owner.state_folder, connect_timeout=TIMEOUT, join_timeout=TIMEOUT
+    )
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(lambda: list(examine_owner(owner, lambda: options)))
         served.event(JoinAsked).answer.set_exception(WireError("ada is not among clients.allowed"))

@@ -48,6 +48,8 @@ class RunReporter:
         """All that count."""
         self._log: MetricsLog | None = None
         self._progress: Progress | None = None
+        self._told: Sequence[RankStatus] = ()
+        """Whose problems were told last."""
         self._trackers = Trackers({}, print)
         self._losses = LossComparison()
         self._started = time.monotonic()
@@ -160,7 +162,9 @@ class RunReporter:
             write_evaluations(RunFolder(self._config.run.directory).evaluations, kept)
 
     def _tell_problems(self, statuses: Sequence[RankStatus]) -> None:
-        if self._progress is not None:
+        # A run that waits after a window gets the same statuses for both.
+        if self._progress is not None and statuses is not self._told:
+            self._told = statuses
             for status in statuses:
                 for problem in status.new_problems:
                     self._progress.note(f"warning {problem}")

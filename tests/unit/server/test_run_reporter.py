@@ -151,6 +151,19 @@ def test_for_whom_a_run_waits_is_said(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
 
 
+def test_a_problem_of_a_window_after_which_the_run_waits_is_told_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reporter = reporter_of(config_in(tmp_path))
+    lost = replace(status(clients=frozenset({"ada"})), new_problems=("client bo disconnected",))
+    with reporter.following(first_window=0):
+        statuses = [lost]
+        reporter.window(0, statuses)
+        reporter.waits(statuses)
+        reporter.waits([lost])
+    assert capsys.readouterr().out.count("warning client bo disconnected") == 2
+
+
 def test_the_opening_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reporter_of(config_in(tmp_path)).announce("127.0.0.1:29600")
     lines = capsys.readouterr().out.splitlines()

@@ -63,6 +63,7 @@ def _init(options: argparse.Namespace) -> None:
         data=tuple(options.data),
     )
     machines = _machines(options)
+    print("plan    the planner tries values: seconds, with a thousand clients some minutes", flush=True)
     choice = choose(wanted, lambda config: predict(config, machines, 1.0).tokens_per_second)
     text = written(choice, wanted)
     try:

@@ -399,7 +399,8 @@ a name, a number or a path. A traceback is a bug of FedBERT-DS: report it with i
 
 The page is made from the code by `{COMMAND}`, and a test fails when the two differ.
 Whoever changes a message runs that command and commits the page with it. Two changes that meet in
-the page are resolved the same way. A new error names its remedy behind a semicolon.
+the page are resolved the same way. An error without a remedy behind a semicolon fails that test,
+too.
 
 Lines of errors begin with `fedbert-ds:` on standard error, lines that begin with `warning` tell of
 something that work goes on without. Wrong options (`--no-such-option`) are told by the command's

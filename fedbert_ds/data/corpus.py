@@ -307,7 +307,7 @@ def parse_hub_name(source: str) -> tuple[str, str | None, str]:
     # A split may be sliced, train[:1%], so a colon inside brackets does not separate.
     name, *rest = re.split(r":(?![^\[]*\])", source.removeprefix("hub:"))
     if not name or len(rest) > 2 or "" in rest:
-        raise DataError(f"{source}: the form is hub:NAME[:CONFIG][:SPLIT]")
+        raise DataError(f"{source}: not a name of a hub data set; the form is hub:NAME[:CONFIG][:SPLIT]")
     if len(rest) == 2:
         return name, rest[0], rest[1]
     if rest and not _SPLIT_NAME.match(rest[0]):

@@ -137,7 +137,7 @@ def _load(name: str) -> tuple[Any, Task]:
             model = auto_class_of(task).from_pretrained(str(folder or name), dtype=torch.float32, **where)
     except Exception as error:  # hub, network, JSON and safetensors errors share no base
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: cannot be loaded as a fine-tuned checkpoint ({reason})") from error
+        raise ModelError(f"{name}: cannot be loaded as a fine-tuned checkpoint ({reason}); name another") from error
     if task is None:
         raise ModelError(f"{name}: has no head for labels; name a checkpoint that was fine-tuned")
     return model, task

@@ -303,7 +303,7 @@ def load_masked_lm(name: str, seed: int) -> PreTrainedModel:
     # Hub, network, JSON and safetensors errors share no base; all mean the name or its files.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ModelError(f"{name}: cannot be loaded as a masked-LM checkpoint ({reason})") from error
+        raise ModelError(f"{name}: cannot be loaded as a masked-LM checkpoint ({reason}); name another") from error
     missing = sorted(report["missing_keys"])
     encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
     if encoder:

@@ -105,13 +105,19 @@ def config_from_json(text: str) -> Any:
         fields = json.loads(text)
         model_type = fields["model_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ModelError("the model's description is not the JSON of a transformers config") from error
+        raise ModelError(
+            "the model's description is not the JSON of a transformers config; install the same fedbert-ds on both"
+        ) from error
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        raise ModelError(f"architecture {model_type} is unknown to this version of transformers")
+        raise ModelError(
+            f"architecture {model_type} is unknown to this version of transformers; install the server's version"
+        )
     try:
         hf_config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers raises its own kinds for a field of the wrong type
-        raise ModelError(f"the model's description cannot be read: {error}") from error
+        raise ModelError(
+            f"the model's description cannot be read ({error}); install the same versions on both sides"
+        ) from error
     check_architecture(hf_config)
     return hf_config
 
@@ -190,7 +196,9 @@ def check_architecture(hf_config: Any) -> None:
     if getattr(hf_config, "is_decoder", False) or getattr(hf_config, "add_cross_attention", False):
         raise ModelError("the model is a decoder (is_decoder or add_cross_attention); use a masked-LM encoder")
     if getattr(hf_config, "position_embedding_type", "absolute") != "absolute":
-        raise ModelError(f"position_embedding_type {hf_config.position_embedding_type} is not supported, only absolute")
+        raise ModelError(
+            f"position_embedding_type {hf_config.position_embedding_type} is not supported; only absolute is"
+        )
     for kind, rope in (getattr(hf_config, "rope_parameters", None) or {}).items():
         if rope["rope_type"] in ("dynamic", "longrope"):
             raise ModelError(
@@ -223,7 +231,7 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
         reason = str(error).strip().partition("\n")[0]
         raise ModelError(
             f"model.checkpoint {checkpoint}: no such folder or hub model, or no config.json in it that this version of "
-            f"transformers reads by itself ({reason})"
+            f"transformers reads by itself ({reason}); name another"
         ) from error
     # The head that it was saved with does not decide which it gets.
     hf_config.architectures = None
@@ -257,7 +265,8 @@ def _from_checkpoint(checkpoint: str, section: ModelSection, vocab_size: int, ta
     new = [name for name in missing if any(name.startswith(f"{head}.") for head in parts.heads)]
     if lost := [name for name in missing if name.startswith(f"{parts.base}.") and name not in new]:
         raise ModelError(
-            f"model.checkpoint {checkpoint} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder"
+            f"model.checkpoint {checkpoint} lacks {lost[0]} and {len(lost) - 1} more weights of the encoder; "
+            "save it again, or name another"
         )
     if missing:
         head = "masked-LM head" if task is None else f"head for {task.name}"

@@ -341,7 +341,7 @@ def _start(config: RunConfig, joins: Joins, strategy: Strategy, world_size: int)
         for client, times in capped(joins.shard_sizes, config.window.largest_share).items():
             warn(
                 f"client {client} has {times:,.1f} times the median client's text, of which "
-                f"{config.window.largest_share:g} times count (window.largest_share)"
+                f"{config.window.largest_share:g} times count; raise window.largest_share if more should"
             )
     return start_of(joins, world_size, config.window, participants)
 

@@ -40,7 +40,7 @@ class StopSignal:
         """Whether the run shall save and end."""
         if not self._is_signalled and self._launchers.are_gone:
             self._is_signalled = True
-            warn("the launcher is gone: the run saves and ends")
+            warn("the launcher is gone: the run saves and ends; go on with --resume")
         return self._is_signalled
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

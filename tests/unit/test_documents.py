@@ -60,7 +60,8 @@ def errors_page() -> ModuleType:
 
 
 def test_the_page_of_errors_is_made_of_this_code() -> None:
-    """Whoever changes a message writes the page anew."""
+    """Whoever changes a message writes the page anew, and names in it what to change."""
     made = errors_page()
+    assert made.without_remedy() == []
     is_same = (ROOT / made.PAGE).read_text(encoding="utf-8") == made.page()
     assert is_same, f"{made.PAGE} is not made of this code; run: {made.COMMAND}"

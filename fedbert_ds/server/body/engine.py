@@ -356,7 +356,7 @@ class BodyEngine:
             return
         path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
         if path is None:
-            raise ConfigError(f"{folder}: no checkpoint of window {window}")
+            raise ConfigError(f"{folder}: no checkpoint of window {window}; restore the run's folder")
 
     def affordable_in_flight(self) -> int:
         """Micro-batches in flight that memory holds, by the size of the first.

@@ -66,15 +66,17 @@ def _read(body: BodySection) -> dict[str, Any]:
     try:
         settings = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"body.deepspeed: {path} is not a readable JSON file: {error}") from error
+        raise ConfigError(
+            f"body.deepspeed: {path} is not a readable JSON file ({error}); mend it, or name another"
+        ) from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"body.deepspeed: {path} is not a JSON object of DeepSpeed settings")
+        raise ConfigError(f"body.deepspeed: {path} is not a JSON object of DeepSpeed settings; see configs/deepspeed/")
     for key, ours in OURS.items():
         if key in settings:
             raise ConfigError(f"{path}: {key} belongs to the run file; remove it and set {ours} there")
     zero = settings.setdefault("zero_optimization", {})
     if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3; set one")
     if body.zero_stage is not None:
         zero["stage"] = body.zero_stage
     return settings

@@ -135,7 +135,9 @@ class Door:
         if self._has_tls and (name := name_of_peer(caller)) != client:
             raise WireError(f"client {client} shows the certificate of {name}; drop --id, or show its own certificate")
         if self._allowed is not None and client not in self._allowed:
-            raise WireError(f"client {client} is not on the run's list of those who may join (clients.allowed)")
+            raise WireError(
+                f"client {client} is not on the run's list of those who may join (clients.allowed); ask for it"
+            )
 
     async def watch(self, streams: Mapping[str, Closable]) -> None:
         """End the streams of certificates that are revoked, as long as this runs."""

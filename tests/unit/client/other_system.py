@@ -111,11 +111,12 @@ def main(system: str) -> None:
     from fedbert_ds import atomic_write
 
     if system == "windows":
-        # For the one file that asks: with another `os.name` pathlib would make paths of Windows.
-        atomic_write.os = SimpleNamespace(**(vars(os) | {"name": "nt"}))  # type: ignore[assignment]
         # filelock has other code for Windows, which does not run here.
         sys.modules["filelock._unix"].os = SimpleNamespace(**vars(os))  # type: ignore[attr-defined]
     pretend(system)
+    if system == "windows":
+        # For the one file that asks: with another `os.name` pathlib would make paths of Windows.
+        atomic_write.os = SimpleNamespace(**(vars(os) | {"name": "nt"}))  # type: ignore[assignment]
     from fedbert_ds.cli import main as fedbert_ds
 
     fedbert_ds()

@@ -53,7 +53,7 @@ def test_a_launcher_that_is_gone_is_a_request_and_told_once(capsys: pytest.Captu
     assert not stop.requested
     launchers.are_gone = True
     assert stop.requested and stop.requested
-    assert capsys.readouterr().out == "warning the launcher is gone: the run saves and ends\n"
+    assert capsys.readouterr().out == "warning the launcher is gone: the run saves and ends; go on with --resume\n"
     asked = StopSignal(launchers)
     signal.raise_signal(signal.SIGTERM)
     assert asked.requested and capsys.readouterr().out == "", "whoever asked it to end has ended, too"

@@ -113,6 +113,7 @@ def main() -> None:
             data=(options.data,),
             name="measured",
             state_folder=options.state,
+            cache=options.state / "tokens",
             device="cpu",
         )
     )

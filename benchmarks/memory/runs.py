@@ -70,6 +70,7 @@ def measure(case: Case, work: Path, shard: Path, overrides: tuple[str, ...]) -> 
         command += [*case.overrides, f"run.directory={folder}"]
         if begins == "resumed":
             command += ["run.windows=3", "--resume"]
+        begun = time.monotonic()
         _run(command, folder, shard, state, log, out)
         peaks = json.loads(out.read_text(encoding="utf-8"))
         phases = {name: round(peak / 1e6, 1) for name, peak in peaks.items()}
@@ -81,6 +82,7 @@ def measure(case: Case, work: Path, shard: Path, overrides: tuple[str, ...]) -> 
                 "begins": begins,
                 "peak_mb": max(phases.values()),
                 "phases": phases,
+                "seconds": round(time.monotonic() - begun),
             }
         )
     return rows

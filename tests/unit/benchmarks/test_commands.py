@@ -28,6 +28,7 @@ from benchmarks.fine_tuning.__main__ import build_parser as fine_tuning_parser
 from benchmarks.fp8.__main__ import build_parser as fp8_parser
 from benchmarks.glue.__main__ import build_parser as glue_parser
 from benchmarks.kernels.__main__ import build_parser as kernels_parser
+from benchmarks.large_text.__main__ import build_parser as large_text_parser
 from benchmarks.liars.__main__ import build_parser as liars_parser
 from benchmarks.liars.runs import RUN_FILE as LIARS_RUN_FILE
 from benchmarks.memory.__main__ import build_parser as memory_parser
@@ -55,6 +56,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.fp8": (fp8_parser, CODECS_RUN_FILE),
     "python -m benchmarks.glue": (glue_parser, None),
     "python -m benchmarks.kernels": (kernels_parser, None),
+    "python -m benchmarks.large_text": (large_text_parser, MEMORY_RUN_FILE),
     "python -m benchmarks.liars": (liars_parser, LIARS_RUN_FILE),
     "python -m benchmarks.memory": (memory_parser, MEMORY_RUN_FILE),
     "python -m benchmarks.optimizers": (optimizers_parser, MODES_RUN_FILE),

@@ -1,0 +1,1 @@
+"""Memory of a client whose text is larger than its memory."""

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 MASKED_LM = "masked_lm"
+MUCH_TEXT = 50_000_000
+"""Characters; a minute's tokenizing on one slow core."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class OwnData(Protocol):
     @property
     def num_characters(self) -> int:
         """Of all text: how much of a window is this owner's."""
+
+    @property
+    def takes_long(self) -> bool:
+        """Whether tokens are still to be made of so much text that no seat should wait for them."""
 
     @property
     def tokens_told(self) -> list[str]:
@@ -95,6 +101,7 @@ class OwnText:
         self._key = key_of(self._identity or secrets.token_hex(), self.text_column, self.encodings.named)
         kept = self.cache.summary(self._key) if self.cache else None
         self._seen = kept or self._counted()
+        self._is_kept = kept is not None
 
     @property
     def summary(self) -> list[str]:
@@ -103,6 +110,11 @@ class OwnText:
         files = f"{seen.files:,} file{'s' * (seen.files != 1)}, " if seen.files else ""
         numbers = f"{seen.articles:,} articles, {seen.characters:,} characters"
         return [f"{files}{numbers}, longest word {seen.longest_word:,}", *seen.remarks]
+
+    @property
+    def takes_long(self) -> bool:
+        """See `OwnData`; tokens that are in no cache could not be made before."""
+        return self.cache is not None and not self._is_kept and self._seen.characters > MUCH_TEXT
 
     @property
     def tokens_told(self) -> list[str]:
@@ -139,6 +151,7 @@ class OwnText:
         self._tokens_told = [
             f"{text.num_tokens:,} tokens in {text.num_sequences:,} sequences to train on, {100 * unknown:.2f} % [UNK]"
         ]
+        self._is_kept = self.cache is not None
         return BatchStream(text, tokenizer, **masking), held_out
 
     def _tokenized(
@@ -224,6 +237,11 @@ class OwnExamples:
     def summary(self) -> list[str]:
         """See `OwnData`."""
         return [f"{len(self.places):,} labelled examples"]
+
+    @property
+    def takes_long(self) -> bool:
+        """See `OwnData`."""
+        return False
 
     @property
     def tokens_told(self) -> list[str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 import torch
@@ -16,7 +18,7 @@ import torch
 from fedbert_ds.client.footprint import peak_memory_bytes, return_free_memory
 from fedbert_ds.client.inspection import description
 from fedbert_ds.client.limits import Limits, check_peak
-from fedbert_ds.client.own_data import MASKED_LM, Share, read_own_data
+from fedbert_ds.client.own_data import MASKED_LM, OwnData, Share, read_own_data
 from fedbert_ds.client.parties import Parties
 from fedbert_ds.client.remembered_text import RememberedText
 from fedbert_ds.client.state import claim, run_of, whole_windows
@@ -47,6 +49,9 @@ from fedbert_ds.wire.http_proxy import proxy_note
 from fedbert_ds.wire.introduction import join
 from fedbert_ds.wire.messages import PROTOCOL, cut_to_json
 from fedbert_ds.wire.stream import AggregatorStream, ServerStream
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -166,6 +171,8 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
     for sentence in own.summary:
         tell(sentence)
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    if own.takes_long:
+        _tokenize(own, options, tokenizer, patience)
     hello = pb.Hello(
         protocol=PROTOCOL,
         client=options.name,
@@ -230,6 +237,21 @@ def _leaving_on_failure(options: ClientOptions, welcome: pb.Welcome) -> Iterator
         with suppress(UserError), _server_stream(options, welcome):
             pass  # whoever hangs up says goodbye
         raise
+
+
+def _tokenize(own: OwnData, options: ClientOptions, tokenizer: PreTrainedTokenizerFast | None, patience: float) -> None:
+    """Make the tokens that the run needs before this client has a seat, which waits for
+    `clients.join_timeout` alone.
+    """
+    visit = pb.Hello(protocol=PROTOCOL, client=options.name, inspect=True, token=options.token)
+    welcome = _join(options, visit, patience)
+    # A visitor is told of the tokens of all clients: no more than this one's are limited.
+    asked = read_welcome(welcome, replace(options.limits, max_tokens=sys.maxsize))
+    share = Share(options.name, _held_out(options, asked), asked.evaluate_tokens)
+    stream, _ = own.encoded(
+        tokenizer or tokenizer_from_bytes(welcome.tokenizer), asked.model_config, asked.settings, share
+    )
+    stream.text.close()
 
 
 def inspect_run(options: ClientOptions) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from fedbert_ds.certificates.authority import Authority
-from fedbert_ds.client import session
+from fedbert_ds.client import own_data, session
 from fedbert_ds.client.limits import Limits
 from fedbert_ds.client.session import STOPPED, ClientOptions, inspect_run, run_client
 from fedbert_ds.client.state import save_state, saved_windows
@@ -295,6 +295,29 @@ def test_who_inspects_a_run_is_told_and_takes_no_seat(served: Served) -> None:
     assert f"server      127.0.0.1:{served.port}; plain text" in lines and "inferred" in lines
     assert served.endpoint.next_event(0.2) is None
     assert not (served.folder / "state").exists()
+
+
+def test_much_text_is_tokenized_before_a_seat_waits_for_it(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks what the run is like, makes its tokens, and joins only then; once they are there it
+    joins at once.
+    """
+    monkeypatch.setattr(own_data, "MUCH_TEXT", 100)
+    cache = served.folder / "tokens"
+    served.client(cache=cache, limits=Limits(max_tokens=64))
+    visit = served.event(JoinAsked)
+    assert visit.hello == pb.Hello(protocol=PROTOCOL, client="ada", inspect=True) and not cache.exists()
+    config = RunConfig(run={"windows": 2}, data={"sequence_length": 16, "mask_probability": 0.3})
+    sections = (config.run, config.data, config.optimizer, config.federation, config.wire)
+    of_all_clients = client_settings(*sections, tokens=10**6).model_dump_json()
+    visit.answer.set_result(served.welcome(session="", settings=of_all_clients))
+    join = served.event(JoinAsked)
+    (entry,) = cache.iterdir()
+    assert not join.hello.inspect and join.hello.shard_characters == sum(len(article.text) for article in ARTICLES)
+    join.answer.set_exception(WireError("there is no room"))
+    served.failed()
+    served.client(cache=cache)
+    assert not served.event(JoinAsked).hello.inspect
+    assert list(cache.iterdir()) == [entry]
 
 
 def test_a_client_goes_on_where_the_server_says(served: Served) -> None:

@@ -62,7 +62,8 @@ def bench_large_text(options: LargeTextOptions) -> None:
     text = options.work / "text.jsonl"
     write_large(text, size)
     commit = source_commit()
-    overrides = (*overrides, f"tokenizer.path={tokenizer.resolve()}")
+    # The server waits for the tokenizing, too.
+    overrides = (*overrides, f"tokenizer.path={tokenizer.resolve()}", "clients.join_timeout=100000")
     rows = []
     try:
         for row in measure(CASE, options.work, text, overrides):
@@ -70,7 +71,7 @@ def bench_large_text(options: LargeTextOptions) -> None:
             rows.append(row | {"bytes": text.stat().st_size} | facts_of(log.read_text(encoding="utf-8")))
             print(f"{row['begins']}: {row['peak_mb']:.0f} MB, {row['phases']}", flush=True)
     finally:
-        text.unlink()
+        text.unlink(missing_ok=True)
         shutil.rmtree(options.work / f"{CASE.slug}.state", ignore_errors=True)
     settings = {"vocab_size": config.tokenizer.vocab_size, "sequence_length": config.data.sequence_length}
     write_record(options.out, command=options.command, commit=commit, rows=rows, settings=settings)

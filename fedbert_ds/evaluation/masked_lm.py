@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fedbert_ds.data.corpus import Article, read_articles
+from fedbert_ds.data.long_steps import telling
 from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder, num_rows
 from fedbert_ds.errors import DataError, ModelError
@@ -91,7 +92,8 @@ def evaluate_masked_lm(
     if sequence_length is not None and sequence_length > limit:
         raise ModelError(f"{name}: sequences of {sequence_length} tokens do not fit; use at most {limit}")
     devices = usable_devices(device, workers)
-    text = encode(_articles(articles_or_paths), tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
+    articles = telling(_articles(articles_or_paths), "tokenizing", lambda article: len(article.text))
+    text = encode(articles, tokenizer, sequence_length or min(limit, LONGEST_SEQUENCE))
     masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
     sequences = masked.chosen(max_sequences)
     padding = None if is_packed(model.config, devices[0]) else _padding(tokenizer)

@@ -261,12 +261,14 @@ def _evaluate_task(folder: RunFolder, config: RunConfig) -> dict[str, str]:
 def _evaluate(folder: RunFolder, config: RunConfig, tokenizer: Any, vocab_size: int) -> dict[str, float]:
     """Held-out losses, nats per masked token: of word frequency alone, and of the merged model."""
     from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.long_steps import telling
     from fedbert_ds.data.masking import encode
     from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
 
     length = config.data.sequence_length
     shards = sorted(str(path) for path in folder.clients.glob("*/shard.jsonl"))
-    counts = encode(read_articles(shards), tokenizer, length).token_counts(vocab_size)
+    articles = telling(read_articles(shards), "text    counting tokens", lambda article: len(article.text))
+    counts = encode(articles, tokenizer, length).token_counts(vocab_size)
     result = evaluate_masked_lm(
         folder.model,
         [str(folder.held_out)],

@@ -67,6 +67,7 @@ def _add_least(parser: argparse.ArgumentParser) -> None:
 def _count(options: argparse.Namespace) -> None:
     # Imported here, as below: a mistyped command must not wait.
     from fedbert_ds.data.corpus import read_articles
+    from fedbert_ds.data.long_steps import telling
     from fedbert_ds.data.tokenizer import count_words
     from fedbert_ds.errors import ConfigError, DataError
     from fedbert_ds.vocabulary.counts import WordCounts, restrict, write_counts
@@ -75,7 +76,8 @@ def _count(options: argparse.Namespace) -> None:
         raise ConfigError("--minimum-count and --top are numbers from 1 on; raise them")
     if not options.id.strip():
         raise ConfigError("--id is empty; give the owner's name")
-    everything = count_words(article.text for article in read_articles(options.data))
+    articles = telling(read_articles(options.data), "counting words", lambda article: len(article.text))
+    everything = count_words(article.text for article in articles)
     words = restrict(everything, options.minimum_count, options.top, digits=not options.no_digits)
     if not words:
         raise DataError("no word is left to count; add text to --data or restrict it less")

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from unit.data.test_text_files import compressed
 
-from fedbert_ds.data import python_docs
-from fedbert_ds.data.corpus import Article, Reading, parse_hub_name, read_articles
+from fedbert_ds.data import corpus, python_docs
+from fedbert_ds.data.corpus import Article, Reading, identity_of, parse_hub_name, read_articles
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import DataError
 
@@ -71,6 +72,52 @@ def test_text_file_is_one_document_between_blank_lines_each_and_one_in_a_folder(
     path = write(tmp_path / "note.txt", "\ufeffOne.\n\n \nTwo\nlines.\n")
     assert list(read_articles([path])) == [Article("note:1", "One."), Article("note:4", "Two\nlines.")]
     assert list(read_articles([str(tmp_path)])) == [Article("note", "One.\n\n \nTwo\nlines.")]
+
+
+def test_a_document_larger_than_memory_is_divided_where_a_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of sentences without a blank line is one document, of any size."""
+    monkeypatch.setattr(corpus, "LONGEST_DOCUMENT", 20)
+    lines = [f"sentence {n}\n" for n in range(5)]
+    path = write(tmp_path / "notes.txt", "".join(lines) + "\nshort\n")
+    reading = Reading()
+    assert list(read_articles([path], reading=reading)) == [
+        Article("notes:1", "sentence 0\nsentence 1"),
+        Article("notes:3", "sentence 2\nsentence 3"),
+        Article("notes:5", "sentence 4"),
+        Article("notes:7", "short"),
+    ]
+    assert reading.sentences() == ["documents of more than 20 characters were divided, in 2 places"]
+    in_folder = Reading()
+    assert [article.text for article in read_articles([str(tmp_path)], reading=in_folder)] == [
+        "sentence 0\nsentence 1",
+        "sentence 2\nsentence 3",
+        "sentence 4\n\nshort",
+    ]
+    assert in_folder.divided == 2 and in_folder.files == 1
+
+
+def test_what_says_that_text_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without reading it: path, size and time of each file, and how many are left out."""
+    (tmp_path / "notes").mkdir()
+    first = write(tmp_path / "notes" / "a.txt", "A")
+    folder = str(tmp_path / "notes")
+    known = identity_of([folder])
+    assert known == identity_of([folder]) != identity_of([first])
+    write(tmp_path / "notes" / "scan.docx", "x")
+    assert identity_of([folder]) != known
+    (tmp_path / "notes" / "scan.docx").unlink()
+    write(tmp_path / "notes" / "b.txt", "B")
+    assert identity_of([folder]) != known
+    assert identity_of([folder, "python-docs"]) is None
+    monkeypatch.setattr(corpus, "load_hub", lambda name, streaming: object())
+    assert identity_of(["hub:of/nothing"]) is None
+    rows = SimpleNamespace(cache_files=[{"filename": first}])
+    monkeypatch.setattr(corpus, "load_hub", lambda name, streaming: rows)
+    assert identity_of(["hub:owner/name:train"]) not in (None, identity_of(["hub:owner/name:test"]))
+    with pytest.raises(DataError, match="no such file or folder"):
+        identity_of([str(tmp_path / "nowhere")])
 
 
 def test_jsonl_is_one_article_a_line(tmp_path: Path) -> None:

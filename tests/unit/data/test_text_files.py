@@ -58,6 +58,25 @@ def test_what_cannot_be_decoded_is_replaced_and_counted(tmp_path: Path) -> None:
     assert encodings.replaced == 2
 
 
+@pytest.mark.parametrize(("content", "named"), [(b"caf\xe9", "utf-8"), (b"\xef\xbb\xbfcaf\xe9", None)])
+def test_what_is_no_utf_8_though_it_is_said_to_be_is_counted(tmp_path: Path, content: bytes, named: str | None) -> None:
+    """By its user, or by its mark. The sign for such bytes may also stand in valid text."""
+    encodings = Encodings(named)
+    assert list(lines_of(compressed(tmp_path / "a.txt", content), encodings=encodings)) == ["caf\ufffd"]
+    assert encodings.replaced == 1
+    plain = Encodings()
+    assert list(lines_of(compressed(tmp_path / "b.txt", "caf\ufffd".encode()), encodings=plain)) == ["caf\ufffd"]
+    assert plain.replaced == 0
+
+
+def test_a_file_is_looked_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A client reads its text twice: to count it and to tokenize it."""
+    path = compressed(tmp_path / "a.txt", (TEXT * 20).encode("cp1252"))
+    encodings = Encodings()
+    assert "".join(lines_of(path, encodings=encodings)) == "".join(lines_of(path, encodings=encodings)) == TEXT * 20
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 @pytest.mark.parametrize("size", [CHUNK_BYTES - 1, CHUNK_BYTES, 3 * CHUNK_BYTES + 1])
 def test_the_first_foreign_byte_may_come_late(tmp_path: Path, size: int) -> None:
     """And a character may lie across two chunks."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedbert_ds.data import masking
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.held_out import evaluation_batch
-from fedbert_ds.data.masking import BatchStream, EncodedText, Masker, encode, encoded_articles
+from fedbert_ds.data.masking import BatchStream, Encoded, EncodedText, Masker, encode, encoded_articles
 from fedbert_ds.data.token_files import OFFSETS, TOKENS, WORD_STARTS, StoredText, id_type, token_writer
 from fedbert_ds.errors import DataError
 from fedbert_ds.seeding import generator
@@ -132,3 +132,23 @@ def test_a_text_in_memory_counts_the_same_in_parts(
     whole = text.digest(1000), text.count(6)
     monkeypatch.setattr(masking, "_BLOCK_TOKENS", 7)
     assert (text.digest(1000), text.count(6)) == whole
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
+def test_what_was_read_of_a_text_on_disk_is_no_memory_of_the_process(tmp_path: Path) -> None:
+    """An epoch reads all of a text that is larger than the memory that its owner allows."""
+
+    def mapped() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile:"))
+
+    ids, starts = np.ones(1 << 20, dtype=np.int32), np.ones(1 << 20, dtype=bool)
+    with token_writer(tmp_path, "text", 400) as writer:
+        for _ in range(32):
+            writer.add(Encoded(ids, starts, [128] * (len(ids) // 128)))
+    text = StoredText(tmp_path, "text", 400)
+    before = mapped()
+    for first in range(0, text.num_sequences, 64):
+        text.take(text.pieces(range(first, first + 64)))
+    assert mapped() - before < 24 << 20, "of 98 MB in files"
+    text.close()

@@ -204,6 +204,10 @@ def test_a_text_that_changes_while_it_is_read_is_one_line(owner: Owner) -> None:
     with pytest.raises(DataError, match="the text changed while it was read; start this client again when"):
         own.encoded(owner.tokenizer, BertConfig(), SETTINGS, Share("ada", 0.0, 0))
     assert not list(owner.cache.iterdir())
+    own = read_own_data([str(owner.path)], "masked_lm")
+    write_shard(owner.path, ARTICLES)
+    with pytest.raises(DataError, match="the text changed"):
+        own.encoded(owner.tokenizer, BertConfig(), SETTINGS, Share("ada", 0.0, 0))
     own = read_own_data([str(owner.path)], "masked_lm", cache=owner.cache)
     write_shard(owner.path, [*ARTICLES[1:-1], ARTICLES[0]])  # as many characters
     with pytest.raises(DataError, match="the text changed"):

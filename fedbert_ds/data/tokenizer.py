@@ -25,6 +25,8 @@ LONGEST_WORD = 100
 _BLOCK = 4096
 """Copies of a word at once."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+_KIND_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
+"""One of these says which tokenizer it is."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,11 @@ def load_tokenizer(name_or_folder: str) -> PreTrainedTokenizerFast:
         raise DataError(f"{name_or_folder}: no such folder; name one that holds a tokenizer, or a hub name")
     if folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
         raise DataError(f"{name_or_folder}: no tokenizer.json in this folder; save the tokenizer there")
+    if folder is not None and not any((folder / file).is_file() for file in _KIND_FILES):
+        raise DataError(
+            f"{name_or_folder}: a vocabulary alone does not say how it divides text; put the tokenizer.json or the "
+            "tokenizer_config.json there that came with it"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder or name_or_folder), local_files_only=folder is not None, trust_remote_code=False

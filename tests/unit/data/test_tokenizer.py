@@ -188,6 +188,15 @@ def test_tokenizers_that_are_not_there(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["vocab.txt", "vocab.json", "tokenizer.model"])
+def test_a_vocabulary_alone_is_told_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[PAD]\n[UNK]\n")
+    with pytest.raises(
+        DataError, match=r"a vocabulary alone does not say how it divides text; put the tokenizer\.json"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_folder_is_read_without_network(
     wordpiece: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,7 +122,9 @@ def test_a_job_that_lost_a_rank_is_queued_again_but_not_for_ever(submitted, rest
     assert ("after 5 times in the queue: look at the nodes" in result.stderr) != is_queued
 
 
-@pytest.mark.parametrize(("code", "mark"), [(75, "lost"), (130, "stopped"), (1, None), (0, None)])
+@pytest.mark.parametrize(
+    ("code", "mark"), [(75, "lost"), (137, "lost"), (139, "lost"), (143, None), (130, "stopped"), (1, None), (0, None)]
+)
 def test_a_rank_s_shell_leaves_word_of_how_it_ended(submitted, code, mark):
     """What srun runs for each rank, as it stands in the script."""
     folder = submitted["cwd"] / "runs" / "slurm-123"

@@ -5,6 +5,7 @@
 # make chaos           kill processes at every moment, compare the results (ARGS="--minutes 30", --table)
 # make schedules       simulated schedules of ranks, clients and faults (ARGS="--schedules 100000", --seed 7)
 # make faults          one long run that everything happens to (ARGS="--faults 62 --minutes 30 --processes 32")
+# make test-slurm      two virtual SLURM nodes: a run that is requeued and loses a rank (needs root, slurm-wlm, munge)
 # make card            all that a GPU is needed for, in 12 minutes (MINUTES=5, OUT=FILE.json, ARGS="--only waits")
 # make audit           known vulnerabilities of the installed packages (.ci/run does this, too)
 # make sbom            the installed packages as CycloneDX JSON, for a release (OUT=FILE.json)
@@ -49,7 +50,7 @@ OLDER := $(VENV)/transformers-4
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: pretrain test compile-check same chaos schedules faults card audit sbom setup clean
+.PHONY: pretrain test test-slurm compile-check same chaos schedules faults card audit sbom setup clean
 
 pretrain: $(STAMP)
 	@deepspeed --log_level critical --master_port $$(python -c $(FREE_PORT)) $(NUM_GPUS) launchers/pretrain.py --config $(CONFIG) $(ARGS)
@@ -75,6 +76,9 @@ schedules: $(STAMP)
 
 faults: $(STAMP)
 	@python tests/integration/faults.py $(ARGS)
+
+test-slurm: $(STAMP)
+	@python tests/integration/slurm_cluster.py $(ARGS)
 
 card: $(STAMP)
 	@python -m benchmarks.card --minutes $(MINUTES) --out $(or $(OUT),runs/card.json) $(ARGS)

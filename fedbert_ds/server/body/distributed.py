@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 from fedbert_ds.server.body.links import check_links
-from fedbert_ds.server.body.meeting import stay_on_this_machine
+from fedbert_ds.server.body.meeting import restart_store, stay_on_this_machine
 
 PATIENCE = timedelta(days=1)
 """Of every collective: one rank may wait for its clients, and the others for it."""
@@ -50,7 +50,13 @@ def initialize() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", timeout=PATIENCE, verbose=False)
+    backend = "nccl" if use_cuda else "gloo"
+    if (store := restart_store(os.environ)) is not None:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE
+        )  # which DeepSpeed then takes
+    deepspeed.init_distributed(dist_backend=backend, timeout=PATIENCE, verbose=False)
 
 
 def be_patient() -> None:

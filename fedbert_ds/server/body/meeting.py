@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from fedbert_ds.errors import ConfigError
-from fedbert_ds.server.body.links import addresses, is_loopback
+from fedbert_ds.server.body.links import addresses, is_loopback, ranks_on_node
 
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"
@@ -32,6 +32,23 @@ def stay_on_this_machine(environment: MutableMapping[str, str]) -> Any:
         return None
     environment[AGENT] = "True"
     return _store(environment) if environment["RANK"] == "0" else None
+
+
+def restart_store(environment: Mapping[str, str]) -> Any:
+    """A part of torchrun's store for ranks that it has started again; None where it has not.
+
+    The store outlives them, with the addresses of the ranks there were before (pytorch issue
+    135712). One agent's count of restarts parts them. Agents of several nodes count apart.
+    """
+    count = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_alone = int(environment["WORLD_SIZE"]) <= ranks_on_node(environment)
+    if count == "0" or environment.get(AGENT) != "True" or not is_alone:
+        return None
+    import torch.distributed as dist
+
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+    return dist.PrefixStore(f"fedbert/start/{count}", store)
 
 
 def meets_at_home(environment: Mapping[str, str]) -> bool:

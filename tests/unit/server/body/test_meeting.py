@@ -10,10 +10,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.server.body import meeting
-from fedbert_ds.server.body.meeting import AGENT, INTERFACES, meets_at_home, stay_on_this_machine
+from fedbert_ds.server.body.meeting import AGENT, INTERFACES, meets_at_home, restart_store, stay_on_this_machine
 
 RANK = """
 import os, sys, time
@@ -98,3 +99,25 @@ def test_several_machines_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) 
         before = dict(environment)
         assert not meets_at_home(environment)
         assert stay_on_this_machine(environment) is None and environment == before
+
+
+def test_ranks_that_torchrun_starts_again_see_nothing_of_the_last_ones() -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("address", "of a rank that is gone")
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", AGENT: "True"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    for count in ("1", "2"):
+        again = restart_store(environment | {"TORCHELASTIC_RESTART_COUNT": count})
+        assert not again.check(["address"])
+        again.set("address", "new")
+    assert store.get("address") == b"of a rank that is gone"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"TORCHELASTIC_RESTART_COUNT": "0"}, {AGENT: "False"}, {"LOCAL_WORLD_SIZE": "1"}],
+    ids=["first start", "no store of torchrun's", "several nodes, whose agents count apart"],
+)
+def test_all_other_ranks_meet_as_torch_has_it(changed: dict[str, str]) -> None:
+    environment = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", AGENT: "True", "TORCHELASTIC_RESTART_COUNT": "1"}
+    assert restart_store(environment | changed) is None

@@ -24,8 +24,7 @@ fork_quickly()
 
 NODES = ("gpu01", "gpu02")
 OWNERS = {"hospital-a": 9, "hospital-b": 5}
-WINDOWS = 30
-SAVE_EVERY = 5
+WINDOWS = 6
 PAGE = Page(
     "docs/clusters.md",
     {"configs/bert-base.yaml": "toy.yaml", "slots=8": "slots=1", "--nproc-per-node 8": "--nproc-per-node 1"},
@@ -65,10 +64,10 @@ def tree_of(folder: Path) -> dict:
     return run_file(
         folder,
         "run",
-        run={"windows": WINDOWS, "save_every": SAVE_EVERY},
+        run={"windows": WINDOWS},
         model={"num_hidden_layers": 2, "dropout": 0.1},
         window={"order": "fixed", "tokens": 300},
-        clients={"expected": len(OWNERS), "on_loss": "wait", "join_timeout": 240, "silence_timeout": 240},
+        clients={"expected": len(OWNERS), "join_timeout": 240, "silence_timeout": 240},
     )
 
 
@@ -168,14 +167,7 @@ def test_deepspeed_with_a_hostfile(expected: Outcome, nodes: VirtualNodes, repos
     assert finish(nodes, [launcher, *clients], repository) == expected
 
 
-def test_torchrun_on_each_node_and_a_rank_that_is_killed(
-    expected: Outcome, nodes: VirtualNodes, repository: Path
-) -> None:
-    """torchrun starts all ranks again; clients wait, and join again."""
+def test_torchrun_on_each_node(expected: Outcome, nodes: VirtualNodes, repository: Path) -> None:
     launchers = [nodes.start(node, PAGE.block("torchrun"), node, repository, with_programs()) for node in NODES]
     clients = start_clients(nodes, launchers, repository)
-    metrics = repository / "runs" / "cluster" / "metrics.jsonl"
-    _wait(lambda: metrics.is_file() and len(metrics.read_text().splitlines()) > SAVE_EVERY, nodes)
-    (rank,) = (one for one in nodes.processes(NODES[1]) if one.cmdline()[1:3] == ["-u", "launchers/pretrain.py"])
-    rank.kill()
     assert finish(nodes, [*launchers, *clients], repository) == expected

@@ -264,8 +264,7 @@ class Masker:
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, *, mask_probability: float, whole_word: bool = False
     ) -> None:
-        if tokenizer.mask_token_id is None:
-            raise DataError("this tokenizer has no mask token; name one of a masked LM in tokenizer.path")
+        check_mask(tokenizer)
         self.mask_probability = mask_probability
         self.whole_word = whole_word
         self._mask_id: int = tokenizer.mask_token_id
@@ -452,6 +451,12 @@ class BatchStream(SequenceStream):
 
 
 _TRUE = np.ones(1, dtype=bool)
+
+
+def check_mask(tokenizer: PreTrainedTokenizerFast) -> None:
+    """DataError for a tokenizer without a mask token."""
+    if tokenizer.mask_token_id is None:
+        raise DataError("this tokenizer has no mask token; name one of a masked LM in tokenizer.path")
 
 
 def sequence_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, np.ndarray]:

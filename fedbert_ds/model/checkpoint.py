@@ -47,7 +47,7 @@ _SHAPE_FIELDS = (
 
 
 def build_model(
-    section: ModelSection, vocab_size: int, pad_token_id: int, seed: int, task: Task | None = None
+    section: ModelSection, vocab_size: int, pad_token_id: int | None, seed: int, task: Task | None = None
 ) -> PreTrainedModel:
     """A masked LM, or an encoder with a task's head, in fp32, new or from `section.checkpoint`;
     `seed` alone decides new weights.
@@ -116,7 +116,8 @@ def config_from_json(text: str) -> Any:
         hf_config = CONFIG_MAPPING[model_type].from_dict(fields)
     except Exception as error:  # transformers raises its own kinds for a field of the wrong type
         raise ModelError(
-            f"the model's description cannot be read ({error}); install the same versions on both sides"
+            f"the model's description cannot be read ({' '.join(str(error).split())}); install the same versions on "
+            "both sides"
         ) from error
     check_architecture(hf_config)
     return hf_config
@@ -147,7 +148,7 @@ def save_merged(
     shutil.rmtree(old, ignore_errors=True)
 
 
-def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
+def config_of(section: ModelSection, vocab_size: int, pad_token_id: int | None) -> Any:
     """The config of a new model; ModelError for an impossible shape."""
     fields: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -163,6 +164,11 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int) -> Any:
     if section.architecture == "electra":
         hf_config: Any = ElectraConfig(**fields, embedding_size=section.embedding_size or section.hidden_size)
     elif section.architecture == "roberta":
+        if pad_token_id is None:
+            raise ModelError(
+                "architecture roberta counts positions from the padding's id, and this tokenizer has no padding; name "
+                "another in tokenizer.path or set model.architecture: bert"
+            )
         # The published models' values, which are not transformers' defaults.
         fields |= {"type_vocab_size": 1, "layer_norm_eps": 1e-5}
         fields["max_position_embeddings"] += pad_token_id + 1

@@ -66,7 +66,9 @@ def merge(hf_config: Any, client_state: Mapping[str, Tensor], body_state: Mappin
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ModelError(f"the halves do not make a whole model ({error}); give the halves of one run's end") from error
+        raise ModelError(
+            f"the halves do not make a whole model ({' '.join(str(error).split())}); give the halves of one run's end"
+        ) from error
     return model.eval()
 
 

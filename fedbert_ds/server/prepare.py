@@ -50,8 +50,10 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
     """Write shards, held-out text and tokenizer into the folder of a new run. Rank 0 calls it.
 
     Without local clients the server reads no text and returns no facts. Raises ConfigError if no
-    tokenizer is named then, DataError if the text is not enough for what each client needs.
+    tokenizer is named then, DataError if the text is not enough for what each client needs, or the
+    tokenizer lacks tokens that sequences need.
     """
+    from fedbert_ds.data.masking import check_mask, sequence_ends
     from fedbert_ds.data.tokenizer import load_tokenizer
     from fedbert_ds.tokenizer_folder import save_tokenizer
 
@@ -62,6 +64,10 @@ def prepare_text(config: RunConfig, folder: RunFolder) -> tuple[PreTrainedTokeni
             f"data.sequence_length {config.data.sequence_length} is longer than the tokenizer {name} takes; lower it "
             f"to {tokenizer.model_max_length} (model_max_length in its tokenizer_config.json)"
         )
+    if tokenizer is not None:
+        sequence_ends(tokenizer)
+        if not config.task.is_labelled:
+            check_mask(tokenizer)
     if tokenizer is not None and config.tokenizer.path and config.model.checkpoint:
         _compare_vocabularies(tokenizer, config.tokenizer.path, config.model.checkpoint)
     if not config.clients.local:

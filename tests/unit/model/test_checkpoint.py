@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel, BertTokenizer, MPNetConfig
-from unit.model.samples import PAD, VOCABULARY
+from unit.model.samples import PAD, VOCABULARY, small_section
 
 from fedbert_ds.config import ModelSection
 from fedbert_ds.errors import ModelError, RunError
@@ -253,6 +253,12 @@ def test_mistakes_are_one_line(small_model, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="weights cannot be loaded") as caught:
         from_folder(tmp_path / "small")
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_without_padding() -> None:
+    assert build_model(small_section("bert"), VOCABULARY, None, seed=1).config.pad_token_id is None
+    with pytest.raises(ModelError, match=r"this tokenizer has no padding; name another in tokenizer\.path"):
+        build_model(small_section("roberta"), VOCABULARY, None, seed=1)
 
 
 def test_decoders_are_refused(small_model, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.data.corpus import Article, read_articles
@@ -120,6 +121,24 @@ def test_a_tokenizer_of_shorter_texts_is_told_before_the_run(tmp_path: Path, sou
     with pytest.raises(ConfigError, match=r"data\.sequence_length 65 is longer than .*short takes; lower it to 64"):
         prepare_text(config(65), folder)
     prepare_text(config(64), folder)
+
+
+@pytest.mark.parametrize("local", [0, 3])
+@pytest.mark.parametrize(
+    ("lacks", "reason"), [("mask_token", "has no mask token"), ("cls_token", r"has no \[CLS\] or \[SEP\] token")]
+)
+def test_a_tokenizer_that_makes_no_sequences_is_told_before_the_run(
+    tmp_path: Path, source: Path, local: int, lacks: str, reason: str
+) -> None:
+    tokenizer = train_wordpiece([Article("", "ward patient dose fever")], 70)
+    setattr(tokenizer, lacks, None)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, **tokenizer.special_tokens_map
+    ).save_pretrained(tmp_path / "named")
+    (tmp_path / "run").mkdir()
+    config = config_of(source, tokenizer={"path": str(tmp_path / "named")}, clients={"expected": 3, "local": local})
+    with pytest.raises(DataError, match=reason):
+        prepare_text(config, RunFolder(tmp_path / "run"))
 
 
 def test_without_local_clients_a_tokenizer_must_be_named(tmp_path: Path, source: Path) -> None:

@@ -89,12 +89,13 @@ def packed_batches(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[
     return batches
 
 
-def padded_batches(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[list[int]]:
+def padded_batches(sequences: Tensor, lengths: Tensor, batch_size: int, like: float = LIKE) -> list[list[int]]:
     """Divide sequences, the shortest first: no batch has more tokens, padded, than `batch_size` of
     the longest.
 
     `lengths` are by number of a sequence. So short sequences make large batches, and every batch
-    costs about the same.
+    costs about the same. The shortest of a batch is at least `like` times as long as the longest;
+    with 1.0 there is no padding.
     """
     if not len(sequences):
         return []
@@ -102,7 +103,7 @@ def padded_batches(sequences: Tensor, lengths: Tensor, batch_size: int) -> list[
     batches: list[list[int]] = [[]]
     for number in sequences.tolist():
         longest, batch = int(lengths[number]), batches[-1]
-        if batch and ((len(batch) + 1) * longest > most or int(lengths[batch[0]]) < LIKE * longest):
+        if batch and ((len(batch) + 1) * longest > most or int(lengths[batch[0]]) < like * longest):
             batches.append([])
         batches[-1].append(number)
     return batches

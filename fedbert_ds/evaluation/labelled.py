@@ -18,7 +18,7 @@ from fedbert_ds.data.masking import Batch
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder
 from fedbert_ds.errors import DataError, ModelError
 from fedbert_ds.evaluation.batches import padded_batches
-from fedbert_ds.evaluation.masked_lm import usable_devices
+from fedbert_ds.evaluation.masked_lm import likeness, usable_devices
 from fedbert_ds.model.architecture import position_limit, tells_texts_apart
 from fedbert_ds.model.checkpoint import quiet_transformers
 from fedbert_ds.model.heads import auto_class_of
@@ -115,7 +115,7 @@ def _sums(
     """Sum of all losses, and of the counts."""
     lengths = sequences.text.lengths
     losses, counts = [], [0.0] * task.num_counts
-    for numbers in padded_batches(lengths.argsort(stable=True), lengths, batch_size):
+    for numbers in padded_batches(lengths.argsort(stable=True), lengths, batch_size, likeness(model)):
         batch = sequences.batch(numbers)
         scores = scores_of(model, task, batch, padding).float().cpu()
         ends = torch.tensor([0, *accumulate(batch.lengths)])

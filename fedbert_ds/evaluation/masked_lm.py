@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from fedbert_ds.data.long_steps import telling
 from fedbert_ds.data.masking import Batch, EncodedText, Masker, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, local_folder, num_rows
 from fedbert_ds.errors import DataError, ModelError
-from fedbert_ds.evaluation.batches import MaskedText, packed_batches, padded_batches
+from fedbert_ds.evaluation.batches import LIKE, MaskedText, packed_batches, padded_batches
 from fedbert_ds.evaluation.workers import SumOf, in_processes
 from fedbert_ds.model.architecture import position_limit
 from fedbert_ds.model.checkpoint import check_architecture
@@ -85,7 +86,7 @@ def evaluate_masked_lm(
         tokenizer = load_tokenizer(name)
     except DataError as error:
         raise ModelError(f"{error}; a checkpoint to evaluate needs its tokenizer beside it") from error
-    rows, needed = model.get_input_embeddings().num_embeddings, num_rows(tokenizer)
+    rows, needed = len(model.get_input_embeddings().weight), num_rows(tokenizer)
     if needed > rows:
         raise ModelError(f"{name}: the tokenizer has {needed} tokens, the model {rows}; save its own there")
     limit = min(position_limit(model), tokenizer.model_max_length)
@@ -97,8 +98,10 @@ def evaluate_masked_lm(
     masked = MaskedText.of(text, Masker(tokenizer, mask_probability=mask_probability), seed)
     sequences = masked.chosen(max_sequences)
     padding = None if is_packed(model.config, devices[0]) else _padding(tokenizer)
-    divided = packed_batches if padding is None else padded_batches
-    batches = divided(sequences, text.lengths, batch_size)
+    if padding is None:
+        batches = packed_batches(sequences, text.lengths, batch_size)
+    else:
+        batches = padded_batches(sequences, text.lengths, batch_size, likeness(model))
     if workers > 1:
         del model  # every process has its own
         sums = in_processes(_loaded, (name, seed, masked, padding), batches, devices)
@@ -106,6 +109,13 @@ def evaluate_masked_lm(
         sums = map(_sum_of(model.to(devices[0]).eval(), masked, padding), batches)
     return _result(tqdm(sums, "batches", len(batches), disable=None if shows_progress else True), masked, sequences,
                    train_counts)  # fmt: skip
+
+
+def likeness(model: PreTrainedModel) -> float:
+    """How alike in length the sequences of a batch must be, as `padded_batches` has it. FNet cannot
+    leave padding out: it mixes all that it is given.
+    """
+    return LIKE if "attention_mask" in inspect.signature(model.forward).parameters else 1.0
 
 
 def masked_lm_loss(
@@ -128,7 +138,7 @@ def masked_lm_loss(
     sequences = masked.chosen(max_sequences)
     was_training = model.training
     sum_of = _PaddedSum(model.eval(), masked, _padding(tokenizer))
-    sums = [sum_of(batch) for batch in padded_batches(sequences, text.lengths, batch_size)]
+    sums = [sum_of(batch) for batch in padded_batches(sequences, text.lengths, batch_size, likeness(model))]
     model.train(was_training)
     return _result(sums, masked, sequences, train_counts)
 
@@ -142,7 +152,8 @@ def summed_loss(model: PreTrainedModel, batch: Batch, batch_size: int = 32) -> f
     masked = MaskedText(batch.input_ids, targets, torch.tensor([0, *accumulate(batch.lengths)]))
     was_training = model.training
     sum_of = _PaddedSum(model.eval(), masked, model.config.pad_token_id or 0)
-    sums = [sum_of(numbers) for numbers in padded_batches(masked.chosen(None), masked.offsets.diff(), batch_size)]
+    batches = padded_batches(masked.chosen(None), masked.offsets.diff(), batch_size, likeness(model))
+    sums = [sum_of(numbers) for numbers in batches]
     model.train(was_training)
     return math.fsum(sums)
 

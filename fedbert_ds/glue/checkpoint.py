@@ -68,7 +68,7 @@ def load_task_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
 def check_fits(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, length: int) -> None:
     """ModelError, one line, when tokens or `length` lie outside the model's tables."""
-    rows: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
     needed = num_rows(tokenizer)
     if needed > rows:
         raise ModelError(f"{name}: the tokenizer has {needed} tokens, the model {rows}; save its own there")

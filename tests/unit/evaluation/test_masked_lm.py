@@ -49,6 +49,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "albert": SHAPE | {"embedding_size": 8},
     "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 40},
     "modernbert": SHAPE | {"cls_token_id": 2, "sep_token_id": 3, "bos_token_id": 2, "eos_token_id": 3},
+    "ibert": SHAPE,
+    "fnet": SHAPE,
 }
 ARTICLES = [
     Article(str(number), "federated models train on the text of many clinics and no text leaves them " * (number + 1))

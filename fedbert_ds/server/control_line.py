@@ -56,7 +56,9 @@ def open_run(
             details = error.details() or "no details"
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise WireError(f"the aggregator refused this run: {details}") from error
-            raise WireError(f"{address}: no aggregator ({error.code().name.lower()}: {details})") from error
+            raise WireError(
+                f"{address}: no aggregator ({error.code().name.lower()}: {details}); check aggregator.address"
+            ) from error
     if len(opened.sessions) != ranks:
         raise WireError(f"{address}: {len(opened.sessions)} sessions for {ranks} ranks; that is no aggregator")
     return opened

@@ -61,5 +61,5 @@ def look_up(server: str) -> str:
     except OSError:
         raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?") from None
     if address == COMPLETE:
-        raise RunOver(f"{server}: the run is complete")
+        raise RunOver(f"{server}: the run is complete; nothing is left to do")
     return address

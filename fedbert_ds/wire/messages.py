@@ -68,7 +68,10 @@ def parse_settings(text: str) -> ClientSettings:
     try:
         return ClientSettings.model_validate_json(text)
     except ValidationError as error:
-        raise WireError(f"the server's settings are not understood: {error.errors()[0]['msg']}") from error
+        reason = error.errors()[0]["msg"]
+        raise WireError(
+            f"the server's settings are not understood ({reason}); install the same fedbert-ds on both"
+        ) from error
 
 
 def cut_to_json(cut: Cut) -> str:

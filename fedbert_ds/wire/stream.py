@@ -211,7 +211,9 @@ class DialledStream(Generic[M]):
                 return error
             except (WireError, DecodeError) as error:
                 with self._changed:
-                    self._ended = WireError(f"{self._address}: {self.other_side} broke the protocol: {error}")
+                    self._ended = WireError(
+                        f"{self._address}: {self.other_side} broke the protocol ({error}); install the same fedbert-ds"
+                    )
                     self._changed.notify_all()
                 call.cancel()
         return None

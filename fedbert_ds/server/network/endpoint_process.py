@@ -82,7 +82,9 @@ class EndpointProcess:
         if answer is None or answer[0][0] != "port":
             self._channel.close()
             self.stop(grace=0.0)
-            raise WireError(answer[0][1] if answer else f"{self._address}: the endpoint's process did not start")
+            raise WireError(
+                answer[0][1] if answer else f"{self._address}: the endpoint's process did not start; see its output"
+            )
         for work in (self._receive, self._send):
             self._threads.append(threading.Thread(target=work, name="endpoint process", daemon=True))
             self._threads[-1].start()

@@ -121,7 +121,7 @@ def test_a_child_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch
     before = children()
     monkeypatch.setattr(sys, "executable", "/bin/false")
     endpoint = EndpointProcess("127.0.0.1", 7000, None)
-    with pytest.raises(WireError, match=r"^127\.0\.0\.1:7000: the endpoint's process did not start$"):
+    with pytest.raises(WireError, match=r"^127\.0\.0\.1:7000: the endpoint's process did not start; see its output$"):
         endpoint.start()
     endpoint.stop()
     assert children() <= before

@@ -17,6 +17,7 @@ from benchmarks.evaluation.benchmark import table as evaluation_table
 from benchmarks.fine_tuning.benchmark import table as fine_tuning_table
 from benchmarks.fp8.benchmark import table as fp8_table
 from benchmarks.glue.benchmark import table as glue_table
+from benchmarks.large_text.benchmark import table as large_text_table
 from benchmarks.liars.benchmark import table as liars_table
 from benchmarks.memory.benchmark import table as memory_table
 from benchmarks.memory.runs import BASE, CASES, FACTORIZED
@@ -275,6 +276,26 @@ def test_memory_in_flight():
     assert [row for shape in (BERT_BASE, LARGE, MODERN) for row in count(shape, "triton")] == [
         row for row in rows if row["kernels"] == "triton"
     ]
+
+
+def test_text_larger_than_memory():
+    rows = json.loads((BENCHMARKS / "results" / "large-text.json").read_text(encoding="utf-8"))["rows"]
+    assert large_text_table(rows) in README
+    # What the page claims.
+    fresh, resumed = rows
+    assert (fresh["begins"], resumed["begins"]) == ("fresh", "resumed")
+    assert f"{fresh['peak_mb']:.0f} MB with {fresh['bytes'] / 1e9:.1f} GB of text" in README
+    before = json.loads((BENCHMARKS / "results" / "memory-client.json").read_text(encoding="utf-8"))["rows"]
+    (small,) = (
+        row
+        for row in before
+        if (row["model"], row["mode"], row["updates"], row["begins"]) == (FACTORIZED, "synchronous", "int8", "fresh")
+    )
+    more = fresh["phases"]["start"] - small["phases"]["start"]
+    assert f"takes {more:.0f} MB more" in " ".join(README.split())
+    # 10 GB, and two places in the shuffle while an epoch begins.
+    at_10_gb = fresh["sequences"] * 4 * 10e9 / fresh["bytes"] / 1e6
+    assert 75 < at_10_gb < 85 and fresh["peak_mb"] + 2 * at_10_gb < 1000
 
 
 def test_killed_processes_leave_no_trace():

@@ -30,6 +30,6 @@ class Page:
         """A block of the section with this heading."""
         return self._blocks[section][number]
 
-    def sections(self) -> list[str]:
-        """Headings of the sections that have blocks."""
-        return [section for section, blocks in self._blocks.items() if blocks]
+    def sections_with_blocks(self) -> dict[str, int]:
+        """How many blocks each section has, by heading; those without are left out."""
+        return {section: len(blocks) for section, blocks in self._blocks.items() if blocks}

@@ -202,11 +202,11 @@ def disturbed(nodes: VirtualNodes, here: Path) -> Outcome:
     }
     for number, (what, disturb) in enumerate(disturbances.items()):
         seen = num_windows()
-        wait_until(lambda seen=seen: num_windows() > seen + SAVE_EVERY, nodes)  # type: ignore[misc]
+        wait_until(lambda seen=seen: num_windows() > seen + SAVE_EVERY, nodes)
         print(f"window {num_windows()}: the job {what}", flush=True)
         disturb()
         again = f"RUNNING {number + 1}"
-        wait_until(lambda again=again: cluster.state(job) == again, nodes)  # type: ignore[misc]
+        wait_until(lambda again=again: cluster.state(job) == again, nodes)
     wait_until(lambda: not cluster.run("squeue --noheader"), nodes)
     if not cluster.state(job).startswith("COMPLETED"):
         raise RuntimeError(f"job {job} is {cluster.state(job)}\n{nodes.logs()}")

@@ -124,7 +124,10 @@ def check_masked(manifest: Manifest, mask_probability: float) -> None:
 def check_loss(loss_sum: float, masked: int, who: str) -> None:
     """WireError for a sum of cross-entropies that so many masked tokens cannot have."""
     if not 0 <= loss_sum <= LARGEST_LOSS * masked:
-        raise WireError(f"{who}: a loss of {loss_sum} for {masked} masked tokens")
+        raise WireError(
+            f"{who}: a loss of {loss_sum:.3g} for {masked} masked tokens; lower optimizer.lr or raise "
+            "optimizer.warmup_windows, unless only this client reports such"
+        )
 
 
 def checked_manifest(client: str, message: pb.Manifest, max_sequence: int, max_tokens: int) -> Manifest:

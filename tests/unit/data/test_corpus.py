@@ -326,3 +326,12 @@ def test_importing_the_data_modules_loads_nothing_heavy() -> None:
         "heavy = {'transformers', 'datasets', 'tokenizers', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", command], check=True, timeout=60)
+
+
+def test_a_binary_column_is_text(tmp_path: Path) -> None:
+    """As writers without the mark of UTF-8 leave it in Parquet; nulls are left out."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    column = pyarrow.array(["Fieber über Nacht.".encode(), None], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert [article.text for article in read_articles([str(tmp_path / "a.parquet")])] == ["Fieber über Nacht."]

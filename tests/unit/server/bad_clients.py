@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Callable[[], Alter], str]] = {
     "gradient twice": (lambda: twice("gradient"), "which nobody asked for"),
     "gradient before hidden states": (lambda: beside("activations", GRADIENT_TOO_EARLY), "which nobody asked for"),
     "a loss that is no number": (lambda: with_field("gradient", "loss_sum", math.nan), "a loss of nan"),
-    "a loss below zero": (lambda: with_field("gradient", "loss_sum", -1.0), "a loss of -1.0"),
+    "a loss below zero": (lambda: with_field("gradient", "loss_sum", -1.0), "a loss of -1 for"),
     "an infinite loss": (lambda: with_field("gradient", "loss_sum", math.inf), "a loss of inf"),
     "manifest twice": (lambda: twice("manifest"), "a second manifest of window 0"),
     "manifest of another window": (lambda: with_field("manifest", "window", 1), "manifest of window 1 instead of 0"),

@@ -34,8 +34,9 @@ def why_not() -> str | None:
         return f"no {', '.join(missing)} here"
     if os.geteuid() != 0:
         return "only root makes network namespaces"
-    links = "ip link add probe type bridge && ip link add here type veth peer name there"
-    probe = subprocess.run([*NEW, "sh", "-c", links], capture_output=True, text=True, timeout=60)
+    probed = "hostname probe && mount --bind /etc/hosts /etc/hosts && ip link set lo up"
+    probed += " && ip link add probe type bridge && ip link add here type veth peer name there"
+    probe = subprocess.run([*NEW, "sh", "-ec", probed], capture_output=True, text=True, timeout=60)
     return f"no network namespaces here: {probe.stderr.strip()}" if probe.returncode else None
 
 

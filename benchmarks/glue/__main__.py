@@ -23,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=["RTE", "STS-B", "SST-2"], metavar="TASK")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--epochs", type=int, metavar="N", help="(default: run_glue's)")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="(default: run_glue's)")
     parser.add_argument("--train-examples", type=int, metavar="N", help="train on so many, drawn once (default: all)")
     return parser
 

@@ -35,6 +35,7 @@ class GlueOptions:
     seeds: tuple[int, ...]
     command: str
     epochs: int | None = None
+    learning_rate: float | None = None
     train_examples: int | None = None
     quick: bool = False
 
@@ -42,7 +43,8 @@ class GlueOptions:
 def bench_glue(options: GlueOptions) -> None:
     """Fine-tune both ways with the recipe run_glue, on the CPU; write the record, print it."""
     names = [glue_task(name).name for name in options.tasks]
-    recipes = {name: recipe_of("run_glue", name, epochs=1 if options.quick else options.epochs) for name in names}
+    epochs = 1 if options.quick else options.epochs
+    recipes = {name: recipe_of("run_glue", name, epochs=epochs, learning_rate=options.learning_rate) for name in names}
     limit = QUICK_EXAMPLES if options.quick else options.train_examples
     source = DataSource(options.data, limit, QUICK_EXAMPLES if options.quick else None)
     plain: dict[tuple[str, int], dict[str, Any]] = {}

@@ -46,8 +46,10 @@ def inputs(tmp_path: Path) -> list[str]:
 def test_both_ways_are_recorded_and_equal(inputs: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     arguments = [*inputs, "--out", str(tmp_path / "record.json"), "--work", str(tmp_path / "work"), "--epochs", "2"]
+    arguments += ["--learning-rate", "3e-4"]
     main(arguments)
     record = json.loads((tmp_path / "record.json").read_text())
+    assert record["recipes"]["SST-2"]["learning_rate"] == 3e-4
     assert [(row["task"], row["seed"], row["train_examples"]) for row in record["rows"]] == [
         ("SST-2", 0, 70),
         ("SST-2", 1, 70),

@@ -25,9 +25,9 @@ def needing_large_windows(config: RunConfig) -> float:
 @pytest.mark.parametrize(
     ("slow", "mode", "cut"),
     [
-        ({}, "synchronous", "embeddings"),
-        ({("synchronous", "embeddings")}, "synchronous", "rows"),
-        ({("synchronous", "embeddings"), ("synchronous", "rows")}, "parallel", "embeddings"),
+        ([], "synchronous", "embeddings"),
+        ([("synchronous", "embeddings")], "synchronous", "rows"),
+        ([("synchronous", "embeddings"), ("synchronous", "rows")], "parallel", "embeddings"),
     ],
     ids=str,
 )

@@ -32,9 +32,14 @@ class Ring:
         self._head = 0
 
     def write(self, number: int, body: bytes) -> int | None:
-        """Write message `number`; returns its start, or None without room."""
+        """Write message `number`; returns its start, or None without room, or where the system gives
+        none: memory is short, or this process may write no large files.
+        """
         start = self._room(len(body))
-        if start is None or os.pwrite(self._descriptor, body, self._base + start) != len(body):
+        try:
+            if start is None or os.pwrite(self._descriptor, body, self._base + start) != len(body):
+                return None
+        except OSError:
             return None
         self._taken.append((number, start))
         self._head = start + len(body)

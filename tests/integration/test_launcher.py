@@ -70,7 +70,7 @@ def test_interrupt_then_resume(config) -> None:
 
     changed = _launch(config, "--resume", "model.hidden_size=64")
     assert changed.wait(timeout=120) != 0
-    assert "model is" in (config.parent / "output.log").read_text()
+    assert "model.hidden_size is" in (config.parent / "output.log").read_text()
 
 
 def test_a_run_whose_launcher_is_killed_saves_and_ends(config: Path) -> None:

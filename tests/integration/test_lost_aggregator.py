@@ -50,7 +50,8 @@ def secrets_in(run: Federation) -> dict[str, list[str]]:
     """Secrets in logs and in what the run writes, by file: the two parties', and sessions."""
     found = {}
     for path in run.folder.rglob("*"):
-        if path.is_file() and path.name not in ("secret", "run.txt"):
+        # A run's id, which run.txt and text.json hold, is known to all.
+        if path.is_file() and path.name not in ("secret", "run.txt", "text.json"):
             text = path.read_text(errors="replace")
             if seen := re.findall(r"a secret of two parties|\b[0-9a-f]{32}\b", text):
                 found[str(path)] = seen

@@ -59,7 +59,7 @@ def test_with_a_body_none_is_awaited() -> None:
         ("ada", {"window": 2}, "client ada: report of window 2, which was not asked for"),
         ("ada", {"loss_sum": math.nan}, "a loss of nan"),
         ("ada", {"loss_sum": math.inf}, "a loss of inf"),
-        ("ada", {"loss_sum": -1.0}, "a loss of -1.0"),
+        ("ada", {"loss_sum": -1.0}, "a loss of -1 for"),
         ("ada", {"masked_tokens": 4, "last": False}, "4 masked tokens instead of 3"),
         ("ada", {"masked_tokens": 2}, "2 masked tokens instead of 3"),
     ],

@@ -4,6 +4,7 @@ it is left.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -217,3 +218,23 @@ def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch,
     assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
     endpoint.stop(grace=0.1)
     assert own_memory() == before
+
+
+def test_where_memory_cannot_be_written_messages_go_through_the_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under a limit of a process's file sizes, which counts for memory, too."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr("fedbert_ds.wire.shared_memory.os.pwrite", refuse)
+    endpoint = Endpoint("127.0.0.1", 0, None)
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({"ada": "session of ada"})
+    chunk = pb.UpdateChunk(payload=b"x" * LARGE)
+    with ServerStream(address, None, "ada", "session of ada") as stream:
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        endpoint.send("ada", pb.ServerMessage(update=chunk))
+        stream.send(pb.ClientMessage(update=chunk))
+        assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
+        assert stream.receive() == pb.ServerMessage(update=chunk)
+    endpoint.stop(grace=0.1)

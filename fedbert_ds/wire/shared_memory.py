@@ -32,7 +32,7 @@ class Ring:
         self._head = 0
 
     def write(self, number: int, body: bytes) -> int | None:
-        """Write message `number`; returns its start, or None without room, or where the system gives
+        """Write message `number`; returns its start. None without room, and where the system gives
         none: memory is short, or this process may write no large files.
         """
         start = self._room(len(body))

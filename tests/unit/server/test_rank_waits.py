@@ -88,6 +88,20 @@ def test_a_run_that_waits_ends_as_if_nobody_had_been_lost(
         assert rank.endpoint.clients["bo"].begins[-1].next_window == window
 
 
+def test_why_a_run_waits_is_told_before_its_first_window_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_with()
+    rank = Rank(monkeypatch, config, trio(config, leaves_after(3)))
+    rank.endpoint.on_gone = returning(rank, config)
+    told: list[str] = []
+    rank.served.connect()
+    rank.server.train(
+        lambda window, _: told.append(f"window {window}"),
+        rank.served.checkpoints,
+        on_wait=lambda statuses: told.extend(problem for status in statuses for problem in status.new_problems),
+    )
+    assert told[0].startswith("client bo disconnected") and told[1:] == [f"window {window}" for window in range(4)]
+
+
 def test_a_window_that_is_undone_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_with()
     refused = BAD["half that is not finite"][0]()  # the very last that it sends in a window

@@ -259,8 +259,7 @@ class RankServer:
             # Count all bytes of the run. In earlier windows some may count in the next window.
             self._rooms.outbox.settle()
         # Nobody sees the status before the first window, unless the run then waits for somebody.
-        is_seen = window > self._first_window or bool(membership.absent)
-        new_problems = membership.take_new_problems() if is_seen else ()
+        new_problems = membership.take_new_problems() if window > self._first_window or membership.absent else ()
         status = replace(self._status(window, self._take_tally(), new_problems), observed=self._rooms.influence.take())
         with self._busy("gather", window=window):
             return self._rooms.gathered(status, RankStatus)

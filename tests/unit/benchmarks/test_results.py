@@ -403,6 +403,14 @@ def test_glue_beside_plain_transformers_code():
         assert row["largest_difference"] < 0.005
 
 
+def test_plain_transformers_code_gives_the_same_on_all_of_sst_2():
+    record = json.loads((BENCHMARKS / "results" / "glue-sst-2-plain.json").read_text(encoding="utf-8"))
+    assert glue_table(record["rows"]) in README
+    (row,) = record["rows"]
+    assert (row["train_examples"], row["largest_difference"]) == (67_349, 0.0)
+    assert row["train_loss"] == row["plain_train_loss"]
+
+
 def test_glue_sst_2():
     record = json.loads((BENCHMARKS / "results" / "glue-sst-2.json").read_text(encoding="utf-8"))
     (row,) = record["rows"]

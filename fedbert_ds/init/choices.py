@@ -186,7 +186,6 @@ def _ports(gpus: int) -> str:
 def _machines(draft: _Draft, wanted: Wanted) -> None:
     """What the body's machine asks for."""
     on_gpu = wanted.gpus > 0
-    draft.set("body.deepspeed", None)
     draft.set("body.zero_stage", 1 if wanted.gpus > 1 else 0, "the body of any BERT fits one GPU")
     draft.set("body.precision", "bf16" if on_gpu else "fp32", "for GPUs" if on_gpu else "for a CPU")
     draft.set("optimizer.name", "lamb", "its steps fit any width, and large windows")

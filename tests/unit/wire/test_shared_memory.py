@@ -158,6 +158,20 @@ def test_a_client_of_this_machine_that_is_killed_is_not_waited_for(shares_memory
     endpoint.stop(grace=0.1)
 
 
+def test_a_client_is_told_of_once_its_process_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = Endpoint("127.0.0.1", 0, None)
+    told_before: list[int] = []
+    monkeypatch.setattr(
+        "fedbert_ds.server.network.client_stream.neighbour", lambda _: told_before.append(endpoint.num_waiting)
+    )
+    address = f"127.0.0.1:{endpoint.start()}"
+    endpoint.admit({"ada": "session of ada"})
+    with ServerStream(address, None, "ada", "session of ada"):
+        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert told_before == [0]
+    endpoint.stop(grace=0.1)
+
+
 def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[SharedMemory] = []
     monkeypatch.setattr(

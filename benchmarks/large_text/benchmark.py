@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.memory.benchmark import fill
 from benchmarks.memory.client import PHASES
-from benchmarks.memory.runs import QUICK, RUN_FILE, Case, measure
+from benchmarks.memory.runs import BASE, QUICK, RUN_FILE, Case, measure
 from fedbert_ds.atomic_write import atomic_write
-from fedbert_ds.bench.process import exit_on_sigterm
+from fedbert_ds.bench.process import LONGEST_SECONDS, exit_on_sigterm
 from fedbert_ds.bench.text import prepare
 from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
@@ -23,8 +23,10 @@ from fedbert_ds.seeding import generator
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 
-CASE = Case("embedding 128", "synchronous", "int8")
+CASE = Case(BASE, "synchronous", "int8")
 QUICK_GIGABYTES = 0.02
+SECONDS_A_GIGABYTE = 3600
+"""On two slow cores a client reads and tokenizes a gigabyte in a third of it."""
 SENTENCES = 40
 """Of an article."""
 SHOWN = ("start", "plan", "embed", "head", "optimizer step", "between")
@@ -64,9 +66,10 @@ def bench_large_text(options: LargeTextOptions) -> None:
     commit = source_commit()
     # The server waits for the tokenizing, too.
     overrides = (*overrides, f"tokenizer.path={tokenizer.resolve()}", "clients.join_timeout=100000")
+    longest_seconds = LONGEST_SECONDS + SECONDS_A_GIGABYTE * size / 1e9
     rows = []
     try:
-        for row in measure(CASE, options.work, text, overrides):
+        for row in measure(CASE, options.work, text, overrides, longest_seconds):
             log = options.work / f"{CASE.slug}.{row['begins']}.client.log"
             rows.append(row | {"bytes": text.stat().st_size} | facts_of(log.read_text(encoding="utf-8")))
             print(f"{row['begins']}: {row['peak_mb']:.0f} MB, {row['phases']}", flush=True)

@@ -61,6 +61,12 @@ class Sequences(ABC):
         """
 
     @abstractmethod
+    def put_by(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
+        """Keep an array of a number a sequence where the text is kept, until the next is put by;
+        returns what gives it back, to be called for each use (see `arrays`).
+        """
+
+    @abstractmethod
     def close(self) -> None:
         """Give back what it holds open; it is not read after that."""
 
@@ -130,6 +136,10 @@ class EncodedText(Sequences):
     def arrays(self) -> Arrays:
         """See `Sequences`."""
         return Arrays(self.tokens.numpy(), self.word_starts.numpy(), self.offsets.numpy())
+
+    def put_by(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
+        """See `Sequences`."""
+        return lambda: numbers
 
     def close(self) -> None:
         """Nothing is open."""
@@ -366,7 +376,7 @@ class SequenceStream(ABC):
         self.text = text
         self._seed, self._client = seed, client
         self._epoch, self._position = 0, 0
-        self._order = self._shuffle(0, text.num_sequences)
+        self._order = self._shuffled(0, text.num_sequences)
 
     @abstractmethod
     def batch_of(self, sequences: Sequence[int], window: int) -> Batch:
@@ -378,14 +388,15 @@ class SequenceStream(ABC):
         One sequence is taken even if it is longer than `max_tokens`. A new epoch begins inside a
         batch where the text ends, so a text shorter than `max_tokens` is repeated.
         """
-        offsets = self.text.arrays().offsets
+        offsets, order = self.text.arrays().offsets, self._order()
         sequences: list[int] = []
         room = max_tokens
         while True:
-            if self._position == len(self._order):
+            if self._position == len(order):
                 self._epoch, self._position = self._epoch + 1, 0
-                self._order = self._shuffle(self._epoch, self.text.num_sequences)
-            sequence = int(self._order[self._position])
+                self._order = self._shuffled(self._epoch, self.text.num_sequences)
+                order = self._order()
+            sequence = int(order[self._position])
             room -= int(offsets[sequence + 1] - offsets[sequence])
             if room < 0 and sequences:
                 break
@@ -395,7 +406,7 @@ class SequenceStream(ABC):
 
     def state_dict(self) -> dict[str, int]:
         """The cursor, and the number of sequences of its epoch."""
-        return {"epoch": self._epoch, "position": self._position, "sequences": len(self._order)}
+        return {"epoch": self._epoch, "position": self._position, "sequences": len(self._order())}
 
     def load_state_dict(self, state: Mapping[str, int] | None) -> None:
         """Continue from a `state_dict`, or from the beginning; DataError if the text has shrunk.
@@ -409,13 +420,13 @@ class SequenceStream(ABC):
                 "go on with the same text, or more behind it, and the same tokenizer"
             )
         self._epoch, self._position = state["epoch"], state["position"]
-        self._order = self._shuffle(self._epoch, state["sequences"])
+        self._order = self._shuffled(self._epoch, state["sequences"])
 
-    def _shuffle(self, epoch: int, sequences: int) -> np.ndarray:
+    def _shuffled(self, epoch: int, sequences: int) -> Callable[[], np.ndarray]:
         # The numbers of `permutation`, in half its memory.
         order = np.arange(sequences, dtype=np.int32 if sequences < 2**31 else np.int64)
         generator("shuffle", self._seed, self._client, epoch).shuffle(order)
-        return order
+        return self.text.put_by(order)
 
 
 class BatchStream(SequenceStream):

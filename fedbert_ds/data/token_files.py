@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -26,6 +27,8 @@ class StoredText(Sequences):
         self._tokens, self._starts, self._offsets = (
             (folder / f"{name}{suffix}").open("rb") for suffix in (TOKENS, WORD_STARTS, OFFSETS)
         )
+        self._folder = folder
+        self._put_by: BinaryIO | None = None
         self._id_type = id_type(vocab_size)
         self._num_sequences = _bytes_of(self._offsets) // 8 - 1
         self._num_tokens = _bytes_of(self._starts)
@@ -57,10 +60,23 @@ class StoredText(Sequences):
             np.memmap(self._offsets, np.int64, mode="r"),
         )
 
+    def put_by(self, numbers: np.ndarray) -> Callable[[], np.ndarray]:
+        """See `Sequences`; in a file without a name, which is gone with this process."""
+        if self._put_by is not None:
+            self._put_by.close()
+        dtype = numbers.dtype
+        try:
+            file = self._put_by = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - `close` closes it
+            numbers.tofile(file)
+        except OSError:  # full, or not to be written: the text can be read all the same
+            return lambda: numbers
+        return lambda: np.memmap(file, dtype, mode="r")
+
     def close(self) -> None:
         """Close the files."""
-        for file in (self._tokens, self._starts, self._offsets):
-            file.close()
+        for file in (self._tokens, self._starts, self._offsets, self._put_by):
+            if file is not None:
+                file.close()
 
 
 class TokenWriter:

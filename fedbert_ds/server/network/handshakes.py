@@ -7,12 +7,16 @@ become refusals, of which few are told and all counted; every other line passes 
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import threading
 from typing import BinaryIO
 
 from fedbert_ds.server.network.door import Refusals
+
+_FLUSH_SECONDS = 5.0
+"""How long a process's end waits for its last lines: another process may hold the pipe open."""
 
 _FAILED = re.compile(rb"Handshake failed with error .*?OPENSSL_internal:([A-Z0-9_]+):? ?(.*)")
 
@@ -53,10 +57,17 @@ def relay(lines: BinaryIO, onwards: int, refusals: Refusals) -> None:
 
 
 def tell_failed_handshakes() -> None:
-    """Put the relay before this process's standard error, for the rest of its life."""
+    """Put the relay before this process's standard error, until its end."""
     onwards = os.dup(2)
     reading, writing = os.pipe()
     os.dup2(writing, 2)
     os.close(writing)
     lines = os.fdopen(reading, "rb")
-    threading.Thread(target=relay, args=(lines, onwards, Refusals()), name="handshakes", daemon=True).start()
+    thread = threading.Thread(target=relay, args=(lines, onwards, Refusals()), name="handshakes", daemon=True)
+    thread.start()
+
+    def tell_the_last() -> None:
+        os.dup2(onwards, 2)  # the pipe's last end that writes: the relay finds no more behind its lines
+        thread.join(_FLUSH_SECONDS)
+
+    atexit.register(tell_the_last)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +57,25 @@ def test_batches_are_those_of_the_text_in_memory(
         assert here.input_ids.equal(there.input_ids) and here.labels.equal(there.labels)
         assert here.lengths == there.lengths and here.masked_positions.equal(there.masked_positions)
     assert streams[0].state_dict() == streams[1].state_dict() and streams[0].state_dict()["epoch"] > 0
+
+
+def test_what_is_put_by_is_on_disk_and_leaves_nothing_there(
+    tmp_path: Path, articles: list[Article], wordpiece: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = stored(tmp_path, articles, wordpiece, 24)
+    files = sorted(tmp_path.iterdir())
+    for size in (3, 100_000):
+        numbers = np.arange(size, dtype=np.int32)[::-1].copy()
+        in_memory, expected = weakref.ref(numbers), numbers.tolist()
+        found = text.put_by(numbers)
+        del numbers
+        assert in_memory() is None
+        assert isinstance(found(), np.memmap) and found().dtype == np.int32 and found().tolist() == expected
+    assert sorted(tmp_path.iterdir()) == files
+    # Where nothing more can be written, such as a full disk.
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    assert text.put_by(np.arange(4))().tolist() == [0, 1, 2, 3]
+    text.close()
 
 
 @given(

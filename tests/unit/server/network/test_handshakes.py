@@ -50,6 +50,23 @@ def test_other_lines_pass_as_they_are() -> None:
     assert len(lines) == TOLD_AT_ONCE + 1 and lines[-1] == f"refused: {100 - TOLD_AT_ONCE} others"
 
 
+ENDS = """
+import os
+import sys
+from fedbert_ds.server.network.handshakes import tell_failed_handshakes
+
+tell_failed_handshakes()
+os.write(2, sys.argv[1].encode() * 100 + b"a last word\\n")
+"""
+
+
+def test_lines_of_a_process_s_last_moment_are_told_and_counted() -> None:
+    line = f"{HEAD}{OPENSSL}HTTP_REQUEST\n"
+    ended = subprocess.run([sys.executable, "-c", ENDS, line], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "a last word\n")
+    assert ended.stdout.splitlines()[-1] == f"refused: {100 - TOLD_AT_ONCE} others"
+
+
 LISTENS = """
 import sys
 from pathlib import Path

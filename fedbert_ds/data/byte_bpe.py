@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from fedbert_ds.data.corpus import HasText
+from fedbert_ds.data.long_steps import working
+from fedbert_ds.data.tokenizer import TRAINING
 from fedbert_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -42,14 +45,17 @@ def train_byte_bpe(articles: Iterable[HasText], vocab_size: int, lowercase: bool
         show_progress=False,
     )
     seen = False
+    told = ExitStack()
 
     def texts() -> Iterable[str]:
         nonlocal seen
         for article in articles:
             seen = seen or bool(article.text.strip())
             yield article.text
+        told.enter_context(working(TRAINING))
 
-    tokenizer.train_from_iterator(texts(), trainer)
+    with told:
+        tokenizer.train_from_iterator(texts(), trainer)
     if not seen:
         raise DataError("no text to train a tokenizer on; add text to data.source or name one in tokenizer.path")
     tokenizer.decoder = decoders.ByteLevel()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 LIVE_SECONDS = 0.5
@@ -27,28 +29,64 @@ def telling(
     """The items, and now and then a line that says how far they are: `what`, characters so far, and
     of a known `total` the share and the time that is left.
     """
-    out = stream or sys.stdout
-    is_live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    pause = LIVE_SECONDS if is_live else LOG_SECONDS
+    place = _Place(stream or sys.stdout)
     begun = told = clock()
-    done, width = 0, 0
+    done = 0
     try:
         for item in items:
             yield item
             done += size(item)
-            if clock() - told >= pause:
+            if clock() - told >= place.pause:
                 told = clock()
-                line = _line(what, done, total, told - begun)
-                if is_live:
-                    width = max(width, len(line))
-                    out.write(f"\r{line.ljust(width)}")
-                    out.flush()
-                else:
-                    print(line, file=out, flush=True)
+                place.show(_line(what, done, total, told - begun))
     finally:
-        if width:
-            out.write(f"\r{' ' * width}\r")
-            out.flush()
+        place.clear()
+
+
+@contextmanager
+def working(what: str, *, stream: TextIO | None = None, pause: float | None = None) -> Iterator[None]:
+    """Tell of a block whose end cannot be foreseen, now and then: `what`, and the time so far.
+
+    For code that holds no Python lock, such as a tokenizer's training.
+    """
+    place = _Place(stream or sys.stdout)
+    over, begun = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not over.wait(pause or place.pause):
+            place.show(f"{what}: {_seconds(time.monotonic() - begun)} so far")
+
+    thread = threading.Thread(target=tell, name="long step", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        place.clear()
+
+
+class _Place:
+    """Where a step is told of: a terminal's last line, or line by line."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._is_live = out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+        self._width = 0
+        self.pause = LIVE_SECONDS if self._is_live else LOG_SECONDS
+
+    def show(self, line: str) -> None:
+        if not self._is_live:
+            print(line, file=self._out, flush=True)
+            return
+        self._width = max(self._width, len(line))
+        self._out.write(f"\r{line.ljust(self._width)}")
+        self._out.flush()
+
+    def clear(self) -> None:
+        if self._width:
+            self._out.write(f"\r{' ' * self._width}\r")
+            self._out.flush()
 
 
 def _line(what: str, done: int, total: int | None, seconds: float) -> str:
@@ -62,3 +100,7 @@ def _line(what: str, done: int, total: int | None, seconds: float) -> str:
 def _minutes(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if minutes else "less than a minute"
+
+
+def _seconds(seconds: float) -> str:
+    return _minutes(seconds) if seconds >= 60 else f"{seconds:.0f} s"

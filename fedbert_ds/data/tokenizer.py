@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedbert_ds.data.corpus import HasText
+from fedbert_ds.data.long_steps import working
 from fedbert_ds.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ COVERED = 0.999
 """Share of a text's characters that are in the alphabet, if the vocabulary has room."""
 LONGEST_WORD = 100
 """Characters of a word that WordPiece reads; it takes a longer one for [UNK]."""
+TRAINING = "text    training the tokenizer"
 _BLOCK = 4096
 """Copies of a word at once."""
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -95,7 +97,8 @@ def wordpiece_of_counts(words: Mapping[str, int], vocab_size: int, letters: Lett
     )
     learner = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(_repeated(words), trainer)
+    with working(TRAINING):
+        learner.train_from_iterator(_repeated(words), trainer)
 
     # A new tokenizer around the vocabulary, whose `##x` pieces are not special.
     tokenizer = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))

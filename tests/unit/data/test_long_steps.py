@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from fedbert_ds.data.long_steps import telling
+from fedbert_ds.data import long_steps
+from fedbert_ds.data.byte_bpe import train_byte_bpe
+from fedbert_ds.data.corpus import Article
+from fedbert_ds.data.long_steps import telling, working
+from fedbert_ds.data.tokenizer import train_wordpiece
+from fedbert_ds.seeding import generator
 
 
 class Terminal(io.StringIO):
@@ -55,3 +62,34 @@ def test_a_terminal_has_one_line_which_goes_in_the_end(monkeypatch: pytest.Monke
         *lines, blank, end = printed.split("\r")
         assert lines[1] == "tokenizing: 20 million characters" and not end
         assert not blank.strip() and len(blank) == max(map(len, lines))
+
+
+def test_a_step_of_unknown_length_tells_its_time() -> None:
+    log, again = io.StringIO(), threading.Event()
+    written = log.write
+    log.write = lambda text: again.set() or written(text)  # type: ignore[func-returns-value, method-assign]
+    with working("training", stream=log, pause=0.01):
+        assert again.wait(10)
+    assert log.getvalue().splitlines()[0] == "training: 0 s so far"
+    quiet = io.StringIO()
+    with working("training", stream=quiet):
+        pass
+    assert quiet.getvalue() == ""
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(2.0, "2 s"), (59.6, "60 s"), (60.0, "1 min"), (7500.0, "2 h 05 min")])
+def test_times_are_told_in_seconds_below_a_minute(seconds: float, told: str) -> None:
+    assert long_steps._seconds(seconds) == told
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe"])
+def test_training_a_tokenizer_is_told(kind: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The trainer holds no lock meanwhile: other threads run."""
+    monkeypatch.setattr(long_steps, "LOG_SECONDS", 0.001)
+    random = generator("words")
+    articles = [Article("", " ".join(map(str, random.integers(10**7, size=20_000)))) for _ in range(5)]
+    if kind == "wordpiece":
+        train_wordpiece(articles, 8000)
+    else:
+        train_byte_bpe(articles, 8000)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("text    training the tokenizer: ")

@@ -142,16 +142,23 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
         assert server.exitcode == 0
 
 
-def test_activations_that_are_not_finite_end_the_run_with_a_reason(folder) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ({"name": "sgd", "lr": 1e30, "warmup_windows": 0}, "not finite; lower optimizer.lr"),
+        ({"name": "adamw", "lr": 1e5, "warmup_windows": 0}, "masked tokens; lower optimizer.lr"),
+    ],
+)
+def test_a_learning_rate_far_too_high_is_named(folder, optimizer, reason) -> None:
     tree = run_file(
         folder,
-        "diverged",
-        optimizer={"name": "sgd", "lr": 1e30, "warmup_windows": 0},
+        f"diverged-{optimizer['name']}",
+        optimizer=optimizer,
         data={"source": [str(folder / "ada.jsonl")], "sequence_length": 32},
         clients={"local": 2, "expected": 2},
         window={"tokens": 200},
     )
-    _expect_failure(_pretrain(folder, tree), "not finite; lower optimizer.lr")
+    _expect_failure(_pretrain(folder, tree), reason)
 
 
 def _run_file(folder: Path, tree: dict) -> Path:

@@ -31,6 +31,8 @@ LONGEST_WORD = 1000
 """Characters. Longer ones are worth telling: a word piece tokenizer makes [UNK] of them."""
 LONGEST_DOCUMENT = 1 << 24
 """Characters of a document of a text file; a longer one is divided where a line ends."""
+_LONGEST_NAME, _NAMES_TOLD = 40, 3
+"""Characters of a column's name, and names."""
 TEXT, TITLE = "text", "title"
 """Columns of tables."""
 _TEXT_FORMS = (".txt", ".tokens", ".raw")
@@ -67,6 +69,8 @@ class Reading:
     """Files and rows that were not read, by reason."""
     files: int = 0
     """Files that were read, or are being read."""
+    only_columns: dict[str, None] = field(default_factory=dict)
+    """Names of columns, of tables that have no other, whose name nobody gave."""
     divided: int = 0
     """Places where documents longer than LONGEST_DOCUMENT were divided."""
     articles: int = 0
@@ -77,6 +81,9 @@ class Reading:
     def sentences(self) -> list[str]:
         """What its owner should know, but for numbers of articles and characters."""
         told = []
+        if self.only_columns:
+            names = ", ".join(f"`{name[:_LONGEST_NAME]}`" for name in list(self.only_columns)[:_NAMES_TOLD])
+            told.append(f"the text is in a table's only column, which the first line calls {names}")
         if self.encodings.replaced:
             told.append(f"{self.encodings.replaced:,} characters could not be decoded")
         if self.longest_word > LONGEST_WORD:
@@ -329,6 +336,7 @@ def _text_column(source: str, names: Sequence[str], reading: Reading) -> str:
     if TEXT in names or len(alike) == 1:
         return TEXT if TEXT in names else alike[0]
     if len(names) == 1:
+        reading.only_columns[names[0]] = None
         return names[0]
     raise DataError(f"{source}: no column `text` (columns: {', '.join(names)}); name it in data.text_column")
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ Columns = Callable[[Sequence[str]], Sequence[str]]
 
 SEPARATORS = ",;\t|"
 """Between the fields of a .csv file; spreadsheets of many countries write semicolons."""
+LONGEST_FIELD = 1 << 24
+"""Characters of a field of a .csv file. With more, a quote was hardly meant to be open so long."""
+_SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n?$")
+"""How Excel says, in a line before the header, what stands between fields."""
+_END = "\ue000the end\ue000"
+"""A row behind the last one, which shows that no quote is open there."""
 
 
 def rows_of(path: Path, columns: Columns = list, encodings: Encodings | None = None) -> Iterator[Place]:
@@ -55,29 +62,41 @@ def _tsv(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
 
 
 def _csv(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place]:
-    # A note may be longer than the 131,072 characters that csv takes by default.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    csv.field_size_limit(LONGEST_FIELD)
     lines = lines_of(path, "", encodings)
     first = next(lines, "")
-    separator = max(SEPARATORS, key=first.count)
-    rows = csv.reader(_chained(first, lines), delimiter=separator)
+    before = 0
+    if (said := _SEPARATOR_LINE.match(first)) is not None:
+        before, first = 1, next(lines, "")
+    separator = said.group(1) if said is not None else max(SEPARATORS, key=first.count)
+    rows = csv.reader(chain([first], lines, ["\n", _END]), delimiter=separator)
+    header: list[str] | None = None
+    begin = 1
     try:
-        header = next(rows, [])
         for fields in rows:
-            if fields:
-                yield _fitted(path, rows.line_num, header, fields)
+            if fields == [_END]:
+                return
+            begin, number = rows.line_num + 1, begin
+            if fields and fields[-1].endswith(_END):
+                raise DataError(f"{path}: a quote that line {number + before} opens is never closed; close it")
+            if header is None:
+                header = fields
+            elif fields:
+                yield _fitted(path, rows.line_num + before, header, fields)
     except csv.Error as error:
-        raise DataError(f"{path}: line {rows.line_num} is not CSV ({error}); mend the line") from error
-
-
-def _chained(first: str, lines: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from lines
+        raise DataError(
+            f"{path}: line {rows.line_num + before} is not CSV ({error}); mend the line, or a quote before it that is "
+            "never closed"
+        ) from error
 
 
 def _fitted(path: Path, number: int, header: list[str], fields: list[str]) -> Place:
-    if len(fields) < len(header):
-        raise DataError(f"{path}: line {number} has {len(fields)} fields, the header {len(header)}; mend the line")
+    # What is empty beyond the header comes of separators at the end of lines.
+    if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
+        raise DataError(
+            f"{path}: line {number} has {len(fields)} fields, the header {len(header)}; mend the line, in .csv by quotes "
+            "around text that holds separators"
+        )
     return f"{path}: line {number}", dict(zip(header, fields, strict=False))
 
 

@@ -23,6 +23,12 @@ SAMPLE_BYTES = 1 << 16
 REPLACED = "\ufffd"
 """Stands for bytes that the encoding has no character for."""
 
+_NAMED = "data.encoding, --encoding"
+_CONTROLS = bytes({*range(32)} - {*b"\t\n\r"})
+_MANY = 0.3
+"""Share of UTF-16's first or second bytes that would be control characters in another encoding."""
+_SPACES = 0.02
+"""Share of a text's characters that are spaces or end a line, at least."""
 DETECTED = "utf-8"
 """The encoding of a file that is valid UTF-8 and has no mark."""
 MARKS = (
@@ -137,6 +143,8 @@ def _encoding_of(path: Path, encodings: Encodings) -> str:
                 return encoding
         if encodings.named is not None:
             return _known(encodings.named)
+        if (found := _without_mark(start)) is not None:
+            return _told(path, found)
         decoder = codecs.getincrementaldecoder("utf-8")()
         before, chunk = b"", start
         try:
@@ -145,11 +153,27 @@ def _encoding_of(path: Path, encodings: Encodings) -> str:
                 before, chunk = chunk, file.read(CHUNK_BYTES)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            at = max(0, len(before) + error.start - SAMPLE_BYTES // 2)
+            at = max(0, len(before) + error.start - SAMPLE_BYTES // 2) // 2 * 2  # UTF-16 has pairs
             found = _guessed(path, (before + chunk + file.read(SAMPLE_BYTES))[at : at + SAMPLE_BYTES])
-            warn(f"{path}: not UTF-8, read as {found}; name its encoding if that is wrong (data.encoding, --encoding)")
-            return found
+            return _told(path, found)
     return DETECTED
+
+
+def _told(path: Path, found: str) -> str:
+    warn(f"{path}: not UTF-8, read as {found}; name its encoding if that is wrong ({_NAMED})")
+    return found
+
+
+def _without_mark(start: bytes) -> str | None:
+    """UTF-16 without its mark, of a script whose letters begin alike: every second byte is a zero
+    or a small number. It would pass for UTF-8, where these are characters, too.
+    """
+    pairs = len(start) // 2
+    even, odd = (pairs - len(start[at : 2 * pairs : 2].translate(None, _CONTROLS)) for at in (0, 1))
+    for many, few, name in ((odd, even, "utf-16-le"), (even, odd, "utf-16-be")):
+        if many > _MANY * pairs and few < many / 2:
+            return name
+    return None
 
 
 def _known(name: str) -> str:
@@ -166,7 +190,9 @@ def _guessed(path: Path, sample: bytes) -> str:
     Of texts in Latin letters the two encodings of Windows are tried in order: guesses from bytes
     alone take one for the other. In the right one, what stands inside words are letters.
     """
-    found = None
+    found = next((name for name in ("utf-16-le", "utf-16-be") if _is_utf_16(sample, name)), None)
+    if found is not None:
+        return found
     if _is_latin(sample):
         found = next((name for name in ("cp1252", "cp1250") if _words_are_letters(sample, name)), None)
     else:
@@ -175,8 +201,18 @@ def _guessed(path: Path, sample: bytes) -> str:
         best = from_bytes(sample).best()
         found = None if best is None else best.encoding
     if found is None:
-        raise DataError(f"{path}: neither UTF-8 nor of an encoding that shows; name it: data.encoding, --encoding")
+        raise DataError(f"{path}: neither UTF-8 nor of an encoding that shows; name it: {_NAMED}")
     return found
+
+
+def _is_utf_16(sample: bytes, name: str) -> bool:
+    """Whether a sample, of any script, is UTF-16 of this byte order: with spaces, and all text."""
+    pairs = len(sample) // 2
+    if sample[name == "utf-16-le" : 2 * pairs : 2].count(0) < _SPACES * pairs:
+        return False
+    # Its last character may be cut in two.
+    text = codecs.getincrementaldecoder(name)("replace").decode(sample[: 2 * pairs])
+    return REPLACED not in text and all(one.isprintable() or one.isspace() for one in text)
 
 
 def _is_latin(sample: bytes) -> bool:

@@ -283,6 +283,21 @@ def test_what_a_folder_holds_besides_is_told(tmp_path: Path) -> None:
     assert reading.sentences() == ["left out: 1 file (.docx), 1 file (.json), 1 file (no suffix), 4 files (hidden)"]
 
 
+def test_a_column_that_nobody_named_is_told(tmp_path: Path) -> None:
+    """Its name may be a first text, of a file without a header."""
+    first = "Fever for three days, then a cough that would not end."
+    for name, head in (("a.csv", "note"), ("b.csv", f'"{first}"'), ("c.csv", "text")):
+        write(tmp_path / name, f"{head}\nOne.\nTwo.\n")
+    reading = Reading()
+    assert len(list(read_articles([str(tmp_path)], reading=reading))) == 6
+    assert reading.sentences() == [
+        f"the text is in a table's only column, which the first line calls `note`, `{first[:40]}`"
+    ]
+    named = Reading("note")
+    list(read_articles([str(tmp_path / "a.csv")], reading=named))
+    assert named.sentences() == []
+
+
 def test_one_very_long_word_is_told(tmp_path: Path) -> None:
     reading = Reading()
     list(read_articles([write(tmp_path / "a.txt", f"so {'x' * 2000}")], reading=reading))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from unit.data.test_text_files import COMPRESS, compressed
 
+from fedbert_ds.data import table_files
 from fedbert_ds.data.table_files import TABLE_FORMS, is_table, rows_of
 from fedbert_ds.errors import DataError
 
@@ -47,6 +53,38 @@ def test_the_header_shows_what_separates_fields(tmp_path: Path, separator: str) 
 def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
     path = compressed(tmp_path / "a.csv", f"id,text\n1,{'x' * 500_000}\n".encode())
     assert [len(row["text"]) for _, row in rows_of(path)] == [500_000]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_excel_says_what_separates_fields_in_a_line_of_its_own(tmp_path: Path, end: str) -> None:
+    path = compressed(tmp_path / "a.csv", f"sep=#{end}{csv_of(ROWS, '#')}".encode())
+    assert [row for _, row in rows_of(path)] == ROWS
+    assert next(rows_of(path))[0] == f"{path}: line 4"
+
+
+def test_a_quote_that_swallows_a_large_file_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_files, "LONGEST_FIELD", 1000)
+    path = compressed(tmp_path / "a.csv", b'id,text\n1,"never closed\n' + b"2,so\n" * 1000)
+    with pytest.raises(DataError, match=r"line \d+ is not CSV .*limit.*; mend the line, or a quote before it"):
+        list(rows_of(path))
+
+
+@given(
+    rows=st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=8),
+    separator=st.sampled_from(table_files.SEPARATORS),
+    end=st.sampled_from(["\n", "\r\n"]),
+    is_whole=st.booleans(),
+)
+def test_what_is_written_as_csv_is_read(rows: list[Any], separator: str, end: str, is_whole: bool) -> None:
+    # Python's writer puts no quotes around a carriage return.
+    rows = [[field.replace("\r", "").encode("utf-8", "replace").decode() for field in row] for row in rows]
+    written = io.StringIO()
+    csv.writer(written, delimiter=separator, lineterminator=end).writerows([["id", "text"], *rows])
+    text = written.getvalue() if is_whole else written.getvalue().removesuffix(end)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.csv"
+        path.write_bytes(text.encode())
+        assert [list(row.values()) for _, row in rows_of(path)] == rows
 
 
 @pytest.mark.parametrize(
@@ -93,6 +131,13 @@ def test_columnar_files_are_not_compressed_outside() -> None:
     [
         ("a.csv", "id,text\n1\n", "line 2 has 1 fields, the header 2; mend the line"),
         ("a.csv", 'id,text\n1,"so\x00"\n', None),
+        ("a.csv", "id,text\n1,Fever, cough\n", "line 2 has 3 fields, the header 2; mend the line, in .csv by quotes"),
+        ("a.csv", "id,text\n1,so,,\n", None),
+        ("a.csv", 'id,text\n1,"so"\n2,"never\n3,so\n', "a quote that line 3 opens is never closed; close it"),
+        ("a.csv", 'sep=;\nid;text\n2;"never', "a quote that line 3 opens is never closed; close it"),
+        ("a.csv", 'id,"text\n1,so\n', "a quote that line 1 opens is never closed; close it"),
+        ("a.tsv", "id\ttext\n1\tso\tit goes\n", "line 2 has 3 fields, the header 2; mend the line"),
+        ("a.tsv", "id\ttext\n1\tso\t\t\n", None),
         ("a.tsv", "id\ttext\n1\n", "line 2 has 1 fields"),
         ("a.json", "[1, 2]", "object 1 is no JSON object"),
         ("a.json", "[", "not JSON"),

@@ -51,6 +51,25 @@ def test_a_mark_counts_more_than_a_named_encoding(tmp_path: Path) -> None:
     assert "".join(lines_of(path, encodings=Encodings("cp1252"))) == TEXT
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize(
+    "text", [TEXT, "Fever for three days.\n", "患者は熱があり 三日後に退院した\n", "Пациент выписан\n"]
+)
+def test_utf_16_without_its_mark_shows_and_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str, text: str
+) -> None:
+    """Of English it would pass for UTF-8, a zero behind every letter."""
+    path = compressed(tmp_path / "a.txt", (text * 20).encode(encoding))
+    assert "".join(lines_of(path)) == text * 20
+    assert f"not UTF-8, read as {encoding}; name its encoding" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\0" * 100, b"so\0\0it\0goes\n" * 20, b"one \0 in a text" * 20])
+def test_zeros_alone_are_no_utf_16(tmp_path: Path, content: bytes) -> None:
+    path = compressed(tmp_path / "a.txt", content)
+    assert "".join(lines_of(path)).encode() == content
+
+
 def test_what_cannot_be_decoded_is_replaced_and_counted(tmp_path: Path) -> None:
     path = compressed(tmp_path / "a.txt", b"caf\x81 na\x8dve\n")
     encodings = Encodings("cp1252")

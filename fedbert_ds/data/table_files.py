@@ -94,8 +94,8 @@ def _fitted(path: Path, number: int, header: list[str], fields: list[str]) -> Pl
     # What is empty beyond the header comes of separators at the end of lines.
     if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
         raise DataError(
-            f"{path}: line {number} has {len(fields)} fields, the header {len(header)}; mend the line, in .csv by quotes "
-            "around text that holds separators"
+            f"{path}: line {number} has {len(fields)} fields, the header {len(header)}; mend the line, in .csv by "
+            "quotes around text that holds separators"
         )
     return f"{path}: line {number}", dict(zip(header, fields, strict=False))
 

@@ -17,6 +17,7 @@ from fedbert_ds.errors import ConfigError, one_line_errors, warn
 from fedbert_ds.glue.command import add_glue
 from fedbert_ds.init.command import add_init
 from fedbert_ds.planner.options import add_plan
+from fedbert_ds.user_path import expanded, user_path
 from fedbert_ds.vocabulary.commands import add_vocab
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ def _add_client(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_doctor(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser("doctor", help="say what would stop a run here, at the server or at a client")
-    parser.add_argument("run_file", nargs="?", type=Path, metavar="RUN_FILE", help="at the server: the run to start")
+    parser.add_argument(
+        "run_file", nargs="?", type=user_path, metavar="RUN_FILE", help="at the server: the run to start"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
     parser.add_argument("--ranks", type=int, metavar="N", help="of the server (default: one a GPU, or 1)")
     _add_client_options(parser.add_argument_group("at a client"), needs_server=False)
@@ -78,18 +81,28 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
     parser.add_argument(
         "--server",
         required=needs_server,
+        type=expanded,
         metavar="HOST:PORT",
         help="the coordinator's address, or its file server.address",
     )
     parser.add_argument(
-        "--data", nargs="+", default=[], metavar="PATH", help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME"
+        "--data",
+        nargs="+",
+        type=expanded,
+        default=[],
+        metavar="PATH",
+        help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME",
     )
     parser.add_argument("--id", help="this client's name in the run (default: the certificate's, or the host name)")
     parser.add_argument(
-        "--state", type=Path, metavar="DIR", help="where to keep its tokens and its state (default: fedbert-ID)"
+        "--state", type=user_path, metavar="DIR", help="where to keep its tokens and its state (default: fedbert-ID)"
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="insist on this tokenizer (default: take the server's)")
-    parser.add_argument("--model", metavar="NAME", help="insist on this model's shape (default: take the server's)")
+    parser.add_argument(
+        "--tokenizer", type=expanded, metavar="NAME", help="insist on this tokenizer (default: take the server's)"
+    )
+    parser.add_argument(
+        "--model", type=expanded, metavar="NAME", help="insist on this model's shape (default: take the server's)"
+    )
     parser.add_argument(
         "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
     )
@@ -118,6 +131,7 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
     )
     parser.add_argument(
         "--cache",
+        type=expanded,
         metavar="DIR",
         help="where to keep your text as tokens for the next start (default: tokens/ in --state; off: in memory)",
     )
@@ -136,7 +150,7 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
         "--rejoin-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for a server that is gone"
     )
     for name in ("ca", "certificate", "key"):
-        parser.add_argument(f"--{name}", type=Path, metavar="PEM", help=f"mutual TLS: {name}")
+        parser.add_argument(f"--{name}", type=user_path, metavar="PEM", help=f"mutual TLS: {name}")
     parser.add_argument(
         "--plaintext", action="store_true", help="go without TLS beyond this machine, on a network nobody else is in"
     )
@@ -284,7 +298,9 @@ def _add_aggregator(subcommands: argparse._SubParsersAction[argparse.ArgumentPar
     parser = subcommands.add_parser(
         "aggregator", help="own the client model of a run, as another party than the server"
     )
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="run file with section aggregator")
+    parser.add_argument(
+        "--config", type=user_path, required=True, metavar="FILE", help="run file with section aggregator"
+    )
     parser.add_argument("--resume", action="store_true", help="go on with the client models saved in its folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
     parser.set_defaults(run=_aggregator)
@@ -306,11 +322,15 @@ def _aggregator(options: argparse.Namespace) -> None:
 
 def _add_merge(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subcommands.add_parser("merge", help="join the halves that server and aggregator wrote to a model")
-    parser.add_argument("--body", type=Path, required=True, metavar="DIR", help="the server's folder: RUN/body")
+    parser.add_argument("--body", type=user_path, required=True, metavar="DIR", help="the server's folder: RUN/body")
     parser.add_argument(
-        "--client-model", type=Path, required=True, metavar="FILE", help="the aggregator's client_model.safetensors"
+        "--client-model",
+        type=user_path,
+        required=True,
+        metavar="FILE",
+        help="the aggregator's client_model.safetensors",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new Hugging Face folder")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="a new Hugging Face folder")
     parser.set_defaults(run=_merge)
 
 
@@ -325,8 +345,8 @@ def _add_eval(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = subcommands.add_parser(
         "eval", help="held-out loss of any Hugging Face masked LM, or of a fine-tuned model"
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub name")
-    parser.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
+    parser.add_argument("--model", required=True, type=expanded, metavar="DIR", help="folder or hub name")
+    parser.add_argument("--data", required=True, nargs="+", type=expanded, metavar="PATH", help="text, as for a client")
     parser.add_argument("--seed", type=int, default=0, help="masking seed; the same seed gives the same number")
     parser.add_argument("--batch-size", type=int, default=16, help="longest sequences at once; more of shorter ones")
     parser.add_argument("--device", help="cpu, cuda (all GPUs, with --workers), cuda:1, ... (default: a GPU if any)")

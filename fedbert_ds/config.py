@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fedbert_ds.errors import ConfigError
-
-
-def _expanded(text: str) -> str:
-    """`~` and `$VARIABLES` as a shell has them; names of the hub and numbers stay."""
-    return os.path.expanduser(os.path.expandvars(text))
+from fedbert_ds.user_path import expanded, user_path
 
 
 def _text(value: Any) -> Any:
@@ -34,11 +29,11 @@ def _listed(value: Any) -> Any:
 
 
 Positive = Annotated[int, Field(gt=0)]
-UserPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: Path(_expanded(str(path))))]
+UserPath = Annotated[Path, BeforeValidator(_text), AfterValidator(lambda path: user_path(str(path)))]
 Text = Annotated[str, BeforeValidator(_text)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_listed)]
 """Several texts; one of them may stand without the brackets of a list."""
-Name = Annotated[Text, AfterValidator(_expanded)]
+Name = Annotated[Text, AfterValidator(expanded)]
 """A path, or a name of the hub."""
 Names = Annotated[tuple[Name, ...], BeforeValidator(_listed)]
 Host = Annotated[Text, AfterValidator(lambda host: host.strip("[]"))]

@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedbert_ds.user_path import user_path
+
 Subcommands = argparse._SubParsersAction
 Options = TypeVar("Options")
 SYSTEMS = ("ours", "centralized")
@@ -60,14 +62,16 @@ def add_benches(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
 
 def add_out(parser: argparse.ArgumentParser, what: str) -> None:
     """Options of every benchmark: where the record goes, and how thorough it is."""
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE.json", help=what)
+    parser.add_argument("--out", required=True, type=user_path, metavar="FILE.json", help=what)
     parser.add_argument("--quick", action="store_true", help="a minute's worth, to see that it works")
 
 
 def add_pipeline_options(parser: argparse.ArgumentParser, baselines: Sequence[str] = ()) -> None:
     """The options of `bench pipeline`, for programs with more baselines too."""
     add_out(parser, "the record; a .png lies beside it")
-    parser.add_argument("--work", type=Path, default=Path("runs/bench-pipeline"), metavar="DIR", help="for the runs")
+    parser.add_argument(
+        "--work", type=user_path, default=Path("runs/bench-pipeline"), metavar="DIR", help="for the runs"
+    )
     parser.add_argument("--clients", type=int, default=8, metavar="N", help="clients of each run (default: 8)")
     parser.add_argument(
         "--rtt",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.user_path import user_path
 
 if TYPE_CHECKING:
     from fedbert_ds.certificates.authority import Authority
@@ -39,7 +40,7 @@ def add_certs(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     request.add_argument("name", metavar="NAME", help="its name in every run")
 
     sign = _step(steps, "sign", "at the authority: sign a client's request", _sign, DAYS)
-    sign.add_argument("request", type=Path, metavar="FILE.csr", help="of certs request")
+    sign.add_argument("request", type=user_path, metavar="FILE.csr", help="of certs request")
 
     renew = _step(steps, "renew", "sign the same key for more days", _renew, DAYS)
     renew.add_argument("names", nargs="+", metavar="NAME", help="as certs list has them; ca is the authority")
@@ -58,7 +59,7 @@ def _step(
     days: int | None = None,
 ) -> argparse.ArgumentParser:
     step = steps.add_parser(name, help=summary)
-    step.add_argument("--dir", type=Path, default=Path("certs"), metavar="DIR", help="the folder (default: certs)")
+    step.add_argument("--dir", type=user_path, default=Path("certs"), metavar="DIR", help="the folder (default: certs)")
     if days is not None:
         step.add_argument("--days", type=int, default=days, metavar="N", help=f"how long it counts (default: {days})")
     step.set_defaults(run=run)

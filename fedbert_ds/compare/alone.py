@@ -13,7 +13,6 @@ import argparse
 import copy
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import one_line_errors
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.user_path import user_path
 
 EVALUATIONS = "own_evaluations.json"
 """In the run's folder: [{windows, loss, masked_tokens}], in order."""
@@ -89,8 +89,8 @@ def read_evaluations(run: RunFolder) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="One client of a federation, by itself.")
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
-    parser.add_argument("--text", type=Path, required=True, metavar="DIR", help="shards and tokenizer")
+    parser.add_argument("--config", type=user_path, required=True, help="run file (YAML)")
+    parser.add_argument("--text", type=user_path, required=True, metavar="DIR", help="shards and tokenizer")
     parser.add_argument("--client", required=True, metavar="NAME", help="whose text")
     parser.add_argument("--every", type=int, required=True, metavar="N", help="windows between evaluations")
     parser.add_argument("--patience", type=int, metavar="N", help="end after so many evaluations without a lower loss")

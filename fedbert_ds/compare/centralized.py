@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +38,7 @@ from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics, read_metrics
 from fedbert_ds.telemetry.report import draw_loss
 from fedbert_ds.tokenizer_folder import save_tokenizer
+from fedbert_ds.user_path import user_path
 
 NUM_THREADS = 1
 """Threads of the program: fixed, for the order of floating-point sums follows from it."""
@@ -217,8 +217,8 @@ def _metrics(config: RunConfig, window: int, trained: Trained, seconds: float, c
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description="Centralized training on what a federation's clients would draw.")
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
-    parser.add_argument("--text", type=Path, metavar="DIR", help="shards and tokenizer (default: made anew)")
+    parser.add_argument("--config", type=user_path, required=True, help="run file (YAML)")
+    parser.add_argument("--text", type=user_path, metavar="DIR", help="shards and tokenizer (default: made anew)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args(arguments)

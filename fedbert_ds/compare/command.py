@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fedbert_ds.errors import keeps_what_is_finished
+from fedbert_ds.user_path import user_path
 
 
 def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `compare` to the command line."""
     parser = subcommands.add_parser("compare", help="the same text as federation, centralized, each client alone, ...")
-    parser.add_argument("run_file", type=Path, metavar="RUN_FILE", help="with local clients")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for runs and table; finished ones stay")
+    parser.add_argument("run_file", type=user_path, metavar="RUN_FILE", help="with local clients")
+    parser.add_argument(
+        "--out", required=True, type=user_path, metavar="DIR", help="for runs and table; finished ones stay"
+    )
     parser.add_argument(
         "--systems",
         nargs="+",
@@ -30,7 +32,9 @@ def add_compare(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]
     parser.add_argument(
         "--patience", type=int, metavar="N", help="a client alone ends after so many without a lower loss (default: no)"
     )
-    parser.add_argument("--glue", type=Path, metavar="DIR", help="fine-tune every final model; GLUE's original files")
+    parser.add_argument(
+        "--glue", type=user_path, metavar="DIR", help="fine-tune every final model; GLUE's original files"
+    )
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="RTE, STS-B, ... for --glue")
     parser.add_argument("--glue-seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     parser.add_argument("--glue-epochs", type=int, metavar="N", help="(default: 3; MRPC and RTE 5)")

@@ -44,17 +44,23 @@ def telling(
 
 
 @contextmanager
-def working(what: str, *, stream: TextIO | None = None, pause: float | None = None) -> Iterator[None]:
+def working(
+    what: str,
+    *,
+    stream: TextIO | None = None,
+    pause: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[None]:
     """Tell of a block whose end cannot be foreseen, now and then: `what`, and the time so far.
 
     For code that holds no Python lock, such as a tokenizer's training.
     """
     place = _Place(stream or sys.stdout)
-    over, begun = threading.Event(), time.monotonic()
+    over, begun = threading.Event(), clock()
 
     def tell() -> None:
         while not over.wait(pause or place.pause):
-            place.show(f"{what}: {_seconds(time.monotonic() - begun)} so far")
+            place.show(f"{what}: {_seconds(clock() - begun)} so far")
 
     thread = threading.Thread(target=tell, name="long step", daemon=True)
     thread.start()

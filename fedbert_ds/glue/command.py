@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from fedbert_ds.user_path import expanded, user_path
 
 QUICK_EXAMPLES = 64
 
@@ -11,10 +12,17 @@ QUICK_EXAMPLES = 64
 def add_glue(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `glue` to the command line."""
     parser = subcommands.add_parser("glue", help="fine-tune a checkpoint on GLUE's tasks, several seeds, one table")
-    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint to start from: folder or hub name")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for results; finished ones are kept")
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="GLUE's original files, TASK/train.tsv and so on (default: the hub)"
+        "--model", required=True, type=expanded, metavar="DIR", help="checkpoint to start from: folder or hub name"
+    )
+    parser.add_argument(
+        "--out", required=True, type=user_path, metavar="DIR", help="for results; finished ones are kept"
+    )
+    parser.add_argument(
+        "--data",
+        type=user_path,
+        metavar="DIR",
+        help="GLUE's original files, TASK/train.tsv and so on (default: the hub)",
     )
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="RTE, SST-2, ... (default: all but WNLI)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")

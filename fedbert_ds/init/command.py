@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.planner.options import add_machines
+from fedbert_ds.user_path import user_path
 
 if TYPE_CHECKING:
     from fedbert_ds.init.choices import Choice, Wanted
@@ -39,7 +40,7 @@ def add_init(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="PATH", help="text to deal to clients on this machine: a try alone"
     )
-    parser.add_argument("--out", type=Path, default=Path("run.yaml"), metavar="FILE", help="(default: run.yaml)")
+    parser.add_argument("--out", type=user_path, default=Path("run.yaml"), metavar="FILE", help="(default: run.yaml)")
     add_machines(parser)
     parser.set_defaults(run=_init)
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from fedbert_ds.user_path import user_path
 
 
 def add_plan(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `plan` to the command line."""
     parser = subcommands.add_parser("plan", help="predict speed, bytes, days and cost of a federation")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="run file: model, cut, window, codecs")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="run file: model, cut, window, codecs")
     parser.add_argument("--tokens", type=float, default=1e10, metavar="N", help="to train on (default: 1e10)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of the body (default: 1)")
     parser.add_argument("--clients", type=int, default=16, metavar="N", help="(default: 16)")
     add_machines(parser)
     parser.add_argument("--sweep", action="store_true", help="curves to 10,000 clients and 64 GPUs, into --out")
-    parser.add_argument("--validate", type=Path, metavar="FILE.json", help="predict a record of bench pipeline instead")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a record; with --sweep a .png beside it")
+    parser.add_argument(
+        "--validate", type=user_path, metavar="FILE.json", help="predict a record of bench pipeline instead"
+    )
+    parser.add_argument(
+        "--out", type=user_path, metavar="FILE.json", help="write a record; with --sweep a .png beside it"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file")
     parser.set_defaults(run=_plan)
 

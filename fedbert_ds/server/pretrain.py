@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from pathlib import Path
 
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import UserError, exit_with, of_system, print_everything
 from fedbert_ds.server.run_folder import RunFolder
+from fedbert_ds.user_path import user_path
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     """
     print_everything()
     parser = argparse.ArgumentParser(description="Federated split pre-training: the server side.")
-    parser.add_argument("--config", type=Path, required=True, help="run file (YAML)")
+    parser.add_argument("--config", type=user_path, required=True, help="run file (YAML)")
     parser.add_argument("--resume", action="store_true", help="continue the run in run.directory")
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

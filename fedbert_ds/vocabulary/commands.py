@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import socket
-from pathlib import Path
+
+from fedbert_ds.user_path import expanded, user_path
 
 Subcommands = argparse._SubParsersAction
 REPORT = "revealed.md"
@@ -17,7 +18,7 @@ def add_vocab(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     steps = parser.add_subparsers(dest="vocab", required=True, metavar="STEP")
 
     count = steps.add_parser("count", help="an owner: count the words of your text")
-    count.add_argument("--data", required=True, nargs="+", metavar="PATH", help="text, as for a client")
+    count.add_argument("--data", required=True, nargs="+", type=expanded, metavar="PATH", help="text, as for a client")
     count.add_argument("--id", default=socket.gethostname(), help="the owner's name (default: host name)")
     count.add_argument("--minimum-count", type=int, default=1, metavar="N", help="leave out words that occur less (1)")
     count.add_argument("--top", type=int, metavar="N", help="the N most frequent words only")
@@ -26,26 +27,30 @@ def add_vocab(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
     count.set_defaults(run=_count)
 
     digests = steps.add_parser("digest", help="an owner: keyed digests of your words, which name none")
-    digests.add_argument("--counts", type=Path, required=True, metavar="FILE.json", help="of vocab count")
+    digests.add_argument("--counts", type=user_path, required=True, metavar="FILE.json", help="of vocab count")
     _add_key(digests)
     _add_out(digests, "FILE.json", "the digests")
     digests.set_defaults(run=_digest)
 
     common = steps.add_parser("common", help="the server: digests that enough owners have")
-    common.add_argument("digests", type=Path, nargs="+", metavar="FILE.json", help="of vocab digest, one of each owner")
+    common.add_argument(
+        "digests", type=user_path, nargs="+", metavar="FILE.json", help="of vocab digest, one of each owner"
+    )
     _add_least(common)
     _add_out(common, "FILE.json", "the common digests")
     common.set_defaults(run=_common)
 
     select = steps.add_parser("select", help="an owner: counts of your words that are common")
-    select.add_argument("--counts", type=Path, required=True, metavar="FILE.json", help="of vocab count")
-    select.add_argument("--common", type=Path, required=True, metavar="FILE.json", help="of vocab common")
+    select.add_argument("--counts", type=user_path, required=True, metavar="FILE.json", help="of vocab count")
+    select.add_argument("--common", type=user_path, required=True, metavar="FILE.json", help="of vocab common")
     _add_key(select)
     _add_out(select, "FILE.json", "the selected counts")
     select.set_defaults(run=_select)
 
     merge = steps.add_parser("merge", help="the server: a WordPiece vocabulary from all owners' counts")
-    merge.add_argument("counts", type=Path, nargs="+", metavar="FILE.json", help="of vocab count or select, one each")
+    merge.add_argument(
+        "counts", type=user_path, nargs="+", metavar="FILE.json", help="of vocab count or select, one each"
+    )
     _add_least(merge)
     merge.add_argument("--size", type=int, default=30_522, metavar="N", help="word pieces at most (30522, as BERT)")
     _add_out(merge, "DIR", "a new folder, for tokenizer.path")
@@ -53,11 +58,13 @@ def add_vocab(subcommands: Subcommands[argparse.ArgumentParser]) -> None:
 
 
 def _add_out(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar=metavar, help=what)
+    parser.add_argument("--out", type=user_path, required=True, metavar=metavar, help=what)
 
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--key", type=Path, required=True, metavar="FILE", help="the owners' key, not the server's")
+    parser.add_argument(
+        "--key", type=user_path, required=True, metavar="FILE", help="the owners' key, not the server's"
+    )
 
 
 def _add_least(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedbert_ds.certificates.authority import Authority
-from fedbert_ds.cli import main
+from fedbert_ds.cli import build_parser, main
 from fedbert_ds.client import session
 from fedbert_ds.client.session import ClientOptions
 from fedbert_ds.config import ModelSection
@@ -182,3 +182,18 @@ def test_eval_of_a_fine_tuned_model_prints_its_measures(tmp_path, capsys) -> Non
           "--text-columns", "note", "--label-column", "grade"])  # fmt: skip
     printed = capsys.readouterr().out
     assert "accuracy 0.5000" in printed and "2 labels in 2 examples" in printed
+
+
+def test_a_path_that_no_shell_has_seen_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind an equals sign, say, or in a service's or a container's command."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("WARD", "/mnt/ward")
+    command = ["client", "--server=~/server.address", "--data", "~/a.txt", "$WARD/b.csv", "hub:imdb", "--state=~/s"]
+    options = build_parser().parse_args([*command, "--cache=$WARD/tokens", "--model=~/bert", "--ca=~/ca.pem"])
+    assert options.data == ["/home/ada/a.txt", "/mnt/ward/b.csv", "hub:imdb"]
+    assert (options.server, options.cache, options.model) == (
+        "/home/ada/server.address",
+        "/mnt/ward/tokens",
+        "/home/ada/bert",
+    )
+    assert (options.state, options.ca) == (Path("/home/ada/s"), Path("/home/ada/ca.pem"))

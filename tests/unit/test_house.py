@@ -14,7 +14,17 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "fedbert_ds"
 UNIT = ROOT / "tests" / "unit"
 
-BASE = {"errors", "seeding", "atomic_write", "seals", "folder_lock", "numbered_files", "tokenizer_folder", "config"}
+BASE = {
+    "errors",
+    "seeding",
+    "atomic_write",
+    "seals",
+    "folder_lock",
+    "numbered_files",
+    "tokenizer_folder",
+    "user_path",
+    "config",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "seeding": set(),
@@ -23,7 +33,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "folder_lock": {"atomic_write", "errors"},
     "numbered_files": {"atomic_write", "errors", "seals"},
     "tokenizer_folder": {"atomic_write", "errors"},
-    "config": {"errors"},
+    "user_path": set(),
+    "config": {"errors", "user_path"},
     "wire": BASE | {"kernels"},
     "model": BASE | {"kernels", "tasks"},
     "data": BASE,
@@ -218,6 +229,14 @@ def test_no_test_reads_privates(path: Path) -> None:
         and not (isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", "os", "sys"} | own)
     ]
     assert not found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_path_on_a_command_line_is_a_user_path(path: Path) -> None:
+    for call in ast.walk(tree_of(path)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            types = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "type"]
+            assert types not in (["Path"], ["pathlib.Path"]), f"line {call.lineno}: use user_path"
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())

@@ -16,12 +16,12 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedbert_ds.user_path import user_path
 from fedbert_kernels.encoded import Encoded
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ DIFFERENT_WINDOWS = 3
 def main() -> None:
     """Warm up, then time the windows of the run file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--config", type=user_path, required=True)
+    parser.add_argument("--shards", type=user_path, required=True)
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("overrides", nargs="*")

@@ -17,14 +17,15 @@ import torch
 from fedbert_ds.bench.process import address_of
 from fedbert_ds.client.session import ClientOptions, run_client
 from fedbert_ds.errors import UserError
+from fedbert_ds.user_path import user_path
 
 
 def main() -> None:
     """Run one client for every file in --shards; ends when all have ended, with 1 if any failed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--server", required=True, help="- to read it from standard input, once it is known")
-    parser.add_argument("--shards", type=Path, required=True)
-    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--shards", type=user_path, required=True)
+    parser.add_argument("--state", type=user_path, required=True)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -64,22 +64,32 @@ def test_a_terminal_has_one_line_which_goes_in_the_end(monkeypatch: pytest.Monke
         assert not blank.strip() and len(blank) == max(map(len, lines))
 
 
-def test_a_step_of_unknown_length_tells_its_time() -> None:
-    log, again = io.StringIO(), threading.Event()
-    written = log.write
-    log.write = lambda text: again.set() or written(text)  # type: ignore[func-returns-value, method-assign]
-    with working("training", stream=log, pause=0.01):
-        assert again.wait(10)
-    assert log.getvalue().splitlines()[0] == "training: 0 s so far"
-    quiet = io.StringIO()
-    with working("training", stream=quiet):
-        pass
-    assert quiet.getvalue() == ""
+class Log(io.StringIO):
+    """Says when something was written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_written = threading.Event()
+
+    def write(self, text: str) -> int:
+        written = super().write(text)
+        self.is_written.set()
+        return written
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(2.0, "2 s"), (59.6, "60 s"), (60.0, "1 min"), (7500.0, "2 h 05 min")])
-def test_times_are_told_in_seconds_below_a_minute(seconds: float, told: str) -> None:
-    assert long_steps._seconds(seconds) == told
+def test_a_step_of_unknown_length_tells_its_time(seconds: float, told: str) -> None:
+    log, clock = Log(), clock_of(seconds)
+    with working("training", stream=log, pause=0.01, clock=lambda: next(clock)):
+        assert log.is_written.wait(10)
+    assert log.getvalue().splitlines()[0] == f"training: {told} so far"
+
+
+def test_a_short_step_of_unknown_length_is_not_told() -> None:
+    log = Log()
+    with working("training", stream=log):
+        pass
+    assert log.getvalue() == ""
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte_bpe"])

@@ -800,8 +800,17 @@ RENAMED = {"window.staleness": "federation.staleness", "wire.halves": "wire.upda
 
 class _Yaml(yaml.SafeLoader):
     """YAML without dates, and with whole numbers only as they are counted: run.directory=2024-01-01
-    names a folder, and so do 007 and 12:30.
+    names a folder, and so do 007 and 12:30. A key that stands twice is an error.
     """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As SafeLoader's, which takes the last of equal keys and says nothing."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _INT = "tag:yaml.org,2002:int"
@@ -846,6 +855,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{reader}{path}: no such run file; give {'one' if above else 'one with --config'}")
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Yaml) or {}
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8; save it as UTF-8") from error
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: not valid YAML; mend this place: {error}") from error
     if not isinstance(tree, dict):

@@ -333,6 +333,12 @@ def test_an_empty_file_is_the_defaults(run_file: Any) -> None:
     [
         ("run: [", "not valid YAML"),
         ("run: {windows: 3", "not valid YAML"),
+        (
+            "optimizer: {lr: 0.1}\nrun: {}\noptimizer: {name: sgd}",
+            "not valid YAML; .*: optimizer stands twice .*line 3",
+        ),
+        ("run:\n  windows: 3\n  windows: 4", "not valid YAML; .*: windows stands twice .*line 3"),
+        ("run: {windows: 3, windows: 3}", "not valid YAML; .*: windows stands twice"),
         ("- run", "a run file is a mapping of sections"),
         ("run", "a run file is a mapping of sections"),
         ("run: {window: 3}", r"run\.window is not a key; did you mean run\.windows\?"),
@@ -352,8 +358,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path)
     path = tmp_path / "binary.yaml"
     path.write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(ConfigError, match=r"binary\.yaml: not valid YAML"):
+    with pytest.raises(ConfigError, match=r"binary\.yaml: is not UTF-8; save it as UTF-8"):
         load_config(path)
+
+
+def test_a_merged_key_may_stand_twice(run_file: Any) -> None:
+    """That is what merging is for."""
+    path = run_file("run: &run {windows: 5}\noptimizer: {<<: {lr: 0.1}, lr: 0.2}\n")
+    assert load_config(path).optimizer.lr == 0.2
 
 
 def test_overrides(run_file: Any) -> None:

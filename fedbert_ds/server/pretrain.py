@@ -13,6 +13,7 @@ import time
 
 from fedbert_ds.config import RunConfig, load_config
 from fedbert_ds.errors import UserError, exit_with, of_system, print_everything
+from fedbert_ds.server.environment import check_numbers
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.user_path import user_path
 
@@ -31,8 +32,10 @@ def main() -> None:
     )  # deepspeed passes it; LOCAL_RANK says the same
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change the run file from here")
     options = parser.parse_intermixed_args()
-    rank = int(os.environ.setdefault("RANK", "0"))
+    rank = 0
     try:
+        check_numbers(os.environ)
+        rank = int(os.environ.setdefault("RANK", "0"))
         config = load_config(options.config, options.overrides)
         _run(config, options.resume or is_restart(config), rank)
     except OSError as error:

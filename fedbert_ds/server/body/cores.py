@@ -73,6 +73,12 @@ def threads_for(cores: Cores, environment: Mapping[str, str]) -> int | None:
     return len(cores) if cores and (asked is None or by_torchrun) else None
 
 
+def threads_asked_for(environment: Mapping[str, str]) -> int | None:
+    """OMP_NUM_THREADS of the outermost level, at least 1; None where it is not set."""
+    text = environment.get("OMP_NUM_THREADS")
+    return None if text is None else max(1, int(text.partition(",")[0]))
+
+
 def bind(cores: Cores) -> None:
     """Have all threads of this process, and those to come, run on these cores."""
     for thread in Path("/proc/self/task").iterdir():

@@ -8,6 +8,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
+from fedbert_ds.server.body.cores import threads_asked_for
 from fedbert_ds.server.body.links import check_links
 from fedbert_ds.server.body.meeting import restart_store, stay_on_this_machine
 
@@ -36,7 +37,7 @@ def initialize() -> None:
     if not use_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Ranks and clients share few cores: more threads than one each only compete for them.
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+        torch.set_num_threads(threads_asked_for(os.environ) or 1)
     # DeepSpeed calls collectives by names that torch has deprecated. A user cannot mend that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed

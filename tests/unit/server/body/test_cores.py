@@ -19,6 +19,7 @@ from fedbert_ds.server.body.cores import (
     cores_in,
     place_of,
     share_of,
+    threads_asked_for,
     threads_for,
 )
 
@@ -136,3 +137,8 @@ def test_who_is_bound_by_a_launcher_shares_no_threads() -> None:
 
 def test_a_rank_without_a_gpu_is_near_no_core() -> None:
     assert place_of("a", None) == Place("a", allowed_cores(), frozenset())
+
+
+@pytest.mark.parametrize(("text", "threads"), [(None, None), ("4", 4), ("4,2", 4), ("0", 1)])
+def test_threads_of_the_outermost_level(text: str | None, threads: int | None) -> None:
+    assert threads_asked_for({} if text is None else {"OMP_NUM_THREADS": text}) == threads

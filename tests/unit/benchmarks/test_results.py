@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from integration.chaos import ELSEWHERE, MODES, PHASES, VICTIMS
 from integration.chaos import page_table as chaos_table
+from integration.lies import table as lies_table
 
 from benchmarks.codecs.report import counted_table
 from benchmarks.codecs.report import table as codecs_table
@@ -425,6 +426,24 @@ def test_fine_tuning_sst_2():
     assert record["train_examples"] == 67_349
     assert [row["way"] for row in record["rows"]] == ["in one place", "split, 1 client", "synchronous, 4 clients"]
     assert all(row["measures"]["accuracy"] > 0.88 for row in record["rows"])
+
+
+def test_wrong_messages_change_nothing():
+    record = json.loads((BENCHMARKS / "results" / "lies.json").read_text(encoding="utf-8"))
+    assert lies_table(record["rows"]) in README
+    # What the page claims.
+    counts = {
+        what: sum(row["refused"] + row["ignored"] for row in record["rows"] if row["what"] == what)
+        for what in ("malformed", "a lie")
+    }
+    assert counts["malformed"] >= 1_000_000 and counts["a lie"] >= 100_000
+    assert record["different"] == []
+    before, after = record["memory_mb"]
+    assert after < 1.05 * before
+    assert (
+        f"{before:.0f} MB after the first fifty runs, {after:.0f} MB after the last of {record['runs']:,}"
+        in " ".join(README.split())
+    )
 
 
 def test_liars_cost_little_under_robust_rules():

@@ -104,76 +104,68 @@ class Rooms:
             self.remote.commit(window, scale)
 
 
-def build_rooms(
-    config: RunConfig,
-    contract: Contract,
-    engine: BodyEngine,
-    endpoint: RankEndpoint,
-    aggregator: Aggregator | Line,
-    take_event: Callable[[float], DecodedEvent | None],
-    rank_group: RankGroup,
-    members: Members,
-    first_window: int,
-    on_join: Callable[[JoinAsked | JoinAbandoned], None],
-    stop: StopFlag,
-    trace: Trace,
-    codec_threads: int = 1,
-) -> Rooms:
-    """Build the rooms of this rank, for the clients among `members` that have a seat here.
+@dataclass(frozen=True)
+class Ground:
+    """What a rank's rooms are built on."""
 
-    `take_event(seconds)` returns the endpoint's events, decoded; `on_join` takes joins.
-    `aggregator` is this rank's own, or the line to another party's. `codec_threads` compress
-    messages.
-    """
-    strategy = strategy_of(config.federation, config.wire, config.cut)
-    waits = config.clients.on_loss == "wait"
-    queue = _queue(config, strategy, engine.lockstep_forwards, members, first_window)
+    config: RunConfig
+    contract: Contract
+    engine: BodyEngine
+    endpoint: RankEndpoint
+    aggregator: Aggregator | Line
+    """This rank's own, or the line to another party's."""
+    take_event: Callable[[float], DecodedEvent | None]
+    """Given seconds, returns the endpoint's next event, decoded."""
+    rank_group: RankGroup
+    members: Members
+    first_window: int
+    on_join: Callable[[JoinAsked | JoinAbandoned], None]
+    stop: StopFlag
+    trace: Trace
+    codec_threads: int = 1
+    """Compress messages."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """As the run file has it."""
+        return strategy_of(self.config.federation, self.config.wire, self.config.cut)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the run waits for lost clients."""
+        return self.config.clients.on_loss == "wait"
+
+
+def build_rooms(ground: Ground) -> Rooms:
+    """Build the rooms of this rank, for the clients among the members that have a seat here."""
+    config, contract, engine, endpoint = ground.config, ground.contract, ground.engine, ground.endpoint
+    aggregator, members, strategy = ground.aggregator, ground.members, ground.strategy
+    queue = _queue(config, strategy, engine.lockstep_forwards, members, ground.first_window)
     cursors = Cursors({})
-    owner = aggregator if isinstance(aggregator, Aggregator) else RemoteAggregator(aggregator, first_window)
+    owner = aggregator if isinstance(aggregator, Aggregator) else RemoteAggregator(aggregator, ground.first_window)
     revoke: Callable[[str], None] = endpoint.revoke
     combiner = None
     if isinstance(owner, Aggregator):
-        combiner = _combiner(config, contract, owner, rank_group)
+        combiner = _combiner(config, contract, owner, ground.rank_group)
         exchange: UpdateExchange | RemoteExchange = _exchange(combiner, owner)
     else:
         exchange = RemoteExchange(owner, queue.deadlines)
         revoke = _both(endpoint.revoke, owner.part_with)
     influence = Influence(config.federation.bound, contract.first_sizes, lambda *bounded: membership.bounded(*bounded))
     inbox = Inbox(queue, exchange, cursors, contract, members.tokens, influence)
-    outbox = Outbox(endpoint, codec_threads)
-    membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, waits)
+    outbox = Outbox(endpoint, ground.codec_threads)
+    membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, ground.waits)
     account = TimeAccount()
     unsound: set[str] = set()
-    service = ClientService(
-        queue,
-        inbox,
-        exchange,
-        membership,
-        cursors,
-        outbox,
-        take_event,
-        on_join,
-        members.has_state,
-        trace,
-        owner,
-        contract.update_codec,
-        config.wire.is_compressed,
-        account,
-        holds_updates=strategy.clips_together and (waits or config.optimizer.gradient_clipping > 0),
-        shares_moments=not strategy.halves_are_personal,
-        is_stopping=lambda: stop.requested,
-        unsound=unsound,
-        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
-    )
     return Rooms(
         contract=contract,
         strategy=strategy,
         staleness=config.federation.staleness,
         members=members,
         engine=engine,
-        rank_group=rank_group,
-        stop=stop,
-        trace=trace,
+        rank_group=ground.rank_group,
+        stop=ground.stop,
+        trace=ground.trace,
         queue=queue,
         exchange=exchange,
         remote=owner if isinstance(owner, RemoteAggregator) else None,
@@ -185,11 +177,47 @@ def build_rooms(
         inbox=inbox,
         outbox=outbox,
         membership=membership,
-        service=service,
+        service=_service(ground, queue, inbox, exchange, membership, cursors, outbox, owner, account, unsound),
         time=account,
         micro_batches=MicroBatches(
-            engine, contract, config.wire, outbox, trace, config.run.seed, rank_group.rank, unsound
+            engine, contract, config.wire, outbox, ground.trace, config.run.seed, ground.rank_group.rank, unsound
         ),
+    )
+
+
+def _service(
+    ground: Ground,
+    queue: PipelineQueue,
+    inbox: Inbox,
+    exchange: UpdateExchange | RemoteExchange,
+    membership: Membership,
+    cursors: Cursors,
+    outbox: Outbox,
+    owner: Aggregator | RemoteAggregator,
+    account: TimeAccount,
+    unsound: set[str],
+) -> ClientService:
+    config, contract, engine, strategy = ground.config, ground.contract, ground.engine, ground.strategy
+    return ClientService(
+        queue,
+        inbox,
+        exchange,
+        membership,
+        cursors,
+        outbox,
+        ground.take_event,
+        ground.on_join,
+        ground.members.has_state,
+        ground.trace,
+        owner,
+        contract.update_codec,
+        config.wire.is_compressed,
+        account,
+        holds_updates=strategy.clips_together and (ground.waits or config.optimizer.gradient_clipping > 0),
+        shares_moments=not strategy.halves_are_personal,
+        is_stopping=lambda: ground.stop.requested,
+        unsound=unsound,
+        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
     )
 
 

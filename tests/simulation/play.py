@@ -35,7 +35,7 @@ from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
-from fedbert_ds.server.rooms import Rooms, build_rooms
+from fedbert_ds.server.rooms import Ground, Rooms, build_rooms
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
 
@@ -247,10 +247,12 @@ class Coordinator:
             half = lambda: float(aggregator.reference().weights[HALF][0])  # noqa: E731
         body = Body(group, play.schedule.lockstep_forwards, play.disk.bodies, play.batches, half)
         play.building = self.board, rank
-        rooms = build_rooms(
+        hear = reception.hear if reception is not None else no_joins_here
+        ground = Ground(
             config, play.contract, body, endpoint, aggregator, endpoint.next_event, group, members,  # type: ignore[arg-type]
-            start.first_window, reception.hear if reception is not None else no_joins_here, self.stop, Trace(None),
+            start.first_window, hear, self.stop, Trace(None),
         )  # fmt: skip
+        rooms = build_rooms(ground)
         body.outbox = rooms.outbox
         rooms = replace(rooms, micro_batches=body)  # type: ignore[arg-type]
         endpoint.admit({client: start.seats[client].session for client in members.at(rank)})

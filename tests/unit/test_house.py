@@ -98,6 +98,7 @@ IMPURE = {"torch", "numpy", "grpc", "time", "threading", "queue", "asyncio", "so
 TESTED_ELSEWHERE = {
     "server/contract.py": "data; whoever checks it is tested",
     "server/queue/decisions.py": "data; what the queue decides is tested",
+    "server/serve.py": "wires the rooms; whole runs are tested, integration/test_runs.py",
 }
 
 

@@ -36,7 +36,7 @@ from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
 from fedbert_ds.server.rank_messages import RankMessages
-from fedbert_ds.server.rooms import build_rooms
+from fedbert_ds.server.rooms import Ground, build_rooms
 from fedbert_ds.server.stop_signal import StopFlag
 from fedbert_ds.telemetry.trace import Trace
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -350,10 +350,13 @@ class Served:
                 invitation(config, *["here:1"] * rank_group.world_size), self.members,
                 dict.fromkeys(places, 1000), strategy,
             )  # fmt: skip
+        hear = no_joins_here if self.reception is None else self.reception.hear
+        never = stop or SimpleNamespace(requested=False)
         self.rooms = build_rooms(
-            config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0,
-            no_joins_here if self.reception is None else self.reception.hear,
-            stop or SimpleNamespace(requested=False), Trace(None),
+            Ground(
+                config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0, hear,
+                never, Trace(None),
+            )
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)

@@ -1,18 +1,16 @@
-"""What a rank decides before it serves: what clients may send, and where its network runs."""
+"""What clients may send, by the run file and the client half."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 
 from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.server.contract import TensorContract
-from fedbert_ds.server.network.endpoint import Endpoint
-from fedbert_ds.server.network.endpoint_process import EndpointProcess
-from fedbert_ds.server.serve import build_contract, build_endpoint
+from fedbert_ds.server.run_contract import build_contract, most_window_bytes
 
 SMALL = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 16}
 
@@ -61,18 +59,17 @@ def test_updates_carry_what_is_exchanged(federation: dict[str, Any], parts: set[
     assert contract.update_codec == "int8"
 
 
-@pytest.mark.parametrize(
-    ("network", "has_gpu", "kind"),
-    [
-        ("auto", False, Endpoint),
-        ("auto", True, EndpointProcess),
-        ("thread", True, Endpoint),
-        ("process", False, EndpointProcess),
-    ],
-)
-def test_the_network_has_a_process_of_its_own_beside_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, network: str, has_gpu: bool, kind: type
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    config = config_with(server={"network": network, "port": 0})
-    assert type(build_endpoint(config.server, config.clients, rank=0, tokens={})) is kind
+def test_a_window_s_most_bytes_are_those_of_one_client_with_all_text() -> None:
+    config = config_with(window={"tokens": 1000, "tokens_per_micro_batch": 64}, clients={"expected": 4})
+    contract = build_contract(config, half_of(config))
+    strategy = strategy_of(config.federation, config.wire, config.cut)
+    # Activations and gradients of the hidden size, four bytes a number.
+    assert most_window_bytes(config, strategy, contract) == 4 * 1000 * (8 + 8)
+
+
+def test_a_window_of_few_clients_has_more_of_each() -> None:
+    config = config_with(window={"tokens": 1000, "tokens_per_micro_batch": 64}, clients={"expected": 4},
+                         federation={"mode": "parallel", "participants": 2})  # fmt: skip
+    contract = build_contract(config, half_of(config))
+    strategy = strategy_of(config.federation, config.wire, config.cut)
+    assert most_window_bytes(config, strategy, contract) == 2 * 4 * 1000 * (8 + 8)

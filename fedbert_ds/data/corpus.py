@@ -172,6 +172,8 @@ def _files(name: str, reading: Reading) -> tuple[list[Path], bool]:
         return found.files, False
     if not path.exists():
         raise DataError(f"{name}: no such file or folder; name one in data.source, or python-docs, or hub:NAME")
+    if not path.is_file():
+        raise DataError(f"{name}: is no file, and text is read twice; save it in one")
     if not _is_readable(path):
         raise DataError(f"{name}: cannot read {path.suffix or 'a file without suffix'}; use {FORMS}")
     return [path], True

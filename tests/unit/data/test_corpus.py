@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -316,6 +317,13 @@ def test_what_wikiextractor_writes(tmp_path: Path, compression: str) -> None:
         Article("V", "V\n\nTwo."),
         Article(f"wiki_01{compression}", "Three."),
     ]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_is_no_file_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError, match=r"pipe\.txt: is no file, and text is read twice; save it in one"):
+        read_articles([str(tmp_path / "pipe.txt")])
 
 
 def test_a_missing_file_is_found_before_anything_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Simulated schedules of ranks, clients and faults, each drawn from its seed and checked exactly.
 
     python tests/simulation/schedules.py --schedules 1000000 --workers 2     draw as many; a count
+    python tests/simulation/schedules.py --first-seed 1 --minutes 60 --out FILE.json  what fits
     python tests/simulation/schedules.py --seed 7                            one of them again
 
 The real queue, membership, cursors, window loop, aggregator and conversations run in virtual time
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -21,6 +24,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -80,11 +84,12 @@ def played(seeds: range) -> Counts:
 def build_parser() -> argparse.ArgumentParser:
     """The program's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedules", type=int, default=2000, metavar="N", help="how many to draw")
+    parser.add_argument("--schedules", type=int, default=2000, metavar="N", help="how many to draw at most")
+    parser.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="begin none after that")
     parser.add_argument("--first-seed", type=int, metavar="S", help="the first of their seeds")
     parser.add_argument("--seed", type=int, metavar="S", help="one schedule, told in full")
     parser.add_argument("--workers", type=int, default=1, metavar="W", help="processes")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the counts as a record")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="a record of counts, which gets one more row")
     return parser
 
 
@@ -94,10 +99,11 @@ def main() -> int:
     if options.seed is not None:
         return _one(options.seed)
     first = options.first_seed if options.first_seed is not None else random.randrange(10**9)
+    rows = _rows_of(options.out, first)
     commit, started = source_commit(), time.monotonic()
-    print(f"seeds {first} to {first + options.schedules - 1}", flush=True)
+    print(f"seeds from {first} on", flush=True)
     chunks = [
-        range(start, min(start + CHUNK, first + options.schedules))
+        (range(start, min(start + CHUNK, first + options.schedules)), started + 60 * options.minutes)
         for start in range(first, first + options.schedules, CHUNK)
     ]
     total = Counts()
@@ -106,21 +112,42 @@ def main() -> int:
             total.add(counts)
             for seed, what in counts.failures.items():
                 print(f"seed {seed}: {what}", flush=True)
-            if total.schedules % (50 * CHUNK) == 0:
+            if counts.schedules and total.schedules % (50 * CHUNK) == 0:
                 print(f"  {total.schedules:,} schedules, {len(total.failures)} failed", file=sys.stderr, flush=True)
     seconds = time.monotonic() - started
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in total.faults.most_common())
     print(f"{total.schedules:,} schedules in {seconds:,.0f} s ({total.schedules / seconds:,.0f} a second): {kinds}")
     print(f"{total.roll_backs:,} roll-backs, {total.restarts:,} restarts, {len(total.failures)} failed", flush=True)
-    if options.out is not None:
-        command = f"python tests/simulation/schedules.py --schedules {options.schedules} --first-seed {first}"
-        write_record(
-            options.out, command=f"{command} --workers {options.workers} --out {options.out}", commit=commit,
-            first_seed=first, schedules=total.schedules, seconds=seconds, events=total.events,
-            roll_backs=total.roll_backs, restarts=total.restarts, faults=dict(total.faults),
-            failures={str(seed): what for seed, what in total.failures.items()},
-        )  # fmt: skip
+    if options.out is not None and total.schedules:
+        rows.append(_row(first, total, seconds, commit))
+        command = f"python tests/simulation/schedules.py --first-seed {first} --schedules {total.schedules}"
+        command += f" --workers {options.workers} --out {options.out}"
+        write_record(options.out, command=command, commit=commit, rows=rows)
     return 1 if total.failures else 0
+
+
+def _rows_of(path: Path | None, first: int) -> list[dict[str, Any]]:
+    """The rows of earlier schedules in a record, which these must not repeat."""
+    if path is None or not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    if any(first < row["first_seed"] + row["schedules"] for row in rows):
+        sys.exit(f"--first-seed {first}: {path} has it; take one behind them, or another --out")
+    return rows
+
+
+def _row(first: int, counts: Counts, seconds: float, commit: str | None) -> dict[str, Any]:
+    return {
+        "first_seed": first,
+        "schedules": counts.schedules,
+        "seconds": round(seconds),
+        "events": counts.events,
+        "roll_backs": counts.roll_backs,
+        "restarts": counts.restarts,
+        "faults": dict(counts.faults),
+        "failures": {str(seed): what for seed, what in counts.failures.items()},
+        "commit": commit,
+    }
 
 
 def _quickly() -> None:
@@ -130,7 +157,11 @@ def _quickly() -> None:
     gc.disable()
 
 
-def _chunk(seeds: range) -> Counts:
+def _chunk(work: tuple[range, float]) -> Counts:
+    """Chunks begin in order, so those that were played are the first seeds."""
+    seeds, deadline = work
+    if time.monotonic() > deadline:
+        return Counts()
     gc.collect()
     with simulated():
         return played(seeds)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from integration.chaos import build_parser as chaos_parser
 from integration.faults import build_parser as faults_parser
+from integration.lies import build_parser as lies_parser
 from simulation.schedules import build_parser as schedules_parser
 
 from benchmarks.card.__main__ import build_parser as card_parser
@@ -63,6 +64,7 @@ PROGRAMS: dict[str, tuple[Callable[[], argparse.ArgumentParser], Path | None]] =
     "python -m benchmarks.naive": (naive_parser, PIPELINE_RUN_FILE),
     "python tests/integration/chaos.py": (chaos_parser, None),
     "python tests/integration/faults.py": (faults_parser, None),
+    "python tests/integration/lies.py": (lies_parser, None),
     "python tests/simulation/schedules.py": (schedules_parser, None),
 }
 """How each program parses its options, and the run file that its overrides change."""

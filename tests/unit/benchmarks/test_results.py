@@ -285,18 +285,20 @@ def test_text_larger_than_memory():
     # What the page claims.
     fresh, resumed = rows
     assert (fresh["begins"], resumed["begins"]) == ("fresh", "resumed")
+    assert fresh["bytes"] >= 1e10 and max(row["peak_mb"] for row in rows) < 1000
     assert f"{fresh['peak_mb']:.0f} MB with {fresh['bytes'] / 1e9:.1f} GB of text" in README
     before = json.loads((BENCHMARKS / "results" / "memory-client.json").read_text(encoding="utf-8"))["rows"]
-    (small,) = (
+    (little,) = (
         row
         for row in before
-        if (row["model"], row["mode"], row["updates"], row["begins"]) == (FACTORIZED, "synchronous", "int8", "fresh")
+        if (row["model"], row["mode"], row["updates"], row["begins"]) == (BASE, "synchronous", "int8", "fresh")
     )
-    more = fresh["phases"]["start"] - small["phases"]["start"]
-    assert f"takes {more:.0f} MB more" in " ".join(README.split())
-    # 10 GB, and two places in the shuffle while an epoch begins.
-    at_10_gb = fresh["sequences"] * 4 * 10e9 / fresh["bytes"] / 1e6
-    assert 75 < at_10_gb < 85 and fresh["peak_mb"] + 2 * at_10_gb < 1000
+    assert round(fresh["peak_mb"]) == round(little["peak_mb"])
+    more = fresh["phases"]["start"] - little["phases"]["start"]
+    words = " ".join(README.split())
+    assert f"takes {more:.0f} MB more" in words and f"{4 * fresh['sequences'] / 1e6:.0f} MB are the order" in words
+    # What a new epoch takes is there in the phases that may begin one.
+    assert all(row["phases"][name] + 82 < row["peak_mb"] for row in rows for name in ("reference", "plan", "embed"))
 
 
 def test_killed_processes_leave_no_trace():

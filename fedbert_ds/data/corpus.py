@@ -117,7 +117,7 @@ def read_articles(
                                      lone second part is a split if named like one (train, test,
                                      validation, ...), else a configuration. The split is `train`
                                      by default. `streaming` needs no complete download.
-    Text files may be compressed (.gz, .bz2, .xz, .zst). Rows of WikiText (one row a line) are
+    Files may be compressed (.gz, .bz2, .xz, .zst). Rows of WikiText (one row a line) are
     joined into articles. Rows without text are left out; binary text is decoded. `reading` says
     how, and counts what was left out.
 

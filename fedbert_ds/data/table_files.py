@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from fedbert_ds.data.text_files import COMPRESSIONS, Encodings, form_of, lines_of
+from fedbert_ds.data.text_files import Encodings, form_of, lines_of, whole
 from fedbert_ds.errors import DataError
 
 Row = dict[str, Any]
@@ -40,8 +40,7 @@ def rows_of(path: Path, columns: Columns = list, encodings: Encodings | None = N
 
 def is_table(path: Path) -> bool:
     """Whether a file's name says that it is a table that can be read."""
-    form = form_of(path)
-    return form in _READERS and not (form in _NEVER_COMPRESSED and path.suffix.lower() in COMPRESSIONS)
+    return form_of(path) in _READERS
 
 
 def full_lines(path: Path, encodings: Encodings | None = None) -> Iterator[tuple[int, str]]:
@@ -141,7 +140,7 @@ def _parquet(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Pla
     except ImportError as error:
         raise DataError(f"{path}: reading Parquet needs pyarrow; pip install fedbert-ds[data]") from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with whole(path) as place, pyarrow.parquet.ParquetFile(place) as file:
             names = list(columns(file.schema_arrow.names))
             batches = file.iter_batches(batch_size=1024, columns=names)
             yield from _numbered(path, (row for batch in batches for row in batch.to_pylist()))
@@ -156,12 +155,12 @@ def _arrow(path: Path, columns: Columns, encodings: Encodings) -> Iterator[Place
         raise DataError(f"{path}: reading Arrow needs pyarrow; pip install fedbert-ds[data]") from error
     try:
         # No memory map: what was read of one counts as this process's memory.
-        with pyarrow.OSFile(str(path)) as file:
+        with whole(path) as place, pyarrow.OSFile(str(place)) if place == path else pyarrow.PythonFile(place) as file:
             try:
                 batches = iter(pyarrow.ipc.open_stream(file))
             except pyarrow.ArrowInvalid:
-                whole = pyarrow.ipc.open_file(file)
-                batches = (whole.get_batch(number) for number in range(whole.num_record_batches))
+                table = pyarrow.ipc.open_file(file)
+                batches = (table.get_batch(number) for number in range(table.num_record_batches))
             yield from _numbered(path, _chosen(batches, columns))
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Arrow file ({error}); write it again") from error
@@ -188,6 +187,4 @@ _READERS: dict[str, Callable[[Path, Columns, Encodings], Iterator[Place]]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-_NEVER_COMPRESSED = frozenset({".parquet", ".arrow"})
-"""They are read in place, and are compressed inside."""
 TABLE_FORMS = tuple(_READERS)

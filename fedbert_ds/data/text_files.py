@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import lzma
+import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -114,7 +118,7 @@ def lines_of(path: Path, newline: str | None = None, encodings: Encodings | None
     DataError for a file that cannot be read or decompressed, or whose encoding is not to be found.
     """
     encodings = encodings or Encodings()
-    try:
+    with _errors_of(path):
         if path not in encodings.found:
             encodings.found[path] = _encoding_of(path, encodings)
         encoding = encodings.found[path]
@@ -124,10 +128,34 @@ def lines_of(path: Path, newline: str | None = None, encodings: Encodings | None
                 if encoding != DETECTED:
                     encodings.replaced += line.count(REPLACED)
                 yield line
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Any]:
+    """A file to read here and there: its path, or its content decompressed, in a file without a
+    name. DataError as `lines_of`.
+    """
+    if path.suffix.lower() not in _DECOMPRESS:
+        yield path
+        return
+    with tempfile.TemporaryFile() as content:
+        with _errors_of(path), opened(path) as packed:
+            shutil.copyfileobj(packed, content, CHUNK_BYTES)
+        content.seek(0)
+        yield content
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path}: cannot be decompressed ({error}); compress it again") from error
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+        told = f"{path}: cannot be read ({error.strerror or error})"
+        if error.errno == errno.ENOSPC:
+            raise DataError(f"{told}; it is decompressed in {tempfile.gettempdir()}, free some space there") from error
+        raise DataError(f"{told}; check its permissions") from error
 
 
 def opened(path: Path) -> BinaryIO:

@@ -30,7 +30,7 @@ def read_rows(sources: Sequence[str], *, streaming: bool = False) -> Iterator[Pl
                       the columns are `tokens` and `tags`
       a folder        every such file under it, by name, but for hidden ones
       `hub:NAME[:CONFIG][:SPLIT]`
-    Text files may be compressed (.gz, .bz2, .xz, .zst).
+    Files may be compressed (.gz, .bz2, .xz, .zst).
 
     DataError at once for a missing file or an unknown suffix; while reading, for a row that is cut
     short, a line that is not JSON, text of no known encoding, or a source without rows.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -121,8 +123,38 @@ def test_columnar_files(tmp_path: Path, form: str) -> None:
         list(rows_of(path))
 
 
-def test_columnar_files_are_not_compressed_outside() -> None:
-    assert not is_table(Path("a.parquet.gz")) and not is_table(Path("a.arrow.zst")) and not is_table(Path("a.txt"))
+@pytest.mark.parametrize("form", [".parquet", ".arrow stream", ".arrow file"])
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_columnar_files_in_every_compression(tmp_path: Path, form: str, compression: str) -> None:
+    pyarrow, out = pytest.importorskip("pyarrow"), io.BytesIO()
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist(ROWS)
+    if form == ".parquet":
+        parquet.write_table(table, out)
+    else:
+        new = pyarrow.ipc.new_stream if form.endswith("stream") else pyarrow.ipc.new_file
+        with new(out, table.schema) as writer:
+            writer.write_table(table)
+    path = compressed(tmp_path / f"a{form.split()[0]}{compression}", out.getvalue())
+    assert is_table(path) and [row for _, row in rows_of(path)] == ROWS
+    if compression:
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(DataError, match=r"cannot be decompressed .*; compress it again"):
+            list(rows_of(path))
+
+
+def test_a_full_disk_for_a_decompressed_table_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(packed: Any, content: Any, size: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    path = compressed(tmp_path / "a.parquet.gz", b"x")
+    with pytest.raises(DataError, match=r"No space left on device\); it is decompressed in .*, free some space there"):
+        list(rows_of(path))
+
+
+def test_what_is_a_table() -> None:
+    assert not is_table(Path("a.txt")) and not is_table(Path("a.gz"))
     assert all(is_table(Path(f"a{form}")) for form in TABLE_FORMS)
 
 

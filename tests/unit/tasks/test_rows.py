@@ -12,7 +12,7 @@ from fedbert_ds.errors import DataError
 from fedbert_ds.tasks.rows import read_rows
 
 CONTENT = {
-    "a.tsv": 'sentence\tlabel\nso "good\t1\n\nbad \u2028 one\t0\textra\n',
+    "a.tsv": 'sentence\tlabel\nso "good\t1\n\nbad \u2028 one\t0\t\n',
     "a.csv": 'sentence,label\n"so, ""good""\nand long",1\nbad,0\n',
     "a.jsonl": '{"sentence": "so good", "label": 1}\n\n{"sentence": "bad", "label": 0}\n',
     "a.conll": "-DOCSTART- -X- O O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n",
@@ -67,7 +67,9 @@ def test_parquet_and_a_hub_data_set(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.tsv", "sentence\tlabel\nalone\n", "line 2 has 1 fields, the header 2"),
+        ("a.tsv", "sentence\tlabel\nso\tgood\t1\n", "line 2 has 3 fields, the header 2"),
         ("a.csv", "sentence,label\nalone\n", "line 2 has 1 fields, the header 2"),
+        ("a.csv", "sentence,label\nso, good,1\n", "line 2 has 3 fields, the header 2"),
         ("a.jsonl", "{\n", "line 1 is not JSON"),
         ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("a.conll", "EU B-ORG\nrejects\n", "line 2 has no label behind its word"),

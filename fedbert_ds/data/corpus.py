@@ -70,7 +70,7 @@ class Reading:
     files: int = 0
     """Files that were read, or are being read."""
     only_columns: dict[str, None] = field(default_factory=dict)
-    """Names of columns, of tables that have no other, whose name nobody gave."""
+    """Names of columns, of tables that have no other, whose name nobody gave; a few."""
     divided: int = 0
     """Places where documents longer than LONGEST_DOCUMENT were divided."""
     articles: int = 0
@@ -82,7 +82,7 @@ class Reading:
         """What its owner should know, but for numbers of articles and characters."""
         told = []
         if self.only_columns:
-            names = ", ".join(f"`{name[:_LONGEST_NAME]}`" for name in list(self.only_columns)[:_NAMES_TOLD])
+            names = ", ".join(f"`{name[:_LONGEST_NAME]}`" for name in self.only_columns)
             told.append(f"the text is in a table's only column, which the first line calls {names}")
         if self.encodings.replaced:
             told.append(f"{self.encodings.replaced:,} characters could not be decoded")
@@ -338,7 +338,8 @@ def _text_column(source: str, names: Sequence[str], reading: Reading) -> str:
     if TEXT in names or len(alike) == 1:
         return TEXT if TEXT in names else alike[0]
     if len(names) == 1:
-        reading.only_columns[names[0]] = None
+        if len(reading.only_columns) < _NAMES_TOLD:
+            reading.only_columns[names[0]] = None
         return names[0]
     raise DataError(f"{source}: no column `text` (columns: {', '.join(names)}); name it in data.text_column")
 

@@ -25,7 +25,7 @@ SEPARATORS = ",;\t|"
 """Between the fields of a .csv file; spreadsheets of many countries write semicolons."""
 LONGEST_FIELD = 1 << 24
 """Characters of a field of a .csv file. With more, a quote was hardly meant to be open so long."""
-_SEPARATOR_LINE = re.compile(r"sep=(.)\r?\n?$")
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n?$')
 """How Excel says, in a line before the header, what stands between fields."""
 _END = "\ue000the end\ue000"
 """A row behind the last one, which shows that no quote is open there."""

@@ -294,6 +294,10 @@ def test_a_column_that_nobody_named_is_told(tmp_path: Path) -> None:
     assert reading.sentences() == [
         f"the text is in a table's only column, which the first line calls `note`, `{first[:40]}`"
     ]
+    many = Reading()
+    rows = "\n".join(f'{{"key {n}": "text"}}' for n in range(99))
+    assert len(list(read_articles([write(tmp_path / "many.jsonl", rows)], reading=many))) == 99
+    assert "`key 0`, `key 1`, `key 2`" in many.sentences()[0] and "key 3" not in many.sentences()[0]
     named = Reading("note")
     list(read_articles([str(tmp_path / "a.csv")], reading=named))
     assert named.sentences() == []

@@ -57,9 +57,9 @@ def test_a_field_may_be_as_long_as_a_book(tmp_path: Path) -> None:
     assert [len(row["text"]) for _, row in rows_of(path)] == [500_000]
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_excel_says_what_separates_fields_in_a_line_of_its_own(tmp_path: Path, end: str) -> None:
-    path = compressed(tmp_path / "a.csv", f"sep=#{end}{csv_of(ROWS, '#')}".encode())
+@pytest.mark.parametrize("line", ["sep=#\n", "sep=#\r\n", '"sep=#"\r\n'])
+def test_excel_says_what_separates_fields_in_a_line_of_its_own(tmp_path: Path, line: str) -> None:
+    path = compressed(tmp_path / "a.csv", f"{line}{csv_of(ROWS, '#')}".encode())
     assert [row for _, row in rows_of(path)] == ROWS
     assert next(rows_of(path))[0] == f"{path}: line 4"
 

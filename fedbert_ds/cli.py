@@ -19,6 +19,7 @@ from fedbert_ds.init.command import add_init
 from fedbert_ds.planner.options import add_plan
 from fedbert_ds.user_path import expanded, user_path
 from fedbert_ds.vocabulary.commands import add_vocab
+from fedbert_ds.wire.verbosity import be_quiet, tell_of_handshakes
 
 if TYPE_CHECKING:
     from fedbert_ds.client.limits import Limits
@@ -162,8 +163,7 @@ def _client(options: argparse.Namespace) -> None:
 
     leave_out_unused()
     return_large_blocks()
-    # gRPC would write a line for each failed handshake. What is wrong is told in one.
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    be_quiet(os.environ)
     from fedbert_ds.client.session import inspect_run, run_client
     from fedbert_ds.folder_lock import keep_private
     from fedbert_ds.wire.tls import expiry_warning
@@ -180,7 +180,7 @@ def _client(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    be_quiet(os.environ)
     from fedbert_ds.doctor.command import run_doctor
 
     run_doctor(options, _client_options)
@@ -309,6 +309,7 @@ def _add_aggregator(subcommands: argparse._SubParsersAction[argparse.ArgumentPar
 def _aggregator(options: argparse.Namespace) -> None:
     import signal
 
+    tell_of_handshakes(os.environ)
     from fedbert_ds.aggregator.process import run_aggregator
     from fedbert_ds.config import load_config
     from fedbert_ds.folder_lock import keep_private

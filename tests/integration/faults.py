@@ -39,6 +39,7 @@ from integration.cluster import run_file, write_text
 from integration.faults_process import DROP, DUPLICATE
 from integration.federation import Federation, fork_quickly
 
+from fedbert_ds.errors import INTERRUPTED
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 from fedbert_ds.telemetry.record import source_commit, write_record
 
@@ -126,6 +127,11 @@ class Disturbed:
                     last_progress = now
                 assert now - last_progress < DEADLINE_SECONDS, f"no window for long\n{federation.logs()}"
                 self._let_go_on(now)
+                if is_stopping and self._has_failed():
+                    # A fault that had not shown before: the last checkpoint met a full disk.
+                    self.told.stopped, is_stopping = 0.0, False
+                    self._look(now)  # windows after the stop count, too, and are not new
+                    is_new = False
                 if is_stopping:
                     self._end_clients()
                     continue
@@ -166,6 +172,11 @@ class Disturbed:
             del code
             shutil.rmtree(federation.state(name), ignore_errors=True)
             federation.start_client(name)
+
+    def _has_failed(self) -> bool:
+        """A rank has ended in another way than one that was asked to stop."""
+        failures = self.federation.failures()
+        return any(name.startswith("rank") and code != INTERRUPTED for name, code in failures.items())
 
     def _end_clients(self) -> None:
         """Clients of a run that was stopped wait for it to go on: nobody resumes this one."""

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from integration import faults
 from integration.faults import KINDS, LONGEST_GAP, compared, drawn
 from integration.federation import fork_quickly
 
@@ -21,12 +22,22 @@ def test_a_run_that_everything_happens_to_ends_as_if_nothing_had(tmp_path: Path)
     assert len(result.told.done) == 12 and result.is_identical, seed
 
 
+def test_a_disk_that_is_full_when_the_run_is_stopped_is_not_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint is the first thing that the rank writes then."""
+    monkeypatch.setattr(faults, "drawn", lambda *_: [faults.Fault(1.0, "full disk", "rank 1", 0.0)])
+    result = compared(tmp_path, 0, num_faults=1, seconds=1.0, processes=4, save_every=10**6)
+    assert result.is_identical and [kind for _, kind in result.told.done] == ["full disk"]
+    assert result.told.starts["ranks"] == 1
+
+
 def test_a_schedule_is_its_seed_s_and_has_no_long_pause() -> None:
     clients = [f"client-{number}" for number in range(6)]
-    faults = drawn(7, 2000, 2000 * 12.0, clients)
-    assert faults == drawn(7, 2000, 2000 * 12.0, clients) != drawn(8, 2000, 2000 * 12.0, clients)
-    assert {fault.kind for fault in faults} == KINDS.keys()
-    assert {fault.who for fault in faults} == {"rank 0", "rank 1", *clients}
-    gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(faults)]
+    schedule = drawn(7, 2000, 2000 * 12.0, clients)
+    assert schedule == drawn(7, 2000, 2000 * 12.0, clients) != drawn(8, 2000, 2000 * 12.0, clients)
+    assert {fault.kind for fault in schedule} == KINDS.keys()
+    assert {fault.who for fault in schedule} == {"rank 0", "rank 1", *clients}
+    gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(schedule)]
     # Gaps of sums of many numbers are rounded.
     assert min(gaps) > 0 and max(gaps) <= LONGEST_GAP + 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import queue
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.channel import TlsFiles
 from fedbert_ds.wire.conversation import RECONNECT_SECONDS
 from fedbert_ds.wire.host_port import host_port
+from fedbert_ds.wire.verbosity import tell_of_handshakes
 
 UNREAD_BYTES = 256 << 20
 """Received bytes of all clients that may wait in this process; more wait in the child."""
@@ -52,7 +54,7 @@ class EndpointProcess:
     ) -> None:
         files = [str(path) for path in (tls.ca, tls.certificate, tls.key)] if tls else None
         self._start = ["start", host, port, files, reconnect_timeout, shares_memory, (rules or DoorRules()).to_json()]
-        self._address = host_port(host, port)
+        self._address, self._has_tls = host_port(host, port), tls is not None
         self._events: queue.SimpleQueue[tuple[Event | None, int]] = queue.SimpleQueue()
         """Events, each with the bytes that wait with it; None after the last."""
         self._commands: queue.SimpleQueue[tuple[list[Any], bytes] | None] = queue.SimpleQueue()
@@ -71,7 +73,11 @@ class EndpointProcess:
         """Start the child, which listens; returns the port. WireError when the port is in use."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "fedbert_ds.server.network.endpoint_child", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
+        environment = dict(os.environ)
+        if self._has_tls:
+            tell_of_handshakes(environment)
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "pass_fds": [theirs.fileno()]}
+        self._process = subprocess.Popen(command, env=environment, **pipes)
         theirs.close()
         self._channel = SocketChannel(ours)
         ours.settimeout(START_SECONDS)

@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.server.network.door import TOLD_AT_ONCE, Refusals
 from fedbert_ds.server.network.handshakes import relay, sentence
+from fedbert_ds.wire.verbosity import VARIABLE
 
 HEAD = "I1129 08:42:41.640476    4680 ssl_transport_security.cc:2125] Handshake failed with error SSL_ERROR_SSL: "
 OPENSSL = "error:1000007d:SSL routines:OPENSSL_internal:"
@@ -93,13 +95,23 @@ with grpc.insecure_channel(f"127.0.0.1:{sys.argv[1]}") as channel:
 """
 
 
-def test_strangers_at_the_port_are_told_and_counted(tmp_path: Path) -> None:
-    """gRPC dials again and again for each of them; the log has a few lines."""
+@pytest.mark.parametrize("verbosity", [None, "ERROR"])
+def test_strangers_at_the_port_are_told_and_counted(tmp_path: Path, verbosity: str | None) -> None:
+    """gRPC dials again and again for each of them; the log has a few lines, whatever gRPC itself
+    is to write.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    environment |= {VARIABLE: verbosity} if verbosity else {}
     authority = Authority(tmp_path)
     authority.create("an authority", 100)
     authority.issue("body", 90, hosts=[])
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    listening = subprocess.Popen([sys.executable, "-c", LISTENS, str(tmp_path)], **pipes)
+    pipes: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    listening = subprocess.Popen([sys.executable, "-c", LISTENS, str(tmp_path)], env=environment, **pipes)
     assert listening.stdout is not None
     port = listening.stdout.readline().strip()
     stranger = subprocess.run([sys.executable, "-c", STRANGER, port], capture_output=True, timeout=100)

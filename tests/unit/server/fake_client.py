@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -173,7 +174,8 @@ class FakeClient:
         )
 
     def numbers(self, micro_batch: int, what: str, count: int) -> Tensor:
-        random = torch.Generator().manual_seed(hash((self.name, micro_batch, what)) % 2**31)
+        # The same in every process, unlike the hash of a text.
+        random = torch.Generator().manual_seed(crc32(repr((self.name, micro_batch, what)).encode()))
         return torch.randn(count, WIDTH, generator=random)
 
     def _begin(self, begin: pb.Begin) -> list[pb.ClientMessage]:

@@ -139,24 +139,37 @@ class Ground:
 def build_rooms(ground: Ground) -> Rooms:
     """Build the rooms of this rank, for the clients among the members that have a seat here."""
     config, contract, engine, endpoint = ground.config, ground.contract, ground.engine, ground.endpoint
-    aggregator, members, strategy = ground.aggregator, ground.members, ground.strategy
+    members, strategy = ground.members, ground.strategy
     queue = _queue(config, strategy, engine.lockstep_forwards, members, ground.first_window)
     cursors = Cursors({})
-    owner = aggregator if isinstance(aggregator, Aggregator) else RemoteAggregator(aggregator, ground.first_window)
-    revoke: Callable[[str], None] = endpoint.revoke
-    combiner = None
-    if isinstance(owner, Aggregator):
-        combiner = _combiner(config, contract, owner, ground.rank_group)
-        exchange: UpdateExchange | RemoteExchange = _exchange(combiner, owner)
-    else:
-        exchange = RemoteExchange(owner, queue.deadlines)
-        revoke = _both(endpoint.revoke, owner.part_with)
+    updates = _updates(ground, queue)
     influence = Influence(config.federation.bound, contract.first_sizes, lambda *bounded: membership.bounded(*bounded))
-    inbox = Inbox(queue, exchange, cursors, contract, members.tokens, influence)
+    inbox = Inbox(queue, updates.exchange, cursors, contract, members.tokens, influence)
     outbox = Outbox(endpoint, ground.codec_threads)
-    membership = Membership(queue, exchange, inbox, cursors, outbox, revoke, ground.waits)
+    membership = Membership(queue, updates.exchange, inbox, cursors, outbox, updates.revoke, ground.waits)
     account = TimeAccount()
     unsound: set[str] = set()
+    service = ClientService(
+        queue,
+        inbox,
+        updates.exchange,
+        membership,
+        cursors,
+        outbox,
+        ground.take_event,
+        ground.on_join,
+        ground.members.has_state,
+        ground.trace,
+        updates.owner,
+        contract.update_codec,
+        config.wire.is_compressed,
+        account,
+        holds_updates=strategy.clips_together and (ground.waits or config.optimizer.gradient_clipping > 0),
+        shares_moments=not strategy.halves_are_personal,
+        is_stopping=lambda: ground.stop.requested,
+        unsound=unsound,
+        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
+    )
     return Rooms(
         contract=contract,
         strategy=strategy,
@@ -167,17 +180,17 @@ def build_rooms(ground: Ground) -> Rooms:
         stop=ground.stop,
         trace=ground.trace,
         queue=queue,
-        exchange=exchange,
-        remote=owner if isinstance(owner, RemoteAggregator) else None,
-        aggregator=owner if isinstance(owner, Aggregator) else None,
-        combiner=combiner,
+        exchange=updates.exchange,
+        remote=updates.owner if isinstance(updates.owner, RemoteAggregator) else None,
+        aggregator=updates.owner if isinstance(updates.owner, Aggregator) else None,
+        combiner=updates.combiner,
         cursors=cursors,
         masked_counts=MaskedCounts(),
         influence=influence,
         inbox=inbox,
         outbox=outbox,
         membership=membership,
-        service=_service(ground, queue, inbox, exchange, membership, cursors, outbox, owner, account, unsound),
+        service=service,
         time=account,
         micro_batches=MicroBatches(
             engine, contract, config.wire, outbox, ground.trace, config.run.seed, ground.rank_group.rank, unsound
@@ -185,40 +198,24 @@ def build_rooms(ground: Ground) -> Rooms:
     )
 
 
-def _service(
-    ground: Ground,
-    queue: PipelineQueue,
-    inbox: Inbox,
-    exchange: UpdateExchange | RemoteExchange,
-    membership: Membership,
-    cursors: Cursors,
-    outbox: Outbox,
-    owner: Aggregator | RemoteAggregator,
-    account: TimeAccount,
-    unsound: set[str],
-) -> ClientService:
-    config, contract, engine, strategy = ground.config, ground.contract, ground.engine, ground.strategy
-    return ClientService(
-        queue,
-        inbox,
-        exchange,
-        membership,
-        cursors,
-        outbox,
-        ground.take_event,
-        ground.on_join,
-        ground.members.has_state,
-        ground.trace,
-        owner,
-        contract.update_codec,
-        config.wire.is_compressed,
-        account,
-        holds_updates=strategy.clips_together and (ground.waits or config.optimizer.gradient_clipping > 0),
-        shares_moments=not strategy.halves_are_personal,
-        is_stopping=lambda: ground.stop.requested,
-        unsound=unsound,
-        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
-    )
+@dataclass(frozen=True)
+class _Updates:
+    """Where client updates go: to this rank's own aggregator, or to another party's."""
+
+    owner: Aggregator | RemoteAggregator
+    exchange: UpdateExchange | RemoteExchange
+    combiner: Combiner | None
+    revoke: Callable[[str], None]
+    """Parts with a client."""
+
+
+def _updates(ground: Ground, queue: PipelineQueue) -> _Updates:
+    revoke = ground.endpoint.revoke
+    if isinstance(ground.aggregator, Aggregator):
+        combiner = _combiner(ground.config, ground.contract, ground.aggregator, ground.rank_group)
+        return _Updates(ground.aggregator, _exchange(combiner, ground.aggregator), combiner, revoke)
+    remote = RemoteAggregator(ground.aggregator, ground.first_window)
+    return _Updates(remote, RemoteExchange(remote, queue.deadlines), None, _both(revoke, remote.part_with))
 
 
 def _combiner(config: RunConfig, contract: Contract, aggregator: Aggregator, rank_group: RankGroup) -> Combiner:

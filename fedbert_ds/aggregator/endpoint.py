@@ -6,13 +6,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
 from fedbert_ds.errors import UserError
+from fedbert_ds.server.network.client_stream import ClientStream
 from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.network.listener import Listener, Servicer, unread
+from fedbert_ds.server.network.sessions import counts
 from fedbert_ds.server.network.traffic import Traffic
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
@@ -34,9 +37,10 @@ class OpenAsked:
 class Ordered:
     """A message of a rank with an open conversation."""
 
-    rank: str
-    """Its name, as `rank_name` has it."""
+    client: str
+    """The rank's name, as `rank_name` has it: to the endpoint it is one of the clients."""
     order: pb.Order
+    session: str
 
 
 class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
@@ -55,8 +59,15 @@ class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
         self._traffic = Traffic()
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these ranks and clients open a stream, each with its session, and no others."""
+        """Let these ranks and clients open a stream, each with its session, and no others; streams
+        that they have with earlier ones end.
+        """
         self._sessions = dict(sessions)
+        super().admit(sessions)
+
+    def hears(self, event: Any) -> bool:
+        """Whether an event is of the session that its rank or client has, or of nobody's."""
+        return counts(event, self._sessions)
 
     def send(self, client: str, message: pb.ServerMessage) -> None:
         """Queue a message for a client; messages to one that is gone are dropped."""
@@ -90,11 +101,13 @@ class AggregatorEndpoint(Listener[Received | Ordered | OpenAsked]):
         self._events.put((OpenAsked(request, answer), None))
         return await asyncio.wrap_future(answer)
 
-    def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Received | Ordered:
-        if client.startswith(A_RANK):
-            return Ordered(client, pb.Order.FromString(frame))
+    def _received(
+        self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int
+    ) -> Received | Ordered:
+        if stream.client.startswith(A_RANK):
+            return Ordered(stream.client, pb.Order.FromString(frame), stream.session)
         self._traffic.count_up(num_bytes)
-        return Received(client, message)
+        return Received(stream.client, message, stream.session)
 
 
 class _Servicer(Servicer):

@@ -121,6 +121,8 @@ class _Process:
                 return 0 if finish.complete else STOPPED
 
     def _take(self, event: Any) -> None:
+        if not self._endpoint.hears(event):
+            return
         match event:
             case OpenAsked(request, answer):
                 try:

@@ -29,6 +29,7 @@ from fedbert_ds.server.network.events import (
     Knocked,
 )
 from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.network.sessions import TakeEvent
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.queue.decisions import Decision, Expire, Open, Plan, Suspend
 from fedbert_ds.server.queue.pipeline_queue import PipelineQueue
@@ -53,7 +54,7 @@ EVENTS_AT_ONCE = 256
 class ClientService:
     """Serves the clients of one rank. `attend` does what is due and waits a little if nothing is.
 
-    `take_event(seconds)` returns the rank's next event, `on_join` takes the joins among them. A
+    `take_event(seconds)` returns the next event that counts, `on_join` takes joins among them. A
     client that breaks the protocol is refused alone. `has_state(client, window)` says that a client
     has a state of its own of this window, and begins with it. `exchange` fits the `aggregator`.
     """
@@ -66,7 +67,7 @@ class ClientService:
         membership: Membership,
         cursors: Cursors,
         outbox: Outbox,
-        take_event: Callable[[float], DecodedEvent | None],
+        take_event: TakeEvent,
         on_join: Callable[[JoinAsked | JoinAbandoned], None],
         has_state: Callable[[str, int], bool],
         trace: Trace,
@@ -163,10 +164,6 @@ class ClientService:
                 return False
             case JoinAsked() | JoinAbandoned():
                 self._on_join(event)
-            case Connected(client) if self._queue.is_connected(client):
-                # It was let in a second time before this rank knew of the first.
-                reason = f"client {client} connected twice, and joins again"
-                self._membership.refuse(client, reason, may_return=True)
             case Connected(client):
                 self._rolled_back.discard(client)
                 self._begins[client] = 0

@@ -18,11 +18,10 @@ import torch.distributed as dist
 
 from fedbert_ds.server.network.decoding import DecodedEvent
 from fedbert_ds.server.network.events import Knocked
+from fedbert_ds.server.network.sessions import TakeEvent
 
 KNOCK_SECONDS = 0.5
 """Between two looks at who waits."""
-
-TakeEvent = Callable[[float], DecodedEvent | None]
 
 
 class Knocks:

@@ -25,6 +25,7 @@ from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.network.door import Refusals
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, reply
+from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.rank_group import RankGroup
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -185,6 +186,7 @@ class Newcomers:
         reception: Reception | None,
         members: Members,
         membership: Membership,
+        outbox: Outbox,
         admit: Callable[[dict[str, str]], None],
         rank_group: RankGroup,
         admit_elsewhere: Callable[[dict[str, str]], None] = lambda _: None,
@@ -192,6 +194,7 @@ class Newcomers:
         self._reception = reception
         self._members = members
         self._membership = membership
+        self._outbox = outbox
         self._admit = admit
         self._rank_group = rank_group
         self._admit_elsewhere = admit_elsewhere
@@ -221,6 +224,9 @@ class Newcomers:
         for client in sorted(admissions.evicted & self._members.at(here)):
             self._membership.evict(client)
         mine = {client: seat for client, seat in admissions.seats.items() if seat.rank == here}
+        if mine:
+            # What is under way to a client's earlier process must not reach this one.
+            self._outbox.settle()
         self._admit({client: seat.session for client, seat in mine.items()})
         if mine:
             self._admit_elsewhere({client: seat.aggregator_session for client, seat in mine.items()})

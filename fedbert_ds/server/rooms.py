@@ -28,9 +28,9 @@ from fedbert_ds.server.influence import Influence
 from fedbert_ds.server.masked_counts import MaskedCounts
 from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
-from fedbert_ds.server.network.decoding import DecodedEvent
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
+from fedbert_ds.server.network.sessions import TakeEvent
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
@@ -114,8 +114,10 @@ class Ground:
     endpoint: RankEndpoint
     aggregator: Aggregator | Line
     """This rank's own, or the line to another party's."""
-    take_event: Callable[[float], DecodedEvent | None]
-    """Given seconds, returns the endpoint's next event, decoded."""
+    take_event: TakeEvent
+    """Returns the endpoint's next event that counts, decoded."""
+    revoke: Callable[[str], None]
+    """Withdraws a client's session at the endpoint."""
     rank_group: RankGroup
     members: Members
     first_window: int
@@ -210,7 +212,7 @@ class _Updates:
 
 
 def _updates(ground: Ground, queue: PipelineQueue) -> _Updates:
-    revoke = ground.endpoint.revoke
+    revoke = ground.revoke
     if isinstance(ground.aggregator, Aggregator):
         combiner = _combiner(ground.config, ground.contract, ground.aggregator, ground.rank_group)
         return _Updates(ground.aggregator, _exchange(combiner, ground.aggregator), combiner, revoke)

@@ -41,6 +41,7 @@ from fedbert_ds.server.knocks import Knocks
 from fedbert_ds.server.local_clients import LocalClients
 from fedbert_ds.server.network.decoding import Decoding
 from fedbert_ds.server.network.limits import most_kept
+from fedbert_ds.server.network.sessions import Sessions
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.queue.seats import capped
@@ -113,7 +114,15 @@ def _run(config: RunConfig, resume: bool, ranks: RankGroup, folder: RunFolder) -
             config.optimizer,
             _fixed_limits(config),
             start.first_window,
-            Newcomers(reception, rooms.members, rooms.membership, here.endpoint.admit, ranks, admit_elsewhere),
+            Newcomers(
+                reception,
+                rooms.members,
+                rooms.membership,
+                rooms.outbox,
+                seated.sessions.admit,
+                ranks,
+                admit_elsewhere,
+            ),
             here.clients.check
             if config.clients.on_loss == "continue" and seated.elsewhere is None
             else here.clients.revive,
@@ -137,6 +146,8 @@ class _Seated:
     invitation: Invitation
     elsewhere: Elsewhere | None
     """The line to another party's aggregator."""
+    sessions: Sessions
+    """Of the clients of this rank."""
 
 
 def _let_in(
@@ -167,7 +178,7 @@ def _let_in(
         visitors = partial(answer_visitor, invitation)
         fill(joins, here.endpoint.next_event, config.clients.join_timeout, stop, here.clients.check, visitors)
     start = ranks.broadcast(_start(config, joins, ranks.world_size) if ranks.rank == 0 else None, Start)
-    return _Seated(start, joins, expectation, invitation, elsewhere)
+    return _Seated(start, joins, expectation, invitation, elsewhere, Sessions(here.endpoint))
 
 
 def _furnish(
@@ -198,7 +209,10 @@ def _furnish(
             engine=model.engine,
             endpoint=endpoint,
             aggregator=aggregator,
-            take_event=knocks.among(decoding.next_event, lambda: reception.waiting if reception is not None else ()),
+            take_event=seated.sessions.heard(
+                knocks.among(decoding.next_event, lambda: reception.waiting if reception is not None else ())
+            ),
+            revoke=seated.sessions.revoke,
             rank_group=ranks,
             members=members,
             first_window=start.first_window,
@@ -211,7 +225,7 @@ def _furnish(
     at_end.callback(decoding.stop)
     at_end.callback(knocks.stop)
     at_end.callback(rooms.service.settle)
-    endpoint.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
+    seated.sessions.admit({client: start.seats[client].session for client in members.at(ranks.rank)})
     decoding.start()
     knocks.start()
     return rooms, reception

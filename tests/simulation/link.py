@@ -45,6 +45,7 @@ class Stream:
         self,
         world: World,
         client: str,
+        session: str,
         seed: int,
         seconds: float,
         reconnect_timeout: float,
@@ -52,7 +53,7 @@ class Stream:
         on_message: Callable[[pb.ServerMessage], None],
         on_lost: Callable[[], None],
     ) -> None:
-        self.client = client
+        self.client, self.session = client, session
         self.is_over = False
         """At the server: it ended, or the server has closed it and the client is told."""
         self.is_closing = False
@@ -81,6 +82,14 @@ class Stream:
         """A last message; the stream ends for the server."""
         self.send(message)
         self.is_closing = True
+
+    def end(self) -> None:
+        """The stream ends for the server at once; the client hears that the connection is lost, and
+        cannot come back to it.
+        """
+        self.is_over = True
+        self._listener.ended(self)
+        self._world.after(self._latency(), self._give_up)
 
     # -- the client's side -------------------------------------------------------------------------
 

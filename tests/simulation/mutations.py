@@ -12,6 +12,7 @@ from simulation.draw import Schedule
 from fedbert_ds.server.admission import Members
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.cursors import Cursors
+from fedbert_ds.server.network.sessions import Sessions
 from fedbert_ds.server.queue.decisions import Plan
 from fedbert_ds.server.queue.schedule import Window
 from fedbert_ds.server.rank import RankServer
@@ -100,6 +101,10 @@ NEEDS: dict[str, Callable[[Schedule], bool]] = {
 """Schedules that a fault can show in, where these are few."""
 
 
+SEEDS = {"what an earlier process left behind is heard": 74065}
+"""A schedule that shows a fault, where one in some ten thousands does."""
+
+
 def may_show(name: str, schedule: Schedule) -> bool:
     """Whether a fault can show in this schedule."""
     return NEEDS.get(name, _any)(schedule)
@@ -116,4 +121,5 @@ FAULTS: dict[str, Patches] = {
     "a message counts each time that it comes": [(Conversation, "take", _takes_twice)],
     "a newcomer gets a turn that another was told": [(Members, "admit", _admits_at_once)],
     "what an earlier process announced is asked of the next": [(Plan, "without", lambda self, _: self)],
+    "what an earlier process left behind is heard": [(Sessions, "heard", lambda self, take_event: take_event)],
 }

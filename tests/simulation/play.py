@@ -32,6 +32,7 @@ from fedbert_ds.server.checkpoint_folder import Layout
 from fedbert_ds.server.contract import Contract, RankStatus, TensorContract
 from fedbert_ds.server.hand_over import collect_client_model
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked
+from fedbert_ds.server.network.sessions import Sessions
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
@@ -196,10 +197,10 @@ class Coordinator:
         schedule = self.play.schedule
         endpoint = self._endpoints[rank]
         stream = Stream(
-            self.play.world, client, seed, schedule.latency, self.play.config.clients.reconnect_timeout, endpoint,
-            on_message, on_lost,
+            self.play.world, client, session, seed, schedule.latency, self.play.config.clients.reconnect_timeout,
+            endpoint, on_message, on_lost,
         )  # fmt: skip
-        if not endpoint.open(stream, session):
+        if not endpoint.open(stream):
             return None
         self._streams.append(stream)
         return stream
@@ -248,14 +249,15 @@ class Coordinator:
         body = Body(group, play.schedule.lockstep_forwards, play.disk.bodies, play.batches, half)
         play.building = self.board, rank
         hear = reception.hear if reception is not None else no_joins_here
+        sessions = Sessions(endpoint)  # type: ignore[arg-type]
         ground = Ground(
-            config, play.contract, body, endpoint, aggregator, endpoint.next_event, group, members,  # type: ignore[arg-type]
-            start.first_window, hear, self.stop, Trace(None),
+            config, play.contract, body, endpoint, aggregator, sessions.heard(endpoint.next_event), sessions.revoke,  # type: ignore[arg-type]
+            group, members, start.first_window, hear, self.stop, Trace(None),
         )  # fmt: skip
         rooms = build_rooms(ground)
         body.outbox = rooms.outbox
         rooms = replace(rooms, micro_batches=body)  # type: ignore[arg-type]
-        endpoint.admit({client: start.seats[client].session for client in members.at(rank)})
+        sessions.admit({client: start.seats[client].session for client in members.at(rank)})
         if rank == 0:
             play.disk.begin_at(start.first_window)
             play.begin_at(start.first_window)
@@ -268,7 +270,7 @@ class Coordinator:
                 joins.welcome(client, invitation.to(client, seat))
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
-        newcomers = Newcomers(reception, members, rooms.membership, endpoint.admit, group)  # type: ignore[arg-type]
+        newcomers = Newcomers(reception, members, rooms.membership, rooms.outbox, sessions.admit, group)  # type: ignore[arg-type]
         server = RankServer(
             rooms, config.run, config.clients, config.optimizer, limits, start.first_window, newcomers
         )  # fmt: skip

@@ -198,6 +198,10 @@ class Endpoint:
         return self._events.popleft() if self._events else None
 
     def admit(self, sessions: dict[str, str]) -> None:
+        for client, session in sessions.items():
+            stream = self.streams.get(client)
+            if stream is not None and stream.session != session:
+                stream.end()
         self.sessions.update(sessions)
 
     def revoke(self, client: str) -> None:
@@ -235,12 +239,12 @@ class Endpoint:
         """Every rank hears that a client waits at rank 0."""
         self._events.append(Knocked(client))
 
-    def open(self, stream: Stream, session: str) -> bool:
+    def open(self, stream: Stream) -> bool:
         """A client opens its stream; False for a wrong session."""
-        if not session or self.sessions.get(stream.client) != session:
+        if not stream.session or self.sessions.get(stream.client) != stream.session:
             return False
         self.streams[stream.client] = stream
-        self._events.append(Connected(stream.client))
+        self._events.append(Connected(stream.client, stream.session))
         return True
 
     def received(self, stream: Stream, message: pb.ClientMessage) -> None:
@@ -251,15 +255,15 @@ class Endpoint:
             tensor = message.activations.values.payload
         elif kind == "gradient":
             tensor = message.gradient.hidden.payload
-        self._events.append(Decoded(stream.client, message, tensor))  # type: ignore[arg-type]
+        self._events.append(Decoded(stream.client, message, tensor, stream.session))  # type: ignore[arg-type]
 
     def connection_changed(self, stream: Stream, is_there: bool) -> None:
         """A connection was lost or is back."""
         if self.streams.get(stream.client) is stream:
-            self._events.append(Attached(stream.client) if is_there else Detached(stream.client))
+            self._events.append((Attached if is_there else Detached)(stream.client, stream.session))
 
     def ended(self, stream: Stream) -> None:
         """A client did not come back in time."""
         if self.streams.get(stream.client) is stream:
             del self.streams[stream.client]
-            self._events.append(Disconnected(stream.client))
+            self._events.append(Disconnected(stream.client, session=stream.session))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Iterator
 
 import pytest
 from simulation.draw import draw
-from simulation.mutations import FAULTS, applied, may_show
+from simulation.mutations import FAULTS, SEEDS, applied, may_show
 from simulation.play import Play, simulated
 from simulation.schedules import played
 
@@ -42,11 +43,21 @@ def test_a_seed_is_a_schedule() -> None:
             assert first.told == second.told
 
 
+def test_schedules_that_failed_once_do_not_now() -> None:
+    with simulated():
+        for seed in SEEDS.values():
+            assert not played(range(seed, seed + 1)).failures
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_the_rooms_is_found(name: str) -> None:
     with simulated(), applied(name):
-        seeds = (seed for seed in itertools.count() if may_show(name, draw(seed)))
+        seeds = iter([SEEDS[name]]) if name in SEEDS else _that_may_show(name)
         for seed in itertools.islice(seeds, MOST):
             if played(range(seed, seed + 1)).failures:
                 return
     pytest.fail(f"not found in {MOST} schedules")
+
+
+def _that_may_show(name: str) -> Iterator[int]:
+    return (seed for seed in itertools.count() if may_show(name, draw(seed)))

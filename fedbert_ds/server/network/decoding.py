@@ -40,6 +40,7 @@ class Decoded:
     message: pb.ClientMessage
     tensor: Encoded | WireError | None
     """[rows, width], or what is wrong with it; None for a message without a tensor."""
+    session: str = ""
 
 
 DecodedEvent = JoinAsked | JoinAbandoned | Connected | Decoded | Detached | Attached | Disconnected | Knocked
@@ -52,7 +53,8 @@ def decoded(event: Event, contract: Contract, pinned: bool = False) -> DecodedEv
     """
     if not isinstance(event, Received):
         return event
-    return Decoded(event.client, event.message, _tensor(event.client, event.message, contract, pinned))
+    tensor = _tensor(event.client, event.message, contract, pinned)
+    return Decoded(event.client, event.message, tensor, event.session)
 
 
 def sender(client: str, what: str, micro_batch: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedbert_ds.server.network.client_stream import ClientStream
 from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import Received
 from fedbert_ds.server.network.listener import Listener
@@ -40,6 +41,6 @@ class Endpoint(Listener[Received]):
         """Bytes received and bytes queued to send since the last call."""
         return self._traffic.take()
 
-    def _received(self, client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Received:
+    def _received(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> Received:
         self._traffic.count_up(num_bytes)
-        return Received(client, message)
+        return Received(stream.client, message, stream.session)

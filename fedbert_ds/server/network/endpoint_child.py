@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.errors import WireError
+from fedbert_ds.server.network.client_stream import ClientStream
 from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.events import (
     POLL_SECONDS,
@@ -38,14 +39,15 @@ class ReceivedFrame:
     """A message of a connected client, as it came: the other process parses it."""
 
     client: str
+    session: str
     frame: bytes
     num_bytes: int
     """Size of the message without its delivery."""
 
 
-def received_frame(client: str, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> ReceivedFrame:
+def received_frame(stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> ReceivedFrame:
     """The event that the listener makes of a message."""
-    return ReceivedFrame(client, frame, num_bytes)
+    return ReceivedFrame(stream.client, stream.session, frame, num_bytes)
 
 
 class EndpointChild:
@@ -90,16 +92,16 @@ class EndpointChild:
         """Report events until the end."""
         while not self._is_over.is_set():
             match self._listener.next_event(POLL_SECONDS):
-                case ReceivedFrame(client, frame, num_bytes):
-                    self._send("received", client, num_bytes, body=frame)
-                case Connected(client):
-                    self._send("connected", client)
-                case Detached(client):
-                    self._send("detached", client)
-                case Attached(client):
-                    self._send("attached", client)
-                case Disconnected(client, reason):
-                    self._send("disconnected", client, reason)
+                case ReceivedFrame(client, session, frame, num_bytes):
+                    self._send("received", client, session, num_bytes, body=frame)
+                case Connected(client, session):
+                    self._send("connected", client, session)
+                case Detached(client, session):
+                    self._send("detached", client, session)
+                case Attached(client, session):
+                    self._send("attached", client, session)
+                case Disconnected(client, reason, session):
+                    self._send("disconnected", client, session, reason)
                 case JoinAsked(hello) as asked:
                     self._joins[id(hello)] = asked
                     self._send("join", id(hello), body=hello.SerializeToString())

@@ -179,22 +179,22 @@ class EndpointProcess:
         while (received := self._channel.receive()) is not None:
             (kind, *arguments), body = received
             match kind, arguments:
-                case "received", [client, num_bytes]:
+                case "received", [client, session, num_bytes]:
                     self._traffic.count_up(num_bytes)
                     message = pb.ClientMessage.FromString(body)
                     message.ClearField("delivery")
                     self._wait_for_room(len(body))
-                    self._events.put((Received(client, message), len(body)))
-                case "connected", [client]:
+                    self._events.put((Received(client, message, session), len(body)))
+                case "connected", [client, session]:
                     self._clients.add(client)
-                    self._events.put((Connected(client), 0))
-                case "detached", [client]:
-                    self._events.put((Detached(client), 0))
-                case "attached", [client]:
-                    self._events.put((Attached(client), 0))
-                case "disconnected", [client, reason]:
+                    self._events.put((Connected(client, session), 0))
+                case "detached", [client, session]:
+                    self._events.put((Detached(client, session), 0))
+                case "attached", [client, session]:
+                    self._events.put((Attached(client, session), 0))
+                case "disconnected", [client, session, reason]:
                     self._clients.discard(client)
-                    self._events.put((Disconnected(client, reason), 0))
+                    self._events.put((Disconnected(client, reason, session), 0))
                 case "join", [number]:
                     self._events.put((self._join(number, pb.Hello.FromString(body)), 0))
                 case "abandoned", [number]:

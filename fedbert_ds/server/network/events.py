@@ -34,6 +34,7 @@ class Connected:
     """A client opened its training stream with a valid session."""
 
     client: str
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Received:
 
     client: str
     message: pb.ClientMessage
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Disconnected:
     client: str
     reason: str = ""
     """Why the endpoint ended its stream, if it did."""
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Detached:
     """A client's connection is lost; it has a while to come back."""
 
     client: str
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Attached:
     """A client whose connection was lost is back, with the stream it had."""
 
     client: str
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,9 @@ class RankEndpoint(Protocol):
         ...
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these clients open a training stream, too, each with its session, from now on."""
+        """Let these clients open a training stream, too, each with its session, from now on. A
+        stream that one of them has with another session ends.
+        """
         ...
 
     def revoke(self, client: str) -> None:

@@ -42,7 +42,7 @@ class Listener(Generic[M]):
 
     Used from one thread; an event loop in another thread does the work. A client that loses its
     connection has `reconnect_timeout` seconds to come back; messages both ways wait for it, none is
-    lost or doubled. `make_event(client, message, frame, num_bytes)` makes the event of a client's
+    lost or doubled. `make_event(stream, message, frame, num_bytes)` makes the event of a client's
     message, on the event loop: from the parsed message, the bytes it came as, and its size without
     the delivery.
     """
@@ -54,7 +54,7 @@ class Listener(Generic[M]):
         tls: TlsFiles | None,
         reconnect_timeout: float,
         shares_memory: bool,
-        make_event: Callable[[str, pb.ClientMessage, bytes, int], M],
+        make_event: Callable[[ClientStream, pb.ClientMessage, bytes, int], M],
         rules: DoorRules,
     ) -> None:
         self._address = host_port(host, port)
@@ -70,6 +70,8 @@ class Listener(Generic[M]):
         self._streams: dict[str, ClientStream] = {}
         self._closing: dict[str, ClientStream] = {}
         self._sessions: dict[str, str] = {}
+        self._spent: set[str] = set()
+        """Sessions that have opened their stream: each opens one."""
         self._most_kept: float = math.inf
         self._all_unread = UnreadBytes()
         self._loop = asyncio.new_event_loop()
@@ -85,8 +87,14 @@ class Listener(Generic[M]):
         return asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(timeout=30)
 
     def admit(self, sessions: dict[str, str]) -> None:
-        """Let these clients open a stream, too, each with its session."""
+        """Let these clients open a stream, too, each with its session; streams that they have with
+        earlier ones end.
+        """
         self._sessions.update(sessions)
+        for client, session in sessions.items():
+            stream = self._streams.get(client)
+            if stream is not None and stream.session != session:
+                self._loop.call_soon_threadsafe(stream.finish)
 
     def revoke(self, client: str) -> None:
         """Let a client open no further stream."""
@@ -164,7 +172,7 @@ class Listener(Generic[M]):
             return stream, stream.attach(attach)
         if not attach.session or self._sessions.get(attach.client) != attach.session:
             raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
-        if attach.received:
+        if attach.received or attach.session in self._spent:
             raise WireError(f"client {attach.client}: its session is over; it was away for too long")
         stream = self._streams[attach.client] = ClientStream(
             attach.client,
@@ -177,18 +185,20 @@ class Listener(Generic[M]):
             self._most_kept,
             self._all_unread,
         )
+        self._spent.add(attach.session)
         connection = stream.attach(attach)
         # Told once the stream knows the process: one that is killed at once is not waited for.
-        self._events.put((Connected(attach.client), None))
+        self._events.put((Connected(attach.client, attach.session), None))
         return stream, connection
 
     def _hand_on(self, stream: ClientStream, message: pb.ClientMessage, frame: bytes, num_bytes: int) -> None:
-        event = self._make_event(stream.client, message, frame, num_bytes)
+        event = self._make_event(stream, message, frame, num_bytes)
         self._events.put((event, partial(stream.handled, num_bytes)))
 
     def _connection_changed(self, stream: ClientStream, is_there: bool) -> None:
         if self._streams.get(stream.client) is stream:
-            self._events.put((Attached(stream.client) if is_there else Detached(stream.client), None))
+            kind = Attached if is_there else Detached
+            self._events.put((kind(stream.client, stream.session), None))
 
     def _close(self, stream: ClientStream) -> None:
         stream.close()
@@ -202,7 +212,7 @@ class Listener(Generic[M]):
         # Otherwise `close_body` was first, and the client may be back on another stream.
         if self._streams.get(stream.client) is stream:
             del self._streams[stream.client]
-            self._events.put((Disconnected(stream.client, stream.reason), None))
+            self._events.put((Disconnected(stream.client, stream.reason, stream.session), None))
 
     async def _listen(self) -> int:
         self._server = grpc.aio.server(options=limits.server_options(limits.raise_descriptor_limit()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import grpc
@@ -37,15 +38,27 @@ def listening() -> Iterator[tuple[AggregatorEndpoint, str]]:
 def test_a_rank_gives_orders_and_gets_reports(listening: tuple[AggregatorEndpoint, str]) -> None:
     endpoint, address = listening
     with ControlStream(address, None, RANK, "of rank 0", shares_memory=False) as rank:
-        assert endpoint.next_event(TIMEOUT) == Connected(RANK)
+        assert endpoint.next_event(TIMEOUT) == Connected(RANK, "of rank 0")
         order = pb.Order(expect=pb.Expect(window=3, clients=["ada"]))
         rank.send(order)
         event = endpoint.next_event(TIMEOUT)
-        assert isinstance(event, Ordered) and event.rank == RANK and event.order.expect == order.expect
+        assert isinstance(event, Ordered) and event.client == RANK and event.order.expect == order.expect
         report = pb.Report(combined=pb.Combined(window=3, norm=0.25))
         endpoint.report(RANK, report)
         assert rank.receive() == report
-    assert endpoint.next_event(TIMEOUT) == Disconnected(RANK)
+    assert endpoint.next_event(TIMEOUT) == Disconnected(RANK, session="of rank 0")
+
+
+def test_only_the_last_session_of_each_is_heard(listening: tuple[AggregatorEndpoint, str]) -> None:
+    endpoint, _ = listening
+    assert endpoint.hears(Connected(RANK, "of rank 0")) and endpoint.hears(Connected("ada", "of ada"))
+    assert endpoint.hears(None) and endpoint.hears(OpenAsked(pb.OpenRun(), Future()))
+    assert not endpoint.hears(Disconnected(RANK, session="of the run before"))
+    endpoint.admit({RANK: "of rank 0", "ada": "her next"})
+    assert not endpoint.hears(Disconnected("ada", session="of ada")) and endpoint.hears(Connected("ada", "her next"))
+    endpoint.admit({RANK: "the next"})
+    assert not endpoint.hears(Received("ada", pb.ClientMessage(), "her next"))
+    assert not endpoint.hears(Ordered(RANK, pb.Order(), "of rank 0"))
 
 
 @pytest.mark.parametrize("session", ["of ada", "", "of rank 1"])
@@ -67,7 +80,7 @@ def test_a_client_is_a_client_on_any_call(listening: tuple[AggregatorEndpoint, s
         pass
 
     with Disguised(address, None, "ada", "of ada", shares_memory=False) as client:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "of ada")
         client.send(pb.Order(finish=pb.Finish(complete=True)))
         event = endpoint.next_event(TIMEOUT)
         assert isinstance(event, Received) and event.message.WhichOneof("body") is None
@@ -76,10 +89,10 @@ def test_a_client_is_a_client_on_any_call(listening: tuple[AggregatorEndpoint, s
 def test_a_clients_messages_come_as_at_a_rank(listening: tuple[AggregatorEndpoint, str]) -> None:
     endpoint, address = listening
     with AggregatorStream(address, None, "ada", "of ada", shares_memory=False) as client:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "of ada")
         message = pb.ClientMessage(update=pb.UpdateChunk(window=1, name="table", payload=b"values"))
         client.send(message)
-        assert endpoint.next_event(TIMEOUT) == Received("ada", message)
+        assert endpoint.next_event(TIMEOUT) == Received("ada", message, "of ada")
         answer = pb.ServerMessage(update=pb.UpdateChunk(window=1, last=True))
         endpoint.send("ada", answer)
         assert client.receive() == answer
@@ -133,10 +146,10 @@ def test_a_client_is_who_its_certificate_says(tmp_path: Path) -> None:
                 stream.receive()
         assert endpoint.next_event(0.1) is None
         with AggregatorStream(address, ada, "ada", "of ada", shares_memory=False):
-            assert endpoint.next_event(TIMEOUT) == Connected("ada")
+            assert endpoint.next_event(TIMEOUT) == Connected("ada", "of ada")
         with ControlStream(address, server, RANK, "of rank 0", shares_memory=False):
-            assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
-            assert endpoint.next_event(TIMEOUT) == Connected(RANK)
+            assert endpoint.next_event(TIMEOUT) == Disconnected("ada", session="of ada")
+            assert endpoint.next_event(TIMEOUT) == Connected(RANK, "of rank 0")
         authority.revoke("body")
         with (
             connect(address, server) as channel,

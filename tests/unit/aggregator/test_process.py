@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from unit.aggregator.coordinator import TIMEOUT, Process, Rank, config_of, federation, first_weights, opened
 
+from fedbert_ds.aggregator.folder import AggregatorFolder
 from fedbert_ds.aggregator.process import STOPPED, run_aggregator
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import AggregatorLost, ConfigError, RunError, WireError
 from fedbert_ds.folder_lock import locked
+from fedbert_ds.server.admission import new_session
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -164,6 +167,28 @@ def test_a_rank_of_the_run_before_is_not_heard_in_the_next(tmp_path: Path) -> No
             assert first.combined() == second.combined() == 0
             first.remote.finish("done", complete=True)
             assert process.ended() == 0
+
+
+def test_the_end_of_the_server_before_does_not_end_the_run_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That its line was lost is heard after the next server has opened its run."""
+    config = config_of(tmp_path)
+    process = Process(config)
+    [session] = opened(config).sessions
+    before = Rank(config, 0, session)
+    before.remote.admit({"ada": new_session()}, TIMEOUT)
+    whole_windows = AggregatorFolder.whole_windows
+
+    def while_the_line_ends(folder: AggregatorFolder, tell: Any) -> tuple[int, ...]:
+        before.line.stop()
+        return whole_windows(folder, tell)
+
+    monkeypatch.setattr(AggregatorFolder, "whole_windows", while_the_line_ends)
+    with federation(config, (("ada",),), resume=True) as (ranks, clients):
+        assert clients["ada"].reference().version == 0
+        end(ranks, 0)
+        assert process.ended() == 0
 
 
 def test_a_lost_aggregator_says_why_and_is_awaited_no_more(tmp_path: Path) -> None:

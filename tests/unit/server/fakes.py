@@ -354,13 +354,15 @@ class Served:
         never = stop or SimpleNamespace(requested=False)
         self.rooms = build_rooms(
             Ground(
-                config, held_to, engine, endpoint, self.aggregator, take_event, rank_group, self.members, 0, hear,
-                never, Trace(None),
+                config, held_to, engine, endpoint, self.aggregator, take_event, endpoint.revoke, rank_group,
+                self.members, 0, hear, never, Trace(None),
             )
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
-        newcomers = Newcomers(self.reception, self.members, self.rooms.membership, endpoint.admit, rank_group)
+        newcomers = Newcomers(
+            self.reception, self.members, self.rooms.membership, self.rooms.outbox, endpoint.admit, rank_group
+        )
         self.evaluations = Evaluations(self.rooms, config.run)
         self.server = RankServer(
             self.rooms, config.run, config.clients, config.optimizer, limits, 0, newcomers,

@@ -273,14 +273,6 @@ def test_a_client_whose_next_process_waits_is_not_waited_for(rank: Rank) -> None
     assert service.dispatch(Knocked("bo")) and rooms.queue.clients == {"ada"}
 
 
-def test_a_client_that_connects_twice_joins_again(rank: Rank) -> None:
-    """Its first process died before this rank knew of it, and rank 0 let a second one in."""
-    rooms = rank.served.rooms
-    assert rooms.service.dispatch(Connected("bo"))
-    assert not rooms.queue.is_connected("bo") and rank.clients[1].may_return
-    assert rank.clients[1].refusal == "client bo connected twice, and joins again"
-
-
 def test_what_an_earlier_process_announced_is_not_asked_of_the_next(rank: Rank) -> None:
     rooms = rank.served.rooms
     while not rooms.service.plans:

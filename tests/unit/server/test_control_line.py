@@ -31,7 +31,7 @@ def test_orders_go_and_reports_come(listening: tuple[AggregatorEndpoint, str]) -
     endpoint, address = listening
     line = ControlLine(address, None, 1, "a session", reconnect_timeout=5.0)
     line.start()
-    assert endpoint.next_event(TIMEOUT) == Connected(rank_name(1))
+    assert endpoint.next_event(TIMEOUT) == Connected(rank_name(1), "a session")
     assert line.take() is None
     line.send(pb.Order(drop=pb.Drop(client="ada")))
     event = endpoint.next_event(TIMEOUT)
@@ -59,7 +59,7 @@ def test_an_aggregator_that_is_gone_is_lost_after_a_while(listening: tuple[Aggre
     endpoint, address = listening
     line = ControlLine(address, None, 1, "a session", reconnect_timeout=0.2)
     line.start()
-    assert endpoint.next_event(TIMEOUT) == Connected(rank_name(1))
+    assert endpoint.next_event(TIMEOUT) == Connected(rank_name(1), "a session")
     endpoint.stop(grace=0.0)
     with pytest.raises(AggregatorLost, match=address):
         line.take(TIMEOUT)

@@ -285,8 +285,9 @@ class Ranks:
             self.done.append(f"rank {rank} admits {'+'.join(sorted(sessions)) or 'nobody'}")
 
         membership: Any = SimpleNamespace(evict=lambda client: self.done.append(f"rank {rank} evicts {client}"))
+        outbox: Any = SimpleNamespace(settle=lambda: self.done.append(f"rank {rank} has sent everything"))
         return Newcomers(
-            self.reception if rank == 0 else None, self.members[rank], membership, admit, Group(rank, board)
+            self.reception if rank == 0 else None, self.members[rank], membership, outbox, admit, Group(rank, board)
         )
 
     def asks(self, client: str) -> Future[pb.Welcome]:
@@ -311,8 +312,11 @@ def test_a_client_is_welcomed_once_its_rank_lets_it_in_and_all_ranks_know() -> N
     assert ranks.newcomers[0].is_asked and not ranks.newcomers[1].is_asked
     done = ranks.let_in(status("ada", is_asked=True), status("bo"))
     assert done[-1] == "cy is welcomed" and sorted(done[:-1]) == [
-        "rank 0 admits nobody", "rank 0 waits", "rank 1 admits cy", "rank 1 waits",
+        "rank 0 admits nobody", "rank 0 waits",
+        "rank 1 admits cy", "rank 1 has sent everything", "rank 1 waits",
     ]  # fmt: skip
+    sent = done.index("rank 1 has sent everything")
+    assert sent < done.index("rank 1 admits cy"), "nothing more may be under way to an earlier process of it"
     for rank in (0, 1):
         assert done.index(f"rank {rank} waits") > next(
             i for i, what in enumerate(done) if f"rank {rank} admits" in what
@@ -343,7 +347,7 @@ def test_where_nobody_asks_nothing_is_decided_and_no_rank_waits(members: Members
     def admit(sessions: dict[str, str]) -> None:
         raise AssertionError(sessions)
 
-    membership: Any = None
-    newcomers = Newcomers(reception_of(members), members, membership, admit, Alone())  # type: ignore[arg-type]
+    nothing: Any = None
+    newcomers = Newcomers(reception_of(members), members, nothing, nothing, admit, Alone())  # type: ignore[arg-type]
     newcomers.let_in([status("ada"), status("bo")], 7)
     assert members.seats.keys() == {"ada", "bo"}

@@ -111,7 +111,10 @@ def test_a_stream_that_does_not_begin_with_attach_is_refused(endpoint: Listening
 
 def test_messages_go_both_ways_in_order(streams, endpoint: Listening) -> None:
     ada, bo = streams("ada"), streams("bo")
-    assert {endpoint.event(), endpoint.event()} == {Connected("ada"), Connected("bo")}
+    assert {endpoint.event(), endpoint.event()} == {
+        Connected("ada", session_of("ada")),
+        Connected("bo", session_of("bo")),
+    }
     up = down = 0
     for window in range(20):
         for name, stream in (("ada", ada), ("bo", bo)):
@@ -135,7 +138,7 @@ def test_messages_go_both_ways_in_order(streams, endpoint: Listening) -> None:
 def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
     """The newer connection has it. A stranger of the same name is refused before, at Join."""
     first = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Connected("ada", session_of("ada"))
     endpoint.real.send("ada", save(1))
     assert first.receive() == save(1)
     with connect(endpoint.address, None) as channel:
@@ -150,7 +153,7 @@ def test_one_client_has_one_stream(streams, endpoint: Listening) -> None:
         endpoint.no_event()
         call.cancel()
         said.put(None)
-    assert endpoint.event() == Detached("ada"), "the newer one's end counts, the older one's did not"
+    assert endpoint.event() == Detached("ada", session_of("ada")), "the newer one's end counts, the older one's did not"
     endpoint.no_event()
 
 
@@ -158,62 +161,79 @@ def test_a_connection_that_is_lost_and_back_is_told_and_nothing_else_is(endpoint
     proxy = DelayProxy(endpoint.address)
     with proxy as through:
         ada = Stream(through, "ada")
-        assert endpoint.event() == Connected("ada")
+        assert endpoint.event() == Connected("ada", session_of("ada"))
         endpoint.real.send("ada", save(1))
         assert ada.receive() == save(1)
         proxy.drop(outage_ms=0)
-        assert endpoint.event() == Detached("ada")
-        assert endpoint.event() == Attached("ada")
+        assert endpoint.event() == Detached("ada", session_of("ada"))
+        assert endpoint.event() == Attached("ada", session_of("ada"))
         ada.send(manifest(1))
-        assert endpoint.event() == Received("ada", manifest(1))
+        assert endpoint.event() == Received("ada", manifest(1), session_of("ada"))
         ada.end()
-        assert endpoint.event() == Disconnected("ada")
+        assert endpoint.event() == Disconnected("ada", session=session_of("ada"))
 
 
 def test_admit_adds_clients_and_changes_sessions(streams, endpoint: Listening) -> None:
     endpoint.real.admit({"cy": "session of cy"})
     ada = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Connected("ada", session_of("ada"))
     streams("cy")
-    assert endpoint.event() == Connected("cy")
-    endpoint.real.admit({"ada": "another session"})
+    assert endpoint.event() == Connected("cy", session_of("cy"))
+    endpoint.real.admit({"bo": "another session"})
     endpoint.real.send("ada", save(1))
     assert ada.receive() == save(1), "who is here stays"
-    endpoint.real.admit({"bo": "another session"})
     assert "no such session" in streams("bo").refusal()
     streams("bo", "another session")
-    assert endpoint.event() == Connected("bo")
+    assert endpoint.event() == Connected("bo", "another session")
+
+
+def test_a_stream_of_an_earlier_session_ends(streams, endpoint: Listening) -> None:
+    """Its process may live, and must not wait for ever."""
+    before = streams("ada")
+    assert endpoint.event() == Connected("ada", session_of("ada"))
+    endpoint.real.admit({"ada": "another session"})
+    assert "the server ended the stream" in before.refusal()
+    assert endpoint.event() == Disconnected("ada", session=session_of("ada"))
+    now = streams("ada", "another session")
+    assert endpoint.event() == Connected("ada", "another session")
+    endpoint.real.admit({"ada": "another session"})
+    endpoint.real.send("ada", save(1))
+    assert now.receive() == save(1)
+    endpoint.no_event()
 
 
 def test_a_client_takes_the_place_of_its_lost_process(streams, endpoint: Listening) -> None:
     """The server closes the stream of the one before and lets the other in by another session."""
     with DelayProxy(endpoint.address) as through:
         before = Stream(through, "ada")
-        assert endpoint.event() == Connected("ada")
-    assert endpoint.event() == Detached("ada")
+        assert endpoint.event() == Connected("ada", session_of("ada"))
+    assert endpoint.event() == Detached("ada", session_of("ada"))
     endpoint.real.close("ada", pb.ServerMessage(refused=pb.Refused(reason="it joins again")))
     endpoint.real.revoke("ada")
     endpoint.real.admit({"ada": "another session"})
     now = streams("ada", "another session")
-    assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Connected("ada", "another session")
     endpoint.real.send("ada", save(1))
     assert now.receive() == save(1)
     before.end()
     endpoint.no_event()
 
 
-def test_a_stream_that_ends_is_one_event_and_may_be_opened_again(streams, endpoint: Listening) -> None:
+def test_a_stream_that_ends_is_one_event_and_its_session_opens_no_other(streams, endpoint: Listening) -> None:
     first = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Connected("ada", session_of("ada"))
     first.end()
-    assert endpoint.event() == Disconnected("ada")
+    assert endpoint.event() == Disconnected("ada", session=session_of("ada"))
     endpoint.real.send("ada", save(1))  # to nobody
-    second = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    assert "its session is over" in streams("ada").refusal()
+    endpoint.no_event()
+    endpoint.real.admit({"ada": "another session"})
+    second = streams("ada", "another session")
+    assert endpoint.event() == Connected("ada", "another session")
     endpoint.real.send("ada", save(2))
     assert second.receive() == save(2)
     second.end()
-    assert endpoint.event() == Disconnected("ada")
+    assert endpoint.event() == Disconnected("ada", session="another session")
     endpoint.real.revoke("ada")
     endpoint.real.admit({})  # returns when the endpoint's process has heard what was said before
     assert "no such session" in streams("ada").refusal()
@@ -223,14 +243,15 @@ def test_a_stream_that_ends_is_one_event_and_may_be_opened_again(streams, endpoi
 def test_close_says_a_last_word_and_leaves_no_stale_event(streams, endpoint: Listening) -> None:
     """The rank knows already; a Disconnected after the client is back would end the new stream."""
     first = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    assert endpoint.event() == Connected("ada", session_of("ada"))
     endpoint.real.send("ada", save(1))
     endpoint.real.close("ada", pb.ServerMessage(refused=pb.Refused(reason="so")))
     endpoint.real.send("ada", save(2))
     assert [first.receive().WhichOneof("body") for _ in range(2)] == ["save", "refused"]
     assert "the server ended the stream" in first.refusal()
-    second = streams("ada")
-    assert endpoint.event() == Connected("ada")
+    endpoint.real.admit({"ada": "another session"})
+    second = streams("ada", "another session")
+    assert endpoint.event() == Connected("ada", "another session")
     first.end()
     endpoint.no_event()
     endpoint.real.send("ada", save(3))
@@ -257,7 +278,7 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
     with connect(endpoint.address, None) as channel:
         attach = introduced(pb.Attach(client="ada", session=session_of("ada")))
         call = channel.stream_stream(TRAIN)(requests(), timeout=60, metadata=attach)
-        assert endpoint.event() == Connected("ada")
+        assert endpoint.event() == Connected("ada", session_of("ada"))
         before, still = -1, 0
         deadline = time.monotonic() + TIMEOUT
         # Until the client has stood still for half a second.
@@ -271,7 +292,7 @@ def test_a_client_that_floods_is_slowed_down_and_others_are_served(
         streams("bo").send(manifest(7))
         events = [endpoint.event() for _ in range(flood + 2)]
         assert sum(isinstance(event, Received) and event.client == "ada" for event in events) == flood
-        assert Received("bo", manifest(7)) in events
+        assert Received("bo", manifest(7), session_of("bo")) in events
         call.cancel()
 
 
@@ -279,19 +300,22 @@ def test_bytes_that_are_no_message_end_that_stream_alone(
     streams, endpoint: Listening, caplog: pytest.LogCaptureFixture
 ) -> None:
     bo = streams("bo")
-    assert endpoint.event() == Connected("bo")
+    assert endpoint.event() == Connected("bo", session_of("bo"))
     attach = introduced(pb.Attach(client="ada", session=session_of("ada")))
     with connect(endpoint.address, None) as channel:
         raw = channel.stream_stream(TRAIN)
         with pytest.raises(grpc.RpcError, match="does not say who it is"):
             list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT))
         assert len(list(raw(iter([b"\xff\xff\xff"]), timeout=TIMEOUT, metadata=attach))) == 1
-    assert [endpoint.event(), endpoint.event()] == [Connected("ada"), Disconnected("ada")]
+    assert [endpoint.event(), endpoint.event()] == [
+        Connected("ada", session_of("ada")),
+        Disconnected("ada", session=session_of("ada")),
+    ]
     assert not caplog.records, "no traceback of ours for what somebody else sent"
     endpoint.real.send("bo", save(1))
     assert bo.receive() == save(1)
     bo.send(manifest(2))
-    assert endpoint.event() == Received("bo", manifest(2))
+    assert endpoint.event() == Received("bo", manifest(2), session_of("bo"))
 
 
 def test_a_port_in_use_is_one_line(endpoint: Listening) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from fedbert_ds.server.network.socket_channel import SocketChannel
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 TIMEOUT = 20.0
+STREAM: Any = SimpleNamespace(client="ada", session="s")
 
 
 class FakeListener:
@@ -86,23 +88,23 @@ def test_without_the_other_process_it_stops_at_once(child: Running) -> None:
     for _ in range(3):
         child.listener.events.put(Connected("ada"))
     child.channel.close()
-    child.listener.events.put(received_frame("ada", pb.ClientMessage(), bytes(100), 98))
+    child.listener.events.put(received_frame(STREAM, pb.ClientMessage(), bytes(100), 98))
     child.ends()
     assert child.listener.calls == [("stop", 0.0)]
 
 
 def test_events_are_reported_in_order_and_frames_as_they_came(child: Running) -> None:
-    child.listener.events.put(Connected("ada"))
-    child.listener.events.put(received_frame("ada", pb.ClientMessage(), b"a frame", 5))
-    for event in (Detached("ada"), Attached("ada"), Disconnected("ada", "so")):
+    child.listener.events.put(Connected("ada", "s"))
+    child.listener.events.put(received_frame(STREAM, pb.ClientMessage(), b"a frame", 5))
+    for event in (Detached("ada", "s"), Attached("ada", "s"), Disconnected("ada", "so", "s")):
         child.listener.events.put(event)
     reported = [child.channel.receive() for _ in range(5)]
     assert reported == [
-        (["connected", "ada"], b""),
-        (["received", "ada", 5], b"a frame"),
-        (["detached", "ada"], b""),
-        (["attached", "ada"], b""),
-        (["disconnected", "ada", "so"], b""),
+        (["connected", "ada", "s"], b""),
+        (["received", "ada", "s", 5], b"a frame"),
+        (["detached", "ada", "s"], b""),
+        (["attached", "ada", "s"], b""),
+        (["disconnected", "ada", "s", "so"], b""),
     ]
 
 

@@ -72,9 +72,9 @@ def test_the_child_serves_on_through_the_signals_that_stop_a_run(endpoint: tuple
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         psutil.Process(child).send_signal(number)
     ada = Stream(started.address, "ada")
-    assert started.event() == Connected("ada")
+    assert started.event() == Connected("ada", session_of("ada"))
     ada.send(manifest(1))
-    assert started.event() == Received("ada", manifest(1))
+    assert started.event() == Received("ada", manifest(1), session_of("ada"))
     started.real.send("ada", save(2))
     assert ada.receive() == save(2)
     ada.end()
@@ -83,7 +83,7 @@ def test_the_child_serves_on_through_the_signals_that_stop_a_run(endpoint: tuple
 def test_a_killed_child_is_one_line(endpoint: tuple[Listening, int], capfd: pytest.CaptureFixture[str]) -> None:
     started, child = endpoint
     ada = Stream(started.address, "ada")
-    assert started.event() == Connected("ada")
+    assert started.event() == Connected("ada", session_of("ada"))
     psutil.Process(child).kill()
     for _ in range(2):
         with pytest.raises(WireError, match=r"^127\.0\.0\.1:0: the endpoint's process ended; look at its output$"):
@@ -133,7 +133,7 @@ def test_stop_does_not_wait_for_events_that_nobody_takes(
     started, child = endpoint
     monkeypatch.setattr(endpoint_process, "UNREAD_BYTES", 1000)
     ada = Stream(started.address, "ada", session_of("ada"))
-    assert started.event() == Connected("ada")
+    assert started.event() == Connected("ada", session_of("ada"))
     for _ in range(20):
         ada.send(pb.ClientMessage(update=pb.UpdateChunk(payload=bytes(500))))
     wait_until(lambda: started.real.num_waiting >= 2)

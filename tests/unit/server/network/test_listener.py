@@ -9,7 +9,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from unit.server.network.loopback import KINDS, TIMEOUT, Listening, Stream, listening, save
+from unit.server.network.loopback import KINDS, TIMEOUT, Listening, Stream, listening, save, session_of
 
 from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.errors import WireError
@@ -49,11 +49,11 @@ def secure(authority: Callable[[str], TlsFiles]) -> Iterator[Listening]:
 
 def test_mutual_tls_lets_a_signed_client_in(secure: Listening, authority: Callable[[str], TlsFiles]) -> None:
     stream = Stream(secure.address, "ada", tls=authority("ada"))
-    assert secure.event() == Connected("ada")
+    assert secure.event() == Connected("ada", session_of("ada"))
     secure.real.send("ada", save(1))
     assert stream.receive() == save(1)
     stream.end()
-    assert secure.event() == Disconnected("ada")
+    assert secure.event() == Disconnected("ada", session=session_of("ada"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +151,7 @@ def test_a_member_cannot_take_another_s_name(
         thief.end()
         started.no_event()
         owner = Stream(started.address, "ada", tls=authority("ada"))
-        assert started.event() == Connected("ada")
+        assert started.event() == Connected("ada", session_of("ada"))
         # Nor can it break into the stream that is open.
         thief = Stream(started.address, "ada", tls=bo)
         assert "client ada shows the certificate of bo" in thief.refusal()
@@ -171,14 +171,14 @@ def test_nobody_takes_a_local_client_s_name(kind: type[Endpoint | EndpointProces
         squatter.end()
         started.no_event()
         local = Stream(started.address, "ada", token="secret")
-        assert started.event() == Connected("ada")
+        assert started.event() == Connected("ada", session_of("ada"))
         local.end()
 
 
 def test_a_local_client_shows_its_server_s_certificate(authority: Callable[[str], TlsFiles]) -> None:
     with listening(tls=authority("server"), rules=DoorRules(tokens={"ada": "secret"})) as started:
         local = Stream(started.address, "ada", tls=authority("server"), token="secret")
-        assert started.event() == Connected("ada")
+        assert started.event() == Connected("ada", session_of("ada"))
         local.end()
 
 
@@ -205,9 +205,12 @@ def test_a_revoked_certificate_is_out_in_the_middle_of_a_run(
     ada = authority("ada")
     with listening(tls=authority("server"), rules=DoorRules(revoked=listed)) as started:
         stream, other = Stream(started.address, "ada", tls=ada), Stream(started.address, "bo", tls=authority("bo"))
-        assert {started.event(), started.event()} == {Connected("ada"), Connected("bo")}
+        assert {started.event(), started.event()} == {
+            Connected("ada", session_of("ada")),
+            Connected("bo", session_of("bo")),
+        }
         listed.write_text(f"{fingerprint(ada.certificate.read_text())} ada\n")
-        assert started.event() == Disconnected("ada")
+        assert started.event() == Disconnected("ada", session=session_of("ada"))
         with pytest.raises(WireError):
             stream.receive()
         assert "the certificate of ada is revoked" in join(started.address, ada, client="ada")

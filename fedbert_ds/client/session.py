@@ -6,7 +6,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -319,21 +319,24 @@ def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcom
         seconds_left = max(0.1, deadline - time.monotonic())
         try:
             # It may come back elsewhere, so its address is looked up every time.
-            return _ask(address_file.look_up(options.server), options, hello, seconds_left)
+            return _ask(address_file.look_up(options.server), options, hello, seconds_left, is_news)
         except ServerAway as away:
             if isinstance(away, RunOver):
                 deadline = min(deadline, begun + options.connect_timeout)
-            if time.monotonic() + backoff > deadline:
+            if time.monotonic() + backoff > deadline and not is_news():
                 raise
-        address_file.await_change(options.server, backoff * random.uniform(0.5, 1.5))
+        address_file.await_news(is_news, backoff * random.uniform(0.5, 1.5))
         backoff = min(2 * backoff, longest)
 
 
-def _ask(address: str, options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcome:
+def _ask(
+    address: str, options: ClientOptions, hello: pb.Hello, patience: float, is_elsewhere: Callable[[], bool]
+) -> pb.Welcome:
     _check_plaintext(address, options)
     with connect(address, options.tls) as channel:
         try:
-            await_ready(channel, address, options.tls, min(patience, LONGEST_DIAL_SECONDS))
+        is_news = address_file.news_of(options.server)
+            await_ready(channel, address, options.tls, min(patience, LONGEST_DIAL_SECONDS), is_elsewhere)
         except grpc.FutureTimeoutError:
             raise ServerAway(
                 f"{address}: no server answers; check --server, that it runs, and TLS on both sides"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fedbert_ds.atomic_write import write_text
@@ -12,7 +14,7 @@ SUFFIX = ".address"
 """Ends the file's name; nothing else that a client may be given as the server does."""
 
 LOOK_SECONDS = 0.2
-"""Between two looks at a file whose change is awaited."""
+"""Between two looks at a file whose news is awaited."""
 
 COMPLETE = "complete"
 """What the file holds once the run is complete, until the run is extended."""
@@ -33,18 +35,41 @@ def close(file: Path) -> None:
     write_text(file, COMPLETE + "\n")
 
 
-def await_change(server: str, seconds: float) -> None:
-    """Wait so long; where `server` names a file, only until the file says something else."""
-    before, deadline = _content(server), time.monotonic() + seconds
-    while (left := deadline - time.monotonic()) > 0:
+def news_of(server: str) -> Callable[[], bool]:
+    """A question for later: has a server written the file `server` since this call?
+
+    A server writes it once, when it lets clients in, and `complete` at the end of a run; so what
+    was known of the server before is over. The moment of writing counts, too: a server that comes
+    back on its old port writes the same words, while its other ranks may be elsewhere. A file that
+    is removed is no news: a server removes it before it hands over, while its clients still have
+    something to send, and where there is no file there is no other server to turn to. Never true
+    for host:port.
+    """
+    known = _writing(server)
+
+    def is_written() -> bool:
+        return (now := _writing(server)) is not None and now != known
+
+    return is_written
+
+
+def await_news(is_news: Callable[[], bool], seconds: float) -> None:
+    """Wait so long, but no longer than until there is news."""
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0 and not is_news():
         time.sleep(min(left, LOOK_SECONDS))
-        if _content(server) != before:
-            return
 
 
-def _content(server: str) -> str | None:
+def _writing(server: str) -> tuple[int, bytes] | None:
+    """When the file was written, and what; None without one. Not its inode: that of a removed file
+    is given to the next one.
+    """
+    if not server.endswith(SUFFIX):
+        return None
     try:
-        return Path(server).read_text(encoding="utf-8") if server.endswith(SUFFIX) else None
+        # A look by name alone may be answered from the cache of a network's file system.
+        with open(server, "rb") as file:
+            return os.fstat(file.fileno()).st_mtime_ns, file.read()
     except OSError:
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -72,24 +73,41 @@ FIRST_LOOK_SECONDS = 1.0
 """After so long without a connection TLS is looked at, and then after twice as long each time."""
 
 
-def await_ready(channel: grpc.Channel, address: str, tls: TlsFiles | None, seconds: float) -> None:
-    """Wait until the channel is connected; grpc.FutureTimeoutError after `seconds`.
+ASK_SECONDS = 0.2
+"""Between two questions whether dialling has become vain."""
+
+
+def await_ready(
+    channel: grpc.Channel,
+    address: str,
+    tls: TlsFiles | None,
+    seconds: float,
+    is_vain: Callable[[], bool] = lambda: False,
+) -> None:
+    """Wait until the channel is connected; grpc.FutureTimeoutError after `seconds`, or as soon as
+    `is_vain` says that nobody is awaited at this address any longer.
 
     Raises WireError, with what is wrong, where TLS or a proxy keeps the two sides apart: waiting
     changes nothing about it.
     """
     ready, deadline, look = grpc.channel_ready_future(channel), time.monotonic() + seconds, FIRST_LOOK_SECONDS
+    look_at = time.monotonic() + look
     while True:
-        left = deadline - time.monotonic()
+        until = min(deadline, look_at)
         try:
-            ready.result(timeout=max(0.0, min(left, look)))
+            ready.result(timeout=max(0.0, min(until - time.monotonic(), ASK_SECONDS)))
             return
         except grpc.FutureTimeoutError:
+            if is_vain():
+                raise
+            if time.monotonic() < until:
+                continue
             if (fault := tls_fault(address, tls)) is not None:
                 raise WireError(f"{address}: {fault}") from None
-            if left <= look:
+            if until == deadline:
                 raise
         look *= 2
+        look_at = time.monotonic() + look
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +37,57 @@ def test_an_address_is_no_file() -> None:
     assert address_file.look_up("gpu-1:29600") == "gpu-1:29600"
 
 
+# -- news ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Of a server that started an hour ago."""
+    path = tmp_path / "server.address"
+    address_file.reveal(path, "gpu-1:29600")
+    an_hour_ago = path.stat().st_mtime_ns - 3_600_000_000_000
+    os.utime(path, ns=(an_hour_ago, an_hour_ago))
+    return path
+
+
+@pytest.mark.parametrize("address", ["gpu-2:29600", "gpu-1:29600"], ids=["elsewhere", "at its old port"])
+def test_a_server_that_starts_is_news(file: Path, address: str) -> None:
+    is_news = address_file.news_of(str(file))
+    assert not is_news()
+    address_file.reveal(file, address)
+    assert is_news()
+    assert not address_file.news_of(str(file))(), "to whom comes later it is none"
+
+
+def test_the_end_of_a_run_is_news(file: Path) -> None:
+    is_news = address_file.news_of(str(file))
+    address_file.close(file)
+    assert is_news()
+
+
+def test_a_server_that_hands_over_is_no_news_and_the_next_one_is(file: Path) -> None:
+    known = address_file.news_of(str(file))
+    address_file.hide(file)
+    unknown = address_file.news_of(str(file))
+    assert not known() and not unknown()
+    address_file.reveal(file, "gpu-1:29600")
+    assert known() and unknown()
+
+
+def test_a_file_that_was_moved_with_its_time_is_no_news(file: Path, tmp_path: Path) -> None:
+    """As when a run folder is mirrored to another machine."""
+    is_news = address_file.news_of(str(file))
+    Path(shutil.copy2(file, tmp_path / "copy")).replace(file)
+    assert not is_news()
+
+
+def test_of_an_address_there_is_no_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    is_news = address_file.news_of("gpu-1:29600")
+    address_file.reveal(Path("gpu-1:29600"), "a file of that name")
+    assert not is_news()
+
+
 def test_whoever_waits_looks_at_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that is back is found at once, however long the client would have waited."""
     file = tmp_path / "server.address"
@@ -45,6 +98,9 @@ def test_whoever_waits_looks_at_the_file(tmp_path: Path, monkeypatch: pytest.Mon
         if len(naps) == 3:
             address_file.reveal(file, "gpu-1:29600")
 
+    is_news = address_file.news_of(str(file))
     monkeypatch.setattr(address_file, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: 0.0))
-    address_file.await_change(str(file), 1000.0)
+    address_file.await_news(is_news, 1000.0)
     assert naps == [address_file.LOOK_SECONDS] * 3
+    address_file.await_news(is_news, 1000.0)
+    assert len(naps) == 3, "what came before the wait counts, too"

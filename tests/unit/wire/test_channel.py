@@ -2,11 +2,14 @@
 be.
 """
 
+import socket
+
+import grpc
 import pytest
 
 from fedbert_ds.config import ClientsSection
 from fedbert_ds.server.queue.deadlines import FLOOR_SECONDS
-from fedbert_ds.wire.channel import CLIENT_OPTIONS, OPTIONS, is_loopback
+from fedbert_ds.wire.channel import CLIENT_OPTIONS, OPTIONS, await_ready, connect, is_loopback
 
 
 def test_a_dark_link_is_dialled_again_before_a_window_goes_on_without_its_client() -> None:
@@ -23,6 +26,16 @@ def test_a_slow_link_s_answers_may_wait_behind_megabytes() -> None:
     """2 MB at 0.3 Mbit/s, for pings and settings alike."""
     for name in ("grpc.http2.ping_timeout_ms", "grpc.http2.settings_timeout"):
         assert dict(OPTIONS)[name] > 1000 * 2e6 * 8 / 0.3e6
+
+
+def test_nobody_is_awaited_in_vain() -> None:
+    answers = iter([False, False, True])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and not listening
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with connect(address, None) as channel, pytest.raises(grpc.FutureTimeoutError):
+            await_ready(channel, address, None, 3600.0, lambda: next(answers))
+    assert next(answers, None) is None
 
 
 @pytest.mark.parametrize(

@@ -186,8 +186,11 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
         token=options.token,
     )
     welcome = _join(options, hello, patience)
+    # The server has written its file by now. What this client looked up may have been the file of
+    # the one before it, at the same port.
+    is_over = address_file.news_of(options.server)
     with ExitStack() as at_end:
-        with _leaving_on_failure(options, welcome):
+        with _leaving_on_failure(options, welcome, is_over):
             asked = read_welcome(welcome, options.limits)
             print(f"client {options.name}: joined; serving rank at {one_line(welcome.endpoint)}", flush=True)
             if tokenizer is None:
@@ -204,7 +207,7 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
             del own, tokenizer
             return_free_memory()
             half = client_skeleton(asked.model_config, asked.cut)
-        stream = _open_streams(at_end, options, welcome, asked.strategy)
+        stream = _open_streams(at_end, options, welcome, is_over, asked.strategy)
         trainer = ClientTrainer(
             half,
             remembered,
@@ -227,14 +230,14 @@ def _take_part(options: ClientOptions, patience: float) -> pb.Finish:
 
 
 @contextmanager
-def _leaving_on_failure(options: ClientOptions, welcome: pb.Welcome) -> Iterator[None]:
+def _leaving_on_failure(options: ClientOptions, welcome: pb.Welcome, is_over: Callable[[], bool]) -> Iterator[None]:
     """If the block fails, tell the server that this client leaves: it has been let in, and nobody
     shall wait for it.
     """
     try:
         yield
     except BaseException:
-        with suppress(UserError), _server_stream(options, welcome):
+        with suppress(UserError), _server_stream(options, welcome, is_over):
             pass  # whoever hangs up says goodbye
         raise
 
@@ -278,25 +281,38 @@ def _held_out(options: ClientOptions, asked: Asked) -> float:
 
 
 def _open_streams(
-    at_end: ExitStack, options: ClientOptions, welcome: pb.Welcome, strategy: Strategy
+    at_end: ExitStack,
+    options: ClientOptions,
+    welcome: pb.Welcome,
+    is_over: Callable[[], bool],
+    strategy: Strategy,
 ) -> ServerStream | Parties:
-    """The stream to this client's rank, and to the aggregator of another party if there is one."""
+    """The stream to this client's rank, and to the aggregator of another party if there is one:
+    ranks that start again open a new session with it, too.
+    """
     tls, name, timeout = options.tls, options.name, welcome.reconnect_timeout
-    server = at_end.enter_context(_server_stream(options, welcome))
+    server = at_end.enter_context(_server_stream(options, welcome, is_over))
     if not welcome.aggregator:
         return server
     _check_plaintext(welcome.aggregator, options)
     print(f"client {name}: client updates go to the aggregator at {one_line(welcome.aggregator)}", flush=True)
     aggregator = at_end.enter_context(
-        AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout)
+        AggregatorStream(welcome.aggregator, tls, name, welcome.aggregator_session, timeout, is_over=is_over)
     )
     return Parties(server, aggregator, strategy)
 
 
-def _server_stream(options: ClientOptions, welcome: pb.Welcome) -> ServerStream:
+def _server_stream(options: ClientOptions, welcome: pb.Welcome, is_over: Callable[[], bool]) -> ServerStream:
     _check_plaintext(welcome.endpoint, options)
-    name, timeout = options.name, welcome.reconnect_timeout
-    return ServerStream(welcome.endpoint, options.tls, name, welcome.session, timeout, token=options.token)
+    return ServerStream(
+        welcome.endpoint,
+        options.tls,
+        options.name,
+        welcome.session,
+        welcome.reconnect_timeout,
+        token=options.token,
+        is_over=is_over,
+    )
 
 
 def _shape_of(model: str) -> str:
@@ -317,6 +333,7 @@ def _join(options: ClientOptions, hello: pb.Hello, patience: float) -> pb.Welcom
     deadline = begun + patience
     while True:
         seconds_left = max(0.1, deadline - time.monotonic())
+        is_news = address_file.news_of(options.server)
         try:
             # It may come back elsewhere, so its address is looked up every time.
             return _ask(address_file.look_up(options.server), options, hello, seconds_left, is_news)
@@ -335,7 +352,6 @@ def _ask(
     _check_plaintext(address, options)
     with connect(address, options.tls) as channel:
         try:
-        is_news = address_file.news_of(options.server)
             await_ready(channel, address, options.tls, min(patience, LONGEST_DIAL_SECONDS), is_elsewhere)
         except grpc.FutureTimeoutError:
             raise ServerAway(

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import grpc
@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.wire import fedbert_pb2 as pb
-from fedbert_ds.wire.channel import CONDUCT, TRAIN, TlsFiles, connect
+from fedbert_ds.wire.channel import ASK_SECONDS, CONDUCT, TRAIN, TlsFiles, connect
 from fedbert_ds.wire.conversation import (
     ACKNOWLEDGE_SECONDS,
     MESSAGE_BYTES,
@@ -57,7 +57,9 @@ class DialledStream(Generic[M]):
     manager.
 
     A lost connection is dialled again for `reconnect_timeout` seconds, while `send` and `receive`
-    wait. Both belong to one thread. `M` has `attached` and `delivery` as a ServerMessage has them.
+    wait. Both belong to one thread. Dialling ends at once when `is_over` says that nobody is left
+    who knows this session; it is not asked while there is a connection. `M` has `attached` and
+    `delivery` as a ServerMessage has them.
     """
 
     call: ClassVar[str]
@@ -75,6 +77,7 @@ class DialledStream(Generic[M]):
         reconnect_timeout: float = RECONNECT_SECONDS,
         shares_memory: bool = True,
         token: str = "",
+        is_over: Callable[[], bool] | None = None,
     ) -> None:
         self._address = address
         self._tls = tls
@@ -98,10 +101,13 @@ class DialledStream(Generic[M]):
         self._left = False
         self._ended: WireError | None = None
         self._call: grpc.Call | None = None
+        self._is_over = is_over
         self._thread = threading.Thread(target=self._run, name=f"stream of {client}", daemon=True)
 
     def __enter__(self: S) -> S:
         self._thread.start()
+        if self._is_over is not None:
+            threading.Thread(target=self._watch, args=(self._is_over,), daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -172,19 +178,45 @@ class DialledStream(Generic[M]):
                 if self._ended is None and (is_final or self._gave_up(lost_at)):
                     self._ended = self._why(outcome)
                 self._changed.notify_all()
+                self._changed.wait_for(
+                    lambda: self._left or self._ended is not None, timeout=backoff * random.uniform(0.5, 1.5)
+                )
                 if self._ended is not None:
                     return
-                self._changed.wait_for(lambda: self._left, timeout=backoff * random.uniform(0.5, 1.5))
             backoff = min(2 * backoff, longest)
 
     def _gave_up(self, lost_at: float) -> bool:
         patience = LEAVE_SECONDS if self._left else self._reconnect_timeout
         return time.monotonic() - lost_at > patience
 
+    def _watch(self, is_over: Callable[[], bool]) -> None:
+        """End a stream without connection as soon as its session is over.
+
+        In a thread of its own: one dial of a machine that is gone takes 20 s, and a question about
+        a file may take long.
+        """
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._attached or self._ended is not None)
+                if self._ended is not None:
+                    return
+            is_lost = is_over()
+            with self._changed:
+                if is_lost and not self._attached and self._ended is None:
+                    self._ended = ConnectionLost(
+                        f"{self._address}: connection lost, and the run has ended or started again since; "
+                        f"start {self.this_side} again"
+                    )
+                    break
+                self._changed.wait_for(lambda: self._ended is not None, timeout=ASK_SECONDS)
+        self._hang_up()
+
     def _look_at_tls(self) -> None:
         """End with the reason, if TLS keeps the two sides apart: dialling again changes nothing."""
         if (fault := tls_fault(self._address, self._tls)) is not None:
-            self._ended = WireError(f"{self._address}: {fault}")
+            with self._changed:
+                if self._ended is None:
+                    self._ended = WireError(f"{self._address}: {fault}")
 
     def _talk(self) -> grpc.RpcError | None:
         """One connection, to its end; None if the server ended the stream in good order, or this
@@ -204,6 +236,8 @@ class DialledStream(Generic[M]):
         with channel:
             call = channel.stream_stream(self.call)(self._frames(self._connection), metadata=introduced(attach))
             self._call = call
+            if self._ended is not None:  # by a thread that knew no call, or the one before
+                call.cancel()
             try:
                 for frame in call:
                     self._take(frame)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fedbert_ds.bench.network.link import DelayProxy
 from fedbert_ds.certificates.authority import Authority
 from fedbert_ds.client import own_data, session
 from fedbert_ds.client.limits import Limits
@@ -33,8 +34,16 @@ from fedbert_ds.model.checkpoint import build_model, config_to_json
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.network.door import DoorRules
 from fedbert_ds.server.network.endpoint import Endpoint
-from fedbert_ds.server.network.events import Connected, Disconnected, JoinAbandoned, JoinAsked, Received
-from fedbert_ds.wire import address_file
+from fedbert_ds.server.network.events import (
+    Attached,
+    Connected,
+    Detached,
+    Disconnected,
+    JoinAbandoned,
+    JoinAsked,
+    Received,
+)
+from fedbert_ds.wire import address_file, stream
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL, client_settings, cut_to_json
 from fedbert_ds.wire.tls import TlsFiles
@@ -443,8 +452,95 @@ def test_a_client_joins_again_where_the_server_comes_back(
     served.train()
     served.finish(complete=True)
     assert served.ended() == 0
-    reason = "it was stopped" if is_saved else r".*connection lost \(.*"
+    reason = "it was stopped" if is_saved else r".*: connection lost\b.*"
     assert re.search(rf"^client ada: {reason}; joins again, for 30 s at most$", capfd.readouterr().out, re.MULTILINE)
+
+
+@pytest.fixture
+def dials_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait that nothing cuts short lasts longer than a test."""
+    monkeypatch.setattr(stream, "BACKOFF_SECONDS", (3600.0, 3600.0))
+    monkeypatch.setattr(session, "BACKOFF_SECONDS", (3600.0, 3600.0))
+    monkeypatch.setattr(session, "LONGEST_DIAL_SECONDS", 3600.0)
+
+
+@pytest.mark.usefixtures("dials_once")
+def test_a_client_learns_from_the_file_that_the_server_has_started_again(
+    served: Served, address: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However long it would dial the old one."""
+    served.client(server=str(address), rejoin_timeout=TIMEOUT)
+    served.let_in(reconnect_timeout=3600.0)
+    old = served.port
+    served.restart()
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+    assert (
+        f"client ada: 127.0.0.1:{old}: connection lost, and the run has ended or started again since; start this "
+        "client again; joins again, for 30 s at most\n" in capfd.readouterr().out
+    )
+
+
+@pytest.mark.usefixtures("dials_once")
+def test_a_server_that_starts_again_at_its_old_port_may_have_its_ranks_elsewhere(served: Served, address: Path) -> None:
+    """The file says the same as before."""
+    rank = Endpoint("127.0.0.1", 0, None)
+    endpoint = f"127.0.0.1:{rank.start()}"
+    rank.admit({"ada": "session of ada"})
+    served.client(server=str(address), rejoin_timeout=TIMEOUT)
+    served.event(JoinAsked).answer.set_result(served.welcome(endpoint=endpoint, reconnect_timeout=3600.0))
+    assert isinstance(rank.next_event(TIMEOUT), Connected)
+    rank.stop(grace=0.0)
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
+
+
+@pytest.mark.usefixtures("dials_once")
+def test_a_client_that_is_not_to_join_again_ends_with_a_server_that_started_again(
+    served: Served, address: Path
+) -> None:
+    served.client(server=str(address))
+    served.let_in(reconnect_timeout=3600.0)
+    old = served.port
+    served.restart()
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
+    assert served.failed() == (
+        f"127.0.0.1:{old}: connection lost, and the run has ended or started again since; start this client again"
+    )
+
+
+def test_a_cut_while_the_server_hands_over_is_no_end(served: Served, address: Path) -> None:
+    """The file is gone by then, and the server still needs the client."""
+    served.client(server=str(address))
+    proxy = DelayProxy(f"127.0.0.1:{served.port}")
+    with proxy as through:
+        served.let_in(endpoint=through, reconnect_timeout=TIMEOUT)
+        served.give_half()
+        assert served.event(Received).message.manifest.window == 0
+        address_file.hide(address)
+        proxy.drop(outage_ms=1000)
+        served.event(Detached)
+        served.event(Attached)
+        served.finish(complete=True)
+        assert served.ended() == 0
+
+
+@pytest.mark.usefixtures("dials_once")
+def test_a_client_that_dials_the_server_before_learns_of_the_new_one(served: Served, address: Path) -> None:
+    """A server that was killed has left its file."""
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        address_file.reveal(address, f"127.0.0.1:{old.getsockname()[1]}")
+        served.client(server=str(address), connect_timeout=3600.0)
+        line, _ = old.accept()
+        line.close()
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
+    served.train()
+    served.finish(complete=True)
+    assert served.ended() == 0
 
 
 @pytest.mark.usefixtures("dials_at_once")

@@ -5,8 +5,9 @@ too long.
 from __future__ import annotations
 
 import random
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from fedbert_ds.errors import ConnectionLost, WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.events import Attached, Connected, Detached, Disconnected, Event, Received
+from fedbert_ds.wire import channel as channel_module
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire import stream as stream_module
 from fedbert_ds.wire.conversation import UNREAD_BYTES
@@ -44,8 +46,13 @@ def server() -> Iterator[tuple[Endpoint, str]]:
     endpoint.stop(grace=0.1)
 
 
-def stream_to(address: str, reconnect_timeout: float = TIMEOUT, shares_memory: bool = False) -> ServerStream:
-    return ServerStream(address, None, "ada", "session of ada", reconnect_timeout, shares_memory)
+def stream_to(
+    address: str,
+    reconnect_timeout: float = TIMEOUT,
+    shares_memory: bool = False,
+    is_over: Callable[[], bool] | None = None,
+) -> ServerStream:
+    return ServerStream(address, None, "ada", "session of ada", reconnect_timeout, shares_memory, is_over=is_over)
 
 
 def past_the_link(endpoint: Endpoint) -> Event | None:
@@ -151,6 +158,85 @@ def test_a_link_that_stays_down_is_one_line(server: tuple[Endpoint, str]) -> Non
         stream.send(up(1))  # lost, and no wait for ever
     assert endpoint.next_event(TIMEOUT) == Detached("ada")
     assert endpoint.next_event(0) is None, "the server still waits for it"
+
+
+# -- a session that is over ------------------------------------------------------------------------
+
+OVER = r"connection lost, and the run has ended or started again since; start this client again"
+
+
+def test_a_lost_connection_is_given_up_once_its_session_is_over(
+    server: tuple[Endpoint, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, however long this side waits before it dials again."""
+    monkeypatch.setattr(stream_module, "BACKOFF_SECONDS", (3600.0, 3600.0))
+    endpoint, address = server
+    over = threading.Event()
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through, 3600.0, is_over=over.is_set) as stream:
+        assert isinstance(endpoint.next_event(TIMEOUT), Connected)
+        proxy.drop(outage_ms=3_600_000)
+        assert isinstance(endpoint.next_event(TIMEOUT), Detached)
+        over.set()
+        with pytest.raises(ConnectionLost, match=OVER):
+            stream.receive()
+
+
+def test_a_dial_under_way_is_given_up_once_its_session_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a machine that does not answer; gRPC alone would wait for it here for an hour."""
+    patient = [*channel_module.CLIENT_OPTIONS, ("grpc.min_reconnect_backoff_ms", 3_600_000)]
+    monkeypatch.setattr(channel_module, "CLIENT_OPTIONS", patient)
+    over = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        with stream_to(address, 3600.0, is_over=over.is_set) as stream:
+            line, _ = silent.accept()
+            over.set()
+            with pytest.raises(ConnectionLost, match=OVER):
+                stream.receive()
+            line.close()
+
+
+def test_a_connection_is_left_alone_though_its_session_be_over(server: tuple[Endpoint, str]) -> None:
+    """Until it is lost."""
+    endpoint, address = server
+    over = threading.Event()
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through, 3600.0, is_over=over.is_set) as stream:
+        assert isinstance(endpoint.next_event(TIMEOUT), Connected)
+        endpoint.send("ada", down(1))
+        assert stream.receive() == down(1)
+        over.set()
+        assert endpoint.next_event(5 * stream_module.ASK_SECONDS) is None
+        endpoint.send("ada", down(2))
+        assert stream.receive() == down(2)
+        proxy.drop(outage_ms=3_600_000)
+        with pytest.raises(ConnectionLost, match=OVER):
+            stream.receive()
+
+
+def test_a_cut_is_dialled_again_while_the_session_is_not_over(server: tuple[Endpoint, str]) -> None:
+    endpoint, address = server
+    asked = threading.Semaphore(0)
+
+    def is_over() -> bool:
+        asked.release()
+        return False
+
+    proxy = DelayProxy(address)
+    with proxy as through, stream_to(through, 3600.0, is_over=is_over) as stream:
+        assert isinstance(endpoint.next_event(TIMEOUT), Connected)
+        endpoint.send("ada", down(1))
+        assert stream.receive() == down(1)
+        proxy.drop(outage_ms=3_600_000)
+        assert isinstance(endpoint.next_event(TIMEOUT), Detached)
+        while asked.acquire(blocking=False):
+            pass
+        assert all(asked.acquire(timeout=TIMEOUT) for _ in range(3))
+        proxy.drop(outage_ms=0)
+        assert isinstance(endpoint.next_event(TIMEOUT), Attached)
+        endpoint.send("ada", down(2))
+        assert stream.receive() == down(2)
 
 
 def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Endpoint, str]) -> None:

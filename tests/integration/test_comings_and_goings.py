@@ -113,9 +113,13 @@ def test_a_client_that_missed_the_last_saves_keeps_no_run_from_resuming(place) -
     assert [row["window"] for row in rows] == list(range(60)) and rows[-1]["clients"] == 3
 
 
-def test_the_address_of_a_server_that_was_killed_misleads_nobody(place) -> None:
-    """Clients look again until the file names the one that is there."""
-    with federation(place, run={"windows": 60, "save_every": 2}) as run:
+@pytest.mark.parametrize("reconnect_timeout", [0.5, 3600])
+def test_the_address_of_a_server_that_was_killed_misleads_nobody(place, reconnect_timeout: float) -> None:
+    """Clients look again until the file names the one that is there. However long they would dial
+    the old one, they join the new one as soon as it has written the file.
+    """
+    clients = {"reconnect_timeout": reconnect_timeout}
+    with federation(place, run={"windows": 60, "save_every": 2}, clients=clients) as run:
         run.start_ranks(1)
         run.await_server()
         run.start_client("ada")

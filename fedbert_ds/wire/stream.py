@@ -106,8 +106,7 @@ class DialledStream(Generic[M]):
 
     def __enter__(self: S) -> S:
         self._thread.start()
-        if self._is_over is not None:
-            threading.Thread(target=self._watch, args=(self._is_over,), daemon=True).start()
+        self._start_to_watch()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -169,7 +168,9 @@ class DialledStream(Generic[M]):
                 self._look_at_tls()
             with self._changed:
                 self._connection += 1
-                self._attached = False
+                if self._attached:
+                    self._attached = False
+                    self._start_to_watch()
                 self._conversation.ring = None
                 if self._memory is not None:
                     self._memory.close()
@@ -189,26 +190,30 @@ class DialledStream(Generic[M]):
         patience = LEAVE_SECONDS if self._left else self._reconnect_timeout
         return time.monotonic() - lost_at > patience
 
-    def _watch(self, is_over: Callable[[], bool]) -> None:
-        """End a stream without connection as soon as its session is over.
-
-        In a thread of its own: one dial of a machine that is gone takes 20 s, and a question about
-        a file may take long.
+    def _start_to_watch(self) -> None:
+        """In a thread of its own: one dial of a machine that is gone takes 20 s, and a question
+        about a file may take long.
         """
-        while True:
+        if self._is_over is not None:
+            threading.Thread(target=self._watch, args=(self._is_over,), daemon=True).start()
+
+    def _watch(self, is_over: Callable[[], bool]) -> None:
+        """Until there is a connection: end the stream as soon as its session is over."""
+
+        def is_done() -> bool:
+            return self._attached or self._ended is not None
+
+        while not is_over():
             with self._changed:
-                self._changed.wait_for(lambda: not self._attached or self._ended is not None)
-                if self._ended is not None:
+                if self._changed.wait_for(is_done, timeout=ASK_SECONDS):
                     return
-            is_lost = is_over()
-            with self._changed:
-                if is_lost and not self._attached and self._ended is None:
-                    self._ended = ConnectionLost(
-                        f"{self._address}: connection lost, and the run has ended or started again since; "
-                        f"start {self.this_side} again"
-                    )
-                    break
-                self._changed.wait_for(lambda: self._ended is not None, timeout=ASK_SECONDS)
+        with self._changed:
+            if is_done():
+                return
+            self._ended = ConnectionLost(
+                f"{self._address}: connection lost, and the run has ended or started again since; "
+                f"start {self.this_side} again"
+            )
         self._hang_up()
 
     def _look_at_tls(self) -> None:

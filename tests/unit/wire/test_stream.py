@@ -83,7 +83,7 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
     cut_bytes = (1_000, 10_000) if shares_memory else (1_000, 1_500_000)
     proxy = DelayProxy(address, cut_bytes=cut_bytes, cuts=12, seed=seed)
     with proxy as through, stream_to(through, shares_memory=shares_memory) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         for number, size in enumerate(sizes):
             endpoint.send("ada", down(number, size))
 
@@ -94,11 +94,11 @@ def test_cut_at_random_bytes_every_message_comes_once_and_in_order(
         talker = threading.Thread(target=talk, daemon=True)
         talker.start()
         for number, size in enumerate(sizes):
-            assert past_the_link(endpoint) == Received("ada", up(number, size))
+            assert past_the_link(endpoint) == Received("ada", up(number, size), "session of ada")
             assert stream.receive() == down(number, size)
         talker.join(timeout=TIMEOUT)
         assert proxy.counts()["cuts"] > 3
-    assert past_the_link(endpoint) == Disconnected("ada")
+    assert past_the_link(endpoint) == Disconnected("ada", session="session of ada")
     assert endpoint.next_event(0) is None
 
 
@@ -110,7 +110,7 @@ def test_an_update_whose_link_drops_in_the_middle_goes_on_where_it_was(server: t
     update = {"table": torch.randn(7_000_000 // 768, 768), "bias": torch.randn(768)}
     proxy = DelayProxy(address, mbit=2_000, cut_bytes=(14_000_000, 16_000_000), cuts=1)
     with proxy as through, stream_to(through) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
 
         def talk() -> None:
             for chunk in update_chunks(0, update.items(), weight=5.0):
@@ -135,12 +135,12 @@ def test_who_does_not_come_back_is_told_after_the_grace_and_refused_then() -> No
     endpoint, address = started(reconnect_timeout=0.3)
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         endpoint.send("ada", down(1))
         assert stream.receive() == down(1)
         proxy.drop(outage_ms=3_600_000)
-        assert endpoint.next_event(TIMEOUT) == Detached("ada")
-        assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+        assert endpoint.next_event(TIMEOUT) == Detached("ada", "session of ada")
+        assert endpoint.next_event(TIMEOUT) == Disconnected("ada", session="session of ada")
         proxy.drop(outage_ms=0)
         with pytest.raises(ConnectionLost, match="its session is over; it was away for too long"):
             stream.receive()
@@ -151,12 +151,12 @@ def test_a_link_that_stays_down_is_one_line(server: tuple[Endpoint, str]) -> Non
     endpoint, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through, reconnect_timeout=0.3) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         proxy.drop(outage_ms=3_600_000)
         with pytest.raises(ConnectionLost, match=r"connection lost \(unavailable: .*; start this client again"):
             stream.receive()
         stream.send(up(1))  # lost, and no wait for ever
-    assert endpoint.next_event(TIMEOUT) == Detached("ada")
+    assert endpoint.next_event(TIMEOUT) == Detached("ada", "session of ada")
     assert endpoint.next_event(0) is None, "the server still waits for it"
 
 
@@ -244,17 +244,17 @@ def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[
     with stream_to(address) as stream:
         for number in range(50):
             stream.send(up(number, 10_000))
-    assert endpoint.next_event(TIMEOUT) == Connected("ada")
+    assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
     for number in range(50):
-        assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 10_000))
-    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+        assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 10_000), "session of ada")
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada", session="session of ada")
 
 
 def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Endpoint, str]) -> None:
     endpoint, address = server
     proxy = DelayProxy(address)
     with proxy as through, stream_to(through) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         proxy.drop(outage_ms=300)
         endpoint.send("ada", down(1))
         endpoint.close("ada", pb.ServerMessage(finish=pb.Finish(reason="done", complete=True)))
@@ -264,7 +264,7 @@ def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Endpoint, str]
         with pytest.raises(WireError, match="the server ended the stream"):
             stream.receive()
     # The loss may be noticed before the client is revoked, and nothing is told of it after that.
-    assert endpoint.next_event(0) in (None, Detached("ada"))
+    assert endpoint.next_event(0) in (None, Detached("ada", "session of ada"))
     assert endpoint.next_event(0) is None
     endpoint.stop(grace=0.1)
 
@@ -272,7 +272,7 @@ def test_the_last_word_comes_over_a_link_that_drops(server: tuple[Endpoint, str]
 def test_stop_waits_for_the_last_words(server: tuple[Endpoint, str]) -> None:
     endpoint, address = server
     with stream_to(address) as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         for number in range(10):
             endpoint.send("ada", down(number, 1_000_000))
         endpoint.close("ada", down(10))
@@ -296,13 +296,13 @@ def test_send_waits_while_too_much_is_under_way(server: tuple[Endpoint, str], mo
 
     with stream_to(address) as stream:
         threading.Thread(target=talk, daemon=True).start()
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         assert not finished.wait(timeout=1.0), "more was taken from the client than may be under way"
         assert sent <= (UNREAD_BYTES >> 20) + 8
         # A message that comes meanwhile is not stuck behind what waits.
         for number in range(40):
             endpoint.send("ada", down(number, 1 << 20))
         for number in range(count):
-            assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20))
+            assert endpoint.next_event(TIMEOUT) == Received("ada", up(number, 1 << 20), "session of ada")
         assert finished.wait(timeout=TIMEOUT)
         assert [stream.receive().update.offset for _ in range(40)] == list(range(40))

@@ -1,15 +1,17 @@
 """One long run that everything happens to, beside the same run undisturbed.
 
     python tests/integration/faults.py --faults 2000 --minutes 180 --processes 8 --out FILE.json
-    python tests/integration/faults.py --faults 62 --minutes 30 --processes 32 --out FILE.json
+    python tests/integration/faults.py --faults 62 --minutes 30 --processes 32 --alike
+        --on-loss continue --out FILE.json
 
 Any process is killed (the coordinator, too), stopped for a while, loses its connections or sends
-twice; the newest checkpoint is damaged; a rank's disk is full. `clients.on_loss` is `wait`. Whoever
-ends is started again at once: the ranks all together with --resume, as a launcher does, a client
-without its folder. Processes are forked off one that has imported everything.
+twice; the newest checkpoint is damaged; a rank's disk is full. Whoever ends is started again at
+once: the ranks all together with --resume, as a launcher does, a client without its folder.
+Processes are forked off one that has imported everything.
 
-The run is stopped after so many minutes. The undisturbed run then trains as many windows: losses
-and weights must be the same bit by bit, and goodput is its time over that of the disturbed run.
+The run is stopped after so many minutes. The undisturbed run then trains as many windows. Goodput
+is the tokens a second that the disturbed run has trained and kept over those of the other. Where
+the run waits for lost clients, losses and weights must be the same bit by bit.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ from fedbert_ds.telemetry.record import source_commit, write_record
 RANKS = 2
 KINDS = {"kill a client": 30, "kill a rank": 6, "stop": 20, "drop": 20, "duplicate": 16, "corrupt": 4, "full disk": 4}
 """Each kind of fault, and how often it is drawn of 100."""
+OF_RANKS = {"kill a rank", "corrupt", "full disk"}
+OF_CLIENTS = {"kill a client"}
 LONGEST_GAP = 15.0
 """Seconds between two faults, where there are enough of them."""
 LONGEST_STOP = 3.0
@@ -68,8 +72,8 @@ class Fault:
     """How long a process is stopped."""
 
 
-def drawn(seed: int, num: int, seconds: float, clients: Sequence[str]) -> list[Fault]:
-    """The faults of a schedule, in order."""
+def drawn(seed: int, num: int, seconds: float, clients: Sequence[str], alike: bool = False) -> list[Fault]:
+    """The faults of a schedule, in order; with `alike` each process meets as many as another."""
     rng = random.Random(seed)
     ranks = [f"rank {number}" for number in range(RANKS)]
     mean = seconds / num
@@ -77,9 +81,13 @@ def drawn(seed: int, num: int, seconds: float, clients: Sequence[str]) -> list[F
     for _ in range(num):
         gap = mean * rng.uniform(0.5, 1.5)
         at += min(gap, LONGEST_GAP) if mean <= LONGEST_GAP else gap
-        kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
-        whom = {"kill a client": clients, "kill a rank": ranks, "corrupt": ranks, "full disk": ranks}
-        who = rng.choice(list(whom.get(kind, [*ranks, *clients])))
+        if alike:
+            who = rng.choice([*ranks, *clients])
+            kinds = {kind: often for kind, often in KINDS.items() if kind not in (OF_RANKS, OF_CLIENTS)[who in ranks]}
+            kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        else:
+            kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+            who = rng.choice(ranks if kind in OF_RANKS else list(clients) if kind in OF_CLIENTS else [*ranks, *clients])
         faults.append(Fault(at, kind, who, rng.uniform(0.3, LONGEST_STOP)))
     return faults
 
@@ -258,12 +266,17 @@ class Result:
     """Of the disturbed run, from its first window until it was asked to stop."""
     undisturbed_seconds: float
     """Of the undisturbed run, for the windows that were trained in that time."""
+    tokens: int
+    undisturbed_tokens: int
+    """Trained in these windows."""
+    lost_masked_tokens: int
+    """Left out, for their client was late or gone."""
     told: Told
 
     @property
     def goodput(self) -> float:
         """Committed work over the work of the undisturbed run in the same time."""
-        return self.undisturbed_seconds / self.seconds
+        return self.tokens / self.seconds / (self.undisturbed_tokens / self.undisturbed_seconds)
 
     def lost_seconds(self) -> dict[str, tuple[int, float]]:
         """(how many, seconds they cost) by kind: what windows took beyond the median, charged to
@@ -284,27 +297,43 @@ class Result:
         return {kind: (counts[kind], seconds) for kind, seconds in costs.items()}
 
 
-def compared(folder: Path, seed: int, num_faults: int, seconds: float, processes: int, save_every: int) -> Result:
+def compared(
+    folder: Path,
+    seed: int,
+    num_faults: int,
+    seconds: float,
+    processes: int,
+    save_every: int,
+    on_loss: str = "wait",
+    alike: bool = False,
+) -> Result:
     """Both runs, one after the other. AssertionError where one does not come to its end."""
     clients = {f"client-{number:02}": 2 + number % 3 for number in range(processes - RANKS)}
-    faults = drawn(seed, num_faults, seconds, sorted(clients))
-    disturbed = Disturbed(_federation(folder / "disturbed", clients, 10**6, save_every), faults, seconds)
+    faults = drawn(seed, num_faults, seconds, sorted(clients), alike)
+    disturbed = Disturbed(_federation(folder / "disturbed", clients, 10**6, save_every, on_loss), faults, seconds)
     disturbed.train()
     rows = disturbed.federation.metrics()
-    windows = len(rows)
+    windows, last = len(rows), len(disturbed.told.times) - 1
     told = disturbed.told
-    whole = Disturbed(_federation(folder / "undisturbed", clients, windows, save_every), [], float("inf"))
+    whole = Disturbed(_federation(folder / "undisturbed", clients, windows, save_every, on_loss), [], float("inf"))
     whole.train()
-    same = _outcome(disturbed, windows) == _outcome(whole, windows)
-    seconds = told.stopped - told.times[0]
-    return Result(windows, same, seconds, whole.told.times[len(told.times) - 1] - whole.told.times[0], told)
+    return Result(
+        windows=windows,
+        is_identical=_outcome(disturbed, windows) == _outcome(whole, windows),
+        seconds=told.stopped - told.times[0],
+        undisturbed_seconds=whole.told.times[last] - whole.told.times[0],
+        tokens=sum(row["tokens"] for row in rows[1 : last + 1]),
+        undisturbed_tokens=sum(row["tokens"] for row in whole.federation.metrics()[1 : last + 1]),
+        lost_masked_tokens=sum(row["lost_masked_tokens"] for row in rows),
+        told=told,
+    )
 
 
 def _outcome(run: Disturbed, windows: int) -> Outcome:
     return outcome(run.federation.run_folder, windows)
 
 
-def _federation(folder: Path, clients: dict[str, int], windows: int, save_every: int) -> Federation:
+def _federation(folder: Path, clients: dict[str, int], windows: int, save_every: int, on_loss: str) -> Federation:
     folder.mkdir()
     data = write_text(folder, clients)
     tree: dict[str, Any] = run_file(
@@ -312,9 +341,9 @@ def _federation(folder: Path, clients: dict[str, int], windows: int, save_every:
         "run",
         run={"windows": windows, "save_every": save_every},
         model={"num_hidden_layers": 2, "dropout": 0.1},
-        window={"order": "fixed", "tokens": 100 * len(clients)},
+        window={"order": "fixed" if on_loss == "wait" else "arrival", "tokens": 100 * len(clients)},
         optimizer={"schedule": "constant", "lr": 0.003, "warmup_windows": 0},
-        clients={"on_loss": "wait", "expected": len(clients), "join_timeout": 600},
+        clients={"on_loss": on_loss, "expected": len(clients), "join_timeout": 600},
     )
     return Federation(folder, tree, data)
 
@@ -326,6 +355,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=2.0, metavar="M", help="over how long a time")
     parser.add_argument("--processes", type=int, default=8, metavar="P", help="two ranks among them")
     parser.add_argument("--save-every", type=int, default=10, metavar="W", help="windows between checkpoints")
+    parser.add_argument("--alike", action="store_true", help="each process meets as many faults as another")
+    parser.add_argument("--on-loss", choices=("wait", "continue"), default="wait", help="clients.on_loss of the run")
     parser.add_argument("--seed", type=int, metavar="S", help="of the schedule")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write a record")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs' folders here")
@@ -342,7 +373,10 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     commit = source_commit()
     try:
-        result = compared(folder, seed, options.faults, 60 * options.minutes, options.processes, options.save_every)
+        result = compared(
+            folder, seed, options.faults, 60 * options.minutes, options.processes, options.save_every, options.on_loss,
+            options.alike,
+        )  # fmt: skip
     finally:
         if options.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -353,21 +387,26 @@ def main() -> int:
     print(
         f"{told.starts['ranks']} starts of all ranks, {told.starts['clients']} of a client, {told.redone} windows again"
     )
-    print(f"{result.windows} windows, {'bit-identical' if result.is_identical else 'DIFFERENT'}, 0 tokens lost")
+    waits = options.on_loss == "wait"
+    verdict = "bit-identical" if result.is_identical else "DIFFERENT" if waits else "going on without who is gone"
+    print(f"{result.windows} windows, {verdict}, {result.lost_masked_tokens} masked tokens lost")
     print(f"goodput {100 * result.goodput:.1f} %: {result.undisturbed_seconds:.0f} s undisturbed", flush=True)
     if options.out is not None:
         command = (
             f"python tests/integration/faults.py --faults {options.faults} --minutes {options.minutes:g} "
-            f"--processes {options.processes} --save-every {options.save_every} --seed {seed} --out {options.out}"
+            f"--processes {options.processes} --save-every {options.save_every} --on-loss {options.on_loss} "
+            f"{'--alike ' if options.alike else ''}--seed {seed} --out {options.out}"
         )
         write_record(
-            options.out, command=command, commit=commit, seed=seed, faults=len(told.done),
+            options.out, command=command, commit=commit, seed=seed, on_loss=options.on_loss, faults=len(told.done),
             processes=options.processes, windows=result.windows, is_identical=result.is_identical,
-            seconds=result.seconds, undisturbed_seconds=result.undisturbed_seconds, goodput=result.goodput,
+            seconds=result.seconds, undisturbed_seconds=result.undisturbed_seconds, tokens=result.tokens,
+            undisturbed_tokens=result.undisturbed_tokens, lost_masked_tokens=result.lost_masked_tokens,
+            goodput=result.goodput,
             lost_seconds={kind: {"faults": n, "seconds": s} for kind, (n, s) in result.lost_seconds().items()},
             starts=dict(told.starts), windows_again=told.redone,
         )  # fmt: skip
-    return 0 if result.is_identical else 1
+    return 0 if result.is_identical or not waits else 1
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from integration import faults
-from integration.faults import KINDS, LONGEST_GAP, compared, drawn
+from integration.faults import KINDS, LONGEST_GAP, OF_RANKS, compared, drawn
 from integration.federation import fork_quickly
 
 pytestmark = pytest.mark.timeout(1200)
@@ -20,6 +21,12 @@ def test_a_run_that_everything_happens_to_ends_as_if_nothing_had(tmp_path: Path)
     seed = random.randrange(10**6)
     result = compared(tmp_path, seed, num_faults=12, seconds=30.0, processes=5, save_every=5)
     assert len(result.told.done) == 12 and result.is_identical, seed
+
+
+def test_a_run_that_goes_on_without_who_is_gone_comes_to_its_end(tmp_path: Path) -> None:
+    seed = random.randrange(10**6)
+    result = compared(tmp_path, seed, 8, seconds=20.0, processes=6, save_every=5, on_loss="continue", alike=True)
+    assert len(result.told.done) == 8 and 0 < result.tokens <= result.undisturbed_tokens, seed
 
 
 def test_a_disk_that_is_full_when_the_run_is_stopped_is_not_its_end(
@@ -38,6 +45,11 @@ def test_a_schedule_is_its_seed_s_and_has_no_long_pause() -> None:
     assert schedule == drawn(7, 2000, 2000 * 12.0, clients) != drawn(8, 2000, 2000 * 12.0, clients)
     assert {fault.kind for fault in schedule} == KINDS.keys()
     assert {fault.who for fault in schedule} == {"rank 0", "rank 1", *clients}
+    for fault in drawn(7, 2000, 2000 * 12.0, clients, alike=True):
+        assert fault.who in clients or fault.kind != "kill a client"
+        assert fault.who not in clients or fault.kind not in OF_RANKS
+    whom = Counter(fault.who for fault in drawn(7, 8000, 8000 * 12.0, clients, alike=True))
+    assert len(whom) == 8 and max(whom.values()) < 1.2 * min(whom.values())
     gaps = [later.at - earlier.at for earlier, later in itertools.pairwise(schedule)]
     # Gaps of sums of many numbers are rounded.
     assert min(gaps) > 0 and max(gaps) <= LONGEST_GAP + 1e-6

@@ -430,17 +430,16 @@ def test_fine_tuning_sst_2():
     assert all(row["measures"]["accuracy"] > 0.88 for row in record["rows"])
 
 
-def test_simulated_schedules_add_up_and_the_failure_is_told():
+def test_simulated_schedules_add_up_and_none_fails_now():
     rows = json.loads((BENCHMARKS / "results" / "schedules.json").read_text(encoding="utf-8"))["rows"]
     played = 0
     for row in rows:
         assert row["first_seed"] == played + 1 and "dirty" not in row["commit"]
         played += row["schedules"]
     faults = sum(sum(row["faults"].values()) for row in rows)
-    assert [seed for row in rows for seed in row["failures"]] == ["74065"]
-    assert f"Seeds 1 to {played:,} have been played, with {faults:,} faults. One failed, 74065," in " ".join(
-        README.split()
-    )
+    assert not any(row["failures"] for row in rows[1:])
+    told = f"Seeds 1 to {played:,} have been played, with {faults:,} faults. One failed, 74065, and is mended"
+    assert rows[0]["failures"].keys() == {"74065"} and told in " ".join(README.split())
     assert f"{played:,} have been played" in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
 
 

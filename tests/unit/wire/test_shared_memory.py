@@ -148,12 +148,12 @@ def test_a_client_of_this_machine_that_is_killed_is_not_waited_for(shares_memory
     address = f"127.0.0.1:{endpoint.start()}"
     endpoint.admit({"ada": "session of ada"})
     client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
-    assert endpoint.next_event(TIMEOUT) == Connected("ada")
+    assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
     client.send_signal(signal.SIGKILL)
     while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
-    assert event == Detached("ada")
-    assert endpoint.next_event(TIMEOUT) == Disconnected("ada", "its process has ended")
+    assert event == Detached("ada", "session of ada")
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada", "its process has ended", "session of ada")
     client.wait(timeout=TIMEOUT)
     endpoint.stop(grace=0.1)
 
@@ -167,7 +167,7 @@ def test_a_client_is_told_of_once_its_process_was_looked_for(monkeypatch: pytest
     address = f"127.0.0.1:{endpoint.start()}"
     endpoint.admit({"ada": "session of ada"})
     with ServerStream(address, None, "ada", "session of ada"):
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         assert told_before == [0]
     endpoint.stop(grace=0.1)
 
@@ -183,7 +183,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
     endpoint.admit({"ada": "session of ada"})
     client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
     try:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         for _ in range(20):
             assert isinstance(endpoint.next_event(TIMEOUT), Received)
         assert len(opened) == 1 and opened[0] is not None and own_memory() == before + 1
@@ -192,7 +192,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(monkeypatch: pytest.Monke
         client.wait(timeout=TIMEOUT)
     while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
-    assert event == Detached("ada")
+    assert event == Detached("ada", "session of ada")
     event = endpoint.next_event(TIMEOUT)
     assert isinstance(event, Disconnected) and event.client == "ada"
     assert own_memory() == before
@@ -214,7 +214,7 @@ def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch,
     endpoint.admit({"ada": "session of ada"})
     count = RING_BYTES // LARGE + 20
     with ServerStream(address, None, "ada", "session of ada") as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         for number in range(count):
             message = pb.ServerMessage(update=pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE))
             endpoint.send("ada", message)
@@ -222,14 +222,14 @@ def test_messages_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch,
         for number in range(count):
             chunk = pb.UpdateChunk(offset=number, payload=bytes([number % 256]) * LARGE)
             assert stream.receive() == pb.ServerMessage(update=chunk)
-            assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
+            assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk), "session of ada")
     up, down = endpoint.take_bytes()
     assert count * LARGE < down == up, "bytes count as they would on a socket"
     if is_refused:
         assert written == []
     else:
         assert any(start is not None for start in written)
-    assert endpoint.next_event(TIMEOUT) == Disconnected("ada")
+    assert endpoint.next_event(TIMEOUT) == Disconnected("ada", session="session of ada")
     endpoint.stop(grace=0.1)
     assert own_memory() == before
 
@@ -246,9 +246,9 @@ def test_where_memory_cannot_be_written_messages_go_through_the_socket(monkeypat
     endpoint.admit({"ada": "session of ada"})
     chunk = pb.UpdateChunk(payload=b"x" * LARGE)
     with ServerStream(address, None, "ada", "session of ada") as stream:
-        assert endpoint.next_event(TIMEOUT) == Connected("ada")
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
         endpoint.send("ada", pb.ServerMessage(update=chunk))
         stream.send(pb.ClientMessage(update=chunk))
-        assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk))
+        assert endpoint.next_event(TIMEOUT) == Received("ada", pb.ClientMessage(update=chunk), "session of ada")
         assert stream.receive() == pb.ServerMessage(update=chunk)
     endpoint.stop(grace=0.1)

@@ -82,8 +82,12 @@ class Membership:
         self.refuse(client, reason, may_return=True)
 
     def evict(self, client: str) -> None:
-        """End the part of a client whose connection is lost, because it joins again."""
-        self.refuse(client, f"client {client} disconnected, and joins again")
+        """End the part of a client whose connection is lost, because it joins again.
+
+        It may return: word of who joins comes late to other ranks, and this may be the process that
+        joined, which has lost its connection since.
+        """
+        self.refuse(client, f"client {client} disconnected, and joins again", may_return=True)
 
     def suspend(self, client: str, micro_batches: Sequence[tuple[int, int]]) -> None:
         """Go on without a late client until it answers.

@@ -113,9 +113,11 @@ def test_whatever_the_way_it_left_it_is_awaited_until_it_is_back(waiting: Rank, 
     assert members(waiting).absent == set()
 
 
-@pytest.mark.parametrize(("way", "may_return"), [("refuse", False), ("expire", True), ("evict", False)])
-def test_only_a_client_that_was_silent_is_told_that_it_may_return(rank: Rank, way: str, may_return: bool) -> None:
-    """One that breaks the protocol would do it again; an evicted one has joined already."""
+@pytest.mark.parametrize(("way", "may_return"), [("refuse", False), ("expire", True), ("evict", True)])
+def test_only_who_did_nothing_wrong_is_told_that_it_may_return(rank: Rank, way: str, may_return: bool) -> None:
+    """One that breaks the protocol would do it again. The one that is evicted may be the very
+    process that has joined: other ranks hear late of who waits at the door.
+    """
     reason = ["a loss of nan"] if way == "refuse" else []
     getattr(members(rank), way)("bo", *reason)
     assert rank.clients[1].refusal is not None and rank.clients[1].may_return == may_return

@@ -148,8 +148,10 @@ def test_a_client_of_this_machine_that_is_killed_is_not_waited_for(shares_memory
     address = f"127.0.0.1:{endpoint.start()}"
     endpoint.admit({"ada": "session of ada"})
     client = subprocess.Popen([sys.executable, "-c", CLIENT, address])
-    assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
-    client.send_signal(signal.SIGKILL)
+    try:
+        assert endpoint.next_event(TIMEOUT) == Connected("ada", "session of ada")
+    finally:
+        client.send_signal(signal.SIGKILL)
     while isinstance(event := endpoint.next_event(TIMEOUT), Received):
         pass
     assert event == Detached("ada", "session of ada")

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +351,32 @@ def _federation(folder: Path, clients: dict[str, int], windows: int, save_every:
     return Federation(folder, tree, data)
 
 
+def write(path: Path, result: Result, command: str, commit: str | None, **more: Any) -> dict[str, Any]:
+    """Write a record, and return it: a row for each kind of fault."""
+    told = result.told
+    return write_record(
+        path, command=command, commit=commit, **more, faults=len(told.done), windows=result.windows,
+        is_identical=result.is_identical, seconds=result.seconds, undisturbed_seconds=result.undisturbed_seconds,
+        tokens=result.tokens, undisturbed_tokens=result.undisturbed_tokens,
+        lost_masked_tokens=result.lost_masked_tokens, goodput=result.goodput, starts=dict(told.starts),
+        windows_again=told.redone,
+        rows=[{"kind": kind, "faults": n, "seconds": round(s, 1)} for kind, (n, s) in result.lost_seconds().items()],
+    )  # fmt: skip
+
+
+def page_table(record: Mapping[str, Any]) -> str:
+    """A record as Markdown: what happened, how often, what was started again, and what is left."""
+    lines = ["| what happened | times |", "| --- | ---: |"]
+    lines += [f"| {row['kind']} | {row['faults']} |" for row in record["rows"] if row["faults"]]
+    starts = record["starts"]
+    lines += [f"| **faults** | **{record['faults']}** |"]
+    lines += [f"| all ranks started again | {starts.get('ranks', 0)} |"]
+    lines += [f"| a client started again | {starts.get('clients', 0)} |"]
+    lines += [f"| windows trained again | {record['windows_again']} |"]
+    lines += [f"| **goodput** | **{100 * record['goodput']:.1f} %** |"]
+    return "\n".join(lines)
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The program's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -399,15 +425,7 @@ def main() -> int:
             f"--processes {options.processes} --save-every {options.save_every} --on-loss {options.on_loss} "
             f"{'--alike ' if options.alike else ''}--seed {seed} --out {options.out}"
         )
-        write_record(
-            options.out, command=command, commit=commit, seed=seed, on_loss=options.on_loss, faults=len(told.done),
-            processes=options.processes, windows=result.windows, is_identical=result.is_identical,
-            seconds=result.seconds, undisturbed_seconds=result.undisturbed_seconds, tokens=result.tokens,
-            undisturbed_tokens=result.undisturbed_tokens, lost_masked_tokens=result.lost_masked_tokens,
-            goodput=result.goodput,
-            lost_seconds={kind: {"faults": n, "seconds": s} for kind, (n, s) in result.lost_seconds().items()},
-            starts=dict(told.starts), windows_again=told.redone,
-        )  # fmt: skip
+        write(options.out, result, command, commit, on_loss=options.on_loss, processes=options.processes)
     return 1 if result.is_identical is False else 0
 
 

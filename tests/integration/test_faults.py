@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -27,6 +28,9 @@ def test_a_run_that_goes_on_without_who_is_gone_comes_to_its_end(tmp_path: Path)
     seed = random.randrange(10**6)
     result = compared(tmp_path, seed, 8, seconds=20.0, processes=6, save_every=5, on_loss="continue", alike=True)
     assert len(result.told.done) == 8 and 0 < result.tokens <= result.undisturbed_tokens, seed
+    told = faults.write(tmp_path / "record.json", result, "a command", None, on_loss="continue")
+    assert json.loads((tmp_path / "record.json").read_text()) == json.loads(json.dumps(told))
+    assert sum(row["faults"] for row in told["rows"]) == 8 and "| **faults** | **8** |" in faults.page_table(told)
 
 
 def test_a_disk_that_is_full_when_the_run_is_stopped_is_not_its_end(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from integration.chaos import ELSEWHERE, MODES, PHASES, VICTIMS
 from integration.chaos import page_table as chaos_table
+from integration.faults import page_table as faults_table
 from integration.lies import table as lies_table
 
 from benchmarks.codecs.report import counted_table
@@ -441,6 +442,17 @@ def test_simulated_schedules_add_up_and_none_fails_now():
     told = f"Seeds 1 to {played:,} have been played, with {faults:,} faults. One failed, 74065, and is mended"
     assert rows[0]["failures"].keys() == {"74065"} and told in " ".join(README.split())
     assert f"{played:,} have been played" in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_goodput_of_a_run_that_is_disturbed():
+    record = json.loads((BENCHMARKS / "results" / "goodput.json").read_text(encoding="utf-8"))
+    assert faults_table(record) in README and "dirty" not in record["commit"]
+    # What the page claims.
+    assert record["goodput"] >= 0.98 and f"kept {100 * record['goodput']:.1f} % in half an hour" in README
+    speeds = record["tokens"] / record["seconds"], record["undisturbed_tokens"] / record["undisturbed_seconds"]
+    assert speeds[0] / speeds[1] == pytest.approx(record["goodput"], abs=0.001)
+    assert (record["faults"], record["processes"]) == (62, 32) == (sum(row["faults"] for row in record["rows"]), 32)
+    assert f"{record['lost_masked_tokens']} were left out" in README and 1800 <= record["seconds"] < 1810
 
 
 def test_wrong_messages_change_nothing():

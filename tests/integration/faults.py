@@ -85,7 +85,8 @@ def drawn(seed: int, num: int, seconds: float, clients: Sequence[str], alike: bo
         at += min(gap, LONGEST_GAP) if mean <= LONGEST_GAP else gap
         if alike:
             who = rng.choice([*ranks, *clients])
-            kinds = {kind: often for kind, often in ALIKE.items() if kind not in (OF_RANKS, OF_CLIENTS)[who in ranks]}
+            impossible = OF_CLIENTS if who in ranks else OF_RANKS
+            kinds = {kind: often for kind, often in ALIKE.items() if kind not in impossible}
             kind = rng.choices(list(kinds), list(kinds.values()))[0]
         else:
             kind = rng.choices(list(KINDS), list(KINDS.values()))[0]

@@ -33,6 +33,12 @@ def test_a_run_that_goes_on_without_who_is_gone_comes_to_its_end(tmp_path: Path)
     assert sum(row["faults"] for row in told["rows"]) == 8 and "| **faults** | **8** |" in faults.page_table(told)
 
 
+def test_goodput_is_what_was_kept_a_second_over_the_undisturbed_run() -> None:
+    told = faults.Told()
+    assert faults.Result(5, None, 100.0, 80.0, 900, 1000, 0, told).goodput == pytest.approx(0.72)
+    assert faults.Result(5, True, 100.0, 98.0, 1000, 1000, 0, told).goodput == pytest.approx(0.98)
+
+
 def test_a_disk_that_is_full_when_the_run_is_stopped_is_not_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ from fedbert_ds.server.membership import Membership
 from fedbert_ds.server.micro_batches import MicroBatches
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked, RankEndpoint
 from fedbert_ds.server.network.outbox import Outbox
-from fedbert_ds.server.network.sessions import TakeEvent
+from fedbert_ds.server.network.sessions import Sessions, TakeEvent
 from fedbert_ds.server.queue.deadlines import AnswerTimes, Deadlines
 from fedbert_ds.server.queue.in_flight import INITIAL_IN_FLIGHT
 from fedbert_ds.server.queue.packing import pack
@@ -115,9 +115,9 @@ class Ground:
     aggregator: Aggregator | Line
     """This rank's own, or the line to another party's."""
     take_event: TakeEvent
-    """Returns the endpoint's next event that counts, decoded."""
-    revoke: Callable[[str], None]
-    """Withdraws a client's session at the endpoint."""
+    """Returns the endpoint's next event, decoded, whether it counts or not."""
+    sessions: Sessions
+    """Of the clients of this rank at the endpoint."""
     rank_group: RankGroup
     members: Members
     first_window: int
@@ -158,7 +158,7 @@ def build_rooms(ground: Ground) -> Rooms:
         membership,
         cursors,
         outbox,
-        ground.take_event,
+        ground.sessions.heard(ground.take_event),
         ground.on_join,
         ground.members.has_state,
         ground.trace,
@@ -212,7 +212,7 @@ class _Updates:
 
 
 def _updates(ground: Ground, queue: PipelineQueue) -> _Updates:
-    revoke = ground.revoke
+    revoke = ground.sessions.revoke
     if isinstance(ground.aggregator, Aggregator):
         combiner = _combiner(ground.config, ground.contract, ground.aggregator, ground.rank_group)
         return _Updates(ground.aggregator, _exchange(combiner, ground.aggregator), combiner, revoke)

@@ -209,10 +209,8 @@ def _furnish(
             engine=model.engine,
             endpoint=endpoint,
             aggregator=aggregator,
-            take_event=seated.sessions.heard(
-                knocks.among(decoding.next_event, lambda: reception.waiting if reception is not None else ())
-            ),
-            revoke=seated.sessions.revoke,
+            take_event=knocks.among(decoding.next_event, lambda: reception.waiting if reception is not None else ()),
+            sessions=seated.sessions,
             rank_group=ranks,
             members=members,
             first_window=start.first_window,

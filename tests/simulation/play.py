@@ -251,7 +251,7 @@ class Coordinator:
         hear = reception.hear if reception is not None else no_joins_here
         sessions = Sessions(endpoint)  # type: ignore[arg-type]
         ground = Ground(
-            config, play.contract, body, endpoint, aggregator, sessions.heard(endpoint.next_event), sessions.revoke,  # type: ignore[arg-type]
+            config, play.contract, body, endpoint, aggregator, endpoint.next_event, sessions,  # type: ignore[arg-type]
             group, members, start.first_window, hear, self.stop, Trace(None),
         )  # fmt: skip
         rooms = build_rooms(ground)

@@ -12,6 +12,8 @@ from typing import Any
 from fedbert_ds.server.network.decoding import DecodedEvent
 from fedbert_ds.server.network.events import RankEndpoint
 
+LEFT_OVER_AT_ONCE = 100
+"""Events that do not count are passed over in one go; the body must not wait for more."""
 TakeEvent = Callable[[float], DecodedEvent | None]
 """Given seconds, returns the next event, or None."""
 
@@ -40,12 +42,13 @@ class Sessions:
         self._endpoint.revoke(client)
 
     def heard(self, take_event: TakeEvent) -> TakeEvent:
-        """`take_event` without events that do not count."""
+        """`take_event` without events that do not count; None, too, after very many of them."""
 
         def take(timeout: float) -> DecodedEvent | None:
-            event = take_event(timeout)
-            while event is not None and not counts(event, self._sessions):
+            for _ in range(LEFT_OVER_AT_ONCE):
                 event = take_event(timeout)
-            return event
+                if event is None or counts(event, self._sessions):
+                    return event
+            return None
 
         return take

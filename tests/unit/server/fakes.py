@@ -32,6 +32,7 @@ from fedbert_ds.server.evaluations import Evaluations
 from fedbert_ds.server.hand_over import collect_client_model
 from fedbert_ds.server.network.decoding import DecodedEvent, decoded
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, JoinAsked, Received
+from fedbert_ds.server.network.sessions import Sessions
 from fedbert_ds.server.newcomers import Newcomers, Reception, no_joins_here
 from fedbert_ds.server.queue.in_flight import InFlightLimits
 from fedbert_ds.server.rank import RankServer
@@ -206,7 +207,7 @@ class FakeEndpoint:
         self.sent: list[tuple[str, pb.ServerMessage]] = []
         self.closed: set[str] = set()
         self.revoked: set[str] = set()
-        self.sessions: dict[str, str] = {}
+        self.sessions = {name: seat.session for name, seat in seats(clients).items()}
         """Of the clients that were admitted."""
         self.on_gone: Callable[[str], None] = lambda client: None
         """Called when the connection of a client breaks."""
@@ -218,7 +219,9 @@ class FakeEndpoint:
             self.post(client.name, Connected(client.name))
 
     def post(self, client: str, event: Event) -> None:
-        """An event of a client, after those it has sent before."""
+        """An event of a client, after those before; if none is named, of its session."""
+        if getattr(event, "session", None) == "":
+            event = replace(event, session=self.sessions.get(client, "one that is over"))  # type: ignore[type-var]
         arrival = max(self.clock.now, self._arrival.get(client, 0.0)) + self._latency(client, event)
         self._arrival[client] = arrival
         heapq.heappush(self._events, (arrival, next(self._count), event))
@@ -352,16 +355,18 @@ class Served:
             )  # fmt: skip
         hear = no_joins_here if self.reception is None else self.reception.hear
         never = stop or SimpleNamespace(requested=False)
+        self.sessions = Sessions(endpoint)
+        self.sessions.admit({client: places[client].session for client in self.members.at(rank_group.rank)})
         self.rooms = build_rooms(
             Ground(
-                config, held_to, engine, endpoint, self.aggregator, take_event, endpoint.revoke, rank_group,
+                config, held_to, engine, endpoint, self.aggregator, take_event, self.sessions, rank_group,
                 self.members, 0, hear, never, Trace(None),
             )
         )  # fmt: skip
         fixed = config.window.micro_batches_in_flight
         limits = None if fixed == "auto" else InFlightLimits(fixed, fixed)
         newcomers = Newcomers(
-            self.reception, self.members, self.rooms.membership, self.rooms.outbox, endpoint.admit, rank_group
+            self.reception, self.members, self.rooms.membership, self.rooms.outbox, self.sessions.admit, rank_group
         )
         self.evaluations = Evaluations(self.rooms, config.run)
         self.server = RankServer(

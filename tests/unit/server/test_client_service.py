@@ -21,6 +21,7 @@ from fedbert_ds.server.network.events import (
     Connected,
     Detached,
     Disconnected,
+    Event,
     JoinAbandoned,
     Knocked,
     Received,
@@ -311,17 +312,18 @@ def test_who_begins_without_being_told_to_is_refused(rank: Rank) -> None:
     assert [told.reason for name, told in sent(rank, "refused")] == ["client bo: it has begun, and nobody told it to"]
 
 
-def test_however_fast_events_come_the_body_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("event", [Knocked("eve"), Received("eve", pb.ClientMessage(), "a session that is over")])
+def test_however_fast_events_come_the_body_is_looked_after(monkeypatch: pytest.MonkeyPatch, event: Event) -> None:
     config = run_config(clients={"expected": 2, "minimum": 1})
     rank = Rank(monkeypatch, config, [FakeClient("ada", config), FakeClient("bo", config)])
     rank.served.connect()
     taken = 0
 
-    def flood(timeout: float) -> Received:
+    def flood(timeout: float) -> Event:
         nonlocal taken
         taken += 1
         assert taken < 10_000, "it takes them in for ever"
-        return Received("eve", pb.ClientMessage())
+        return event
 
     monkeypatch.setattr(rank.endpoint, "next_event", flood)
     rank.served.rooms.service.take_in()

@@ -15,7 +15,7 @@ from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.sampler import Sampler
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.network.events import Connected, Event, Received
+from fedbert_ds.server.network.events import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 
@@ -321,6 +321,17 @@ def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_
     assert half.keys() == HALF.keys()
     problems = rank.served.rooms.membership.problems
     assert problems and "an update of window 0, which nobody asked for" in problems[0]
+
+
+def test_what_an_earlier_process_of_a_client_left_behind_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wrote nonsense and went, and its next process was let in before anybody looked."""
+    config = run_config()
+    rank = Rank(monkeypatch, config, trio(config))
+    nonsense = pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=5.0))
+    rank.endpoint.post("bo", Received("bo", nonsense, "session of its earlier process"))
+    rank.endpoint.post("bo", Disconnected("bo", "", "session of its earlier process"))
+    assert rank.run() == 2 and not rank.problems
+    assert all(client.windows_stepped == [0, 1] and client.refusal is None for client in rank.clients)
 
 
 # -- windows one after another ---------------------------------------------------------------------

@@ -239,6 +239,26 @@ def test_a_cut_is_dialled_again_while_the_session_is_not_over(server: tuple[Endp
         assert stream.receive() == down(2)
 
 
+def test_who_hears_that_it_is_over_after_it_was_attached_goes_on(server: tuple[Endpoint, str]) -> None:
+    """The file is read while the server takes the stream: the stream knows better."""
+    endpoint, address = server
+    answer, asking = threading.Event(), list[threading.Thread]()
+
+    def is_over() -> bool:
+        asking.append(threading.current_thread())
+        return answer.wait(TIMEOUT)
+
+    with stream_to(address, 3600.0, is_over=is_over) as stream:
+        assert isinstance(endpoint.next_event(TIMEOUT), Connected)
+        endpoint.send("ada", down(1))
+        assert stream.receive() == down(1)
+        answer.set()
+        asking[0].join(TIMEOUT)
+        assert not asking[0].is_alive()
+        endpoint.send("ada", down(2))
+        assert stream.receive() == down(2)
+
+
 def test_who_leaves_is_told_at_once_and_what_it_said_comes_before(server: tuple[Endpoint, str]) -> None:
     endpoint, address = server
     with stream_to(address) as stream:

@@ -14,6 +14,7 @@ from fedbert_ds.federation.averaging import global_norm
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import Reference, reference_chunks, to_bytes
 from fedbert_ds.federation.update_exchange import UpdateExchange
+from fedbert_ds.server.body.health import BodyHealth
 from fedbert_ds.server.cursors import Cursors
 from fedbert_ds.server.inbox import Inbox
 from fedbert_ds.server.membership import Membership
@@ -75,11 +76,10 @@ class ClientService:
         update_codec: str,
         compressed: bool,
         account: TimeAccount,
+        health: BodyHealth,
         holds_updates: bool = False,
         shares_moments: bool = True,
         is_stopping: Callable[[], bool] = lambda: False,
-        unsound: set[str] | None = None,
-        is_healthy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._queue = queue
         self._inbox = inbox
@@ -95,14 +95,13 @@ class ClientService:
         self._update_codec = update_codec
         self._compressed = compressed
         self._account = account
+        self._health = health
         self.holds_updates = holds_updates
         """Combined updates wait until the rank has stepped; `norms` has theirs."""
         self._is_stopping = is_stopping
         """The run saves and ends."""
         self._shares_moments = shares_moments
         """A client that begins needs what the reference's optimizer remembers."""
-        self._unsound, self._is_healthy = unsound if unsound is not None else set(), is_healthy
-        """Clients whose numbers made the body's results not finite; whether others' do not."""
         self.awaits_newcomers = True
         """The next window waits for a client that connects."""
         self.restored: int | None = None
@@ -150,10 +149,9 @@ class ClientService:
         """
         self._outbox.check()
         for client, error in self._outbox.take_unsound():
-            if not self._is_healthy():
-                raise error
+            self._health.look_into(error)
             if self._queue.is_connected(client):
-                self._unsound.add(client)
+                self._health.unsound.add(client)
                 self._membership.refuse(client, f"client {client}: what it sent makes results that are not finite")
         return self._take_event(timeout)
 
@@ -169,7 +167,7 @@ class ClientService:
                 self._begins[client] = 0
                 # What an earlier process of this client announced is not asked of the new one.
                 self.plans = {window: plan.without(client) for window, plan in self.plans.items()}
-                self._unsound.discard(client)
+                self._health.unsound.discard(client)
                 self._membership.join(client, time.monotonic(), self.awaits_newcomers)
                 self._begin(client)
             case Detached(client) if self._queue.is_connected(client):

@@ -152,6 +152,8 @@ class RankStatus:
     """Clients of this rank that have lost their connection and may still come back to it."""
     observed: Mapping[str, Observed] = field(default_factory=dict)
     """Of the window that has just ended, by client."""
+    doubt: str = ""
+    """What made this rank doubt that the body makes finite results; at ZeRO stage 3."""
     is_asked: bool = False
     """This rank has heard clients that want to join."""
     has_given_up: bool = False

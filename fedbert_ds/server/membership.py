@@ -123,9 +123,7 @@ class Membership:
 
     def lose_gradient(self, window: int) -> None:
         """The body's gradient of a window was not finite on this rank, whoever's numbers did it."""
-        self.problems.append(
-            f"the body's gradient of window {window} was not finite on one rank, and is left out there"
-        )
+        self._note(f"the body's gradient of window {window} was not finite on a rank, and is left out")
 
     def take_bounded(self) -> int:
         """How often something was scaled down since the last call."""

@@ -125,6 +125,7 @@ class RankServer:
         is_undone = False
         while True:
             statuses = self._gather(window, is_undone)
+            self._rooms.health.settle(status.doubt for status in statuses)
             self._rooms.influence.learn(status.observed for status in statuses)
             self.clients = frozenset().union(*(status.clients for status in statuses))
             if window > reported:
@@ -281,6 +282,7 @@ class RankServer:
             active=self._queue.active,
             absent=frozenset(membership.absent),
             detached=frozenset(membership.detached),
+            doubt=self._rooms.health.doubt,
             is_asked=self._newcomers.is_asked,
             has_given_up=has_given_up,
             lost_elsewhere=lost_elsewhere,
@@ -439,11 +441,8 @@ def _lost_elsewhere(statuses: Sequence[RankStatus]) -> str:
 
 def _too_few_clients(left: int, clients: ClientsSection, statuses: Sequence[RankStatus], saved: int) -> str:
     problems = [problem for status in statuses for problem in status.problems]
-    hint = (
-        f"saved up to window {saved}: start the clients again and add --resume"
-        if saved > 0
-        else "nothing was saved yet"
-    )
+    resumable = f"saved up to window {saved}: start the clients again and add --resume"
+    hint = resumable if saved > 0 else "nothing was saved yet"
     return (
         f"{'; '.join(problems) or 'clients were lost'}; {left} of {clients.expected} clients left, "
         f"the run needs {clients.required} (clients.minimum); {hint}"

@@ -19,7 +19,7 @@ from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Members
 from fedbert_ds.server.among_ranks import AmongRanks
 from fedbert_ds.server.body.engine import BodyEngine
-from fedbert_ds.server.body.health import is_healthy
+from fedbert_ds.server.body.health import BodyHealth
 from fedbert_ds.server.client_service import ClientService
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
@@ -75,6 +75,7 @@ class Rooms:
     outbox: Outbox
     membership: Membership
     service: ClientService
+    health: BodyHealth
     micro_batches: MicroBatches
     time: TimeAccount
 
@@ -150,7 +151,7 @@ def build_rooms(ground: Ground) -> Rooms:
     outbox = Outbox(endpoint, ground.codec_threads)
     membership = Membership(queue, updates.exchange, inbox, cursors, outbox, updates.revoke, ground.waits)
     account = TimeAccount()
-    unsound: set[str] = set()
+    health = BodyHealth(engine, contract.activations.width, contract.is_rows_cut)
     service = ClientService(
         queue,
         inbox,
@@ -166,11 +167,10 @@ def build_rooms(ground: Ground) -> Rooms:
         contract.update_codec,
         config.wire.is_compressed,
         account,
+        health,
         holds_updates=strategy.clips_together and (ground.waits or config.optimizer.gradient_clipping > 0),
         shares_moments=not strategy.halves_are_personal,
         is_stopping=lambda: ground.stop.requested,
-        unsound=unsound,
-        is_healthy=lambda: is_healthy(engine, contract.activations.width, contract.is_rows_cut),
     )
     return Rooms(
         contract=contract,
@@ -193,9 +193,10 @@ def build_rooms(ground: Ground) -> Rooms:
         outbox=outbox,
         membership=membership,
         service=service,
+        health=health,
         time=account,
         micro_batches=MicroBatches(
-            engine, contract, config.wire, outbox, ground.trace, config.run.seed, ground.rank_group.rank, unsound
+            engine, contract, config.wire, outbox, ground.trace, config.run.seed, ground.rank_group.rank, health.unsound
         ),
     )
 

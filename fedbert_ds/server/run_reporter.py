@@ -165,9 +165,9 @@ class RunReporter:
         # A run that waits after a window gets the same statuses for both.
         if self._progress is not None and statuses is not self._told:
             self._told = statuses
-            for status in statuses:
-                for problem in status.new_problems:
-                    self._progress.note(f"warning {problem}")
+            # What concerns the body is each rank's problem.
+            for problem in dict.fromkeys(problem for status in statuses for problem in status.new_problems):
+                self._progress.note(f"warning {problem}")
 
     def roll_back(self, window: int) -> None:
         """Forget the windows from `window` on: they run again. Does nothing outside `following`."""

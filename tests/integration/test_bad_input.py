@@ -143,17 +143,19 @@ def test_clients_that_do_not_fit_are_refused_and_the_run_goes_on_without_them(fo
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "reason"),
+    ("optimizer", "zero_stage", "reason"),
     [
-        ({"name": "sgd", "lr": 1e30, "warmup_windows": 0}, "not finite; lower optimizer.lr"),
-        ({"name": "adamw", "lr": 1e5, "warmup_windows": 0}, "masked tokens; lower optimizer.lr"),
+        ({"name": "sgd", "lr": 1e30, "warmup_windows": 0}, 1, "not finite; lower optimizer.lr"),
+        ({"name": "sgd", "lr": 1e30, "warmup_windows": 0}, 3, "not finite; lower optimizer.lr"),
+        ({"name": "adamw", "lr": 1e5, "warmup_windows": 0}, 1, "masked tokens; lower optimizer.lr"),
     ],
 )
-def test_a_learning_rate_far_too_high_is_named(folder, optimizer, reason) -> None:
+def test_a_learning_rate_far_too_high_is_named(folder, optimizer, zero_stage, reason) -> None:
     tree = run_file(
         folder,
-        f"diverged-{optimizer['name']}",
+        f"diverged-{optimizer['name']}-{zero_stage}",
         optimizer=optimizer,
+        body={"zero_stage": zero_stage},
         data={"source": [str(folder / "ada.jsonl")], "sequence_length": 32},
         clients={"local": 2, "expected": 2},
         window={"tokens": 200},

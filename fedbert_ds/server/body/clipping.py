@@ -26,8 +26,7 @@ class WholeNormClipping:
         self._engine = engine
         self._max_norm = max_norm
         self._body_norm = 0.0
-        self.client_norm = 0.0
-        """Norm of the client model's gradient, for the next step."""
+        self._client_norm = 0.0
         own = getattr(engine.optimizer, "unscale_and_clip_grads", None)
         if own is None:
             engine.clip_fp32_gradients = self._clip_fp32
@@ -39,15 +38,20 @@ class WholeNormClipping:
 
         engine.optimizer.unscale_and_clip_grads = clip
 
+    def begin(self, client_norm: float) -> None:
+        """Before a step: the norm of the client model's gradient."""
+        # Where the body's norm is not finite, DeepSpeed leaves the body as it is and clips nothing.
+        self._body_norm, self._client_norm = 0.0, client_norm
+
     @property
     def scale(self) -> float:
         """The factor by which the last step shrank the gradient; 1 if its norm was small enough."""
-        norm = math.hypot(self._body_norm, self.client_norm)
+        norm = math.hypot(self._body_norm, self._client_norm)
         return min(1.0, self._max_norm / (norm + EPSILON))
 
     def _whole(self, body_norm: Any) -> Any:
         self._body_norm = float(body_norm)
-        norm = math.hypot(self._body_norm, self.client_norm)
+        norm = math.hypot(self._body_norm, self._client_norm)
         return torch.full_like(body_norm, norm) if torch.is_tensor(body_norm) else norm
 
     def _clip_fp32(self) -> None:

@@ -92,8 +92,9 @@ class BodyEngine:
     """
 
     lost_gradient = False
-    """This rank's gradient was not finite at the last step, and was left out: one client's numbers
-    would else be everybody's. At ZeRO stage 3 nothing is looked at."""
+    """At the last step this rank's gradient was not finite and was left out: one client's numbers
+    would else be everybody's. At ZeRO stage 3, where a gradient crosses in the backward, and where
+    a norm is beyond fp32, it is that of all ranks."""
 
     def __init__(
         self,
@@ -261,9 +262,15 @@ class BodyEngine:
                 self._gradient.drop()
             self._gradient.give()
             self._engine.set_gradient_accumulation_boundary(True)
+        else:
+            self.lost_gradient = self._engine.optimizer.has_overflow()
         if self._clipping is not None:
-            self._clipping.client_norm = client_norm
-        self._engine.step()
+            self._clipping.begin(client_norm)
+        if self._gradient is None and self.lost_gradient:
+            self.drop_gradients()
+        else:
+            self._engine.step()
+            self.lost_gradient |= self._stage > 0 and self._engine.optimizer.overflow
         if self._gradient is not None:
             self._gradient.drop()
         return 1.0 if self._clipping is None else self._clipping.scale

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from unit.server.fake_client import WIDTH, Alter, FakeClient
 
@@ -21,6 +22,18 @@ def trio(config: RunConfig, alter: Alter | None = None) -> list[FakeClient]:
     """ada and cy are honest and share micro-batches with bo, whom `alter` may spoil."""
     ada, cy = FakeClient("ada", config, (3, 5, 2, 4)), FakeClient("cy", config, (2, 2, 8, 1))
     return [ada, FakeClient("bo", config, (4, 3, 3, 2), *([alter] if alter else [])), cy]
+
+
+def larger(kind: str, times: float) -> Alter:
+    """A client whose numbers of this kind are so many times what it should send; they are legal."""
+
+    def alter(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
+        if message.WhichOneof("body") == kind:
+            frame = message.gradient.hidden if kind == "gradient" else message.activations.values
+            frame.payload = (times * np.frombuffer(frame.payload, np.float32)).astype(np.float32).tobytes()
+        return [message]
+
+    return alter
 
 
 def instead(kind: str, change: Any, which: int = 0) -> Alter:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -51,6 +52,8 @@ class FakeEngine:
     zero_stage = 2
     num_parameters = 1000
     lost_gradient = False
+    most = math.inf
+    """Results beyond it are not finite."""
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class FakeEngine:
         self.dropped: list[int] = []
         """Backwards that were undone, each time that gradients were dropped."""
         self.backwards: list[tuple[int, bool]] = []
+        self.left_out: list[tuple[int, Sequence[slice]]] = []
+        """By `blank`."""
         self.tokens = 0
         self._clock, self._seconds = clock, seconds
         self._device_work = device_work
@@ -81,13 +86,17 @@ class FakeEngine:
         per_token = self._per_token(body_input, Encoded.join(body_input.activations).decode())
         assert len(per_token) == bounds[-1]
         self.tokens += len(per_token)
-        return self._device_work(Encoded.of(2.0 * per_token[body_input.masked_positions], codec), self._seconds)
+        return self._result(2.0 * per_token[body_input.masked_positions], codec)
 
     def evaluate(self, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
         self._work()
         per_token = self._per_token(body_input, Encoded.join(body_input.activations).decode())
         assert len(per_token) == int(body_input.cu_seqlens[-1])
-        return self._device_work(Encoded.of(2.0 * per_token[body_input.masked_positions], codec), self._seconds)
+        return self._result(2.0 * per_token[body_input.masked_positions], codec)
+
+    def blank(self, micro_batch: int, rows: Sequence[slice]) -> None:
+        assert micro_batch in self._inputs
+        self.left_out.append((micro_batch, rows))
 
     def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
         self._work()
@@ -136,6 +145,10 @@ class FakeEngine:
 
     def _per_token(self, body_input: BodyInput, values: Tensor) -> Tensor:
         return values if body_input.row_index is None else values[body_input.row_index]
+
+    def _result(self, hidden: Tensor, codec: str) -> DeviceWork:
+        finite = torch.where(hidden.abs() > self.most, torch.nan, hidden)
+        return self._device_work(Encoded.of(finite, codec), self._seconds)
 
     def _work(self) -> None:
         if self._clock is not None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from unit.server.bad_clients import BAD, BAD_ROWS, SOME, trio
-from unit.server.fake_client import GONE, Alter, FakeClient
+from unit.server.bad_clients import BAD, BAD_ROWS, SOME, larger, trio
+from unit.server.fake_client import GONE, FakeClient
 from unit.server.fakes import FakeEngine, Rank, run_config
 
 from fedbert_ds.errors import NotFinite, RunError
-from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.body.engine import BodyInput
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_kernels.encoded import Encoded
 
@@ -94,18 +90,6 @@ def test_a_client_may_fall_silent_after_any_message(monkeypatch: pytest.MonkeyPa
 # -- well-formed lies ------------------------------------------------------------------------------
 
 
-def larger(kind: str, times: float) -> Alter:
-    """A client whose numbers of this kind are so many times what it should send; they are legal."""
-
-    def alter(number: int, message: pb.ClientMessage) -> list[pb.ClientMessage]:
-        if message.WhichOneof("body") == kind:
-            frame = message.gradient.hidden if kind == "gradient" else message.activations.values
-            frame.payload = (times * np.frombuffer(frame.payload, np.float32)).astype(np.float32).tobytes()
-        return [message]
-
-    return alter
-
-
 class Unchecked(FakeClient):
     """What comes back to it follows from what counted, and not from what it sent."""
 
@@ -151,29 +135,14 @@ def test_honest_clients_never_meet_the_bound(monkeypatch: pytest.MonkeyPatch) ->
     assert not rank.problems and not any(status.tally.bounded for status in rank.statuses)
 
 
-def spoilt_by(monkeypatch: pytest.MonkeyPatch, is_healthy: bool) -> list[tuple[int, list[slice]]]:
-    """A body whose results for activations above 1e5 are not finite, and what is left out of it."""
-    left_out: list[tuple[int, list[slice]]] = []
-    forward = FakeEngine.forward
-
-    def spoilt(self: FakeEngine, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
-        hidden, seconds = forward(self, micro_batch, body_input, codec).result()
-        values = hidden.decode()
-        return DeviceWork(Encoded.of(torch.where(values.abs() > 1e5, torch.nan, values), codec), seconds)
-
-    monkeypatch.setattr(FakeEngine, "forward", spoilt)
-    monkeypatch.setattr(FakeEngine, "blank", lambda self, *which: left_out.append(which), raising=False)
-    monkeypatch.setattr("fedbert_ds.server.rooms.is_healthy", lambda *_: is_healthy)
-    return left_out
-
-
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
 @pytest.mark.parametrize("on_loss", ["continue", "wait"])
 def test_legal_values_that_spoil_the_bodys_results_cost_their_client_alone(
-    monkeypatch: pytest.MonkeyPatch, on_loss: str
+    monkeypatch: pytest.MonkeyPatch, on_loss: str, lockstep_forwards: bool
 ) -> None:
-    left_out = spoilt_by(monkeypatch, is_healthy=True)
     config = run_config(clients=SOME | {"on_loss": on_loss, "join_timeout": 1.0}, federation={"bound": None})
-    rank = Rank(monkeypatch, config, trio(config, larger("activations", 2e5)))
+    rank = Rank(monkeypatch, config, trio(config, larger("activations", 2e5)), lockstep_forwards=lockstep_forwards)
+    rank.engine.most = 1e5
     if on_loss == "wait":
         with pytest.raises(RunError, match="client bo: what it sent makes results that are not finite; 2 of 3"):
             rank.run()
@@ -182,13 +151,39 @@ def test_legal_values_that_spoil_the_bodys_results_cost_their_client_alone(
     ada, bo, cy = rank.clients
     assert ada.windows_stepped == cy.windows_stepped == [0, 1]
     assert rank.problems == ["client bo: what it sent makes results that are not finite"] == [bo.refusal]
+    left_out = rank.engine.left_out
     assert left_out and all(spans for _, spans in left_out), "its rows alone, before the backward"
     assert rank.statuses[0].tally.lost_masked_tokens == 5 and rank.statuses[1].tally.lost_masked_tokens == 0
 
 
-def test_a_body_that_makes_nothing_finite_is_the_runs_own_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoilt_by(monkeypatch, is_healthy=False)
-    config = run_config(clients=SOME, federation={"bound": None})
-    rank = Rank(monkeypatch, config, trio(config, larger("activations", 2e5)))
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+@pytest.mark.parametrize("clients", [SOME, {"expected": 3, "minimum": 3}, {"on_loss": "wait"}])
+def test_a_body_that_makes_nothing_finite_is_the_runs_own_fault(
+    monkeypatch: pytest.MonkeyPatch, clients: dict[str, Any], lockstep_forwards: bool
+) -> None:
+    """At the latest when the ranks meet, before a run with too few clients waits or ends."""
+    config = run_config(clients=clients)
+    rank = Rank(monkeypatch, config, trio(config), lockstep_forwards=lockstep_forwards)
+    rank.engine.most = 0.0
     with pytest.raises(NotFinite, match=r"lower optimizer\.lr"):
         rank.run()
+    assert (not rank.engine.steps and not rank.engine.saved) or lockstep_forwards
+
+
+@pytest.mark.parametrize("on_loss", ["continue", "wait"])
+def test_a_gradient_that_is_lost_is_told_and_its_tokens_are_not_trained(
+    monkeypatch: pytest.MonkeyPatch, on_loss: str
+) -> None:
+    config = run_config(clients={"on_loss": on_loss})
+    rank = Rank(monkeypatch, config, trio(config))
+    step = rank.engine.step
+
+    def lost_at_first(*arguments: float) -> float:
+        rank.engine.lost_gradient = not rank.engine.steps
+        return step(*arguments)
+
+    monkeypatch.setattr(rank.engine, "step", lost_at_first)
+    assert rank.run() == 2
+    assert rank.problems == ["the body's gradient of window 0 was not finite on a rank, and is left out"]
+    masked = sum(length // 2 for client in rank.clients for length in client.lengths)
+    assert [status.tally.lost_masked_tokens for status in rank.statuses] == [masked, 0]

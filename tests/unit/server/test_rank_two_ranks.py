@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from unit.server.bad_clients import BAD
+from unit.server.bad_clients import BAD, larger
 from unit.server.fake_client import GONE, FakeClient
 from unit.server.fakes import (
     Clock,
@@ -23,6 +23,7 @@ from unit.server.fakes import (
     seats,
 )
 
+from fedbert_ds.errors import NotFinite
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
@@ -87,6 +88,11 @@ class CollectiveEngine(FakeEngine):
         if self.lockstep_forwards:
             self._together("forward")
         return super().forward(micro_batch, body_input, codec)
+
+    def evaluate(self, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
+        if self.lockstep_forwards:
+            self._together("evaluate")
+        return super().evaluate(body_input, codec)
 
     def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
         self._together(("backward", is_last))
@@ -165,6 +171,40 @@ def test_two_ranks_keep_step_whoever_fails(
         # A dummy keeps the device busy, forward and backward, and is no work.
         work = tally.forwards + tally.backwards - 2 * tally.dummy_micro_batches
         assert round(tally.busy_seconds / SECONDS_OF_WORK) == work
+
+
+@pytest.mark.parametrize("is_sound", [True, False])
+@pytest.mark.parametrize("lockstep_forwards", [False, True])
+def test_numbers_that_spoil_results_of_one_rank_are_told_from_a_body_that_is_spoilt(
+    monkeypatch: pytest.MonkeyPatch, lockstep_forwards: bool, is_sound: bool
+) -> None:
+    """Rank 1 has the liar; or else both have a body that makes nothing finite."""
+    monkeypatch.setattr("fedbert_ds.server.network.outbox.ThreadPoolExecutor", InlineThread)
+    config = run_config(clients={"minimum": 1}, federation={"bound": None})
+    liar = FakeClient("cy", config, (3, 4), *([larger("activations", 2e5)] if is_sound else []))
+    by_rank = [[FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))], [liar]]
+    places = places_of(by_rank)
+    board, outcomes = Board(), [None, None]
+    engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
+
+    def serve(number: int) -> None:
+        try:
+            engines[number].most = 1e5 if is_sound else 0.0
+            endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
+            served = Served(config, engines[number], endpoint, BoardRankGroup(number, board), places)
+            outcomes[number] = served.train([])
+        except BaseException as error:
+            outcomes[number] = error
+            board.leave()
+
+    side_by_side(serve)
+    if is_sound:
+        assert outcomes == [2, 2] and liar.refusal == "client cy: what it sent makes results that are not finite"
+        assert all(client.windows_stepped == [0, 1] for client in by_rank[0])
+    elif lockstep_forwards:
+        assert [type(outcome) for outcome in outcomes] == [NotFinite, NotFinite], "they meet, and end together"
+    else:
+        assert NotFinite in [type(outcome) for outcome in outcomes]
 
 
 @pytest.mark.parametrize("after", [3, 9, 14, 21, 30])

@@ -157,7 +157,7 @@ def test_a_problem_of_a_window_after_which_the_run_waits_is_told_once(
     reporter = reporter_of(config_in(tmp_path))
     lost = replace(status(clients=frozenset({"ada"})), new_problems=("client bo disconnected",))
     with reporter.following(first_window=0):
-        statuses = [lost]
+        statuses = [lost, lost]  # of two ranks: it concerns the body
         reporter.window(0, statuses)
         reporter.waits(statuses)
         reporter.waits([lost])

@@ -3,9 +3,11 @@
     python drop_worker.py FOLDER      (MASTER_ADDR and MASTER_PORT in the environment)
 
 Writes `STAGE-PRECISION-KIND-RANK.pt` into the folder: the weights after three windows. KIND is
-`plain`, or `dropped`: one window was undone after the first and two after the second. With fp32 at
-stage 0 also `spoilt`: a client's sequence in each micro-batch makes results that are not
-finite, and is left out before the backward; or `zeros`: it was zeros from the start.
+`plain`, or `dropped`: one window was undone after the first and two after the second. With fp32
+also `spoilt`: a client's sequence in each micro-batch makes results that are not finite, and is
+left out before the backward; or `zeros`: it was zeros from the start.
+
+In each of them it then trains windows whose gradient, or its norm, is not finite, and one more.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
+from pytest import approx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from forked_ranks import LENGTHS, run_two
@@ -32,12 +35,10 @@ def run_rank(rank: int, folder: Path) -> None:
         path = folder / f"zero-{rank}.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings}}))
         for precision in ("fp32", "bf16"):
-            for kind in ("plain", "dropped"):
-                weights = train(path, precision, is_disturbed=kind == "dropped")
+            for kind in ("plain", "dropped", *(("zeros", "spoilt") if precision == "fp32" else ())):
+                other = "" if kind in ("plain", "dropped") else kind
+                weights = train(path, precision, is_disturbed=kind == "dropped", other=other)
                 torch.save(weights, folder / f"{stage}-{precision}-{kind}-{rank}.pt")
-        for kind in ("zeros", "spoilt") if stage == 0 else ():
-            weights = train(path, "fp32", is_disturbed=False, other=kind)
-            torch.save(weights, folder / f"{stage}-fp32-{kind}-{rank}.pt")
     shut_down()
 
 
@@ -66,17 +67,31 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
         engine.step(config.optimizer.lr, client_norm=0.5)
     assert not engine.lost_gradient
     weights = engine.full_state()
-    if other == "spoilt":
-        accumulate(engine, 7, other, left_out=False)
-        engine.step(config.optimizer.lr)
-        assert engine.lost_gradient and all(tensor.isfinite().all() for tensor in engine.full_state().values())
+    go_on_after_spoilt_windows(engine, config.optimizer.lr)
     return weights
 
 
-def accumulate(engine, window: int, other: str = "", left_out: bool = True) -> None:
+def go_on_after_spoilt_windows(engine, lr: float) -> None:
+    """What is not finite is left out, the client model is clipped by a number, and all goes on."""
+    # A step after a window that is lost still moves by what the optimizer remembers, up to stage 2.
+    accumulate(engine, 7, "spoilt", left_out=False)
+    assert engine.step(lr, client_norm=2.0) == approx(0.5) and engine.lost_gradient
+    accumulate(engine, 8, scale=1e30)
+    assert 0.0 <= engine.step(lr, client_norm=2.0) <= 0.5
+    before = engine.full_state()
+    accumulate(engine, 9)
+    engine.step(lr)
+    assert not engine.lost_gradient
+    after = engine.full_state()
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def accumulate(engine, window: int, other: str = "", left_out: bool = True, scale: float = 1.0) -> None:
     """Forwards and backwards of a window; its numbers follow from `window` and the rank alone.
 
-    With `other` each micro-batch has one more sequence, with values of that kind.
+    With `other` each micro-batch has one more sequence, with values of that kind. The gradient is
+    `scale` times as large.
     """
     from fedbert_ds.server.body.engine import BodyInput
     from fedbert_kernels.encoded import Encoded
@@ -93,7 +108,7 @@ def accumulate(engine, window: int, other: str = "", left_out: bool = True) -> N
         hidden = engine.forward(number, place)
         assert not other or hidden.result()[0].is_finite == (other != "spoilt")
     for number, lengths in enumerate(LENGTHS):
-        gradient = torch.randn(len(range(0, sum(lengths), 2)), WIDTH, generator=random)
+        gradient = scale * torch.randn(len(range(0, sum(lengths), 2)), WIDTH, generator=random)
         parts = [Encoded.of(gradient, "fp32")]
         if other:
             parts.append(Encoded.zeros(1, WIDTH, "fp32"))

@@ -27,7 +27,7 @@ class Optimizer:
 def test_deepspeeds_optimizers_get_the_larger_norm(others: tuple[Any, ...]) -> None:
     optimizer = Optimizer()
     clipping = WholeNormClipping(SimpleNamespace(optimizer=optimizer), max_norm=1.0)
-    clipping.client_norm = 4.0
+    clipping.begin(4.0)
     optimizer.unscale_and_clip_grads(*others, torch.tensor(3.0))
     optimizer.unscale_and_clip_grads(*others, 3.0, apply_scale=False)
     assert [float(norm) for norm in optimizer.norms] == [5.0, 5.0]
@@ -49,7 +49,7 @@ def test_fp32_without_zero_equals_torchs_clipping_of_one_model(
         parameter.grad = torch.tensor(values)
     engine: Any = SimpleNamespace(optimizer=object(), module=module)
     clipping = WholeNormClipping(engine, max_norm)
-    clipping.client_norm = float(together[1].grad.double().norm())
+    clipping.begin(float(together[1].grad.double().norm()))
     engine.clip_fp32_gradients()
     torch.nn.utils.clip_grad_norm_(together, max_norm)
     torch.testing.assert_close(module[0].grad, together[0].grad, rtol=1e-5, atol=1e-6)
@@ -59,6 +59,6 @@ def test_fp32_without_zero_equals_torchs_clipping_of_one_model(
 def test_a_small_gradient_is_left_alone() -> None:
     optimizer = Optimizer()
     clipping = WholeNormClipping(SimpleNamespace(optimizer=optimizer), max_norm=10.0)
-    clipping.client_norm = 4.0
+    clipping.begin(4.0)
     optimizer.unscale_and_clip_grads(3.0)
     assert clipping.scale == 1.0

@@ -84,8 +84,13 @@ def test_a_window_that_is_undone_leaves_nothing_in_the_body(undone: Path, stage:
             assert torch.equal(tensor, dropped[name]), name
 
 
-def test_a_sequence_that_spoils_a_micro_batch_is_left_out_and_the_others_count_to_the_bit(undone: Path) -> None:
-    spoilt, zeros = (torch.load(undone / f"0-fp32-{kind}-0.pt", weights_only=True) for kind in ("spoilt", "zeros"))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_sequence_that_spoils_a_micro_batch_is_left_out_and_the_others_count_to_the_bit(
+    undone: Path, stage: int
+) -> None:
+    spoilt, zeros = (
+        torch.load(undone / f"{stage}-fp32-{kind}-0.pt", weights_only=True) for kind in ("spoilt", "zeros")
+    )
     assert spoilt.keys() == zeros.keys() and spoilt
     for name, tensor in zeros.items():
         assert torch.isfinite(tensor).all() and torch.equal(tensor, spoilt[name]), name

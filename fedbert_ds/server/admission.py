@@ -104,10 +104,11 @@ class Members:
         return frozenset(client for client, seat in self.seats.items() if seat.rank == rank)
 
     def note_states(self, clients: Iterable[str], window: int) -> None:
-        """These clients have kept a state of their own of `window`."""
+        """These clients have kept a state of their own of `window`, and of those before it one."""
         for client in clients:
             seat = self.seats[client]
-            self.seats[client] = replace(seat, saved_windows=seat.saved_windows | {window})
+            before = sorted(saved for saved in seat.saved_windows if saved < window)
+            self.seats[client] = replace(seat, saved_windows=frozenset([*before[-1:], window]))
 
     def has_state(self, client: str, window: int) -> bool:
         """Whether a client has kept a state of its own of `window`."""

@@ -70,8 +70,8 @@ class Listener(Generic[M]):
         self._streams: dict[str, ClientStream] = {}
         self._closing: dict[str, ClientStream] = {}
         self._sessions: dict[str, str] = {}
-        self._spent: set[str] = set()
-        """Sessions that have opened their stream: each opens one."""
+        self._spent: dict[str, str] = {}
+        """The session of each client that has opened its stream last: each opens one."""
         self._most_kept: float = math.inf
         self._all_unread = UnreadBytes()
         self._loop = asyncio.new_event_loop()
@@ -99,6 +99,7 @@ class Listener(Generic[M]):
     def revoke(self, client: str) -> None:
         """Let a client open no further stream."""
         self._sessions.pop(client, None)
+        self._spent.pop(client, None)
 
     def keep_at_most(self, num_bytes: int) -> None:
         """Keep at most so many bytes for a client that comes from now on."""
@@ -172,7 +173,7 @@ class Listener(Generic[M]):
             return stream, stream.attach(attach)
         if not attach.session or self._sessions.get(attach.client) != attach.session:
             raise WireError(f"client {attach.client}: no such session at this endpoint; join the coordinator first")
-        if attach.received or attach.session in self._spent:
+        if attach.received or self._spent.get(attach.client) == attach.session:
             raise WireError(f"client {attach.client}: its session is over; it was away for too long")
         stream = self._streams[attach.client] = ClientStream(
             attach.client,
@@ -185,7 +186,7 @@ class Listener(Generic[M]):
             self._most_kept,
             self._all_unread,
         )
-        self._spent.add(attach.session)
+        self._spent[attach.client] = attach.session
         connection = stream.attach(attach)
         # Told once the stream knows the process: one that is killed at once is not waited for.
         self._events.put((Connected(attach.client, attach.session), None))

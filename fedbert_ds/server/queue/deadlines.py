@@ -26,6 +26,9 @@ SLOWEST_UPLOAD = 16_000.0
 ANEW_SECONDS = 1.0
 """A clock is not set forward by less."""
 
+FEW_AGES = 256
+"""Clocks that are closed and not yet thrown away cost nothing, up to so many."""
+
 ABOUT_A_PIECE = frozenset({"activations", "gradient"})
 """Kinds of questions that a window can go on without.
 
@@ -110,7 +113,9 @@ class Deadlines:
         """Where deadlines for pieces come from; without it no client is too slow."""
         self._open: dict[str, dict[Question, _Clock]] = {}
         self._by_age: list[tuple[float, str, Question]] = []
-        """A heap of all clocks, the oldest first; closed questions stay until they are old."""
+        """A heap of all clocks, the oldest first, and of some that have been closed."""
+        self._most_ages = FEW_AGES
+        """Then those that have been closed are thrown away."""
         self._old: set[str] = set()
         """Clients with a question older than any deadline may be: `late` looks at these only."""
         self._last_answer: dict[str, float] = {}
@@ -236,6 +241,15 @@ class Deadlines:
         self._open.setdefault(client, {})[question] = clock
         if clock.since < math.inf:
             heapq.heappush(self._by_age, (clock.since, client, question))
+            if len(self._by_age) > self._most_ages:
+                self._throw_away()
+
+    def _throw_away(self) -> None:
+        # Questions are closed long before anybody is late: most of the heap is of those.
+        clocks = [(client, *item) for client, clocks in self._open.items() for item in clocks.items()]
+        self._by_age = [(clock.since, client, asked) for client, asked, clock in clocks if clock.since < math.inf]
+        heapq.heapify(self._by_age)
+        self._most_ages = max(FEW_AGES, 2 * len(self._by_age))
 
 
 class _Clock(NamedTuple):

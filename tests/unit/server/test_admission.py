@@ -295,6 +295,10 @@ def test_members_are_whoever_has_a_seat() -> None:
     members.note_states(["bo", "cy"], 9)
     assert members.has_state("bo", 7) and members.has_state("bo", 9) and members.has_state("cy", 9)
     assert not members.has_state("ada", 9)
+    members.note_states(["bo"], 11)
+    assert [window for window in range(20) if members.has_state("bo", window)] == [9, 11], "as the client itself"
+    members.note_states(["bo"], 10)
+    assert [window for window in range(20) if members.has_state("bo", window)] == [9, 10], "the run went back"
 
 
 @pytest.mark.parametrize("sampler", [Turns, partial(Sample, count=2, seed=1)])

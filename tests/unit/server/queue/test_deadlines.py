@@ -160,6 +160,23 @@ def test_many_small_parts_take_no_memory() -> None:
     assert sys.getsizeof(pickle.dumps(deadlines)) < before + 200
 
 
+@pytest.mark.parametrize("num_open", [1, 1000])
+def test_many_answered_questions_take_no_memory_and_the_open_ones_are_not_forgotten(num_open: int) -> None:
+    deadlines = Deadlines(silence_timeout=10.0)
+    for number in range(num_open):
+        deadlines.ask(f"client {number}", GRADIENT, number / num_open)
+    before = sys.getsizeof(pickle.dumps(deadlines))
+    for number in range(20_000):
+        deadlines.ask("ada", Question("activations", number), 1.0)
+        deadlines.answered("ada", Question("activations", number), 1.0)
+    assert sys.getsizeof(pickle.dumps(deadlines)) < 3 * before + 10_000
+    late = []
+    while (client := deadlines.late(11.1)) is not None:
+        late.append(client.client)
+        deadlines.forget(client.client)
+    assert sorted(late) == sorted(f"client {number}" for number in range(num_open))
+
+
 def test_in_a_hurry_everybody_has_the_same_few_seconds() -> None:
     deadlines = Deadlines(silence_timeout=300.0)
     deadlines.ask("ada", SAVED, 0.0)

@@ -97,23 +97,29 @@ class Turns(_ByRound):
 
     def __init__(self, members: Members, round_windows: int) -> None:
         super().__init__(members, round_windows)
-        self._turns: list[str | None] = []
-        """Whose turn each round so far is; None: there is no member yet."""
+        self._rounds: list[tuple[int, int]] = []
+        """Where the members change: the round, and the place of the name whose turn it is then."""
 
     def admit(self, client: str, first: int) -> None:
         """Rounds may have been asked for that have not begun; those that have stay as they are."""
         super().admit(client, first)
-        self._turns.clear()
+        self._rounds.clear()
 
     def takes_part(self, client: str, window: int) -> bool:
         """Whether it is this client's turn."""
-        round_ = self.round_of(window)
-        while len(self._turns) <= round_:
-            names = self.names(len(self._turns))
-            last = self._turns[-1] if self._turns else None
-            after = bisect_right(names, last) if last is not None else 0
-            self._turns.append(names[after % len(names)] if names else None)
-        return client == self._turns[round_]
+        return client == self._whose(self.round_of(window))
+
+    def _whose(self, round_: int) -> str | None:
+        passed = bisect_right(self._starts, round_ * self._round_windows)
+        for start in self._starts[len(self._rounds) : passed]:
+            changed = -(-start // self._round_windows)
+            last = self._whose(changed - 1) if changed else None
+            self._rounds.append((changed, bisect_right(self.names(changed), last) if last is not None else 0))
+        if not passed:
+            return None
+        changed, place = self._rounds[passed - 1]
+        names = self.names(round_)
+        return names[(place + round_ - changed) % len(names)]
 
 
 @lru_cache(maxsize=1 << 14)

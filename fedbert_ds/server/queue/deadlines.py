@@ -26,7 +26,7 @@ SLOWEST_UPLOAD = 16_000.0
 ANEW_SECONDS = 1.0
 """A clock is not set forward by less."""
 
-FEW_AGES = 256
+FEW_AGES = 64
 """Clocks that are closed and not yet thrown away cost nothing, up to so many."""
 
 ABOUT_A_PIECE = frozenset({"activations", "gradient"})

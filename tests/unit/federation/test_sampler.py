@@ -139,3 +139,30 @@ def test_before_anybody_counts_nobody_takes_part() -> None:
     for sampler in (Everybody(members, 1), Sample(members, 1, 1, 0), Turns(members, 1)):
         assert [len(participants(sampler, members, window)) for window in range(2)] == [0, 0]
         assert participants(sampler, members, 2) == ["ada"]
+
+
+@settings(max_examples=200)
+@given(
+    members=st.dictionaries(st.text("abcxyz", min_size=1, max_size=3), st.integers(0, 30), min_size=1, max_size=9),
+    every=st.integers(1, 4),
+    order=st.randoms(use_true_random=False),
+)
+def test_turns_are_those_of_going_from_round_to_round(members: Members, every: int, order: random.Random) -> None:
+    expected: list[str | None] = []
+    for round_ in range(40 // every):
+        names = sorted(name for name, first in members.items() if first <= round_ * every)
+        last = expected[-1] if expected else None
+        later = [name for name in names if last is not None and name > last]
+        expected.append((later or names or [None])[0])
+    sampler = Turns(members, every)
+    windows = list(range(len(expected) * every))
+    order.shuffle(windows)
+    for window in windows:
+        told = [name for name in members if sampler.takes_part(name, window)]
+        assert told == [name for name in [expected[window // every]] if name is not None]
+
+
+def test_a_turn_far_ahead_is_told_at_once() -> None:
+    sampler = Turns({"ada": 0, "bo": 10, "cy": 0}, 1)
+    turns = [name for window in range(3) for name in ("ada", "bo", "cy") if sampler.takes_part(name, 10**15 + window)]
+    assert sorted(turns) == ["ada", "bo", "cy"]

@@ -18,7 +18,12 @@ CONTAINERS = (list, dict, set, frozenset, tuple, deque)
 
 @pytest.mark.parametrize(
     ("mode", "order", "on_loss"),
-    [("synchronous", "arrival", "continue"), ("synchronous", "fixed", "wait"), ("parallel", "arrival", "wait")],
+    [
+        ("synchronous", "arrival", "continue"),
+        ("synchronous", "fixed", "wait"),
+        ("parallel", "arrival", "wait"),
+        ("sequential", "arrival", "continue"),
+    ],
 )
 def test_nothing_grows_by_an_entry_a_window(
     monkeypatch: pytest.MonkeyPatch, mode: str, order: str, on_loss: str

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from integration.chaos import ELSEWHERE, MODES, PHASES, VICTIMS
 from integration.chaos import page_table as chaos_table
+from integration.faults import KINDS
 from integration.faults import page_table as faults_table
 from integration.lies import table as lies_table
 
@@ -453,6 +454,16 @@ def test_goodput_of_a_run_that_is_disturbed():
     assert speeds[0] / speeds[1] == pytest.approx(record["goodput"], abs=0.001)
     assert (record["faults"], record["processes"]) == (62, 32) == (sum(row["faults"] for row in record["rows"]), 32)
     assert f"{record['lost_masked_tokens']} were left out" in README and 1800 <= record["seconds"] < 1810
+
+
+def test_two_thousand_faults_leave_no_trace_in_a_run_that_waits():
+    record = json.loads((BENCHMARKS / "results" / "faults.json").read_text(encoding="utf-8"))
+    assert faults_table(record) in README and "dirty" not in record["commit"]
+    # What the page claims.
+    assert record["is_identical"] and record["on_loss"] == "wait" and record["lost_masked_tokens"] == 0
+    assert record["faults"] == 2000 == sum(row["faults"] for row in record["rows"])
+    assert {row["kind"] for row in record["rows"] if row["faults"]} == set(KINDS) and record["processes"] == 6
+    assert f"of its {record['windows']:,} windows are those of the undisturbed run" in " ".join(README.split())
 
 
 def test_wrong_messages_change_nothing():

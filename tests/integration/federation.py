@@ -140,7 +140,10 @@ class Federation:
     def run_file(self) -> Path:
         """The run file, written anew."""
         path = self.folder / "run.yaml"
-        path.write_text(yaml.safe_dump(dict(self.tree)))
+        # At once: a process that was started before may be reading it.
+        whole = self.folder / "run.yaml.whole"
+        whole.write_text(yaml.safe_dump(dict(self.tree)))
+        whole.replace(path)
         return path
 
     def start(self, name: str, arguments: list[str], variables: dict[str, str], kills: Sequence[Kill] = ()) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import random
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Literal
 
 from fedbert_ds.config import RunConfig, parse_config
@@ -150,7 +149,6 @@ def _fault(rng: random.Random, clients: tuple[str, ...], length: float) -> Fault
             return Fault(kind, seconds=seconds)
 
 
-@cache
 def _config(text: str) -> RunConfig:
     tree = ast.literal_eval(text)
     tree["optimizer"] = {

@@ -33,7 +33,9 @@ class Task:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.baton = threading.Semaphore(0)
+        self.baton = threading.Lock()
+        """Who holds it runs: `acquire` waits for it, another one's `release` hands it over."""
+        self.baton.acquire()
         self.may_go_on: Callable[[], bool] = lambda: True
         self.wakes_at = math.inf
         self.is_killed = self.is_over = False

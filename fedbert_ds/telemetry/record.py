@@ -18,6 +18,9 @@ from fedbert_ds.atomic_write import write_text
 SOURCE = Path(__file__).resolve().parents[2]
 """The source tree, when the package is run from one."""
 
+RECORDS = "benchmarks/results"
+"""Where records are, which are no source: one may get rows from several runs."""
+
 PACKAGES = ("fedbert-ds", "torch", "deepspeed", "transformers")
 
 Row = Mapping[str, Any]
@@ -38,11 +41,13 @@ def command_line(program: str = "fedbert-ds") -> str:
 
 
 def source_commit() -> str | None:
-    """The source tree's commit, `-dirty` if tracked files differ; None outside a git checkout."""
+    """The source tree's commit, `-dirty` if tracked files differ, records apart; None outside a git
+    checkout.
+    """
     git = ["git", "-C", str(SOURCE)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=30)
-        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        status = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", f":!{RECORDS}"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

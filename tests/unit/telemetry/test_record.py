@@ -42,12 +42,17 @@ def test_commit_of_a_checkout_and_of_a_plain_folder(tmp_path, monkeypatch):
     assert record.source_commit() is None
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e@example.org"]
     (tmp_path / "file").write_text("one")
+    recorded = tmp_path / record.RECORDS / "one.json"
+    recorded.parent.mkdir(parents=True)
+    recorded.write_text("{}")
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"]):
         subprocess.run([*git, *arguments], check=True, timeout=30)
     commit = record.source_commit()
     assert commit is not None and len(commit) == 40
     (tmp_path / "untracked").write_text("two")
     assert record.source_commit() == commit
+    recorded.write_text('{"rows": []}')
+    assert record.source_commit() == commit, "a record that gets another row is no other source"
     (tmp_path / "file").write_text("two")
     assert record.source_commit() == f"{commit}-dirty"
 

@@ -121,13 +121,27 @@ def places_of(by_rank: Sequence[Sequence[FakeClient]]) -> dict[str, Seat]:
     }
 
 
-def side_by_side(serve: Callable[[int], None]) -> None:
-    """Run `serve(rank)` for both ranks, each in a thread."""
-    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(2)]
+def side_by_side(board: Board, train: Callable[[int], int], ends_both: type[BaseException] | None = None) -> list[Any]:
+    """What `train(rank)` returns or raises for both ranks, each in a thread.
+
+    After an error the other rank is not waited for, unless `ends_both` says that it ends by itself.
+    """
+    outcomes: list[Any] = [None, None]
+
+    def run(number: int) -> None:
+        try:
+            outcomes[number] = train(number)
+        except BaseException as error:
+            outcomes[number] = error
+            if ends_both is None or not isinstance(error, ends_both):
+                board.leave()
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=60)
+    return outcomes
 
 
 @pytest.mark.parametrize("fault", [None, "activations twice", "gradient that is not finite", "manifest of nothing"])
@@ -145,21 +159,15 @@ def test_two_ranks_keep_step_whoever_fails(
     cy = FakeClient("cy", config, (3, 4), *([BAD[fault][0]()] if fault else []))
     by_rank = [[ada, bo], [cy]]
     places = places_of(by_rank)
-    board, outcomes = Board(), [None, None]
+    board = Board()
     tallies: list[RankStatus] = []
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
 
-    def serve(number: int) -> None:
-        try:
-            endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
-            served = Served(config, engines[number], endpoint, BoardRankGroup(number, board), places)
-            outcomes[number] = served.train(tallies)
-        except BaseException as error:
-            outcomes[number] = error
-            board.leave()
+    def train(number: int) -> int:
+        endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
+        return Served(config, engines[number], endpoint, BoardRankGroup(number, board), places).train(tallies)
 
-    side_by_side(serve)
-    assert outcomes == [3, 3]
+    assert side_by_side(board, train) == [3, 3]
     assert engines[0].saved == engines[1].saved == [2, 3]
     assert len(engines[0].backwards) == len(engines[1].backwards)
     for client in (ada, bo) if fault else (ada, bo, cy):
@@ -184,22 +192,16 @@ def test_numbers_that_spoil_results_of_one_rank_are_told_from_a_body_that_is_spo
     liar = FakeClient("cy", config, (3, 4), *([larger("activations", 2e5)] if is_sound else []))
     by_rank = [[FakeClient("ada", config), FakeClient("bo", config, (2, 2, 8, 1))], [liar]]
     places = places_of(by_rank)
-    board, outcomes = Board(), [None, None]
+    board = Board()
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
 
-    def serve(number: int) -> None:
-        try:
-            engines[number].most = 1e5 if is_sound else 0.0
-            endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
-            served = Served(config, engines[number], endpoint, BoardRankGroup(number, board), places)
-            outcomes[number] = served.train([])
-        except BaseException as error:
-            outcomes[number] = error
-            # In lockstep the other one ends by itself, from the same answer.
-            if not (lockstep_forwards and isinstance(error, NotFinite)):
-                board.leave()
+    def train(number: int) -> int:
+        engines[number].most = 1e5 if is_sound else 0.0
+        endpoint = FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0)
+        return Served(config, engines[number], endpoint, BoardRankGroup(number, board), places).train([])
 
-    side_by_side(serve)
+    # In lockstep both hear the same answer of the body.
+    outcomes = side_by_side(board, train, ends_both=NotFinite if lockstep_forwards else None)
     if is_sound:
         assert outcomes == [2, 2] and liar.refusal == "client cy: what it sent makes results that are not finite"
         assert all(client.windows_stepped == [0, 1] for client in by_rank[0])
@@ -222,7 +224,7 @@ def test_a_rank_that_waits_for_its_client_is_waited_for(
         [FakeClient("cy", config, (3, 4), lambda number, message: [message if number < after else GONE])],
     ]
     places = places_of(by_rank)
-    board, outcomes = Board(), [None, None]
+    board = Board()
     engines = [CollectiveEngine(number, board, lockstep_forwards) for number in range(2)]
     endpoints = [FakeEndpoint(Clock(), by_rank[number], lambda client, event: 0.0) for number in range(2)]
     again = FakeClient("cy", config, (3, 4))
@@ -239,17 +241,12 @@ def test_a_rank_that_waits_for_its_client_is_waited_for(
     statuses: list[RankStatus] = []
     served: list[Served] = []
 
-    def serve(number: int) -> None:
-        try:
-            one = Served(config, engines[number], endpoints[number], BoardRankGroup(number, board), places)
-            served.append(one)
-            outcomes[number] = one.train(statuses if number == 0 else [])
-        except BaseException as error:
-            outcomes[number] = error
-            board.leave()
+    def train(number: int) -> int:
+        one = Served(config, engines[number], endpoints[number], BoardRankGroup(number, board), places)
+        served.append(one)
+        return one.train(statuses if number == 0 else [])
 
-    side_by_side(serve)
-    assert outcomes == [3, 3]
+    assert side_by_side(board, train) == [3, 3]
     assert len(engines[0].steps) == len(engines[1].steps) == 3 and len(engines[0].dropped) == len(engines[1].dropped)
     assert served[0].rolled_back == served[1].rolled_back
     if answer.done():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.errors import RunOver, ServerAway
+from fedbert_ds.wire.host_port import parted
 
 SUFFIX = ".address"
 """Ends the file's name; nothing else that a client may be given as the server does."""
@@ -42,8 +43,8 @@ def news_of(server: str) -> Callable[[], bool]:
     was known of the server before is over. The moment of writing counts, too: a server that comes
     back on its old port writes the same words, while its other ranks may be elsewhere. A file that
     is removed is no news: a server removes it before it hands over, while its clients still have
-    something to send, and where there is no file there is no other server to turn to. Never true
-    for host:port.
+    something to send, and where there is no file there is no other server to turn to. Nor is one
+    that is half written, as where a run folder is mirrored. Never true for host:port.
     """
     known = _writing(server)
 
@@ -60,7 +61,7 @@ def await_news(is_news: Callable[[], bool], seconds: float) -> None:
         time.sleep(min(left, LOOK_SECONDS))
 
 
-def _writing(server: str) -> tuple[int, bytes] | None:
+def _writing(server: str) -> tuple[int, str] | None:
     """When the file was written, and what; None without one. Not its inode: that of a removed file
     is given to the next one.
     """
@@ -68,23 +69,35 @@ def _writing(server: str) -> tuple[int, bytes] | None:
         return None
     try:
         # A look by name alone may be answered from the cache of a network's file system.
-        with open(server, "rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns, file.read()
-    except OSError:
+        with open(server, encoding="utf-8") as file:
+            written, words = os.fstat(file.fileno()).st_mtime_ns, file.read().strip()
+    except (OSError, UnicodeDecodeError):
         return None
+    return (written, words) if _is_whole(words) else None
+
+
+def _is_whole(words: str) -> bool:
+    if words == COMPLETE:
+        return True
+    try:
+        parted(words)
+    except ValueError:
+        return False
+    return True
 
 
 def look_up(server: str) -> str:
     """host:port of the server, read from its file if `server` names one.
 
-    Raises ServerAway where there is no such file, RunOver where it says that the run is complete.
+    Raises ServerAway where there is no such file, or one that is not whole yet; RunOver where it
+    says that the run is complete.
     """
     if not server.endswith(SUFFIX):
         return server
-    try:
-        address = Path(server).read_text(encoding="utf-8").strip()
-    except OSError:
-        raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?") from None
-    if address == COMPLETE:
+    if (writing := _writing(server)) is None:
+        if Path(server).is_file():
+            raise ServerAway(f"{server}: no HOST:PORT in it; copy it anew from the server's run folder")
+        raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?")
+    if writing[1] == COMPLETE:
         raise RunOver(f"{server}: the run is complete; nothing is left to do")
-    return address
+    return writing[1]

@@ -450,7 +450,7 @@ def test_a_client_joins_again_where_the_server_comes_back(
         address.unlink()
         served.finish(complete=False)
     served.restart(grace=TIMEOUT if is_saved else 0.0)
-    address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
     served.train()
     served.finish(complete=True)
     assert served.ended() == 0
@@ -599,11 +599,14 @@ def test_a_server_that_does_not_come_back_ends_the_client(served: Served, is_sav
 
 
 @pytest.mark.usefixtures("dials_at_once")
-def test_a_client_waits_for_the_address_of_a_server_that_starts(served: Served, address: Path) -> None:
-    address.unlink()
+@pytest.mark.parametrize("before", [None, "", "127.0.0.1"], ids=["no file", "an empty one", "half an address"])
+def test_a_client_waits_for_the_address_of_a_server_that_starts(
+    served: Served, address: Path, before: str | None
+) -> None:
+    address.unlink() if before is None else address.write_text(before)
     served.client(server=str(address))
     assert served.endpoint.next_event(0.5) is None
-    address.write_text(f"127.0.0.1:{served.port}\n", encoding="utf-8")
+    address_file.reveal(address, f"127.0.0.1:{served.port}")
     served.train()
     served.finish(complete=True)
     assert served.ended() == 0

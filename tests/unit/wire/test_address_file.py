@@ -33,6 +33,19 @@ def test_it_tells_that_a_run_is_complete_until_it_is_extended(tmp_path: Path) ->
     assert address_file.look_up(str(file)) == "gpu-2:29600"
 
 
+@pytest.mark.parametrize("half", [b"", b"gpu", b"gpu-2:", b"comp", b"\xc3"])
+def test_of_a_file_that_is_half_written_nobody_is_told_but_to_wait(tmp_path: Path, half: bytes) -> None:
+    """As a run folder that is mirrored to another machine has it for a moment."""
+    file = tmp_path / "server.address"
+    address_file.reveal(file, "gpu-1:29600")
+    is_news = address_file.news_of(str(file))
+    file.write_bytes(half)
+    assert not is_news()
+    with pytest.raises(ServerAway, match=r"server\.address: no HOST:PORT in it; copy it anew") as away:
+        address_file.look_up(str(file))
+    assert not isinstance(away.value, RunOver)
+
+
 def test_an_address_is_no_file() -> None:
     assert address_file.look_up("gpu-1:29600") == "gpu-1:29600"
 

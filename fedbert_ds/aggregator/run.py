@@ -19,7 +19,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import NobodyDelivered
-from fedbert_ds.federation.client_update import ClientUpdate, update_chunks
+from fedbert_ds.federation.client_update import ClientUpdate, Tensors, update_chunks
 from fedbert_ds.federation.combining import Combiner, OneProcess
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
@@ -78,7 +78,7 @@ class AggregatedRun:
         self._has_begun = False
         self._roll_back = RollBack(len(sessions))
         self._reference = ReferenceMessages(shares_moments=not self._strategy.halves_are_personal)
-        self._collected: dict[str, ClientUpdate] = {}
+        self._collected: dict[str, Tensors] = {}
         self._concluding: tuple[pb.Conclude, float] | None = None
         """The result is being collected, until this time."""
         self._totals: dict[str, int] = {}
@@ -256,7 +256,7 @@ class AggregatedRun:
                 if not self._collected:
                     raise RunError("no client was left to hand over its half; start all again with --resume")
                 halves = {
-                    client: half._replace(weight=float(max(1, self._totals.get(client, 0))))
+                    client: ClientUpdate(half, float(max(1, self._totals.get(client, 0))))
                     for client, half in self._collected.items()
                 }
                 reference = self._aggregator.reference().weights
@@ -287,7 +287,7 @@ class AggregatedRun:
         codec, compressed = self._strategy.update_codec, self._config.wire.is_compressed
 
         def messages() -> Iterator[pb.ServerMessage]:
-            for chunk in update_chunks(window, combined.items(), 0.0, codec, compressed=compressed):
+            for chunk in update_chunks(window, combined.items(), codec, compressed=compressed):
                 yield pb.ServerMessage(update=chunk)
 
         self._outbox.send_coded(sorted(self._guests.under_way), messages)

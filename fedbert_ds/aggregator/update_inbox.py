@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
+from fedbert_ds.federation.client_update import Tensors, UpdateAssembler
 from fedbert_ds.wire import fedbert_pb2 as pb
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,7 +19,7 @@ class ArrivedUpdate:
     window: int
     is_model: bool
     """A whole client model, for the run's result; otherwise the update of a window."""
-    decode: Callable[[], ClientUpdate] | None
+    decode: Callable[[], Tensors] | None
     """Decodes the update, which takes a while; None while chunks are missing."""
 
 

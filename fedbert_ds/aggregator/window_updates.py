@@ -10,10 +10,10 @@ from torch import Tensor
 from fedbert_ds.aggregator.expectations import Expectations
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.averaging import global_norm
-from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.client_update import Tensors
 from fedbert_ds.federation.update_exchange import Combine, UpdateExchange
 
-Decode = Callable[[], ClientUpdate]
+Decode = Callable[[], Tensors]
 
 
 class Committed(NamedTuple):

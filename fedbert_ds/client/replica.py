@@ -64,7 +64,6 @@ class Replica:
         )
         self._shapes = {name: tuple(p.shape) for name, p in half.named_parameters()}
         self._reference = ReferenceAssembler(self._shapes)
-        self._masked_since_average = 0
         self._masked_seen = self._tokens_seen = 0
 
     def receive_reference(self, chunk: pb.ReferenceChunk) -> bool:
@@ -109,12 +108,11 @@ class Replica:
         clients' masked tokens, the divisor of the losses. The half steps, unless gradients are
         exchanged.
         """
-        self._masked_since_average += masked
         self._masked_seen += masked
         self._tokens_seen += tokens
         exchange = self._strategy.exchange_after(window)
         if exchange == "gradients":
-            return self._chunks(window, self._take_gradients(), 1.0, self._strategy.update_codec)
+            return self._chunks(window, self._take_gradients(), self._strategy.update_codec)
         # FedAvg: each client follows the mean loss over its own tokens, not over all clients'.
         own_share = all_masked / max(1, masked)
         for parameter in self._half.parameters():
@@ -131,7 +129,7 @@ class Replica:
         if not self._handed_over:
             raise WireError("the server asked for this client's half, which the run's result does not need")
         weights = {name: p for name, p in self._half.named_parameters() if name in self._handed_over}
-        return self._chunks(window, weights, float(max(1, self._masked_seen)), "fp32")
+        return self._chunks(window, weights, "fp32")
 
     def flops_per_token(self) -> float:
         """Floating-point operations of the half per token, forward and backward.
@@ -145,7 +143,6 @@ class Replica:
         return {
             "half": self._half.state_dict(),
             "optimizer": self._optimizer.state(),
-            "masked_since_average": self._masked_since_average,
             "masked_seen": self._masked_seen,
             "tokens_seen": self._tokens_seen,
             "shared": self._shared.state_dict() if self._shared is not None else None,
@@ -161,7 +158,6 @@ class Replica:
             # Not copied: the state is in memory as a whole, and no other holds it.
             parameter.data = tensor.to(parameter.device)
         self._optimizer.load_state(state["optimizer"])
-        self._masked_since_average = state["masked_since_average"]
         self._masked_seen, self._tokens_seen = state["masked_seen"], state["tokens_seen"]
         if self._shared is not None:
             self._shared.load_state_dict(state["shared"])
@@ -187,21 +183,18 @@ class Replica:
         if update is None:
             return None
         self._assembler = None
-        return update.tensors
+        return update
 
-    def _chunks(
-        self, window: int, tensors: Mapping[str, Tensor], weight: float, codec: str
-    ) -> Iterator[pb.UpdateChunk]:
-        return update_chunks(window, tensors.items(), weight, codec, compressed=self._is_compressed)
+    def _chunks(self, window: int, tensors: Mapping[str, Tensor], codec: str) -> Iterator[pb.UpdateChunk]:
+        return update_chunks(window, tensors.items(), codec, compressed=self._is_compressed)
 
     def _exchanged_weights(self, window: int) -> Iterable[pb.UpdateChunk]:
         weights = {name: p.detach() for name, p in self._half.named_parameters() if name in self._exchanged}
         if self._staleness:
             self._sent[window] = {name: tensor.clone() for name, tensor in weights.items()}
-        weight, self._masked_since_average = float(max(self._strategy.least_weight, self._masked_since_average)), 0
         if self._shared is not None:
-            return self._shared.changes(window, weights, weight)
-        return self._chunks(window, weights, weight, self._strategy.update_codec)
+            return self._shared.changes(window, weights)
+        return self._chunks(window, weights, self._strategy.update_codec)
 
     def _take_gradients(self) -> dict[str, Tensor]:
         """Take the gradients out of the half.

@@ -169,10 +169,10 @@ class Aggregator:
             return combined
         shapes = {name: tuple(tensor.shape) for name, tensor in combined.items()}
         client = UpdateAssembler(shapes, "the update", codec, LARGEST_SUM)
-        for chunk in update_chunks(window, combined.items(), 0.0, codec):
-            update = client.add(chunk)
-        assert update is not None
-        return update.tensors
+        for chunk in update_chunks(window, combined.items(), codec):
+            received = client.add(chunk)
+        assert received is not None
+        return received
 
     @torch.no_grad()
     def _take_over(self, weights: Mapping[str, Tensor]) -> None:

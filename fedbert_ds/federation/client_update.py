@@ -25,27 +25,26 @@ CHUNK_BYTES = 1 << 20
 CODED_ROWS = 1024
 """Rows of a matrix that are coded or decoded at once: what that takes is many times their codes."""
 
-LARGEST_WEIGHT = 2.0**53
-"""Largest count of tokens that a double keeps exactly."""
+Tensors = Mapping[str, Tensor]
+"""Gradients, weights or changes of weights by name, fp32: what travels."""
 
 
 class ClientUpdate(NamedTuple):
-    """Gradients, weights or changes of weights, fp32, as one client sends them."""
+    """What one client sent, and what it weighs beside others."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Tensors
     weight: float
-    """The update's weight in an average: masked tokens behind it."""
+    """In an average: masked tokens behind it, as the server has counted them."""
 
 
 def update_chunks(
     window: int,
     tensors: Iterable[tuple[str, Tensor]],
-    weight: float,
     codec: str = "fp32",
     *,
     compressed: bool = False,
 ) -> Iterator[pb.UpdateChunk]:
-    """An update as chunks of at most CHUNK_BYTES; a last chunk, without a tensor, has `weight`.
+    """An update as chunks of at most CHUNK_BYTES; the last one is without a tensor.
 
     Matrices are coded, their scales after the payload; all other tensors travel as fp32. Rows of
     zeros, the words no sequence held, are left out: the tensor's first chunk says which rows come.
@@ -68,7 +67,7 @@ def update_chunks(
                 chunk.rows = rows
             offset += len(part)
             yield chunk
-    yield pb.UpdateChunk(window=window, last=True, weight=weight)
+    yield pb.UpdateChunk(window=window, last=True)
 
 
 def _content(tensor: Tensor, codec: str) -> Buffer:
@@ -121,27 +120,21 @@ class UpdateAssembler:
         self._codec = codec
         self._buffers: dict[str, bytearray] = {}
         self._compressed: set[str] = set()
-        self._weight = 0.0
         self._rows: dict[str, Tensor] = {}
         """[R] bool of each matrix sent without all its rows: the rows that come."""
 
-    def add(self, chunk: pb.UpdateChunk) -> ClientUpdate | None:
-        """Keep a chunk; after the last one, the update."""
+    def add(self, chunk: pb.UpdateChunk) -> Tensors | None:
+        """Keep a chunk; after the last one, the tensors."""
         return self.finish() if self.take(chunk) else None
 
     def take(self, chunk: pb.UpdateChunk) -> bool:
         """Keep a chunk's bytes; True for the last one. WireError on anything unexpected."""
         if chunk.last:
-            # A count of tokens. NaN or infinity would spread to everybody's average, and with tiny
-            # fractions a product over a sum is no longer exact.
-            if not (0 <= chunk.weight <= LARGEST_WEIGHT and chunk.weight.is_integer()):
-                raise WireError(f"{self._who}: a weight of {chunk.weight}")
             for name, tensor_shape in self._shapes.items():
                 buffer = self._buffers.get(name)
                 is_plain = name not in self._compressed
                 if buffer is None or (is_plain and len(buffer) != self._num_bytes(name, tensor_shape)):
                     raise WireError(f"{self._who}: tensor {name!r} did not arrive whole")
-            self._weight = chunk.weight
             return True
         shape = self._shapes.get(chunk.name)
         if shape is None or len(chunk.shape) != len(shape) or tuple(chunk.shape) != shape:
@@ -166,14 +159,14 @@ class UpdateAssembler:
             raise WireError(f"{self._who}: {len(bits)} bytes of rows for tensor {name!r} of shape {list(shape)}")
         return torch.from_numpy(np.unpackbits(np.frombuffer(bits, np.uint8), count=shape[0]).astype(bool))
 
-    def finish(self) -> ClientUpdate:
-        """The update, fp32, after its last chunk; WireError for values that are not sane."""
+    def finish(self) -> Tensors:
+        """The tensors, fp32, after its last chunk; WireError for values that are not sane."""
         tensors = {}
         for name, shape in self._shapes.items():
             sent = self._decode(name, self._sent_shape(name, shape), self._content(name, shape))
             rows = self._rows.pop(name, None)
             tensors[name] = sent if rows is None else torch.zeros(shape).index_put_((rows,), sent)
-        return ClientUpdate(tensors, self._weight)
+        return tensors
 
     def _content(self, name: str, shape: tuple[int, ...]) -> Buffer:
         """A tensor's bytes, decompressed if it was compressed."""

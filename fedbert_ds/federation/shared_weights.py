@@ -36,7 +36,7 @@ class SharedWeights:
         self._common.put_all({name: weights[name] for name in self._shapes})
         self._error.put_all({})
 
-    def changes(self, window: int, weights: Mapping[str, Tensor], weight: float) -> Iterator[pb.UpdateChunk]:
+    def changes(self, window: int, weights: Mapping[str, Tensor]) -> Iterator[pb.UpdateChunk]:
         """The change since the last average, as chunks, all of which must be taken."""
         wanted = {}
         for name in self._shapes:
@@ -44,14 +44,14 @@ class SharedWeights:
             if not self._error.is_empty:
                 wanted[name] += self._error.get(name)
         if self._codec == "fp32":  # nothing is rounded, and a whole model of zeros is not kept
-            yield from update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed)
+            yield from update_chunks(window, wanted.items(), self._codec, compressed=self._compressed)
             return
         # The server's own code decodes, so that the error is exactly what the server misses.
         server = UpdateAssembler(self._shapes, "this client's update", self._codec)
-        for chunk in update_chunks(window, wanted.items(), weight, self._codec, compressed=self._compressed):
+        for chunk in update_chunks(window, wanted.items(), self._codec, compressed=self._compressed):
             decoded = server.add(chunk)
             if decoded is not None:
-                self._error.put_all({name: wanted[name].sub_(sent) for name, sent in decoded.tensors.items()})
+                self._error.put_all({name: wanted[name].sub_(sent) for name, sent in decoded.items()})
             yield chunk
 
     def apply(self, average: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.client_update import ClientUpdate, Tensors
 
 Bounded = list[tuple[str, float]]
 """Clients whose update was too large, and how many times what may count it was."""
@@ -25,7 +25,7 @@ class _WindowUpdates:
     """Masked tokens behind each client's update, as this server has counted them."""
     awaited: set[str]
     """Clients that have not delivered."""
-    decoded: dict[str, Future[ClientUpdate]] = field(default_factory=dict)
+    decoded: dict[str, Future[Tensors]] = field(default_factory=dict)
     """Delivered updates by client; decoding may still run."""
 
 
@@ -47,8 +47,7 @@ class UpdateExchange:
     def expect(self, window: int, masked: Mapping[str, int], average: bool) -> None:
         """Accept updates of this window from these clients; windows come in order.
 
-        `masked` are the masked tokens behind each one's update. They are its weight, whatever the
-        client says.
+        `masked` are the masked tokens behind each one's update, its weight in an average.
         """
         self._windows[window] = _WindowUpdates(average, dict(masked), set(masked))
 
@@ -56,7 +55,7 @@ class UpdateExchange:
         """Clients that have not delivered their update of this window."""
         return frozenset(self._windows[window].awaited) if window in self._windows else frozenset()
 
-    def deliver(self, window: int, client: str, decode: Callable[[], ClientUpdate]) -> None:
+    def deliver(self, window: int, client: str, decode: Callable[[], Tensors]) -> None:
         """Take a client's complete update, to be decoded in the thread.
 
         An update that is not awaited, because it came after its client was suspended, is dropped.
@@ -104,7 +103,7 @@ class UpdateExchange:
                 del self._windows[window]
                 # By name, so that the sum does not depend on who came first.
                 in_order = {
-                    client: update.result()._replace(weight=float(updates.masked[client]))
+                    client: ClientUpdate(update.result(), float(updates.masked[client]))
                     for client, update in sorted(updates.decoded.items())
                 }
                 self._combining = window, self._thread.submit(self._combine, in_order, updates.average)

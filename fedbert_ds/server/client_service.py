@@ -248,7 +248,7 @@ class ClientService:
         self._reference = None
 
         def messages() -> Iterator[pb.ServerMessage]:
-            chunks = update_chunks(window, tensors.items(), 0.0, self._update_codec, compressed=self._compressed)
+            chunks = update_chunks(window, tensors.items(), self._update_codec, compressed=self._compressed)
             for chunk in chunks:
                 yield pb.ServerMessage(update=chunk)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedbert_ds.config import RunConfig, dump_config
 from fedbert_ds.errors import RunError, UserError, one_line, warn
 from fedbert_ds.federation.averaging import NobodyDelivered
+from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
 from fedbert_ds.model.heads import auto_class
@@ -52,7 +53,7 @@ def collect_client_model(rooms: Rooms, window: int) -> dict[str, Tensor]:
     rooms.service.ask(mine, Question("client model", window), request, collected)
     totals = rooms.masked_counts.totals(mine)
     halves = {
-        client: collected[client]._replace(weight=float(max(1, totals.get(client, 0))))
+        client: ClientUpdate(collected[client], float(max(1, totals.get(client, 0))))
         for client in mine
         if client in collected
     }

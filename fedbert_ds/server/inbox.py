@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler
+from fedbert_ds.federation.client_update import Tensors, UpdateAssembler
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.server.cursors import Cursors
@@ -57,7 +57,7 @@ class Inbox:
         """Of clients that train by themselves."""
         self.held_out = HeldOutInbox(contract)
         """Of the evaluation that is under way."""
-        self.collected: dict[str, ClientUpdate] = {}
+        self.collected: dict[str, Tensors] = {}
         """Requested whole client models, by client."""
         self.saved: dict[str, pb.Saved] = {}
         """Answers to the last Save, by client."""

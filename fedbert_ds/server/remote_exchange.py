@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.client_update import Tensors
 from fedbert_ds.server.queue.deadlines import SLOWEST_UPLOAD, Deadlines, Question
 from fedbert_ds.server.remote_aggregator import RemoteAggregator
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -46,7 +46,7 @@ class RemoteExchange:
         """Clients that have not delivered their update of this window."""
         return frozenset(self._windows.get(window, ()))
 
-    def deliver(self, window: int, client: str, decode: Callable[[], ClientUpdate]) -> None:
+    def deliver(self, window: int, client: str, decode: Callable[[], Tensors]) -> None:
         """Raises WireError: updates go to the aggregator."""
         raise WireError(f"client {client}: its update of window {window} belongs to the aggregator")
 

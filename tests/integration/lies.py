@@ -103,8 +103,7 @@ def _update(rng: random.Random) -> pb.ClientMessage:
     chunk = pb.UpdateChunk(window=rng.choice([0, 1, 2, FAR]), name=name, shape=shape)
     chunk.offset = rng.choice([0, 4, 2**63])
     chunk.payload, chunk.rows = rng.randbytes(rng.choice([0, 4, 48, 4000])), rng.randbytes(rng.choice([0, 1, 9]))
-    chunk.last, chunk.weight = rng.random() < 0.3, rng.choice([0.0, 1.0, 2.0**53, 0.5, -1.0, math.nan, math.inf])
-    chunk.compressed = rng.random() < 0.3
+    chunk.last, chunk.compressed = rng.random() < 0.3, rng.random() < 0.3
     return pb.ClientMessage(update=chunk)
 
 

@@ -230,7 +230,7 @@ class Process:
         yield from self._due()
 
     def _chunks(self, window: int, value: float, weight: float) -> Iterator[pb.ClientMessage]:
-        for chunk in update_chunks(window, [(HALF, torch.tensor([value], dtype=torch.float32))], weight):
+        for chunk in update_chunks(window, [(HALF, torch.tensor([value], dtype=torch.float32))]):
             yield pb.ClientMessage(update=chunk)
 
 

@@ -66,7 +66,7 @@ def update_row(num_bytes: int = UPDATE_BYTES) -> Row:
         while (update := assembler.add(transfer.next_message().update)) is None:
             pass
         row = transfer.row()
-        row["is_whole"] = all(bool((tensor == 1.0).all()) for tensor in update.tensors.values())
+        row["is_whole"] = all(bool((tensor == 1.0).all()) for tensor in update.values())
         return row
 
 
@@ -136,7 +136,7 @@ def _send(pipe: Connection, what: str, address: str, num_bytes: int) -> None:
     with ServerStream(address, None, CLIENT, sessions((CLIENT,))[CLIENT], shares_memory=False) as stream:
         pipe.recv()
         if what == "update":
-            for chunk in update_chunks(0, tensors.items(), weight=1.0):
+            for chunk in update_chunks(0, tensors.items()):
                 stream.send(pb.ClientMessage(update=chunk))
         else:
             for number in range(num_bytes // MESSAGE_BYTES):

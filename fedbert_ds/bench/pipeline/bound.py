@@ -67,7 +67,7 @@ def exchange_work(config: RunConfig, tokenizer: Any) -> ExchangeWork:
         codec, compressed = strategy.update_codec, config.wire.is_compressed
 
         def send() -> list[Any]:
-            return list(update_chunks(0, gradients.items(), 1.0, codec, compressed=compressed))
+            return list(update_chunks(0, gradients.items(), codec, compressed=compressed))
 
         chunks = send()
 

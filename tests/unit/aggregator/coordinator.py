@@ -125,10 +125,10 @@ class Client:
         assert begin.reference and begin.window == whole.version
         return whole
 
-    def send(self, window: int, value: float, weight: float = 1.0) -> None:
+    def send(self, window: int, value: float) -> None:
         """An update whose every number is `value`."""
         tensors = {name: torch.full(shape, value) for name, shape in self.shapes.items()}
-        for chunk in update_chunks(window, tensors.items(), weight):
+        for chunk in update_chunks(window, tensors.items()):
             self.stream.send(pb.ClientMessage(update=chunk))
 
     def update(self) -> tuple[int, dict[str, Tensor]]:
@@ -137,7 +137,7 @@ class Client:
         while True:
             chunk = self.stream.receive().update
             if (whole := assembler.add(chunk)) is not None:
-                return chunk.window, dict(whole.tensors)
+                return chunk.window, dict(whole)
 
     def leave(self) -> None:
         self.stream.__exit__()

@@ -70,8 +70,8 @@ def test_personal_halves_are_collected_for_the_result(tmp_path: Path) -> None:
         for client in clients.values():
             client.reference()
         ranks[0].exchange.expect(1, {"ada": 3, "bo": 1}, average=True)
-        for name, value, weight in (("ada", 1.0, 1.0), ("bo", 3.0, 1e15)):
-            clients[name].send(1, value, weight)
+        for name, value in (("ada", 1.0), ("bo", 3.0)):
+            clients[name].send(1, value)
         assert ranks[0].combined() == 1 and ranks[0].exchange.norms[1] == 0.0
         ranks[0].remote.commit(1, 1.0)
         for client in clients.values():

@@ -63,7 +63,7 @@ class Run:
             )
 
     def update(self, client: str, window: int, value: float = 1.0) -> None:
-        for chunk in update_chunks(window, [("table", torch.full((2, 2), value))], 1.0):
+        for chunk in update_chunks(window, [("table", torch.full((2, 2), value))]):
             self.real.receive(client, pb.ClientMessage(update=chunk))
 
     def commit(self, window: int, scale: float = 1.0) -> None:
@@ -252,7 +252,7 @@ def test_a_window_that_is_undone_leaves_nothing_and_is_combined_again(tmp_path: 
     run.update("bo", 0, value=5.0)
     run.until(lambda: run.reported("combined"))
     run.update("bo", 1, value=9.0)  # early, for the window after it
-    half, *_ = update_chunks(1, [("table", torch.ones(2, 2))], 1.0)
+    half, *_ = update_chunks(1, [("table", torch.ones(2, 2))])
     run.real.receive("ada", pb.ClientMessage(update=half))  # the rest of it does not come
     undo(run, 0, rank=0)
     assert run.reported("undone") == [], "the other rank may still announce windows of before"
@@ -281,7 +281,7 @@ def decoded(chunk: pb.UpdateChunk) -> float:
     assembler = UpdateAssembler(SHAPES, "test")
     assembler.take(chunk)
     assembler.take(pb.UpdateChunk(last=True))
-    return float(assembler.finish().tensors["table"][0, 0])
+    return float(assembler.finish()["table"][0, 0])
 
 
 def test_the_reference_goes_back_to_what_was_saved(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def inbox() -> UpdateInbox:
 
 
 def messages(window: int, **tensors: torch.Tensor) -> list[pb.ClientMessage]:
-    return [pb.ClientMessage(update=chunk) for chunk in update_chunks(window, tensors.items(), weight=3.0)]
+    return [pb.ClientMessage(update=chunk) for chunk in update_chunks(window, tensors.items())]
 
 
 def test_an_update_is_whole_with_its_last_chunk() -> None:
@@ -28,8 +28,7 @@ def test_an_update_is_whole_with_its_last_chunk() -> None:
     assert (arrived.window, arrived.is_model, arrived.decode) == (5, False, None)
     arrived = here.receive("ada", last)
     assert arrived.decode is not None
-    tensors, weight = arrived.decode()
-    assert torch.equal(tensors["table"], TABLE) and weight == 3.0
+    assert torch.equal(arrived.decode()["table"], TABLE)
 
 
 def test_whole_client_models_are_taken_when_they_are_collected() -> None:
@@ -41,7 +40,7 @@ def test_whole_client_models_are_taken_when_they_are_collected() -> None:
     here.collect(6)
     for message in whole:
         arrived = here.receive("bo", message)
-    assert arrived.is_model and arrived.decode is not None and torch.equal(arrived.decode().tensors["bias"], BIAS)
+    assert arrived.is_model and arrived.decode is not None and torch.equal(arrived.decode()["bias"], BIAS)
 
 
 @pytest.mark.parametrize(

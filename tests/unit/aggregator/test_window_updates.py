@@ -37,7 +37,7 @@ def expect(updates: WindowUpdates, window: int, average: bool = False) -> None:
 
 
 def deliver(updates: WindowUpdates, client: str, window: int, value: float) -> None:
-    updates.deliver(client, window, lambda: ClientUpdate({"table": torch.full((2,), value)}, 1.0))
+    updates.deliver(client, window, lambda: {"table": torch.full((2,), value)})
 
 
 def combined(updates: WindowUpdates) -> tuple[int, float]:

@@ -134,7 +134,7 @@ class Server:
         return [message for message in self.sent if message.WhichOneof("body") not in ("manifest", "begun")]
 
     def give_update(self, tensors: dict[str, Tensor], window: int = 0) -> None:
-        for chunk in update_chunks(window, tensors.items(), weight=0.0):
+        for chunk in update_chunks(window, tensors.items()):
             self.trainer.handle(pb.ServerMessage(update=chunk))
 
     def give_reference(self, reference: Reference) -> None:
@@ -229,14 +229,14 @@ class Server:
         plan = pb.Plan(window=window, next_window=next_window)
         self.trainer.handle(pb.ServerMessage(plan=plan))
 
-    def take_update(self) -> tuple[dict[str, Tensor], float]:
+    def take_update(self) -> dict[str, Tensor]:
         """The update the trainer has sent."""
         shapes = {name: tuple(parameter.shape) for name, parameter in self.half.named_parameters()}
         names = {message.update.name for message in self.sent if message.WhichOneof("body") == "update"}
         joined = UpdateAssembler({name: shapes[name] for name in names if name}, "it")
         while (complete := joined.add(self.take("update"))) is None:
             pass
-        return complete
+        return dict(complete)
 
     def _decoded(self, message: pb.Activations) -> tuple[Tensor, Tensor | None]:
         values = decode(message.values, message.values.shape, self.settings.wire.activations, "activations")

@@ -151,7 +151,7 @@ def test_it_waits_for_the_update_that_is_on_its_way(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     server.begin()
     server.window()
-    update, _ = server.take_update()
+    update = server.take_update()
     server.trainer.handle(pb.ServerMessage(evaluate=pb.Evaluate(window=1)))
     assert not server.answers, "its half has not taken the step of window 0"
     server.give_update(update)
@@ -162,7 +162,7 @@ def test_a_roll_back_forgets_it(tmp_path: Path) -> None:
     server = Server(tmp_path, half_of())
     server.begin()
     server.window()
-    update, _ = server.take_update()
+    update = server.take_update()
     server.trainer.handle(pb.ServerMessage(evaluate=pb.Evaluate(window=1)))
     server.sent.clear()  # of the window that is undone
     server.manifests.clear()

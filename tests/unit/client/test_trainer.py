@@ -78,8 +78,8 @@ def test_gradients_are_those_of_the_unsplit_computation(tmp_path: Path, cut: Any
                 server.input_gradient(gradients[micro_batch])
                 del waiting[micro_batch]
         assert bool(server.answers) == (not waiting), "the sum of gradients leaves once, with the last input gradient"
-    got, weight = server.take_update()
-    assert weight == 1.0 and not server.answers
+    got = server.take_update()
+    assert not server.answers
     assert sum(gradient.loss_sum for gradient in gradients.values()) == pytest.approx(loss, rel=1e-5)
     assert got.keys() == expected.keys()
     for name, gradient in got.items():
@@ -152,7 +152,7 @@ def test_a_classifiers_gradients_are_those_of_the_unsplit_computation(tmp_path: 
         gradient = server.hidden(micro_batch)
         total += gradient.loss_sum
         server.input_gradient(gradient)
-    got, _ = server.take_update()
+    got = server.take_update()
     assert total == pytest.approx(loss, rel=1e-5)
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-6, rtol=1e-4)
@@ -167,7 +167,7 @@ def test_nothing_of_the_next_window_is_sent_before_the_half_has_stepped(tmp_path
     server.window()
     server.plan([], 40, first=20)
     server.give_credit(20)
-    gradients, _ = server.take_update()
+    gradients = server.take_update()
     assert not server.answers
     server.give_update(gradients, window=0)
     server.take_activations(20)
@@ -233,7 +233,7 @@ def test_the_window_goes_on_without_skipped_pieces(tmp_path: Path, mode: Any) ->
     server.input_gradient(server.hidden(10))
     server.skip(0, 11)
     if mode == "synchronous":
-        server.give_update(server.take_update()[0], window=0)
+        server.give_update(server.take_update(), window=0)
     else:
         batch = batch_of(0)
         tokens = sum(LENGTHS[:2])
@@ -262,7 +262,7 @@ def test_a_client_that_was_suspended_goes_on_where_the_others_are(
     server.begin()
     server.window()
     if exchanges := federation.get("average_every") is None:
-        server.give_update(server.take_update()[0], window=0)
+        server.give_update(server.take_update(), window=0)
     assert server.take("manifest").window == 1
 
     def give_updates() -> None:
@@ -311,10 +311,10 @@ def test_for_the_result_a_client_hands_over_nothing_that_is_its_own(tmp_path: Pa
     server.begin()
     server.window()
     server.trainer.handle(pb.ServerMessage(update_request=pb.UpdateRequest(window=1)))
-    weights, weight = server.take_update()
+    weights = server.take_update()
     names = [name for name, _ in server.half.named_parameters()]
     expected = [name for name in names if parts == "averaged" or server.half.parameter_scope(name) in scope]
-    assert weight == len(batch_of(0).labels) and sorted(weights) == sorted(expected)
+    assert sorted(weights) == sorted(expected)
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "sequential"])
@@ -333,7 +333,7 @@ def trained(server: Server, windows: range, average_every: int = 1, reference: A
     for window in windows:
         server.window(first=100 * (window + 1))
         if (window + 1) % average_every == 0:
-            update = server.take_update()[0]
+            update = server.take_update()
             server.give_update(update, window)
             if reference is not None:
                 reference.apply(window, update)
@@ -419,7 +419,7 @@ def was_suspended(server: Server) -> None:
 def begins_of_an_update(server: Server) -> None:
     """What others were sent, perhaps; not the whole of it."""
     server.window(first=90)
-    chunk, *_ = update_chunks(1, server.weights().items(), weight=0.0)
+    chunk, *_ = update_chunks(1, server.weights().items())
     server.trainer.handle(pb.ServerMessage(update=chunk))
 
 
@@ -727,8 +727,7 @@ def test_after_a_round_the_change_goes_up_and_the_next_waits_for_the_answer(tmp_
     for window in range(2):
         plan_whole(server, window)
         run_whole(server, window)
-    change, weight = server.take_update()
-    assert weight == sum(len(batch_of(window).labels) for window in range(2))
+    change = server.take_update()
     for name, parameter in server.half.named_parameters():
         assert torch.equal(change[name], parameter.detach() - start[name])
     plan_whole(server, 2)
@@ -754,7 +753,7 @@ def test_a_whole_client_resumes_inside_a_round_bit_for_bit(tmp_path: Path) -> No
     for server in (whole, again):
         plan_whole(server, 1)
         run_whole(server, 1)
-    (mine, _), (other, _) = whole.take_update(), again.take_update()
+    mine, other = whole.take_update(), again.take_update()
     assert all(torch.equal(mine[name], other[name]) for name in mine)
 
 

@@ -40,7 +40,7 @@ def updates(half: ClientHalf, windows: range) -> list[dict[str, Tensor]]:
 
 
 def give(replica: Replica, settings: ClientSettings, window: int, combined: dict[str, Tensor]) -> None:
-    for chunk in update_chunks(window, combined.items(), 0.0, settings.wire.updates):
+    for chunk in update_chunks(window, combined.items(), settings.wire.updates):
         replica.receive(chunk)
 
 

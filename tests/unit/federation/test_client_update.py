@@ -15,8 +15,7 @@ from torch import Tensor
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import (
     CHUNK_BYTES,
-    LARGEST_WEIGHT,
-    ClientUpdate,
+    Tensors,
     UpdateAssembler,
     update_chunks,
 )
@@ -32,15 +31,15 @@ def tensors_of_all_kinds() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
 
 
-def chunks(weight: float = 5.0) -> list[pb.UpdateChunk]:
-    return list(update_chunks(7, tensors_of_all_kinds().items(), weight))
+def chunks() -> list[pb.UpdateChunk]:
+    return list(update_chunks(7, tensors_of_all_kinds().items()))
 
 
 def assembler() -> UpdateAssembler:
     return UpdateAssembler(SHAPES, "client ada: its update")
 
 
-def assemble(messages: list[pb.UpdateChunk]) -> ClientUpdate | None:
+def assemble(messages: list[pb.UpdateChunk]) -> Tensors | None:
     joined = assembler()
     for message in messages[:-1]:
         assert joined.add(message) is None
@@ -52,17 +51,16 @@ def assemble(messages: list[pb.UpdateChunk]) -> ClientUpdate | None:
     shapes=st.dictionaries(
         st.text("abc.", min_size=1), st.lists(st.integers(1, 5), max_size=3).map(tuple), min_size=1, max_size=4
     ),
-    weight=st.integers(0, int(LARGEST_WEIGHT)).map(float),
     chunk_bytes=st.integers(1, 70),
     compressed=st.booleans(),
 )
 def test_updates_round_trip_in_chunks_of_any_size(
-    shapes: dict[str, tuple[int, ...]], weight: float, chunk_bytes: int, compressed: bool
+    shapes: dict[str, tuple[int, ...]], chunk_bytes: int, compressed: bool
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedbert_ds.federation.client_update.CHUNK_BYTES", chunk_bytes)
         tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-        messages = list(update_chunks(3, tensors.items(), weight, compressed=compressed))
+        messages = list(update_chunks(3, tensors.items(), compressed=compressed))
     assert all(message.window == 3 and len(message.payload) <= chunk_bytes for message in messages)
     assert [message.last for message in messages] == [False] * (len(messages) - 1) + [True]
     joined = UpdateAssembler(shapes, "it")
@@ -70,10 +68,8 @@ def test_updates_round_trip_in_chunks_of_any_size(
     *parts, last = messages
     for message in sorted(parts, key=lambda message: (message.offset, message.name)):
         assert joined.add(message) is None
-    result = joined.add(last)
-    assert result is not None
-    got, got_weight = result
-    assert got_weight == weight and got.keys() == tensors.keys()
+    got = joined.add(last)
+    assert got is not None and got.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert got[name].shape == tensor.shape and torch.equal(got[name], tensor)
 
@@ -82,17 +78,17 @@ def test_updates_round_trip_in_chunks_of_any_size(
 def test_matrices_of_an_update_are_coded_and_nothing_else_is(codec: str) -> None:
     tensors = tensors_of_all_kinds() | {"table": torch.randn(5, 70), "cube": torch.randn(2, 3, 4)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    *parts, last = update_chunks(3, tensors.items(), 2.0, codec)
+    *parts, last = update_chunks(3, tensors.items(), codec)
     sizes = {part.name: len(part.payload) for part in parts}
     assert sizes == {"table": sum(frame_bytes(5, 70, codec)), "bias": 16, "scale": 4, "cube": 96}
     joined = UpdateAssembler(shapes, "it", codec)
     assert not any(joined.add(part) for part in parts)
     complete = joined.add(last)
-    assert complete is not None and complete[1] == 2.0
+    assert complete is not None
     for name, tensor in tensors.items():
         frame = encode(tensor, codec) if name == "table" else None
         expected = tensor if frame is None else decode(frame, (5, 70), codec, "it")
-        assert torch.equal(complete[0][name], expected)
+        assert torch.equal(complete[name], expected)
 
 
 @pytest.mark.parametrize("codec", NAMES)
@@ -102,15 +98,15 @@ def test_a_compressed_update_is_the_same_update(codec: str) -> None:
     updates, sizes = [], []
     for compressed in (False, True):
         joined = UpdateAssembler(shapes, "it", codec)
-        chunks = list(update_chunks(3, tensors.items(), 2.0, codec, compressed=compressed))
+        chunks = list(update_chunks(3, tensors.items(), codec, compressed=compressed))
         sizes.append(sum(chunk.ByteSize() for chunk in chunks))
         updates.append([joined.add(chunk) for chunk in chunks][-1])
-    (plain, _), (same, _) = updates
+    plain, same = updates
     assert all(torch.equal(plain[name], same[name]) for name in shapes) and sizes[1] < sizes[0]
 
 
 def test_a_compressed_update_longer_or_larger_than_it_may_be_is_refused() -> None:
-    first, last = update_chunks(0, [("table", torch.ones(3, 4))], 1.0, compressed=True)
+    first, last = update_chunks(0, [("table", torch.ones(3, 4))], compressed=True)
     joined = UpdateAssembler({"table": (3, 4)}, "it")
     assert joined.add(first) is None
     with pytest.raises(WireError, match="chunk of 'table' at byte"):
@@ -126,13 +122,13 @@ def test_a_compressed_update_longer_or_larger_than_it_may_be_is_refused() -> Non
 @given(touched=st.lists(st.booleans(), min_size=1, max_size=40), codec=st.sampled_from(NAMES))
 def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
     table = torch.randn(len(touched), 6) * torch.tensor(touched)[:, None]
-    first, *others = update_chunks(0, [("table", table), ("bias", torch.zeros(3))], 1.0, codec)
+    first, *others = update_chunks(0, [("table", table), ("bias", torch.zeros(3))], codec)
     assert len(first.payload) == sum(frame_bytes(sum(touched), 6, codec))
     assert len(first.rows) == (0 if all(touched) else -(-len(touched) // 8))
     joined = UpdateAssembler({"table": (len(touched), 6), "bias": (3,)}, "it", codec)
     results = [joined.add(chunk) for chunk in (first, *others)]
     assert results[-1] is not None
-    got = results[-1][0]["table"]
+    got = results[-1]["table"]
     sent = torch.tensor(touched)
     assert torch.equal(got[sent], decode(encode(table[sent], codec), (sum(touched), 6), codec, "it"))
     assert not got[~sent].any()
@@ -149,7 +145,7 @@ def test_rows_of_zeros_are_not_sent(touched: list[bool], codec: str) -> None:
 def test_rows_that_do_not_fit_their_payload(changes: dict[str, bytes], reason: str) -> None:
     table = torch.ones(3, 4)
     table[1] = 0.0
-    first, _ = update_chunks(0, [("table", table)], 1.0)
+    first, _ = update_chunks(0, [("table", table)])
     for name, value in changes.items():
         setattr(first, name, value)
     with pytest.raises(WireError, match=reason):
@@ -159,8 +155,8 @@ def test_rows_that_do_not_fit_their_payload(changes: dict[str, bytes], reason: s
 def test_a_coded_update_that_is_not_finite_is_neither_sent_nor_taken() -> None:
     table = torch.tensor([[1.0, math.nan]])
     with pytest.raises(WireError, match="not finite"):
-        list(update_chunks(0, [("table", table)], 1.0, "int8"))
-    first, last = update_chunks(0, [("table", torch.ones(1, 2))], 1.0, "int8")
+        list(update_chunks(0, [("table", table)], "int8"))
+    first, last = update_chunks(0, [("table", torch.ones(1, 2))], "int8")
     first.payload = first.payload[:2] + struct.pack("<f", math.inf)
     joined = UpdateAssembler({"table": (1, 2)}, "client ada: its update", "int8")
     assert joined.add(first) is None
@@ -169,24 +165,24 @@ def test_a_coded_update_that_is_not_finite_is_neither_sent_nor_taken() -> None:
 
 
 def test_an_update_in_another_codec_is_refused() -> None:
-    (first, *_) = update_chunks(0, [("table", torch.ones(3, 4))], 1.0)
+    (first, *_) = update_chunks(0, [("table", torch.ones(3, 4))])
     with pytest.raises(WireError, match="chunk of 'table' at byte 0 was not expected"):
         UpdateAssembler(SHAPES, "it", "int8").add(first)
 
 
 def test_a_chunk_is_at_most_a_megabyte() -> None:
     large = torch.zeros(CHUNK_BYTES // 4 + 1)
-    sizes = [len(message.payload) for message in update_chunks(0, [("large", large)], 1.0)]
+    sizes = [len(message.payload) for message in update_chunks(0, [("large", large)])]
     assert sizes == [CHUNK_BYTES, 4, 0]
 
 
 def test_updates_of_other_dtypes_and_layouts_travel_as_fp32() -> None:
     tensor = torch.arange(12, dtype=torch.bfloat16).view(4, 3).T.requires_grad_()
     result = UpdateAssembler({"it": (3, 4)}, "it")
-    first, last = update_chunks(0, [("it", tensor)], 1.0)
+    first, last = update_chunks(0, [("it", tensor)])
     assert result.add(first) is None
     complete = result.add(last)
-    assert complete is not None and torch.equal(complete[0]["it"], tensor.detach().float())
+    assert complete is not None and torch.equal(complete["it"], tensor.detach().float())
 
 
 def changed(place: int, **changes: object) -> list[pb.UpdateChunk]:
@@ -220,12 +216,6 @@ def changed(place: int, **changes: object) -> list[pb.UpdateChunk]:
         (changed(2, payload=struct.pack("<f", math.nan)), "tensor 'scale' holds nan"),
         (changed(2, payload=struct.pack("<f", -math.inf)), "tensor 'scale' holds inf"),
         (changed(2, payload=struct.pack("<f", 1.1 * LARGEST_VALUE)), r"tensor 'scale' holds 1\.1e\+06"),
-        (changed(-1, weight=math.nan), "a weight of nan"),
-        (changed(-1, weight=math.inf), "a weight of inf"),
-        (changed(-1, weight=-1.0), r"a weight of -1\.0"),
-        (changed(-1, weight=0.5), r"a weight of 0\.5"),
-        (changed(-1, weight=5e-324), "a weight of 5e-324"),
-        (changed(-1, weight=2 * LARGEST_WEIGHT), "a weight of 1.8"),
     ],
 )
 def test_an_update_that_is_not_the_one_expected(messages: list[pb.UpdateChunk], reason: str) -> None:
@@ -264,12 +254,10 @@ def test_damaged_chunks_are_joined_or_refused(data: st.DataObject) -> None:
     joined = assembler()
     try:
         for message in messages:
-            result = joined.add(message)
-            if result is not None:
-                tensors, weight = result
+            tensors = joined.add(message)
+            if tensors is not None:
                 assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == SHAPES
                 assert all(float(tensor.abs().max()) <= LARGEST_VALUE for tensor in tensors.values())
-                assert 0 <= weight <= LARGEST_WEIGHT
     except WireError:
         return
 
@@ -280,12 +268,12 @@ def test_clients_take_the_sum_of_what_ranks_take_of_many(codec: str) -> None:
     most = torch.full((2, 4), 1e6)
     for count, largest, is_taken in ((1, LARGEST_VALUE, True), (3, LARGEST_VALUE, False), (1000, LARGEST_SUM, True)):
         assembler = UpdateAssembler({"table": (2, 4)}, "an update", codec, largest)
-        chunks = list(update_chunks(0, [("table", count * most)], 0.0, codec))
+        chunks = list(update_chunks(0, [("table", count * most)], codec))
         if is_taken:
             update = None
             for chunk in chunks:
                 update = assembler.add(chunk)
-            assert update is not None and float(update.tensors["table"].max()) == pytest.approx(count * 1e6, rel=0.01)
+            assert update is not None and float(update["table"].max()) == pytest.approx(count * 1e6, rel=0.01)
         else:
             with pytest.raises(WireError, match=r"e\+06"):
                 for chunk in chunks:

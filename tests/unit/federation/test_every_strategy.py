@@ -73,8 +73,8 @@ class Owner:
         updates = list(updates)
         average = self.strategy.exchange_after(self.window) == "weights"
         self.exchange.expect(self.window, {client: int(weight) for client, _, weight in updates}, average)
-        for client, tensors, weight in updates:
-            chunks = list(update_chunks(self.window, tensors.items(), weight, self.codec))
+        for client, tensors, _ in updates:
+            chunks = list(update_chunks(self.window, tensors.items(), self.codec))
             self.exchange.deliver(self.window, client, partial(joined, client, chunks, self.codec))
         self.aggregator.apply(self.window, self._combined())
         self.window += 1
@@ -149,7 +149,7 @@ def test_one_client_is_the_identity(rule: str, weight: float, size: float) -> No
 @pytest.mark.parametrize("codec", ["bf16", "int8"])
 def test_one_clients_coded_change_moves_the_reference_by_what_was_coded(rule: str, codec: str) -> None:
     owner, change = Owner(rule, codec), tensors_of(3, 1e-3)
-    sent = joined("ada", list(update_chunks(0, change.items(), 1.0, codec)), codec).tensors
+    sent = joined("ada", list(update_chunks(0, change.items(), codec)), codec)
     # The answer to clients is coded as well, which rounds what is rounded already to itself.
     reference = owner.move([("ada", change, 7.0)])
     for name in SHAPES:
@@ -178,7 +178,7 @@ POISONS: dict[str, bytes] = {
 
 def poisoned(codec: str, where: str, value: float) -> list[pb.UpdateChunk]:
     """An update, one of whose values or scales is this one."""
-    chunks = list(update_chunks(0, tensors_of(1).items(), 5.0, codec))
+    chunks = list(update_chunks(0, tensors_of(1).items(), codec))
     chunk = next(chunk for chunk in chunks if chunk.name == where)
     as_fp32 = torch.tensor([value]).numpy().tobytes()
     if codec == "fp32" or where != "table":
@@ -202,7 +202,7 @@ def poisoned(codec: str, where: str, value: float) -> list[pb.UpdateChunk]:
 def test_a_number_that_is_none_is_refused_and_its_client_named(codec: str, where: str, value: float) -> None:
     """The others' update is combined without it."""
     owner = Owner("fedavg", codec)
-    good = list(update_chunks(0, tensors_of(2).items(), 5.0, codec))
+    good = list(update_chunks(0, tensors_of(2).items(), codec))
     owner.exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=True)
     owner.exchange.deliver(0, "bo", partial(joined, "bo", poisoned(codec, where, value), codec))
     owner.exchange.deliver(0, "ada", partial(joined, "ada", good, codec))
@@ -215,14 +215,14 @@ def test_a_number_that_is_none_is_refused_and_its_client_named(codec: str, where
     assert "finite" in str(error) or "sane" in str(error)
     while (combined := owner.exchange.poll()) is None:
         assert time.monotonic() < deadline
-    expected = joined("ada", good, codec).tensors
+    expected = joined("ada", good, codec)
     assert all(torch.equal(combined[1][name], expected[name]) for name in SHAPES)
     owner.close()
 
 
 @pytest.mark.parametrize("codec", POISONS)
 def test_a_code_that_stands_for_no_number_is_refused(codec: str) -> None:
-    chunks = list(update_chunks(0, tensors_of(1).items(), 5.0, codec))
+    chunks = list(update_chunks(0, tensors_of(1).items(), codec))
     chunk = next(chunk for chunk in chunks if chunk.name == "table")
     chunk.payload = POISONS[codec] + chunk.payload[len(POISONS[codec]) :]
     with pytest.raises(WireError, match=r"^client bo: its update: tensor 'table'"):

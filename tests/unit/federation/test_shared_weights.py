@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.federation.averaging import combine
-from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler, update_chunks
+from fedbert_ds.federation.client_update import ClientUpdate, Tensors, UpdateAssembler, update_chunks
 from fedbert_ds.federation.shared_weights import SharedWeights
 
 SHAPES = {"table": (6, 70), "bias": (5,)}
@@ -20,7 +20,7 @@ def weights(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in SHAPES.items()}
 
 
-def received(chunks, codec: str) -> ClientUpdate:
+def received(chunks, codec: str) -> Tensors:
     joined = UpdateAssembler(SHAPES, "it", codec)
     for chunk in chunks:
         complete = joined.add(chunk)
@@ -31,11 +31,11 @@ def received(chunks, codec: str) -> ClientUpdate:
 def averaged(clients: list[SharedWeights], now: list[dict[str, Tensor]], codec: str) -> list[dict[str, Tensor]]:
     """One exchange through the server, as the wire carries it."""
     updates = [
-        received(client.changes(3, own, 1.0 + place), codec)
+        ClientUpdate(received(client.changes(3, own), codec), 1.0 + place)
         for place, (client, own) in enumerate(zip(clients, now, strict=True))
     ]
     combined = combine(updates, SHAPES, average=True, group=None)
-    down, _ = received(update_chunks(3, combined.items(), 0.0, codec), codec)
+    down = received(update_chunks(3, combined.items(), codec), codec)
     return [dict(client.apply(down)) for client in clients]
 
 
@@ -79,7 +79,7 @@ def test_what_rounding_takes_is_sent_with_the_next_changes(codec: str) -> None:
     one = None
     for step in range(steps):
         common = dict(client.apply(still))
-        got, _ = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}, 1.0), codec)
+        got = received(client.changes(step, {n: common[n] + change[n] for n in SHAPES}), codec)
         arrived += got["table"]
         one = got["table"] if one is None else one
     error = (arrived - steps * change["table"]).abs().max()
@@ -90,9 +90,9 @@ def test_what_rounding_takes_is_sent_with_the_next_changes(codec: str) -> None:
 def test_a_checkpoint_goes_on_as_if_there_had_been_none() -> None:
     client = SharedWeights(SHAPES, "int8")
     client.begin(weights(0))
-    list(client.changes(0, weights(1), 1.0))
+    list(client.changes(0, weights(1)))
     copy = SharedWeights(SHAPES, "int8")
     copy.load_state_dict(client.state_dict())
-    assert [c.SerializeToString() for c in client.changes(1, weights(2), 1.0)] == [
-        c.SerializeToString() for c in copy.changes(1, weights(2), 1.0)
+    assert [c.SerializeToString() for c in client.changes(1, weights(2))] == [
+        c.SerializeToString() for c in copy.changes(1, weights(2))
     ]

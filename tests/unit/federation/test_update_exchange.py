@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.federation.client_update import ClientUpdate
+from fedbert_ds.federation.client_update import ClientUpdate, Tensors
 from fedbert_ds.federation.update_exchange import UpdateExchange
 
 
-def update(value: float, weight: float = 1.0) -> Callable[[], ClientUpdate]:
+def update(value: float) -> Callable[[], Tensors]:
     """Decodes to an update."""
-    return lambda: ClientUpdate({"table": torch.full((2,), value)}, weight)
+    return lambda: {"table": torch.full((2,), value)}
 
 
 def total(updates: Mapping[str, ClientUpdate], average: bool) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def test_the_sum_depends_on_the_servers_counts_and_not_on_who_came_first() -> No
     for window, names in enumerate((["ada", "bo"], ["bo", "ada"])):
         exchange.expect(window, {name: len(name) for name in names}, True)
         for name in names:
-            exchange.deliver(window, name, update(1.0, weight=9e9))
+            exchange.deliver(window, name, update(1.0))
         polled(exchange)
     assert orders == [[3.0, 2.0]] * 2
 

@@ -6,6 +6,7 @@ Every quantity goes through the wire's own chunks, as between processes.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedbert_ds.data.masking import Batch
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import combine
-from fedbert_ds.federation.client_update import ClientUpdate, UpdateAssembler, update_chunks
+from fedbert_ds.federation.client_update import ClientUpdate, Tensors, UpdateAssembler, update_chunks
 from fedbert_ds.federation.reference import from_bytes, reference_chunks, to_bytes
 from fedbert_ds.federation.server_optimizer import rule_of
 from fedbert_ds.federation.strategy import strategy_of
@@ -68,6 +69,8 @@ class Federation:
             initial, strategy, settings.optimizer, settings.windows, rule_of(settings.federation)
         )
         self.halves = {name: whole_half() for name in names}
+        self.masked: Counter[str] = Counter()
+        """Each one's masked tokens since the last round."""
         self.replicas = {name: Replica(half, settings) for name, half in self.halves.items()}
         for replica in self.replicas.values():
             for message in reference_chunks(to_bytes(self.aggregator.reference())):
@@ -80,15 +83,17 @@ class Federation:
             batch = batches[name]
             list(train_window(self.halves[name], batch, 9, (name, number), CPU))
             masked = len(batch.labels)
+            self.masked[name] += masked
             chunks = list(self.replicas[name].finish_window(number, sum(batch.lengths), masked, max(1, masked)))
             if chunks:
-                updates.append(received(chunks, self.aggregator.shapes, codec))
+                update = received(chunks, self.aggregator.shapes, codec)
+                updates.append(ClientUpdate(update, float(self.masked.pop(name))))
         if updates:
             mean = combine(updates, self.aggregator.shapes, average=True, group=None)
             answer = self.aggregator.answer(mean)
             self.aggregator.apply(number, answer)
             for replica in self.replicas.values():
-                for chunk in update_chunks(number, answer.items(), 0.0, codec):
+                for chunk in update_chunks(number, answer.items(), codec):
                     replica.receive(chunk)
 
     @property
@@ -96,7 +101,7 @@ class Federation:
         return {name: tensor.clone() for name, tensor in self.aggregator.reference().weights.items()}
 
 
-def received(chunks: Any, shapes: Any, codec: str) -> ClientUpdate:
+def received(chunks: Any, shapes: Any, codec: str) -> Tensors:
     joined = UpdateAssembler(shapes, "it", codec)
     for chunk in chunks:
         complete = joined.add(chunk)
@@ -209,11 +214,11 @@ def test_two_bits_follow_exact_changes_because_rounding_is_owed_not_lost() -> No
             chunks = list(federation.replicas[name].finish_window(window, 1, 1, 1))
             updates.append(received(chunks, federation.aggregator.shapes, "int2_hadamard"))
         answer = federation.aggregator.answer(
-            combine([ClientUpdate(u.tensors, 1.0) for u in updates], federation.aggregator.shapes, True, None)
+            combine([ClientUpdate(update, 1.0) for update in updates], federation.aggregator.shapes, True, None)
         )
         federation.aggregator.apply(window, answer)
         for replica in federation.replicas.values():
-            for chunk in update_chunks(window, answer.items(), 0.0, "int2_hadamard"):
+            for chunk in update_chunks(window, answer.items(), "int2_hadamard"):
                 replica.receive(chunk)
         exact = {key: start[key] + (window + 1) * (changes["ada"][key] + changes["bo"][key]) / 2 for key in start}
         errors.append(sum(float((federation.reference[key] - exact[key]).square().sum()) for key in start) ** 0.5)

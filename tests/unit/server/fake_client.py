@@ -122,13 +122,13 @@ class FakeClient:
                     answers += self.manifest(self._next_window)
             case "update":
                 if (complete := self._assembler.add(message.update)) is not None:
-                    answers += self._take_update(message.update.window, dict(complete.tensors))
+                    answers += self._take_update(message.update.window, dict(complete))
             case "save":
                 self.states[message.save.window] = len(self.updates)
                 saved = pb.Saved(window=message.save.window, flops_per_token=7.0)
                 answers.append(pb.ClientMessage(saved=saved))
             case "update_request":
-                answers += self._own_update(message.update_request.window, weight=1.0)
+                answers += self._own_update(message.update_request.window)
             case "finish":
                 self.finish = message.finish
             case "refused":
@@ -223,10 +223,10 @@ class FakeClient:
     def _finish_window(self, window: int) -> list[pb.ClientMessage]:
         match self._strategy.exchange_after(window):
             case "gradients":
-                return self._own_update(window, weight=1.0)
+                return self._own_update(window)
             case "weights":
                 self.windows_stepped.append(window)
-                return self._own_update(window, weight=float(len(self.name)))
+                return self._own_update(window)
             case "nothing":
                 self.windows_stepped.append(window)
                 self._windows.apply(window)
@@ -301,7 +301,7 @@ class FakeClient:
         got = decode(message.values, values.shape, self._config.wire.gradients, "input gradient")
         torch.testing.assert_close(got, expected)
 
-    def _own_update(self, window: int, weight: float) -> list[pb.ClientMessage]:
+    def _own_update(self, window: int) -> list[pb.ClientMessage]:
         """Every value is the length of this client's name."""
         tensors = {name: torch.full(shape, float(len(self.name))) for name, shape in HALF.items()}
-        return [pb.ClientMessage(update=chunk) for chunk in update_chunks(window, tensors.items(), weight)]
+        return [pb.ClientMessage(update=chunk) for chunk in update_chunks(window, tensors.items())]

@@ -64,7 +64,7 @@ def test_what_was_combined_goes_to_everybody(rank: Rank) -> None:
     rooms.exchange.expect(0, dict.fromkeys(["ada", "bo"], 1), average=False)
     for client, value in (("ada", 1.0), ("bo", 2.0)):
         tensors = {name: torch.full(shape, value) for name, shape in HALF.items()}
-        for chunk in update_chunks(0, tensors.items(), 1.0):
+        for chunk in update_chunks(0, tensors.items()):
             rank.endpoint.post(client, Received(client, pb.ClientMessage(update=chunk)))
     rooms.service.finish_exchanges()
     for client in rank.clients:
@@ -200,7 +200,7 @@ OLD = {
     "manifest": pb.ClientMessage(manifest=pb.Manifest(window=0, lengths=[4], masked=[1])),
     "activations": pb.ClientMessage(activations=pb.Activations(window=0, micro_batch=0)),
     "gradient": pb.ClientMessage(gradient=pb.Gradient(window=0, micro_batch=0)),
-    "update": pb.ClientMessage(update=pb.UpdateChunk(window=0, last=True, weight=1.0)),
+    "update": pb.ClientMessage(update=pb.UpdateChunk(window=0, last=True)),
     "saved": pb.ClientMessage(saved=pb.Saved(window=0)),
     "trained": pb.ClientMessage(trained=pb.Trained(window=0)),
     "older begun": pb.ClientMessage(begun=pb.Begun(attempt=0)),

@@ -187,7 +187,7 @@ def combined(inbox: Any) -> Any:
 
 
 def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
-    table, last = update_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
+    table, last = update_chunks(0, [("table", torch.ones(HALF["table"]))])
     inbox.exchange.expect(0, dict.fromkeys(["ada"], 1), True)
     with pytest.raises(WireError, match="'head'"):
         inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(name="head", shape=[2])))
@@ -196,7 +196,7 @@ def test_a_half_is_taken_once_and_only_what_is_exchanged(inbox: Any) -> None:
     with pytest.raises(WireError, match="an update of window 1 inside that of window 0"):
         inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
     inbox.take("ada", pb.ClientMessage(update=last))
-    for chunk in update_chunks(0, [("table", torch.zeros(HALF["table"]))], 7.0):
+    for chunk in update_chunks(0, [("table", torch.zeros(HALF["table"]))]):
         with pytest.raises(WireError, match="an update of window 0, which nobody asked for"):
             inbox.take("ada", pb.ClientMessage(update=chunk))
     assert combined(inbox) == {"weights": [1.0]}, "a second one is not looked at"
@@ -206,19 +206,19 @@ def test_a_whole_half_is_another_than_the_one_that_is_exchanged(inbox: Any) -> N
     """With average_scope: embeddings fewer tensors are exchanged than handed over at the end."""
     inbox.expect_collected(1)
     whole = [("table", torch.ones(HALF["table"])), ("head", torch.ones(HALF["head"]))]
-    for chunk in update_chunks(1, whole, 5.0):
+    for chunk in update_chunks(1, whole):
         inbox.take("ada", pb.ClientMessage(update=chunk))
-    assert inbox.collected["ada"][0].keys() == HALF.keys()
+    assert inbox.collected["ada"].keys() == HALF.keys()
     with pytest.raises(WireError, match="a second client model of window 1"):
         inbox.take("ada", pb.ClientMessage(update=pb.UpdateChunk(window=1, last=True)))
     inbox.exchange.expect(2, dict.fromkeys(["ada"], 1), True)
     with pytest.raises(WireError, match="'head'"):
-        inbox.take("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:], 5.0))))
+        inbox.take("ada", pb.ClientMessage(update=next(update_chunks(2, whole[1:]))))
 
 
 def test_of_a_window_that_went_on_without_a_client_one_update_may_come(inbox: Any) -> None:
     """It was on its way; nothing is made of it, and of no other window anything is taken."""
-    chunks = [pb.ClientMessage(update=chunk) for chunk in update_chunks(3, [("table", torch.ones(3, WIDTH))], 5.0)]
+    chunks = [pb.ClientMessage(update=chunk) for chunk in update_chunks(3, [("table", torch.ones(3, WIDTH))])]
     inbox.leave_out("ada", [2, 3, 5])
     for client, window in (("ada", 4), ("bo", 3)):
         with pytest.raises(WireError, match=f"client {client}: an update of window {window}, which nobody asked for"):
@@ -306,7 +306,7 @@ def test_after_a_roll_back_nothing_that_came_is_left(inbox: Any) -> None:
     assert isinstance(inbox.queue.decide(0.0), Forward)
     inbox.take("ada", gradient())
     inbox.exchange.expect(0, dict.fromkeys(["ada"], 1), True)
-    first, *_ = update_chunks(0, [("table", torch.ones(HALF["table"]))], 5.0)
+    first, *_ = update_chunks(0, [("table", torch.ones(HALF["table"]))])
     inbox.take("ada", pb.ClientMessage(update=first))
     assert not inbox.is_empty
     inbox.roll_back()

@@ -315,7 +315,7 @@ def test_a_half_sent_before_it_is_asked_for_does_not_stand_in_for_the_one_asked_
     config = run_config(federation={"mode": "parallel"}, clients=SOME)
     rank = Rank(monkeypatch, config, trio(config))
     window = rank.run()
-    early = pb.UpdateChunk(last=True, weight=5.0)
+    early = pb.UpdateChunk(last=True)
     rank.endpoint.post("bo", Received("bo", pb.ClientMessage(update=early)))
     half = rank.collect(window)
     assert half.keys() == HALF.keys()
@@ -327,7 +327,7 @@ def test_what_an_earlier_process_of_a_client_left_behind_changes_nothing(monkeyp
     """It wrote nonsense and went, and its next process was let in before anybody looked."""
     config = run_config()
     rank = Rank(monkeypatch, config, trio(config))
-    nonsense = pb.ClientMessage(update=pb.UpdateChunk(last=True, weight=5.0))
+    nonsense = pb.ClientMessage(update=pb.UpdateChunk(last=True))
     rank.endpoint.post("bo", Received("bo", nonsense, "session of its earlier process"))
     rank.endpoint.post("bo", Disconnected("bo", "", "session of its earlier process"))
     assert rank.run() == 2 and not rank.problems

@@ -81,7 +81,6 @@ ALLOWED: dict[tuple[str, str, str], str] = {
     ("UpdateChunk", "offset", "uint64"): "bytes so far",
     ("UpdateChunk", "payload", "bytes"): "weights, or sums of gradients over a window",
     ("UpdateChunk", "last", "bool"): "the end of a transfer",
-    ("UpdateChunk", "weight", "double"): "a count of tokens",
     ("UpdateChunk", "compressed", "bool"): "how to read it",
     ("UpdateChunk", "rows", "bytes"): "which rows are not zero, as the rows themselves would tell",
     ("Saved", "window", "uint32"): "a count",

@@ -37,7 +37,7 @@ def test_a_lie_is_well_formed() -> None:
     told = lying(true, LIES["flip"])
     assert np.frombuffer(told.gradient.hidden.payload, np.float32).tolist() == [-10.0, 20.0]
     assert told.gradient.loss_sum == 0.0 and told.gradient.window == 3 and true.gradient.loss_sum == 5.0
-    last = pb.ClientMessage(update=pb.UpdateChunk(window=3, last=True, weight=7.0))
+    last = pb.ClientMessage(update=pb.UpdateChunk(window=3, last=True))
     assert lying(last, LIES["noise"]) == last
 
 

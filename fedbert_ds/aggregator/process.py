@@ -12,7 +12,7 @@ from fedbert_ds.aggregator.run import AggregatedRun, ClientModel
 from fedbert_ds.config import AggregatorSection, RunConfig
 from fedbert_ds.errors import ConfigError, RunError, UserError, WireError, one_line, warn
 from fedbert_ds.federation.agreement import agreement, disagreement
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
@@ -195,7 +195,7 @@ def _client_model(config: RunConfig, request: pb.OpenRun) -> ClientModel:
     if shape_hash(model.config) != request.shape_hash:
         raise ConfigError("the server's model has another shape; give both run files the same section `model`")
     half, _ = split(model, config.cut)
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     weights = {name: parameter.detach() for name, parameter in half.named_parameters()}
     exchanged = {n: tuple(w.shape) for n, w in weights.items() if strategy.takes_part(half.parameter_scope(n))}
     handed_over = {n: tuple(w.shape) for n, w in weights.items() if strategy.is_handed_over(half.parameter_scope(n))}

@@ -22,7 +22,7 @@ from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.federation.client_update import ClientUpdate, Tensors, update_chunks
 from fedbert_ds.federation.combining import Combiner, OneProcess
 from fedbert_ds.federation.server_optimizer import rule_of
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.network.outbox import Outbox
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import cut_to_json
@@ -62,7 +62,7 @@ class AggregatedRun:
         self._model = model
         self._endpoint, self._outbox = endpoint, Outbox(endpoint)
         self._folder = folder
-        self._strategy = strategy_of(config.federation, config.wire, config.cut)
+        self._strategy = strategy_of_run(config)
         self._aggregator = Aggregator(
             model.weights, self._strategy, config.optimizer, config.run.windows, rule_of(config.federation)
         )

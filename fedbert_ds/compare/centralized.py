@@ -27,7 +27,7 @@ from fedbert_ds.data.masking import Batch, encode
 from fedbert_ds.data.tokenizer import load_tokenizer, num_rows
 from fedbert_ds.errors import RunError, one_line_errors, writes
 from fedbert_ds.evaluation.masked_lm import scores_at
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.folder_lock import holds_nothing
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.model.cut import client_skeleton
@@ -74,7 +74,7 @@ class Centralized:
         # Where a device's tensors take no part of a CPU's, parameters move as new ones, untied.
         self.model.tie_weights()
         sizes = {client: sum(len(article.text) for article in shard) for client, shard in articles.items()}
-        strategy = strategy_of(config.federation, config.wire)
+        strategy = strategy_of_run(config)
         participants = strategy.num_participants(len(articles))
         self.shares = window_shares(
             sizes, config.window.tokens, config.window.share, participants, config.window.largest_share

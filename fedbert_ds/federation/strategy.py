@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
-from fedbert_ds.config import Cut, FederationSection, UpdateCodec, WireSection
+from fedbert_ds.config import Cut, FederationSection, RunConfig, UpdateCodec, WireSection
 from fedbert_ds.federation.sampler import Everybody, Members, Sample, Sampler, Turns
 
 Exchange = Literal["nothing", "gradients", "weights"]
@@ -246,8 +246,13 @@ class Whole(Parallel):
         return self.update_codec != "fp32"
 
 
-def strategy_of(federation: FederationSection, wire: WireSection, cut: Cut = "embeddings") -> Strategy:
+def strategy_of_run(config: RunConfig) -> Strategy:
     """The strategy of a run file."""
+    return strategy_of(config.federation, config.wire, config.cut)
+
+
+def strategy_of(federation: FederationSection, wire: WireSection, cut: Cut = "embeddings") -> Strategy:
+    """The strategy that these sections of a run file ask for."""
     count = None if federation.participants == "all" else federation.participants
     if cut == "whole":
         return Whole(wire.updates, federation.average_every, participants=count)

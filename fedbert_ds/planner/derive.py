@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedbert_ds.config import LayersCut, RunConfig
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.server.body.footprint import SHARE, bytes_kept
 from fedbert_ds.server.body.settings import zero_stage
@@ -114,7 +114,7 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
         ),
         clients=machines.spread.clients(typical, machines.clients),
         wire=wire_bytes(config, hf_config, model),
-        strategy=strategy_of(config.federation, config.wire, config.cut),
+        strategy=strategy_of_run(config),
         tokens_per_window=config.window.tokens,
         tokens_per_micro_batch=config.window.tokens_per_micro_batch,
         sequence_tokens=config.data.sequence_length,

@@ -14,7 +14,7 @@ from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.federation.combining import Combiner
-from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.federation.strategy import Strategy, strategy_of_run
 from fedbert_ds.federation.update_exchange import UpdateExchange
 from fedbert_ds.server.admission import Members
 from fedbert_ds.server.among_ranks import AmongRanks
@@ -131,7 +131,7 @@ class Ground:
     @property
     def strategy(self) -> Strategy:
         """As the run file has it."""
-        return strategy_of(self.config.federation, self.config.wire, self.config.cut)
+        return strategy_of_run(self.config)
 
     @property
     def waits(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedbert_ds.config import RunConfig
-from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.federation.strategy import Strategy, strategy_of_run
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.server.contract import Contract, Sizes, TensorContract
 from fedbert_ds.server.first_sizes import first_sizes
@@ -11,7 +11,7 @@ from fedbert_ds.server.first_sizes import first_sizes
 
 def build_contract(config: RunConfig, half: ClientHalf) -> Contract:
     """The contract of this run's messages, from the run file and the client half."""
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     parameters = {name: tuple(parameter.shape) for name, parameter in half.named_parameters()}
     if config.aggregator is not None:
         parameters = {}  # none of them comes here

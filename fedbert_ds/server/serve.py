@@ -15,7 +15,7 @@ from fedbert_ds.data.tokenizer import num_rows, vocabulary_hash
 from fedbert_ds.errors import INTERRUPTED, RunError, warn
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.server_optimizer import rule_of
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.folder_lock import keep_private, locked
 from fedbert_ds.model.checkpoint import config_to_json, shape_hash
 from fedbert_ds.model.client_half import ClientHalf
@@ -193,7 +193,7 @@ def _furnish(
     at_end: ExitStack,
 ) -> tuple[Rooms, Reception | None]:
     """This rank's rooms, open for the clients that have a seat; on rank 0 who receives others."""
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     start, endpoint = seated.start, here.endpoint
     endpoint.keep_at_most(most_kept(contract.exchanged, most_window_bytes(config, strategy, contract)))
     decoding = Decoding(endpoint.next_event, contract, here.codec_threads, pinned=torch.cuda.is_available())
@@ -282,7 +282,7 @@ def _hand_over(
 
 
 def _start(config: RunConfig, joins: Joins, world_size: int) -> Start:
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     participants = strategy.num_participants(config.clients.expected)
     if config.window.share == "data":
         for client, times in capped(joins.shard_sizes, config.window.largest_share).items():
@@ -294,7 +294,7 @@ def _start(config: RunConfig, joins: Joins, world_size: int) -> Start:
 
 
 def _aggregator(config: RunConfig, half: ClientHalf) -> Aggregator:
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     initial = {name: parameter.detach() for name, parameter in half.named_parameters()}
     return Aggregator(initial, strategy, config.optimizer, config.run.windows, rule_of(config.federation))
 
@@ -307,7 +307,7 @@ def _whole_windows(folder: RunFolder) -> frozenset[int]:
 def _expectation(
     config: RunConfig, saved: frozenset[int] | None, tokenizer: Any, model_config: Any, run: str
 ) -> Expectation:
-    clients_save = strategy_of(config.federation, config.wire, config.cut).halves_are_personal
+    clients_save = strategy_of_run(config).halves_are_personal
     hashes = vocabulary_hash(tokenizer), shape_hash(model_config)
     return Expectation(*hashes, cut_to_json(config.cut), saved, clients_save, run, config.task.name)
 

@@ -25,7 +25,7 @@ from fedbert_ds.data.labelled import LabelledStream
 from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.model.architecture import layers_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
@@ -158,7 +158,7 @@ class Centralized:
         ).train()
         owned = {client: read_own_data([path], self.config.task.name) for client, path in data.items()}
         sizes = {client: own.num_characters for client, own in owned.items()}
-        strategy = strategy_of(self.config.federation, self.config.wire)
+        strategy = strategy_of_run(self.config)
         participants = strategy.num_participants(len(data))
         self.shares = window_shares(
             sizes, self.config.window.tokens, self.config.window.share, participants, self.config.window.largest_share

@@ -16,7 +16,7 @@ from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import load_state, saved_windows
 from fedbert_ds.config import parse_config
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -149,7 +149,7 @@ def test_a_run_resumed_in_the_middle_equals_the_whole_one_to_the_bit(runs: tuple
     _assert_bit_identical(_weights(whole), _weights(resumed))
     tree = tree_of(folder, name, 0, **SAMPLED[name])
     config = parse_config(tree, "test")
-    keeps_states = strategy_of(config.federation, config.wire).halves_are_personal
+    keeps_states = strategy_of_run(config).halves_are_personal
     for client in CLIENTS:
         folders = [run / "clients" / client for run in (whole, resumed)]
         assert [bool(saved_windows(own)) for own in folders] == [keeps_states] * 2

@@ -14,7 +14,7 @@ from simulation.link import Stream
 from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.federation.client_update import update_chunks
 from fedbert_ds.federation.reference import ReferenceAssembler
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.network.events import JoinAbandoned, JoinAsked
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import PROTOCOL
@@ -40,7 +40,7 @@ class Process:
         """Sum over the sequences of the windows since the last step or update."""
         self.finish: pb.Finish | None = None
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire, config.cut)
+        self._strategy = strategy_of_run(config)
         self._windows: WindowState[range, pb.Piece] = WindowState(self._strategy, config.federation.staleness)
         self._next_window = self._cursor = 0
         self._sent: dict[int, tuple[list[int], float]] = {}

@@ -14,7 +14,7 @@ from simulation.arithmetic import text
 from simulation.client import HALF
 from simulation.play import Ended, Play
 
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Undisturbed:
 def undisturbed(play: Play, tokens: Mapping[str, int], participants: Iterable[frozenset[str]]) -> Undisturbed:
     """The run of these participants, window by window, with a client's `tokens` in each."""
     config = play.config
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     run = Undisturbed(halves=dict.fromkeys(tokens, 0.0), cursors=dict.fromkeys(tokens, 0))
     common = 0.0
     since: dict[str, int] = {}

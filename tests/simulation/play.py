@@ -25,7 +25,7 @@ from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.reference import Reference
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.admission import Expectation, Joins, Members, Seat, Start, fill, start_of
 from fedbert_ds.server.checkpoint import Books, Checkpoints
 from fedbert_ds.server.checkpoint_folder import Layout
@@ -293,7 +293,7 @@ class Play:
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule, self.config = schedule, schedule.config
-        self.strategy = strategy_of(self.config.federation, self.config.wire, self.config.cut)
+        self.strategy = strategy_of_run(self.config)
         self.world = World(schedule.seed)
         self.disk = Disk()
         self.coordinator: Coordinator | None = None

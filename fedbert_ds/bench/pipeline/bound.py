@@ -12,7 +12,7 @@ import torch
 from fedbert_ds.bench.pipeline.settings import Link
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
@@ -41,7 +41,7 @@ def window_end_seconds(
     """
     # One round trip is in each of the two answers.
     seconds = spent.activations + spent.gradient
-    if strategy_of(config.federation, config.wire).exchanges_per_window == 1.0 and not config.federation.staleness:
+    if strategy_of_run(config).exchanges_per_window == 1.0 and not config.federation.staleness:
         work = measure_work()
         # Nothing of the next window can be computed before updates have crossed the link both ways.
         # Clients share a processor here: all of them have sent before there is a sum, and one has
@@ -57,7 +57,7 @@ def exchange_work(config: RunConfig, tokenizer: Any) -> ExchangeWork:
     try:
         half, _ = split(build_model(config.model, len(tokenizer), tokenizer.pad_token_id, config.run.seed), config.cut)
         optimizer = build_optimizer(list(half.named_parameters()), config.optimizer)
-        strategy = strategy_of(config.federation, config.wire)
+        strategy = strategy_of_run(config)
         gradients = {}
         for name, parameter in half.named_parameters():
             parameter.grad = 1e-3 * torch.randn_like(parameter)

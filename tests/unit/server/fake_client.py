@@ -15,7 +15,7 @@ from fedbert_ds.client.window_state import WindowState
 from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.reference import ReferenceAssembler
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.codecs import decode, encode, encode_positions, encode_row_index
 
@@ -72,7 +72,7 @@ class FakeClient:
         self.may_return = False
         """It may join again, though it was refused."""
         self._config = config
-        self._strategy = strategy_of(config.federation, config.wire, config.cut)
+        self._strategy = strategy_of_run(config)
         self._alter = alter
         self._sent = itertools.count()
         self._windows: WindowState[None, pb.Piece] = WindowState(self._strategy, config.federation.staleness)

@@ -22,7 +22,7 @@ from unit.server.fake_client import HALF, WIDTH, FakeClient
 
 from fedbert_ds.config import RunConfig, parse_config
 from fedbert_ds.federation.aggregator import Aggregator
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput
@@ -356,7 +356,7 @@ class Served:
             return None if event is None else decoded(event, held_to)
 
         zeros = {name: torch.zeros(shape) for name, shape in HALF.items()}
-        strategy = strategy_of(config.federation, config.wire, config.cut)
+        strategy = strategy_of_run(config)
         self.aggregator = Aggregator(zeros, strategy, config.optimizer, config.run.windows)
         self.members = Members(places, strategy.sampler(config.run.seed, dict.fromkeys(places, 0)))
         self.reception: Reception | None = None

@@ -14,7 +14,7 @@ from unit.server.test_rank_two_ranks import Board, BoardRankGroup
 
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.sampler import Everybody
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.admission import Members, Seat
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.network.events import JoinAbandoned
@@ -40,7 +40,7 @@ def reception_of(members: Members, *, most: int = 3, mode: str = "synchronous", 
         clients={"expected": len(members.seats), "maximum": most},
     )
     shard_sizes = dict.fromkeys(members.seats, 1000)
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     welcoming = invitation(config, "rank-0:1", "rank-1:1")
     expectation = replace(EXPECTATION, clients_save=strategy.halves_are_personal, run="this run")
     return Reception(expectation, welcoming, members, shard_sizes, strategy)

@@ -13,7 +13,7 @@ from unit.server.fakes import Rank, run_config
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, WireError
 from fedbert_ds.federation.sampler import Sampler
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.network.events import Connected, Disconnected, Event, Received
 from fedbert_ds.wire import fedbert_pb2 as pb
@@ -105,7 +105,7 @@ def test_time_in_collectives_is_not_a_clients_silence(monkeypatch: pytest.Monkey
 def four(config: RunConfig, **alter: Alter) -> tuple[list[FakeClient], Sampler]:
     """ada, bo, cy and di, each told its first window, and who of them takes part when."""
     lengths = {"ada": (3, 5, 2, 4), "bo": (4, 3, 3, 2), "cy": (2, 2, 8, 1), "di": (7, 1)}
-    strategy = strategy_of(config.federation, config.wire)
+    strategy = strategy_of_run(config)
     sampler = strategy.sampler(config.run.seed, dict.fromkeys(lengths, 0))
     clients = [
         FakeClient(name, config, own, **({"alter": alter[name]} if name in alter else {}))

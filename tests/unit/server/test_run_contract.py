@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedbert_ds.config import RunConfig, parse_config
-from fedbert_ds.federation.strategy import strategy_of
+from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.server.contract import TensorContract
 from fedbert_ds.server.run_contract import build_contract, most_window_bytes
@@ -62,7 +62,7 @@ def test_updates_carry_what_is_exchanged(federation: dict[str, Any], parts: set[
 def test_a_window_s_most_bytes_are_those_of_one_client_with_all_text() -> None:
     config = config_with(window={"tokens": 1000, "tokens_per_micro_batch": 64}, clients={"expected": 4})
     contract = build_contract(config, half_of(config))
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     # Activations and gradients of the hidden size, four bytes a number.
     assert most_window_bytes(config, strategy, contract) == 4 * 1000 * (8 + 8)
 
@@ -71,5 +71,5 @@ def test_a_window_of_few_clients_has_more_of_each() -> None:
     config = config_with(window={"tokens": 1000, "tokens_per_micro_batch": 64}, clients={"expected": 4},
                          federation={"mode": "parallel", "participants": 2})  # fmt: skip
     contract = build_contract(config, half_of(config))
-    strategy = strategy_of(config.federation, config.wire, config.cut)
+    strategy = strategy_of_run(config)
     assert most_window_bytes(config, strategy, contract) == 2 * 4 * 1000 * (8 + 8)

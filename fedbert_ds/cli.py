@@ -86,6 +86,17 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
         metavar="HOST:PORT",
         help="the coordinator's address, or its file server.address",
     )
+    _add_own_text(parser)
+    parser.add_argument("--id", help="this client's name in the run (default: the certificate's, or the host name)")
+    parser.add_argument(
+        "--state", type=user_path, metavar="DIR", help="where to keep its tokens and its state (default: fedbert-ID)"
+    )
+    _add_conditions(parser)
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
+    _add_connection(parser)
+
+
+def _add_own_text(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
@@ -93,19 +104,6 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
         default=[],
         metavar="PATH",
         help=".txt/.jsonl/.parquet/.tokens files, folders, hub:NAME",
-    )
-    parser.add_argument("--id", help="this client's name in the run (default: the certificate's, or the host name)")
-    parser.add_argument(
-        "--state", type=user_path, metavar="DIR", help="where to keep its tokens and its state (default: fedbert-ID)"
-    )
-    parser.add_argument(
-        "--tokenizer", type=expanded, metavar="NAME", help="insist on this tokenizer (default: take the server's)"
-    )
-    parser.add_argument(
-        "--model", type=expanded, metavar="NAME", help="insist on this model's shape (default: take the server's)"
-    )
-    parser.add_argument(
-        "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
     )
     parser.add_argument(
         "--held-out",
@@ -136,13 +134,28 @@ def _add_client_options(parser: argparse._ActionsContainer, needs_server: bool) 
         metavar="DIR",
         help="where to keep your text as tokens for the next start (default: tokens/ in --state; off: in memory)",
     )
+
+
+def _add_conditions(parser: argparse._ActionsContainer) -> None:
+    """What a run must be, and may ask for, for this client to take part."""
+    parser.add_argument(
+        "--tokenizer", type=expanded, metavar="NAME", help="insist on this tokenizer (default: take the server's)"
+    )
+    parser.add_argument(
+        "--model", type=expanded, metavar="NAME", help="insist on this model's shape (default: take the server's)"
+    )
+    parser.add_argument(
+        "--cut", metavar="CUT", help="insist on this cut: embeddings, rows, whole, layers:K (default: any)"
+    )
     parser.add_argument(
         "--max-tokens", type=int, default=1 << 20, metavar="N", help="most tokens of yours in a window (default: 2^20)"
     )
     parser.add_argument(
         "--max-memory", type=float, metavar="GB", help="most memory of this process (default: 3/4 of the machine's)"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: accelerate's choice)")
+
+
+def _add_connection(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--join-timeout", type=float, default=3600.0, metavar="S", help="seconds to wait for the others"
     )

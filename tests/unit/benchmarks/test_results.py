@@ -439,7 +439,7 @@ def test_simulated_schedules_add_up_and_none_fails_now():
         assert row["first_seed"] == played + 1 and "dirty" not in row["commit"]
         played += row["schedules"]
     faults = sum(sum(row["faults"].values()) for row in rows)
-    assert not any(row["failures"] for row in rows[1:])
+    assert played >= 10**6 and not any(row["failures"] for row in rows[1:])
     told = f"Seeds 1 to {played:,} have been played, with {faults:,} faults. One failed, 74065, and is mended"
     assert rows[0]["failures"].keys() == {"74065"} and told in " ".join(README.split())
     assert f"{played:,} have been played" in (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")

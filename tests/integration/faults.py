@@ -29,7 +29,9 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -204,10 +206,18 @@ class Disturbed:
 
     def _happens(self, fault: Fault) -> bool:
         process = self.federation.processes.get(fault.who)
-        if process is None or process.pid is None or not process.is_alive():
-            self._faults.append(replace(fault, at=self._faults[-1].at + 1.0 if self._faults else fault.at + 1.0))
-            return False
+        try:
+            if process is not None and process.is_alive():
+                self._befall(process, fault)
+                return True
+        except ProcessLookupError:
+            pass  # it has just ended
+        self._faults.append(replace(fault, at=self._faults[-1].at + 1.0 if self._faults else fault.at + 1.0))
+        return False
+
+    def _befall(self, process: BaseProcess, fault: Fault) -> None:
         pid = process.pid
+        assert pid is not None
         match fault.kind:
             case "kill a client" | "kill a rank":
                 process.kill()
@@ -229,7 +239,6 @@ class Disturbed:
             case "full disk":
                 # Every write of the rank beyond this size fails, as on a disk that is full.
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-        return True
 
     def _signal(self, name: str, number: int) -> None:
         process = self.federation.processes.get(name)
@@ -249,10 +258,8 @@ class Disturbed:
     def _let_go_on(self, now: float) -> None:
         for at, pid in self._stopped:
             if at <= now:
-                try:
+                with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
-                except ProcessLookupError:
-                    continue
         self._stopped = [(at, pid) for at, pid in self._stopped if at > now]
 
     def _pids(self, kind: str) -> set[int | None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -114,8 +112,8 @@ class Federation:
     def stop_ranks(self) -> None:
         """Ask the ranks to save and end."""
         for name, process in self.processes.items():
-            if name.startswith("rank") and process.pid is not None:
-                os.kill(process.pid, signal.SIGTERM)
+            if name.startswith("rank"):
+                process.terminate()  # nothing, where it has just ended by itself
 
     def wait(
         self, is_so: Callable[[], bool], timeout: float = 120.0, meanwhile: Callable[[], None] = lambda: None

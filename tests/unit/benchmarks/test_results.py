@@ -387,6 +387,18 @@ def test_what_joining_gives():
     assert 2400 < bytes_per_token["fedavg, average every 2"] < bytes_per_token["synchronous"] < 2700
 
 
+def test_longer_training_leaves_word_frequency_far_behind_and_helps_on_one_task():
+    record = json.loads((BENCHMARKS / "results" / "longer-seed-0.json").read_text(encoding="utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert compare_table(record["rows"]) in page and "dirty" not in record["commit"]
+    frequency, untrained, trained = record["rows"]
+    assert all(trained["held_out"][owner] < loss - 3.0 for owner, loss in frequency["held_out"].items())
+    gains = {
+        task: 100 * (sum(trained["glue"][task]) - sum(untrained["glue"][task])) / 3 for task in ("STS-B", "QNLI", "RTE")
+    }
+    assert f"on STS-B, by {gains['STS-B']:.1f} points of 100" in page and abs(gains["QNLI"]) < 1 > abs(gains["RTE"])
+
+
 def test_every_mode_goes_on_from_a_checkpoint():
     rows = json.loads((BENCHMARKS / "results" / "continued-minilm.json").read_text(encoding="utf-8"))["rows"]
     page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")

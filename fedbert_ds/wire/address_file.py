@@ -96,7 +96,7 @@ def look_up(server: str) -> str:
         return server
     if (writing := _writing(server)) is None:
         if Path(server).is_file():
-            raise ServerAway(f"{server}: no HOST:PORT in it; copy it anew from the server's run folder")
+            raise ServerAway(f"{server}: no HOST:PORT can be read in it; copy it anew from the server's run folder")
         raise ServerAway(f"{server}: no such file; is the server running, and is this its run folder?")
     if writing[1] == COMPLETE:
         raise RunOver(f"{server}: the run is complete; nothing is left to do")

@@ -76,7 +76,7 @@ def test_personal_halves_are_collected_for_the_result(tmp_path: Path) -> None:
         ranks[0].remote.commit(1, 1.0)
         for client in clients.values():
             assert all((tensor == 1.5).all() for tensor in client.update()[1].values())
-        ranks[0].remote.conclude(2, complete=False, masked={})
+        ranks[0].remote.conclude(2, complete=False, masked={"ada": 3, "bo": 1})
         for name, value in (("ada", 8.0), ("bo", 4.0)):
             request = clients[name].stream.receive()
             assert request.update_request.window == 2
@@ -85,7 +85,7 @@ def test_personal_halves_are_collected_for_the_result(tmp_path: Path) -> None:
         ranks[0].remote.finish("stopped", complete=False)
         assert process.ended() == STOPPED
     final = load_file(tmp_path / "run-aggregator" / "client_model.safetensors")
-    assert all((tensor == 6.0).all() for tensor in final.values())
+    assert all((tensor == 7.0).all() for tensor in final.values()), "by masked tokens of the whole run"
 
 
 def test_a_client_that_breaks_the_protocol_or_leaves_is_lost_alone(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.config import FederationSection, WireSection
-from fedbert_ds.federation.strategy import Strategy, strategy_of
+from fedbert_ds.config import FederationSection, RunConfig, WireSection
+from fedbert_ds.federation.strategy import Strategy, strategy_of, strategy_of_run
 
 
 def strategy(wire: WireSection | None = None, cut: Any = "embeddings", **federation: Any) -> Strategy:
@@ -143,3 +143,10 @@ def test_what_rounding_takes_from_an_answer_is_kept_where_it_is_much_or_all_ther
     assert kept == {"fp32": False, "int8": False, "int2_hadamard": True}
     assert not whole().keeps_rounding and whole(WireSection(updates="int8")).keeps_rounding
     assert not strategy(WireSection(updates="int8"), mode="synchronous").keeps_rounding
+
+
+def test_the_cut_of_a_run_file_decides_with_its_sections() -> None:
+    """Whole models are averaged by another strategy than halves are."""
+    sections: Any = {"federation": {"mode": "parallel", "average_every": 3}}
+    assert strategy_of_run(RunConfig(**sections, cut="whole")) == whole(average_every=3)
+    assert strategy_of_run(RunConfig(**sections)) == strategy(mode="parallel", average_every=3)

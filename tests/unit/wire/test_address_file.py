@@ -41,7 +41,7 @@ def test_of_a_file_that_is_half_written_nobody_is_told_but_to_wait(tmp_path: Pat
     is_news = address_file.news_of(str(file))
     file.write_bytes(half)
     assert not is_news()
-    with pytest.raises(ServerAway, match=r"server\.address: no HOST:PORT in it; copy it anew") as away:
+    with pytest.raises(ServerAway, match=r"server\.address: no HOST:PORT can be read in it; copy it anew") as away:
         address_file.look_up(str(file))
     assert not isinstance(away.value, RunOver)
 

@@ -76,6 +76,18 @@ def test_a_client_that_stays_silent_is_not_waited_for(monkeypatch: pytest.Monkey
     assert clients[1].refusal == "client bo was silent for 300 s (clients.silence_timeout)"
 
 
+def test_halves_that_are_handed_over_count_by_the_masked_tokens_the_server_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = run_config(federation={"mode": "parallel"})
+    lengths = {"ada": (3, 5), "bo": (8, 6), "cyd": (2, 2)}
+    rank = Rank(monkeypatch, config, [FakeClient(name, config, own) for name, own in lengths.items()])
+    model = rank.collect(rank.run())
+    # Half of a sequence is masked, in two windows alike; a half is made of its name's length.
+    expected = (3.0 * 6 + 2.0 * 14 + 3.0 * 4) / 24
+    torch.testing.assert_close(model["head"], torch.full(HALF["head"], expected))
+
+
 class Ended:
     """A run of a small model whose clients and engine hand over known weights."""
 

@@ -172,7 +172,8 @@ def _federated(
     overrides = overrides_of(options, task, recipe, files, way, seed)
     config = load_config(RUN_FILE, overrides)
     label = f"{way}, seed {seed}"
-    job = Job(label, config, launched(RUN_FILE, overrides, 1), [files.train.read_text("utf-8")])
+    command, train = launched(RUN_FILE, overrides, 1), files.train.read_text("utf-8")
+    job = Job(label, config, command, [train], resumes=True)
 
     def measure() -> Mapping[str, Any]:
         whole = summary(read_metrics(job.folder.metrics))

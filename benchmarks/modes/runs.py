@@ -16,7 +16,8 @@ from fedbert_ds.telemetry.metrics import read_metrics
 def finished(system: System, config: RunConfig, options: ModesOptions, commit: str | None, reference: Path) -> Run:
     """The run: read if complete with these settings, else made. `reference` is complete."""
     folder = config.run.directory
-    job = runs.Job(system.label, config, command_of(system, run_file_overrides(system, options)))
+    command = command_of(system, run_file_overrides(system, options))
+    job = runs.Job(system.label, config, command, resumes=system.is_federated)
     result = runs.finished(job, commit, lambda: _measured(folder, config), replaces=True)
     return Run(
         system=system,

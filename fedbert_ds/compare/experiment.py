@@ -13,9 +13,10 @@ from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.compare import held_out
 from fedbert_ds.compare.alone import EVALUATIONS, read_evaluations
+from fedbert_ds.compare.attempts import log_of
 from fedbert_ds.compare.baselines import baselines
 from fedbert_ds.compare.plan import CompareOptions, Plan
-from fedbert_ds.compare.runs import Job, client_costs, finished, log_of, text_digest, text_facts
+from fedbert_ds.compare.runs import Job, client_costs, finished, text_digest, text_facts
 from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores

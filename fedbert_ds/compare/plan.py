@@ -170,7 +170,7 @@ class Plan:
         on = [] if device == "cpu" else ["--device", device]
         if system.is_federated:
             ranks = self.options.ranks
-            return Job(label, config, launched(run_file, overrides, ranks), [str(ranks), *on], device)
+            return Job(label, config, launched(run_file, overrides, ranks), [str(ranks), *on], device, resumes=True)
         if not client:
             command = plain("centralized", run_file, overrides, "--text", str(text), *on)
             return Job(label, config, command, on, device)

@@ -1,4 +1,5 @@
-"""Runs that are made once: a run that is complete with the same settings is read, not repeated."""
+"""Runs that are made once: one that is complete with the same settings is read, not repeated, and
+an interrupted one goes on where it was saved."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.process import end, environment
+from fedbert_ds.compare.attempts import Attempts, begin, begun, forget, log_of
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.server.run_folder import RunFolder
@@ -41,6 +43,8 @@ class Job:
     """What decides the result besides the run file, such as options of the command."""
     device: str = "cpu"
     """`cpu`: its processes see no GPU. `cuda`: they take those of the machine."""
+    resumes: bool = False
+    """With `--resume` the command goes on where it was saved; else the run begins anew."""
 
     @property
     def folder(self) -> RunFolder:
@@ -75,8 +79,8 @@ def finished(job: Job, commit: str | None, measure: Measure, replaces: bool = Fa
     """The run's result: read if complete with these settings, else made and measured.
 
     It has what `measure` says of the finished run, `seconds` from the start of its processes to the
-    end of the last, and the `commit` that made it. A complete run of other settings is replaced, or
-    RunError. RunError for a run that fails, too, with its log.
+    end of the last, of all attempts, and the `commit` that made it. A complete run of other
+    settings is replaced, or RunError. RunError for a run that fails, too, with its log.
     """
     folder = job.folder.path
     path = folder / RESULT
@@ -87,8 +91,11 @@ def finished(job: Job, commit: str | None, measure: Measure, replaces: bool = Fa
             return result
         if not replaces:
             raise RunError(f"{folder}: is complete, made with other settings; name another --out, or remove it")
-    _clear(folder)
-    return _make(job, commit, measure)
+    before = begun(folder) if job.resumes and job.folder.config.is_file() else None
+    if before is None or before.settings != job.fingerprint:
+        _clear(folder)
+        before = None
+    return _make(job, before, commit, measure)
 
 
 def client_costs(logs: Sequence[Path]) -> ClientCosts | None:
@@ -100,14 +107,11 @@ def client_costs(logs: Sequence[Path]) -> ClientCosts | None:
     return ClientCosts(max(float(flops) for _, flops in found) * 1e6, max(int(memory) for memory, _ in found))
 
 
-def log_of(folder: Path) -> Path:
-    """Output of the processes of a run, beside its folder."""
-    return folder.with_name(f"{folder.name}.log")
-
-
 def run_to_end(command: Sequence[str], log: Path, device: str = "cpu") -> int:
-    """Run a command to its end and return its exit code; it ends before this process does."""
-    with log.open("wb") as output:
+    """Run a command to its end and return its exit code; it ends before this process does. What it
+    prints is added to the log.
+    """
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -167,17 +171,23 @@ def _name(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def _make(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
+def _make(job: Job, before: Attempts | None, commit: str | None, measure: Measure) -> dict[str, Any]:
+    """`before` are the attempts that this one goes on with; None if the run is a new one."""
     folder = job.folder.path
     log = log_of(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{job.label}: {job.config.run.windows} windows, output in {log}", flush=True)
+    saved, windows = max(job.folder.checkpoints.complete_windows(), default=0), job.config.run.windows
+    tells = f"{windows} windows" if before is None else f"goes on at window {saved} of {windows}"
+    print(f"{job.label}: {tells}, output in {log}", flush=True)
+    attempts = (before or Attempts(job.fingerprint)).and_one_by(commit)
+    begin(folder, attempts)
+    said_before = log.stat().st_size if log.is_file() else 0
     started = time.monotonic()
-    exit_code = run_to_end(job.command, log, job.device)
-    seconds = time.monotonic() - started
+    exit_code = run_to_end([*job.command, *(["--resume"] if before is not None else [])], log, job.device)
+    seconds = attempts.seconds + time.monotonic() - started
     if exit_code:
-        raise RunError(f"{job.label}: {_last_words(log)} (see {log})")
-    result = {"settings": job.fingerprint, "commit": commit, "seconds": seconds, **measure()}
+        raise RunError(f"{job.label}: {_last_words(log, said_before)} (see {log})")
+    result = {"settings": job.fingerprint, "commit": attempts.commit, "seconds": seconds, **measure()}
     write_text(folder / RESULT, json.dumps(result))
     print(f"{job.label}: {duration(seconds)}, held-out loss {result['held_out_loss']:.3f}", flush=True)
     return result
@@ -185,15 +195,16 @@ def _make(job: Job, commit: str | None, measure: Measure) -> dict[str, Any]:
 
 def _clear(folder: Path) -> None:
     """Remove an incomplete or different run; RunError for a folder that is none of these runs."""
-    if not folder.exists():
-        return
-    if not log_of(folder).is_file():
-        raise RunError(f"{folder}: not a run of this comparison; name another folder")
-    shutil.rmtree(folder)
+    if folder.exists():
+        if not log_of(folder).is_file():
+            raise RunError(f"{folder}: not a run of this comparison; name another folder")
+        shutil.rmtree(folder)
+    forget(folder)
 
 
-def _last_words(log: Path) -> str:
-    """The error line of ours in a log, or else its last line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, start: int) -> str:
+    """The error line of ours in a log from this byte on, or else its last line."""
+    said = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     ours = [line.removeprefix("fedbert-ds: ") for line in lines if line.startswith("fedbert-ds: ")]
     return [*(lines or ["it ended without a word"]), *ours][-1]

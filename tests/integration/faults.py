@@ -305,7 +305,8 @@ class Result:
             kind = inside[0] if inside else kind
             costs[kind] += gap - usual
         counts = Counter(kind for _, kind in self.told.done)
-        return {kind: (counts[kind], seconds) for kind, seconds in costs.items()}
+        # A kind that was never the first inside a gap has cost nothing, and has happened.
+        return {kind: (counts[kind], costs.get(kind, 0.0)) for kind in dict.fromkeys([*costs, *counts])}
 
 
 def compared(

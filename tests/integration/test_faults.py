@@ -39,6 +39,13 @@ def test_goodput_is_what_was_kept_a_second_over_the_undisturbed_run() -> None:
     assert faults.Result(5, True, 100.0, 98.0, 1000, 1000, 0, told).goodput == pytest.approx(0.98)
 
 
+def test_every_fault_is_counted_and_a_gap_is_charged_to_the_first_inside() -> None:
+    done = [(12.0, "kill a client"), (13.0, "corrupt a file"), (14.0, "kill a client")]
+    told = faults.Told(times=[0.0, 10.0, 20.0], done=done, stopped=60.0)
+    lost = faults.Result(3, None, 60.0, 30.0, 300, 300, 0, told).lost_seconds()
+    assert lost == {"none yet": (0, 0.0), "kill a client": (2, 30.0), "corrupt a file": (1, 0.0)}
+
+
 def test_a_disk_that_is_full_when_the_run_is_stopped_is_not_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

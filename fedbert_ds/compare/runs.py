@@ -186,7 +186,8 @@ def _make(job: Job, before: Attempts | None, commit: str | None, measure: Measur
     exit_code = run_to_end([*job.command, *(["--resume"] if before is not None else [])], log, job.device)
     seconds = attempts.seconds + time.monotonic() - started
     if exit_code:
-        raise RunError(f"{job.label}: {_last_words(log, said_before)} (see {log})")
+        last_words = _last_words(log, said_before)
+        raise RunError(f"{job.label}: {last_words} (see {log})")
     result = {"settings": job.fingerprint, "commit": attempts.commit, "seconds": seconds, **measure()}
     write_text(folder / RESULT, json.dumps(result))
     print(f"{job.label}: {duration(seconds)}, held-out loss {result['held_out_loss']:.3f}", flush=True)

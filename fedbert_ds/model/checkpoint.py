@@ -183,6 +183,8 @@ def config_of(section: ModelSection, vocab_size: int, pad_token_id: int | None) 
         fields |= {
             "local_attention": section.local_attention,
             "global_attn_every_n_layers": section.global_attention_every,
+            # The published models', too: nothing has taught the first token to sum up its sequence.
+            "classifier_pooling": "mean",
         }
         hf_config = ModernBertConfig(**fields)
     else:

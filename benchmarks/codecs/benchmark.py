@@ -14,7 +14,7 @@ import torch
 from benchmarks.codecs.counted import counted
 from benchmarks.codecs.report import counted_table, draw, rows_of, summarize, table
 from benchmarks.codecs.runs import Text, finished, settings_of
-from benchmarks.codecs.settings import FURTHER, MAIN, RUN_FILE, CodecsOptions, overrides_of
+from benchmarks.codecs.settings import FURTHER, MAIN, RUN_FILE, CodecsOptions, only, overrides_of
 from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.telemetry.record import source_commit, write_record
@@ -30,12 +30,13 @@ def bench_codecs(options: CodecsOptions) -> None:
     config = load_config(RUN_FILE, overrides_of(options))
     commit, text, started = source_commit(), Text(config, options.quick), time.monotonic()
     seeds, runs = range(1, (1 if options.quick else options.seeds) + 1), []
-    for setting, seed in ((setting, seed) for group in (MAIN, FURTHER) for seed in seeds for setting in group):
+    main, further = only(MAIN, options.codecs), only(FURTHER, options.codecs)
+    for setting, seed in ((setting, seed) for group in (main, further) for seed in seeds for setting in group):
         late = options.minutes is not None and time.monotonic() - started > 60 * options.minutes
         run = finished(setting, seed, config, text, options.work, begin=not late)
         runs += [] if run is None else [run]
     counts = [
-        counted(source, articles, options.vocabulary, (*MAIN, *FURTHER), quick=options.quick)
+        counted(source, articles, options.vocabulary, (*main, *further), quick=options.quick)
         for source, articles in (
             (options.data, text.articles_trained_on),
             *((source, list(read_articles([source]))) for source in options.count),

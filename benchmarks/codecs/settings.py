@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,12 @@ FURTHER = (
 """The most telling first, for `--minutes` may leave the last ones out."""
 
 
+def only(group: tuple[Setting, ...], codecs: Sequence[Codec]) -> tuple[Setting, ...]:
+    """Of a group the settings with all in one of these codecs, and fp32; without codecs all."""
+    wanted = {BASELINE, *(all_in(codec) for codec in codecs)}
+    return tuple(setting for setting in group if not codecs or setting in wanted)
+
+
 @dataclass(frozen=True)
 class CodecsOptions:
     """What a user gives the benchmark."""
@@ -105,6 +112,8 @@ class CodecsOptions:
     """Tokenizer to count bytes with, as tokenizer.path; None learns one of BERT's size."""
     count: tuple[str, ...] = ()
     """Further texts whose bytes are counted, as `data`."""
+    codecs: tuple[Codec, ...] = ()
+    """Train those settings alone that have one of these for all."""
     quick: bool = False
     overrides: tuple[str, ...] = ()
     """`section.key=value`, for every run alike."""

@@ -179,6 +179,17 @@ def test_codecs(path):
     assert wikitext["factorized", "rows", "int4_hadamard", "int4_hadamard"] <= 100
 
 
+def test_far_below_word_frequency_no_cost_of_8_bits_is_seen():
+    record = json.loads((BENCHMARKS / "results" / "modernbert-codecs.json").read_text(encoding="utf-8"))
+    assert codecs_table(record["summary"]) in README and "dirty" not in record["commit"]
+    below = record["text"]["unigram_loss"] - record["summary"][0]["held_out_loss"]
+    assert f"ends {below:.1f} nats below word frequency" in README and below > 2
+    assert all(abs(row["cost"]) < 0.016 for row in record["rows"])
+    for codec in ("int8", "bf16"):
+        costs = [row["cost"] for row in record["rows"] if row["gradients"] == codec]
+        assert len(costs) == 3 and min(costs) < 0 < max(costs)
+
+
 @pytest.mark.parametrize("path", [path for path in RESULTS if path.name.startswith("pipeline-")], ids=lambda p: p.name)
 def test_pipeline(path):
     record = json.loads(path.read_text(encoding="utf-8"))
@@ -367,7 +378,7 @@ def test_256_streams_for_10_minutes():
 
 def test_what_joining_gives():
     """Every seed is a record of its own; the page has them together."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS if path.stem.startswith("owners-")]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS if path.stem.startswith("owners-seed-")]
     assert len({json.dumps(record["settings"], sort_keys=True) for record in records}) == 1
     rows = [row for record in records for row in record["rows"]]
     page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
@@ -528,3 +539,25 @@ def test_liars_cost_little_under_robust_rules():
     assert all(1 < split[rule, 3] < 1.2 for rule in ("median", "norm_clipping"))
     assert f"dear even without a liar, {split['median', 0]} nats" in words
     assert f"({record['unigram_loss']:.2f})" in README
+
+
+def test_what_joining_gives_far_below_word_frequency():
+    record = json.loads((BENCHMARKS / "results" / "owners-modernbert-seed-0.json").read_text(encoding="utf-8"))
+    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    told = " ".join(page.split())
+    assert compare_table(record["rows"]) in page and all(line in told for line in verdict(record["rows"]))
+    held_out = {row["system"]: row["held_out"] for row in record["rows"]}
+    federated, alone, share = (held_out[name] for name in ("synchronous", "alone", "alone-share"))
+    for owner, loss in federated.items():
+        assert abs(loss - held_out["centralized"][owner]) < 0.01
+        assert loss < held_out["word frequency"][owner] - 2.6
+        assert loss < held_out["fedavg"][owner] < held_out["diloco"][owner]
+    gains = {owner: share[owner] - loss for owner, loss in federated.items()}
+    mean, least, most = sum(gains.values()) / 6, gains["gcide"], gains["handbook"]
+    assert (least, most) == (min(gains.values()), max(gains.values()))
+    gain = f"by {mean:.2f} nats on average, from {least:.2f} (gcide, with 40 MB of its own) to {most:.2f} (handbook)"
+    assert gain in told
+    behind = {owner: loss - alone[owner] for owner, loss in federated.items()}
+    reference = -behind.pop("reference")
+    assert f"by {min(behind.values()):.2f} to {max(behind.values()):.2f} nats for five owners" in told
+    assert f"the federation is {reference:.2f} nats below it" in told

@@ -187,6 +187,7 @@ def test_a_new_model_has_the_published_proportions() -> None:
     model = build_model(ModelSection(architecture="modernbert", hidden_size=32, num_hidden_layers=7), 61, PAD, seed=1)
     config = model.config
     assert (config.intermediate_size, config.local_attention, config.pad_token_id) == (48, 128, PAD)
+    assert config.classifier_pooling == PUBLISHED["classifier_pooling"], "how a classifier made of it reads"
     assert [kind == "full_attention" for kind in config.layer_types] == [number % 3 == 0 for number in range(7)]
     assert config.cls_token_id is None and not config.norm_bias
 

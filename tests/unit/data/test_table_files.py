@@ -71,8 +71,13 @@ def test_a_quote_that_swallows_a_large_file_is_one_line(tmp_path: Path, monkeypa
         list(rows_of(path))
 
 
+# No control characters but those of text: one in every second place is what UTF-16 without its mark
+# looks like.
+FIELDS = st.text(st.characters(exclude_categories=["Cc"]) | st.sampled_from("\t\n\r"), max_size=30)
+
+
 @given(
-    rows=st.lists(st.tuples(st.text(max_size=30), st.text(max_size=30)), min_size=1, max_size=8),
+    rows=st.lists(st.tuples(FIELDS, FIELDS), min_size=1, max_size=8),
     separator=st.sampled_from(table_files.SEPARATORS),
     end=st.sampled_from(["\n", "\r\n"]),
     is_whole=st.booleans(),

@@ -86,6 +86,9 @@ FURTHER = (
 )
 """The most telling first, for `--minutes` may leave the last ones out."""
 
+OF_ALL = tuple(one.activations for one in (*MAIN, *FURTHER) if one == all_in(one.activations))
+"""Codecs of which there is a setting with all in one."""
+
 
 def only(group: tuple[Setting, ...], codecs: Sequence[Codec]) -> tuple[Setting, ...]:
     """Of a group the settings with all in one of these codecs, and fp32; without codecs all."""

@@ -325,8 +325,9 @@ class BodySection(Section):
     deepspeed: UserPath | None = None
     """DeepSpeed JSON file, relative to the run file. null: none, as `zero_stage` says enough."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """The ZeRO stage, whatever the DeepSpeed file says: 0 keeps the body whole on every rank, 1
-    divides moments, 2 gradients, too, 3 weights, too. null: the file's, or 0."""
+    """The ZeRO stage, whatever the DeepSpeed file says: 0 keeps the body whole on every rank, 1 and
+    2 divide moments and master weights, 3 weights, too. The sum of a window's gradients is whole on
+    every rank: 4 bytes a parameter. null: the file's, or 0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the body. Master weights and sums of gradients are fp32 either way."""
     activation_checkpointing: Annotated[

@@ -89,15 +89,14 @@ class _Window:
         """Seconds that the device computed as the engine tells, and that the host launched."""
         under_way: collections.deque[DeviceWork] = collections.deque()
         computed = host = 0.0
-        last = self._case.num_micro_batches - 1
-        for number in range(last + 1 + IN_FLIGHT):
+        count = self._case.num_micro_batches
+        for number in range(count + IN_FLIGHT):
             started = time.perf_counter()
-            if number <= last:
+            if number < count:
                 inputs = BodyInput([self._activations], self._masked, self._bounds, None, number)
                 under_way.append(self.engine.forward(number, inputs, CODEC))
             if number >= IN_FLIGHT:
-                back = number - IN_FLIGHT
-                under_way.append(self.engine.backward(back, [self._gradient], back == last, CODEC))
+                under_way.append(self.engine.backward(number - IN_FLIGHT, [self._gradient], CODEC))
             host += time.perf_counter() - started
             while under_way and under_way[0].is_done:
                 computed += under_way.popleft().result()[1]

@@ -119,7 +119,7 @@ class MicroBatches:
             for piece in flight.pieces
         ]
         parts = parts or [Encoded.zeros(0, form.width, form.codec)]
-        work = self._engine.backward(micro_batch, parts, decision.is_last, self._wire.gradients)
+        work = self._engine.backward(micro_batch, parts, self._wire.gradients)
         self.tally.backwards += 1
         send = partial(self._send_input_gradients, micro_batch, flight, frozenset(gradients))
         self._pending_sends.append((work, send))

@@ -109,7 +109,7 @@ def train(engine: Any, window: int) -> Tensor:
         activations, gradient = (Encoded.of(torch.randn(rows, 6, generator=drawn), "fp32") for rows in (6, 2))
         body_input = BodyInput([activations], positions, bounds, None, 3)
         answers.append(engine.forward(half, body_input).result()[0].decode())
-        engine.backward(half, [gradient], half == 1 or ranks > 1).result()
+        engine.backward(half, [gradient]).result()
     engine.step(0.01)
     return answers[0]
 

@@ -33,26 +33,21 @@ _backward, _give = BodyEngine.backward, WindowGradient.give
 _window = RunReporter.window
 
 
-def _without_world_size(self, *arguments):
-    self._world_size = 1
-    return _backward(self, *arguments)
-
-
 def _gives_the_mean(self):
     for flat in self._flats:
         flat.div_(torch.distributed.get_world_size())
     _give(self)
 
 
-def _input_gradient_not_divided(self, micro_batch, hidden_gradient, is_last, codec):
-    gradient, seconds = _backward(self, micro_batch, hidden_gradient, is_last).result()
+def _input_gradient_not_divided(self, micro_batch, hidden_gradient, codec):
+    gradient, seconds = _backward(self, micro_batch, hidden_gradient).result()
     return DeviceWork(Encoded.of(gradient.decode() * self._world_size, codec), seconds)
 
 
-def _drops_first_micro_batch(self, micro_batch, hidden_gradient, is_last, codec):
+def _drops_first_micro_batch(self, micro_batch, hidden_gradient, codec):
     if micro_batch == 0:
         hidden_gradient = [part.map(torch.zeros_like) for part in hidden_gradient]
-    return _backward(self, micro_batch, hidden_gradient, is_last, codec)
+    return _backward(self, micro_batch, hidden_gradient, codec)
 
 
 def _forward_keeps_graph(self, micro_batch, body_input):
@@ -62,11 +57,9 @@ def _forward_keeps_graph(self, micro_batch, body_input):
     return hidden.detach()
 
 
-def _backward_through_kept_graph(self, micro_batch, hidden_gradient, is_last):
+def _backward_through_kept_graph(self, micro_batch, hidden_gradient):
     activations, hidden = self._graphs.pop(micro_batch)
-    self._engine.set_gradient_accumulation_boundary(is_last)
-    self._engine.backward((hidden.float() * hidden_gradient.decode()).sum() * self._world_size)
-    return activations.grad / self._world_size
+    return self._gradient.backward(hidden, hidden_gradient.decode(), activations)
 
 
 def _newest_backward_first(window, is_fixed):
@@ -88,8 +81,17 @@ def _worse_each_time(window, losses, asked, measures_of):
 
 Patches = list[tuple[object, str, object]]
 
-VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_backward", _newest_backward_first)]}
-"""Orders other than the queue's own. The result must stay the same."""
+_NEWEST_FIRST: Patches = [(priority, "next_backward", _newest_backward_first)]
+VARIATIONS: dict[str, Patches] = {
+    "newest backward first": _NEWEST_FIRST,
+    # Stage 3 keeps none, for their memory.
+    "graphs kept, newest backward first": [
+        (BodyEngine, "_forward", _forward_keeps_graph),
+        (BodyEngine, "_backward", _backward_through_kept_graph),
+        *_NEWEST_FIRST,
+    ],
+}
+"""Other ways than the server's own. The result must stay the same."""
 
 INTERRUPTIONS: dict[str, Patches] = {
     "stopped before window 3": [(RunReporter, "window", _stops_before_window_3)],
@@ -97,17 +99,7 @@ INTERRUPTIONS: dict[str, Patches] = {
 }
 
 FAULTS: dict[str, Patches] = {
-    "gradient scale off by the world size": [
-        (BodyEngine, "backward", _without_world_size),
-        (WindowGradient, "give", _gives_the_mean),
-    ],
+    "gradient scale off by the world size": [(WindowGradient, "give", _gives_the_mean)],
     "input gradient scale off by the world size": [(BodyEngine, "backward", _input_gradient_not_divided)],
     "a micro-batch dropped": [(BodyEngine, "backward", _drops_first_micro_batch)],
-    # With kept graphs, DeepSpeed's stage 3 happens to be right while backwards follow the order of
-    # forwards.
-    "ZeRO 3 without its re-run": [
-        (BodyEngine, "_forward", _forward_keeps_graph),
-        (BodyEngine, "_backward", _backward_through_kept_graph),
-        (priority, "next_backward", _newest_backward_first),
-    ],
 }

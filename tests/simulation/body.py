@@ -147,7 +147,7 @@ class Body:
         self._sends.append((self._group.work_seconds(), send))
 
     def backward(self, decision: Backward, gradients: Mapping[str, Any]) -> None:
-        self._group.meet(("backward", decision.is_last), None)
+        self._group.meet("backward", None)
         pieces, values = self._graphs.pop(decision.micro_batch)
         assert {piece.client for piece in decision.pieces} == gradients.keys()
         window, weights = self._window, self.state.weights

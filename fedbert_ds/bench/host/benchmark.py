@@ -129,7 +129,7 @@ def engine(layers: int, stage: int, checkpointing: str = "none") -> Callable[[],
 
     def run() -> None:
         built.forward(0, BodyInput([activations], masked, bounds, None, 7), CODEC).result()
-        built.backward(0, [gradient], False, CODEC).result()
+        built.backward(0, [gradient], CODEC).result()
 
     return run
 

@@ -99,17 +99,16 @@ def train_body(engine: BodyEngine, half: ClientHalf | None, window: list[MicroBa
     num_masked = sum(len(micro_batch.labels) for micro_batch in window)
     under_way = []
     for index, micro_batch in enumerate(window):
-        is_last = index + 1 == len(window)
         if half is None:
             engine.forward(index, micro_batch.body_input)
             # Nothing depends on it, so a GPU has the next one before it is done.
-            under_way.append(engine.backward(index, [micro_batch.gradient], is_last))
+            under_way.append(engine.backward(index, [micro_batch.gradient]))
             continue
         activations = half.embed(micro_batch.input_ids, micro_batch.lengths)
         values = Encoded.of(activations.values.detach(), "fp32")
         hidden, _ = engine.forward(index, replace(micro_batch.body_input, activations=[values])).result()
         _, gradient = half.head_backward(hidden.decode(), micro_batch.labels, 1.0 / num_masked)
-        input_gradient, _ = engine.backward(index, [Encoded.of(gradient, "fp32")], is_last).result()
+        input_gradient, _ = engine.backward(index, [Encoded.of(gradient, "fp32")]).result()
         activations.values.backward(input_gradient.decode())
     for work in under_way:
         work.result()

@@ -85,16 +85,14 @@ def _unused(lengths: tuple[int, ...], num_masked: int, width: int, with_rows: bo
 class BodyEngine:
     """Forward, backward and step of the body on this rank. Holds the micro-batches in flight.
 
-    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Stage 3 gathers and
-    releases parameters around each module call, which gives silently wrong gradients with several
-    graphs in flight. There a forward runs without a graph, and the backward runs the forward again
-    with the same dropout seed: the cost of full activation checkpointing.
+    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Who chooses stage 3 is
+    short of memory: there a forward runs without a graph, and the backward runs the forward again
+    with the same dropout seed, the cost of full activation checkpointing.
     """
 
     lost_gradient = False
     """At the last step this rank's gradient was not finite and was left out: one client's numbers
-    would else be everybody's. At ZeRO stage 3, where a gradient crosses in the backward, and where
-    a norm is beyond fp32, it is that of all ranks."""
+    would else be everybody's. Where a norm is beyond fp32, it is that of all ranks."""
 
     def __init__(
         self,
@@ -120,7 +118,7 @@ class BodyEngine:
         self._bytes_in_flight = 0
         self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
-        self._gradient = None if stage == 3 else WindowGradient(engine, stage, _masters(engine, stage))
+        self._gradient = WindowGradient(engine, stage, _masters(engine, stage))
         self._memory_budget = memory_budget(device)
 
     @classmethod
@@ -203,18 +201,15 @@ class BodyEngine:
 
         return self._device.start(compute, Load("evaluation", body_input.tokens), codec)
 
-    def backward(
-        self, micro_batch: int, hidden_gradient: Sequence[Encoded], is_last: bool, codec: str = "fp32"
-    ) -> DeviceWork:
+    def backward(self, micro_batch: int, hidden_gradient: Sequence[Encoded], codec: str = "fp32") -> DeviceWork:
         """d(loss)/d(activations) in a codec, in the shape of the forward's activations.
 
         `hidden_gradient` [masked, width], in parts, is d(loss)/d(hidden) for the whole window's
-        loss. Parameter gradients accumulate until `step`. `is_last` marks this rank's last backward
-        of the window, where stage 3 finishes its reduction.
+        loss. Parameter gradients accumulate until `step`.
         """
         gradient = Encoded.join(hidden_gradient, self._device.upload)
         load = Load("backward", self._tokens.pop(micro_batch))
-        return self._device.start(partial(self._backward, micro_batch, gradient, is_last), load, codec)
+        return self._device.start(partial(self._backward, micro_batch, gradient), load, codec)
 
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
         activations = body_input.values(self._engine.module.input_dtype)
@@ -232,21 +227,17 @@ class BodyEngine:
         self._graphs[micro_batch] = activations, hidden
         return hidden.detach()
 
-    def _backward(self, micro_batch: int, encoded_gradient: Encoded, is_last: bool) -> Tensor:
+    def _backward(self, micro_batch: int, encoded_gradient: Encoded) -> Tensor:
         hidden_gradient = encoded_gradient.decode()
         body_input = self._inputs.pop(micro_batch)
-        if self._gradient is not None:
+        if self._stage < 3:
             activations, hidden = self._graphs.pop(micro_batch)
             return self._gradient.backward(hidden, hidden_gradient, activations)
         activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
         hidden = self._run(body_input, activations)
-        # DeepSpeed averages gradients over ranks; the window's loss is a sum over ranks.
-        loss = (hidden.float() * hidden_gradient).sum() * self._world_size
-        self._engine.set_gradient_accumulation_boundary(is_last)
-        self._engine.backward(loss)
-        gradient = activations.grad
-        assert gradient is not None
-        return gradient.to(torch.float32) / self._world_size
+        gradient = self._gradient.backward(hidden, hidden_gradient, activations)
+        self._engine.optimizer.parameter_offload.release_backward_leftovers()
+        return gradient
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         """Step the optimizer once, with this learning rate; all ranks together.
@@ -256,23 +247,16 @@ class BodyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._gradient is not None:
-            self.lost_gradient = not self._gradient.is_finite
-            if self.lost_gradient:
-                self._gradient.drop()
-            self._gradient.give()
-            self._engine.set_gradient_accumulation_boundary(True)
-        else:
-            self.lost_gradient = self._engine.optimizer.has_overflow()
+        self.lost_gradient = not self._gradient.is_finite
+        if self.lost_gradient:
+            self._gradient.drop()
+        self._gradient.give()
+        self._engine.set_gradient_accumulation_boundary(True)
         if self._clipping is not None:
             self._clipping.begin(client_norm)
-        if self._gradient is None and self.lost_gradient:
-            self.drop_gradients()
-        else:
-            self._engine.step()
-            self.lost_gradient |= self._stage > 0 and self._engine.optimizer.overflow
-        if self._gradient is not None:
-            self._gradient.drop()
+        self._engine.step()
+        self.lost_gradient |= self._stage > 0 and self._engine.optimizer.overflow
+        self._gradient.drop()
         return 1.0 if self._clipping is None else self._clipping.scale
 
     def blank(self, micro_batch: int, rows: Sequence[slice]) -> None:
@@ -297,17 +281,8 @@ class BodyEngine:
             self._forward(micro_batch, blanked)
 
     def drop_gradients(self) -> None:
-        """Forget what the backwards since the last `step` have accumulated; all ranks together.
-
-        At stage 3 DeepSpeed has no call for that; it does the same when a gradient is not finite.
-        """
-        if self._gradient is not None:
-            self._gradient.drop()
-            return
-        optimizer = self._engine.optimizer
-        optimizer._pre_step()
-        optimizer._partition_all_parameters()
-        optimizer._overflow_clean_up(optimizer.loss_scale)
+        """Forget what the backwards since the last `step` have accumulated."""
+        self._gradient.drop()
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """A sequence of unused tokens, so that a rank without work still runs the collectives."""
@@ -319,7 +294,6 @@ class BodyEngine:
 
         Activations have `width` columns; `with_rows` is for cut: rows. Leaves no gradient.
         """
-        assert self._gradient is not None
         # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
         # that 16 divides, fp8 products need no padding, so these are compiled apart.
         for lengths in ((6, 5), (9, 4, 3)):
@@ -375,9 +349,10 @@ class BodyEngine:
     def _run(self, body_input: BodyInput, activations: Tensor) -> Tensor:
         if self._engine.module.training:  # else no random number is drawn
             seed_dropout(body_input.seed, self._device.device)
-        # DeepSpeed's own forward prepares for a backward of its own, as there is at stage 3.
-        forward = self._engine if self._stage == 3 else self._engine.module
-        return forward(activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index)
+        # Not the engine's forward: it prepares for a backward that lets ranks meet.
+        return self._engine.module(
+            activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
+        )
 
 
 def _masters(engine: Any, stage: int) -> dict[Tensor, Tensor]:

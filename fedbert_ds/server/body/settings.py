@@ -46,10 +46,6 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
     }
-    if body.precision == "bf16" and zero_stage(body) == 3:
-        # Gradients cross ranks and add up in fp32. Below stage 3 they do so outside of DeepSpeed.
-        settings.setdefault("communication_data_type", "fp32")
-        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     # By default it waits for the device in every forward.
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     return settings

@@ -1,22 +1,24 @@
 """A window's gradient: summed in fp32, crossing ranks once, put where DeepSpeed's step takes it.
 
-DeepSpeed sums in the weights' precision, hands its sums on in it, and at ZeRO stage 2 lets ranks
-meet in every backward.
+DeepSpeed sums in the weights' precision, hands its sums on in it, and at ZeRO stages 2 and 3 lets
+ranks meet in every backward. At stage 3 it begins its sum anew in a backward before which there was
+no forward.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class WindowGradient:
-    """Sums gradients of a body under DeepSpeed, at stages that keep its parameters whole.
+    """Sums gradients of a body under DeepSpeed: 4 bytes a parameter on every rank, at every stage.
 
     `masters` are the fp32 weights that stage 0 steps, by parameter.
     """
@@ -27,15 +29,13 @@ class WindowGradient:
         self._masters = masters
         self._parameters: list[Tensor] = []
         self._sums: list[Tensor] = []
-        """By parameter, in the tensors below."""
+        """By parameter, in the tensors below; at stage 3 [ranks, elements of each rank]."""
         self._flats: list[Tensor] = []
         """fp32, laid out as DeepSpeed's own; one at stage 0, one for each optimizer group above."""
-        for places, length in _places(engine, stage):
-            flat = torch.zeros(length, dtype=torch.float32, device=next(iter(places)).device)
+        for sums, flat in _sums(engine, stage):
             self._flats.append(flat)
-            for parameter, offset in places.items():
-                self._parameters.append(parameter)
-                self._sums.append(flat[offset : offset + parameter.numel()].view(parameter.shape))
+            self._parameters.extend(sums)
+            self._sums.extend(sums.values())
 
     def backward(self, outputs: Tensor, gradient: Tensor, inputs: Tensor) -> Tensor:
         """d/d(inputs), where `gradient` is d/d(outputs); the parameters' gradients are added up."""
@@ -43,6 +43,8 @@ class WindowGradient:
             outputs, [inputs, *self._parameters], gradient.to(outputs.dtype), allow_unused=True
         )
         used = [(total, one) for total, one in zip(self._sums, of_parameters, strict=True) if one is not None]
+        if self._stage == 3:
+            used = [(total, _cut(one, total.shape)) for total, one in used]
         torch._foreach_add_([total for total, _ in used], [one for _, one in used])
         assert of_inputs is not None
         return of_inputs
@@ -62,7 +64,10 @@ class WindowGradient:
         for number, flat in enumerate(self._flats):
             part = flat.new_empty(len(flat) // ranks)
             torch.distributed.reduce_scatter_tensor(part, flat, group=group)
-            self._give_part(number, part)
+            if self._stage == 3:
+                self._give_cuts(number, part)
+            else:
+                self._give_part(number, part)
 
     @property
     def is_finite(self) -> bool:
@@ -85,18 +90,53 @@ class WindowGradient:
         for parameter, norm in zip(optimizer.params_in_partition[number], norms, strict=False):
             optimizer.norm_for_param_grads[optimizer.get_param_id(parameter)] = norm
 
+    def _give_cuts(self, number: int, cuts: Tensor) -> None:
+        """This rank's cuts of the gradients of an optimizer group, at stage 3."""
+        optimizer = self._optimizer
+        if not optimizer.offload_optimizer:
+            optimizer.averaged_gradients[number] = [cuts]
+            return
+        # DeepSpeed copies to the host, or collects here what it writes to a disk.
+        written: tuple[dict[int, list[Tensor]], dict[int, list[int]]] = {}, {}
+        group = optimizer.fp16_groups[number]
+        for parameter, cut in zip(group, cuts.split([p.partition_numel() for p in group]), strict=True):
+            optimizer._offload_grad_partition_at_boundary(parameter, cut, *written)
+        optimizer._swap_out_offload_fp32_gradients(*written)
 
-def _places(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, int], int]]:
-    """Parameters and where they begin in each flat tensor of gradients, and its length."""
-    if stage > 0:
-        optimizer = engine.optimizer
-        for parameters, flat in zip(optimizer.round_robin_bit16_groups, optimizer.bit16_groups_flat, strict=True):
-            # Parameters are views of it.
-            yield {p: p.storage_offset() - flat.storage_offset() for p in parameters}, flat.numel()
-        return
-    places, length = {}, 0
-    for parameter in engine.module.parameters():
-        if parameter.requires_grad:
-            places[parameter] = length
-            length += parameter.numel()
-    yield places, length
+
+def _sums(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, Tensor], Tensor]]:
+    """Zeros for each parameter, views of a flat tensor, and that tensor."""
+    optimizer = engine.optimizer
+    if stage == 0:
+        places, length = {}, 0
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                places[parameter] = length
+                length += parameter.numel()
+        flat = _zeros(length, places)
+        yield _views(flat, places), flat
+    elif stage < 3:
+        for parameters, weights in zip(optimizer.round_robin_bit16_groups, optimizer.bit16_groups_flat, strict=True):
+            flat = _zeros(weights.numel(), parameters)
+            # Parameters are views of the weights.
+            yield _views(flat, {p: p.storage_offset() - weights.storage_offset() for p in parameters}), flat
+    else:
+        ranks = torch.distributed.get_world_size(optimizer.dp_process_group)
+        for parameters in optimizer.fp16_groups:
+            cuts = [parameter.partition_numel() for parameter in parameters]
+            flat = _zeros(ranks * sum(cuts), parameters)
+            # A rank's cuts of all parameters lie end to end.
+            yield dict(zip(parameters, flat.view(ranks, -1).split(cuts, dim=1), strict=True)), flat
+
+
+def _zeros(length: int, parameters: Iterable[Tensor]) -> Tensor:
+    return torch.zeros(length, dtype=torch.float32, device=next(iter(parameters)).device)
+
+
+def _views(flat: Tensor, places: Mapping[Tensor, int]) -> dict[Tensor, Tensor]:
+    return {one: flat[offset : offset + one.numel()].view(one.shape) for one, offset in places.items()}
+
+
+def _cut(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """[ranks, elements of each rank]: DeepSpeed fills the last ranks' cuts up."""
+    return pad(gradient.reshape(-1), (0, shape.numel() - gradient.numel())).view(shape)

@@ -47,8 +47,6 @@ class Backward:
 
     micro_batch: int
     pieces: tuple[Piece, ...]
-    is_last: bool
-    """The window's last backward on this rank: the gradient-accumulation boundary."""
 
 
 @dataclass(frozen=True)

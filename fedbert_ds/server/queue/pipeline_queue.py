@@ -274,7 +274,7 @@ class PipelineQueue:
             self._due.pop()
         if micro_batch.state is State.GRADIENTS_READY:
             pieces = self.schedule.backward(micro_batch)
-            return Backward(micro_batch.index, pieces, window.is_done)
+            return Backward(micro_batch.index, pieces)
         pieces = self.schedule.forward(micro_batch)
         for piece in pieces:
             self.deadlines.ask(piece.client, Question("gradient", micro_batch.index), now)

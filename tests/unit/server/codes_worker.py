@@ -145,7 +145,7 @@ class WithCodes:
             client: self._encoded(pb.ClientMessage(gradient=pb.Gradient(hidden=frame)))
             for client, frame in frames.items()
         }
-        self.micro_batches.backward(Backward(number, pieces, number + 1 == len(MICRO_BATCHES)), gradients)
+        self.micro_batches.backward(Backward(number, pieces), gradients)
         self.micro_batches.end()
 
     def _encoded(self, message: pb.ClientMessage) -> Encoded:
@@ -184,8 +184,7 @@ class AsBefore:
             decode_as_before(frames[piece.client]) if piece.client in frames else torch.zeros(piece.masked, WIDTH)
             for piece in pieces
         ]
-        is_last = number + 1 == len(MICRO_BATCHES)
-        work = self.engine.backward(number, [uncoded(torch.cat(gradients))], is_last, "fp32")
+        work = self.engine.backward(number, [uncoded(torch.cat(gradients))], "fp32")
         for piece, rows in zip(pieces, work.result()[0].decode().split(self.rows[number]), strict=True):
             if piece.client in frames:
                 frame = encode_as_before(rows, self.config.wire.gradients)

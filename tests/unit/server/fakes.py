@@ -68,7 +68,7 @@ class FakeEngine:
         self.loaded: list[int] = []
         self.dropped: list[int] = []
         """Backwards that were undone, each time that gradients were dropped."""
-        self.backwards: list[tuple[int, bool]] = []
+        self.backwards: list[int] = []
         self.left_out: list[tuple[int, Sequence[slice]]] = []
         """By `blank`."""
         self.tokens = 0
@@ -98,12 +98,12 @@ class FakeEngine:
         assert micro_batch in self._inputs
         self.left_out.append((micro_batch, rows))
 
-    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], codec: str = "fp32") -> DeviceWork:
         self._work()
         body_input = self._inputs.pop(micro_batch)
         hidden_gradient = Encoded.join(parts).decode()
         assert hidden_gradient.shape == (len(body_input.masked_positions), WIDTH)
-        self.backwards.append((micro_batch, is_last))
+        self.backwards.append(micro_batch)
         self._since_step += 1
         leaf = Encoded.join(body_input.activations).decode().clone().requires_grad_()
         hidden = 2.0 * self._per_token(body_input, leaf)[body_input.masked_positions]

@@ -43,9 +43,9 @@ class Engine(FakeEngine):
         self.inputs.append(body_input)
         return super().forward(micro_batch, body_input, codec)
 
-    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "") -> DeviceWork:
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], codec: str = "") -> DeviceWork:
         self.gradients.append(Encoded.join(parts))
-        return super().backward(micro_batch, parts, is_last, codec)
+        return super().backward(micro_batch, parts, codec)
 
     def _started(self, encoded: Encoded, seconds: float) -> DeviceWork:
         engine = self
@@ -104,7 +104,7 @@ def test_a_piece_without_a_gradient_gets_zeros_and_hears_nothing() -> None:
     micro_batches, engine, outbox = made()
     micro_batches.begin(0, [0], MANIFESTS, masked_tokens=3)
     micro_batches.forward(Forward(0, (ADA, BO)), ARRIVED)
-    micro_batches.backward(Backward(0, (BO,), True), {"bo": ones(2)})
+    micro_batches.backward(Backward(0, (BO,)), {"bo": ones(2)})
     micro_batches.end()
     (gradient,) = engine.gradients
     assert torch.equal(gradient.decode(), torch.cat([torch.zeros(1, WIDTH), torch.ones(2, WIDTH)]))
@@ -131,9 +131,9 @@ def test_a_dummy_keeps_ranks_in_step_and_is_no_work() -> None:
     micro_batches.begin(0, [0, 1], MANIFESTS, masked_tokens=3)
     micro_batches.forward(Forward(0, (ADA, BO)), ARRIVED)
     micro_batches.forward(Forward(1, ()), [])
-    micro_batches.backward(Backward(1, (), False), {})
+    micro_batches.backward(Backward(1, ()), {})
     gradients = {"ada": ones(1), "bo": ones(2)}
-    micro_batches.backward(Backward(0, (ADA, BO), True), gradients)
+    micro_batches.backward(Backward(0, (ADA, BO)), gradients)
     micro_batches.end()
     tally = micro_batches.take_tally()
     assert (tally.forwards, tally.backwards, tally.dummy_micro_batches, tally.tokens) == (2, 2, 1, 5)

@@ -94,9 +94,9 @@ class CollectiveEngine(FakeEngine):
             self._together("evaluate")
         return super().evaluate(body_input, codec)
 
-    def backward(self, micro_batch: int, parts: Sequence[Encoded], is_last: bool, codec: str = "fp32") -> DeviceWork:
-        self._together(("backward", is_last))
-        return super().backward(micro_batch, parts, is_last, codec)
+    def backward(self, micro_batch: int, parts: Sequence[Encoded], codec: str = "fp32") -> DeviceWork:
+        self._together("backward")
+        return super().backward(micro_batch, parts, codec)
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         # Not the norm: updates of these ranks are combined apart.

@@ -74,10 +74,10 @@ def train(engine: Any, name: str, found: dict[str, Any]) -> None:
             engine.forward(number, BodyInput([Encoded.of(values, "fp32")], masked, bounds, None, number))
         dummy = len(micro_batches)
         engine.forward(dummy, engine.dummy_input(WIDTH, False, 0))
-        engine.backward(dummy, [Encoded.zeros(0, WIDTH, "fp32")], is_last=False)
+        engine.backward(dummy, [Encoded.zeros(0, WIDTH, "fp32")])
         for number in reversed(range(dummy)):
             gradient = torch.randn(micro_batches[number][1], WIDTH, generator=random) / 10
-            work = engine.backward(number, [Encoded.of(gradient, "fp32")], is_last=number == 0)
+            work = engine.backward(number, [Encoded.of(gradient, "fp32")])
             gradients.append(work.result()[0].decode())
         engine.step(0.5)
         recompiles.append(engine.take_recompiles())

@@ -73,7 +73,7 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
 
 def go_on_after_spoilt_windows(engine, lr: float) -> None:
     """What is not finite is left out, the client model is clipped by a number, and all goes on."""
-    # A step after a window that is lost still moves by what the optimizer remembers, up to stage 2.
+    # A step after a window that is lost still moves by what the optimizer remembers.
     accumulate(engine, 7, "spoilt", left_out=False)
     assert engine.step(lr, client_norm=2.0) == approx(0.5) and engine.lost_gradient
     accumulate(engine, 8, scale=1e30)
@@ -85,6 +85,12 @@ def go_on_after_spoilt_windows(engine, lr: float) -> None:
     after = engine.full_state()
     assert all(tensor.isfinite().all() for tensor in after.values())
     assert any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    # One rank's alone is left out, and the other's moves the weights.
+    rank = torch.distributed.get_rank()
+    accumulate(engine, 10, "spoilt" if rank == 0 else "", left_out=False)
+    engine.step(lr)
+    assert engine.lost_gradient == (rank == 0)
+    assert any(not torch.equal(tensor, after[name]) for name, tensor in engine.full_state().items())
 
 
 def accumulate(engine, window: int, other: str = "", left_out: bool = True, scale: float = 1.0) -> None:
@@ -114,7 +120,7 @@ def accumulate(engine, window: int, other: str = "", left_out: bool = True, scal
             parts.append(Encoded.zeros(1, WIDTH, "fp32"))
         if other == "spoilt" and left_out:
             engine.blank(number, [slice(sum(lengths), sum(lengths) + 3)])
-        of_inputs, _ = engine.backward(number, parts, is_last=number + 1 == len(LENGTHS)).result()
+        of_inputs, _ = engine.backward(number, parts).result()
         assert not other or of_inputs.is_finite == (left_out or other != "spoilt")
 
 

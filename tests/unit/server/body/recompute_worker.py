@@ -71,7 +71,7 @@ def train(deepspeed: Path, kernels_name: str, what: str) -> dict[str, torch.Tens
             engine.forward(number, BodyInput([values], masked, bounds, None, 10 * window + number))
         # All were in flight at once; the last comes back first.
         for number in reversed(range(len(LENGTHS))):
-            work = engine.backward(number, [gradients[number]], is_last=number == 0)
+            work = engine.backward(number, [gradients[number]])
             results[f"input {window} {number}"] = work.result()[0].decode()
         engine.step(config.optimizer.lr, client_norm=0.5)
     return results | engine.full_state()

@@ -131,24 +131,24 @@ def train(engine: Any, window: int) -> None:
     """All forwards and backwards of a window."""
     for number in range(MICRO_BATCHES):
         values, gradient = micro_batch(window, torch.distributed.get_rank(), number)
-        one(engine, number, values, gradient, number + 1 == MICRO_BATCHES)
+        one(engine, number, values, gradient)
 
 
 def window_of(engine: Any, count: int) -> None:
     """A window of so many equal micro-batches, the sum of whose gradients does not depend on it."""
     values, gradient = micro_batch(0, torch.distributed.get_rank(), 0)
     for number in range(count):
-        one(engine, number, values, gradient / count, number + 1 == count)
+        one(engine, number, values, gradient / count)
 
 
-def one(engine: Any, number: int, values: Tensor, gradient: Tensor, is_last: bool) -> None:
+def one(engine: Any, number: int, values: Tensor, gradient: Tensor) -> None:
     from fedbert_ds.server.body.engine import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     bounds = torch.tensor([0, TOKENS], dtype=torch.int32)
     activations = Encoded.of(values, "fp32")
     engine.forward(number, BodyInput([activations], torch.arange(TOKENS), bounds, None, number)).result()
-    engine.backward(number, [Encoded.of(gradient, "fp32")], is_last).result()
+    engine.backward(number, [Encoded.of(gradient, "fp32")]).result()
 
 
 def count(folder: Path, rank: int, stage: int, name: str, layers: int) -> dict[str, Any]:

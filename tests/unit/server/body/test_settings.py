@@ -66,19 +66,6 @@ def test_one_step_a_window_and_clipping_are_always_said(tmp_path: Path) -> None:
     assert settings_of(bf16)["wall_clock_breakdown"] is True, "the rest is the user's"
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_stage_3_adds_gradients_up_in_fp32(tmp_path: Path, stage: int) -> None:
-    """Below, they never meet in DeepSpeed, which at some stages refuses to."""
-    for precision in ("fp32", "bf16"):
-        body = {"precision": precision, "zero_stage": stage}
-        settings = settings_of(config_with(tmp_path, "{}", body=body))
-        told = settings.get("data_types"), settings.get("communication_data_type")
-        is_needed = stage == 3 and precision == "bf16"
-        assert told == (({"grad_accum_dtype": "fp32"}, "fp32") if is_needed else (None, None))
-    given = config_with(tmp_path, '{"communication_data_type": "bf16"}', body={"precision": "bf16", "zero_stage": 3})
-    assert settings_of(given)["communication_data_type"] == "bf16", "who has slow links may choose"
-
-
 @pytest.mark.parametrize("key", OURS)
 def test_a_key_of_the_run_file_is_refused_there(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError) as caught:

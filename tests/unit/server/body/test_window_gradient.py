@@ -96,6 +96,42 @@ def test_above_stage_0_a_rank_gets_its_part_of_each_group(rank: int, offloads: b
         assert torch.equal(optimizer.averaged_gradients[0][0], expected)
 
 
+@pytest.mark.parametrize("rank", range(3))
+@pytest.mark.parametrize("offloads", [False, True])
+def test_at_stage_3_a_rank_gets_its_cut_of_each_parameter(rank: int, offloads: bool, sums: list[int]) -> None:
+    """Of three: 64 weights make two cuts of 22 and one of 20, 8 biases two of 3 and one of 2; what
+    is missing is padding.
+    """
+    module = layer()
+    for parameter, cut in ((module.weight, 22), (module.bias, 3)):
+        parameter.partition_numel = lambda cut=cut: cut  # type: ignore[attr-defined]
+    given: list[Tensor] = []
+    optimizer = SimpleNamespace(
+        fp16_groups=[[module.weight, module.bias]],
+        dp_process_group=SimpleNamespace(size=3, rank=rank),
+        offload_optimizer=offloads,
+        averaged_gradients={},
+        _offload_grad_partition_at_boundary=lambda parameter, cut, gradients, offsets: given.append(cut),
+        _swap_out_offload_fp32_gradients=lambda gradients, offsets: given.append(torch.empty(0)),
+    )
+    gradient = WindowGradient(SimpleNamespace(module=module, optimizer=optimizer), 3, {})
+    expected = torch.zeros(2, 66 + 9)
+    for number in range(2):
+        inputs, of_outputs = micro_batch(number)
+        weight, bias = torch.autograd.grad(module(inputs), [module.weight, module.bias], of_outputs)
+        expected[number, :64], expected[number, 66:74] = weight.flatten(), bias
+        gradient.backward(module(inputs), of_outputs, inputs)
+    assert sums == []
+    gradient.give()
+    assert sums == [75]
+    whole = expected.sum(0)
+    cuts = whole[:66].view(3, 22)[rank], whole[66:].view(3, 3)[rank]
+    if offloads:
+        assert all(map(torch.equal, given[:2], cuts)) and len(given) == 3
+    else:
+        assert torch.equal(optimizer.averaged_gradients[0][0], torch.cat(cuts))
+
+
 def test_a_window_begins_with_nothing() -> None:
     module = layer()
     gradient = at_stage_0(module)

@@ -77,7 +77,7 @@ def window(engine: BodyEngine, codec: str) -> dict[str, Any]:
     works = [engine.forward(number, inputs[number], codec) for number in range(MICRO_BATCHES)]
     forwards, collectives = DEVICE.take_waits(), [len(DEVICE.take_collectives())]
     for number in range(MICRO_BATCHES):
-        works.append(engine.backward(number, gradients[number], number == MICRO_BATCHES - 1, codec))
+        works.append(engine.backward(number, gradients[number], codec))
         collectives.append(len(DEVICE.take_collectives()))
     backwards = DEVICE.take_waits()
     idle, worked = DEVICE.compute.free_at - began, DEVICE.compute.worked - worked

@@ -66,9 +66,8 @@ def decided(queue: PipelineQueue, now: float = 0.0) -> list[str]:
                 words.append(f"open {index}")
             case Forward(index, done):
                 words.append(f"forward {index} {'+'.join(piece.client for piece in done)}".rstrip())
-            case Backward(index, done, is_last):
-                clients = "+".join(piece.client for piece in done)
-                words.append(" ".join(filter(None, [f"backward {index}", clients, "last" if is_last else ""])))
+            case Backward(index, done):
+                words.append(f"backward {index} {'+'.join(piece.client for piece in done)}".rstrip())
             case Suspend(client, skipped):
                 words.append(f"suspend {client} {skipped}")
             case Expire(client):

@@ -42,7 +42,7 @@ def test_order_of_arrival() -> None:
     assert decided(queue) == ["backward 1 ada+bo", "forward 3 bo"]
     queue.answer("bo", 3, "gradient")
     assert decided(queue) == [
-        "backward 3 bo last",  # the gradient-accumulation boundary
+        "backward 3 bo",
         "step 0 lost 0",
     ]
 
@@ -84,7 +84,7 @@ def test_forwards_go_before_backwards_while_there_is_room() -> None:
     queue.answer("cy", 2, "activations")
     assert decided(queue) == ["forward 2 cy", "backward 1 bo"]
     queue.answer("cy", 2, "gradient")
-    assert decided(queue) == ["backward 2 cy last", "step 0 lost 0"]
+    assert decided(queue) == ["backward 2 cy", "step 0 lost 0"]
 
 
 def test_older_answers_go_first_and_dummies_last() -> None:
@@ -103,7 +103,7 @@ def test_older_answers_go_first_and_dummies_last() -> None:
     queue.answer("bo", 1, "gradient")
     queue.answer("cy", 2, "gradient")
     queue.answer("ada", 0, "gradient")
-    assert decided(queue) == ["backward 1 bo", "backward 2 cy", "backward 0 ada last", "step 0 lost 0"]
+    assert decided(queue) == ["backward 1 bo", "backward 2 cy", "backward 0 ada", "step 0 lost 0"]
 
 
 def test_a_dummy_lets_real_work_go_first() -> None:
@@ -119,10 +119,10 @@ def test_a_dummy_lets_real_work_go_first() -> None:
     queue.answer("ada", 1, "activations")
     assert queue.decide(0.0) == Forward(1, pieces("ada"))  # the dummy's gradient was there before, and is a backward
     queue.answer("ada", 0, "gradient")
-    assert queue.decide(0.0) == Backward(0, pieces("ada"), is_last=False)
-    assert queue.decide(0.0) == Backward(2, (), is_last=False)
+    assert queue.decide(0.0) == Backward(0, pieces("ada"))
+    assert queue.decide(0.0) == Backward(2, ())
     queue.answer("ada", 1, "gradient")
-    assert queue.decide(0.0) == Backward(1, pieces("ada"), is_last=True)
+    assert queue.decide(0.0) == Backward(1, pieces("ada"))
 
 
 def test_the_last_place_in_flight_is_not_for_blockers() -> None:
@@ -165,7 +165,7 @@ def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
         "backward 0 ada",
         "open 3",
         "forward 1",
-        "backward 1 last",
+        "backward 1",
         "step 0 lost 0",
         "plan 2 ada+bo",
     ]
@@ -173,9 +173,9 @@ def test_the_next_window_is_planned_and_has_credit_while_one_runs() -> None:
     assert decided(queue) == ["forward 2 ada"]
     queue.answer("ada", 2, "gradient")
     assert decided(queue) == ["backward 2 ada", "open 4"]
-    assert trained(queue, "bo", 3) == ["forward 3 bo", "backward 3 bo last", "step 1 lost 0"]
+    assert trained(queue, "bo", 3) == ["forward 3 bo", "backward 3 bo", "step 1 lost 0"]
     assert queue.start(1, 0.0) == (4,)
-    assert trained(queue, "ada", 4) == ["forward 4 ada", "backward 4 ada last", "step 2 lost 0"]
+    assert trained(queue, "ada", 4) == ["forward 4 ada", "backward 4 ada", "step 2 lost 0"]
     assert not queue.schedule.is_planned
 
 
@@ -257,7 +257,7 @@ def test_fixed_order_waits_for_the_oldest() -> None:
         "backward 1 bo",
     ]
     queue.answer("cy", 2, "gradient")
-    assert decided(queue) == ["backward 2 cy last", "step 0 lost 0"]
+    assert decided(queue) == ["backward 2 cy", "step 0 lost 0"]
 
 
 def test_lockstep_forwards_keep_one_pattern_of_kinds() -> None:
@@ -274,4 +274,4 @@ def test_lockstep_forwards_keep_one_pattern_of_kinds() -> None:
     queue.answer("bo", 1, "activations")
     assert decided(queue) == ["forward 1 bo", "backward 0 ada"]
     queue.answer("bo", 1, "gradient")
-    assert decided(queue) == ["backward 1 bo last", "step 0 lost 0"]
+    assert decided(queue) == ["backward 1 bo", "step 0 lost 0"]

@@ -21,11 +21,11 @@ from fedbert_ds.wire.messages import Manifest
 @pytest.mark.parametrize(
     ("moment", "expected"),
     [
-        ("opened", ["forward 0 ada", "backward 0 ada last", "step 0 lost 2"]),
-        ("activations", ["forward 0 ada", "backward 0 ada last", "step 0 lost 2"]),
-        ("forwarded", ["forward 0 ada+bo", "backward 0 ada last", "step 0 lost 2"]),
+        ("opened", ["forward 0 ada", "backward 0 ada", "step 0 lost 2"]),
+        ("activations", ["forward 0 ada", "backward 0 ada", "step 0 lost 2"]),
+        ("forwarded", ["forward 0 ada+bo", "backward 0 ada", "step 0 lost 2"]),
         # A gradient that was here in time counts, and so do its masked tokens.
-        ("gradient", ["forward 0 ada+bo", "backward 0 ada+bo last", "step 0 lost 0"]),
+        ("gradient", ["forward 0 ada+bo", "backward 0 ada+bo", "step 0 lost 0"]),
     ],
 )
 def test_a_client_lost_at_every_moment(moment: str, expected: list[str]) -> None:
@@ -59,7 +59,7 @@ def test_lost_after_its_gradient_pieces_keep_their_order() -> None:
     queue.answer("ada", 0, "gradient")
     queue.lose("ada")
     queue.answer("bo", 0, "gradient")
-    assert queue.decide(0.0) == Backward(0, pieces("ada", "bo"), is_last=True)
+    assert queue.decide(0.0) == Backward(0, pieces("ada", "bo"))
 
 
 def test_everybody_lost_leaves_a_window_of_dummies() -> None:
@@ -73,7 +73,7 @@ def test_everybody_lost_leaves_a_window_of_dummies() -> None:
         "forward 0",  # empty, but the other ranks count on it
         "forward 1",
         "backward 0",
-        "backward 1 last",
+        "backward 1",
         "step 0 lost 6",
     ]
 
@@ -87,7 +87,7 @@ def test_who_is_lost_before_the_start_is_not_counted() -> None:
     queue.lose("bo")
     assert queue.schedule.masked_tokens == 2
     queue.start(1, 0.0)
-    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada", "step 0 lost 0"]
 
 
 def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
@@ -102,7 +102,7 @@ def test_a_name_that_is_back_has_no_part_in_what_was_planned_before() -> None:
     queue.start(1, 0.0)
     with pytest.raises(WireError, match="nobody asked for"):
         queue.answer("bo", 0, "activations")
-    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada", "step 0 lost 0"]
 
 
 # -- late clients ----------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_a_window_goes_on_without_a_late_client_and_it_comes_back() -> None:
         "suspend bo ((0, 1), (1, 3))",  # of both windows
         "forward 1",
         "backward 0 ada",
-        "backward 1 last",
+        "backward 1",
         "step 0 lost 2",
     ]
     assert queue.clients == {"ada", "bo"} and queue.active == {"ada"}
@@ -182,7 +182,7 @@ def test_a_gradient_in_time_counts_though_its_client_is_late_then() -> None:
     assert decided(queue, 1.0) == []
     queue.answer("ada", 0, "gradient")
     assert decided(queue, 5.5) == ["backward 0 ada+bo"], "who has answered something since is not late"
-    assert decided(queue, 6.5) == ["suspend bo ((0, 1),)", "forward 1", "backward 1 last", "step 0 lost 2"]
+    assert decided(queue, 6.5) == ["suspend bo ((0, 1),)", "forward 1", "backward 1", "step 0 lost 2"]
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
@@ -293,7 +293,7 @@ def test_windows_of_turns_follow_one_another() -> None:
     queue = of_turns()
     assert decided(queue) == ["plan 0 ada", "plan 1 bo", "open 0", "open 1"], "the next one is planned ahead"
     queue.start(1, 0.0)
-    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada last", "step 0 lost 0"]
+    assert trained(queue, "ada", 0) == ["forward 0 ada", "backward 0 ada", "step 0 lost 0"]
     assert queue.roster.next_window_of("ada") == 2 and queue.roster.next_window_of("bo") == 3
     queue.start(1, 0.0)
     queue.manifest(Manifest("bo", 3, (4,), (2,)))
@@ -377,8 +377,8 @@ def test_a_rank_without_participants_runs_a_window_with_dummies(lockstep_forward
     queue.start(2, 0.0, elsewhere=frozenset({"ada"}))
     words = decided(queue, 5.0)
     assert [word for word in words if word.startswith(("forward", "backward", "step"))] in (
-        ["forward 0", "backward 0", "forward 1", "backward 1 last", "step 0 lost 0"],
-        ["forward 0", "forward 1", "backward 0", "backward 1 last", "step 0 lost 0"],
+        ["forward 0", "backward 0", "forward 1", "backward 1", "step 0 lost 0"],
+        ["forward 0", "forward 1", "backward 0", "backward 1", "step 0 lost 0"],
     )
     queue.manifest(Manifest("bo", 1, (4,), (2,)))
     assert decided(queue, 5.0)[0] == "plan 1 bo"
@@ -497,7 +497,7 @@ def test_a_window_is_undone_at_every_moment(moment: str, is_planned_ahead: bool)
     queue.answer("ada", index, "activations")
     assert f"forward {index} ada+bo" in trained(queue, "bo", index, 7.0)
     queue.answer("ada", index, "gradient")
-    assert decided(queue, 7.0)[:2] == [f"backward {index} ada+bo last", "step 0 lost 0"]
+    assert decided(queue, 7.0)[:2] == [f"backward {index} ada+bo", "step 0 lost 0"]
 
 
 def test_whoever_was_late_or_skipped_before_a_roll_back_is_awaited_after_it() -> None:

@@ -331,14 +331,15 @@ class BodySection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the body. Master weights and sums of gradients are fp32 either way."""
     activation_checkpointing: Annotated[
-        Literal["auto", "none", "elementwise", "attention", "layers"], BeforeValidator(_checkpointing)
+        Literal["auto", "none", "elementwise", "attention", "int8", "layers"], BeforeValidator(_checkpointing)
     ] = "auto"
     """What backward computes again, so that a micro-batch in flight takes less memory. Results are
-    the same to the bit. `elementwise`: LayerNorm and GELU, no matrix product. `attention`: these
-    and attention, for 3 % more computation at 512 tokens of BERT-base. `layers`: all but each
-    layer's input, for a third more. `auto`: `elementwise` on a GPU, `none` on a
-    CPU, with `compile: true` and with `fp8`. At ZeRO stage 3, where a forward keeps its input alone
-    in any case, only `layers` changes anything: the memory of a backward."""
+    the same to the bit, but with `int8`. `elementwise`: LayerNorm and GELU, no matrix product.
+    `attention`: these and attention, for 3 % more computation at 512 tokens of BERT-base. `int8`:
+    as `elementwise`, and what GELU takes is kept in 8 bits, which rounds gradients. `layers`: all
+    but each layer's input, for a third more. `auto`: `elementwise` on a GPU, `none` on a CPU, with
+    `compile: true` and with `fp8`. At ZeRO stage 3, where a forward keeps its input alone in any
+    case, only `layers` changes anything: the memory of a backward."""
     compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
     """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
     what backward computes again. `auto` measures it once for a card, with
@@ -353,20 +354,20 @@ class BodySection(Section):
         if self.fp8 and self.precision != "bf16":
             raise ValueError("fp8 is for precision: bf16; set that, or fp8: false")
         chosen = self.activation_checkpointing
-        if self.compile is True and chosen in ("elementwise", "attention", "layers"):
+        if self.compile is True and chosen in ("elementwise", "attention", "int8", "layers"):
             raise ValueError(
                 f"compile: true chooses itself what is computed again; remove activation_checkpointing: {chosen}"
             )
-        if self.fp8 and chosen in ("elementwise", "attention"):
+        if self.fp8 and chosen in ("elementwise", "attention", "int8"):
             raise ValueError("fp8 keeps its own inputs; set activation_checkpointing: none or layers, or fp8: false")
         return self
 
-    def recomputed(self, device_type: str, stage: int) -> Literal["none", "elementwise", "attention", "layers"]:
+    def recomputed(self, device_type: str, stage: int) -> Literal["none", "elementwise", "attention", "int8", "layers"]:
         """What backward computes again on such a device at this ZeRO stage."""
         what = self.activation_checkpointing
         if what == "auto":
             what = "none" if device_type == "cpu" or self.compile is True or self.fp8 else "elementwise"
-        return "none" if what in ("elementwise", "attention") and stage == 3 else what
+        return "none" if what != "layers" and stage == 3 else what
 
     def may_compile(self, recomputed: str) -> bool:
         """Whether a compiler may choose in place of this what backward computes again."""

@@ -24,7 +24,7 @@ from fedbert_kernels.choice import OURS, kept
 from fedbert_kernels.gelu import bias_gelu
 from fedbert_kernels.interpreter import HAVE_TRITON, INTERPRETED
 from fedbert_kernels.layer_norm import LARGEST_WIDTH, residual_layer_norm
-from fedbert_kernels.recompute import cheap, consume
+from fedbert_kernels.recompute import cheap, cheap_in_codes, consume
 from fedbert_kernels.row_choice import GELU, LAYER_NORM, RowCase, operator
 from fedbert_kernels.row_philox import row_drop_threshold
 
@@ -177,7 +177,11 @@ def _cheap_layer_norm(
     return cheap(partial(consume, residual_layer_norm), x, residual, bias, weight, shift, dropout, epsilon, seed)
 
 
-_CHEAP: dict[str, Callable[..., Tensor]] = {LAYER_NORM: _cheap_layer_norm, GELU: partial(cheap, bias_gelu)}
+def _cheap_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return cheap_in_codes(x, bias_gelu, x, bias)
+
+
+_CHEAP: dict[str, Callable[..., Tensor]] = {LAYER_NORM: _cheap_layer_norm, GELU: _cheap_gelu}
 """Our operators, whose results backward can compute again."""
 _AROUND: dict[str, Callable[..., Any]] = {LAYER_NORM: _dense_dropout_residual_norm, GELU: _dense_gelu}
 """A module's new forward, given the operator for its LayerNorm or GELU."""

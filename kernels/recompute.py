@@ -4,7 +4,8 @@ Autograd keeps the inputs of a matrix product for its backward. Where such an in
 `cheap`, `consume` runs the product, and both are inside `recomputing`, its recipe is kept instead:
 function and arguments, which are kept for other reasons, or are such results themselves. Backward
 computes each once, with the same bits. No matrix product runs again, unless it is inside of what
-`again` runs: attention.
+`again` runs: attention. A product's own result may be kept in codes of fewer bits
+(`cheap_in_codes`); backward then has what they stand for.
 
 Torch's own selective checkpointing does the same through a dispatch mode, in Python for every
 operator: several times the host's time of a forward and backward.
@@ -23,7 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from fedbert_kernels.encoded import Encoded
+
 _is_active: ContextVar[bool] = ContextVar("_is_active", default=False)
+_codec: ContextVar[str | None] = ContextVar("_codec", default=None)
 _watcher: ContextVar[Callable[[Tensor], None] | None] = ContextVar("_watcher", default=None)
 
 
@@ -34,6 +38,21 @@ def cheap(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
         whole = result if result._base is None else result._base
         whole._recipe = _Recipe(function, arguments)  # type: ignore[attr-defined]
     return result
+
+
+def cheap_in_codes(kept: Tensor, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """As `cheap`; inside `recomputing` with a codec, `kept`, one of the arguments, is kept in its
+    codes, for `function` and wherever else `consume` would keep it.
+
+    The result is exact; gradients are those at the values that the codes stand for, which
+    activation-compressed training shows to suffice (Chen et al. 2021, "ActNN").
+    """
+    if torch.compiler.is_compiling() or (codec := _codec.get()) is None:
+        return cheap(function, *arguments)
+    whole = kept if kept._base is None else kept._base
+    if kept.requires_grad and whole.is_contiguous():
+        whole._recipe = _Codes(whole.detach(), codec)  # type: ignore[attr-defined]
+    return cheap(partial(consume, function), *arguments)
 
 
 def consume(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -66,13 +85,16 @@ def again(function: Callable[..., Tensor], *tensors: Tensor, draws: bool = False
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
-    """Inside, `cheap` notes recipes and `consume` keeps them."""
-    token = _is_active.set(True)
+def recomputing(codec: str | None = None) -> Iterator[None]:
+    """Inside, `cheap` notes recipes and `consume` keeps them; `cheap_in_codes` uses a codec of
+    `encoded.NAMES`.
+    """
+    tokens = _is_active.set(True), _codec.set(codec)
     try:
         yield
     finally:
-        _is_active.reset(token)
+        _is_active.reset(tokens[0])
+        _codec.reset(tokens[1])
 
 
 @contextmanager
@@ -98,6 +120,27 @@ class _Recipe:
     def value(self) -> Tensor:
         if self._value is None:
             self._value = self._function(*map(_unpack, self._arguments))
+        return self._value
+
+
+class _Codes:
+    """A result in fewer bits, decoded once."""
+
+    __slots__ = ("_dtype", "_encoded", "_shape", "_value")
+
+    def __init__(self, values: Tensor, codec: str) -> None:
+        self._encoded = Encoded.of(values.flatten(0, -2), codec)
+        self._shape, self._dtype = values.shape, values.dtype
+        self._value: Tensor | None = None
+        watcher = _watcher.get()
+        if watcher is not None:
+            for part in (self._encoded.payload, self._encoded.scales):
+                if part is not None:
+                    watcher(part)
+
+    def value(self) -> Tensor:
+        if self._value is None:
+            self._value = self._encoded.decode(self._dtype).view(self._shape)
         return self._value
 
 
@@ -151,7 +194,7 @@ class _RunAgain(torch.autograd.Function):
 class _Dropped(NamedTuple):
     """A view of a result that is not kept."""
 
-    recipe: _Recipe | _Again
+    recipe: _Recipe | _Codes | _Again
     shape: torch.Size
     strides: tuple[int, ...]
     offset: int | torch.SymInt

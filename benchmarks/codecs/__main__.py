@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.codecs.benchmark import bench_codecs
-from benchmarks.codecs.settings import OF_ALL, CodecsOptions
+from benchmarks.codecs.settings import CHOICES, CodecsOptions
 from fedbert_ds.bench.commands import add_out, typed
 from fedbert_ds.errors import one_line_errors
 
@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--vocabulary", metavar="NAME", help="tokenizer to count bytes with (30,522 pieces of the text)"
     )
     parser.add_argument("--count", nargs="+", default=[], metavar="SOURCE", help="count bytes of these texts, too")
-    parser.add_argument("--codecs", nargs="+", default=[], choices=OF_ALL, metavar="CODEC", help="of all, these alone")
+    parser.add_argument("--codecs", nargs="+", default=[], choices=CHOICES, metavar="CODEC", help="of all, these alone")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="change configs/default.yaml")
     return parser
 

@@ -99,6 +99,8 @@ def train(setting: Setting, seed: int, config: RunConfig, text: Text) -> dict[st
         weight.data *= 1.0 / (section.initializer_range * weight.shape[1] ** 0.5)
     cut: Cut = setting.cut
     half, body = split(model, cut)
+    if setting.extra == "kept in int8":
+        body.recompute("int8")
     trainer = SplitTrainer(
         half,
         body,

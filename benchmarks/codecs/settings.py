@@ -26,10 +26,10 @@ class Setting:
     activations: Codec = "fp32"
     hidden: Codec = "fp32"
     gradients: Codec = "fp32"
-    extra: Literal["", "stochastic", "row feedback", "centred", "int8 halves", "unit projection"] = ""
+    extra: Literal["", "stochastic", "row feedback", "centred", "int8 halves", "unit projection", "kept in int8"] = ""
     """Gradients rounded at random; errors of table rows fed back; the mean of a message's hidden
     states sent apart; gradients of the client half summed in int8; a factorized model's E -> H
-    drawn with unit gain."""
+    drawn with unit gain; what GELU takes kept in int8 by the body."""
 
     @property
     def wire(self) -> WireSection:
@@ -83,17 +83,19 @@ FURTHER = (
     all_in("int8", cut="embeddings"),
     all_in("int8_group"),
     all_in("bf16"),
+    all_in("fp32", extra="kept in int8"),
 )
 """The most telling first, for `--minutes` may leave the last ones out."""
 
-OF_ALL = tuple(one.activations for one in (*MAIN, *FURTHER) if one == all_in(one.activations))
-"""Codecs of which there is a setting with all in one."""
+CHOICES = {one.activations: one for one in (*MAIN, *FURTHER) if one == all_in(one.activations)}
+"""Settings that can be asked for by name: with all in one codec, and the last."""
+CHOICES["kept-int8"] = FURTHER[-1]
 
 
-def only(group: tuple[Setting, ...], codecs: Sequence[Codec]) -> tuple[Setting, ...]:
-    """Of a group the settings with all in one of these codecs, and fp32; without codecs all."""
-    wanted = {BASELINE, *(all_in(codec) for codec in codecs)}
-    return tuple(setting for setting in group if not codecs or setting in wanted)
+def only(group: tuple[Setting, ...], names: Sequence[str]) -> tuple[Setting, ...]:
+    """Of a group the settings of these names in `CHOICES`, and fp32; without names all."""
+    wanted = {BASELINE, *(CHOICES[name] for name in names)}
+    return tuple(setting for setting in group if not names or setting in wanted)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class CodecsOptions:
     """Tokenizer to count bytes with, as tokenizer.path; None learns one of BERT's size."""
     count: tuple[str, ...] = ()
     """Further texts whose bytes are counted, as `data`."""
-    codecs: tuple[Codec, ...] = ()
-    """Train those settings alone that have one of these for all."""
+    codecs: tuple[str, ...] = ()
+    """Names in `CHOICES`: train these settings alone."""
     quick: bool = False
     overrides: tuple[str, ...] = ()
     """`section.key=value`, for every run alike."""

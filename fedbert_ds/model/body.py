@@ -26,10 +26,12 @@ from fedbert_ds.model.architecture import (
 from fedbert_ds.model.attention import PACKED_ATTENTION, Attend, Packing
 from fedbert_ds.model.encoder import encode, keep_angles_exact, keep_masked_positions, position_ids, recompute_gates
 from fedbert_ds.model.flops import BodyWork, body_work
-from fedbert_kernels.recompute import cheap, consume, recomputing
+from fedbert_kernels.recompute import cheap, cheap_in_codes, consume, recomputing
 
-Recomputed = Literal["none", "elementwise", "attention", "layers"]
+Recomputed = Literal["none", "elementwise", "attention", "int8", "layers"]
 """What backward computes again; see `Body.recompute`."""
+CODES = "int8_group"
+"""The codec of what `int8` keeps in fewer bits."""
 
 
 class Body(nn.Module):
@@ -68,7 +70,8 @@ class Body(nn.Module):
         `masked_positions` is [m] int64 into T. `cu_seqlens` is [n + 1] int32, best on the CPU.
         ValueError if these do not fit.
         """
-        with recomputing() if self.recomputes_elementwise else nullcontext():
+        codec = CODES if self.recomputed == "int8" else None
+        with recomputing(codec) if self.recomputes_elementwise else nullcontext():
             return self._forward(activations, masked_positions, cu_seqlens, row_index)
 
     def _forward(
@@ -110,8 +113,9 @@ class Body(nn.Module):
     def recompute(self, what: Recomputed) -> None:
         """Keep less in forward; backward computes the rest again, with the same dropout. Once only.
 
-        `elementwise`: results of LayerNorm and GELU. `attention`: these and attention's. `layers`:
-        everything but each layer's input.
+        `elementwise`: results of LayerNorm and GELU. `attention`: these and attention's. `int8`:
+        those of `elementwise`, and what GELU takes, a layer's widest result, is kept in 8 bits, so
+        that gradients are rounded. `layers`: everything but each layer's input.
         """
         self.recomputed = what
         if what == "layers":
@@ -121,8 +125,10 @@ class Body(nn.Module):
         elif self.recomputes_elementwise:
             # Where `patch_modules` fuses one of these, it is read and not called.
             for module in self.modules():
-                if isinstance(module, (nn.LayerNorm, nn.GELU, GELUActivation)):
+                if isinstance(module, nn.LayerNorm):
                     module.forward = MethodType(_cheap_forward, module)  # type: ignore[method-assign]
+                elif isinstance(module, (nn.GELU, GELUActivation)):
+                    module.forward = MethodType(_cheap_gelu_forward, module)  # type: ignore[method-assign]
                 elif isinstance(module, nn.Linear):
                     module.forward = MethodType(_consuming_forward, module)  # type: ignore[method-assign]
             recompute_gates(self.layers, self.config)
@@ -130,7 +136,7 @@ class Body(nn.Module):
     @property
     def recomputes_elementwise(self) -> bool:
         """Whether backward computes LayerNorm and GELU again, and no linear layer."""
-        return self.recomputed in ("elementwise", "attention")
+        return self.recomputed in ("elementwise", "attention", "int8")
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -165,6 +171,10 @@ class Body(nn.Module):
 
 def _cheap_forward(self: nn.Module, values: Tensor) -> Tensor:
     return cheap(type(self).forward, self, values)
+
+
+def _cheap_gelu_forward(self: nn.Module, values: Tensor) -> Tensor:
+    return cheap_in_codes(values, type(self).forward, self, values)
 
 
 def _consuming_forward(self: nn.Module, values: Tensor) -> Tensor:

@@ -241,8 +241,11 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"body": {"compile": 1}}, "body.compile: no such choice; set auto, true or false"),
     ({"body": {"compile": True, "activation_checkpointing": True}},
      "body: compile: true chooses itself what is computed again; remove activation_checkpointing: layers"),
-    ({"body": {"fp8": True, "precision": "bf16", "activation_checkpointing": "elementwise"}},
-     "body: fp8 keeps its own inputs; set activation_checkpointing: none or layers, or fp8: false"),
+    ({"body": {"compile": True, "activation_checkpointing": "int8"}},
+     "body: compile: true chooses itself what is computed again; remove activation_checkpointing: int8"),
+    *(({"body": {"fp8": True, "precision": "bf16", "activation_checkpointing": what}},
+       "body: fp8 keeps its own inputs; set activation_checkpointing: none or layers, or fp8: false")
+      for what in ("elementwise", "int8")),
     ({"cut": "whole", "federation": {"mode": "parallel"}, "kernels": "torch"},
      "kernels: cut: whole has no body; remove the key or change the cut"),
     ({"cut": "whole", "federation": {"mode": "parallel", "average_every": 7}, "run": {"windows": 10}},
@@ -615,7 +618,7 @@ def test_hidden_states_are_coded_as_activations_unless_said() -> None:
 @pytest.mark.parametrize(
     ("written", "expected"),
     [("auto", ("none", "elementwise", "none"))]
-    + [(word, (word, word, "none")) for word in ("elementwise", "attention")]
+    + [(word, (word, word, "none")) for word in ("elementwise", "attention", "int8")]
     + [(word, ("none",) * 3) for word in ("none", False)]
     + [(word, ("layers",) * 3) for word in ("layers", True)],
 )
@@ -626,7 +629,8 @@ def test_what_backward_computes_again(written: Any, expected: tuple[str, ...]) -
 
 
 @pytest.mark.parametrize(
-    ("written", "expected"), [("auto", True), ("none", True), *((word, False) for word in ("elementwise", "layers"))]
+    ("written", "expected"),
+    [("auto", True), ("none", True), *((word, False) for word in ("elementwise", "int8", "layers"))],
 )
 def test_a_compiler_chooses_where_the_run_file_does_not(written: str, expected: bool) -> None:
     body = parse_config({"body": {"activation_checkpointing": written}}, "test").body

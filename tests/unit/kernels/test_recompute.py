@@ -1,4 +1,6 @@
-"""Cheap results are not kept, and backward computes each once, with the same bits."""
+"""Cheap results are not kept, and backward computes each once, with the same bits; of what is kept in
+codes it has what they stand for.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedbert_kernels.recompute import again, cheap, consume, recomputing, watching
+from fedbert_kernels.encoded import Encoded
+from fedbert_kernels.recompute import again, cheap, cheap_in_codes, consume, recomputing, watching
 
 
 class Counted:
@@ -82,6 +85,54 @@ def test_a_watcher_sees_what_is_kept_and_no_more() -> None:
     with recomputing():
         consume(torch.matmul, hidden, first)
     assert {tensor.data_ptr() for tensor in seen} == pointers
+
+
+@pytest.mark.parametrize("is_view", [False, True])
+def test_of_what_is_kept_in_codes_backward_has_what_they_stand_for(is_view: bool) -> None:
+    """Both where the cheap function needs it, and where its result is computed again."""
+    values, first, second = leaves()
+
+    def product(values: Tensor, first: Tensor) -> Tensor:
+        whole = consume(torch.matmul, values, first)
+        return whole[:, 2:6] if is_view else whole
+
+    def chain(into: Tensor) -> Tensor:
+        return consume(torch.matmul, cheap_in_codes(into, functional.gelu, into), second[: into.shape[1]])
+
+    exact = product(values, first)
+    expected = functional.gelu(exact) @ second[: exact.shape[1]]
+    seen: list[Tensor] = []
+    with watching(seen.append), recomputing("int8"):
+        found = chain(product(values, first))
+    assert torch.equal(found, expected)
+
+    coded = Encoded.of((values @ first).detach(), "int8").decode()
+    coded = (coded[:, 2:6] if is_view else coded).requires_grad_()
+    assert not torch.equal(coded, exact)
+    by_hand = functional.gelu(coded) @ second[: exact.shape[1]]
+    outgoing = torch.randn_like(found)
+    of_coded, of_second = torch.autograd.grad(by_hand, [coded, second], outgoing)
+    of_first = torch.autograd.grad(exact, first, of_coded)
+    got = torch.autograd.grad(found, [first, second], outgoing)
+    assert torch.equal(got[0], of_first[0]) and torch.equal(got[1], of_second)
+    # The codes of the whole product are kept, once, and nothing of its values.
+    assert [tuple(tensor.shape) for tensor in seen if tensor.dtype == torch.int8] == [(5, 8)]
+    assert not any(torch.equal(tensor, part) for tensor in seen for part in (values @ first, exact))
+
+
+def test_without_a_codec_nothing_is_coded() -> None:
+    values, first, second = leaves()
+
+    def gradients() -> tuple[Tensor, ...]:
+        into = values @ first
+        return torch.autograd.grad((cheap_in_codes(into, functional.gelu, into) @ second).sum(), [first, second])
+
+    expected = gradients()
+    with recomputing():
+        assert all(map(torch.equal, gradients(), expected))
+    with recomputing("int8"), torch.no_grad():
+        into = values @ first
+        assert not hasattr(cheap_in_codes(into, functional.gelu, into), "_recipe") and not hasattr(into, "_recipe")
 
 
 def test_elsewhere_a_result_does_not_hold_on_to_its_arguments() -> None:

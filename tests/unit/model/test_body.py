@@ -21,7 +21,7 @@ def activations_for(body: Any, num_tokens: int) -> tuple[torch.Tensor, torch.Ten
     return values, torch.arange(num_tokens) if body.cut == "rows" else None
 
 
-@pytest.mark.parametrize("what", ["none", "elementwise", "attention", "layers"])
+@pytest.mark.parametrize("what", ["none", "elementwise", "attention", "int8", "layers"])
 def test_dummy_micro_batch_gives_every_parameter_a_zero_gradient(small_model, architecture, cut, what: Any) -> None:
     _, body = split(small_model(architecture, dropout=0.1).train(), cut)
     body.recompute(what)
@@ -82,6 +82,26 @@ def test_recomputation_repeats_dropout(small_model, architecture, cut, dtype: to
     assert all(torch.equal(recomputed[name], gradient) for name, gradient in kept.items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_in_place_of_what_gelu_takes_round_gradients_alone(small_model, architecture, cut, dtype) -> None:
+    packed = pack([6, 3, 6, 1])
+
+    def results(what: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        _, body = split(small_model(architecture, dropout=0.3).train(), cut)
+        body.to(dtype).recompute(what)
+        values, row_index = activations_for(body, len(packed.input_ids))
+        received = values.requires_grad_()
+        torch.manual_seed(11)
+        hidden = body(received, packed.masked, packed.cu_seqlens, row_index)
+        hidden.float().square().sum().backward()
+        return hidden, torch.cat([p.grad.float().flatten() for p in [received, *body.parameters()]])
+
+    (kept, exact), (hidden, rounded) = results("elementwise"), results("int8")
+    assert torch.equal(hidden, kept)
+    # Codes are off by up to 1 / 254 of the largest of 64 values.
+    assert 0.0 < (rounded - exact).norm() < 0.01 * exact.norm()
+
+
 def test_input_in_its_own_dtype_gives_what_fp32_gives(small_model, architecture, cut) -> None:
     """Hidden states and gradients; where rows are equal, their gradient's sum is not rounded."""
     packed = pack([6, 3, 6, 1])
@@ -126,7 +146,7 @@ def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(
     small_model, architecture, dropout: float
 ) -> None:
     products, kept = {}, {}
-    for what in ("none", "elementwise", "attention", "layers"):
+    for what in ("none", "elementwise", "attention", "int8", "layers"):
         _, body = split(small_model(architecture, dropout=dropout).train(), LayersCut(layers=1))
         body.recompute(what)
         values, _ = activations_for(body, 12)
@@ -135,7 +155,7 @@ def test_elementwise_recomputation_repeats_no_product_and_keeps_no_cheap_result(
         with Products() as counted:
             hidden.sum().backward()
         products[what], kept[what] = counted.count, saved.num_bytes
-    assert 0 < products["none"] == products["elementwise"] < products["layers"]
+    assert 0 < products["none"] == products["elementwise"] == products["int8"] < products["layers"]
     # Scores and their use, of each of two layers; without dropout they are one operator.
     assert products["attention"] == products["none"] + (2 * 2 if dropout else 0)
     # Of the first layer its two LayerNorms' results and GELU's, four times as wide. Of the last,

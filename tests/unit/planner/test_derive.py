@@ -101,7 +101,7 @@ def test_micro_batches_in_flight_are_what_memory_holds():
 
     assert held() == held(by("elementwise")) > held(by("none")) > held(by("none"), "body.precision=fp32")
     assert held(by("none")) > held(by("none"), "kernels=torch")
-    assert held(by("layers")) > 5 * held() > 5 and held(by("attention")) > held()
+    assert held(by("layers")) > 5 * held() > 5 and held(by("int8")) > held(by("attention")) > held()
     assert held(gpu_memory=160e9) == pytest.approx(2 * held(), abs=1)
     assert held(gpu_memory=1.0) == 1
 

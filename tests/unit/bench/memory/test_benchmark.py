@@ -10,6 +10,8 @@ import pytest
 
 from fedbert_ds.bench.body.encoders import Shape
 from fedbert_ds.bench.memory.benchmark import LENGTH, SEQUENCES, MemoryOptions, bench_memory, count, table
+from fedbert_ds.model.body import CODES
+from fedbert_kernels.encoded import form
 
 TOKENS = LENGTH * SEQUENCES
 WIDTH, HEADS = 128, 2
@@ -21,6 +23,11 @@ NORMS = 4 * TOKENS * 2 * 2
 """Means and deviations of two LayerNorms."""
 IN_FP32 = 4 * TOKENS * HEADS + NORMS
 """These and attention's logarithms of sums."""
+
+
+def in_codes(columns: int) -> int:
+    """Bytes of so many columns for each token, with their scales."""
+    return TOKENS * sum(number * dtype.itemsize for number, dtype in filter(None, form(columns, CODES)))
 
 
 def of_a_layer(kernels: Any, name: str = "") -> dict[str, float]:
@@ -42,6 +49,8 @@ def test_a_layer_of_fused_kernels_by_hand() -> None:
         "elementwise": 10 * VALUES + IN_FP32 + 3 * SEED,
         # Of attention, query, key and value alone.
         "attention": 9 * VALUES + NORMS + 2 * SEED,
+        # Before GELU codes.
+        "int8": 6 * VALUES + in_codes(4 * WIDTH) + IN_FP32 + 3 * SEED,
         "layers": VALUES,
     }
 
@@ -52,6 +61,7 @@ def test_a_layer_in_torch_by_hand() -> None:
         "none": 18 * VALUES + IN_FP32 + SEED,
         "elementwise": 12 * VALUES + IN_FP32 + SEED,
         "attention": 11 * VALUES + NORMS,
+        "int8": 8 * VALUES + in_codes(4 * WIDTH) + IN_FP32 + SEED,
         "layers": VALUES,
     }
 
@@ -66,6 +76,7 @@ def test_a_layer_of_modernbert_by_hand(kernels: Any) -> None:
         "none": (9 + 2 + 3) * VALUES + IN_FP32,
         "elementwise": 9 * VALUES + IN_FP32,
         "attention": 8 * VALUES + NORMS,
+        "int8": 6 * VALUES + in_codes(3 * WIDTH) + IN_FP32,
         "layers": VALUES,
     }
 
@@ -74,7 +85,9 @@ def test_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_memory(MemoryOptions(tmp_path / "memory.json", "bench memory", quick=True))
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
     assert [(row["kernels"], row["checkpointing"]) for row in rows] == [
-        (kernels, what) for kernels in ("torch", "triton") for what in ("none", "elementwise", "attention", "layers")
+        (kernels, what)
+        for kernels in ("torch", "triton")
+        for what in ("none", "elementwise", "attention", "int8", "layers")
     ]
     assert all(row["beside_none"] == 1.0 for row in rows if row["checkpointing"] == "none")
     assert table(rows) in capsys.readouterr().out

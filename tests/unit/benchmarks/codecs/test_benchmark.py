@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.codecs import benchmark, counted, runs
 from benchmarks.codecs.report import counted_table, table
-from benchmarks.codecs.settings import BASELINE, FURTHER, MAIN, OF_ALL, CodecsOptions, all_in, only
+from benchmarks.codecs.settings import BASELINE, CHOICES, FURTHER, MAIN, CodecsOptions, all_in, only
 
 RESULT = {
     "held_out_loss": 5.0, "training_loss": 5.0, "tokens": 100, "bytes_up": 300, "bytes_down": 200, "seconds": 1.0,
@@ -93,4 +93,5 @@ def test_of_chosen_codecs_only_the_runs_with_all_in_one_are_made():
     assert only(MAIN, ()) == MAIN
     assert only(MAIN, ("int8", "bf16")) == (BASELINE, all_in("int8"))
     assert only(FURTHER, ("int8", "bf16")) == (all_in("bf16"),)
-    assert all(only((*MAIN, *FURTHER), (codec,)) != (BASELINE,) for codec in OF_ALL if codec != "fp32")
+    assert only(FURTHER, ("kept-int8",)) == (all_in("fp32", extra="kept in int8"),)
+    assert all(only((*MAIN, *FURTHER), (name,)) != (BASELINE,) for name in CHOICES if name != "fp32")

@@ -44,7 +44,7 @@ def test_ranks_of_a_machine_share_what_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert memory_budget(torch.device("cpu")) == SHARE * 1000 // 4
 
 
-@pytest.mark.parametrize("recomputed", ["none", "elementwise", "attention", "layers"])
+@pytest.mark.parametrize("recomputed", ["none", "elementwise", "attention", "int8", "layers"])
 @pytest.mark.parametrize("cut", ["embeddings", "rows"])
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_what_is_counted_is_what_a_forward_keeps(architecture: Any, cut: Any, recomputed: Any) -> None:

@@ -87,7 +87,7 @@ FURTHER = (
 )
 """The most telling first, for `--minutes` may leave the last ones out."""
 
-CHOICES = {one.activations: one for one in (*MAIN, *FURTHER) if one == all_in(one.activations)}
+CHOICES: dict[str, Setting] = {one.activations: one for one in (*MAIN, *FURTHER) if one == all_in(one.activations)}
 """Settings that can be asked for by name: with all in one codec, and the last."""
 CHOICES["kept-int8"] = FURTHER[-1]
 

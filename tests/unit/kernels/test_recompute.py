@@ -1,5 +1,5 @@
-"""Cheap results are not kept, and backward computes each once, with the same bits; of what is kept in
-codes it has what they stand for.
+"""Cheap results are not kept, and backward computes each once, with the same bits; of what is kept
+in codes it has what they stand for.
 """
 
 from __future__ import annotations

@@ -286,6 +286,8 @@ def test_memory_in_flight():
     assert 0.615 < beside["BERT-large", "triton", "elementwise"] < 0.62
     assert round(beside["BERT-base", "triton", "attention"], 2) == 0.56
     assert round(beside["BERT-large", "triton", "attention"], 2) == 0.55
+    assert round(beside["BERT-base", "triton", "int8"], 2) == 0.51
+    assert round(beside["BERT-large", "triton", "int8"], 2) == 0.50
     # And nothing has been added since.
     assert [row for shape in (BERT_BASE, LARGE, MODERN) for row in count(shape, "triton")] == [
         row for row in rows if row["kernels"] == "triton"

@@ -185,8 +185,8 @@ def test_far_below_word_frequency_no_cost_of_8_bits_is_seen():
     below = record["text"]["unigram_loss"] - record["summary"][0]["held_out_loss"]
     assert f"ends {below:.1f} nats below word frequency" in README and below > 2
     assert all(abs(row["cost"]) < 0.016 for row in record["rows"])
-    for codec in ("int8", "bf16"):
-        costs = [row["cost"] for row in record["rows"] if row["gradients"] == codec]
+    for of_gradients, extra in (("int8", ""), ("bf16", ""), ("fp32", "kept in int8")):
+        costs = [row["cost"] for row in record["rows"] if (row["gradients"], row["extra"]) == (of_gradients, extra)]
         assert len(costs) == 3 and min(costs) < 0 < max(costs)
 
 

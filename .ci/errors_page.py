@@ -51,6 +51,7 @@ ROOMS = {
     "fedbert_ds/init": "command",
     "fedbert_ds/doctor": "command",
     "fedbert_ds/config.py": "config",
+    "fedbert_ds/run_file.py": "config",
     "fedbert_ds/data/tokenizer.py": "tokenizer",
     "fedbert_ds/data/byte_bpe.py": "tokenizer",
     "fedbert_ds/tokenizer_folder.py": "tokenizer",

@@ -324,8 +324,8 @@ def _aggregator(options: argparse.Namespace) -> None:
 
     tell_of_handshakes(os.environ)
     from fedbert_ds.aggregator.process import run_aggregator
-    from fedbert_ds.config import load_config
     from fedbert_ds.folder_lock import keep_private
+    from fedbert_ds.run_file import load_config
 
     keep_private()
     # What counts is on disk: a stop needs no farewell.

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from fedbert_ds.bench.body.encoders import MASK_SHARE, Shape
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput
 from fedbert_kernels.encoded import Encoded

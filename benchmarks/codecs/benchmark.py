@@ -15,8 +15,8 @@ from benchmarks.codecs.counted import counted
 from benchmarks.codecs.report import counted_table, draw, rows_of, summarize, table
 from benchmarks.codecs.runs import Text, finished, settings_of
 from benchmarks.codecs.settings import FURTHER, MAIN, RUN_FILE, CodecsOptions, only, overrides_of
-from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 
 

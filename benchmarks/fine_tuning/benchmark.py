@@ -17,13 +17,13 @@ from typing import Any
 
 from fedbert_ds.compare.runs import Job, finished
 from fedbert_ds.compare.systems import launched
-from fedbert_ds.config import load_config
 from fedbert_ds.data.shards import write_rows
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.evaluation.labelled import evaluate_task
 from fedbert_ds.glue.recipe import Recipe, recipe_of
 from fedbert_ds.glue.run import DataSource
 from fedbert_ds.glue.study import Study, run_study
+from fedbert_ds.run_file import load_config
 from fedbert_ds.tasks.glue_data import Examples, TaskData
 from fedbert_ds.tasks.glue_tasks import glue_task
 from fedbert_ds.tasks.sequence_tasks import encode_texts

@@ -20,10 +20,11 @@ from benchmarks.codecs.runs import Text, settings_of
 from benchmarks.codecs.settings import RUN_FILE
 from benchmarks.codecs.split_training import SplitTrainer
 from fedbert_ds.bench.text import batches_of
-from fedbert_ds.config import RunConfig, WireSection, load_config
+from fedbert_ds.config import RunConfig, WireSection
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.fp8 import check_fp8, install_fp8
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 

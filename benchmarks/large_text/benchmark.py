@@ -16,9 +16,9 @@ from benchmarks.memory.runs import BASE, QUICK, RUN_FILE, Case, measure
 from fedbert_ds.atomic_write import atomic_write
 from fedbert_ds.bench.process import LONGEST_SECONDS, exit_on_sigterm
 from fedbert_ds.bench.text import prepare
-from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.run_file import load_config
 from fedbert_ds.seeding import generator
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.liars.runs import COMBINE, RUN_FILE, Case, measure, prepare, unigram_loss
 from fedbert_ds.bench.process import exit_on_sigterm
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 

@@ -13,12 +13,13 @@ from typing import Any
 
 from benchmarks.liars.lies import LIES, liar
 from fedbert_ds.bench.process import LONGEST_SECONDS
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import encode
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import RunError, ServerAway
 from fedbert_ds.evaluation.masked_lm import evaluate_masked_lm
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.metrics import read_metrics

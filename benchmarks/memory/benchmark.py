@@ -11,8 +11,8 @@ from benchmarks.memory.client import PHASES
 from benchmarks.memory.runs import CASES, QUICK, RUN_FILE, measure
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.bench.text import prepare
-from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 

@@ -14,7 +14,7 @@ from benchmarks.modes.tuning import table as tuning_table
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.compare.runs import check_same_text, public_settings, text_facts
 from fedbert_ds.compare.systems import CENTRALIZED
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 
 

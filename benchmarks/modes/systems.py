@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedbert_ds.compare.plan import SMALL
 from fedbert_ds.compare.systems import CENTRALIZED, System, launched, overrides_of, plain
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import SOURCE
 
 NUM_RANKS = 2

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.modes.runs import finished
 from benchmarks.modes.systems import RUN_FILE, ModesOptions, run_file_overrides
 from fedbert_ds.compare.systems import CENTRALIZED, System
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.tables import markdown
 
 SAME_STEPS = {System("synchronous"): CENTRALIZED}

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedbert_ds.bench.process import address_of
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
+from fedbert_ds.run_file import load_config
 
 
 class PaddedBody:

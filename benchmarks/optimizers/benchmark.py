@@ -22,10 +22,11 @@ import torch
 from benchmarks.modes.systems import RUN_FILE
 from fedbert_ds.bench.process import exit_on_sigterm
 from fedbert_ds.compare.centralized import Centralized
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import encode
 from fedbert_ds.evaluation.masked_lm import masked_lm_loss
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.telemetry.plots import COLORS, picture

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from fedbert_ds.atomic_write import write_text
-from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference, Shapes, from_bytes, to_bytes
 from fedbert_ds.folder_lock import check_usable, holds_nothing
 from fedbert_ds.model.halves import CLIENT_MODEL, write_client_model
 from fedbert_ds.numbered_files import NumberedFiles
+from fedbert_ds.run_file import dump_config
 
 
 def folder_of(config: RunConfig) -> AggregatorFolder:

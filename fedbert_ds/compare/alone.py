@@ -20,9 +20,10 @@ import torch
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.compare.centralized import NUM_THREADS, Centralized, hand_over, new_run, shards_of, trained_windows
 from fedbert_ds.compare.held_out import held_out_batch, loss_on
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import one_line_errors
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.user_path import user_path

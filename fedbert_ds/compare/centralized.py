@@ -20,7 +20,7 @@ import torch
 from fedbert_ds.atomic_write import write_text
 from fedbert_ds.bench.text import batches_of
 from fedbert_ds.client.footprint import peak_memory_bytes
-from fedbert_ds.config import RunConfig, dump_config, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.held_out import keep_apart
 from fedbert_ds.data.masking import Batch, encode
@@ -32,6 +32,7 @@ from fedbert_ds.folder_lock import holds_nothing
 from fedbert_ds.model.checkpoint import build_model, quiet_transformers
 from fedbert_ds.model.cut import client_skeleton
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.run_file import dump_config, load_config
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.server.run_folder import RunFolder

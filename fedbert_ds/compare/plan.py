@@ -22,8 +22,9 @@ from fedbert_ds.compare.systems import (
     plain,
 )
 from fedbert_ds.compare.tasks import TaskOptions
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.run_folder import RunFolder
 

@@ -36,9 +36,9 @@ def told(findings: Iterable[Finding]) -> int:
 
 
 def _run(options: argparse.Namespace) -> Iterable[Finding]:
-    from fedbert_ds.config import load_config
     from fedbert_ds.doctor.finding import of_error
     from fedbert_ds.doctor.run import examine_run
+    from fedbert_ds.run_file import load_config
 
     if options.ranks is not None and options.ranks < 1:
         raise ConfigError(f"--ranks {options.ranks}: at least 1")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.init.sizes import POSITIONS, SIZES
+from fedbert_ds.run_file import parse_config
 
 ENOUGH = 0.8
 """Share of the fastest choice's speed with which a better one is taken."""

@@ -6,12 +6,12 @@ import argparse
 import json
 from typing import Any
 
-from fedbert_ds.config import load_config
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.planner.derive import Machines
 from fedbert_ds.planner.plan import as_row, draw, report, sweep
 from fedbert_ds.planner.scenario import Spread
 from fedbert_ds.planner.validate import table, validate
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import command_line, source_commit, write_record
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedbert_ds.config import RunConfig, dump_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError, UserError, one_line, warn
 from fedbert_ds.federation.averaging import NobodyDelivered
 from fedbert_ds.federation.client_update import ClientUpdate
 from fedbert_ds.model.checkpoint import save_merged
 from fedbert_ds.model.halves import write_body
 from fedbert_ds.model.heads import auto_class
+from fedbert_ds.run_file import dump_config
 from fedbert_ds.server.evaluations import KeepBest
 from fedbert_ds.server.queue.deadlines import Question
 from fedbert_ds.server.rooms import Rooms

@@ -11,8 +11,9 @@ import argparse
 import os
 import time
 
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import UserError, exit_with, of_system, print_everything
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.environment import check_numbers
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.user_path import user_path

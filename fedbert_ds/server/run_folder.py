@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fedbert_ds.atomic_write import write_text
-from fedbert_ds.config import RunConfig, dump_config, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
 from fedbert_ds.folder_lock import check_usable, holds_nothing, private_folder
+from fedbert_ds.run_file import dump_config, load_config
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 
 TRACKERS = "trackers"

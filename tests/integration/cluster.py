@@ -19,7 +19,7 @@ from integration.worker import run_aggregator, run_client, run_rank
 from torch import Tensor
 
 from fedbert_ds.client.own_data import read_own_data
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.labelled import LabelledStream
 from fedbert_ds.data.masking import Batch, BatchStream, SequenceStream, encode
@@ -29,6 +29,7 @@ from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.model.architecture import layers_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.queue.seats import window_shares
 from fedbert_ds.tasks.registry import task_of_section
 from fedbert_ds.tasks.rows import read_rows

@@ -62,9 +62,9 @@ def build(case: Case) -> tuple[Any, Any]:
     """A small body whose parameters do not divide evenly among ranks; DeepSpeed's engine in it."""
     import deepspeed
 
-    from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.body.engine import BodyEngine
 
     tree = {

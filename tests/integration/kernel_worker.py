@@ -70,9 +70,9 @@ def train(deepspeed: Path, kernels: str, model: Mapping[str, Any] = MappingProxy
     """Train one window: weights by name, and input gradients by micro-batch; `model` are keys of
     the run file.
     """
-    from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.body.engine import BodyEngine, BodyInput
     from fedbert_kernels.encoded import Encoded
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.masking import BatchStream, encode
 from fedbert_ds.data.tokenizer import load_tokenizer
@@ -17,6 +17,7 @@ from fedbert_ds.federation.half_optimizer import HalfOptimizer
 from fedbert_ds.model.checkpoint import build_model, save_merged
 from fedbert_ds.model.cut import split
 from fedbert_ds.model.optimizer import build_optimizer
+from fedbert_ds.run_file import parse_config
 
 
 class OneAfterAnother:

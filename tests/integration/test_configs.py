@@ -12,12 +12,13 @@ from integration.cluster import run_jobs, write_text
 from integration.test_fine_tuning import TASKS, write_examples
 from transformers import AutoConfig
 
-from fedbert_ds.config import ModelSection, RunConfig, load_config
+from fedbert_ds.config import ModelSection, RunConfig
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.init.choices import Wanted, choose
 from fedbert_ds.init.command import written
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.heads import auto_class
+from fedbert_ds.run_file import load_config
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import load_state, saved_windows
-from fedbert_ds.config import parse_config
 from fedbert_ds.federation.strategy import strategy_of_run
+from fedbert_ds.run_file import parse_config
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForMaskedLM
 
 from fedbert_ds.client.state import load_state, saved_windows
-from fedbert_ds.config import load_config
 from fedbert_ds.data.corpus import read_articles
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.federation.reference import Reference
 from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.checkpoint import read_client_model
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder
 from fedbert_ds.server.cursors import Cursor

@@ -20,7 +20,7 @@ import torch
 def run_rank(jobs: list[dict]) -> None:
     from integration import mutations
 
-    from fedbert_ds.config import parse_config
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.before_start import check_before_start
     from fedbert_ds.server.body.distributed import initialize, shut_down
     from fedbert_ds.server.serve import serve
@@ -41,7 +41,7 @@ def run_rank(jobs: list[dict]) -> None:
 
 def run_aggregator(jobs: list[dict]) -> None:
     from fedbert_ds.aggregator import process
-    from fedbert_ds.config import parse_config
+    from fedbert_ds.run_file import parse_config
 
     torch.set_num_threads(1)
     for number, job in enumerate(jobs):

@@ -7,7 +7,8 @@ import random
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
+from fedbert_ds.run_file import parse_config
 
 Kind = Literal["kill client", "hang", "cut", "kill ranks", "stop", "damage"]
 NAMES = ("ada", "bo", "cy", "di", "ed", "flo")

@@ -24,6 +24,7 @@ BASE = {
     "tokenizer_folder",
     "user_path",
     "config",
+    "run_file",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tokenizer_folder": {"atomic_write", "errors"},
     "user_path": set(),
     "config": {"errors", "user_path"},
+    "run_file": {"config", "errors"},
     "wire": BASE | {"kernels"},
     "model": BASE | {"kernels", "tasks"},
     "data": BASE,

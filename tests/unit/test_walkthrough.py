@@ -8,7 +8,7 @@ from pathlib import Path
 from integration.walkthrough import CLIENTS, RUN_FILE
 
 from fedbert_ds.cli import build_parser
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "walkthrough.md"
 

@@ -20,9 +20,10 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from fedbert_ds.bench.device import time_side_by_side
-from fedbert_ds.config import ModelSection, RunConfig, parse_config
+from fedbert_ds.config import ModelSection, RunConfig
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.distributed import initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput
 from fedbert_ds.telemetry.record import source_commit, write_record

@@ -26,7 +26,8 @@ from fedbert_ds.bench.pipeline.settings import (
     settings,
 )
 from fedbert_ds.bench.process import exit_on_sigterm, last_line, running
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.record import source_commit, write_record
 
 LINKS = {"proxy": "a proxy that delays and limits", "netem": "the kernel's netem, in a network namespace"}

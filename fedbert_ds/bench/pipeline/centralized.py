@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args()
-    from fedbert_ds.config import load_config
+    from fedbert_ds.run_file import load_config
     from fedbert_ds.server.body.distributed import initialize, shut_down
 
     config = load_config(options.config, options.overrides)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
+from fedbert_ds.run_file import load_config
 
 RUN_FILE = Path(__file__).with_name("run.yaml")
 OURS, CENTRALIZED = "ours", "centralized"

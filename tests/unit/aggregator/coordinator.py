@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fedbert_ds.aggregator.process import run_aggregator
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.reference import Reference, ReferenceAssembler
 from fedbert_ds.model.checkpoint import build_model, shape_hash
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.admission import new_session
 from fedbert_ds.server.control_line import ControlLine, open_run
 from fedbert_ds.server.queue.deadlines import Deadlines

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from fedbert_ds.aggregator.folder import AggregatorFolder, folder_of
-from fedbert_ds.config import parse_config
 from fedbert_ds.errors import RunError
 from fedbert_ds.federation.reference import Reference
+from fedbert_ds.run_file import parse_config
 
 SHAPES = {"table": (2, 2)}
 

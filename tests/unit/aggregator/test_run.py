@@ -12,10 +12,10 @@ from unit.aggregator.test_guests import FakeEndpoint, admission
 
 from fedbert_ds.aggregator.folder import AggregatorFolder
 from fedbert_ds.aggregator.run import AggregatedRun, ClientModel
-from fedbert_ds.config import parse_config
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.client_update import UpdateAssembler, update_chunks
 from fedbert_ds.federation.reference import from_bytes
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.aggregation import rank_name
 

@@ -9,11 +9,12 @@ import torch
 
 from fedbert_ds.bench.pipeline.settings import RUN_FILE
 from fedbert_ds.bench.text import batches_of, first_batches, prepare
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.masking import encode
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.run_file import load_config
 
 
 @pytest.fixture

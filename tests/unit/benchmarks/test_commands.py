@@ -40,7 +40,7 @@ from benchmarks.naive.__main__ import build_parser as naive_parser
 from benchmarks.optimizers.__main__ import build_parser as optimizers_parser
 from fedbert_ds.bench.pipeline.settings import RUN_FILE as PIPELINE_RUN_FILE
 from fedbert_ds.cli import build_parser as installed_parser
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 ROOT = Path(__file__).parents[3]
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "kernels" / "README.md", *ROOT.glob("docs/*.md"))

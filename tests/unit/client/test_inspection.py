@@ -11,10 +11,11 @@ from unit.client.test_welcome import LIMITS, WORDS, welcome_of
 
 from fedbert_ds.client.inspection import READS, description
 from fedbert_ds.client.welcome import read_welcome
-from fedbert_ds.config import ModelSection, parse_config
+from fedbert_ds.config import ModelSection
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.client_half import ClientHalf
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.wire.codecs import decode, encode
 
 WHOLE = {"cut": "whole", "federation": {"mode": "parallel"}}

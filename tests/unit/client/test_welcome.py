@@ -9,9 +9,10 @@ import pytest
 
 from fedbert_ds.client.limits import LARGEST_TOKENIZER, Limits
 from fedbert_ds.client.welcome import read_welcome
-from fedbert_ds.config import LayersCut, ModelSection, RunConfig, parse_config
+from fedbert_ds.config import LayersCut, ModelSection, RunConfig
 from fedbert_ds.errors import UserError, WireError
 from fedbert_ds.model.checkpoint import config_of, config_to_json
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.wire import fedbert_pb2 as pb
 from fedbert_ds.wire.messages import client_settings, cut_to_json
 

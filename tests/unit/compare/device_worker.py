@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from fedbert_ds.compare.centralized import Centralized, shards_of
-from fedbert_ds.config import parse_config
 from fedbert_ds.data.tokenizer import load_tokenizer
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.run_folder import RunFolder
 
 

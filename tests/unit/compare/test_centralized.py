@@ -13,10 +13,10 @@ from torch.utils import backend_registration
 from unit.compare.small import prepared, run_file
 
 from fedbert_ds.compare.centralized import Centralized, shards_of, train_centralized
-from fedbert_ds.config import parse_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import load_tokenizer, train_wordpiece
 from fedbert_ds.errors import RunError
+from fedbert_ds.run_file import parse_config
 
 ARTICLES = {
     "ada": [

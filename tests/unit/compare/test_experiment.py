@@ -19,11 +19,11 @@ from fedbert_ds.compare.alone import main as train_alone
 from fedbert_ds.compare.centralized import main as train_centralized
 from fedbert_ds.compare.experiment import COMPARISON, compare
 from fedbert_ds.compare.plan import CompareOptions, Plan
-from fedbert_ds.config import load_config
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import ConfigError, DataError, RunError
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.run_folder import RunFolder
 

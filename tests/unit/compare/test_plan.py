@@ -11,8 +11,8 @@ from unit.tasks.glue_files import write_glue
 
 from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.compare.systems import ALONE, ALONE_SHARE, CENTRALIZED, System
-from fedbert_ds.config import load_config
 from fedbert_ds.errors import ConfigError, DataError
+from fedbert_ds.run_file import load_config
 
 TREE = {
     "run": {

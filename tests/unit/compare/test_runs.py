@@ -15,8 +15,9 @@ import pytest
 from fedbert_ds.compare import runs
 from fedbert_ds.compare.attempts import log_of
 from fedbert_ds.compare.runs import RESULT, ClientCosts, Job, client_costs, finished, public_settings
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
+from fedbert_ds.run_file import parse_config
 
 
 def test_costs_are_read_from_what_clients_print(tmp_path):

@@ -20,8 +20,9 @@ from fedbert_ds.compare.systems import (
     parse_systems,
     plain,
 )
-from fedbert_ds.config import RunConfig, load_config, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.run_file import load_config, parse_config
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs"

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from fedbert_ds.certificates.authority import Authority
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.doctor.finding import Finding
 from fedbert_ds.doctor.run import examine_run
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.run_folder import RunFolder
 
 TEXT = "the quick brown fox jumps over the lazy dog"

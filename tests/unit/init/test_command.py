@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedbert_ds.cli import build_parser, main
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 
 def init(*arguments: str) -> None:

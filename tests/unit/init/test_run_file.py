@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.init.run_file import run_file
+from fedbert_ds.run_file import parse_config
 
 TREE: dict[str, Any] = {
     "federation": {"mode": "parallel", "average_every": 50},

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from fedbert_ds.cli import build_parser
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.wire.identity import is_name
 
 ROOT = Path(__file__).parents[3]

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedbert_ds.config import load_config
 from fedbert_ds.errors import ModelError
 from fedbert_ds.model.checkpoint import config_of
 from fedbert_ds.planner.derive import COMPRESSED, VOCABULARY, Machines, derive, distinct_rows
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.body.footprint import SHARE, bytes_kept
 from fedbert_ds.wire.codecs import NAMES, encode
 

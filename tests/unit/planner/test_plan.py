@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.config import load_config
 from fedbert_ds.planner.derive import Machines, derive
 from fedbert_ds.planner.plan import as_row, bottleneck, draw, predict, report, sweep, whole_model
 from fedbert_ds.planner.simulation import Outcome, WindowResult
+from fedbert_ds.run_file import load_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SMALL = ("window.tokens=65536", "window.tokens_per_micro_batch=4096")

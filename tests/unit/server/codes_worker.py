@@ -21,9 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.seeding import stable_seed
 from fedbert_ds.server.body.distributed import initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from unit.server.fake_client import HALF, WIDTH, FakeClient
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.aggregator import Aggregator
 from fedbert_ds.federation.strategy import strategy_of_run
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat
 from fedbert_ds.server.body.device_work import DeviceWork
 from fedbert_ds.server.body.engine import BodyInput

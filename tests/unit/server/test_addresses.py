@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedbert_ds.certificates.authority import Authority
-from fedbert_ds.config import RunConfig, ServerSection, parse_config
+from fedbert_ds.config import RunConfig, ServerSection
 from fedbert_ds.errors import ConfigError, WireError
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.addresses import (
     advertised_host,
     check_advertised,

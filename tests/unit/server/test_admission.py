@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbert_ds.config import WindowSection, parse_config
+from fedbert_ds.config import WindowSection
 from fedbert_ds.errors import WireError
 from fedbert_ds.federation.sampler import Everybody, Sample, Sampler, Turns
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.admission import (
     Expectation,
     Invitation,

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError, RunError
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.before_start import check_before_start
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from unit.server.fake_client import HALF, FakeClient
 from unit.server.fakes import Rank, run_config
 
-from fedbert_ds.config import FederationSection, RunConfig, WireSection, parse_config
+from fedbert_ds.config import FederationSection, RunConfig, WireSection
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_rows, write_shard
 from fedbert_ds.data.tokenizer import train_wordpiece
@@ -22,6 +22,7 @@ from fedbert_ds.evaluation.labelled import evaluate_task
 from fedbert_ds.federation.strategy import strategy_of
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server import hand_over as room
 from fedbert_ds.server.hand_over import beyond_frequency, collect_client_model, hand_over
 from fedbert_ds.server.run_folder import RunFolder

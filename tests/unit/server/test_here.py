@@ -12,8 +12,9 @@ import torch
 from unit.server.fakes import FakeRankGroup
 
 from fedbert_ds.certificates.authority import Authority
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import UserError
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.here import build_endpoint, listen
 from fedbert_ds.server.network.endpoint import Endpoint
 from fedbert_ds.server.network.endpoint_process import EndpointProcess

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article, read_articles
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.data.tokenizer import train_wordpiece, vocabulary_hash
 from fedbert_ds.errors import ConfigError, DataError
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.checkpoint_folder import Layout
 from fedbert_ds.server.local_clients import client_name
 from fedbert_ds.server.prepare import is_prepared, prepare_text, prepared_text

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.config import parse_config
 from fedbert_ds.errors import NO_ROOM
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server import pretrain
 from fedbert_ds.server.run_folder import RunFolder
 

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.model.cut import client_skeleton
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.contract import TensorContract
 from fedbert_ds.server.run_contract import build_contract, most_window_bytes
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fedbert_ds.config import AggregatorSection, RunConfig, load_config
+from fedbert_ds.config import AggregatorSection, RunConfig
 from fedbert_ds.errors import RunError
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.checkpoint_folder import COMPLETE, Layout
 from fedbert_ds.server.run_folder import UNCHANGED, RunFolder, check_folder
 

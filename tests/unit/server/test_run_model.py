@@ -9,10 +9,11 @@ import pytest
 from transformers import BertForMaskedLM
 from unit.server.fakes import FakeRankGroup
 
-from fedbert_ds.config import RunConfig, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import ConfigError, DataError
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.run_folder import RunFolder
 from fedbert_ds.server.run_model import build_model_of_run
 

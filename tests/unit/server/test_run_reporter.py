@@ -16,9 +16,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import load_config
 from fedbert_ds.server.body.peak import Peak
 from fedbert_ds.server.contract import RankStatus, Tally
 from fedbert_ds.server.prepare import TextFacts

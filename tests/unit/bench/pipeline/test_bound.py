@@ -7,7 +7,7 @@ import pytest
 from fedbert_ds.bench.pipeline import bound
 from fedbert_ds.bench.pipeline.bound import ExchangeWork, exchange_work, quickest, window_end_seconds
 from fedbert_ds.bench.pipeline.settings import RUN_FILE, Link
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 from fedbert_ds.telemetry.timeline import Shares
 
 

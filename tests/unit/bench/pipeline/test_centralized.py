@@ -6,10 +6,11 @@ import torch
 
 from fedbert_ds.bench.pipeline.centralized import micro_batches_of
 from fedbert_ds.bench.pipeline.settings import RUN_FILE
-from fedbert_ds.config import ModelSection, load_config
+from fedbert_ds.config import ModelSection
 from fedbert_ds.data.masking import Batch
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
+from fedbert_ds.run_file import load_config
 
 BATCHES = {
     "ada": Batch(torch.arange(10, 22), [4, 5, 3], torch.tensor([1, 4, 10]), torch.tensor([51, 52, 53])),

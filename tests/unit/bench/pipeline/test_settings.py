@@ -17,7 +17,7 @@ from fedbert_ds.bench.pipeline.settings import (
     Setting,
     settings,
 )
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 OPTIONS = PipelineOptions(Path("out.json"), "fedbert-ds bench pipeline")
 QUICK = replace(OPTIONS, quick=True, rtt_ms=(50.0, 200.0))

@@ -12,12 +12,13 @@ from benchmarks.fine_tuning import benchmark
 from benchmarks.fine_tuning.__main__ import PROGRAM, build_parser
 from benchmarks.fine_tuning.benchmark import SPLIT, FineTuningOptions, overrides_of, table, write_files
 from fedbert_ds.bench.commands import typed
-from fedbert_ds.config import ModelSection, load_config
+from fedbert_ds.config import ModelSection
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.tokenizer import train_wordpiece
 from fedbert_ds.glue.recipe import recipe_of
 from fedbert_ds.glue.run import DataSource
 from fedbert_ds.model.checkpoint import build_model
+from fedbert_ds.run_file import load_config
 from fedbert_ds.tasks.glue_tasks import GLUE
 from fedbert_ds.tasks.rows import read_rows
 

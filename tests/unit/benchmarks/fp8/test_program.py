@@ -12,7 +12,7 @@ from benchmarks.codecs.settings import RUN_FILE
 from benchmarks.fp8 import __main__ as program
 from benchmarks.fp8 import benchmark
 from benchmarks.fp8.benchmark import PRODUCTS, QUICK, TRAINED, table, train
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 
 def test_options_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from benchmarks.memory import __main__ as program
 from benchmarks.memory.benchmark import table
 from benchmarks.memory.client import Phases
 from benchmarks.memory.runs import BASE, CASES, RUN_FILE
-from fedbert_ds.config import load_config
+from fedbert_ds.run_file import load_config
 
 
 def test_options_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ from benchmarks.modes.benchmark import bench_modes
 from benchmarks.modes.systems import ModesOptions
 from fedbert_ds.compare import runs
 from fedbert_ds.compare.systems import CENTRALIZED, System
-from fedbert_ds.config import dump_config, load_config
 from fedbert_ds.data.corpus import Article
 from fedbert_ds.data.shards import write_shard
 from fedbert_ds.errors import RunError
+from fedbert_ds.run_file import dump_config, load_config
 from fedbert_ds.telemetry.metrics import MetricsLog, WindowMetrics
 
 PARALLEL = System("parallel", 5)

@@ -15,8 +15,9 @@ from benchmarks.modes.comparison import Run
 from benchmarks.modes.systems import RUN_FILE, ModesOptions, run_file_overrides
 from benchmarks.modes.tuning import Trial, at_rate, best_rates, table, tried
 from fedbert_ds.compare.systems import CENTRALIZED, System
-from fedbert_ds.config import RunConfig, load_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.run_file import load_config
 
 SEQUENTIAL = System("sequential", 10)
 OPTIONS = ModesOptions(

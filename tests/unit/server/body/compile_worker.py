@@ -45,9 +45,9 @@ def main(folder: Path) -> None:
 
 
 def build(deepspeed: Path, is_compiled: bool) -> Any:
-    from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.body.engine import BodyEngine
 
     model = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 4, "dropout": 0.0}

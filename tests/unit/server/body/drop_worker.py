@@ -44,9 +44,9 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") -> dict[str, torch.Tensor]:
     """Weights by name after three windows."""
-    from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.body.engine import BodyEngine
 
     config = parse_config(

@@ -42,9 +42,9 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def train(deepspeed: Path, kernels_name: str, what: str) -> dict[str, torch.Tensor]:
     """Weights by name, and input gradients by window and micro-batch."""
-    from fedbert_ds.config import parse_config
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
+    from fedbert_ds.run_file import parse_config
     from fedbert_ds.server.body.engine import BodyEngine, BodyInput
     from fedbert_kernels.encoded import Encoded
 

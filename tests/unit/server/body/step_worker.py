@@ -84,7 +84,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def config_of(folder: Path, rank: int, stage: int, name: str, precision: str, layers: int, **zero: Any) -> Any:
     """Of a small body."""
-    from fedbert_ds.config import parse_config
+    from fedbert_ds.run_file import parse_config
 
     # At stage 3, partition and release even weights as small as these.
     settings = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if layers > 1 else {}

@@ -42,7 +42,7 @@ PATIENT = """
 import sys, torch
 from pathlib import Path
 from deepspeed.utils import groups
-from fedbert_ds.config import parse_config
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.server.body.distributed import PATIENCE, initialize, shut_down

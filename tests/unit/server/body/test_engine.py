@@ -13,7 +13,7 @@ import pytest
 import torch
 from unit.kernels.bounds import needs_triton
 
-from fedbert_ds.config import parse_config
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body import engine
 from fedbert_ds.server.body.engine import BodyEngine
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.config import RunConfig, load_config, parse_config
+from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
+from fedbert_ds.run_file import load_config, parse_config
 from fedbert_ds.server.body.settings import OURS, deepspeed_settings, zero_stage
 
 ROOT = Path(__file__).parents[4]

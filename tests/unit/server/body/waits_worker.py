@@ -19,10 +19,10 @@ import torch
 from fake_device import DEVICE, DeviceTensor
 from torch import Tensor
 
-from fedbert_ds.config import parse_config
 from fedbert_ds.model import attention
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import Body, split
+from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.device_work import Device
 from fedbert_ds.server.body.distributed import initialize, shut_down
 from fedbert_ds.server.body.engine import BodyEngine, BodyInput

@@ -236,6 +236,7 @@ class BodyEngine:
         activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
         hidden = self._run(body_input, activations)
         gradient = self._gradient.backward(hidden, hidden_gradient, activations)
+        # Those of modules that get no gradient back, as position embeddings, stay whole else.
         self._engine.optimizer.parameter_offload.release_backward_leftovers()
         return gradient
 

@@ -7,7 +7,8 @@ Writes `STAGE-PRECISION-KIND-RANK.pt` into the folder: the weights after three w
 also `spoilt`: a client's sequence in each micro-batch makes results that are not finite, and is
 left out before the backward; or `zeros`: it was zeros from the start.
 
-In each of them it then trains windows whose gradient, or its norm, is not finite, and one more.
+In each of them it then trains windows whose gradient, or its norm, is not finite, and one more. At
+stage 3 it asks which weights stay whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pytest import approx
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from forked_ranks import LENGTHS, run_two
 
-WIDTH = 16
+WIDTH, RATE = 16, 0.01
 
 
 def run_rank(rank: int, folder: Path) -> None:
@@ -39,11 +40,27 @@ def run_rank(rank: int, folder: Path) -> None:
                 other = "" if kind in ("plain", "dropped") else kind
                 weights = train(path, precision, is_disturbed=kind == "dropped", other=other)
                 torch.save(weights, folder / f"{stage}-{precision}-{kind}-{rank}.pt")
+    keeps_no_weights(path)
     shut_down()
 
 
 def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") -> dict[str, torch.Tensor]:
     """Weights by name after three windows."""
+    engine = engine_of(deepspeed, precision)
+    for window, num_undone in enumerate((0, 1, 2)):
+        for attempt in range(num_undone if is_disturbed else 0):
+            accumulate(engine, 100 + 10 * window + attempt)
+            engine.drop_gradients()
+        accumulate(engine, window, other)
+        engine.step(RATE, client_norm=0.5)
+    assert not engine.lost_gradient
+    weights = engine.full_state()
+    go_on_after_spoilt_windows(engine, RATE)
+    return weights
+
+
+def engine_of(deepspeed: Path, precision: str, cut: str = "embeddings"):
+    """Around a small body."""
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.run_file import parse_config
@@ -52,23 +69,33 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
     config = parse_config(
         {
             "model": {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 2},
-            "optimizer": {"lr": 0.01},
+            "cut": cut,
+            "optimizer": {"lr": RATE},
             "body": {"deepspeed": str(deepspeed), "precision": precision},
         },
         "drop",
     )
-    _, body = split(build_model(config.model, 50, 0, 1), "embeddings")
-    engine = BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
-    for window, num_undone in enumerate((0, 1, 2)):
-        for attempt in range(num_undone if is_disturbed else 0):
-            accumulate(engine, 100 + 10 * window + attempt)
-            engine.drop_gradients()
-        accumulate(engine, window, other)
-        engine.step(config.optimizer.lr, client_norm=0.5)
-    assert not engine.lost_gradient
-    weights = engine.full_state()
-    go_on_after_spoilt_windows(engine, config.optimizer.lr)
-    return weights
+    _, body = split(build_model(config.model, 50, 0, 1), config.cut)
+    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
+
+
+def keeps_no_weights(deepspeed: Path) -> None:
+    """At stage 3 no rank keeps a weight whole after a backward: not those either whose modules
+    get no gradient back, as position embeddings.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_kernels.encoded import Encoded
+
+    engine = engine_of(deepspeed, "fp32", "rows")
+    parameters = dict(engine._engine.module.named_parameters())
+    assert any("position_embeddings" in name for name in parameters)
+    rows, index = Encoded.of(torch.randn(4, WIDTH), "fp32"), torch.tensor([0, 1, 2, 3, 0])
+    place = BodyInput([rows], torch.arange(2), torch.tensor([0, 5], dtype=torch.int32), index, 0)
+    engine.forward(0, place).result()
+    engine.backward(0, [Encoded.of(torch.randn(2, WIDTH), "fp32")]).result()
+    assert {parameter.ds_status for parameter in parameters.values()} == {ZeroParamStatus.NOT_AVAILABLE}
 
 
 def go_on_after_spoilt_windows(engine, lr: float) -> None:

@@ -37,10 +37,11 @@ from fedbert_ds.bench.host.benchmark import table as host_table
 from fedbert_ds.bench.memory.benchmark import MODERN, count
 from fedbert_ds.bench.memory.benchmark import table as in_flight_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
-from fedbert_ds.compare.table import grouped, owner_means, verdict
+from fedbert_ds.compare.table import grouped, owner_means, verdict, with_spread
 from fedbert_ds.compare.table import table as compare_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
+from fedbert_ds.telemetry.tables import markdown
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -580,3 +581,29 @@ def test_what_joining_gives_far_below_word_frequency():
     assert f"the federation is {reference:.2f} nats below it" in told
     costs = {name: losses[name] - losses["synchronous"] for name in ("fedavg", "diloco")}
     assert "FedAvg is {fedavg:.2f} nats behind and DiLoCo {diloco:.2f}".format(**costs) in told
+
+
+def test_those_models_on_glue():
+    record = json.loads((BENCHMARKS / "results" / "owners-modernbert-glue.json").read_text(encoding="utf-8"))
+    told = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
+    tasks = ("STS-B", "QNLI", "SST-2", "RTE")
+    rows = {label: group[0] for label, group in grouped(record["rows"]).items() if group[0].get("glue")}
+    cells = [
+        [
+            label,
+            *(with_spread([100 * score for score in row["glue"][task]], 1) for task in tasks),
+            f"{100 * fmean(fmean(row['glue'][task]) for task in tasks):.1f}",
+        ]
+        for label, row in rows.items()
+    ]
+    assert markdown(["system", *tasks, "average"], cells, words=1) in told
+    assert all(len(row["glue"][task]) == 3 for row in rows.values() for task in tasks)
+    points = {row["system"]: [100 * fmean(row["glue"][task]) for task in tasks] for row in rows.values()}
+    untrained = points.pop("not pre-trained")
+    assert points.keys() == {"centralized", "synchronous", "fedavg", "diloco"}
+    gains = {name: fmean(each) - fmean(untrained) for name, each in points.items()}
+    assert min(gains.values()) > 0
+    words = "rises by {centralized:.1f} (`centralized`), {synchronous:.1f} (`synchronous`), {fedavg:.1f} (FedAvg)"
+    assert words.format(**gains) in " ".join(told.split())
+    apart = [abs(a - b) for a, b in zip(points["synchronous"], points["centralized"], strict=True)]
+    assert f"by {min(apart):.1f} to {max(apart):.1f} points" in " ".join(told.split())

@@ -46,7 +46,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") -> dict[str, torch.Tensor]:
     """Weights by name after three windows."""
-    engine = engine_of(deepspeed, precision)
+    engine, _ = engine_of(deepspeed, precision)
     for window, num_undone in enumerate((0, 1, 2)):
         for attempt in range(num_undone if is_disturbed else 0):
             accumulate(engine, 100 + 10 * window + attempt)
@@ -60,7 +60,7 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
 
 
 def engine_of(deepspeed: Path, precision: str, cut: str = "embeddings"):
-    """Around a small body."""
+    """Around a small body; both."""
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.run_file import parse_config
@@ -76,7 +76,7 @@ def engine_of(deepspeed: Path, precision: str, cut: str = "embeddings"):
         "drop",
     )
     _, body = split(build_model(config.model, 50, 0, 1), config.cut)
-    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
+    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu")), body
 
 
 def keeps_no_weights(deepspeed: Path) -> None:
@@ -88,8 +88,8 @@ def keeps_no_weights(deepspeed: Path) -> None:
     from fedbert_ds.server.body.engine import BodyInput
     from fedbert_kernels.encoded import Encoded
 
-    engine = engine_of(deepspeed, "fp32", "rows")
-    parameters = dict(engine._engine.module.named_parameters())
+    engine, body = engine_of(deepspeed, "fp32", "rows")
+    parameters = dict(body.named_parameters())
     assert any("position_embeddings" in name for name in parameters)
     rows, index = Encoded.of(torch.randn(4, WIDTH), "fp32"), torch.tensor([0, 1, 2, 3, 0])
     place = BodyInput([rows], torch.arange(2), torch.tensor([0, 5], dtype=torch.int32), index, 0)

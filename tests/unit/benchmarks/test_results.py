@@ -4,7 +4,6 @@ what it says."""
 import json
 import re
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 from integration.chaos import ELSEWHERE, MODES, PHASES, VICTIMS
@@ -37,11 +36,8 @@ from fedbert_ds.bench.host.benchmark import table as host_table
 from fedbert_ds.bench.memory.benchmark import MODERN, count
 from fedbert_ds.bench.memory.benchmark import table as in_flight_table
 from fedbert_ds.bench.pipeline.report import table as pipeline_table
-from fedbert_ds.compare.table import grouped, owner_means, verdict, with_spread
-from fedbert_ds.compare.table import table as compare_table
 from fedbert_ds.planner.validate import table as validation_table
 from fedbert_ds.planner.validate import validate
-from fedbert_ds.telemetry.tables import markdown
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
@@ -380,59 +376,6 @@ def test_256_streams_for_10_minutes():
     assert abs(sum(memory[half:]) / len(memory[half:]) - sum(memory[:half]) / half) < 10
 
 
-def test_what_joining_gives():
-    """Every seed is a record of its own; the page has them together."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS if path.stem.startswith("owners-seed-")]
-    assert len({json.dumps(record["settings"], sort_keys=True) for record in records}) == 1
-    rows = [row for record in records for row in record["rows"]]
-    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-    assert compare_table(rows) in page
-    told = " ".join(page.split())
-    assert all(line in told for line in verdict(rows))
-    systems = grouped(rows)
-    assert all(len(group) == len(records) for group in systems.values())
-    means = {label: owner_means(group) for label, group in systems.items()}
-    # What the page claims.
-    for owner, loss in means["synchronous"].items():
-        assert abs(loss - means["centralized"][owner]) < 0.02
-        assert loss < means["alone-share"][owner] - 0.1
-        assert loss < means["word frequency"][owner] - 0.8
-        assert loss < means["fedavg, average every 2"][owner] < means["diloco, average every 2, server_lr 0.1"][owner]
-    bytes_per_token = {label: group[0].get("bytes_per_token") for label, group in systems.items()}
-    assert 2400 < bytes_per_token["fedavg, average every 2"] < bytes_per_token["synchronous"] < 2700
-
-
-def test_longer_training_leaves_word_frequency_far_behind_and_helps_on_two_tasks():
-    record = json.loads((BENCHMARKS / "results" / "longer-seed-0.json").read_text(encoding="utf-8"))
-    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-    assert compare_table(record["rows"]) in page and "dirty" not in record["commit"]
-    frequency, untrained, centralized, synchronous = record["rows"]
-    for trained in (centralized, synchronous):
-        assert all(trained["held_out"][owner] < loss - 2.8 for owner, loss in frequency["held_out"].items())
-    behind = synchronous["held_out_loss"] - centralized["held_out_loss"]
-    assert f"ends {behind:.2f} nats behind" in page.replace("\n", " ")
-    points = {
-        task: [100 * (sum(row["glue"][task]) - sum(untrained["glue"][task])) / 3 for row in (centralized, synchronous)]
-        for task in ("STS-B", "QNLI", "RTE")
-    }
-    gains = "on STS-B, by {:.1f} (`centralized`) and {:.1f} (`synchronous`) points of 100, and "
-    gains += "on QNLI, by {:.1f} and {:.1f}"
-    assert gains.format(*points["STS-B"], *points["QNLI"]) in page.replace("\n", " ")
-    assert min(*points["STS-B"], *points["QNLI"]) > 0 > max(points["RTE"]) > min(points["RTE"]) > -2.7
-
-
-def test_every_mode_goes_on_from_a_checkpoint():
-    rows = json.loads((BENCHMARKS / "results" / "continued-minilm.json").read_text(encoding="utf-8"))["rows"]
-    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-    assert compare_table(rows) in page
-    losses = {label: owner_means(group) for label, group in grouped(rows).items()}
-    before = losses.pop("before training")
-    systems = {label.partition(",")[0] for label in losses} - {"word frequency"}
-    assert systems == {"centralized", "synchronous", "parallel", "sequential", "fedavg", "diloco", "muloco"}
-    assert all(losses[label][owner] < before[owner] for label in losses for owner in before)
-    assert all(losses["synchronous"][owner] < losses["word frequency"][owner] - 0.3 for owner in before)
-
-
 def test_glue_beside_plain_transformers_code():
     record = json.loads((BENCHMARKS / "results" / "glue-plain.json").read_text(encoding="utf-8"))
     assert {row["task"] for row in record["rows"]} == {"SST-2", "RTE", "STS-B"}
@@ -543,67 +486,3 @@ def test_liars_cost_little_under_robust_rules():
     assert all(1 < split[rule, 3] < 1.2 for rule in ("median", "norm_clipping"))
     assert f"dear even without a liar, {split['median', 0]} nats" in words
     assert f"({record['unigram_loss']:.2f})" in README
-
-
-def test_what_joining_gives_far_below_word_frequency():
-    records = [
-        json.loads(path.read_text(encoding="utf-8")) for path in RESULTS if "owners-modernbert-seed" in path.stem
-    ]
-    assert len(records) == 3 and len({json.dumps(record["settings"], sort_keys=True) for record in records}) == 1
-    rows = [row for record in records for row in record["rows"]]
-    page = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-    told = " ".join(page.split())
-    assert compare_table(rows) in page and all(line in told for line in verdict(rows))
-    systems = {name: [row for row in rows if row["system"] == name] for name in {row["system"] for row in rows}}
-    assert all(sorted(row["seed"] for row in group) == [0, 1, 2] for group in systems.values())
-    # In every seed.
-    apart = []
-    for record in records:
-        held_out = {row["system"]: row["held_out"] for row in record["rows"]}
-        for owner, loss in held_out["synchronous"].items():
-            apart.append(abs(loss - held_out["centralized"][owner]))
-            assert loss < held_out["word frequency"][owner] - 2.5
-            assert loss < held_out["fedavg"][owner] < held_out["diloco"][owner]
-            assert loss < held_out["alone-share"][owner]
-    assert f"{max(apart):.3f} at most for one owner in one seed" in told and max(apart) < 0.05
-    # In the mean.
-    means = {name: owner_means(group) for name, group in systems.items()}
-    losses = {name: fmean(row["held_out_loss"] for row in group) for name, group in systems.items()}
-    assert f"{abs(losses['synchronous'] - losses['centralized']):.4f} nats between the means" in told
-    gains = {owner: means["alone-share"][owner] - loss for owner, loss in means["synchronous"].items()}
-    least, most = gains["gcide"], gains["handbook"]
-    assert (least, most) == (min(gains.values()), max(gains.values()))
-    gain = f"by {fmean(gains.values()):.2f} nats on average, from {least:.2f} (gcide, with 40 MB of its own) to "
-    assert gain + f"{most:.2f} (handbook)" in told
-    behind = {owner: loss - means["alone"][owner] for owner, loss in means["synchronous"].items()}
-    reference = -behind.pop("reference")
-    assert f"by {min(behind.values()):.2f} to {max(behind.values()):.2f} nats for five owners" in told
-    assert f"the federation is {reference:.2f} nats below it" in told
-    costs = {name: losses[name] - losses["synchronous"] for name in ("fedavg", "diloco")}
-    assert "FedAvg is {fedavg:.2f} nats behind and DiLoCo {diloco:.2f}".format(**costs) in told
-
-
-def test_those_models_on_glue():
-    record = json.loads((BENCHMARKS / "results" / "owners-modernbert-glue.json").read_text(encoding="utf-8"))
-    told = (BENCHMARKS.parent / "docs" / "experiments.md").read_text(encoding="utf-8")
-    tasks = ("STS-B", "QNLI", "SST-2", "RTE")
-    rows = {label: group[0] for label, group in grouped(record["rows"]).items() if group[0].get("glue")}
-    cells = [
-        [
-            label,
-            *(with_spread([100 * score for score in row["glue"][task]], 1) for task in tasks),
-            f"{100 * fmean(fmean(row['glue'][task]) for task in tasks):.1f}",
-        ]
-        for label, row in rows.items()
-    ]
-    assert markdown(["system", *tasks, "average"], cells, words=1) in told
-    assert all(len(row["glue"][task]) == 3 for row in rows.values() for task in tasks)
-    points = {row["system"]: [100 * fmean(row["glue"][task]) for task in tasks] for row in rows.values()}
-    untrained = points.pop("not pre-trained")
-    assert points.keys() == {"centralized", "synchronous", "fedavg", "diloco"}
-    gains = {name: fmean(each) - fmean(untrained) for name, each in points.items()}
-    assert min(gains.values()) > 0
-    words = "rises by {centralized:.1f} (`centralized`), {synchronous:.1f} (`synchronous`), {fedavg:.1f} (FedAvg)"
-    assert words.format(**gains) in " ".join(told.split())
-    apart = [abs(a - b) for a, b in zip(points["synchronous"], points["centralized"], strict=True)]
-    assert f"by {min(apart):.1f} to {max(apart):.1f} points" in " ".join(told.split())

@@ -72,6 +72,8 @@ def test_what_joining_gives_far_below_word_frequency():
     reference = -behind.pop("reference")
     assert f"by {min(behind.values()):.2f} to {max(behind.values()):.2f} nats for five owners" in TOLD
     assert f"the federation is {reference:.2f} nats below it" in TOLD
+    minutes = [sum(row.get("seconds", 0.0) for row in record["rows"]) / 60 for record in records]
+    assert f"{min(minutes):.0f} to {max(minutes):.0f} minutes of runs a seed" in TOLD
     costs = {name: loss - losses["synchronous"] for name, loss in losses.items()}
     assert "FedAvg is {fedavg:.2f} nats behind and DiLoCo {diloco:.2f}".format(**costs) in TOLD
     assert "`parallel` is {parallel:.2f} nats behind".format(**costs) in TOLD
@@ -90,6 +92,7 @@ def test_at_twice_the_rate_fedavg_is_nearer_and_centralized_training_is_not_bett
     assert markdown(["system", "6e-3", "1.2e-2"], cells, words=1) in PAGE
     assert losses["centralized"][0] < losses["centralized"][1] < losses["fedavg"][1] < losses["fedavg"][0] - 0.1
     assert f"FedAvg then is {losses['fedavg'][1] - losses['centralized'][0]:.2f} nats behind" in TOLD
+    assert f"centralized training, DiLoCo {losses['diloco'][1] - losses['centralized'][0]:.2f}" in TOLD
 
 
 def test_those_models_on_glue():
@@ -115,7 +118,10 @@ def test_those_models_on_glue():
     }  # fmt: skip
     gains = {label: [a - b for a, b in zip(each, untrained, strict=True)] for label, each in points.items()}
     assert all(f"{fmean(each):.1f} (`{label.partition(',')[0]}`)" in TOLD for label, each in list(gains.items())[:4])
-    assert min(map(fmean, gains.values())) > 1.5
+    average = {label: fmean(each) for label, each in gains.items()}
+    fedavg, diloco, faster = (average[label] for label in list(average)[4:])
+    assert f"{fedavg:.1f} (FedAvg; at 1.2e-2 {faster:.1f}) and {diloco:.1f} (DiLoCo) points" in TOLD
+    assert min(average.values()) > 1.5
     not_better = {
         (label, task) for label, each in gains.items() for task, gain in zip(GLUE_TASKS, each, strict=True) if gain <= 0
     }
@@ -126,6 +132,8 @@ def test_those_models_on_glue():
     }
     most = [each[0] for label, each in gains.items() if not label.startswith(("fedavg", "diloco"))]
     assert f"on STS-B, by {min(most):.1f} to {max(most):.1f} in the first four" in TOLD
+    in_readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"gain {min(average.values()):.1f} to {max(average.values()):.1f} points on GLUE" in in_readme
     apart = [abs(a - b) for a, b in zip(points["synchronous"], points["centralized"], strict=True)]
     assert f"by {min(apart):.1f} to {max(apart):.1f} points" in TOLD
 

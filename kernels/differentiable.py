@@ -46,11 +46,11 @@ def differentiable(
             return differentiate(backward, ctx, *gradients)
 
     def call(*inputs: Any) -> Any:
-        return (Eager.apply if _is_eager(inputs[0]) else operator)(*inputs)
+        return (Eager.apply if is_eager(inputs[0]) else operator)(*inputs)
 
     return call
 
 
-def _is_eager(tensor: Tensor) -> bool:
+def is_eager(tensor: Tensor) -> bool:
     """Whether a kernel may run now: no compiler looks, and the tensor has values."""
     return not torch.compiler.is_compiling() and type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta

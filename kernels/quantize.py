@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedbert_kernels.compile_case import CompileCase
+from fedbert_kernels.differentiable import is_eager
 from fedbert_kernels.interpreter import jit, jit_for_any, narrow, on_its_device, runs_triton, tl
 from fedbert_kernels.row_philox import random_16, random_16_reference
 
@@ -421,22 +422,24 @@ def dequantize_reference(
 # ---- operators ----
 
 
-@torch.library.custom_op("fedbert_kernels::quantize", mutates_args=())
-def _quantize(x: Tensor, codec: str, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+def _eager_quantize(x: Tensor, codec: str, rows: Tensor | None, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     if runs_triton(x):
         return launch_quantize(x, CODECS[codec], rows, seed)
     _check_rows("quantize", rows, len(x))
     return quantize_reference(x, CODECS[codec], rows, seed)
 
 
-@torch.library.custom_op("fedbert_kernels::dequantize", mutates_args=())
-def _dequantize(
+def _eager_dequantize(
     payload: Tensor, scales: Tensor, codec: str, width: int, dtype: torch.dtype, rows: Tensor | None
 ) -> Tensor:
     if runs_triton(payload):
         return launch_dequantize(payload, scales, CODECS[codec], width, dtype, rows)
     _check_rows("dequantize", rows, len(payload))
     return dequantize_reference(payload, scales, CODECS[codec], width, dtype, rows)
+
+
+_quantize = torch.library.custom_op("fedbert_kernels::quantize", _eager_quantize, mutates_args=())
+_dequantize = torch.library.custom_op("fedbert_kernels::dequantize", _eager_dequantize, mutates_args=())
 
 
 @_quantize.register_fake
@@ -467,7 +470,9 @@ def quantize(x: Tensor, codec: str, rows: Tensor | None = None, seed: Tensor | N
     _check_index("quantize", "seed", seed, x.device)
     if seed is not None and seed.shape != (2,):
         raise ValueError(f"quantize: seed must be [2], not {list(seed.shape)}")
-    return _quantize(x.contiguous(), codec, None if rows is None else rows.contiguous(), seed)
+    # An operator's way through torch's dispatcher costs the host more than its launch.
+    run = _eager_quantize if is_eager(x) else _quantize
+    return run(x.detach().contiguous(), codec, None if rows is None else rows.contiguous(), seed)
 
 
 def dequantize(
@@ -500,7 +505,8 @@ def dequantize(
         raise ValueError(f"dequantize: scales on {scales.device}, payload on {payload.device}")
     _check_index("dequantize", "rows", rows, payload.device)
     rows = None if rows is None else rows.contiguous()
-    return _dequantize(payload.contiguous(), scales.contiguous(), codec, width, dtype, rows)
+    run = _eager_dequantize if is_eager(payload) else _dequantize
+    return run(payload.contiguous(), scales.contiguous(), codec, width, dtype, rows)
 
 
 def _check_codec(name: str, codec: str) -> None:

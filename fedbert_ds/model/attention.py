@@ -120,19 +120,18 @@ def packed_attention(
     """
     # transformers counts the token itself; the operators do not.
     each_side = None if sliding_window is None else sliding_window - 1
-    by_token = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
-    if qkv is None:
+    attend: Callable[..., Tensor]
+    if qkv is None and value.stride(2) != value.shape[1] * value.shape[3]:
         # Where queries and keys were rotated, values are a view of all three, whose memory backward
         # would keep for a third of it.
-        by_token[2] = by_token[2].contiguous()
+        value = value.transpose(1, 2).contiguous().transpose(1, 2)
+    tensors: tuple[Tensor, ...] = (query, key, value)
     if packing.attend is None:
-        tensors = by_token
         attend = partial(grouped_attention, packing=packing, dropout=dropout, scaling=scaling, sliding_window=each_side)
     else:
-        tensors = by_token if qkv is None else [qkv.squeeze(0)]
+        tensors = tensors if qkv is None else (qkv,)
         attend = partial(_fused_attention, packing, dropout, scaling, each_side)
-    result = again(attend, *tensors, draws=dropout > 0.0) if packing.is_recomputed else attend(*tensors)
-    return result.unsqueeze(0), None
+    return again(attend, *tensors, draws=dropout > 0.0) if packing.is_recomputed else attend(*tensors), None
 
 
 def _fused_attention(
@@ -140,13 +139,13 @@ def _fused_attention(
 ) -> Tensor:
     """`packing.attend` of qkv, or of query, key and value."""
     assert packing.attend is not None
-    return packing.attend(
-        tensors[0] if len(tensors) == 1 else tensors,
-        packing.cu_seqlens,
-        dropout=dropout,
-        sliding_window=sliding_window,
-        scale=scaling,
+    by_token: Any = [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]
+    if len(tensors) == 1:
+        by_token = tensors[0].squeeze(0)
+    attended = packing.attend(
+        by_token, packing.cu_seqlens, dropout=dropout, sliding_window=sliding_window, scale=scaling
     )
+    return attended.unsqueeze(0)
 
 
 def grouped_attention(
@@ -159,27 +158,30 @@ def grouped_attention(
     scaling: float | None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Torch's SDPA over batches of sequences of equal length; [T, heads, d] each, and the result.
+    """Torch's SDPA over batches of sequences of equal length; [1, heads, T, d] each, and the result
+    [1, T, heads, d].
 
     Tokens move only if equal lengths are not neighbours (`packing.order`). A token sees
     `sliding_window` positions on either side, or all.
     """
+    heads, size = query.shape[1], query.shape[3]
     tensors = [query, key, value]
     if packing.order is not None:
-        tensors = [tensor.index_select(0, packing.order) for tensor in tensors]
+        tensors = [one.transpose(1, 2).index_select(1, packing.order).transpose(1, 2) for one in tensors]
     # split, not slices: its backward writes each gradient once, without sums of padded copies.
     sizes = [length * count for length, count in packing.groups]
-    parts_of = [tensor.split(sizes) if len(sizes) > 1 else (tensor,) for tensor in tensors]
+    parts_of = [one.split(sizes, dim=2) if len(sizes) > 1 else (one,) for one in tensors]
     pieces = []
     for (length, count), *parts in zip(packing.groups, *parts_of, strict=True):
-        batch = [part.unflatten(0, (count, length)).transpose(1, 2) for part in parts]
+        # Views, as few as can be: each costs the host twice.
+        batch = [part.view(heads, count, length, size).transpose(0, 1) for part in parts]
         mask = _sliding_window_mask(length, sliding_window, query.device)
         attended = scaled_dot_product_attention(
             batch[0], batch[1], batch[2], attn_mask=mask, dropout_p=dropout, scale=scaling
         )
-        pieces.append(attended.transpose(1, 2).flatten(0, 1))
-    result = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    return result if packing.restore is None else result.index_select(0, packing.restore)
+        pieces.append(attended.transpose(1, 2).reshape(1, length * count, heads, size))
+    result = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    return result if packing.restore is None else result.index_select(1, packing.restore)
 
 
 def _sliding_window_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:

@@ -332,8 +332,7 @@ class BodySection(Section):
     `attention`: these and attention, for 3 % more computation at 512 tokens of BERT-base. `int8`:
     as `elementwise`, and what GELU takes is kept in 8 bits, which rounds gradients. `layers`: all
     but each layer's input, for a third more. `auto`: `elementwise` on a GPU, `none` on a CPU, with
-    `compile: true` and with `fp8`. At ZeRO stage 3, where a forward keeps its input alone in any
-    case, only `layers` changes anything: the memory of a backward."""
+    `compile: true` and with `fp8`."""
     compile: Annotated[Literal["auto"] | bool, BeforeValidator(_compile)] = "auto"
     """Run encoder layers under torch.compile, for any number of tokens; the compiler then chooses
     what backward computes again. `auto` measures it once for a card, with
@@ -356,12 +355,12 @@ class BodySection(Section):
             raise ValueError("fp8 keeps its own inputs; set activation_checkpointing: none or layers, or fp8: false")
         return self
 
-    def recomputed(self, device_type: str, stage: int) -> Literal["none", "elementwise", "attention", "int8", "layers"]:
-        """What backward computes again on such a device at this ZeRO stage."""
+    def recomputed(self, device_type: str) -> Literal["none", "elementwise", "attention", "int8", "layers"]:
+        """What backward computes again on such a device."""
         what = self.activation_checkpointing
         if what == "auto":
             what = "none" if device_type == "cpu" or self.compile is True or self.fp8 else "elementwise"
-        return "none" if what != "layers" and stage == 3 else what
+        return what
 
     def may_compile(self, recomputed: str) -> bool:
         """Whether a compiler may choose in place of this what backward computes again."""
@@ -684,8 +683,7 @@ class RunConfig(Section):
     kernels: Kernels = "auto"
     """Kernels of the body's attention and of the small operations between its matrix products:
     `triton` (ours, for CUDA), `torch`, or `auto`. `auto` is, on a GPU where Triton is installed,
-    what is measured fastest on it, ours or others; `torch` elsewhere. At ZeRO stage 3 only
-    attention is fused."""
+    what is measured fastest on it, ours or others; `torch` elsewhere."""
     federation: FederationSection = FederationSection()
     clients: ClientsSection = ClientsSection()
     server: ServerSection = ServerSection()

@@ -199,6 +199,9 @@ class DeviceTensor(Tensor):
         Tensor.data.__set__(self, other)
         self.values = other.values
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.values.untyped_storage()
+
     def record_stream(self, stream: Stream) -> None:
         """Nothing is freed here."""
 

@@ -160,9 +160,7 @@ class Body(nn.Module):
 
     @property
     def work(self) -> BodyWork:
-        """What a forward and backward computes. ZeRO stage 3 leaves parameters without entries:
-        take it before.
-        """
+        """What a forward and backward computes."""
         return body_work(self, self.base, self.config, self.cut)
 
 

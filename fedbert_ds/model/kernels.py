@@ -21,7 +21,6 @@ def install_kernels(
     kernels: Kernels,
     device: torch.device,
     *,
-    whole_weights: bool,
     dtype: torch.dtype | None = None,
     longest: int | None = None,
 ) -> None:
@@ -31,11 +30,6 @@ def install_kernels(
     longest sequence that will come (None: as its position table has). On a GPU, `auto` times
     attention, LayerNorm and GELU beside their rivals at the first call and keeps the outcome for
     later ones; `triton` is ours throughout.
-
-    `whole_weights` says that every rank holds all weights all the time. At ZeRO stage 3 it does
-    not: hooks of modules gather weights there, and a patched module reads its parts without calling
-    them. It would lean on DeepSpeed's fallback for weights read elsewhere, so attention alone is
-    fused.
 
     ConfigError if Triton is asked for where it cannot run, or for a head size that its attention
     does not take.
@@ -63,8 +57,7 @@ def install_kernels(
         )
     if fits:
         body.attend = attend_by(OURS if kernels == "triton" else kept([case], device)[case.name])
-    if whole_weights:
-        patch_modules(body, kernels, dtype, recompute=body.recomputes_elementwise)
+    patch_modules(body, kernels, dtype, recompute=body.recomputes_elementwise)
 
 
 def _runs_triton(kernels: Kernels, device: torch.device) -> bool:

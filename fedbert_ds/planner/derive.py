@@ -11,7 +11,6 @@ from fedbert_ds.config import LayersCut, RunConfig
 from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.planner.scenario import BodyCosts, ClientCosts, Scenario, Spread, Wire
 from fedbert_ds.server.body.footprint import SHARE, bytes_kept
-from fedbert_ds.server.body.settings import zero_stage
 
 COMPRESSED = {
     "fp32": 0.84, "bf16": 0.68, "fp8_e4m3": 0.83, "fp8_e5m2": 0.70, "int8": 0.915, "int8_group": 0.94,
@@ -86,11 +85,9 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
     """
     hf_config = model_config_of(config)
     model = _model(config, hf_config)
-    kept, stage = bytes_in_flight(config, hf_config), zero_stage(config.body)
-    # Stage 3 runs every forward twice, and so does backward if it computes layers again.
-    recomputed = config.body.recomputed("cuda", stage)
+    kept, recomputed = bytes_in_flight(config, hf_config), config.body.recomputed("cuda")
     of_attention = model.attention_flops / model.body_flops if recomputed == "attention" else 0.0
-    forwards_again = (stage == 3) + (recomputed == "layers") + of_attention
+    forwards_again = (recomputed == "layers") + of_attention
     rate = machines.gpu_flops * machines.efficiency
     # Gradients are summed up in fp32, each rank's part; weights come back in bf16.
     reduced = (4 + 2) * model.body_parameters / machines.between_gpus if machines.gpus > 1 else 0.0
@@ -131,23 +128,17 @@ def derive(config: RunConfig, machines: Machines) -> tuple[Scenario, Model]:
 
 
 def bytes_in_flight(config: RunConfig, hf_config: Any) -> int:
-    """What a GPU keeps of a whole micro-batch between forward and backward.
-
-    At ZeRO stage 3 the codes that came; before that what the forward keeps, and with cut: rows the
+    """What a GPU keeps of a whole micro-batch between forward and backward; with cut: rows also the
     rows in fp32.
     """
     from fedbert_ds.model.architecture import widths
-    from fedbert_ds.wire.codecs import frame_bytes
 
     tokens, length = config.window.tokens_per_micro_batch, config.data.sequence_length
     width, rows = widths(hf_config, config.cut).activations, None
     if config.cut == "rows":
         clients = config.window.clients_per_micro_batch
         rows = clients * min(hf_config.vocab_size, distinct_rows(max(1, tokens // clients)))
-    stage = zero_stage(config.body)
-    if stage == 3:
-        return sum(frame_bytes(rows or tokens, width, config.wire.activations))
-    recomputed = config.body.recomputed("cuda", stage)
+    recomputed = config.body.recomputed("cuda")
     dtype = torch.bfloat16 if config.body.precision == "bf16" else torch.float32
     lengths = [min(length, tokens)] * max(1, tokens // length)
     masked = round(config.data.mask_probability * sum(lengths))

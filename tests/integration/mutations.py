@@ -50,18 +50,6 @@ def _drops_first_micro_batch(self, micro_batch, hidden_gradient, codec):
     return _backward(self, micro_batch, hidden_gradient, codec)
 
 
-def _forward_keeps_graph(self, micro_batch, body_input):
-    activations = body_input.activations[0].decode().detach().requires_grad_(True)
-    hidden = self._run(body_input, activations)
-    self._graphs[micro_batch] = activations, hidden
-    return hidden.detach()
-
-
-def _backward_through_kept_graph(self, micro_batch, hidden_gradient):
-    activations, hidden = self._graphs.pop(micro_batch)
-    return self._gradient.backward(hidden, hidden_gradient.decode(), activations)
-
-
 def _newest_backward_first(window, is_fixed):
     newest = max(window.in_flight, key=lambda micro_batch: micro_batch.index, default=None)
     return newest if newest is not None and newest.state is State.GRADIENTS_READY else None
@@ -81,16 +69,7 @@ def _worse_each_time(window, losses, asked, measures_of):
 
 Patches = list[tuple[object, str, object]]
 
-_NEWEST_FIRST: Patches = [(priority, "next_backward", _newest_backward_first)]
-VARIATIONS: dict[str, Patches] = {
-    "newest backward first": _NEWEST_FIRST,
-    # Stage 3 keeps none, for their memory.
-    "graphs kept, newest backward first": [
-        (BodyEngine, "_forward", _forward_keeps_graph),
-        (BodyEngine, "_backward", _backward_through_kept_graph),
-        *_NEWEST_FIRST,
-    ],
-}
+VARIATIONS: dict[str, Patches] = {"newest backward first": [(priority, "next_backward", _newest_backward_first)]}
 """Other ways than the server's own. The result must stay the same."""
 
 INTERRUPTIONS: dict[str, Patches] = {

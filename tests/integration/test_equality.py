@@ -62,13 +62,13 @@ def _tree(folder: Path, stage, order, cut, optimizer, name=None) -> dict:
 
 
 def deepspeed_file(folder: Path, stage: int) -> Path:
-    """The shipped file. For stage 3, one that also partitions and releases small parameters."""
+    """The shipped file. For stage 3, one that gathers each layer by itself."""
     shipped = ZERO / f"zero{stage}.json"
     if stage < 3:
         return shipped
     settings = json.loads(shipped.read_text())
-    settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
-    path = folder / "zero3-all-released.json"
+    settings["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
+    path = folder / "zero3-by-layer.json"
     path.write_text(json.dumps(settings))
     return path
 

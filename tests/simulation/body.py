@@ -47,9 +47,9 @@ class BodyState:
 class Body:
     """One rank's engine and its micro-batches.
 
-    Every backward and step is a collective; so are forwards with `lockstep_forwards`. Each piece is
-    held against the text that its client announced in `batches`, and with `half`, which says what
-    the client model is just now, against that.
+    Every step is a collective; so are forwards and backwards with `lockstep_forwards`. Each piece
+    is held against the text that its client announced in `batches`, and with `half`, which says
+    what the client model is just now, against that.
     """
 
     zero_stage = 2
@@ -147,7 +147,8 @@ class Body:
         self._sends.append((self._group.work_seconds(), send))
 
     def backward(self, decision: Backward, gradients: Mapping[str, Any]) -> None:
-        self._group.meet("backward", None)
+        if self.lockstep_forwards:
+            self._group.meet("backward", None)
         pieces, values = self._graphs.pop(decision.micro_batch)
         assert {piece.client for piece in decision.pieces} == gradients.keys()
         window, weights = self._window, self.state.weights

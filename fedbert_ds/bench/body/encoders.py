@@ -111,7 +111,7 @@ def packed_step(
     _, body = split(shape.model(dropout), "embeddings")
     dtype = window.values[0].dtype
     body.to(device, dtype)
-    install_kernels(body, kernels, device, whole_weights=True)
+    install_kernels(body, kernels, device)
     micro_batches = [_pack(window, chosen) for chosen in divided(window.lengths, budget, padded=False)]
 
     def forward(values: Tensor, masked: Tensor, cu_seqlens: Tensor) -> Tensor:

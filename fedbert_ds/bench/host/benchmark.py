@@ -35,6 +35,10 @@ CODEC = "int8"
 PLAIN = "transformers' layers, plainly"
 SELECTIVE = "the same under torch's selective checkpointing"
 RECOMPUTED = "engine, ZeRO 1, `activation_checkpointing: elementwise`"
+APART = "engine, ZeRO 3, each layer gathered by itself"
+GATHERED = 7
+"""Layers that ZeRO stage 3 gathers together: as many as of BERT-base, by DeepSpeed's default of 50M
+parameters."""
 CPU = torch.device("cpu")
 
 
@@ -62,6 +66,7 @@ def bench_host(options: HostOptions) -> None:
         ways[f"engine, ZeRO {stage}"] = engine(layers, stage)
         if stage == 1:
             ways[RECOMPUTED] = engine(layers, stage, "elementwise")
+    ways[APART] = engine(layers, 3, gathered=1)
     # One thread does all of it; what else the machine does would count as the host's.
     timings = time_side_by_side(ways, CPU, rounds, seconds, clock=time.process_time)
     rows = [
@@ -117,10 +122,10 @@ def plain(layers: int, is_selective: bool = False) -> Callable[[], None]:
     return run
 
 
-def engine(layers: int, stage: int, checkpointing: str = "none") -> Callable[[], None]:
+def engine(layers: int, stage: int, checkpointing: str = "none", gathered: int = GATHERED) -> Callable[[], None]:
     """The same, packed, through the engine under DeepSpeed: results are on the CPU afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        config = _config(layers, stage, Path(folder), checkpointing)
+        config = _config(layers, stage, Path(folder), checkpointing, gathered)
         _, body = split(build_model(config.model, 100, 0, 1), "embeddings")
         built = BodyEngine.build(body, config.body, config.optimizer, "torch", CPU)
     tokens = SEQUENCES * LENGTH
@@ -135,9 +140,10 @@ def engine(layers: int, stage: int, checkpointing: str = "none") -> Callable[[],
     return run
 
 
-def _config(layers: int, stage: int, folder: Path, checkpointing: str = "none") -> RunConfig:
+def _config(layers: int, stage: int, folder: Path, checkpointing: str = "none", gathered: int = GATHERED) -> RunConfig:
     file = folder / "zero.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    bucket = {"stage3_prefetch_bucket_size": gathered * 12 * WIDTH**2} if stage == 3 else {}
+    file.write_text(json.dumps({"zero_optimization": {"stage": stage, **bucket}}))
     model = ModelSection(hidden_size=WIDTH, num_attention_heads=2, num_hidden_layers=layers)
     body = {"deepspeed": str(file), "activation_checkpointing": checkpointing}
     return parse_config({"model": model.model_dump(), "body": body}, "bench host")

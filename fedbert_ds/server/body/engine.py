@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -28,6 +30,7 @@ from fedbert_ds.server.body.conversion import check_groups, read_shares, take_ov
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
+from fedbert_ds.server.body.layer_weights import LayerWeights
 from fedbert_ds.server.body.layout import Shapes, partitions_of
 from fedbert_ds.server.body.pace import Load
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
@@ -83,11 +86,8 @@ def _unused(lengths: tuple[int, ...], num_masked: int, width: int, with_rows: bo
 
 
 class BodyEngine:
-    """Forward, backward and step of the body on this rank. Holds the micro-batches in flight.
-
-    At ZeRO stages 0-2 a forward keeps its graph until its gradient is back. Who chooses stage 3 is
-    short of memory: there a forward runs without a graph, and the backward runs the forward again
-    with the same dropout seed, the cost of full activation checkpointing.
+    """Forward, backward and step of the body on this rank. Holds the micro-batches in flight: a
+    forward keeps its graph until its gradient is back.
     """
 
     lost_gradient = False
@@ -113,12 +113,17 @@ class BodyEngine:
         self._inputs: dict[int, BodyInput] = {}
         """Of micro-batches in flight."""
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
-        """Up to stage 2: activations and hidden states."""
+        """Activations and hidden states."""
+        self._blanked: dict[int, Tensor] = {}
+        """At stage 3, of micro-batches in flight: whether each row of activations counts."""
+        self._repeats: deque[tuple[BodyInput, Tensor]] = deque()
+        """At stage 3, inputs and hidden gradients that `step` computes with again."""
         self._tokens: dict[int, int] = {}
         self._bytes_in_flight = 0
         self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
         self._gradient = WindowGradient(engine, stage, _masters(engine, stage))
+        self._weights = LayerWeights(engine, engine.module) if stage == 3 else None
         self._memory_budget = memory_budget(device)
 
     @classmethod
@@ -150,8 +155,8 @@ class BodyEngine:
         dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
         if section.fp8:
             install_fp8(body, device)
-        body.recompute(section.recomputed(device.type, stage))
-        install_kernels(body, kernels, device, whole_weights=stage < 3, dtype=dtype, longest=longest)
+        body.recompute(section.recomputed(device.type))
+        install_kernels(body, kernels, device, dtype=dtype, longest=longest)
         is_compiled = False
         if stage < 3 and section.may_compile(body.recomputed):
             is_compiled = install_compile(body, section.compile, dtype, longest)
@@ -176,7 +181,7 @@ class BodyEngine:
 
     @property
     def lockstep_forwards(self) -> bool:
-        """Whether forwards hold collectives: all ranks must run the same operations in order."""
+        """Whether forwards and backwards hold collectives: all ranks must run the same in order."""
         return self._stage == 3
 
     def forward(self, micro_batch: int, body_input: BodyInput, codec: str = "fp32") -> DeviceWork:
@@ -214,9 +219,6 @@ class BodyEngine:
     def _forward(self, micro_batch: int, body_input: BodyInput) -> Tensor:
         activations = body_input.values(self._engine.module.input_dtype)
         self._inputs[micro_batch] = body_input
-        if self._stage == 3:
-            with torch.no_grad():
-                return self._run(body_input, activations).detach()
         activations.requires_grad_(True)
         if self._bytes_in_flight or not len(body_input.masked_positions):
             hidden = self._run(body_input, activations)
@@ -230,15 +232,17 @@ class BodyEngine:
     def _backward(self, micro_batch: int, encoded_gradient: Encoded) -> Tensor:
         hidden_gradient = encoded_gradient.decode()
         body_input = self._inputs.pop(micro_batch)
-        if self._stage < 3:
-            activations, hidden = self._graphs.pop(micro_batch)
-            return self._gradient.backward(hidden, hidden_gradient, activations)
-        activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
-        hidden = self._run(body_input, activations)
-        gradient = self._gradient.backward(hidden, hidden_gradient, activations)
-        # Those of modules that get no gradient back, as position embeddings, stay whole else.
-        self._engine.optimizer.parameter_offload.release_backward_leftovers()
-        return gradient
+        activations, hidden = self._graphs.pop(micro_batch)
+        counts = self._blanked.pop(micro_batch, None)
+        if counts is None:
+            return self._differentiate(hidden, hidden_gradient, activations)
+        self._repeats.append((body_input, hidden_gradient))
+        gradient = self._differentiate(hidden, hidden_gradient, activations, adds_up=False)
+        return _where(counts, gradient)
+
+    def _differentiate(self, hidden: Tensor, gradient: Tensor, activations: Tensor, adds_up: bool = True) -> Tensor:
+        with self._weights.backward() if self._weights else nullcontext():
+            return self._gradient.backward(hidden, gradient, activations, adds_up)
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         """Step the optimizer once, with this learning rate; all ranks together.
@@ -248,6 +252,7 @@ class BodyEngine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        self._repeat_blanked()
         self.lost_gradient = not self._gradient.is_finite
         if self.lost_gradient:
             self._gradient.drop()
@@ -258,6 +263,8 @@ class BodyEngine:
         self._engine.step()
         self.lost_gradient |= self._stage > 0 and self._engine.optimizer.overflow
         self._gradient.drop()
+        if self._weights is not None:
+            self._weights.renew()
         return 1.0 if self._clipping is None else self._clipping.scale
 
     def blank(self, micro_batch: int, rows: Sequence[slice]) -> None:
@@ -266,23 +273,42 @@ class BodyEngine:
         """
         body_input = self._inputs[micro_batch]
         (activations,) = body_input.activations
-        factors = torch.ones(len(activations), device=activations.payload.device, dtype=torch.bool)
+        counts = torch.ones(len(activations), device=activations.payload.device, dtype=torch.bool)
         for span in rows:
-            factors[span] = False
-
-        def zeroed(part: Tensor) -> Tensor:
-            # A product would keep what is not finite.
-            return torch.where(factors[:, None], part.float(), 0.0).to(part.dtype)
-
-        blanked = replace(body_input, activations=[activations.map(zeroed)])
-        if self._stage == 3:
-            self._inputs[micro_batch] = blanked
+            counts[span] = False
+        blanked = replace(body_input, activations=[activations.map(partial(_where, counts))])
+        if self.lockstep_forwards:
+            # A forward now would wait for the other ranks. What is sent back of other rows is right
+            # as it is: rows meet in the gradients of weights alone.
+            self._inputs[micro_batch], self._blanked[micro_batch] = blanked, counts
         else:
             del self._graphs[micro_batch]
             self._forward(micro_batch, blanked)
 
+    def _repeat_blanked(self) -> None:
+        """At stage 3 add up the gradients of weights that `blank` has kept out of the sum; all
+        ranks together.
+        """
+        if not self.lockstep_forwards:
+            return
+        times = torch.tensor(len(self._repeats), device=self._device.device)
+        torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX)
+        for _ in range(int(times)):
+            if self._repeats:
+                self._forward_and_backward(*self._repeats.popleft())
+            else:
+                width, with_rows = self._engine.module.widths.activations, self._engine.module.cut == "rows"
+                self._forward_and_backward(self.dummy_input(width, with_rows, 0).to(self._device))
+
+    def _forward_and_backward(self, body_input: BodyInput, hidden_gradient: Tensor | None = None) -> None:
+        activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
+        hidden = self._run(body_input, activations)
+        gradient = torch.zeros_like(hidden) if hidden_gradient is None else hidden_gradient
+        self._differentiate(hidden, gradient, activations)
+
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated."""
+        self._repeats.clear()
         self._gradient.drop()
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
@@ -298,10 +324,7 @@ class BodyEngine:
         # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
         # that 16 divides, fp8 products need no padding, so these are compiled apart.
         for lengths in ((6, 5), (9, 4, 3)):
-            body_input = _unused(lengths, 5, width, with_rows, seed=0).to(self._device)
-            activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
-            hidden = self._run(body_input, activations)
-            self._gradient.backward(hidden, torch.zeros_like(hidden), activations)
+            self._forward_and_backward(_unused(lengths, 5, width, with_rows, seed=0).to(self._device))
         self._gradient.drop()
         self._num_compiled = num_compiled()
 
@@ -322,7 +345,8 @@ class BodyEngine:
 
     def save(self, folder: Path, window: int) -> None:
         """Write a DeepSpeed checkpoint of the state before `window`. All ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
+        with self._weights.lent() if self._weights else nullcontext():
+            self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
 
     def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
         """Read a checkpoint that `save` wrote with so many ranks at this ZeRO stage; this engine
@@ -332,13 +356,14 @@ class BodyEngine:
         version saved it.
         """
         check_groups(folder / f"window-{window}", stage, len(self._engine.optimizer.param_groups))
-        if (ranks, stage) != (self._world_size, self._stage):
-            saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
-            take_over(self._engine, self._stage, self._shapes, saved)
-            return
-        path, _ = self._engine.load_checkpoint(str(folder), tag=f"window-{window}")
-        if path is None:
-            raise ConfigError(f"{folder}: no checkpoint of window {window}; restore the run's folder")
+        with self._weights.lent() if self._weights else nullcontext():
+            if (ranks, stage) != (self._world_size, self._stage):
+                saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
+                take_over(self._engine, self._stage, self._shapes, saved)
+            elif self._engine.load_checkpoint(str(folder), tag=f"window-{window}")[0] is None:
+                raise ConfigError(f"{folder}: no checkpoint of window {window}; restore the run's folder")
+        if self._weights is not None:
+            self._weights.renew()
 
     def affordable_in_flight(self) -> int:
         """Micro-batches in flight that memory holds, by the size of the first.
@@ -351,9 +376,16 @@ class BodyEngine:
         if self._engine.module.training:  # else no random number is drawn
             seed_dropout(body_input.seed, self._device.device)
         # Not the engine's forward: it prepares for a backward that lets ranks meet.
-        return self._engine.module(
-            activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
-        )
+        with self._weights.forward() if self._weights else nullcontext():
+            return self._engine.module(
+                activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
+            )
+
+
+def _where(counts: Tensor, values: Tensor) -> Tensor:
+    """Rows that count, and zeros for others."""
+    # A product would keep what is not finite.
+    return torch.where(counts[:, None], values.float(), 0.0).to(values.dtype)
 
 
 def _masters(engine: Any, stage: int) -> dict[Tensor, Tensor]:

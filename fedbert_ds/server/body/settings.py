@@ -21,13 +21,24 @@ OURS = {
     "data_types": "body.precision",
 }
 """DeepSpeed keys that the run file owns, and the run-file key that sets each."""
+WITHOUT_EFFECT = {
+    "zero_hpz_partition_size": 1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "mics_shard_size": -1,
+}
+"""Keys of DeepSpeed's stage 3 for a gathering that is not its own here (`layer_weights`), and the
+values that they may have.
+"""
 
 
 def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[str, Any]:
     """The DeepSpeed configuration of a run.
 
     Raises ConfigError if the file is not JSON, has no usable ZeRO stage, or sets a key that the run
-    file owns; or if layers are to be compiled, or in fp8, at stage 3.
+    file owns; or if layers are to be compiled, or in fp8, at stage 3, or weights are to be gathered
+    there in another way than they are.
     """
     settings = _read(body)
     if settings["zero_optimization"].get("stage", 0) == 3:
@@ -36,6 +47,9 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
                 raise ConfigError(
                     f"body.{key}: true needs weights that ZeRO stage 3 divides; set {instead}, or body.zero_stage: 2"
                 )
+        _check_gathering(settings["zero_optimization"], body)
+        # `layer_weights` gathers, and says what stays whole.
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     settings |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -49,6 +63,21 @@ def deepspeed_settings(body: BodySection, optimizer: OptimizerSection) -> dict[s
     # By default it waits for the device in every forward.
     settings.setdefault("timers", {}).setdefault("throughput", {"enabled": False})
     return settings
+
+
+def _check_gathering(zero: dict[str, Any], body: BodySection) -> None:
+    for key, value in WITHOUT_EFFECT.items():
+        if zero.get(key, value) != value:
+            raise ConfigError(
+                f"{body.deepspeed}: zero_optimization.{key} has no effect, as a layer is gathered whole from all "
+                "ranks; remove it"
+            )
+    offload = zero.get("offload_param")
+    if isinstance(offload, dict) and offload.get("device") == "nvme":
+        raise ConfigError(
+            f"{body.deepspeed}: zero_optimization.offload_param keeps weights on the CPU, not on a disk; set device: "
+            "cpu"
+        )
 
 
 def zero_stage(body: BodySection) -> int:

@@ -27,9 +27,11 @@ class WindowGradient:
         self._optimizer = engine.optimizer
         self._stage = stage
         self._masters = masters
+        self._has_cuts = stage == 3 and torch.distributed.get_world_size(engine.optimizer.dp_process_group) > 1
         self._parameters: list[Tensor] = []
         self._sums: list[Tensor] = []
-        """By parameter, in the tensors below; at stage 3 [ranks, elements of each rank]."""
+        """By parameter, in the tensors below; at stage 3, with several ranks, [ranks, elements of
+        each]."""
         self._flats: list[Tensor] = []
         """fp32, laid out as DeepSpeed's own; one at stage 0, one for each optimizer group above."""
         for sums, flat in _sums(engine, stage):
@@ -37,16 +39,19 @@ class WindowGradient:
             self._parameters.extend(sums)
             self._sums.extend(sums.values())
 
-    def backward(self, outputs: Tensor, gradient: Tensor, inputs: Tensor) -> Tensor:
-        """d/d(inputs), where `gradient` is d/d(outputs); the parameters' gradients are added up."""
+    def backward(self, outputs: Tensor, gradient: Tensor, inputs: Tensor, adds_up: bool = True) -> Tensor:
+        """d/d(inputs), where `gradient` is d/d(outputs); the parameters' gradients are added up, or
+        are not.
+        """
         of_inputs, *of_parameters = torch.autograd.grad(
             outputs, [inputs, *self._parameters], gradient.to(outputs.dtype), allow_unused=True
         )
-        used = [(total, one) for total, one in zip(self._sums, of_parameters, strict=True) if one is not None]
-        if self._stage == 3:
-            used = [(total, _cut(one, total.shape)) for total, one in used]
-        torch._foreach_add_([total for total, _ in used], [one for _, one in used])
         assert of_inputs is not None
+        if adds_up:
+            used = [(total, one) for total, one in zip(self._sums, of_parameters, strict=True) if one is not None]
+            if self._has_cuts:
+                used = [(total, _cut(one, total.shape)) for total, one in used]
+            torch._foreach_add_([total for total, _ in used], [one for _, one in used])
         return of_inputs
 
     def give(self) -> None:
@@ -126,7 +131,10 @@ def _sums(engine: Any, stage: int) -> Iterator[tuple[dict[Tensor, Tensor], Tenso
             cuts = [parameter.partition_numel() for parameter in parameters]
             flat = _zeros(ranks * sum(cuts), parameters)
             # A rank's cuts of all parameters lie end to end.
-            yield dict(zip(parameters, flat.view(ranks, -1).split(cuts, dim=1), strict=True)), flat
+            sums = dict(zip(parameters, flat.view(ranks, -1).split(cuts, dim=1), strict=True))
+            if ranks == 1:
+                sums = {one: place.view(one.ds_shape) for one, place in sums.items()}
+            yield sums, flat
 
 
 def _zeros(length: int, parameters: Iterable[Tensor]) -> Tensor:
@@ -139,4 +147,6 @@ def _views(flat: Tensor, places: Mapping[Tensor, int]) -> dict[Tensor, Tensor]:
 
 def _cut(gradient: Tensor, shape: torch.Size) -> Tensor:
     """[ranks, elements of each rank]: DeepSpeed fills the last ranks' cuts up."""
+    if gradient.numel() == shape.numel():
+        return gradient.reshape(shape)
     return pad(gradient.reshape(-1), (0, shape.numel() - gradient.numel())).view(shape)

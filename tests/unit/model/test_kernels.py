@@ -52,11 +52,10 @@ def num_replaced(body: Any) -> int:
     return sum("forward" in vars(module) for module in body.modules())
 
 
-@pytest.mark.parametrize("whole_weights", [True, False], ids=["all", "attention"])
-def test_the_same_hidden_states_and_gradients(body_of, architecture, cut, whole_weights: bool) -> None:
+def test_the_same_hidden_states_and_gradients(body_of, architecture, cut) -> None:
     body, packed = body_of(architecture, cut), pack(LENGTHS)
     expected = run(body, packed)
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
+    install_kernels(body, "triton", torch.device(DEVICE))
     torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -72,8 +71,8 @@ def test_attention_s_kernels_themselves_in_the_body(body_of, monkeypatch, kind: 
     monkeypatch.setattr(module.attention_torch, "backward", module.launch_backward)
     body, packed = body_of(kind, num_hidden_layers=2), pack([7, 1, 7])
     expected = run(body, packed)
-    for whole_weights in (False, True):
-        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
+    for _ in range(2):
+        install_kernels(body, "triton", torch.device(DEVICE))
         torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
 
 
@@ -93,10 +92,14 @@ def test_attention_is_given_the_packed_projection_and_bounds_nobody_looks_at(bod
     monkeypatch.setattr(attention_choice, "attention", watched)
     monkeypatch.setattr(sequences, "read_bounds", look)
     packed = pack(LENGTHS)
-    for whole_weights in (True, False):
-        body = body_of("bert")
-        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=whole_weights)
-        run(body, packed)
+    body = body_of("bert")
+    install_kernels(body, "triton", torch.device(DEVICE))
+    run(body, packed)
+    body = body_of("bert")
+    install_kernels(body, "triton", torch.device(DEVICE))
+    for patched in body.modules():
+        vars(patched).pop("forward", None)  # as modules that are not patched call it
+    run(body, packed)
     assert shapes == [(31, 3, 2, 16)] * 3 + [[(31, 2, 16)] * 3] * 3
 
 
@@ -107,18 +110,17 @@ def test_patched_modules_are_told_in_which_dtype_they_will_run(body_of, monkeypa
     told: list[Any] = []
     monkeypatch.setattr(patch_modules, "patch_modules", lambda *given, recompute: told.append((*given, recompute)))
     body = body_of("bert")
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
+    install_kernels(body, "triton", torch.device(DEVICE), dtype=dtype)
     body.recompute("elementwise")
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, dtype=dtype)
+    install_kernels(body, "triton", torch.device(DEVICE), dtype=dtype)
     assert told == [(body, "triton", dtype, False), (body, "triton", dtype, True)]
 
 
-def test_stage_3_keeps_the_modules_that_its_hooks_are_on(body_of) -> None:
+def test_modules_are_patched_once(body_of) -> None:
     body = body_of("bert")
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=False)
-    assert body.attend is not None and num_replaced(body) == 0
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
-    assert num_replaced(body) == 3 * 4
+    for _ in range(2):
+        install_kernels(body, "triton", torch.device(DEVICE))
+        assert body.attend is not None and num_replaced(body) == 3 * 4
 
 
 @pytest.mark.parametrize("what", ["elementwise", "layers"])
@@ -128,7 +130,7 @@ def test_dropout_follows_the_seed_and_is_repeated_by_recomputation(body_of, what
     recomputed.recompute(what)
     results = []
     for body, seed in ((kept, 1), (recomputed, 1), (kept, 2)):
-        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
+        install_kernels(body, "triton", torch.device(DEVICE))
         torch.manual_seed(seed)
         results.append(run(body, packed))
     torch.testing.assert_close(results[1], results[0], atol=0, rtol=0)
@@ -140,7 +142,7 @@ def test_of_codes_that_fused_gelu_takes_gradients_alone_are_rounded(body_of) -> 
     for what in ("elementwise", "int8"):
         body = body_of("bert", dropout=0.3)
         body.recompute(what)
-        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
+        install_kernels(body, "triton", torch.device(DEVICE))
         torch.manual_seed(1)
         results.append(run(body, packed))
     exact, rounded = results
@@ -153,7 +155,7 @@ def test_torch_is_what_a_cpu_runs_unless_triton_is_asked_for(body_of) -> None:
     # Here Triton's interpreter could run them, a thousand times slower.
     for kernels in ("auto", "torch"):
         body = body_of("bert")
-        install_kernels(body, kernels, CPU, whole_weights=True)
+        install_kernels(body, kernels, CPU)
         assert body.attend is None and num_replaced(body) == 0
 
 
@@ -178,11 +180,11 @@ def test_auto_takes_triton_on_a_gpu_that_has_it(body_of, measured, monkeypatch) 
     from fedbert_kernels import interpreter
 
     body = body_of("bert")
-    install_kernels(body, "auto", CUDA, whole_weights=True)
+    install_kernels(body, "auto", CUDA)
     assert body.attend is not None and num_replaced(body) == 3 * 4
     monkeypatch.setattr(interpreter, "HAVE_TRITON", False)
     body = body_of("bert")
-    install_kernels(body, "auto", CUDA, whole_weights=True)
+    install_kernels(body, "auto", CUDA)
     assert body.attend is None and num_replaced(body) == 0
 
 
@@ -190,15 +192,15 @@ def test_auto_measures_for_what_will_run_and_triton_measures_nothing(body_of, me
     from fedbert_kernels.attention_choice import AttentionCase
 
     body = body_of("bert", dropout=0.3)
-    install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True, longest=300)
+    install_kernels(body, "triton", torch.device(DEVICE), longest=300)
     assert measured == []
-    install_kernels(body, "auto", CUDA, whole_weights=True, dtype=torch.bfloat16, longest=300)
+    install_kernels(body, "auto", CUDA, dtype=torch.bfloat16, longest=300)
     assert measured[0] == AttentionCase(torch.bfloat16, 2, 16, 0.3, 300)
     assert {case.dtype for case in measured} == {torch.bfloat16} and len(measured) == 1 + 3 * 3
     measured.clear()
-    install_kernels(body, "auto", CUDA, whole_weights=False)
+    install_kernels(body, "auto", CUDA)
     longest = body.config.max_position_embeddings
-    assert measured == [AttentionCase(torch.float32, 2, 16, 0.3, longest)]
+    assert measured[0] == AttentionCase(torch.float32, 2, 16, 0.3, longest)
 
 
 def test_the_attention_that_was_faster_runs_in_the_body(body_of, monkeypatch) -> None:
@@ -216,7 +218,7 @@ def test_the_attention_that_was_faster_runs_in_the_body(body_of, monkeypatch) ->
     expected = run(body, packed)
     monkeypatch.setitem(RIVALS, "a rival", Rival(rival, has_dropout=True))
     monkeypatch.setattr(choice, "kept", lambda cases, _: {case.name: "a rival" for case in cases})
-    install_kernels(body, "auto", CUDA, whole_weights=False)
+    install_kernels(body, "auto", CUDA)
     torch.testing.assert_close(run(body, packed), expected, atol=2e-4, rtol=1e-4)
     assert len(calls) == 3
 
@@ -237,6 +239,6 @@ def test_triton_where_it_cannot_run_is_one_line(monkeypatch) -> None:
 def test_a_head_size_the_kernel_does_not_take(small_model, measured) -> None:
     body = split(small_model("bert"), "embeddings")[1].to(DEVICE)
     with pytest.raises(ConfigError, match=r"kernels: triton takes heads of 16 to 128, but .* is 8; set kernels: auto"):
-        install_kernels(body, "triton", torch.device(DEVICE), whole_weights=True)
-    install_kernels(body, "auto", CUDA, whole_weights=True)
+        install_kernels(body, "triton", torch.device(DEVICE))
+    install_kernels(body, "auto", CUDA)
     assert body.attend is None and num_replaced(body) == 3 * 4

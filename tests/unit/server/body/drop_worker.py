@@ -5,10 +5,10 @@
 Writes `STAGE-PRECISION-KIND-RANK.pt` into the folder: the weights after three windows. KIND is
 `plain`, or `dropped`: one window was undone after the first and two after the second. With fp32
 also `spoilt`: a client's sequence in each micro-batch makes results that are not finite, and is
-left out before the backward; or `zeros`: it was zeros from the start.
+left out before the backward; `some`: only in rank 0's first micro-batch, the others' are zeros; or
+`zeros`: it was zeros from the start.
 
-In each of them it then trains windows whose gradient, or its norm, is not finite, and one more. At
-stage 3 it asks which weights stay whole.
+In each of them it then trains windows whose gradient, or its norm, is not finite, and one more.
 """
 
 from __future__ import annotations
@@ -31,22 +31,20 @@ def run_rank(rank: int, folder: Path) -> None:
 
     initialize()
     for stage in range(4):
-        # At stage 3, partition and release even weights as small as these.
-        settings = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if stage == 3 else {}
         path = folder / f"zero-{rank}.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings}}))
+        # At stage 3 each layer is gathered by itself.
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_prefetch_bucket_size": 0}}))
         for precision in ("fp32", "bf16"):
-            for kind in ("plain", "dropped", *(("zeros", "spoilt") if precision == "fp32" else ())):
+            for kind in ("plain", "dropped", *(("zeros", "some", "spoilt") if precision == "fp32" else ())):
                 other = "" if kind in ("plain", "dropped") else kind
                 weights = train(path, precision, is_disturbed=kind == "dropped", other=other)
                 torch.save(weights, folder / f"{stage}-{precision}-{kind}-{rank}.pt")
-    keeps_no_weights(path)
     shut_down()
 
 
 def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") -> dict[str, torch.Tensor]:
     """Weights by name after three windows."""
-    engine, _ = engine_of(deepspeed, precision)
+    engine = engine_of(deepspeed, precision)
     for window, num_undone in enumerate((0, 1, 2)):
         for attempt in range(num_undone if is_disturbed else 0):
             accumulate(engine, 100 + 10 * window + attempt)
@@ -59,8 +57,8 @@ def train(deepspeed: Path, precision: str, is_disturbed: bool, other: str = "") 
     return weights
 
 
-def engine_of(deepspeed: Path, precision: str, cut: str = "embeddings"):
-    """Around a small body; both."""
+def engine_of(deepspeed: Path, precision: str):
+    """Around a small body."""
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.run_file import parse_config
@@ -69,33 +67,13 @@ def engine_of(deepspeed: Path, precision: str, cut: str = "embeddings"):
     config = parse_config(
         {
             "model": {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 2},
-            "cut": cut,
             "optimizer": {"lr": RATE},
             "body": {"deepspeed": str(deepspeed), "precision": precision},
         },
         "drop",
     )
-    _, body = split(build_model(config.model, 50, 0, 1), config.cut)
-    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu")), body
-
-
-def keeps_no_weights(deepspeed: Path) -> None:
-    """At stage 3 no rank keeps a weight whole after a backward: not those either whose modules
-    get no gradient back, as position embeddings.
-    """
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-    from fedbert_ds.server.body.engine import BodyInput
-    from fedbert_kernels.encoded import Encoded
-
-    engine, body = engine_of(deepspeed, "fp32", "rows")
-    parameters = dict(body.named_parameters())
-    assert any("position_embeddings" in name for name in parameters)
-    rows, index = Encoded.of(torch.randn(4, WIDTH), "fp32"), torch.tensor([0, 1, 2, 3, 0])
-    place = BodyInput([rows], torch.arange(2), torch.tensor([0, 5], dtype=torch.int32), index, 0)
-    engine.forward(0, place).result()
-    engine.backward(0, [Encoded.of(torch.randn(2, WIDTH), "fp32")]).result()
-    assert {parameter.ds_status for parameter in parameters.values()} == {ZeroParamStatus.NOT_AVAILABLE}
+    _, body = split(build_model(config.model, 50, 0, 1), "embeddings")
+    return BodyEngine.build(body, config.body, config.optimizer, config.kernels, torch.device("cpu"))
 
 
 def go_on_after_spoilt_windows(engine, lr: float) -> None:
@@ -133,22 +111,24 @@ def accumulate(engine, window: int, other: str = "", left_out: bool = True, scal
     for number, lengths in enumerate(LENGTHS):
         bounds = torch.tensor([0, *lengths]).cumsum(0).int()
         tensor, masked = torch.randn(sum(lengths), WIDTH, generator=random), torch.arange(0, sum(lengths), 2)
+        is_spoilt = other == "spoilt" or (other == "some" and number == torch.distributed.get_rank() == 0)
         if other:
-            tensor = torch.cat([tensor, torch.full((3, WIDTH), torch.inf if other == "spoilt" else 0.0)])
+            tensor = torch.cat([tensor, torch.full((3, WIDTH), torch.inf if is_spoilt else 0.0)])
             masked = torch.cat([masked, torch.tensor([len(tensor) - 1])])
             bounds = torch.tensor([*bounds, len(tensor)]).int()
         place = BodyInput([Encoded.of(tensor, "fp32")], masked, bounds, None, 10 * window + number)
         hidden = engine.forward(number, place)
-        assert not other or hidden.result()[0].is_finite == (other != "spoilt")
+        assert not other or hidden.result()[0].is_finite != is_spoilt
     for number, lengths in enumerate(LENGTHS):
         gradient = scale * torch.randn(len(range(0, sum(lengths), 2)), WIDTH, generator=random)
         parts = [Encoded.of(gradient, "fp32")]
         if other:
             parts.append(Encoded.zeros(1, WIDTH, "fp32"))
-        if other == "spoilt" and left_out:
+        is_spoilt = other == "spoilt" or (other == "some" and number == torch.distributed.get_rank() == 0)
+        if is_spoilt and left_out:
             engine.blank(number, [slice(sum(lengths), sum(lengths) + 3)])
         of_inputs, _ = engine.backward(number, parts).result()
-        assert not other or of_inputs.is_finite == (left_out or other != "spoilt")
+        assert not other or of_inputs.is_finite == (left_out or not is_spoilt)
 
 
 if __name__ == "__main__":

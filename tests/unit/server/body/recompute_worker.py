@@ -30,10 +30,9 @@ def run_rank(rank: int, folder: Path) -> None:
         module.runs_triton = lambda tensor: False
     initialize()
     for stage in range(4):
-        # At stage 3, partition and release even weights as small as these.
-        settings = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if stage == 3 else {}
         path = folder / f"zero-{rank}.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings}}))
+        # At stage 3 each layer is gathered by itself.
+        path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_prefetch_bucket_size": 0}}))
         for kernels_name, whats in KINDS.items():
             for what in whats if kernels_name == "torch" or interpreter.HAVE_TRITON else ():
                 torch.save(train(path, kernels_name, what), folder / f"{stage}-{kernels_name}-{what}-{rank}.pt")

@@ -86,10 +86,9 @@ def config_of(folder: Path, rank: int, stage: int, name: str, precision: str, la
     """Of a small body."""
     from fedbert_ds.run_file import parse_config
 
-    # At stage 3, partition and release even weights as small as these.
-    settings = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0} if layers > 1 else {}
     path = folder / f"zero-{rank}.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, **settings, **zero}}))
+    # At stage 3 each layer is gathered by itself.
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_prefetch_bucket_size": 0, **zero}}))
     model = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": layers, "dropout": 0.0}
     return parse_config(
         {

@@ -84,7 +84,7 @@ def test_gradients_cross_ranks_once_a_window(told: Told, stage: int, precision: 
     assert step <= 7
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", STAGES)
 def test_copies_and_computation_are_beside_one_another(told: Told, stage: int) -> None:
     """Only the first micro-batch of a window waits for its uploads: codes and scales of two pieces,
     positions, row numbers.

@@ -13,7 +13,7 @@ import pytest
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.run_file import load_config, parse_config
-from fedbert_ds.server.body.settings import OURS, deepspeed_settings, zero_stage
+from fedbert_ds.server.body.settings import OURS, WITHOUT_EFFECT, deepspeed_settings, zero_stage
 
 ROOT = Path(__file__).parents[4]
 
@@ -46,8 +46,35 @@ def test_the_run_file_overrides_the_stage(tmp_path: Path) -> None:
     text = '{"zero_optimization": {"stage": 1, "reduce_bucket_size": 5}}'
     assert zero_stage(config_with(tmp_path, text).body) == 1
     config = config_with(tmp_path, text, body={"zero_stage": 3})
-    assert settings_of(config)["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 5}
+    # Weights are gathered by layers, not by DeepSpeed.
+    ours = {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
+    assert settings_of(config)["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 5, **ours}
     assert zero_stage(config_with(tmp_path, "{}").body) == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("zero_hpz_partition_size", 4, "zero_hpz_partition_size has no effect.*; remove it"),
+        ("zero_quantized_weights", True, "zero_quantized_weights has no effect.*; remove it"),
+        ("zero_quantized_nontrainable_weights", True, "zero_quantized_nontrainable_weights has no effect"),
+        ("zero_quantized_gradients", True, "zero_quantized_gradients has no effect"),
+        ("mics_shard_size", 2, "mics_shard_size has no effect"),
+        (
+            "offload_param",
+            {"device": "nvme", "nvme_path": "/x"},
+            "offload_param keeps weights on the CPU.* device: cpu",
+        ),
+    ],
+)
+def test_another_way_to_gather_weights_is_refused(tmp_path: Path, key: str, value: Any, problem: str) -> None:
+    text = json.dumps({"zero_optimization": {"stage": 3, key: value}})
+    with pytest.raises(ConfigError, match=problem):
+        settings_of(config_with(tmp_path, text))
+    # Below stage 3 DeepSpeed gathers.
+    settings_of(config_with(tmp_path, text, body={"zero_stage": 2}))
+    usual = {"offload_param": {"device": "cpu"}}.get(key, WITHOUT_EFFECT.get(key))
+    settings_of(config_with(tmp_path, json.dumps({"zero_optimization": {"stage": 3, key: usual}})))
 
 
 def test_no_file_is_needed_for_a_stage() -> None:

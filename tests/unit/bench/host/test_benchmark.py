@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fedbert_ds.bench.host import benchmark
-from fedbert_ds.bench.host.benchmark import PLAIN, RECOMPUTED, SELECTIVE, plain, table
+from fedbert_ds.bench.host.benchmark import APART, PLAIN, RECOMPUTED, SELECTIVE, plain, table
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -28,7 +28,7 @@ def test_a_record_of_every_stage(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads(out.read_text())
     first, second, *others = (f"engine, ZeRO {stage}" for stage in range(4))
-    assert [row["way"] for row in record["rows"]] == [PLAIN, SELECTIVE, first, second, RECOMPUTED, *others]
+    assert [row["way"] for row in record["rows"]] == [PLAIN, SELECTIVE, first, second, RECOMPUTED, *others, APART]
     for row in record["rows"]:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["beside_plain"] == pytest.approx(row["seconds"] / record["rows"][0]["seconds"])

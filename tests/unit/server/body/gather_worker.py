@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from forked_ranks import run_two
 
 WIDTH, LAYERS = 16, 3
+LINEAR = functional.linear
 CASES = {
     "apart": (0, "none"),
     "two together": (2 * 12 * WIDTH**2, "none"),
@@ -63,6 +65,8 @@ def case(path: Path, bucket: int, what: str) -> dict[str, Any]:
     for layer in body.layers:
         layer.attention.self.register_forward_hook(computes)
     before = whole()
+    # DeepSpeed would put a slower one in its place, for the whole process.
+    assert functional.linear is LINEAR
     rows, index = Encoded.of(torch.randn(4, WIDTH), "fp32"), torch.tensor([0, 1, 2, 3, 0])
     place = BodyInput([rows], torch.arange(2), torch.tensor([0, 5], dtype=torch.int32), index, 0)
     collectives = []

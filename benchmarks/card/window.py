@@ -18,7 +18,8 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_kernels.encoded import Encoded
 
 SETTINGS = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"

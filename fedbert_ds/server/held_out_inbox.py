@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fedbert_ds.errors import WireError
-from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.server.contract import Arrived, Contract
 from fedbert_ds.telemetry.evaluations import HeldOutLoss
 from fedbert_ds.wire import fedbert_pb2 as pb

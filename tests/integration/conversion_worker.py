@@ -98,7 +98,7 @@ def train(engine: Any, window: int) -> Tensor:
     """One window, of which each of two ranks does half and one rank all; returns what the body
     answered to the first half, [2, 6].
     """
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -114,14 +114,14 @@ def train(engine: Any, window: int) -> Tensor:
     return answers[0]
 
 
-def content(engine: Any, inner: Any) -> dict[str, dict[str, Tensor]]:
+def content(inner: Any, stage: int) -> dict[str, dict[str, Tensor]]:
     """By parameter, [elements]: fp32 weights, what the module computes with, moments and steps, as
     DeepSpeed's engine itself tells them.
     """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
     from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
-    optimizer, stage = inner.optimizer, engine.zero_stage
+    optimizer = inner.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     kept = {key for state in base.state.values() for key in state} - {"step"}
     masters: dict[Tensor, Tensor] = {}
@@ -133,7 +133,7 @@ def content(engine: Any, inner: Any) -> dict[str, dict[str, Tensor]]:
             lazy_init_hp_params_optimizer_state(group, flat, base.state)
     steps = {float(state["step"]) for state in base.state.values() if "step" in state}
     assert len(steps) <= 1, steps
-    computed = whole_module(engine, inner)
+    computed = whole_module(inner, stage)
     result: dict[str, dict[str, Tensor]] = {}
     for name, parameter in inner.module.named_parameters():
         # Muon steps matrices, AdamW all else.
@@ -152,15 +152,17 @@ def content(engine: Any, inner: Any) -> dict[str, dict[str, Tensor]]:
     return result
 
 
-def whole_module(engine: Any, inner: Any) -> dict[str, Tensor]:
-    """The module's own weights, gathered."""
-    import deepspeed
-
+def whole_module(inner: Any, stage: int) -> dict[str, Tensor]:
+    """The module's own weights, gathered from DeepSpeed's cuts."""
     parameters = dict(inner.module.named_parameters())
-    if engine.zero_stage < 3:
+    if stage < 3:
         return {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with engine._weights.lent(), deepspeed.zero.GatheredParameters(list(parameters.values())):
-        return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    whole = {}
+    for name, parameter in parameters.items():
+        cuts = parameter.ds_tensor.new_empty(torch.distributed.get_world_size() * parameter.partition_numel())
+        torch.distributed.all_gather_into_tensor(cuts, parameter.ds_tensor)
+        whole[name] = cuts[: parameter.ds_numel].view(parameter.ds_shape)
+    return whole
 
 
 def save(folder: Path) -> None:
@@ -172,8 +174,8 @@ def save(folder: Path) -> None:
         for window in range(WINDOW):
             train(engine, window)
         engine.save(folder / f"{case} by {ranks}", WINDOW)
-        results[str(case)] = content(engine, inner), train(engine, WINDOW)
-        results[f"{case}, a window later"] = content(engine, inner), None
+        results[str(case)] = content(inner, engine.zero_stage), train(engine, WINDOW)
+        results[f"{case}, a window later"] = content(inner, engine.zero_stage), None
     _leave(results, folder / f"save by {ranks}.pt")
 
 
@@ -184,10 +186,10 @@ def load(folder: Path, saved_by: int) -> None:
     for case, stage in loads(saved_by, ranks):
         engine, inner = build(Case(case.optimizer, case.precision, stage))
         engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-        results[f"{case} to {stage}"] = content(engine, inner), train(engine, WINDOW)
-        results[f"{case} to {stage}, a window later"] = content(engine, inner), None
+        results[f"{case} to {stage}"] = content(inner, engine.zero_stage), train(engine, WINDOW)
+        results[f"{case} to {stage}, a window later"] = content(inner, engine.zero_stage), None
         engine.load(folder / f"{case} by {saved_by}", WINDOW, saved_by, case.stage)
-        results[f"{case} to {stage}, again"] = content(engine, inner), None
+        results[f"{case} to {stage}, again"] = content(inner, engine.zero_stage), None
     _leave(results, folder / f"load by {ranks} of {saved_by}.pt")
 
 

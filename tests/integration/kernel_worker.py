@@ -72,7 +72,8 @@ def train(deepspeed: Path, kernels: str, model: Mapping[str, Any] = MappingProxy
     from fedbert_ds.model.checkpoint import build_model
     from fedbert_ds.model.cut import split
     from fedbert_ds.run_file import parse_config
-    from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+    from fedbert_ds.server.body.engine import BodyEngine
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     config = parse_config(

@@ -25,7 +25,8 @@ from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.model.cut import split
 from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.distributed import initialize, shut_down
-from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.telemetry.record import source_commit, write_record
 from fedbert_ds.telemetry.tables import markdown
 from fedbert_kernels.encoded import Encoded

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from fedbert_ds.config import RunConfig
     from fedbert_ds.data.masking import Batch
     from fedbert_ds.model.client_half import ClientHalf
-    from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+    from fedbert_ds.server.body.engine import BodyEngine
+    from fedbert_ds.server.body.packed_input import BodyInput
 
 DIFFERENT_WINDOWS = 3
 """Made beforehand, and trained on in turn."""
@@ -147,7 +148,7 @@ def _part(batch: Batch, first: int, count: int) -> Batch:
 
 
 def _micro_batch(half: ClientHalf, parts: list[Batch], random: torch.Generator) -> MicroBatch:
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
 
     input_ids, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("input_ids", "labels"))
     lengths = [length for part in parts for length in part.lengths]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -21,7 +20,6 @@ from fedbert_ds.config import BodySection, Kernels, OptimizerSection
 from fedbert_ds.errors import ConfigError
 from fedbert_ds.model.body import Body
 from fedbert_ds.model.compiled_layers import install_compile, num_compiled
-from fedbert_ds.model.dropout_seed import seed_dropout
 from fedbert_ds.model.fp8 import install_fp8
 from fedbert_ds.model.kernels import install_kernels
 from fedbert_ds.model.optimizer import build_optimizer
@@ -30,59 +28,14 @@ from fedbert_ds.server.body.conversion import check_groups, read_shares, take_ov
 from fedbert_ds.server.body.device_work import Device, DeviceWork
 from fedbert_ds.server.body.distributed import be_patient
 from fedbert_ds.server.body.footprint import memory_budget, saved_bytes
-from fedbert_ds.server.body.layer_weights import LayerWeights
 from fedbert_ds.server.body.layout import Shapes, partitions_of
 from fedbert_ds.server.body.pace import Load
+from fedbert_ds.server.body.packed_input import BodyInput, unused_input
+from fedbert_ds.server.body.passes import Passes
 from fedbert_ds.server.body.settings import deepspeed_settings, zero_stage
 from fedbert_ds.server.body.whole_step import step_by_fp32_gradients
-from fedbert_ds.server.body.window_gradient import WindowGradient
 from fedbert_ds.server.queue.in_flight import MOST_IN_FLIGHT
 from fedbert_kernels.encoded import Encoded
-
-
-@dataclass(frozen=True)
-class BodyInput:
-    """Input of one forward of the body, on the CPU or the body's device."""
-
-    activations: Sequence[Encoded]
-    """[tokens, width], or [rows, width] with cut: rows, in parts: the pieces'."""
-    masked_positions: Tensor
-    """[masked] int64: positions whose hidden states are wanted."""
-    cu_seqlens: Tensor
-    """[sequences + 1] int32."""
-    row_index: Tensor | None
-    """[tokens] int64 into the rows of `activations`; None unless cut: rows."""
-    seed: int
-    """Seeds this micro-batch's dropout, so that neither order nor recomputation changes it."""
-
-    @property
-    def tokens(self) -> int:
-        """Of all sequences."""
-        return int(self.cu_seqlens[-1])
-
-    def values(self, dtype: torch.dtype) -> Tensor:
-        """Of all activations, joined by `to`; a tensor of its own for autograd."""
-        (activations,) = self.activations
-        # Some codes are the values.
-        return activations.decode(dtype).detach()
-
-    def to(self, device: Device) -> BodyInput:
-        """The same input on a device, its activations in one part."""
-        index = None if self.row_index is None else device.upload([self.row_index])
-        activations = Encoded.join(self.activations, device.upload)
-        return BodyInput([activations], device.upload([self.masked_positions]), self.cu_seqlens, index, self.seed)
-
-
-def _unused(lengths: tuple[int, ...], num_masked: int, width: int, with_rows: bool, seed: int) -> BodyInput:
-    """Zeros for sequences of these lengths."""
-    num_tokens = sum(lengths)
-    return BodyInput(
-        activations=[Encoded.zeros(num_tokens, width, "fp32")],
-        masked_positions=torch.arange(num_masked),
-        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        row_index=torch.zeros(num_tokens, dtype=torch.int64) if with_rows else None,
-        seed=seed,
-    )
 
 
 class BodyEngine:
@@ -110,6 +63,7 @@ class BodyEngine:
         """Entries of the body's parameters, over all ranks."""
         self._world_size = world_size
         self._device = Device(device)
+        self._masters = _masters(engine, stage)
         self._inputs: dict[int, BodyInput] = {}
         """Of micro-batches in flight."""
         self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
@@ -122,8 +76,7 @@ class BodyEngine:
         self._bytes_in_flight = 0
         self._num_compiled = num_compiled()
         self._clipping = WholeNormClipping(engine, max_norm) if max_norm else None
-        self._gradient = WindowGradient(engine, stage, _masters(engine, stage))
-        self._weights = LayerWeights(engine, engine.module) if stage == 3 else None
+        self._passes = Passes(engine, stage, self._masters, self._device)
         self._memory_budget = memory_budget(device)
 
     @classmethod
@@ -200,7 +153,7 @@ class BodyEngine:
         def compute() -> Tensor:
             body.eval()
             try:
-                return self._run(there, there.values(body.input_dtype)).detach()
+                return self._passes.forward(there, there.values(body.input_dtype)).detach()
             finally:
                 body.train()
 
@@ -221,10 +174,10 @@ class BodyEngine:
         self._inputs[micro_batch] = body_input
         activations.requires_grad_(True)
         if self._bytes_in_flight or not len(body_input.masked_positions):
-            hidden = self._run(body_input, activations)
+            hidden = self._passes.forward(body_input, activations)
         else:
             with saved_bytes(self._engine.module.parameters()) as saved:
-                hidden = self._run(body_input, activations)
+                hidden = self._passes.forward(body_input, activations)
             self._bytes_in_flight = saved.num_bytes
         self._graphs[micro_batch] = activations, hidden
         return hidden.detach()
@@ -235,14 +188,10 @@ class BodyEngine:
         activations, hidden = self._graphs.pop(micro_batch)
         counts = self._blanked.pop(micro_batch, None)
         if counts is None:
-            return self._differentiate(hidden, hidden_gradient, activations)
+            return self._passes.backward(hidden, hidden_gradient, activations)
         self._repeats.append((body_input, hidden_gradient))
-        gradient = self._differentiate(hidden, hidden_gradient, activations, adds_up=False)
+        gradient = self._passes.backward(hidden, hidden_gradient, activations, adds_up=False)
         return _where(counts, gradient)
-
-    def _differentiate(self, hidden: Tensor, gradient: Tensor, activations: Tensor, adds_up: bool = True) -> Tensor:
-        with self._weights.backward() if self._weights else nullcontext():
-            return self._gradient.backward(hidden, gradient, activations, adds_up)
 
     def step(self, learning_rate: float, client_norm: float = 0.0) -> float:
         """Step the optimizer once, with this learning rate; all ranks together.
@@ -253,18 +202,17 @@ class BodyEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._repeat_blanked()
-        self.lost_gradient = not self._gradient.is_finite
+        self.lost_gradient = not self._passes.gradient.is_finite
         if self.lost_gradient:
-            self._gradient.drop()
-        self._gradient.give()
+            self._passes.gradient.drop()
+        self._passes.gradient.give()
         self._engine.set_gradient_accumulation_boundary(True)
         if self._clipping is not None:
             self._clipping.begin(client_norm)
         self._engine.step()
         self.lost_gradient |= self._stage > 0 and self._engine.optimizer.overflow
-        self._gradient.drop()
-        if self._weights is not None:
-            self._weights.renew()
+        self._passes.gradient.drop()
+        self._passes.renew()
         return 1.0 if self._clipping is None else self._clipping.scale
 
     def blank(self, micro_batch: int, rows: Sequence[slice]) -> None:
@@ -295,26 +243,20 @@ class BodyEngine:
         torch.distributed.all_reduce(times, torch.distributed.ReduceOp.MAX)
         for _ in range(int(times)):
             if self._repeats:
-                self._forward_and_backward(*self._repeats.popleft())
+                self._passes.both(*self._repeats.popleft())
             else:
                 width, with_rows = self._engine.module.widths.activations, self._engine.module.cut == "rows"
-                self._forward_and_backward(self.dummy_input(width, with_rows, 0).to(self._device))
-
-    def _forward_and_backward(self, body_input: BodyInput, hidden_gradient: Tensor | None = None) -> None:
-        activations = body_input.values(self._engine.module.input_dtype).requires_grad_(True)
-        hidden = self._run(body_input, activations)
-        gradient = torch.zeros_like(hidden) if hidden_gradient is None else hidden_gradient
-        self._differentiate(hidden, gradient, activations)
+                self._passes.both(self.dummy_input(width, with_rows, 0).to(self._device))
 
     def drop_gradients(self) -> None:
         """Forget what the backwards since the last `step` have accumulated."""
         self._repeats.clear()
-        self._gradient.drop()
+        self._passes.gradient.drop()
 
     def dummy_input(self, width: int, with_rows: bool, seed: int) -> BodyInput:
         """A sequence of unused tokens, so that a rank without work still runs the collectives."""
         # A compiled layer takes any number of tokens but one, which would be compiled apart.
-        return _unused((2,), 0, width, with_rows, seed)
+        return unused_input((2,), 0, width, with_rows, seed)
 
     def warm_up(self, width: int, with_rows: bool) -> None:
         """Compile what is compiled at the first forward and backward, at ZeRO stages 0 to 2.
@@ -324,8 +266,8 @@ class BodyEngine:
         # Sizes that differ from each other: a compiler takes equal ones for the same. With tokens
         # that 16 divides, fp8 products need no padding, so these are compiled apart.
         for lengths in ((6, 5), (9, 4, 3)):
-            self._forward_and_backward(_unused(lengths, 5, width, with_rows, seed=0).to(self._device))
-        self._gradient.drop()
+            self._passes.both(unused_input(lengths, 5, width, with_rows, seed=0).to(self._device))
+        self._passes.gradient.drop()
         self._num_compiled = num_compiled()
 
     def take_recompiles(self) -> int:
@@ -337,15 +279,14 @@ class BodyEngine:
         """Whole fp32 weights by Hugging Face name, on the CPU. All ranks call it: it gathers
         partitions."""
         state = {}
-        masters = _masters(self._engine, self._stage)
         for name, parameter in self._engine.module.named_parameters():
-            whole = masters[parameter] if self._stage == 0 else safe_get_full_fp32_param(parameter)
+            whole = self._masters[parameter] if self._stage == 0 else safe_get_full_fp32_param(parameter)
             state[name] = whole.detach().to(device="cpu", dtype=torch.float32).clone()
         return state
 
     def save(self, folder: Path, window: int) -> None:
         """Write a DeepSpeed checkpoint of the state before `window`. All ranks call it."""
-        with self._weights.lent() if self._weights else nullcontext():
+        with self._passes.weights_lent():
             self._engine.save_checkpoint(str(folder), tag=f"window-{window}", save_latest=False)
 
     def load(self, folder: Path, window: int, ranks: int, stage: int) -> None:
@@ -356,14 +297,13 @@ class BodyEngine:
         version saved it.
         """
         check_groups(folder / f"window-{window}", stage, len(self._engine.optimizer.param_groups))
-        with self._weights.lent() if self._weights else nullcontext():
+        with self._passes.weights_lent():
             if (ranks, stage) != (self._world_size, self._stage):
                 saved = read_shares(folder / f"window-{window}", self._shapes, ranks, stage)
                 take_over(self._engine, self._stage, self._shapes, saved)
             elif self._engine.load_checkpoint(str(folder), tag=f"window-{window}")[0] is None:
                 raise ConfigError(f"{folder}: no checkpoint of window {window}; restore the run's folder")
-        if self._weights is not None:
-            self._weights.renew()
+        self._passes.renew()
 
     def affordable_in_flight(self) -> int:
         """Micro-batches in flight that memory holds, by the size of the first.
@@ -371,15 +311,6 @@ class BodyEngine:
         `MOST_IN_FLIGHT` before the first.
         """
         return max(1, self._memory_budget // self._bytes_in_flight) if self._bytes_in_flight else MOST_IN_FLIGHT
-
-    def _run(self, body_input: BodyInput, activations: Tensor) -> Tensor:
-        if self._engine.module.training:  # else no random number is drawn
-            seed_dropout(body_input.seed, self._device.device)
-        # Not the engine's forward: it prepares for a backward that lets ranks meet.
-        with self._weights.forward() if self._weights else nullcontext():
-            return self._engine.module(
-                activations, body_input.masked_positions, body_input.cu_seqlens, body_input.row_index
-            )
 
 
 def _where(counts: Tensor, values: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import torch
 
 from fedbert_ds.errors import NotFinite
-from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_kernels.encoded import Encoded
 
 TOKENS = 8

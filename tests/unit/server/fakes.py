@@ -26,7 +26,7 @@ from fedbert_ds.federation.strategy import strategy_of_run
 from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.admission import Expectation, Invitation, Members, Seat
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.server.checkpoint import Checkpoints
 from fedbert_ds.server.checkpoint_folder import CheckpointFolder, Layout
 from fedbert_ds.server.contract import Contract, RankStatus, TensorContract

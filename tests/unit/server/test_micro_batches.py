@@ -13,7 +13,7 @@ from unit.server.fake_client import WIDTH, FakeClient
 from unit.server.fakes import FakeEngine, Rank, contract, run_config
 
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.server.contract import Arrived
 from fedbert_ds.server.micro_batches import MicroBatches
 from fedbert_ds.server.queue.decisions import Backward, Forward

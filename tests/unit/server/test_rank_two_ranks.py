@@ -26,7 +26,7 @@ from unit.server.fakes import (
 from fedbert_ds.errors import NotFinite
 from fedbert_ds.server.admission import Seat
 from fedbert_ds.server.body.device_work import DeviceWork
-from fedbert_ds.server.body.engine import BodyInput
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.server.contract import RankStatus
 from fedbert_ds.server.network.events import Connected
 from fedbert_kernels.encoded import Encoded

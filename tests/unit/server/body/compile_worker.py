@@ -61,7 +61,7 @@ def build(deepspeed: Path, is_compiled: bool) -> Any:
 
 def train(engine: Any, name: str, found: dict[str, Any]) -> None:
     """All forwards of a window, then all its backwards, last one first."""
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     random = torch.Generator().manual_seed(0)

@@ -104,7 +104,7 @@ def accumulate(engine, window: int, other: str = "", left_out: bool = True, scal
     With `other` each micro-batch has one more sequence, with values of that kind. The gradient is
     `scale` times as large.
     """
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     random = torch.Generator().manual_seed(1000 * window + torch.distributed.get_rank())

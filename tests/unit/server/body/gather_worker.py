@@ -44,7 +44,7 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def case(path: Path, bucket: int, what: str) -> dict[str, Any]:
     """What is seen of one micro-batch, with dropout and a gradient."""
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     engine, body = engine_of(path, bucket, what)

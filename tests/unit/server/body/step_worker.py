@@ -141,7 +141,7 @@ def window_of(engine: Any, count: int) -> None:
 
 
 def one(engine: Any, number: int, values: Tensor, gradient: Tensor) -> None:
-    from fedbert_ds.server.body.engine import BodyInput
+    from fedbert_ds.server.body.packed_input import BodyInput
     from fedbert_kernels.encoded import Encoded
 
     bounds = torch.tensor([0, TOKENS], dtype=torch.int32)

@@ -25,7 +25,8 @@ from fedbert_ds.model.cut import Body, split
 from fedbert_ds.run_file import parse_config
 from fedbert_ds.server.body.device_work import Device
 from fedbert_ds.server.body.distributed import initialize, shut_down
-from fedbert_ds.server.body.engine import BodyEngine, BodyInput
+from fedbert_ds.server.body.engine import BodyEngine
+from fedbert_ds.server.body.packed_input import BodyInput
 from fedbert_ds.wire.codecs import encode, from_frame
 from fedbert_kernels.encoded import Encoded
 

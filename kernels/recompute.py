@@ -80,7 +80,8 @@ def again(function: Callable[..., Tensor], *tensors: Tensor, draws: bool = False
         for tensor in tensors:
             watcher(tensor)
     result = _RunAgain.apply(recipe, *tensors)
-    result._recipe = recipe
+    whole = result if result._base is None else result._base
+    whole._recipe = recipe
     return result
 
 

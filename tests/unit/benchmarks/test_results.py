@@ -279,6 +279,8 @@ def test_collectives():
         other = next(r for r in rows if (r["stage"], r["optimizer"]) == (row["stage"], row["optimizer"]))
         assert other["collectives_of_step"] == row["collectives_of_step"]
         assert other["optimizer_calls"] == row["optimizer_calls"] <= 2
+        # Two micro-batches, forward and backward.
+        assert row["collectives_before_step"] == (4 * row["layers"] if row["stage"] == 3 else 0)
 
 
 def test_memory_in_flight():

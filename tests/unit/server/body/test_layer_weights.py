@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from unit.server.body.gather_worker import CASES, LAYERS
@@ -22,6 +23,12 @@ def test_spans_divide_neighbours_and_are_as_long_as_may_be(sizes: list[int], mos
     assert all(total <= most or span.stop - span.start == 1 for total, span in zip(totals, found, strict=True))
     for total, following in zip(totals, found[1:], strict=False):
         assert total + sizes[following.start] > most
+
+
+@pytest.mark.parametrize(("width", "layers", "expected"), [(768, 12, [7, 5]), (1024, 24, [3] * 8)])
+def test_layers_of_bert_that_deepspeeds_default_gathers_together(width: int, layers: int, expected: list[int]) -> None:
+    found = spans([12 * width**2] * layers, DeepSpeedZeroConfig().prefetch_bucket_size)
+    assert [span.stop - span.start for span in found] == expected
 
 
 @pytest.fixture(scope="module")

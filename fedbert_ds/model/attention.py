@@ -139,11 +139,13 @@ def _fused_attention(
 ) -> Tensor:
     """`packing.attend` of qkv, or of query, key and value."""
     assert packing.attend is not None
-    by_token: Any = [tensor.squeeze(0).transpose(0, 1) for tensor in tensors]
-    if len(tensors) == 1:
-        by_token = tensors[0].squeeze(0)
+    is_joined = len(tensors) == 1
     attended = packing.attend(
-        by_token, packing.cu_seqlens, dropout=dropout, sliding_window=sliding_window, scale=scaling
+        tensors[0].squeeze(0) if is_joined else [tensor.squeeze(0).transpose(0, 1) for tensor in tensors],
+        packing.cu_seqlens,
+        dropout=dropout,
+        sliding_window=sliding_window,
+        scale=scaling,
     )
     return attended.unsqueeze(0)
 

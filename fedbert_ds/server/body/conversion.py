@@ -165,8 +165,6 @@ def take_over(engine: Any, stage: int, shapes: Shapes, saved: Sequence[Share]) -
     state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] = share.masters
     # One entry for each rank, of which DeepSpeed takes this rank's.
     optimizer.load_state_dict([state] * ranks, load_optimizer_states=True, load_from_fp32_weights=True)
-    if stage == 3:
-        optimizer.checkpoint_event_epilogue()
 
 
 def _load_whole(optimizer: Any, state: dict[str, Any], share: Share) -> None:

@@ -27,6 +27,12 @@ WIDTH, TOKENS, WINDOWS, MICRO_BATCHES = 16, 40, 2, 2
 RATE = 0.5
 STAGES, OPTIMIZERS, PRECISIONS = (0, 1, 2, 3), ("adamw", "lamb", "muon"), ("fp32", "bf16")
 MANY = 512
+OFFLOADED = {
+    "moments at 2": (2, ["offload_optimizer"]),
+    "moments at 3": (3, ["offload_optimizer"]),
+    "weights at 3": (3, ["offload_optimizer", "offload_param"]),
+}
+"""Case -> the stage, and what lies on the CPU."""
 
 
 class Noted(TorchDispatchMode):
@@ -67,12 +73,12 @@ def run_rank(rank: int, folder: Path) -> None:
             train(engine, window)
             engine.step(RATE)
             weights[f"{name}-{stage}-{precision}-{window}"] = engine.full_state()
-    for stage in (2, 3):
-        engine = build(folder, rank, stage, "muon", "fp32", offload_optimizer={"device": "cpu"})
+    for case, (stage, offloaded) in OFFLOADED.items():
+        engine = build(folder, rank, stage, "muon", "fp32", **{key: {"device": "cpu"} for key in offloaded})
         for window in range(WINDOWS):
             train(engine, window)
             engine.step(RATE)
-        weights[f"offloaded-{stage}"] = engine.full_state()
+        weights[f"offloaded-{case}"] = engine.full_state()
     for stage, number in itertools.product(STAGES, (1, MANY)):
         engine = build(folder, rank, stage, "sgd", "bf16", layers=1)
         window_of(engine, number)

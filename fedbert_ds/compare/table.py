@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from fedbert_ds.compare.baselines import WORD_FREQUENCY
+from fedbert_ds.compare.baselines import NOT_PRETRAINED, WORD_FREQUENCY
 from fedbert_ds.compare.systems import EACH_ALONE, System
 from fedbert_ds.telemetry.plots import COLORS, REFERENCE, picture
 from fedbert_ds.telemetry.progress import duration
@@ -29,39 +29,69 @@ Row = Mapping[str, Any]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: a line a system, means over seeds with the sample standard deviation."""
+    """Markdown: a line a system, means over seeds with the sample standard deviation.
+
+    Of several tasks the mean is a column, too, as GLUE's own score is.
+    """
     owners = list(rows[0]["held_out"])
-    tasks = list(dict.fromkeys(task for row in rows for task in row.get("glue", {})))
-    heads = ["system", "held-out loss", "worst client", *owners, *tasks, *(head for _, head, _ in COSTS)]
+    tasks = _tasks(rows)
+    scores = [*tasks, *(["mean of tasks"] if len(tasks) > 1 else [])]
+    heads = ["system", "held-out loss", "worst client", *owners, *scores, *(head for _, head, _ in COSTS)]
     return markdown(heads, [_cells(label, group, owners, tasks) for label, group in grouped(rows).items()])
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
-    """Sentences: which systems are better than alone for every owner, which for whom not.
+    """Sentences: which systems are better than alone for every owner, which for whom not; and than
+    no pre-training on every task, on which not.
 
-    By means over seeds. None without a row of clients alone.
+    By means over seeds. None without a row of clients alone, or of a model not pre-trained.
     """
     groups = grouped(rows)
-    return [line for system in EACH_ALONE if system.label in groups for line in _verdict(groups, system.label)]
+    trained = {label: group for label, group in groups.items() if _is_trained_together(label, group)}
+    lines: list[str] = []
+    for system in EACH_ALONE:
+        if system.label in groups:
+            alone = owner_means(groups[system.label])
+            behind = {
+                label: [
+                    f"{owner} ({loss:.3f}, {system.label} {alone[owner]:.3f})"
+                    for owner, loss in owner_means(group).items()
+                    if not loss < alone[owner]
+                ]
+                for label, group in trained.items()
+            }
+            lines += _verdict(behind, system.label, "for", "owner")
+    if NOT_PRETRAINED in groups:
+        untrained = task_means(groups[NOT_PRETRAINED])
+        behind = {
+            label: [
+                f"{task} ({points:.1f}, {NOT_PRETRAINED} {untrained[task]:.1f})"
+                for task, points in task_means(group).items()
+                if not points > untrained[task]
+            ]
+            for label, group in trained.items()
+            if _tasks(group) == list(untrained)
+        }
+        lines += _verdict(behind, NOT_PRETRAINED, "on", "task")
+    return lines
 
 
-def _verdict(groups: Mapping[str, Sequence[Row]], against: str) -> list[str]:
-    alone, better, not_better = owner_means(groups[against]), [], []
-    each_alone = [system.label for system in EACH_ALONE]
-    for label, group in groups.items():
-        if label in each_alone or "bytes_per_token" not in group[0]:
-            continue  # not of what no system trained
-        theirs = owner_means(group)
-        behind = [
-            f"{name} ({loss:.3f}, {against} {alone[name]:.3f})"
-            for name, loss in theirs.items()
-            if not loss < alone[name]
-        ]
-        if behind:
-            not_better.append(f"Not better than {against}: {label} for {', '.join(behind)}.")
-        else:
-            better.append(label)
-    return [f"Better than {against} for every owner: {'; '.join(better) or 'none'}.", *not_better]
+def _is_trained_together(label: str, group: Sequence[Row]) -> bool:
+    """False for clients alone, and for what no system trained."""
+    return label not in [system.label for system in EACH_ALONE] and "bytes_per_token" in group[0]
+
+
+def _verdict(behind: Mapping[str, Sequence[str]], against: str, of: str, each: str) -> list[str]:
+    """`behind` has, of each system, where it is not better."""
+    better = [label for label, places in behind.items() if not places]
+    return [
+        f"Better than {against} {of} every {each}: {'; '.join(better) or 'none'}.",
+        *(
+            f"Not better than {against}: {label} {of} {', '.join(places)}."
+            for label, places in behind.items()
+            if places
+        ),
+    ]
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
@@ -98,19 +128,38 @@ def owner_means(group: Sequence[Row]) -> dict[str, float]:
     return {owner: mean(row["held_out"][owner] for row in group) for owner in group[0]["held_out"]}
 
 
+def task_means(group: Sequence[Row]) -> dict[str, float]:
+    """Each task's mean over all seeds of a system, in points of 100."""
+    return {task: mean(points) for task, points in _points(group, _tasks(group)).items()}
+
+
 def with_spread(values: Sequence[float], digits: int) -> str:
     """The mean, and where there are several the sample standard deviation."""
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(task for row in rows for task in row.get("glue", {})))
+
+
+def _points(group: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[float]]:
+    """Of every seed of the model and of its fine-tuning; tasks without any are left out."""
+    points = {task: [100 * score for row in group for score in row.get("glue", {}).get(task, [])] for task in tasks}
+    return {task: values for task, values in points.items() if values}
+
+
 def _cells(label: str, group: Sequence[Row], owners: Sequence[str], tasks: Sequence[str]) -> list[str]:
     losses = [[row["held_out_loss"] for row in group], [row["held_out"][row["worst_client"]] for row in group]]
     losses += [[row["held_out"][owner] for row in group] for owner in owners]
-    points = [[100 * score for row in group for score in row.get("glue", {}).get(task, [])] for task in tasks]
+    points = _points(group, tasks)
+    scores = [with_spread(points[task], 1) if task in points else "" for task in tasks]
+    if len(tasks) > 1:
+        # Where a task is missing the mean of the others would be beside means of all.
+        scores.append(f"{mean(map(mean, points.values())):.1f}" if len(points) == len(tasks) else "")
     return [
         label,
         *(with_spread(values, 3) for values in losses),
-        *(with_spread(values, 1) if values else "" for values in points),
+        *scores,
         *(told(mean(row[key] for row in group)) if key in group[0] else "" for key, _, told in COSTS),
     ]

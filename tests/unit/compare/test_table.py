@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedbert_ds.compare.table import draw, grouped, owner_means, table, verdict, with_spread
+from fedbert_ds.compare.table import draw, grouped, owner_means, table, task_means, verdict, with_spread
 
 COSTS = {
     "bytes_per_token": 2067.4,
@@ -100,3 +100,36 @@ def test_picture(tmp_path: Path, seeds: int) -> None:
     path = tmp_path / "table.png"
     draw(path, [one | {"seed": seed} for one in ROWS for seed in range(seeds)])
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+UNTRAINED = row("not pre-trained", 8.0, 8.0, trained=False, glue={"RTE": [0.5, 0.5], "SST-2": [0.7, 0.8]})
+
+
+def test_several_tasks_have_a_mean_and_it_is_of_all_of_them() -> None:
+    both = row("synchronous", 5.0, 5.5, glue={"RTE": [0.6, 0.5], "SST-2": [0.8, 0.9]})
+    one = row("fedavg", 5.1, 5.9, every=20, glue={"RTE": [0.5, 0.5]})
+    head, _, *lines = table([UNTRAINED, both, one]).splitlines()
+    assert " | lab | RTE | SST-2 | mean of tasks | bytes per token |" in head
+    assert [line.split(" | ")[5:8] for line in lines] == [
+        ["50.0 ± 0.0", "75.0 ± 7.1", "62.5"], ["55.0 ± 7.1", "85.0 ± 7.1", "70.0"], ["50.0 ± 0.0", "", ""],
+    ]  # fmt: skip
+    again = row("synchronous", 5.0, 5.5, seed=2, glue={"RTE": [0.4, 0.5], "SST-2": [1.0, 0.9]})
+    assert task_means([both, again]) == pytest.approx({"RTE": 50.0, "SST-2": 90.0})
+
+
+def test_the_verdict_names_the_tasks_that_pre_training_does_not_help() -> None:
+    rows = [
+        UNTRAINED,
+        row("centralized", 5.0, 5.5, glue={"RTE": [0.6, 0.5], "SST-2": [0.8, 0.9]}),
+        row("synchronous", 5.0, 5.5, glue={"RTE": [0.4, 0.5], "SST-2": [0.8, 0.7]}),
+        row("synchronous", 5.0, 5.5, seed=2, glue={"RTE": [0.6, 0.5], "SST-2": [0.8, 0.9]}),
+        row("fedavg", 5.1, 5.9, every=20, glue={"RTE": [0.4, 0.5], "SST-2": [0.8, 0.7]}),
+    ]
+    assert verdict(rows) == [
+        "Better than not pre-trained on every task: centralized.",
+        "Not better than not pre-trained: synchronous on RTE (50.0, not pre-trained 50.0).",
+        "Not better than not pre-trained: fedavg, average every 20 on RTE (45.0, not pre-trained 50.0), SST-2 (75.0, "
+        "not pre-trained 75.0).",
+    ]
+    assert verdict([UNTRAINED, row("muloco", 5.1, 5.9, every=20, glue={"RTE": [1.0]})]) == verdict([UNTRAINED])
+    assert verdict([UNTRAINED]) == ["Better than not pre-trained on every task: none."]

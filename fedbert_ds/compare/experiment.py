@@ -22,6 +22,8 @@ from fedbert_ds.compare.table import draw, table, verdict
 from fedbert_ds.compare.tasks import Scores, scores
 from fedbert_ds.config import RunConfig
 from fedbert_ds.errors import RunError
+from fedbert_ds.evaluation.masked_lm import load_masked_lm
+from fedbert_ds.evaluation.word_table import mean_cosine
 from fedbert_ds.folder_lock import holds_nothing, locked
 from fedbert_ds.server.prepare import is_prepared, prepare_text
 from fedbert_ds.telemetry.metrics import read_metrics, summary
@@ -114,7 +116,7 @@ def _baseline_rows(plan: Plan, seed: int, batches: held_out.Batches) -> list[dic
             "average_every": None,
             "seed": seed,
             **_figures(plan, losses),
-            **({"glue": _scores(plan, seed, name.replace(" ", "-"), model)} if model is not None else {}),
+            **(_model_figures(plan, seed, name.replace(" ", "-"), model) if model is not None else {}),
         }
         for name, (losses, model) in found.items()
     ]
@@ -143,7 +145,7 @@ def _row(plan: Plan, system: System, seed: int, batches: held_out.Batches, commi
         evaluations = {plan.owners[client]: result["evaluations"] for client, result in results.items()}
         at_the_end = {owner: ones[-1]["loss"] for owner, ones in evaluations.items()}
         return row | {"held_out_at_the_end": at_the_end, "own_evaluations": evaluations}
-    return row | {"glue": _scores(plan, seed, system.slug, str(jobs[""].folder.model))}
+    return row | _model_figures(plan, seed, system.slug, str(jobs[""].folder.model))
 
 
 def _measured(job: Job, batches: held_out.Batches) -> dict[str, Any]:
@@ -178,6 +180,12 @@ def _figures(plan: Plan, losses: held_out.Losses) -> dict[str, Any]:
         "held_out": {name: one.loss for name, one in named.items()},
         "masked_tokens": {name: one.masked_tokens for name, one in named.items()},
     }
+
+
+def _model_figures(plan: Plan, seed: int, slug: str, model: str) -> dict[str, Any]:
+    """What is asked of one model for all owners, by its checkpoint."""
+    words: Any = load_masked_lm(model, seed).get_input_embeddings().weight
+    return {"word_cosine": mean_cosine(words), "glue": _scores(plan, seed, slug, model)}
 
 
 def _scores(plan: Plan, seed: int, slug: str, model: str) -> Scores:

@@ -16,14 +16,17 @@ from fedbert_ds.telemetry.tables import markdown
 
 MARKERS = "osD^vP<>X*"
 """One a system, in the order of colors."""
-COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+Column = tuple[str, str, Callable[[float], str]]
+"""Key, head, how a value is told."""
+FIGURES: tuple[Column, ...] = (
+    ("word_cosine", "cosine of words", lambda value: f"{value:.2f}"),
     ("bytes_per_token", "bytes per token", lambda value: f"{value:,.0f}"),
     ("client_flops_per_token", "client FLOP per token", lambda value: f"{value / 1e6:.2f} M"),
     ("client_peak_memory_mb", "client peak memory", lambda value: f"{value:.0f} MB"),
     ("seconds", "wall time", duration),
     ("seconds_in_windows", "in windows", duration),
 )
-"""Columns of what a system costs: key, head, how a value is told."""
+"""Means over seeds; a column that no row has is left out."""
 
 Row = Mapping[str, Any]
 
@@ -36,8 +39,9 @@ def table(rows: Sequence[Row]) -> str:
     owners = list(rows[0]["held_out"])
     tasks = _tasks(rows)
     scores = [*tasks, *(["mean of tasks"] if len(tasks) > 1 else [])]
-    heads = ["system", "held-out loss", "worst client", *owners, *scores, *(head for _, head, _ in COSTS)]
-    return markdown(heads, [_cells(label, group, owners, tasks) for label, group in grouped(rows).items()])
+    columns = [column for column in FIGURES if any(column[0] in row for row in rows)]
+    heads = ["system", "held-out loss", "worst client", *owners, *scores, *(head for _, head, _ in columns)]
+    return markdown(heads, [_cells(label, group, owners, tasks, columns) for label, group in grouped(rows).items()])
 
 
 def verdict(rows: Sequence[Row]) -> list[str]:
@@ -72,7 +76,7 @@ def verdict(rows: Sequence[Row]) -> list[str]:
             for label, group in trained.items()
             if _tasks(group) == list(untrained)
         }
-        lines += _verdict(behind, NOT_PRETRAINED, "on", "task")
+        lines += _verdict(behind, "no pre-training", "on", "task")
     return lines
 
 
@@ -149,7 +153,9 @@ def _points(group: Sequence[Row], tasks: Sequence[str]) -> dict[str, list[float]
     return {task: values for task, values in points.items() if values}
 
 
-def _cells(label: str, group: Sequence[Row], owners: Sequence[str], tasks: Sequence[str]) -> list[str]:
+def _cells(
+    label: str, group: Sequence[Row], owners: Sequence[str], tasks: Sequence[str], columns: Sequence[Column]
+) -> list[str]:
     losses = [[row["held_out_loss"] for row in group], [row["held_out"][row["worst_client"]] for row in group]]
     losses += [[row["held_out"][owner] for row in group] for owner in owners]
     points = _points(group, tasks)
@@ -161,5 +167,5 @@ def _cells(label: str, group: Sequence[Row], owners: Sequence[str], tasks: Seque
         label,
         *(with_spread(values, 3) for values in losses),
         *scores,
-        *(told(mean(row[key] for row in group)) if key in group[0] else "" for key, _, told in COSTS),
+        *(told(mean(row[key] for row in group)) if key in group[0] else "" for key, _, told in columns),
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from unit.compare.small import CLIENTS, run_file
 from unit.tasks.glue_files import write_glue
 
@@ -21,12 +22,14 @@ from fedbert_ds.compare.experiment import COMPARISON, compare
 from fedbert_ds.compare.plan import CompareOptions, Plan
 from fedbert_ds.data.tokenizer import load_tokenizer
 from fedbert_ds.errors import ConfigError, DataError, RunError
+from fedbert_ds.evaluation.word_table import mean_cosine
 from fedbert_ds.folder_lock import locked
 from fedbert_ds.model.checkpoint import build_model
 from fedbert_ds.run_file import load_config
 from fedbert_ds.server.prepare import prepare_text
 from fedbert_ds.server.run_folder import RunFolder
 
+WORDS = "bert.embeddings.word_embeddings.weight"
 SYSTEMS = ("centralized", "alone", "synchronous", "fedavg:3")
 
 
@@ -102,6 +105,10 @@ def test_record_table_and_picture(options: CompareOptions, started: list[str], c
     assert rows["synchronous"]["client_flops_per_token"] == 0.25e6
     assert rows["synchronous"]["client_peak_memory_mb"] == 300
     assert rows["centralized"]["client_flops_per_token"] > 0 == rows["centralized"]["bytes_per_token"]
+    for name in ("centralized", "synchronous"):
+        words = load_file(options.out / "seed-3" / name / "hf" / "model.safetensors")[WORDS]
+        assert rows[name]["word_cosine"] == pytest.approx(mean_cosine(words), rel=1e-12)
+    assert not {"word frequency", "alone"} & {name for name, row in rows.items() if "word_cosine" in row}
     text = (options.out / "table.md").read_text()
     assert text in capsys.readouterr().out and "Better than alone for every owner" in text
     assert (options.out / "table.png").is_file()
@@ -240,4 +247,6 @@ def test_tasks_of_every_model_but_those_of_clients_alone(options: CompareOptions
         assert list(rows[name]["glue"]) == ["RTE", "STS-B"]
         assert all(len(scores) == 2 for scores in rows[name]["glue"].values())
     assert "glue" not in rows["alone"] and "glue" not in rows["word frequency"]
-    assert "| RTE | STS-B | bytes per token |" in (options.out / "table.md").read_text()
+    assert (
+        "| RTE | STS-B | mean of tasks | cosine of words | bytes per token |" in (options.out / "table.md").read_text()
+    )

@@ -102,6 +102,14 @@ def test_picture(tmp_path: Path, seeds: int) -> None:
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_figure_that_no_row_has_is_no_column() -> None:
+    rows = [row("word frequency", 7.0, 6.5, trained=False), row("synchronous", 5.0, 5.5)]
+    assert "cosine" not in table(rows)
+    head, _, *lines = table([rows[0], rows[1] | {"word_cosine": 0.126}]).splitlines()
+    assert " | lab | cosine of words | bytes per token |" in head
+    assert "| 6.500 |  |  |" in lines[0] and "| 5.500 | 0.13 | 2,067 |" in lines[1]
+
+
 UNTRAINED = row("not pre-trained", 8.0, 8.0, trained=False, glue={"RTE": [0.5, 0.5], "SST-2": [0.7, 0.8]})
 
 
@@ -126,10 +134,10 @@ def test_the_verdict_names_the_tasks_that_pre_training_does_not_help() -> None:
         row("fedavg", 5.1, 5.9, every=20, glue={"RTE": [0.4, 0.5], "SST-2": [0.8, 0.7]}),
     ]
     assert verdict(rows) == [
-        "Better than not pre-trained on every task: centralized.",
-        "Not better than not pre-trained: synchronous on RTE (50.0, not pre-trained 50.0).",
-        "Not better than not pre-trained: fedavg, average every 20 on RTE (45.0, not pre-trained 50.0), SST-2 (75.0, "
+        "Better than no pre-training on every task: centralized.",
+        "Not better than no pre-training: synchronous on RTE (50.0, not pre-trained 50.0).",
+        "Not better than no pre-training: fedavg, average every 20 on RTE (45.0, not pre-trained 50.0), SST-2 (75.0, "
         "not pre-trained 75.0).",
     ]
     assert verdict([UNTRAINED, row("muloco", 5.1, 5.9, every=20, glue={"RTE": [1.0]})]) == verdict([UNTRAINED])
-    assert verdict([UNTRAINED]) == ["Better than not pre-trained on every task: none."]
+    assert verdict([UNTRAINED]) == ["Better than no pre-training on every task: none."]

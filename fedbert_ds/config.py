@@ -277,7 +277,8 @@ class OptimizerSection(Section):
     momentum: Probability = 0.95
     """Share of its momentum that Muon keeps."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Added to the denominator of the update."""
+    """Added to the denominator of the update. Where clients step their own word tables a larger one
+    may serve tasks better (docs/whole.md, Adam and the word table)."""
     gradient_clipping: Annotated[float, Field(ge=0.0)] = 1.0
     """Largest gradient norm; 0 turns clipping off.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -52,32 +53,40 @@ def verdict(rows: Sequence[Row]) -> list[str]:
     """
     groups = grouped(rows)
     trained = {label: group for label, group in groups.items() if _is_trained_together(label, group)}
+    losses = {label: owner_means(group) for label, group in trained.items()}
+    scores = {label: task_means(group) for label, group in trained.items()}
     lines: list[str] = []
     for system in EACH_ALONE:
         if system.label in groups:
             alone = owner_means(groups[system.label])
-            behind = {
-                label: [
-                    f"{owner} ({loss:.3f}, {system.label} {alone[owner]:.3f})"
-                    for owner, loss in owner_means(group).items()
-                    if not loss < alone[owner]
-                ]
-                for label, group in trained.items()
-            }
+            behind = _behind(losses, alone, system.label, operator.lt, 3)
             lines += _verdict(behind, system.label, "for", "owner")
     if NOT_PRETRAINED in groups:
         untrained = task_means(groups[NOT_PRETRAINED])
-        behind = {
-            label: [
-                f"{task} ({points:.1f}, {NOT_PRETRAINED} {untrained[task]:.1f})"
-                for task, points in task_means(group).items()
-                if not points > untrained[task]
-            ]
-            for label, group in trained.items()
-            if _tasks(group) == list(untrained)
-        }
+        complete = {label: points for label, points in scores.items() if points.keys() == untrained.keys()}
+        behind = _behind(complete, untrained, NOT_PRETRAINED, operator.gt, 1)
         lines += _verdict(behind, "no pre-training", "on", "task")
     return lines
+
+
+def _behind(
+    values: Mapping[str, Mapping[str, float]],
+    reference: Mapping[str, float],
+    name: str,
+    is_better: Callable[[float, float], bool],
+    digits: int,
+) -> dict[str, list[str]]:
+    """Of each system, the owners or tasks where it is not better than the reference of this name,
+    with both values.
+    """
+    return {
+        label: [
+            f"{place} ({value:.{digits}f}, {name} {reference[place]:.{digits}f})"
+            for place, value in theirs.items()
+            if not is_better(value, reference[place])
+        ]
+        for label, theirs in values.items()
+    }
 
 
 def _is_trained_together(label: str, group: Sequence[Row]) -> bool:

@@ -10,12 +10,13 @@ def mean_cosine(table: Tensor) -> float:
     everywhere, 1 where all point one way.
 
     Ethayarajh 2019, "How Contextual are Contextualized Word Representations?", section 4.1, of word
-    vectors as they are. Rows of zeros, such as padding's, are left out. ValueError with fewer than
-    two others.
+    vectors as they are. Rows of zeros, such as padding's, are left out. NaN where a row is not
+    finite. ValueError with fewer than two others.
     """
     rows = table.detach().double()
     lengths = rows.norm(dim=1)
-    rows = rows[lengths > 0] / lengths[lengths > 0, None]
+    is_used = lengths != 0  # of NaN, too: a run that diverged has a figure, and no error
+    rows = rows[is_used] / lengths[is_used, None]
     if len(rows) < 2:
         raise ValueError(f"a table of {len(table)} rows has no two that are not zero")
     # The square of the sum holds each pair twice, and each row with itself once, as 1.

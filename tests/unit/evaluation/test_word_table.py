@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -28,3 +30,9 @@ def test_rows_of_zeros_do_not_count() -> None:
     assert mean_cosine(with_padding) == mean_cosine(table)
     with pytest.raises(ValueError, match="a table of 3 rows has no two that are not zero"):
         mean_cosine(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_diverged_has_no_number_and_is_no_error(value: float) -> None:
+    assert math.isnan(mean_cosine(torch.full((4, 3), value)))
+    assert math.isnan(mean_cosine(torch.cat([torch.eye(3), torch.full((1, 3), value)])))
